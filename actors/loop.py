@@ -87,9 +87,8 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 def assemble(roles: Roles, collected: Collected) -> tuple[dict[str, Any], Any]:
     """Figures of the step's answers, and a reference to all of them in one batch."""
     flat = [part for chunk in collected.chunks for part in (chunk.sequences, *chunk.columns)]
-    columns = len(collected.chunks[0].columns)
-    ids = collected.sample_ids
-    stats, batch = roles.experience.workers[0].call("assemble", ids, columns, *flat, returns=2)
+    wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
+    stats, batch = roles.experience.workers[0].call("assemble", wanted, *flat, returns=2)
     return roles.experience.wait(stats, "assembling experience"), batch
 
 

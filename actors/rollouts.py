@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,8 @@ class Chunk:
 
 @dataclass
 class Collected:
-    """What one step trains on: `sample_ids`, and the chunks that hold them (perhaps among others)."""
+    """What one step trains on: the `wanted` samples of these chunks, which may hold others too."""
 
-    sample_ids: list[int]
     chunks: list[Chunk]
     generated_tokens: int = 0
     seconds: float = 0.0
@@ -103,14 +102,15 @@ class Rollouts:
         self._serve_until(lambda: self.schedule.ready(step), f"the samples of step {step}")
         chosen = self.schedule.take(step)
         wanted = set(chosen)
-        used = [chunk for chunk in self.chunks if not wanted.isdisjoint(chunk.wanted)]
-        for chunk in used:
-            chunk.wanted -= wanted
+        used = [replace(chunk, wanted=wanted & chunk.wanted) for chunk in self.chunks]
+        for chunk in self.chunks:
+            # What was trained on is used up, what grew too old will come again in another chunk.
+            chunk.wanted &= self.schedule.finished.keys()
         self.chunks = [chunk for chunk in self.chunks if chunk.wanted]
         for sample in chosen:
             del self.prompts[sample]
         now = time.perf_counter()
-        result = Collected(chosen, used, self.generated_tokens, now - self.since)
+        result = Collected([chunk for chunk in used if chunk.wanted], self.generated_tokens, now - self.since)
         self.generated_tokens, self.since = 0, now
         return result
 
@@ -134,7 +134,7 @@ class Rollouts:
         self._evaluation = None
         for sample in ids:
             del self.prompts[sample]
-        return Collected(ids, self._evaluated)
+        return Collected(self._evaluated)
 
     def while_waiting(self, references: Sequence[Any], what: str, timeout_s: float) -> None:
         """Serve the generators until ``references`` are all there, or the time is up (which the caller will see)."""
