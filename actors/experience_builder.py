@@ -24,7 +24,7 @@ class ExperienceBuilder:
         self.unsafe_above = {c.name: 0.5 if c.violation_rate else 0.0 for c in config.constraints}
 
     def assemble(self, wanted: list[list[int]], *batches: pa.RecordBatch) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """One batch from chunks: of each the ``wanted`` samples, its finished sequences and the batches of their scores.
+        """One batch from chunks: of each the ``wanted`` samples, finished sequences before the batches of their scores.
 
         Returns the means of reward and costs, and the batch, by sample id.
         """
