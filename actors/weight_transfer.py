@@ -16,10 +16,12 @@ Tried: tensor parallelism 1 and 2 on CPUs. Not tried so far: a GPU, and vLLM's R
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import xxhash
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -29,9 +31,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.waits import fetch
-from beaver_ray.weights import Manifest, flat_tensor, verify, views
+from beaver_ray.weights import Manifest, TensorEntry, flat_tensor, verify, views
 
 BACKEND = "packed"
+SAMPLE = 8  # tensors compared after each update
 
 
 @dataclass
@@ -54,8 +57,10 @@ class PackedUpdateInfo(WeightTransferUpdateInfo):
 class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpdateInfo]):
     """Loads checkpoint-format tensors bucket by bucket with vLLM's layerwise reload.
 
-    finish_weight_update raises RuntimeError when a parameter of the model got no weights: vLLM would keep
-    the old ones and say so only in its log.
+    finish_weight_update raises RuntimeError when a parameter of the model got no weights, which vLLM would only
+    say in its log, and when a sampled parameter is not, byte for byte, what was published. The sample is taken
+    from the parameters that vLLM holds as they come: all but the fused and sharded ones on a GPU, embeddings and
+    norms on a CPU, where vLLM packs its matrices.
     """
 
     init_info_cls = PackedInitInfo
@@ -66,6 +71,8 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         self.fetch_timeout_s = PackedInitInfo.fetch_timeout_s
         self.expected: set[str] = set()
         self.loaded: set[str] | None = set()
+        self.sampled: dict[str, tuple[TensorEntry, int]] = {}
+        self.comparable: set[str] | None = None  # names of parameters that are held as they come; known after the first
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
         self.fetch_timeout_s = init_info.fetch_timeout_s
@@ -75,7 +82,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         # was without them; elsewhere it is the embedding's own parameter.
         tied_apart = self.device.type == "cpu"
         self.expected = {name for name, _ in self.model.named_parameters(remove_duplicate=not tied_apart)}
-        self.loaded = set()
+        self.loaded, self.sampled = set(), {}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
@@ -84,6 +91,10 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         bucket = fetch(update_info.bucket, what=what, timeout_s=self.fetch_timeout_s)
         if not update_info.verified:
             verify(manifest, index, bucket)
+        for entry in sample_entries(manifest, self.comparable):
+            if entry.bucket == index:
+                piece = bucket[entry.offset : entry.offset + entry.nbytes]
+                self.sampled[entry.name] = (entry, xxhash.xxh3_64_intdigest(piece.data))
         # The layerwise reload keeps the tensors until their layer is complete, perhaps for several buckets:
         # each bucket therefore gets its own memory on the device, never a staging buffer that the next one
         # overwrites.
@@ -105,6 +116,18 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
                     f"{', '.join(missing[:5])}; send the whole state_dict()"
                 )
 
+        self._compare_sample()
+
+    def _compare_sample(self) -> None:
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        same = {name: entry for name, (entry, _) in self.sampled.items() if _held_as_it_came(held.get(name), entry)}
+        for name in same:
+            flat = held[name].detach().contiguous().view(-1).view(torch.uint8)
+            if xxhash.xxh3_64_intdigest(flat.cpu().numpy().data) != self.sampled[name][1]:
+                raise RuntimeError(f"after a weight update the generator's {name} is not what was published")
+        if self.comparable is None:
+            self.comparable = set(same)
+
     def shutdown(self) -> None:
         self.loaded = set()
 
@@ -112,6 +135,22 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Abstract in vLLM 0.26; unused, since the trainer publishes to an object store."""
         raise NotImplementedError("the trainer publishes packed weights and sends none")
+
+
+def sample_entries(manifest: Manifest, comparable: set[str] | None) -> list[TensorEntry]:
+    """The tensors whose arrival is checked: all at the first update, then some of ``comparable``, others each time."""
+    entries = [entry for entry in manifest.entries if entry.nbytes and (comparable is None or entry.name in comparable)]
+    if comparable is None or len(entries) <= SAMPLE:
+        return entries
+    return random.Random(manifest.version).sample(entries, SAMPLE)
+
+
+def _held_as_it_came(parameter: torch.Tensor | None, entry: TensorEntry) -> bool:
+    return (
+        parameter is not None
+        and tuple(parameter.shape) == entry.shape
+        and parameter.dtype == getattr(torch, entry.dtype)
+    )
 
 
 @functools.cache

@@ -5,7 +5,9 @@ updates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.exchange import Exchange
 from actors.generator import GeneratorSpec, VllmGenerator
-from beaver_ray.weights import PublishedWeights, pack
+from actors.weight_transfer import SAMPLE, sample_entries
+from beaver_ray.weights import PublishedWeights, pack, views
 from tests.actors.conftest import disturb, largest_difference, make_prompts
 
 # About 13 buckets for the tiny model, so that layers lie across bucket boundaries.
@@ -69,13 +72,35 @@ def test_a_damaged_bucket_changes_nothing(pair: Pair) -> None:
     assert largest_difference(model, batch) < 1e-4
 
 
-def test_weights_left_out_are_an_error_and_the_generator_stops(pair: Pair) -> None:
-    """Last in this file: it leaves the engine unusable. A tied model without lm_head.weight is the silent
-    case.
+def test_the_sample_changes_and_is_large_enough(pair: Pair) -> None:
+    manifest = published(pair[1], 7).manifest
+    assert len(sample_entries(manifest, None)) == len(manifest.names)
+    comparable = set(manifest.names[:20])
+    seen = set()
+    for version in range(1, 30):
+        names = [entry.name for entry in sample_entries(replace(manifest, version=version), comparable)]
+        assert len(set(names)) == SAMPLE and set(names) <= comparable
+        seen.update(names)
+    assert seen == comparable
+
+
+def test_a_failed_update_stops_the_generator(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last in this file: it leaves the engine unusable. Weights left out of a tied model (its lm_head.weight is the
+    silent case), and a tensor of an untied one that is not what was sent.
     """
     generator, model = pair
-    left_out = "lm_head.weight" if model.config.tie_word_embeddings else "model.layers.2.mlp.down_proj.weight"
-    with pytest.raises(RuntimeError, match="left 1 parameters"):
-        generator.update_weights(published(model, 100, left_out))
+    if model.config.tie_word_embeddings:
+        with pytest.raises(RuntimeError, match="left 1 parameters"):
+            generator.update_weights(published(model, 100, "lm_head.weight"))
+    else:
+
+        def altered(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in views(*args):
+                yield name, tensor * 1.001 if name == "model.norm.weight" else tensor
+
+        monkeypatch.setattr("actors.weight_transfer.views", altered)
+        monkeypatch.setattr("actors.weight_transfer.SAMPLE", 1000)
+        with pytest.raises(RuntimeError, match=r"generator's model\.norm\.weight is not what was published"):
+            generator.update_weights(published(model, 100))
     with pytest.raises(RuntimeError, match="update to weights version 100 failed"):
         generator.exchange(make_prompts(1))
