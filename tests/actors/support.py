@@ -151,6 +151,7 @@ def random_sequences(rows: int, seed: int = 0, vocabulary: int = 128) -> pa.Reco
             "response_tokens": responses,
             "rollout_logprobs": [(-3 + 0.5 * rng.standard_normal(len(r))).tolist() for r in responses],
             "weight_version": np.zeros(rows, np.int64),
+            "token_versions": [[0] * len(r) for r in responses],
             "finish_reason": reasons,
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def run(
     names = [f"values/{s}" for s in signals] + (["logprobs"] if config.ppo.old_logprobs == "trainer" else [])
     base = batch.select([n for n in batch.schema.names if n != "logprobs" and not n.startswith("values/")])
     parts = [only(batch, name).take(pa.array(rows)) for name in names for rows in shares(batch.num_rows)]
-    return ExperienceBuilder(config).advantages([2] * len(names), base, *parts)
+    (figures, _), whole = ExperienceBuilder(config).advantages([2] * len(names), base, *parts)
+    return figures, whole
 
 
 def shares(rows: int) -> list[list[int]]:
@@ -55,14 +57,19 @@ def test_assemble_joins_chunks_that_came_in_any_order(tiny_world: Path) -> None:
     sequences = batch.select(random_sequences(1).schema.names)
     columns = [("reward",), ("cost/harm",), ("cost/bias",), ("reference_logprobs",)]
     flat = []
-    for rows in ([7, 2, 5], [0], [8, 1, 3, 6, 4]):
+    chunks = ([7, 2, 5], [0], [8, 1, 3, 6, 4])
+    for rows in chunks:
         flat.append(sequences.take(pa.array(rows)))
         # Each scorer may answer in its own order.
         flat += [only(batch, *names).take(pa.array(rows[::-1])) for names in columns]
-    stats, whole = ExperienceBuilder(config_of(tiny_world)).assemble(4, *flat)
+    builder = ExperienceBuilder(config_of(tiny_world))
+    ids = [sorted(batch.column("sample_id").to_pylist()[row] for row in rows) for rows in chunks]
+    stats, whole = builder.assemble(ids, *flat)
     assert whole.to_pylist() == batch.select(whole.schema.names).to_pylist()
     data = batch.to_pylist()
-    assert stats["costs"] == {n: [row[f"cost/{n}"] for row in data] for n in ("harm", "bias")}
+    # Samples that another step trains on are left out.
+    some = builder.assemble([ids[0][1:], [], ids[2]], *flat)[1]
+    assert some.column("sample_id").to_pylist() == sorted(ids[0][1:] + ids[2])
     assert stats["samples"] == 9
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
@@ -110,6 +117,34 @@ def test_advantages_by_hand(tiny_world: Path) -> None:
     _, whole = run(batch, config, ("reward",))
     assert whole.column("returns/reward").to_pylist() == [[0.25 + 0.5 * 4.5 + 0.5, 5.5], [-50.0]]
     assert "advantages/harm" not in whole.schema.names
+
+
+def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> None:
+    batch = experience.make_batch(
+        {
+            "sample_id": [1, 2, 3],
+            "prompt_tokens": [[5], [6], [7]],
+            "response_tokens": [[7, 2], [8], [9]],
+            "rollout_logprobs": [[-1.0, -2.0], [-1.0], [-3.0]],
+            "finish_reason": ["stop", "length", "stop"],
+            "reward": [3.0, 1.0, 1.0],
+            "cost/harm": [-2.0, 60.0, 4.0],
+            "reference_logprobs": [[-1.5, -1.0], [-3.0], [-2.0]],
+            "logprobs": [[-1.0 + math.log(2.0), -2.0 - math.log(8.0)], [-1.0], [-0.5]],
+            "values/reward": [[0.5, 1.0], [0.0], [0.0]],
+            "values/harm": [[0.0, -1.0], [2.0], [0.0]],
+        }
+    )
+    # Ratios of whole answers: 2 / 8, 1, exp(2.5) cut at 2; mean 13 / 12.
+    parts = [only(batch, name) for name in ("values/reward", "values/harm", "logprobs")]
+    base = batch.drop_columns(["values/reward", "values/harm", "logprobs"])
+
+    def costs(**rollout: int) -> list[float]:
+        config = ppo_config(tiny_world, rollout=rollout)
+        return ExperienceBuilder(config).advantages([1, 1, 1], base, *parts)[0][1]["harm"]
+
+    assert costs(staleness=1) == pytest.approx([-2.0 * 3 / 13, 60.0 * 12 / 13, 4.0 * 24 / 13], rel=1e-5)
+    assert costs(staleness=0) == [-2.0, 60.0, 4.0]
 
 
 def shaped_gae(row: dict[str, Any], score: float, values: list[float], sign: int, beta: float) -> list[float]:
