@@ -46,9 +46,6 @@ class GeneratorSpec:
     """Sequences in flight at a time."""
     temperature: float = 1.0
     """0 is greedy; log-probs are then those at temperature 1."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all tokens."""
     seed: int = 0
     per_sample_seeds: bool = True
     """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch."""
@@ -254,8 +251,6 @@ class VllmGenerator:
         spec = self.spec
         params = SamplingParams(
             temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k,
             max_tokens=min(spec.max_new_tokens, spec.max_model_len - len(tokens)),
             seed=sample_seed(spec.seed, sample_id) if spec.per_sample_seeds else None,
             stop_token_ids=list(self._eos),

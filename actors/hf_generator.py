@@ -13,11 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from actors.generator import (
     PROMPT_SCHEMA,
@@ -45,13 +40,6 @@ class HFGenerator:
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._waiting: dict[int, tuple[int, list[int]]] = {}
-        self._warpers: list[Any] = []
-        if spec.temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(float(spec.temperature)))
-        if spec.temperature > 0 and spec.top_k > 0:
-            self._warpers.append(TopKLogitsWarper(spec.top_k))
-        if spec.temperature > 0 and spec.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(spec.top_p))
         if weights is not None:
             self.update_weights(weights)
 
@@ -173,12 +161,9 @@ class HFGenerator:
         By the inverse of the distribution function, one uniform number a row; on the CPU and in float64,
         since cumulative sums on a GPU do not repeat.
         """
-        scores_BV = logits_BV
-        for warp in self._warpers:
-            scores_BV = warp(None, scores_BV)
-        logprobs_BV = scores_BV.log_softmax(-1)
+        logprobs_BV = (logits_BV / (self.spec.temperature or 1.0)).log_softmax(-1)
         if self.spec.temperature == 0:
-            tokens_B = scores_BV.argmax(-1)
+            tokens_B = logits_BV.argmax(-1)
         else:
             cdf_BV = logprobs_BV.cpu().double().exp().cumsum(-1)
             uniform_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])

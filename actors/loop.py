@@ -68,7 +68,7 @@ def train_policy(
 def make_rollouts(config: SafePpoConfig, roles: Roles) -> Rollouts:
     """The scheduler over this run's generators."""
     rollout, timeout = config.rollout, config.cluster.step_timeout
-    return Rollouts(roles.rollout, rollout.max_sequences, rollout.score_chunk, timeout)
+    return Rollouts(roles.rollout, rollout.max_sequences, timeout)
 
 
 def score(roles: Roles, sequences: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from beaver_ray.method.advantages import combine_advantages, normalize
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
-from beaver_ray.weights import PublishedWeights, pack
+from beaver_ray.weights import BUCKET_BYTES, PublishedWeights, pack
 
 
 class PolicyTrainer(TrainingRank):
@@ -90,7 +90,7 @@ class PolicyTrainer(TrainingRank):
             for _ in tensors:
                 continue
             return None
-        size = self.config.rollout.bucket_mib * 2**20
+        size = BUCKET_BYTES
         if self.put is not None and self.bucket is None:
             self.bucket = np.empty(size, dtype=np.uint8)
         return pack(tensors, version, size, self.put, self.bucket)

@@ -1,9 +1,6 @@
 """Every option of every stage: typed, strict, one line of help each.
 
-A configuration is one YAML file, changed on the command line by dotted overrides
-(``rollout.temperature=0.7``, ``constraints.harm.limit=-3``). An unknown key is an error that suggests the
-near one. Strings may hold ``${workspace}``. Nothing heavy is imported here: the command line reads this
-module first.
+`config_files` reads them from YAML. Nothing heavy is imported here: the command line reads this module first.
 """
 
 from __future__ import annotations
@@ -11,21 +8,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-
-from beaver_ray.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 ROLES = (
@@ -39,6 +26,12 @@ ROLES = (
     "experience",
     "trainer",
 )
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the one that was probably meant, or all there are."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 class _Strict(BaseModel):
@@ -135,6 +128,9 @@ class PolicyModels(_Strict):
     reward: str = _option("Folder of the reward model.")
     reference: str | None = _option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = _option("Folder the reward critic starts from; null for the reward model.", None)
+    lora_rank: int = _option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
+    lora_alpha: float = _option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
+    shared_critic: bool = _option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
 
 
@@ -156,14 +152,14 @@ class RolloutConfig(_Strict):
     samples_per_prompt: int = _option("Answers for each prompt.", 1, gt=0)
     max_new_tokens: int = _option("Longest answer.", 512, gt=0)
     temperature: float = _option("Sampling temperature.", 1.0, gt=0)
-    top_p: float = _option("Nucleus sampling.", 1.0, gt=0, le=1)
-    top_k: int = _option("Sample among the k most likely tokens; 0 for all.", 0, ge=0)
     max_sequences: int = _option("Sequences in flight in one generator.", 256, gt=0)
-    score_chunk: int = _option("Finished sequences are scored in chunks of at least this many.", 32, gt=0)
     kv_cache_gib: float = _option("KV cache of a generator on a CPU.", 1.0, gt=0)
     gpu_memory_utilization: float = _option("Share of a GPU that a generator takes.", 0.85, gt=0, le=1)
-    tensor_parallel: int = _option("GPUs of one generator.", 1, gt=0)
-    bucket_mib: int = _option("Size of a bucket in which weights travel.", 256, gt=0)
+    staleness: int = _option("Versions that generation may run ahead of training; 0 is synchronous.", 0, ge=0)
+    in_flight: Literal["recompute", "keep", "finish"] = _option(
+        "Sequences under way when weights arrive: recompute their KV cache, keep it, or finish them first.", "recompute"
+    )
+    oversample: float = _option("Answers started for each one trained on; the slowest are aborted.", 1.0, ge=1)
 
 
 class PpoConfig(_Strict):
@@ -185,7 +181,7 @@ class PpoConfig(_Strict):
         "Old log-probs: recomputed by the trainer, or the generator's own.", "trainer"
     )
     importance_cap: float | None = _option(
-        "Truncated importance weights trainer/generator, capped here; null for none.", None, gt=0
+        "Truncated importance weights trainer/generator, capped here; null: 2 with staleness, else none.", None, gt=0
     )
     ptx_coefficient: float = _option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
     truncation_penalty: float = _option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
@@ -218,7 +214,7 @@ class ClusterConfig(_Strict):
     def _known_roles(cls, placement: dict[str, Placement]) -> dict[str, Placement]:
         for role in placement:
             if role not in ROLES:
-                raise ValueError(f"unknown role {role!r}{_near(role, ROLES)}")
+                raise ValueError(f"unknown role {role!r}{near(role, ROLES)}")
         return placement
 
     def of(self, role: str) -> Placement:
@@ -334,180 +330,3 @@ class PipelineConfig(_Strict):
 
 
 StageConfig = SupervisedConfig | SafePpoConfig
-_STAGE: TypeAdapter[StageConfig] = TypeAdapter(Annotated[StageConfig, Field(discriminator="stage")])
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> StageConfig:
-    """The stage's configuration from a YAML file and ``key=value`` overrides.
-
-    Raises UserError, one line, for anything that is wrong in either.
-    """
-    return parse_config(read_yaml(path), overrides or [], str(path))
-
-
-def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> StageConfig:
-    """The stage's configuration from an already read tree; ``where`` names its origin in errors."""
-    tree = apply_overrides(tree, overrides)
-    tree = _interpolate(tree, {"workspace": str(tree.get("workspace", "runs"))}, where)
-    try:
-        return _STAGE.validate_python(tree)
-    except ValidationError as error:
-        models = {"sft": SupervisedConfig, "reward_model": SupervisedConfig, "cost_model": SupervisedConfig}
-        raise UserError(_one_line(error, models.get(str(tree.get("stage")), SafePpoConfig), where)) from None
-
-
-def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple[PipelineConfig, list[StageConfig]]:
-    """A pipeline and its stages' configurations, all checked before anything runs.
-
-    An override whose first word is a stage's name (``safe_ppo.steps=20``) goes to that stage, any other to
-    the pipeline itself.
-    """
-    tree = read_yaml(path)
-    entries = tree.get("stages")
-    names = (
-        [Path(str(e.get("config", ""))).stem for e in entries if isinstance(e, dict)]
-        if isinstance(entries, list)
-        else []
-    )
-    to_stage: dict[str, list[str]] = {name: [] for name in names}
-    own: list[str] = []
-    for override in overrides or []:
-        first, _, rest = override.partition(".")
-        if first in to_stage and "=" in rest:
-            to_stage[first].append(rest)
-        else:
-            own.append(override)
-    try:
-        pipeline = PipelineConfig.model_validate(apply_overrides(tree, own))
-    except ValidationError as error:
-        raise UserError(_one_line(error, PipelineConfig, str(path))) from None
-    stages = []
-    for entry in pipeline.stages:
-        file = Path(path).parent / entry.config
-        settings = [f"{key}={_as_yaml(value)}" for key, value in entry.set.items()]
-        workspace = f"workspace={_as_yaml(pipeline.workspace)}"
-        stages.append(load_config(file, [workspace, *settings, *to_stage[file.stem]]))
-    return pipeline, stages
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold 'key: value' lines, not {type(tree).__name__}")
-    return tree
-
-
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The tree with ``a.b.c=value`` applied; a list entry is meant by its number or by its ``name``."""
-    tree = yaml.safe_load(yaml.safe_dump(tree))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"override {override!r} must look like key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
-        node: Any = tree
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            node = _child(node, part, override)
-        if isinstance(node, list):
-            node[_index(node, last, override)] = value
-        else:
-            node[last] = value
-    return tree
-
-
-def save_config(config: BaseModel, path: Path) -> None:
-    """The resolved configuration as YAML that load_config reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-
-
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, override)]
-    child = node.get(part)
-    if child is None:
-        child = node[part] = {}
-    if not isinstance(child, dict | list):
-        raise UserError(f"override {override!r}: {part} is a value, not a section")
-    return child
-
-
-def _index(node: list[Any], part: str, override: str) -> int:
-    for index, entry in enumerate(node):
-        if part == str(index) or (isinstance(entry, dict) and entry.get("name") == part):
-            return index
-    known = [str(e.get("name", i)) if isinstance(e, dict) else str(i) for i, e in enumerate(node)]
-    raise UserError(f"override {override!r}: no entry {part!r} in the list; it has {', '.join(known) or 'none'}")
-
-
-def _interpolate(node: Any, values: dict[str, str], where: str) -> Any:
-    if isinstance(node, dict):
-        return {key: _interpolate(value, values, where) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_interpolate(value, values, where) for value in node]
-    if not isinstance(node, str):
-        return node
-
-    def replace(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            raise UserError(f"{where}: ${{{match[1]}}} is not known; only ${{workspace}} is")
-        return values[match[1]]
-
-    return re.sub(r"\$\{([^}]*)\}", replace, node)
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
-
-
-def _near(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
-
-
-def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """pydantic's first complaint as one line, with the near key for an unknown one."""
-    first = error.errors(include_url=False)[0]
-    location = list(first["loc"])
-    if location and location[0] in _STAGE_TAGS:
-        del location[0]  # which of the stages it was read as; "ppo" is also a section
-    path = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, list(location[:-1]))
-        return f"{where}: unknown key {path}{_near(str(location[-1]), known)}{more}"
-    if first["type"].startswith("union_tag"):
-        return f"{where}: stage must be one of {', '.join(sorted(_STAGE_TAGS))}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) and first["type"] != "value_error" else ""
-    prefix = f"{where}: {path}: " if path else f"{where}: "
-    return f"{prefix}{message}{shown}{more}".replace("\n", " ")
-
-
-_STAGE_TAGS = {"sft", "reward_model", "cost_model", "ppo", "reward_shaping", "safe_ppo"}
-
-
-def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the section at ``location``."""
-    current: Any = model
-    for part in location:
-        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue
-        field = current.model_fields.get(str(part))
-        if field is None:  # a key of a mapping
-            continue
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
-    return list(current.model_fields)

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tokenizers import Tokenizer
 
-from beaver_ray.config import ConstraintConfig, SafePpoConfig, load_config
+from beaver_ray.config import ConstraintConfig, SafePpoConfig
+from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.runs import duration, is_finished, read_metrics
 

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from beaver_ray.config import RunConfig, save_config
+from beaver_ray.config import RunConfig
+from beaver_ray.config_files import save_config
 from beaver_ray.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 import xxhash
 
+BUCKET_BYTES = 128 * 2**20
+"""Size of a bucket between trainer and generators: large enough that calls cost nothing, and a few fill a pipeline."""
+
 ALIGNMENT = 64
 """Bytes. Every tensor starts at a multiple of it: a cache line, and a multiple of every element size."""
 
@@ -71,7 +74,7 @@ class PublishedWeights:
 def pack(
     tensors: Iterable[tuple[str, torch.Tensor]],
     version: int,
-    bucket_bytes: int = 512 * 2**20,
+    bucket_bytes: int = BUCKET_BYTES,
     put: Callable[[np.ndarray], Any] | None = None,
     buffer: np.ndarray | None = None,
 ) -> PublishedWeights:

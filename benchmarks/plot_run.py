@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from beaver_ray.config import SafePpoConfig, load_config
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
 

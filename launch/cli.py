@@ -11,7 +11,8 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from beaver_ray.config import PipelineConfig, SafePpoConfig, SupervisedConfig, load_config
+from beaver_ray.config import PipelineConfig, SafePpoConfig, SupervisedConfig
+from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 
 app = typer.Typer(

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from beaver_ray.config import SafePpoConfig, StageConfig, load_config, load_pipeline
+from beaver_ray.config import SafePpoConfig, StageConfig
+from beaver_ray.config_files import load_config, load_pipeline
 from beaver_ray.errors import UserError
 from beaver_ray.runs import has_started, is_finished, read_metrics
 

@@ -216,7 +216,7 @@ def _role_plan(
         needs = states + activation_gib(facts, config.engine, trained=True, logits=logits)
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
-        host = VLLM_BASE_GIB + 2 * config.rollout.bucket_mib / 1024  # a bucket on its way in, and the next one
+        host = VLLM_BASE_GIB + 0.25  # a bucket of weights on its way in, and the next one
         weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
         gpu_share = config.rollout.gpu_memory_utilization * resources.gpu_gib * placement.gpus
         needs = gpu_share if on_gpu else weights + config.rollout.kv_cache_gib
@@ -367,12 +367,9 @@ def _rank_problems(config: StageConfig, roles: list[RolePlan]) -> list[str]:
         for r in roles
         if r.role in TRAINED and r.processes > minibatch
     ]
-    if isinstance(config, SafePpoConfig) and not config.debug:
-        parallel, gpus = config.rollout.tensor_parallel, config.cluster.of("rollout").gpus
-        if parallel > 1 and 0 < gpus < parallel:
-            problems.append(
-                f"rollout.tensor_parallel {parallel} needs cluster.placement.rollout.gpus={parallel}, not {gpus:g}"
-            )
+    gpus = config.cluster.of("rollout").gpus
+    if gpus > 1 and gpus != int(gpus):
+        problems.append(f"cluster.placement.rollout.gpus is {gpus:g}; a generator on several GPUs needs whole ones")
     return problems
 
 

@@ -9,15 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from beaver_ray.config import (
-    PipelineConfig,
-    SafePpoConfig,
-    SupervisedConfig,
-    load_config,
-    load_pipeline,
-    parse_config,
-    save_config,
-)
+from beaver_ray.config import PipelineConfig, SafePpoConfig, SupervisedConfig
+from beaver_ray.config_files import load_config, load_pipeline, parse_config, save_config
 from beaver_ray.errors import UserError
 from launch.cli import leaves
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from beaver_ray.config import parse_config
+from beaver_ray.config_files import parse_config
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.experience import make_batch

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from beaver_ray import runs
-from beaver_ray.config import SupervisedConfig, load_config
+from beaver_ray.config import SupervisedConfig
+from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder, duration, has_started, is_finished, read_metrics
 

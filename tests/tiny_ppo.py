@@ -69,7 +69,6 @@ def write_stage(folder: Path, **changes: Any) -> Path:
             "max_new_tokens": 8,
             "max_sequences": 8,
             "kv_cache_gib": 0.1,
-            "bucket_mib": 1,
         },
         "ppo": {"minibatches": 2, "kl_coefficient": 0.02},
         "policy": {"learning_rate": 3e-3},

@@ -73,26 +73,18 @@ def make_prompts(count: int, first_id: int = 0, seed: int = 0, lengths: tuple[in
     return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
 
 
-def forward_logprobs(model: torch.nn.Module, row: dict[str, Any], temperature: float, top_k: int) -> torch.Tensor:
-    """Log-probs of a finished row's response from one unpadded forward pass, under softmax of the top_k of
-    logits/T.
-    """
+def forward_logprobs(model: torch.nn.Module, row: dict[str, Any], temperature: float) -> torch.Tensor:
+    """Log-probs of a finished row's response from one unpadded forward pass, under softmax(logits / T)."""
     tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
     with torch.no_grad():
         logits = model(tokens).logits[0, len(row["prompt_tokens"]) - 1 : -1] / temperature
-    if top_k:
-        kth = logits.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
-        logits = torch.where(logits < kth, -torch.inf, logits)
     return logits.log_softmax(-1)[torch.arange(len(logits)), torch.tensor(row["response_tokens"])]
 
 
-def largest_difference(
-    model: torch.nn.Module, batch: pa.RecordBatch, temperature: float = 1.0, top_k: int = 0
-) -> float:
+def largest_difference(model: torch.nn.Module, batch: pa.RecordBatch, temperature: float = 1.0) -> float:
     """Between a batch's rollout log-probs and those of the forward pass."""
     differences = [
-        forward_logprobs(model, row, temperature, top_k) - torch.tensor(row["rollout_logprobs"])
-        for row in batch.to_pylist()
+        forward_logprobs(model, row, temperature) - torch.tensor(row["rollout_logprobs"]) for row in batch.to_pylist()
     ]
     return float(torch.cat(differences).abs().max())
 

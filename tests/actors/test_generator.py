@@ -18,7 +18,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.weights import pack
 from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts
 
-TEMPERATURE, TOP_K = 0.7, 40
+TEMPERATURE = 0.7
 MODEL_LEN, NEW_TOKENS = 96, 32
 
 Generator = VllmGenerator | HFGenerator
@@ -29,7 +29,6 @@ def make_spec(folder: Path, **changes: Any) -> GeneratorSpec:
     values |= {
         "max_sequences": 24,
         "temperature": TEMPERATURE,
-        "top_k": TOP_K,
         "kv_cache_gib": 0.1,
         "seed": 5,
     }
@@ -76,7 +75,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
         assert summary["running"] == 60 - len(found)
         assert summary["free"] == generator.capacity() == max(0, 24 - summary["running"])
         assert summary["generated_tokens"] == sum(map(len, batch.column("response_tokens").to_pylist()))
-        assert largest_difference(model, batch, TEMPERATURE, TOP_K) < 1e-4
+        assert largest_difference(model, batch, TEMPERATURE) < 1e-4
         if not summary["running"]:
             break
         assert summary["finished"] >= 7
@@ -152,8 +151,8 @@ def test_update_with_sequences_in_flight(vllm_generator: VllmGenerator, model: P
     for row in late.to_pylist():
         assert row["weight_version"] == 0 and summary["weight_version"] == 1
         sampled = torch.tensor(row["rollout_logprobs"])
-        by_old = forward_logprobs(old, row, TEMPERATURE, TOP_K)
-        by_new = forward_logprobs(new, row, TEMPERATURE, TOP_K)
+        by_old = forward_logprobs(old, row, TEMPERATURE)
+        by_new = forward_logprobs(new, row, TEMPERATURE)
         torch.testing.assert_close(sampled[:3], by_old[:3], atol=1e-4, rtol=0)
         torch.testing.assert_close(sampled[3:], by_new[3:], atol=1e-4, rtol=0)
         assert not torch.allclose(by_old, by_new, atol=1e-2)
@@ -166,11 +165,11 @@ def test_five_updates_at_low_temperature(generator: Generator, model: PreTrained
         generator.update_weights(pack(model.state_dict().items(), version, 2**20, put=np.copy))
         batch = generator.exchange(make_prompts(12, seed=4), min_finished=12)[1]
         assert set(batch.column("weight_version").to_pylist()) == {version}
-        assert largest_difference(model, batch, TEMPERATURE, TOP_K) < 1e-4
+        assert largest_difference(model, batch, TEMPERATURE) < 1e-4
 
 
 def test_hf_generator_repeats_bit_for_bit(tiny_llama: Callable[[bool], Path]) -> None:
-    for changes in ({}, {"per_sample_seeds": False}, {"top_p": 0.8}):
+    for changes in ({}, {"per_sample_seeds": False}):
         spec = make_spec(tiny_llama(False), **changes)
         prompts = make_prompts(30, seed=6)
         one, two = (HFGenerator(spec).exchange(prompts, min_finished=30)[1] for _ in range(2))
@@ -180,7 +179,7 @@ def test_hf_generator_repeats_bit_for_bit(tiny_llama: Callable[[bool], Path]) ->
 
 
 def test_greedy_is_argmax(tiny_llama: Callable[[bool], Path], model: PreTrainedModel) -> None:
-    generator = HFGenerator(make_spec(tiny_llama(True), temperature=0.0, top_k=0))
+    generator = HFGenerator(make_spec(tiny_llama(True), temperature=0.0))
     row = generator.exchange(make_prompts(1, lengths=(9, 10)), min_finished=1)[1].to_pylist()[0]
     tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
     with torch.no_grad():

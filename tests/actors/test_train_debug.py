@@ -185,7 +185,7 @@ def test_the_same_seed_gives_the_same_run(one_rank: None, tiny_world: Path, trai
     changes = {
         "ppo": {"minibatches": 2, "epochs": 2, "ptx_coefficient": 1.0, "importance_cap": 2.0},
         "data": {"ptx": [f"demonstrations:1:{tiny_world}/ptx.jsonl"]},
-        "rollout": {"max_sequences": 3, "score_chunk": 2, "top_k": 30, "temperature": 0.9},
+        "rollout": {"max_sequences": 3, "temperature": 0.9},
         "trajectory_every": 1,
     }
     folders = {}

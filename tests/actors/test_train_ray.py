@@ -17,7 +17,7 @@ from ray.util.state import list_actors
 from transformers import AutoModelForCausalLM
 
 from actors.train import train
-from beaver_ray.config import load_config
+from beaver_ray.config_files import load_config
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beaver_ray.config import load_config
+from beaver_ray.config_files import load_config
 from beaver_ray.runs import RunFolder
 from launch.__main__ import main
 

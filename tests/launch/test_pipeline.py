@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from beaver_ray.config import StageConfig, load_pipeline
+from beaver_ray.config import StageConfig
+from beaver_ray.config_files import load_pipeline
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder
 from launch.pipeline import build_world, headlines, run_pipeline

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beaver_ray.config import EngineConfig, load_config
+from beaver_ray.config import EngineConfig
+from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from launch.planning import (
     GIB,
@@ -191,8 +192,8 @@ def test_lengths_and_ranks(stage_file: StageFile) -> None:
     message = problem(path, ROOMY, ranks, "ppo.minibatches=4")
     assert "a minibatch of 2 samples (a step has 8 in 4) cannot be dealt to 3 ranks of critic-harm" in message
     assert "cluster.placement.cost_critic.workers" in message
-    message = problem(path, ROOMY, "rollout.tensor_parallel=2", "cluster.placement.rollout.gpus=1")
-    assert message == "rollout.tensor_parallel 2 needs cluster.placement.rollout.gpus=2, not 1"
+    message = problem(path, ROOMY, "cluster.placement.rollout.gpus=1.5")
+    assert message.startswith("cluster.placement.rollout.gpus is 1.5; a generator on several GPUs needs whole ones")
     supervised = stage_file("reward_model")
     assert "max_tokens 65 make sequences of 65 tokens" in problem(supervised, ROOMY, "max_tokens=65")
     ranks = "cluster.placement.trainer.workers=5"
