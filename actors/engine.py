@@ -68,9 +68,10 @@ class TrainingEngine:
         self.optimizer_config, self.total_steps, self.steps_done = optimizer, total_steps, 0
         if engine.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         # DeepSpeed's own Adams are compiled on first use; PyTorch's fused one is as fast and always there.
         adam = torch.optim.AdamW(
@@ -124,24 +125,25 @@ class TrainingEngine:
         self.steps_done += 1
         return {**figures, "grad_norm": norm, "learning_rate": rate}
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model by its state_dict name, tied ones under each of their names.
+    def full_state(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model whose name is ``wanted``, by its state_dict name; tied ones under each name.
 
         Under ZeRO-3 each parameter is gathered as it is asked for: every rank must walk through to the end.
         """
         if self.zero_stage < 3:
-            yield from self.module.state_dict().items()
+            yield from ((n, t) for n, t in self.module.state_dict().items() if wanted(n))
             return
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.data
+            if wanted(name):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.data
         persistent = set(self.module.state_dict())
-        yield from ((n, b) for n, b in self.module.named_buffers() if n in persistent)
+        yield from ((n, b) for n, b in self.module.named_buffers() if n in persistent and wanted(n))
 
-    def full_state_on_rank_0(self) -> dict[str, Tensor] | None:
-        """The whole model in host memory of rank 0; None on the others. All ranks must call it."""
+    def full_state_on_rank_0(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor] | None:
+        """What `full_state` gives, in host memory of rank 0; None on the others. All ranks must call it."""
         state = {}
-        for name, tensor in self.full_state():
+        for name, tensor in self.full_state(wanted):
             if self.rank == 0:
                 state[name] = tensor.detach().cpu().clone()
         return state if self.rank == 0 else None

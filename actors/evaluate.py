@@ -35,7 +35,9 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     if not config.evaluation.prompts:
         raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
     chosen = policy or str(config.folder / "final" / "policy")
-    models = config.models.model_copy(update={"policy": chosen, "reference": config.models.policy})
+    # Judging needs no reference: with LoRA, where none is started, it stays so.
+    reference = None if config.models.adapter_off_is_reference else config.models.policy
+    models = config.models.model_copy(update={"policy": chosen, "reference": reference})
     config = config.model_copy(update={"models": models})
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:

@@ -5,7 +5,7 @@ steps of the engine, also while sequences are in flight. A caller that keeps two
 lets the engine wait. `actors/hf_generator.py` has the same interface over transformers, for
 debugging.
 
-Left out: LoRA, several samples for one prompt (give each its own sample_id), stop strings (stop tokens
+Left out: several samples for one prompt (give each its own sample_id), stop strings (stop tokens
 only), speculative decoding, data parallelism inside one engine (start more generators instead).
 """
 
@@ -92,12 +92,18 @@ def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[in
     return tuple(sorted(ids))
 
 
-def fetch_verified(weights: PublishedWeights, timeout_s: float) -> list[np.ndarray]:
-    """All buckets of a version, checked; ValueError for a damaged one. Under Ray they are shared memory."""
+def fetch_verified(weights: PublishedWeights, spec: GeneratorSpec) -> list[np.ndarray]:
+    """All buckets of a version, checked; ValueError for a damaged one, or an adapter of another model.
+
+    Under Ray they are shared memory.
+    """
+    adapter = weights.manifest.adapter
+    if adapter and adapter.base != spec.model:
+        raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {spec.model}")
     buckets = []
     for index, bucket in enumerate(weights.buckets):
         what = f"weights version {weights.version}, bucket {index}"
-        array = fetch(bucket, what=what, timeout_s=timeout_s)
+        array = fetch(bucket, what=what, timeout_s=spec.load_timeout_s)
         verify(weights.manifest, index, array)
         buckets.append(array)
     return buckets
@@ -161,7 +167,7 @@ class VllmGenerator:
         self._check_usable()
         started = time.perf_counter()
         manifest = weights.manifest
-        buckets = fetch_verified(weights, self.spec.load_timeout_s)
+        buckets = fetch_verified(weights, self.spec)
         self._broken = f"its update to weights version {manifest.version} failed half-way"
         self._engine.collective_rpc("start_weight_update")
         for index, bucket in enumerate(buckets):

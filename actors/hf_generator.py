@@ -17,6 +17,7 @@ import torch
 from actors.exchange import PROMPT_SCHEMA, Exchange, check_prompts, exchange_result, sample_seed
 from actors.generator import GeneratorSpec, fetch_verified, read_eos_token_ids
 from beaver_ray.models.loading import default_device, load_policy
+from beaver_ray.models.lora import merged
 from beaver_ray.weights import PublishedWeights, unpack
 
 
@@ -33,6 +34,7 @@ class HFGenerator:
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._waiting: dict[int, tuple[int, list[int]]] = {}
+        self._base: dict[str, torch.Tensor] = {}
         if weights is not None:
             self.update_weights(weights)
 
@@ -59,16 +61,21 @@ class HFGenerator:
         """
         started = time.perf_counter()
         manifest = weights.manifest
-        buckets = fetch_verified(weights, self.spec.load_timeout_s)
+        buckets = fetch_verified(weights, self.spec)
         targets = self.model.state_dict()
-        if unlike := sorted(set(manifest.names) ^ set(targets)):
+        tensors = {n: t for i, b in enumerate(buckets) for n, t in unpack(manifest, i, b, check=False)}
+        if manifest.adapter:
+            # Debugging is for small models: what the adapter is added to is kept beside what they add up to.
+            self._base = self._base or {name: tensor.clone() for name, tensor in targets.items()}
+            adapter = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            tensors = dict(merged(self._base.items(), adapter, manifest.adapter))
+        if unlike := sorted(set(tensors) ^ set(targets)):
             raise ValueError(
                 f"weights version {manifest.version} and the model in {self.spec.model} differ in "
                 f"{len(unlike)} tensors: {', '.join(unlike[:5])}; send the whole state_dict()"
             )
-        for index, bucket in enumerate(buckets):
-            for name, tensor in unpack(manifest, index, bucket, check=False):
-                targets[name].copy_(tensor)
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
         self.version = manifest.version
         return {
             "version": self.version,

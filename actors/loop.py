@@ -93,10 +93,12 @@ def make_rollouts(
 
 
 def score(roles: Roles, sequences: Any) -> list[Any]:
-    """Start reward, costs and reference log-probs of finished sequences."""
+    """Start reward, costs and, where the reference is a role, its log-probs of finished sequences."""
     scorers = [roles.reward, *roles.costs.values()]
     scores = [group.next().call("score", sequences) for group in scorers]
-    return [*scores, roles.reference.next().call("logprobs", sequences)]
+    if roles.reference.workers:
+        scores.append(roles.reference.next().call("logprobs", sequences))
+    return scores
 
 
 def assemble(roles: Roles, collected: Collected) -> tuple[dict[str, Any], Any]:
@@ -115,7 +117,7 @@ def add_advantages(
     Returns figures, the episodes' costs as the multipliers should see them, and a reference to the whole batch.
     """
     parts = [critic.call("values", batch) for critic in roles.critics.values()]
-    if config.ppo.old_logprobs == "trainer":
+    if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
         parts.append(roles.policy.call("logprobs", batch))
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]

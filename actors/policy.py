@@ -1,8 +1,13 @@
-"""The policy trainer: log-probs before the update, the clipped policy step with PTX, and its published weights."""
+"""The policy trainer: log-probs before the update, the clipped policy step with PTX, and its published weights.
+
+With models.lora_rank an adapter is all that is trained and published; with the adapter off the policy is its own
+reference.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,8 @@ from beaver_ray.method.advantages import combine_advantages, normalize
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
-from beaver_ray.weights import BUCKET_BYTES, PublishedWeights, pack
+from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
+from beaver_ray.weights import BUCKET_BYTES, AdapterInfo, PublishedWeights, pack
 
 
 class PolicyTrainer(TrainingRank):
@@ -42,8 +48,12 @@ class PolicyTrainer(TrainingRank):
 
     def build(self) -> None:
         """Load the policy and the PTX data."""
-        config = self.config
-        model = load_policy(config.models.policy, DTYPES[config.engine.dtype], config.models.trust_remote_code)
+        config, models = self.config, self.config.models
+        model: Any = load_policy(models.policy, DTYPES[config.engine.dtype], models.trust_remote_code)
+        self.adapter: AdapterInfo | None = None
+        if models.lora_rank:
+            self.adapter = AdapterInfo(models.lora_rank, models.lora_alpha, models.policy)
+            model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
@@ -57,15 +67,25 @@ class PolicyTrainer(TrainingRank):
 
     @torch.no_grad()
     def logprobs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """``sample_id`` and ``logprobs`` of this rank's share, by the weights as they are now."""
-        self.engine.module.eval()
+        """``sample_id`` and ``logprobs`` of this rank's share, by the weights as they are now.
+
+        Where the reference is the policy with its adapter off, ``reference_logprobs`` as well; alone where
+        ppo.old_logprobs has no use for the others.
+        """
+        module: Any = self.engine.module.eval()
         rows = SequenceRows(batch)
-        parts = []
+        itself = self.config.models.adapter_off_is_reference
+        names = ["reference_logprobs"] if itself else []
+        if self.config.ppo.old_logprobs == "trainer" or not itself:
+            names.insert(0, "logprobs")
+        found: dict[str, list[tuple[list[int], np.ndarray]]] = {name: [] for name in names}
         for micro_batch in self._micro_batches(rows, range(batch.num_rows)):
-            logprobs_T, _ = self._logprobs(micro_batch)
-            if micro_batch.weight:
-                parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
-        return token_column(batch, "logprobs", parts)
+            for name, parts in found.items():
+                with module.disable_adapter() if name == "reference_logprobs" else nullcontext():
+                    logprobs_T, _ = self._logprobs(micro_batch)
+                if micro_batch.weight:
+                    parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
+        return experience.join(*(token_column(batch, name, parts) for name, parts in found.items()))
 
     def update(self, batch: pa.RecordBatch, multipliers: dict[str, float], step: int) -> dict[str, float]:
         """All epochs and minibatches over one step's experience; returns metrics under ``policy/``."""
@@ -84,8 +104,13 @@ class PolicyTrainer(TrainingRank):
         return metrics
 
     def publish(self, version: int) -> PublishedWeights | None:
-        """The weights as buckets under ``version``; rank 0 returns them, the others only help to gather."""
-        tensors = ((name, tensor.detach()) for name, tensor in self.engine.full_state())
+        """The weights (with LoRA the adapter's) as buckets under ``version``; rank 0 returns them, the others only
+        help to gather.
+        """
+        state = self.engine.full_state()
+        if self.adapter:
+            state = ((adapter_name(name), tensor) for name, tensor in self.engine.full_state(is_adapter))
+        tensors = ((name, tensor.detach()) for name, tensor in state)
         if self.rank:
             for _ in tensors:
                 continue
@@ -93,15 +118,25 @@ class PolicyTrainer(TrainingRank):
         size = BUCKET_BYTES
         if self.put is not None and self.bucket is None:
             self.bucket = np.empty(size, dtype=np.uint8)
-        return pack(tensors, version, size, self.put, self.bucket)
+        return pack(tensors, version, size, self.put, self.bucket, self.adapter)
 
     def save(self, folder: str) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it."""
+        """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.
+
+        With LoRA that is the merged policy; peft's own folder of the adapter goes into its folder ``adapter``.
+        """
         state = self.engine.full_state_on_rank_0()
-        if state is not None:
-            model: Any = self.engine.module
-            model.save_pretrained(Path(folder), state_dict=state)
-            self.tokenizer.save_pretrained(folder)
+        if state is None:
+            return
+        model: Any = self.engine.module
+        if self.adapter:
+            adapter = {name: tensor for name, tensor in state.items() if is_adapter(name)}
+            model.save_pretrained(Path(folder) / "adapter", state_dict=adapter, save_embedding_layers=False)
+            base = ((base_name(name), state.pop(name)) for name in list(state) if not is_adapter(name))
+            state = dict(merged(base, {adapter_name(n): t for n, t in adapter.items()}, self.adapter))
+            model = model.get_base_model()
+        model.save_pretrained(Path(folder), state_dict=state)
+        self.tokenizer.save_pretrained(folder)
 
     def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:
         ppo = self.config.ppo

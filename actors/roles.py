@@ -24,7 +24,10 @@ Start = Callable[[str, type, Sequence[tuple[Any, ...]]], Group]
 
 @dataclass
 class Roles:
-    """The groups of a run; ``critics`` by signal, ``costs`` by constraint. An evaluation has no training ones."""
+    """The groups of a run; ``critics`` by signal, ``costs`` by constraint. An evaluation has no training ones.
+
+    ``reference`` has no workers where the policy is its own reference.
+    """
 
     rollout: Group
     reward: Group
@@ -37,7 +40,8 @@ class Roles:
 
 def role_kinds(config: SafePpoConfig) -> dict[str, str]:
     """Every role of the run by its name, with the kind that names it under cluster.placement."""
-    kinds = {"rollout": "rollout", "reward": "reward", "reference": "reference"}
+    kinds = {"rollout": "rollout", "reward": "reward"}
+    kinds |= {} if config.models.adapter_off_is_reference else {"reference": "reference"}
     kinds |= {f"cost-{c.name}": "cost" for c in config.constraints}
     kinds |= {"policy": "policy", "critic-reward": "reward_critic", "experience": "experience"}
     if config.stage == "safe_ppo":
@@ -97,11 +101,12 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
     generator = VllmGenerator if cluster else HFGenerator
     nobody = Group("none", [], 0.0)
+    needed = "reference" in role_kinds(config)
     return Roles(
         rollout=start("rollout", generator, [(generator_spec(config),) for _ in workers("rollout")]),
         reward=scorer("reward", "reward", "reward", config.models.reward),
         costs={c.name: scorer(f"cost-{c.name}", "cost", f"cost/{c.name}", c.model) for c in config.constraints},
-        reference=start("reference", Reference, [reference] * len(workers("reference"))),
+        reference=start("reference", Reference, [reference] * len(workers("reference"))) if needed else nobody,
         policy=nobody,
         critics={},
         experience=nobody,

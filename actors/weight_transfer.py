@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,9 +29,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.waits import fetch
+from beaver_ray.models.lora import merged
 from beaver_ray.weights import Manifest, TensorEntry, flat_tensor, verify, views
 
 BACKEND = "packed"
@@ -70,9 +73,13 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         super().__init__(config, vllm_config, device, model)
         self.fetch_timeout_s = PackedInitInfo.fetch_timeout_s
         self.expected: set[str] = set()
+        self.untied: set[str] = set()
         self.loaded: set[str] | None = set()
         self.sampled: dict[str, tuple[TensorEntry, int]] = {}
         self.comparable: set[str] | None = None  # names of parameters that are held as they come; known after the first
+        self.load_config = vllm_config.load_config
+        self.manifest: Manifest | None = None
+        self.adapter: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
         self.fetch_timeout_s = init_info.fetch_timeout_s
@@ -83,6 +90,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         tied_apart = self.device.type == "cpu"
         self.expected = {name for name, _ in self.model.named_parameters(remove_duplicate=not tied_apart)}
         self.loaded, self.sampled = set(), {}
+        self.untied = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
@@ -99,13 +107,38 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         # each bucket therefore gets its own memory on the device, never a staging buffer that the next one
         # overwrites.
         flat = flat_tensor(bucket).to(self.device)
-        loaded = cast("Any", self.model).load_weights(views(manifest, index, flat))
+        self.manifest = manifest
+        if manifest.adapter:
+            self.adapter |= dict(views(manifest, index, flat))
+        else:
+            self._load(views(manifest, index, flat))
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        loaded = cast("Any", self.model).load_weights(weights)
         if loaded is None or self.loaded is None:
             self.loaded = None  # a few models do not say what they loaded
         else:
             self.loaded |= loaded
 
+    def _load_base_and_adapter(self) -> None:
+        """Load the model's own folder once more, with the adapter added to its weights.
+
+        The folder's files are memory-mapped, and normally still in the page cache. vLLM's layerwise reload takes whole
+        layers only, so all weights are loaded. vLLM's own LoRA support would load less, but costs at every token:
+        with 0.8 million parameters on a CPU it took 10 to 20 ms for an update instead of 20 to 25, and generated
+        0.4 times as many tokens a second.
+        """
+        assert self.manifest is not None and self.manifest.adapter is not None
+        base = get_model_loader(self.load_config).get_all_weights(self.model_config, self.model)  # type: ignore[attr-defined]
+        dtype = cast("torch.dtype", self.model_config.dtype)
+        self._load(merged(base, self.adapter, self.manifest.adapter, dtype))
+        self.adapter = {}
+        # A tied head is neither in the folder nor the adapter's: where it has memory of its own, it stays as it was.
+        self.expected = self.untied
+
     def finish_weight_update(self) -> None:
+        if self.adapter:
+            self._load_base_and_adapter()
         finalize_layerwise_reload(self.model, self.model_config)
         # vLLM's own loader makes the same check, and leaves it out for quantized models as well.
         if self.loaded is not None and self.model_config.quantization is None:

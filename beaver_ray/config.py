@@ -133,6 +133,11 @@ class PolicyModels(_Strict):
     shared_critic: bool = _option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
 
+    @property
+    def adapter_off_is_reference(self) -> bool:
+        """The policy without its LoRA adapter is the reference, which then is no role of its own."""
+        return self.lora_rank > 0 and self.reference is None
+
 
 class PromptData(_Strict):
     """Where prompts and PTX texts come from (NAME[:PROPORTION[:PATH]])."""

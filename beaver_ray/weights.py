@@ -42,6 +42,15 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class AdapterInfo:
+    """How a LoRA adapter is added to the weights of the folder `base`: W + alpha / rank * B @ A."""
+
+    rank: int
+    alpha: float
+    base: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of one version; `bucket_bytes` and `checksums` (xxh3, 64 bit) have one item a bucket."""
 
@@ -49,6 +58,8 @@ class Manifest:
     entries: tuple[TensorEntry, ...]
     bucket_bytes: tuple[int, ...]
     checksums: tuple[int, ...]
+    adapter: AdapterInfo | None = None
+    """The tensors are those of an adapter alone; None for a whole model."""
 
     @property
     def total_bytes(self) -> int:
@@ -77,6 +88,7 @@ def pack(
     bucket_bytes: int = BUCKET_BYTES,
     put: Callable[[np.ndarray], Any] | None = None,
     buffer: np.ndarray | None = None,
+    adapter: AdapterInfo | None = None,
 ) -> PublishedWeights:
     """Pack named tensors into buckets of at most `bucket_bytes` bytes, in the order in which they come.
 
@@ -134,7 +146,8 @@ def pack(
             used = start + nbytes
     if current is not None:
         emit(current[:used])
-    return PublishedWeights(Manifest(version, tuple(entries), tuple(sizes), tuple(checksums)), tuple(buckets))
+    manifest = Manifest(version, tuple(entries), tuple(sizes), tuple(checksums), adapter)
+    return PublishedWeights(manifest, tuple(buckets))
 
 
 def verify(manifest: Manifest, index: int, bucket: np.ndarray) -> None:

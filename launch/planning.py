@@ -6,7 +6,8 @@ Estimates leave out memory fragmentation and what a data set takes; a small shar
 free.
 
 For P parameters on R ranks (Rajbhandari et al. 2020, "ZeRO", section 3): weights 2 or 4 bytes, gradients as
-many, AdamW's moments 8, and a float32 master copy 4 where weights are bfloat16 or ZeRO partitions them.
+many, AdamW's moments 8, and a float32 master copy 4 where weights are bfloat16 or ZeRO partitions them; with LoRA
+gradients, moments and master copy are the adapter's alone.
 ZeRO 1 divides moments and master copy by R, ZeRO 2 gradients too, ZeRO 3 weights too. Activations of a
 transformer layer are 17 numbers for each token and hidden unit (Korthikanti et al. 2022, equation 2, with
 attention computed in blocks).
@@ -62,6 +63,8 @@ class ModelFacts:
     layers: int | None = None
     vocabulary: int | None = None
     positions: int | None = None
+    linear: int | None = None
+    """Inputs and outputs of all linear layers but the head: as many parameters has a LoRA adapter of rank 1."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def _roles(config: StageConfig) -> list[tuple[str, str, str | None]]:
         ("rollout", "rollout", models.policy),
         ("reward", "reward", models.reward),
         *(("cost", f"cost-{c.name}", c.model) for c in constraints),
-        ("reference", "reference", models.reference or models.policy),
+        *([] if models.adapter_off_is_reference else [("reference", "reference", models.reference or models.policy)]),
         ("policy", "policy", models.policy),
         ("reward_critic", "critic-reward", models.reward_critic or models.reward),
     ]
@@ -211,12 +214,16 @@ def _role_plan(
     on_gpu = placement.gpus > 0 and not config.debug
     needs, host = 0.0, BASE_GIB
     if role in TRAINED:
-        states, offloaded = training_state_gib(facts.parameters or 0, config.engine, placement.workers)
+        parameters, trained = facts.parameters or 0, None
+        if role == "policy" and isinstance(config, SafePpoConfig) and config.models.lora_rank:
+            trained = config.models.lora_rank * (facts.linear or 0)
+            parameters += trained
+        states, offloaded = training_state_gib(parameters, config.engine, placement.workers, trained)
         logits = role == "policy" or getattr(config, "stage", "") == "sft"
         needs = states + activation_gib(facts, config.engine, trained=True, logits=logits)
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
-        host = VLLM_BASE_GIB + 0.25  # a bucket of weights on its way in, and the next one
+        host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in
         weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
         gpu_share = config.rollout.gpu_memory_utilization * resources.gpu_gib * placement.gpus
         needs = gpu_share if on_gpu else weights + config.rollout.kv_cache_gib
@@ -242,20 +249,26 @@ def _role_plan(
 # Estimates
 
 
-def training_state_gib(parameters: int, engine: EngineConfig, ranks: int) -> tuple[float, float]:
-    """Weights, gradients and optimizer of one rank in GiB: (on the device, offloaded to the host)."""
+def training_state_gib(
+    parameters: int, engine: EngineConfig, ranks: int, trained: int | None = None
+) -> tuple[float, float]:
+    """Weights, gradients and optimizer of one rank in GiB: (on the device, offloaded to the host).
+
+    ``trained`` of the parameters have gradients and an optimizer; None for all of them.
+    """
     size = DTYPE_BYTES[engine.dtype]
     zero = engine.zero_stage
-    weights = size / (ranks if zero == 3 else 1)
-    gradients = size / (ranks if zero >= 2 else 1)
+    trained = parameters if trained is None else trained
+    weights = parameters * size / (ranks if zero == 3 else 1)
+    gradients = trained * size / (ranks if zero >= 2 else 1)
     master = 4 if size < 4 or zero > 0 else 0
-    optimizer = (master + 8) / (ranks if zero >= 1 else 1)
+    optimizer = trained * (master + 8) / (ranks if zero >= 1 else 1)
     beside, host = weights + gradients + optimizer, 0.0
     if engine.offload != "none":
         beside, host = beside - optimizer, host + optimizer
     if engine.offload == "all":
         beside, host = beside - weights, host + weights
-    return beside * parameters / GIB, host * parameters / GIB
+    return beside / GIB, host / GIB
 
 
 def activation_gib(facts: ModelFacts, engine: EngineConfig, *, trained: bool, logits: bool) -> float:
@@ -295,12 +308,14 @@ def read_model(model: str) -> ModelFacts:
     except ValueError:
         raise UserError(f"{folder / 'config.json'} is not JSON; save the model again") from None
     shape = shape.get("text_config", shape)
+    parameters, linear = _sizes_of_shape(shape)
     return ModelFacts(
-        parameters=count_parameters(folder) or _parameters_of_shape(shape),
+        parameters=count_parameters(folder) or parameters,
         hidden=shape.get("hidden_size", shape.get("n_embd")),
         layers=shape.get("num_hidden_layers", shape.get("n_layer")),
         vocabulary=shape.get("vocab_size"),
         positions=shape.get("max_position_embeddings"),
+        linear=linear,
     )
 
 
@@ -317,18 +332,21 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def _parameters_of_shape(shape: dict[str, Any]) -> int | None:
-    """Parameters of a dense Llama-like model from its config.json; None where it says too little."""
+def _sizes_of_shape(shape: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(`ModelFacts.parameters`, `ModelFacts.linear`) of a dense Llama-like model from its config.json; None where it
+    says too little.
+    """
     try:
         hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
         heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
     except KeyError:
-        return None
+        return None, None
     head_dim = shape.get("head_dim") or hidden // heads
     kv_heads = shape.get("num_key_value_heads") or heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    heads_dim = head_dim * (2 * heads + 2 * kv_heads)  # queries, keys, values and the output's input
+    linear = layers * (4 * hidden + heads_dim + 3 * (hidden + inner))
     embeddings = vocabulary * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    return int(embeddings + layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden)
+    return int(embeddings + layers * (hidden * heads_dim + 3 * hidden * inner + 2 * hidden) + hidden), int(linear)
 
 
 # What stands against it

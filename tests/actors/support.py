@@ -218,13 +218,13 @@ def whole_sequences(batch: pa.RecordBatch) -> list[list[int]]:
 
 
 def gradients_of(module: torch.nn.Module, action: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
-    """What ``action`` returns, and the gradient of every parameter that it accumulates (before any clipping)."""
+    """What ``action`` returns, and the gradient of every trained parameter that it accumulates (before clipping)."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda p: found.__setitem__(name, p.grad.detach().clone())  # type: ignore[union-attr]
 
-    hooks = [p.register_post_accumulate_grad_hook(keep(n)) for n, p in module.named_parameters()]
+    hooks = [p.register_post_accumulate_grad_hook(keep(n)) for n, p in module.named_parameters() if p.requires_grad]
     result = action()
     for hook in hooks:
         hook.remove()

@@ -233,3 +233,40 @@ def test_a_missing_model_is_named_before_anything_runs(tiny_world: Path, tmp_pat
     with pytest.raises(UserError, match="policy: no model in"):
         train(config)
     assert not (tmp_path / "safe_ppo" / "final").exists()
+
+
+def test_lora_learns_and_leaves_a_merged_policy(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    start = str(trained / "sft" / "final" / "policy")
+    # The reward is of random weights and easy to raise, and the constraint out of reach.
+    models = {"policy": start, "reward": str(tiny_world / "reward_model")}
+    constraint = {"name": "harm", "model": str(tiny_world / "cost_model"), "limit": 100.0}
+    multiplier = {"rule": "pid", "initial": 0.0}
+    changes = {
+        "steps": 12,
+        "models": {**models, "lora_rank": 8, "lora_alpha": 32.0},
+        "constraints": [constraint | {"multiplier": multiplier}],
+        "ppo": {"minibatches": 2, "normalize_advantages": True},
+        "rollout": {"prompts_per_step": 48, "samples_per_prompt": 2, "max_sequences": 96},
+        "policy": {"learning_rate": 2e-3},
+        "evaluation": {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]},
+        "save_every": 0,
+    }
+    config = ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes)
+    folder = train(config)
+    metrics = read_metrics(folder)
+    rewards, kls = ([row[key] for row in metrics] for key in ("reward/mean", "kl/reference"))
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.25
+    # The reference is the policy with its adapter off: at first the same, then further and further away.
+    assert abs(kls[0]) < 1e-6 and kls[-1] > 0.1
+    assert max(abs(row["kl/rollout_train"]) for row in metrics) < 1e-5
+    # Seven matrices in each of two layers.
+    final = folder / "final" / "policy"
+    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (final, start))
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, base.state_dict()[n])}
+    assert len(changed) == 14 and all("proj" in name for name in changed)
+    assert {path.name for path in (final / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    # Judged by learned scorers, which need no reference.
+    summary = json.loads(evaluate(config, str(final)).read_text())  # type: ignore[arg-type]
+    assert summary["judged_by"].startswith("learned") and summary["reward"]["mean"] > rewards[0]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.util.state import list_actors
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors.rollouts import Collected, Rollouts
@@ -109,6 +110,17 @@ def untied(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
     return watched(path, address)
 
 
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
+    """Plain PPO of a LoRA adapter: two ranks under ZeRO-2, four steps."""
+    placement = {"policy": {"workers": 2, "cpus": 0.5}}
+    engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 2}
+    folder = build_workspace(tmp_path_factory.mktemp("lora"), tied=True)
+    models = {"policy": "${workspace}/world/model", "reward": "${workspace}/reward", "lora_rank": 4}
+    changes = {"stage": "ppo", "constraints": [], "steps": 4, "models": models, "policy": {"learning_rate": 1e-2}}
+    return watched(write_stage(folder, cluster={"placement": placement}, engine=engine, **changes), address)
+
+
 def test_every_metric_is_there_and_finite(tied: Run) -> None:
     assert [row["step"] for row in tied.metrics] == [1, 2, 3, 4, 5, 6]
     for row in tied.metrics:
@@ -147,7 +159,7 @@ def test_every_sample_is_there_once(tied: Run) -> None:
             )
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
 def test_generator_and_trainer_agree_after_every_update(kind: str, request: pytest.FixtureRequest) -> None:
     run: Run = request.getfixturevalue(kind)
     # Step k samples under the weights of k - 1 updates, which came through the object store.
@@ -168,6 +180,17 @@ def test_final_models_load(tied: Run, untied: Run) -> None:
             model = load_score_model(str(run.folder / "final" / f"{signal}_critic"), "critic", "auto")  # type: ignore[arg-type]
             assert all(bool(p.isfinite().all()) for p in model.parameters())
         assert not (run.folder / "final.part").exists()
+
+
+def test_with_lora_the_policy_is_its_own_reference(lora: Run) -> None:
+    assert "reference" not in lora.actors and {"policy-0", "policy-1", "rollout", "reward"} <= set(lora.actors)
+    assert lora.metrics[0]["kl/reference"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(lora.metrics[-1]["kl/reference"]) > 1e-3
+    final = lora.folder / "final" / "policy"
+    adapter = sum(t.numel() for t in load_file(final / "adapter" / "adapter_model.safetensors").values())
+    tensors = 4 * adapter
+    assert all(tensors <= row["sync/bytes"] <= tensors + 64 * 28 for row in lora.metrics)
+    assert tensors < 0.5 * sum(4 * p.numel() for p in AutoModelForCausalLM.from_pretrained(final).parameters())
 
 
 def largest(table: pa.Table, first: str, second: str) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +59,10 @@ def test_parameters_estimated_from_the_shape_are_those_of_llama(tmp_path: Path, 
         tie_word_embeddings=tied,
     )
     config.save_pretrained(tmp_path)
-    assert read_model(str(tmp_path)).parameters == LlamaForCausalLM(config).num_parameters()
+    facts, model = read_model(str(tmp_path)), LlamaForCausalLM(config)
+    assert facts.parameters == model.num_parameters()
+    adapter = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert facts.linear is not None and adapter.get_nb_trainable_parameters()[0] == 3 * facts.linear
 
 
 def test_missing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +96,13 @@ def test_offload_moves_states_to_the_host() -> None:
     assert training_state_gib(2**30, engine, 4) == (4 / 4, 12 / 4)
     engine.offload = "all"
     assert training_state_gib(2**30, engine, 4) == (2 / 4, 14 / 4)
+
+
+def test_frozen_parameters_have_weights_alone() -> None:
+    engine = EngineConfig(dtype="bfloat16", zero_stage=2)
+    assert training_state_gib(2**30, engine, 4, trained=2**20) == (2 + (2 + 12) / 4 / 2**10, 0.0)
+    engine.offload = "optimizer"
+    assert training_state_gib(2**30, engine, 4, trained=0) == (2.0, 0.0)
 
 
 def test_activations_by_hand() -> None:
@@ -141,6 +152,24 @@ def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:
     assert made.cpus == 7 + 2 * 1.5 and made.gpus == 0
     assert made.host_gib == pytest.approx(sum(r.host_gib for r in made.roles) + rows["policy"].host_gib)
     assert made.groups["scorers"] == [(2.0, 0.0)] and made.groups["policy"] == [(1.5, 0.0)] * 2
+
+
+def test_with_lora_the_policy_is_its_own_reference(tmp_path: Path, stage_file: StageFile) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=100, num_hidden_layers=3, max_position_embeddings=64, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    policy = f"models.policy={tmp_path / 'llama'}"
+    full = {r.name: r for r in plan(load_config(stage_file(), [policy]), ROOMY).roles}
+    lora = {r.name: r for r in plan(load_config(stage_file(), [policy, "models.lora_rank=4"]), ROOMY).roles}
+    assert set(full) - set(lora) == {"reference"}
+    parameters = full["policy"].parameters
+    assert parameters is not None and lora["policy"].parameters == parameters
+    # Each of 3 layers: q and o 32 + 32, k and v 32 + 16, three of the MLP 32 + 64.
+    adapter = 4 * 3 * (2 * 64 + 2 * 48 + 3 * 96)
+    saved = (16 * parameters - 4 * parameters - 16 * adapter) / GIB
+    assert full["policy"].host_gib - lora["policy"].host_gib == pytest.approx(saved)
+    explicit = [policy, "models.lora_rank=4", f"models.reference={tmp_path / 'llama'}"]
+    assert "reference" in [r.name for r in plan(load_config(stage_file(), explicit), ROOMY).roles]
 
 
 def test_roles_of_other_stages(stage_file: StageFile) -> None:
