@@ -7,8 +7,7 @@ and in one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ import pyarrow as pa
 from actors.roles import Roles
 from actors.rollouts import Collected, Rollouts, Supply
 from actors.schedule import RolloutSchedule
+from actors.tracing import Clock, StepTrace
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
 from beaver_ray.runs import RunFolder
@@ -26,6 +26,7 @@ def train_policy(
     roles: Roles,
     rollouts: Rollouts,
     run: RunFolder,
+    trace: StepTrace,
     evaluate: Callable[[int], dict[str, float]],
 ) -> None:
     """All steps of a PPO run; ``evaluate`` gives figures on held-out prompts."""
@@ -62,6 +63,7 @@ def train_policy(
             metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
             metrics["time/elapsed"] = time.perf_counter() - began
             run.log(step, metrics)
+            trace.record(step, clock)
             shown = {f"{name} cost": stats[f"cost/{name}/mean"] for name in limits}
             shown |= {f"{name} multiplier": value for name, value in values.items()}
             progress.advance(1, reward=stats["reward/mean"], **shown)
@@ -175,25 +177,3 @@ def save(roles: Roles, folder: str) -> None:
         started.append((critic, critic.call("save", f"{folder}/{signal}_critic")))
     for group, references in started:
         group.wait(references, "saving")
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.phases: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - started
-
-    def total(self) -> float:
-        """Seconds since the step began, evaluation left out."""
-        return time.perf_counter() - self.began - self.phases.get("evaluate", 0.0)
-
-    def figures(self) -> dict[str, float]:
-        """The phases as metrics."""
-        return {**{f"time/{phase}": s for phase, s in self.phases.items()}, "time/step": self.total()}

@@ -16,6 +16,7 @@ from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, save, train_policy
 from actors.roles import connect, generator_spec, role_kinds, start_local, start_roles
 from actors.supervised import SupervisedTrainer, train_supervised
+from actors.tracing import StepTrace
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
@@ -103,7 +104,9 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
         def evaluate(step: int) -> dict[str, float]:
             return held_out.figures(roles, rollouts, step) if held_out else {}
 
-        train_policy(config, roles, rollouts, run, evaluate)
+        trace = StepTrace(run.folder / "trace.json", config.total_steps(0))
+        train_policy(config, roles, rollouts, run, trace, evaluate)
+        trace.close()
         save(roles, str(run.folder / "final.part"))
         if held_out:
             write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(len(prompts)) + 1))

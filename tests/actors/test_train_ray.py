@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -143,8 +144,19 @@ def test_every_role_is_an_actor_of_its_own_while_it_runs(tied: Run) -> None:
         "critic-harm": "Critic",
         "critic-leak": "Critic",
         "experience": "ExperienceBuilder",
+        "control": "Control",
     }
     assert tied.actors_after == 0
+
+
+def test_the_trace_shows_every_role_at_work(tied: Run) -> None:
+    events = json.loads((tied.folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    rows = {event["tid"] for event in events}
+    assert rows == {"phases", *tied.actors} - {"control"}
+    assert {e["name"] for e in events if e["tid"] == "phases"} == {"generate", "score", "train", "sync"}
+    assert {"exchange"} <= {e["name"] for e in events if e["tid"] == "rollout-0"}
+    assert {"score"} <= {e["name"] for e in events if e["tid"] == "cost-harm"}
+    assert {"update", "publish"} <= {e["name"] for e in events if e["tid"] == "policy-1"}
 
 
 def test_every_sample_is_there_once(tied: Run) -> None:
