@@ -1,7 +1,7 @@
 """trace.json: a Chrome trace of one step, in which every process is a row (open it in Perfetto).
 
 Ray keeps the times of all actor calls anyway (`ray.timeline`); this cuts out one step, names the rows after the roles
-and adds the phases of the training loop. A call's "deserialize_arguments" is the time that it waits for what others make.
+and adds the phases of the training loop. "deserialize_arguments" is how long a call waited for what others make.
 """
 
 from __future__ import annotations
