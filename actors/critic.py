@@ -1,7 +1,8 @@
-"""A critic: values of every response token for one signal, and their clipped regression to the returns."""
+"""A critic: values of every response token for one signal or several, and their clipped regression to the returns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from actors.engine import LossTerms, TrainingEngine
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
 from actors.ranks import TrainingRank
+from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
@@ -22,38 +24,46 @@ from beaver_ray.models.score import load_score_model, save_score_model
 
 
 class Critic(TrainingRank):
-    """One rank of the critic of ``signal``: "reward" or a constraint's name."""
+    """One rank of the critic of ``signals`` ("reward", names of constraints), with a head for each on one trunk."""
 
-    def __init__(self, config: SafePpoConfig, signal: str, model: str, rank: int, world: int) -> None:
+    def __init__(self, config: SafePpoConfig, signals: Sequence[str], model: str, rank: int, world: int) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
-        self.config, self.signal, self.model = config, signal, model
+        self.config, self.signals, self.model = config, signals, model
 
     def build(self) -> None:
-        """Load the model; a folder without a score head gets a fresh one."""
+        """Load the model; a signal that has no head there gets a fresh one."""
         config, trust = self.config, self.config.models.trust_remote_code
         self.tokenizer = load_tokenizer(self.model, trust)
+        name = f"{' and '.join(self.signals)} critic"
         if not same_tokenizer(self.tokenizer, load_tokenizer(config.models.policy, trust)):
             raise UserError(
-                f"the {self.signal} critic ({self.model}) and the policy ({config.models.policy}) have different "
+                f"the {name} ({self.model}) and the policy ({config.models.policy}) have different "
                 f"tokenizers; start the critic from the policy's folder instead"
             )
-        model = load_score_model(self.model, "critic", DTYPES[config.engine.dtype], trust, needs_head=False)
+        model = load_score_model(self.model, "critic", DTYPES[config.engine.dtype], trust, self.signals)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
-        self.engine = TrainingEngine(model, f"{self.signal} critic", config.critic, config.engine, steps)
+        self.engine = TrainingEngine(model, name, config.critic, config.engine, steps)
 
     @torch.no_grad()
     def values(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """``sample_id`` and ``values/SIGNAL`` of this rank's share."""
+        """``sample_id`` and ``values/SIGNAL`` of every signal, of this rank's share."""
         self.engine.module.eval()
-        parts = []
+        parts: list[tuple[list[int], np.ndarray]] = []
         for micro_batch in self._micro_batches(SequenceRows(batch), range(batch.num_rows)):
-            values_T = self._values(micro_batch)
+            values_TH = self._values(micro_batch)
             if micro_batch.weight:
-                parts.append((micro_batch.rows, values_T.cpu().numpy()))
-        return token_column(batch, f"values/{self.signal}", parts)
+                parts.append((micro_batch.rows, values_TH.cpu().numpy()))
+        columns = [
+            token_column(batch, f"values/{signal}", [(rows, values_TH[:, head]) for rows, values_TH in parts])
+            for head, signal in enumerate(self.signals)
+        ]
+        return experience.join(*columns)
 
     def update(self, batch: pa.RecordBatch, step: int) -> dict[str, float]:
-        """All epochs and minibatches over one step's experience; returns metrics under ``critic/SIGNAL/``."""
+        """All epochs and minibatches over one step's experience; returns metrics under ``critic/SIGNAL/``.
+
+        Signals on one trunk descend the sum of their losses; gradient norm and learning rate are then those of all.
+        """
         rows = SequenceRows(batch)
         figures: list[dict[str, float]] = []
         for epoch in range(self.config.ppo.epochs):
@@ -64,7 +74,12 @@ class Critic(TrainingRank):
                 total = len(minibatch) if reduction == "sequence" else tokens
                 micro_batches = self._micro_batches(rows, minibatch)
                 figures.append(self.engine.step(micro_batches, partial(self._loss, rows, total)))
-        return {f"critic/{self.signal}/{n}": float(np.mean([f[n] for f in figures])) for n in figures[0]}
+        means = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+        metrics: dict[str, float] = {}
+        for signal in self.signals:
+            metrics |= {f"critic/{signal}/{name}": means[f"{signal}/{name}"] for name in ("loss", "clip_fraction")}
+            metrics |= {f"critic/{signal}/{name}": means[name] for name in ("grad_norm", "learning_rate")}
+        return metrics
 
     def save(self, folder: str) -> None:
         """Write the critic and its tokenizer as a Hugging Face folder; all ranks must call it."""
@@ -80,14 +95,20 @@ class Critic(TrainingRank):
             REDUCTIONS[self.config.ppo.loss_reduction],  # type: ignore[arg-type]
             total,
         )
-        loss, metrics = value_loss(
-            self._values(micro_batch),
-            rows.column_T(f"values/{self.signal}", micro_batch),
-            rows.column_T(f"returns/{self.signal}", micro_batch),
-            weights_T,
-            clip=self.config.ppo.clip_value,
-        )
-        return LossTerms(loss, metrics)
+        values_TH = self._values(micro_batch)
+        loss = values_TH.new_zeros(())
+        sums: dict[str, torch.Tensor] = {}
+        for head, signal in enumerate(self.signals):
+            part, metrics = value_loss(
+                values_TH[:, head],
+                rows.column_T(f"values/{signal}", micro_batch),
+                rows.column_T(f"returns/{signal}", micro_batch),
+                weights_T,
+                clip=self.config.ppo.clip_value,
+            )
+            loss = loss + part
+            sums |= {f"{signal}/loss": part.detach(), f"{signal}/clip_fraction": metrics["clip_fraction"]}
+        return LossTerms(loss, sums)
 
     def _values(self, micro_batch: PackedResponses) -> torch.Tensor:
         packed = micro_batch.packed

@@ -96,8 +96,7 @@ def make_rollouts(
 
 def score(roles: Roles, sequences: Any) -> list[Any]:
     """Start reward, costs and, where the reference is a role, its log-probs of finished sequences."""
-    scorers = [roles.reward, *roles.costs.values()]
-    scores = [group.next().call("score", sequences) for group in scorers]
+    scores = [group.next().call("score", sequences) for group in roles.scorers.values()]
     if roles.reference.workers:
         scores.append(roles.reference.next().call("logprobs", sequences))
     return scores
@@ -173,7 +172,6 @@ def step_metrics(
 def save(roles: Roles, folder: str) -> None:
     """The policy and every critic as Hugging Face folders."""
     started = [(roles.policy, roles.policy.call("save", f"{folder}/policy"))]
-    for signal, critic in roles.critics.items():
-        started.append((critic, critic.call("save", f"{folder}/{signal}_critic")))
+    started += [(critic, critic.call("save", f"{folder}/{name}")) for name, critic in roles.critics.items()]
     for group, references in started:
         group.wait(references, "saving")

@@ -18,20 +18,20 @@ from actors.policy import PolicyTrainer
 from actors.scorer import Reference, Scorer
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.models.loading import context_length
+from beaver_ray.signals import ScorerPlan, critics, scorers
 
 Start = Callable[[str, type, Sequence[tuple[Any, ...]]], Group]
 
 
 @dataclass
 class Roles:
-    """The groups of a run; ``critics`` by signal, ``costs`` by constraint. An evaluation has no training ones.
+    """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in.
 
-    ``reference`` has no workers where the policy is its own reference.
+    An evaluation has no training roles; ``reference`` has no workers where the policy is its own reference.
     """
 
     rollout: Group
-    reward: Group
-    costs: dict[str, Group]
+    scorers: dict[str, Group]
     reference: Group
     policy: Group
     critics: dict[str, Group]
@@ -40,13 +40,13 @@ class Roles:
 
 def role_kinds(config: SafePpoConfig) -> dict[str, str]:
     """Every role of the run by its name, with the kind that names it under cluster.placement."""
-    kinds = {"rollout": "rollout", "reward": "reward"}
+    kinds = {"rollout": "rollout", **{plan.name: plan.kind for plan in scorers(config)}}
     kinds |= {} if config.models.adapter_off_is_reference else {"reference": "reference"}
-    kinds |= {f"cost-{c.name}": "cost" for c in config.constraints}
-    kinds |= {"policy": "policy", "critic-reward": "reward_critic", "experience": "experience"}
-    if config.stage == "safe_ppo":
-        kinds |= {f"critic-{c.name}": "cost_critic" for c in config.constraints}
-    return kinds
+    return kinds | {
+        "policy": "policy",
+        **{plan.name: plan.kind for plan in critics(config)},
+        "experience": "experience",
+    }
 
 
 def start_local(name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:
@@ -58,20 +58,15 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     """Start every role, on ``cluster`` or, where that is None, in this process."""
     start: Start = cluster.start if cluster else start_local
 
-    def critic(name: str, kind: str, signal: str, model: str) -> Group:
-        world = config.cluster.of(kind).workers if cluster else 1
-        return start(name, Critic, [(config, signal, model, rank, world) for rank in range(world)])
-
     # The constructors run side by side: all are started before any is waited for.
     roles = _start_frozen(config, cluster)
     world = config.cluster.of("policy").workers if cluster else 1
     put = ray.put if cluster else None
     roles.policy = start("policy", PolicyTrainer, [(config, rank, world, put) for rank in range(world)])
-    reward_critic = config.models.reward_critic or config.models.reward
-    roles.critics["reward"] = critic("critic-reward", "reward_critic", "reward", reward_critic)
-    if config.stage == "safe_ppo":
-        for c in config.constraints:
-            roles.critics[c.name] = critic(f"critic-{c.name}", "cost_critic", c.name, c.critic or c.model)
+    for plan in critics(config):
+        world = config.cluster.of(plan.kind).workers if cluster else 1
+        arguments = [(config, plan.signals, plan.model, rank, world) for rank in range(world)]
+        roles.critics[plan.folder] = start(plan.name, Critic, arguments)
     roles.experience = start("experience", ExperienceBuilder, [(config,)])
     _wait_started(roles, cluster)
     connect([roles.policy, *roles.critics.values()])
@@ -95,8 +90,9 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     def workers(kind: str) -> range:
         return range(config.cluster.of(kind).workers if cluster else 1)
 
-    def scorer(name: str, kind: str, column: str, model: str) -> Group:
-        return start(name, Scorer, [(model, column, policy, dtype, budget, threads, trust)] * len(workers(kind)))
+    def scorer(plan: ScorerPlan) -> Group:
+        arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust)
+        return start(plan.name, Scorer, [arguments] * len(workers(plan.kind)))
 
     reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
     generator = VllmGenerator if cluster else HFGenerator
@@ -104,8 +100,7 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     needed = "reference" in role_kinds(config)
     return Roles(
         rollout=start("rollout", generator, [(generator_spec(config),) for _ in workers("rollout")]),
-        reward=scorer("reward", "reward", "reward", config.models.reward),
-        costs={c.name: scorer(f"cost-{c.name}", "cost", f"cost/{c.name}", c.model) for c in config.constraints},
+        scorers={plan.name: scorer(plan) for plan in scorers(config)},
         reference=start("reference", Reference, [reference] * len(workers("reference"))) if needed else nobody,
         policy=nobody,
         critics={},
@@ -115,7 +110,7 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
 
 def _wait_started(roles: Roles, cluster: Cluster | None) -> None:
     if cluster:
-        frozen = [roles.rollout, roles.reward, *roles.costs.values(), roles.reference]
+        frozen = [roles.rollout, *roles.scorers.values(), roles.reference]
         cluster.wait_started([*frozen, roles.policy, *roles.critics.values(), roles.experience])
 
 
@@ -155,7 +150,8 @@ def _calibrate(config: SafePpoConfig, roles: Roles) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for constraint in config.constraints:
         if constraint.violation_rate is not None:
-            group = roles.costs[constraint.name]
-            arguments = (constraint.calibration, longest, config.data.template)
+            column = f"cost/{constraint.name}"
+            group = next(roles.scorers[plan.name] for plan in scorers(config) if column in plan.columns)
+            arguments = (column, constraint.calibration, longest, config.data.template)
             fitted = group.wait(group.workers[0].call("calibrate", *arguments), "calibrating")
-            group.run("set_calibration", fitted)
+            group.run("set_calibration", column, fitted)

@@ -17,15 +17,16 @@ from beaver_ray.models.score import ScoreType, load_score_model
 
 
 class Scorer:
-    """One score for each finished sequence: the reward, or one named cost.
+    """Scores of each finished sequence, all from one forward: the reward, named costs, or both.
 
-    A scorer whose tokenizer differs from the policy's reads the text again in its own tokens.
+    columns: the model's head of each column. A scorer whose tokenizer differs from the policy's reads the text again
+    in its own tokens.
     """
 
     def __init__(
         self,
         model: str,
-        column: str,
+        columns: dict[str, int],
         policy: str,
         dtype: str,
         token_budget: int,
@@ -33,27 +34,31 @@ class Scorer:
         trust_remote_code: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
-        self.column, self.token_budget = column, token_budget
-        score_type: ScoreType = "reward" if column == "reward" else "cost"
+        self.columns, self.token_budget = columns, token_budget
+        score_type: ScoreType = "reward" if "reward" in columns else "cost"
         self.device = default_device()
         self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code)
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(model, trust_remote_code)
         self.policy_tokenizer = load_tokenizer(policy, trust_remote_code)
         self.reads_tokens = same_tokenizer(self.tokenizer, self.policy_tokenizer)
-        self.calibration: Calibration | None = None
+        self.calibrations: dict[str, Calibration] = {}
 
     def score(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """``sample_id`` and the score column: raw, or the calibrated probability of being unsafe."""
+        """``sample_id`` and the score columns: raw, or the calibrated probability of being unsafe."""
         if not self.reads_tokens:
             batch = self._in_own_tokens(batch)
-        scores = self._end_scores(SequenceRows(batch))
-        if self.calibration is not None:
-            scores = self.calibration.probability(scores)
-        return experience.make_batch({"sample_id": batch.column("sample_id"), self.column: scores.astype(np.float32)})
+        scores_NH = self._end_scores(SequenceRows(batch))
+        found = {"sample_id": batch.column("sample_id")}
+        for column, head in self.columns.items():
+            scores = scores_NH[:, head]
+            if column in self.calibrations:
+                scores = self.calibrations[column].probability(scores)
+            found[column] = scores.astype(np.float32)
+        return experience.make_batch(found)
 
-    def calibrate(self, specs: list[str], max_tokens: int, template: str) -> dict[str, float]:
-        """Fit P(unsafe) on labelled pairs; from now on that probability is the cost."""
+    def calibrate(self, column: str, specs: list[str], max_tokens: int, template: str) -> dict[str, float]:
+        """Fit P(unsafe) on labelled pairs; from now on that probability is the cost in ``column``."""
         samples, _ = load_mix(specs)
         data = SafetyPreferenceDataset.build(samples, self.tokenizer, max_tokens, template)  # type: ignore[arg-type]
         sequences = [*data.safer, *data.unsafer]
@@ -66,21 +71,23 @@ class Scorer:
                 "response_tokens": [s[1:] for s in sequences],
             }
         )
-        self.calibration = fit_platt(self._end_scores(SequenceRows(batch)), unsafe)
-        return self.calibration.to_dict()
+        fitted = fit_platt(self._end_scores(SequenceRows(batch))[:, self.columns[column]], unsafe)
+        self.calibrations[column] = fitted
+        return fitted.to_dict()
 
-    def set_calibration(self, figures: dict[str, float]) -> None:
-        """Use a calibration that another worker has fitted."""
-        self.calibration = Calibration.from_dict(figures)
+    def set_calibration(self, column: str, figures: dict[str, float]) -> None:
+        """Use a calibration of ``column`` that another worker has fitted."""
+        self.calibrations[column] = Calibration.from_dict(figures)
 
     @torch.no_grad()
     def _end_scores(self, rows: SequenceRows) -> np.ndarray:
-        scores = np.zeros(len(rows.lengths), dtype=np.float64)
+        """Scores [N, H] of every head at each sequence's last token."""
+        scores_NH = np.zeros((len(rows.lengths), len(self.model.heads)), dtype=np.float64)
         everything = range(len(rows.lengths))
         for micro_batch in rows.micro_batches(everything, self.token_budget, 0, 1, self.device):
-            scores_L = self.model(micro_batch.packed.input_ids, micro_batch.packed.position_ids)[0]
-            scores[micro_batch.rows] = scores_L[micro_batch.ends_B].double().cpu().numpy()
-        return scores
+            scores_LH = self.model(micro_batch.packed.input_ids, micro_batch.packed.position_ids)[0]
+            scores_NH[micro_batch.rows] = scores_LH[micro_batch.ends_B].double().cpu().numpy()
+        return scores_NH
 
     def _in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same texts in this scorer's tokens, EOS appended only to answers that were ended."""

@@ -1,4 +1,4 @@
-"""SFT, reward model and cost model: one rank of a supervised trainer, and the loop that drives the ranks."""
+"""SFT, reward and cost models: one rank of a supervised trainer, and the loop that drives the ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from beaver_ray.config import SupervisedConfig
 from beaver_ray.data.mixing import load_mix, split
 from beaver_ray.data.tokenized import (
     BatchSampler,
+    LabelledPairDataset,
     PreferenceDataset,
     SafetyPreferenceDataset,
     SupervisedDataset,
@@ -40,7 +41,9 @@ DATASETS: dict[str, type[SupervisedDataset] | type[PreferenceDataset] | type[Saf
     "sft": SupervisedDataset,
     "reward_model": PreferenceDataset,
     "cost_model": SafetyPreferenceDataset,
+    "score_model": LabelledPairDataset,
 }
+HEADS = {"reward_model": ("reward",), "cost_model": ("cost",), "score_model": ("reward", "cost")}
 
 
 class SupervisedTrainer(TrainingRank):
@@ -74,8 +77,8 @@ class SupervisedTrainer(TrainingRank):
         if config.stage == "sft":
             model: Any = load_policy(config.model, dtype, config.trust_remote_code)
         else:
-            kind: Any = "reward" if config.stage == "reward_model" else "cost"
-            model = load_score_model(config.model, kind, dtype, config.trust_remote_code, needs_head=False)
+            heads: Any = HEADS[config.stage]
+            model = load_score_model(config.model, heads[0], dtype, config.trust_remote_code, heads)
         self.engine = TrainingEngine(model, config.stage, config.optimizer, config.engine, self.steps)
 
     def describe(self) -> tuple[int, list[str]]:
@@ -134,22 +137,39 @@ class SupervisedTrainer(TrainingRank):
         if isinstance(data, SupervisedDataset):
             return self._sft_loss(data, batch, rows, weight)
         first, second = self._sides(data)
-        sequences = [side[int(r)] for side in (first, second) for r in rows]
+        # Where both heads are trained, pairs are safer one first; rewards are compared better one first.
+        swap = ~data.safer_is_better[rows] if isinstance(data, LabelledPairDataset) else np.zeros(len(rows), dtype=bool)
+        chosen = list(zip(rows.tolist(), swap.tolist(), strict=True))
+        sequences = [(second if s else first)[r] for r, s in chosen] + [(first if s else second)[r] for r, s in chosen]
         packed = pack(sequences).to(self.engine.device)
-        scores_L = self.engine.engine(packed.input_ids, packed.position_ids)[0]
+        scores_LH = self.engine.engine(packed.input_ids, packed.position_ids)[0]
         ends = packed.cu_seqlens[1:].long() - 1
-        first_B, second_B = scores_L[ends].chunk(2)
-        weights_B = torch.full_like(first_B, weight / len(batch))
+        first_BH, second_BH = scores_LH[ends].chunk(2)
+        weights_B = torch.full_like(first_BH[:, 0], weight / len(batch))
+        if isinstance(data, PreferenceDataset):
+            return LossTerms(*self._reward_loss(packed, scores_LH[:, 0], len(rows), weights_B))
+        swap_B = torch.from_numpy(swap).to(scores_LH.device)
+        safer_B = torch.where(swap_B, second_BH[:, -1], first_BH[:, -1])
+        unsafer_B = torch.where(swap_B, first_BH[:, -1], second_BH[:, -1])
+        signs = [torch.from_numpy(s[rows]).to(safer_B) for s in (data.sign_unsafer, data.sign_safer)]
         eta = self.config.regularization
-        if isinstance(data, SafetyPreferenceDataset):
-            signs = [torch.from_numpy(s[rows]).to(first_B) for s in (data.sign_unsafer, data.sign_safer)]
-            loss, metrics = cost_model_loss(second_B, first_B, *signs, regularization=eta, weights_B=weights_B)
-        elif self.config.loss == "token":
-            loss, _ = self._token_wise_loss(packed, scores_L, len(rows), weights_B)
-            _, metrics = reward_model_loss(first_B, second_B, weights_B=weights_B)
-        else:
-            loss, metrics = reward_model_loss(first_B, second_B, regularization=eta, weights_B=weights_B)
-        return LossTerms(loss, metrics)
+        cost, metrics = cost_model_loss(unsafer_B, safer_B, *signs, regularization=eta, weights_B=weights_B)
+        if not isinstance(data, LabelledPairDataset):
+            return LossTerms(cost, metrics)
+        metrics["accuracy_cost"] = metrics.pop("accuracy")
+        reward, more = self._reward_loss(packed, scores_LH[:, 0], len(rows), weights_B)
+        return LossTerms(reward + cost, {"loss_reward": reward.detach(), "loss_cost": cost.detach(), **more, **metrics})
+
+    def _reward_loss(
+        self, packed: PackedBatch, scores_L: torch.Tensor, pairs: int, weights_B: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics of packed pairs, all better ones first."""
+        better_B, worse_B = scores_L[packed.cu_seqlens[1:].long() - 1].chunk(2)
+        eta = self.config.regularization
+        loss, metrics = reward_model_loss(better_B, worse_B, regularization=eta, weights_B=weights_B)
+        if self.config.loss == "token":
+            loss, _ = self._token_wise_loss(packed, scores_L, pairs, weights_B)
+        return loss, metrics
 
     def _token_wise_loss(
         self, packed: PackedBatch, scores_L: torch.Tensor, pairs: int, weights_B: torch.Tensor

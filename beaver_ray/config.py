@@ -255,9 +255,9 @@ class RunConfig(_Strict):
 
 
 class SupervisedConfig(RunConfig):
-    """SFT, reward model and cost model training."""
+    """SFT, and training of a reward model, a cost model, or both on one trunk (score_model)."""
 
-    stage: Literal["sft", "reward_model", "cost_model"] = _option("What to train.")
+    stage: Literal["sft", "reward_model", "cost_model", "score_model"] = _option("What to train.")
     model: str = _option("Folder of the model to start from.")
     train: list[str] = _option("Training data (NAME[:PROPORTION[:PATH]]).", min_length=1)
     eval: list[str] = _option("Held-out data; empty for a split of the training data.", default_factory=list)
@@ -266,7 +266,7 @@ class SupervisedConfig(RunConfig):
     batch_size: int = _option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)
     max_tokens: int = _option("Longer examples are dropped, with a count.", 512, gt=0)
     template: Literal["auto", "chat", "beaver"] = _option("How a prompt is written for the model.", "auto")
-    loss: Literal["sequence", "token"] = _option("reward_model: compare end scores, or every token's.", "sequence")
+    loss: Literal["sequence", "token"] = _option("Rewards: compare end scores, or every token's.", "sequence")
     regularization: float = _option("Weight of the mean squared score.", 0.001, ge=0)
     trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
     optimizer: OptimizerConfig = _option("Optimizer.", default_factory=OptimizerConfig)
@@ -320,6 +320,8 @@ class SafePpoConfig(RunConfig):
             raise ValueError("rollout.staleness above 0 needs ppo.old_logprobs: trainer, which corrects for it")
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "generator":
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
+        if self.models.shared_critic and any(c.critic for c in self.constraints):
+            raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if samples % self.ppo.minibatches:
             raise ValueError(f"{samples} samples in a step cannot be cut into {self.ppo.minibatches} minibatches")

@@ -34,8 +34,8 @@ def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> Stag
     try:
         return _STAGE.validate_python(tree)
     except ValidationError as error:
-        models = {"sft": SupervisedConfig, "reward_model": SupervisedConfig, "cost_model": SupervisedConfig}
-        raise UserError(_one_line(error, models.get(str(tree.get("stage")), SafePpoConfig), where)) from None
+        model = SupervisedConfig if tree.get("stage") in _SUPERVISED else SafePpoConfig
+        raise UserError(_one_line(error, model, where)) from None
 
 
 def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple[PipelineConfig, list[StageConfig]]:
@@ -173,7 +173,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> str
     return f"{prefix}{message}{shown}{more}".replace("\n", " ")
 
 
-_STAGE_TAGS = {"sft", "reward_model", "cost_model", "ppo", "reward_shaping", "safe_ppo"}
+_SUPERVISED = {"sft", "reward_model", "cost_model", "score_model"}
+_STAGE_TAGS = _SUPERVISED | {"ppo", "reward_shaping", "safe_ppo"}
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:

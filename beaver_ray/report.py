@@ -205,6 +205,7 @@ def supervised_charts(metrics: dict[str, np.ndarray]) -> list[Chart]:
 
     accuracies = (
         ("accuracy", "Share of pairs in the right order."),
+        ("accuracy_cost", "Share of pairs in the right order of harm."),
         ("accuracy_sign", "Share of right safety labels."),
     )
     charts = [
@@ -215,7 +216,7 @@ def supervised_charts(metrics: dict[str, np.ndarray]) -> list[Chart]:
         ),
         *(
             Chart(
-                key.replace("_sign", " of the sign").capitalize(),
+                key.replace("_", " of the ").capitalize(),
                 caption,
                 [panel(key.split("_")[0], (key, "train"), (f"eval/{key}", "held out"))],
             )
@@ -295,6 +296,7 @@ def supervised_cards(metrics: dict[str, np.ndarray]) -> list[tuple[str, str, str
     for key, title, form in (
         ("loss", "Loss", ".4g"),
         ("accuracy", "Accuracy", ".1%"),
+        ("accuracy_cost", "Accuracy of the cost", ".1%"),
         ("accuracy_sign", "Accuracy of the sign", ".1%"),
     ):
         held_out = metrics.get(f"eval/{key}", np.array([]))

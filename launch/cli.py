@@ -29,7 +29,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes by dotted names: rollout.temperature=0.7"),
 ]
 STAGES: dict[str, type[BaseModel]] = {
-    **dict.fromkeys(("sft", "reward_model", "cost_model"), SupervisedConfig),
+    **dict.fromkeys(("sft", "reward_model", "cost_model", "score_model"), SupervisedConfig),
     **dict.fromkeys(("ppo", "reward_shaping", "safe_ppo"), SafePpoConfig),
     "pipeline": PipelineConfig,
 }
@@ -37,7 +37,7 @@ STAGES: dict[str, type[BaseModel]] = {
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train one stage: sft, reward_model, cost_model, ppo, reward_shaping or safe_ppo."""
+    """Train one stage: sft, reward_model, cost_model, score_model, ppo, reward_shaping or safe_ppo."""
     loaded = load_config(config, overrides)
     from launch.pipeline import headlines, run_stage
 

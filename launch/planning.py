@@ -29,6 +29,7 @@ import psutil
 
 from beaver_ray.config import EngineConfig, SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError
+from beaver_ray.signals import critics, scorers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -187,18 +188,15 @@ def _roles(config: StageConfig) -> list[tuple[str, str, str | None]]:
     """(role, name in the plan, model folder) of every part of the stage."""
     if not isinstance(config, SafePpoConfig):
         return [("trainer", "trainer", config.model)]
-    models, constraints = config.models, config.constraints
-    roles: list[tuple[str, str, str | None]] = [
+    models = config.models
+    return [
         ("rollout", "rollout", models.policy),
-        ("reward", "reward", models.reward),
-        *(("cost", f"cost-{c.name}", c.model) for c in constraints),
+        *((scorer.kind, scorer.name, scorer.model) for scorer in scorers(config)),
         *([] if models.adapter_off_is_reference else [("reference", "reference", models.reference or models.policy)]),
         ("policy", "policy", models.policy),
-        ("reward_critic", "critic-reward", models.reward_critic or models.reward),
+        *((critic.kind, critic.name, critic.model) for critic in critics(config)),
+        ("experience", "experience", None),
     ]
-    if config.stage == "safe_ppo":
-        roles += [("cost_critic", f"critic-{c.name}", c.critic or c.model) for c in constraints]
-    return [*roles, ("experience", "experience", None)]
 
 
 def _role_plan(

@@ -33,9 +33,9 @@ def build_workspace(folder: Path, tied: bool = True) -> Path:
         model = ScoreModel(AutoModel.from_pretrained(world / "model"), score_type)  # type: ignore[arg-type]
         save_score_model(model, model.state_dict(), folder / name)
         tokenizer.save_pretrained(folder / name)
-    scorer = Scorer(str(folder / "harm"), "cost/harm", str(world / "model"), "float32", 512, 1)
+    scorer = Scorer(str(folder / "harm"), {"cost/harm": 0}, str(world / "model"), "float32", 512, 1)
     try:
-        scorer.calibrate([CALIBRATION[0].replace("${workspace}", str(folder))], 64, "auto")
+        scorer.calibrate("cost/harm", [CALIBRATION[0].replace("${workspace}", str(folder))], 64, "auto")
     except UserError:
         # The random head ranks harm the wrong way round; the other way round it is right.
         with torch.no_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,10 +236,13 @@ class SafetyPreferenceDataset:
     alike.
     """
 
+    needs_better: ClassVar[bool] = False
+
     safer: Ragged
     unsafer: Ragged
     sign_safer: NDArray[np.int8]  # [N]
     sign_unsafer: NDArray[np.int8]  # [N]
+    safer_is_better: NDArray[np.bool_]  # [N], false where that is not known
     prompt_length: NDArray[np.int32]  # [N]
     report: DropReport
 
@@ -257,12 +260,14 @@ class SafetyPreferenceDataset:
         """Encode both answers of every sample with all safety labels; too long or inconsistent ones are
         dropped."""
         encoder, report = _Encoder(tokenizer, template, max_length), DropReport()
-        safer, unsafer, signs, prompt_lengths = [], [], [], []
+        safer, unsafer, signs, better, prompt_lengths = [], [], [], [], []
         for sample in samples:
             try:
                 first, second = encoder.pair(sample)
                 if sample.safer is None or sample.is_safe is None or sample.is_other_safe is None:
                     raise BadRow("no safety labels")
+                if cls.needs_better and sample.better is None:
+                    raise BadRow("no label which answer is better")
                 sign_first, sign_second = 1 - 2 * sample.is_safe, 1 - 2 * sample.is_other_safe
                 if not sample.safer:
                     first, second, sign_first, sign_second = second, first, sign_second, sign_first
@@ -274,11 +279,20 @@ class SafetyPreferenceDataset:
             safer.append(first)
             unsafer.append(second)
             signs.append((sign_first, sign_second))
+            better.append(sample.better is not None and sample.better == sample.safer)
             prompt_lengths.append(len(encoder.prompt(sample)))
         report = _finish(report, len(safer), "safety preference pair")
         signs_N2 = np.array(signs, dtype=np.int8)
         lengths = np.array(prompt_lengths, dtype=np.int32)
-        return cls(Ragged(safer), Ragged(unsafer), signs_N2[:, 0], signs_N2[:, 1], lengths, report)
+        better_N = np.array(better, dtype=np.bool_)
+        return cls(Ragged(safer), Ragged(unsafer), signs_N2[:, 0], signs_N2[:, 1], better_N, lengths, report)
+
+
+@dataclass(frozen=True)
+class LabelledPairDataset(SafetyPreferenceDataset):
+    """Safety pairs of which it is also known which answer is more helpful; others are dropped and counted."""
+
+    needs_better: ClassVar[bool] = True
 
 
 # ---------------------------------------------------------------- order

@@ -1,16 +1,18 @@
-"""Reward models, cost models and critics: a language model's trunk with one score for every token.
+"""Reward models, cost models and critics: a language model's trunk with a score, or several, for every token.
 
 On disk a score model is a Hugging Face folder whose weights are the trunk's under its usual prefix, plus
-``score_head.weight`` and ``score_head.bias``; its config.json adds ``score_type`` and, where scores are normalised,
-``do_normalize``, ``mean`` and ``var``. That is the layout of the published Beaver models, which load as they are.
+``score_head.weight`` [H, hidden] and ``score_head.bias`` [H]; its config.json adds ``score_type``, ``score_dim`` H,
+``score_heads`` (their names) and, where scores are normalised, ``do_normalize``, ``mean`` and ``var``, lists where
+there are several heads. With one head that is the layout of the published Beaver models, which load as they are.
 Sign convention: the higher the reward the better; a cost above 0 means unsafe.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -21,31 +23,54 @@ from transformers import AutoModel, PreTrainedModel
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import attention_kernel, check_model_folder
 from beaver_ray.packing import check_packing
+from beaver_ray.signals import head_of
 
 ScoreType = Literal["reward", "cost", "critic"]
 
 
 class ScoreModel(nn.Module):
-    """A trunk and a linear head; the head computes in float32 whatever the trunk's dtype."""
+    """A trunk and a linear layer with H named heads; the heads compute in float32 whatever the trunk's dtype.
 
-    def __init__(self, trunk: PreTrainedModel, score_type: ScoreType, mean: float = 0.0, var: float = 1.0) -> None:
+    score_type: what the only head is. With several heads it is "critic", or "reward" for a model whose head called
+    reward is one and whose other heads are costs.
+    mean, var: of each head's raw scores; without them scores are not normalised.
+    """
+
+    def __init__(
+        self,
+        trunk: PreTrainedModel,
+        score_type: ScoreType,
+        heads: Sequence[str] = (),
+        mean: Sequence[float] = (),
+        var: Sequence[float] = (),
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.score_type = score_type
-        self.mean, self.var = mean, var
-        self.score_head = nn.Linear(trunk.config.hidden_size, 1, dtype=trunk.dtype)
+        self.heads = tuple(heads) or (score_type,)
+        self.mean = list(mean) or [0.0] * len(self.heads)
+        self.var = list(var) or [1.0] * len(self.heads)
+        self.score_head = nn.Linear(trunk.config.hidden_size, len(self.heads), dtype=trunk.dtype)
         nn.init.normal_(self.score_head.weight, std=getattr(trunk.config, "initializer_range", 0.02))
         nn.init.zeros_(self.score_head.bias)
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether scores are anything but the head's own numbers."""
+        return any((m, v) != (0.0, 1.0) for m, v in zip(self.mean, self.var, strict=True))
+
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Scores [B, L] of every position, float32, normalised as the model's configuration says."""
+        """Scores [B, L, H] of every position, float32, normalised as the model's configuration says."""
         hidden = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         head = self.score_head
-        scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
-        if self.score_type == "reward":
-            scores = scores - self.mean
+        scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
+        if not self.normalizes:
+            return scores
         # A cost is only scaled, so that its safe side stays below 0.
-        return scores if self.var == 1.0 else scores / (self.var**0.5 + 1e-8)
+        rewards = [self.score_type == "reward" and (n == "reward" or len(self.heads) == 1) for n in self.heads]
+        shift_H = scores.new_tensor([m if r else 0.0 for m, r in zip(self.mean, rewards, strict=True)])
+        scale_H = scores.new_tensor([1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var])
+        return (scores - shift_H) / scale_H
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the trunk's activations in the backward pass."""
@@ -57,38 +82,52 @@ def load_score_model(
     score_type: ScoreType,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    needs_head: bool = True,
+    heads: Sequence[str] | None = None,
 ) -> ScoreModel:
-    """A score model from its folder, or, with ``needs_head=False``, a fresh head on any language model's trunk.
+    """A score model from its folder with the heads that it has there, or with the ``heads`` asked for.
 
-    Raises UserError where a head is needed and the folder has none.
+    Of those asked for, the ones that the folder has (`signals.head_of`; its only one stands for the only one asked
+    for) are taken over, the others are fresh: any language model's folder will do. Raises UserError where no heads
+    are asked for and the folder has none.
     """
     check_model_folder(path, f"{score_type} model")
     config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")) if Path(path).is_dir() else {}
-    normalize = bool(config.get("do_normalize", False)) and score_type != "critic"
     try:
         trunk = AutoModel.from_pretrained(
             path, dtype=dtype, attn_implementation=attention_kernel(), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
+    tensors = _read_head(Path(path))
+    if not tensors and heads is None:
+        raise UserError(
+            f"{path} is a language model without a score head; train one with stage reward_model, cost_model or "
+            f"score_model"
+        )
+    saved = list(config.get("score_heads", [])) or [str(config.get("score_type", score_type))]
+    normalize = bool(config.get("do_normalize", False)) and score_type != "critic"
+    mean = _numbers(config.get("mean")) if normalize else [0.0] * len(saved)
+    var = _numbers(config.get("var")) if normalize else [1.0] * len(saved)
+    if tensors and {len(tensors["score_head.weight"]), len(mean), len(var)} != {len(saved)}:
+        raise UserError(f"{path}: score_heads, mean and var in config.json do not fit the score heads in its weights")
+    names = list(heads or saved)
+    only = len(names) == len(saved) == 1
+    # Where each head comes from; None for a fresh one.
+    sources = [(0 if only else head_of(name, saved)) if tensors else None for name in names]
     model = ScoreModel(
         trunk,
         score_type,
-        mean=_number(config.get("mean"), 0.0) if normalize else 0.0,
-        var=_number(config.get("var"), 1.0) if normalize else 1.0,
+        names,
+        mean=[0.0 if s is None else mean[s] for s in sources],
+        var=[1.0 if s is None else var[s] for s in sources],
     )
     check_packing(model, model)
-    head = _read_head(Path(path))
-    if head:
-        with torch.no_grad():
-            model.score_head.weight.copy_(head["score_head.weight"])
-            if "score_head.bias" in head:
-                model.score_head.bias.copy_(head["score_head.bias"])
-    elif needs_head:
-        raise UserError(
-            f"{path} is a language model without a score head; train one with stage reward_model or cost_model"
-        )
+    with torch.no_grad():
+        for row, source in enumerate(sources):
+            if source is not None:
+                model.score_head.weight[row] = tensors["score_head.weight"][source]
+                if "score_head.bias" in tensors:
+                    model.score_head.bias[row] = tensors["score_head.bias"][source]
     return model
 
 
@@ -102,17 +141,18 @@ def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: Path) 
     }
     save_torch_state_dict(named, folder)
     config = model.trunk.config.to_dict()
-    config.update(score_type=model.score_type, score_dim=1, score_bias=True)
-    config.update(do_normalize=(model.mean, model.var) != (0.0, 1.0), mean=model.mean, var=model.var)
+    several = len(model.heads) > 1
+    config.update(score_type=model.score_type, score_dim=len(model.heads), score_heads=list(model.heads))
+    config.update(score_bias=True, do_normalize=model.normalizes)
+    config.update(mean=model.mean if several else model.mean[0], var=model.var if several else model.var[0])
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _number(value: object, default: float) -> float:
-    """A number that the published configurations also write as a list of one."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return default if value is None else float(str(value))
+def _numbers(value: Any) -> list[float]:
+    """Numbers that the published configurations also write without a list; none where there is nothing."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [float(str(v)) for v in values]
 
 
 def _read_head(folder: Path) -> dict[str, Tensor]:

@@ -94,18 +94,25 @@ def disturb_folder(folder: Path, scale: float = 0.15, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def write_score_folder(folder: Path, source: Path, seed: int, score_type: str, **config: Any) -> None:
-    """A score model in the published layout (trunk under "model.", "score_head."), by plain file writing."""
+def write_score_folder(
+    folder: Path, source: Path, seed: int, score_type: str, heads: Sequence[str] = (), **config: Any
+) -> None:
+    """A score model in the published layout (trunk under "model.", "score_head."), by plain file writing.
+
+    With ``heads`` it has one of each name.
+    """
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     state = {n: t for n, t in load_file(source / "model.safetensors").items() if n.startswith("model.")}
     state = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
     width = state["model.norm.weight"].shape[0]
-    state["score_head.weight"] = 0.3 * torch.randn(1, width, generator=generator)
-    state["score_head.bias"] = torch.full((1,), 0.25)
+    count = max(1, len(heads))
+    state["score_head.weight"] = 0.3 * torch.randn(count, width, generator=generator)
+    state["score_head.bias"] = 0.25 + torch.arange(count) / 2
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     settings = json.loads((source / "config.json").read_text())
-    settings |= {"architectures": ["LlamaModelForScore"], "score_type": score_type, "score_dim": 1, **config}
+    settings |= {"architectures": ["LlamaModelForScore"], "score_type": score_type, "score_dim": count}
+    settings |= {"score_heads": list(heads), **config} if heads else config
     (folder / "config.json").write_text(json.dumps(settings))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).exists():
@@ -196,14 +203,14 @@ def literal_logprobs(model: torch.nn.Module, batch: pa.RecordBatch, temperature:
 
 
 class LiteralScoreModel(torch.nn.Module):
-    """transformers' own trunk and the head's two tensors from the file."""
+    """transformers' own trunk and one head's two tensors from the file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, head: int = 0) -> None:
         super().__init__()
         self.trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
         state = load_file(folder / "model.safetensors")
         self.score_head = torch.nn.Linear(state["score_head.weight"].shape[1], 1)
-        self.score_head.load_state_dict({k: state[f"score_head.{k}"] for k in ("weight", "bias")})
+        self.score_head.load_state_dict({k: state[f"score_head.{k}"][[head]] for k in ("weight", "bias")})
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Scores [B, L], right-padded."""

@@ -27,11 +27,12 @@ from tests.actors.support import (
     random_sequences,
     whole_sequences,
     with_columns,
+    write_score_folder,
 )
 
 
-def critic_of(config: SafePpoConfig, folder: Path, signal: str = "harm", rank: int = 0, world: int = 1) -> Critic:
-    critic = Critic(config, signal, str(folder), rank, world)
+def critic_of(config: SafePpoConfig, folder: Path, *signals: str, rank: int = 0, world: int = 1) -> Critic:
+    critic = Critic(config, signals or ("harm",), str(folder), rank, world)
     critic.setup("127.0.0.1", 0)  # the ranks have met already
     return critic
 
@@ -129,8 +130,79 @@ def test_another_tokenizer_is_refused(one_rank: None, tiny_world: Path, tmp_path
         critic_of(ppo_config(tiny_world), folder)
 
 
+def both_trained_on(batch: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
+    """Old values and returns of both signals, some way off their heads' values."""
+    columns: dict[str, Any] = {}
+    for head, signal in enumerate(("reward", "harm")):
+        rng = np.random.default_rng(head)
+        with torch.no_grad():
+            now = [v.numpy() for v in literal_values(LiteralScoreModel(folder, head), batch)]
+        for kind in ("values", "returns"):
+            columns[f"{kind}/{signal}"] = [(v + rng.normal(0, 6, len(v))).tolist() for v in now]
+    return with_columns(batch, **columns)
+
+
+def test_a_shared_critic_is_two_critics_on_one_trunk(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Values and losses are those of one-head critics; the trunk's gradient is the sum of theirs."""
+    folder = tmp_path / "both"
+    write_score_folder(folder, tiny_world / "model", 5, "reward", heads=("reward", "cost"))
+    batch = both_trained_on(random_sequences(11, seed=4), folder)
+    config = ppo_config(tiny_world, models={"shared_critic": True})
+    shared = critic_of(config, folder, "reward", "harm")
+    found = shared.values(batch)
+    assert found.schema.names == ["sample_id", "values/reward", "values/harm"]
+    figures, gradients = gradients_of(shared.engine.module, lambda: shared.update(batch, 1))
+
+    trunk_gradients: list[dict[str, Tensor]] = []
+    for head, signal in enumerate(("reward", "harm")):
+        # `signals.head_of` picks the same row for a critic of this signal alone.
+        alone = critic_of(config, folder, signal)
+        values = alone.values(batch)
+        np.testing.assert_allclose(
+            experience.flat(found, f"values/{signal}"), experience.flat(values, f"values/{signal}"), atol=1e-5
+        )
+        expected = torch.cat(literal_values(LiteralScoreModel(folder, head), batch)).detach()
+        flat = experience.flat(experience.join(batch.select(["sample_id"]), values), f"values/{signal}")
+        np.testing.assert_allclose(flat, expected.numpy(), atol=1e-5)
+        own, parts = gradients_of(alone.engine.module, lambda critic=alone: critic.update(batch, 1))
+        assert own.keys() == {name for name in figures if name.startswith(f"critic/{signal}/")}
+        for name in ("loss", "clip_fraction"):
+            assert figures[f"critic/{signal}/{name}"] == pytest.approx(own[f"critic/{signal}/{name}"], rel=1e-5)
+        for name in ("score_head.weight", "score_head.bias"):
+            torch.testing.assert_close(gradients[name][[head]], parts.pop(name), atol=1e-5, rtol=1e-4)
+        trunk_gradients.append(parts)
+    assert gradients.keys() - trunk_gradients[0].keys() == {"score_head.weight", "score_head.bias"}
+    for name, first in trunk_gradients[0].items():
+        total = first + trunk_gradients[1][name]
+        assert not torch.allclose(first, total, atol=1e-4) or first.abs().max() < 1e-3
+        torch.testing.assert_close(gradients[name], total, atol=1e-5, rtol=1e-4)
+
+
+def test_a_shared_critic_is_saved_and_goes_on(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """From a reward model: its head for the reward, a fresh one for the constraint; then all of them by name."""
+    config = ppo_config(tiny_world, models={"shared_critic": True})
+    critic = critic_of(config, tiny_world / "reward_model", "reward", "harm")
+    batch = random_sequences(7, seed=5)
+    with torch.no_grad():
+        expected = torch.cat(literal_values(LiteralScoreModel(tiny_world / "reward_model"), batch))
+    before = experience.join(batch, critic.values(batch))
+    np.testing.assert_allclose(experience.flat(before, "values/reward"), expected.numpy(), atol=1e-5)
+    trained = with_columns(before, **{f"returns/{signal}": 3.0 for signal in ("reward", "harm")})
+    critic.update(trained, 1)
+    critic.save(str(tmp_path / "critic"))
+    after = critic.values(batch)
+    assert not after.column("values/harm").equals(before.column("values/harm"))
+    assert critic_of(config, tmp_path / "critic", "reward", "harm").values(batch).equals(after)
+    # In another order, and one of them alone.
+    assert (
+        critic_of(config, tmp_path / "critic", "harm", "reward").values(batch).select(after.schema.names).equals(after)
+    )
+    alone = critic_of(config, tmp_path / "critic", "harm").values(batch)
+    np.testing.assert_allclose(experience.flat(alone, "values/harm"), experience.flat(after, "values/harm"), atol=1e-6)
+
+
 def update_on(rank: int, config: SafePpoConfig, world: int, folder: Path, batch: pa.RecordBatch) -> dict[str, Any]:
-    critic = critic_of(config, folder, "harm", rank, world)
+    critic = critic_of(config, folder, "harm", rank=rank, world=world)
     values = critic.values(batch)
     figures = [critic.update(batch, step) for step in (1, 2)]
     weights = {name: tensor.detach().clone().numpy() for name, tensor in critic.engine.full_state()}

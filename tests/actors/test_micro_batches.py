@@ -45,7 +45,7 @@ def test_packed_values_are_those_of_a_padded_forward(tiny_world: Path) -> None:
     padded = LiteralScoreModel(folder)(whole_sequences(batch))
     seen = []
     for part in SequenceRows(batch).micro_batches(range(23), 50, 0, 1, CPU):
-        values_L = model(part.packed.input_ids, part.packed.position_ids)[0]
+        values_L = model(part.packed.input_ids, part.packed.position_ids)[0, :, 0]
         flat = values_L[part.positions_T]
         assert part.weight == 1.0 and part.packed.input_ids.shape[1] <= 50
         for row, values in zip(part.rows, flat.split(part.lengths_B.tolist()), strict=True):

@@ -17,18 +17,21 @@ from actors.supervised import SupervisedTrainer, final_name, train_supervised
 from beaver_ray.config import SupervisedConfig
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder, read_metrics
-from tests.actors.support import LiteralScoreModel, Ranks, pad
+from tests.actors.support import LiteralScoreModel, Ranks, pad, write_score_folder
 
 DATA = {
     "sft": "demonstrations:1:{world}/demonstrations/{split}.jsonl",
     "reward_model": "PKU-SafeRLHF:1:{world}/preferences/{split}.jsonl",
     "cost_model": "PKU-SafeRLHF:1:{world}/preferences/{split}.jsonl",
+    "score_model": "PKU-SafeRLHF:1:{world}/preferences/{split}.jsonl",
 }
 
 
 def config_of(world: Path, stage: str, **changes: Any) -> SupervisedConfig:
     """The whole training data in one step of small micro-batches, unless changed; score models start with a head."""
-    model = {"sft": "model", "reward_model": "reward_model", "cost_model": "cost_model"}[stage]
+    model = {"sft": "model"}.get(stage, stage)
+    if stage == "score_model" and not (world / model).exists():
+        write_score_folder(world / model, world / "model", 6, "reward", heads=("reward", "cost"))
     tree = {
         "stage": stage,
         "name": stage,
@@ -74,9 +77,9 @@ def literal_sft(world: Path) -> dict[str, float]:
     return {"loss": float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)}
 
 
-def literal_reward(world: Path, loss: str) -> dict[str, float]:
+def literal_reward(world: Path, loss: str, folder: str = "reward_model") -> dict[str, float]:
     """Section 2.10; token by token from the first that differs, the shorter one's end held."""
-    model = LiteralScoreModel(world / "reward_model").eval()
+    model = LiteralScoreModel(world / folder).eval()
     losses, right = [], []
     for row in rows_of(world, "reward_model", "test"):
         better, worse = row["better_response_id"], 1 - row["better_response_id"]
@@ -95,9 +98,9 @@ def literal_reward(world: Path, loss: str) -> dict[str, float]:
     return {"loss": float(np.mean(losses)), "accuracy": float(np.mean(right))}
 
 
-def literal_cost(world: Path) -> dict[str, float]:
+def literal_cost(world: Path, folder: str = "cost_model", head: int = 0) -> dict[str, float]:
     """Section 2.11."""
-    model = LiteralScoreModel(world / "cost_model").eval()
+    model = LiteralScoreModel(world / folder, head).eval()
     losses, right, signs = [], [], []
     for row in rows_of(world, "cost_model", "test"):
         order = (row["safer_response_id"], 1 - row["safer_response_id"])
@@ -112,17 +115,40 @@ def literal_cost(world: Path) -> dict[str, float]:
     return {"loss": float(np.mean(losses)), "accuracy": float(np.mean(right)), "sign_accuracy": float(np.mean(signs))}
 
 
+def literal_both(world: Path, loss: str) -> dict[str, float]:
+    """The sum of the two, each of its own head."""
+    reward = literal_reward(world, loss, "score_model")
+    cost = literal_cost(world, "score_model", head=1)
+    return {
+        "loss": reward["loss"] + cost["loss"],
+        "loss_reward": reward["loss"],
+        "loss_cost": cost["loss"],
+        "accuracy": reward["accuracy"],
+        "accuracy_cost": cost["accuracy"],
+        "sign_accuracy": cost["sign_accuracy"],
+    }
+
+
 @pytest.mark.parametrize(
     ("stage", "loss"),
-    [("sft", "sequence"), ("reward_model", "sequence"), ("reward_model", "token"), ("cost_model", "sequence")],
+    [
+        ("sft", "sequence"),
+        ("reward_model", "sequence"),
+        ("reward_model", "token"),
+        ("cost_model", "sequence"),
+        ("score_model", "sequence"),
+        ("score_model", "token"),
+    ],
 )
 def test_losses_pair_by_pair(one_rank: None, tiny_world: Path, stage: str, loss: str) -> None:
-    expected = {
+    literal = {
         "sft": lambda: literal_sft(tiny_world),
         "reward_model": lambda: literal_reward(tiny_world, loss),
         "cost_model": lambda: literal_cost(tiny_world),
-    }[stage]()
+        "score_model": lambda: literal_both(tiny_world, loss),
+    }[stage]
     config = config_of(tiny_world, stage, loss=loss)
+    expected = literal()
     trainer = trainer_of(config)
     rows = len(rows_of(tiny_world, stage, "test"))
     assert len(trainer.eval_data) == rows
@@ -174,6 +200,7 @@ def train_on(rank: int, config: SupervisedConfig, world: int) -> dict[str, Any]:
         ("reward_model", "token", 0),
         ("reward_model", "sequence", 1),
         ("cost_model", "sequence", 2),
+        ("score_model", "token", 3),
     ],
 )
 def test_two_ranks_train_as_one(
@@ -195,7 +222,7 @@ def test_two_ranks_train_as_one(
     assert summed == pytest.approx(alone["held_out"], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["sft", "cost_model"])
+@pytest.mark.parametrize("stage", ["sft", "cost_model", "score_model"])
 def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp_path: Path, stage: str) -> None:
     config = config_of(tiny_world, stage, workspace=str(tmp_path), epochs=2, batch_size=40)
     trainer = trainer_of(config)
@@ -207,7 +234,7 @@ def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp
     evaluated = [row["step"] for row in metrics if "eval/loss" in row]
     assert evaluated == [steps // 2, steps]
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    if stage == "cost_model":
+    if stage != "sft":
         assert 0 <= metrics[-1]["accuracy_sign"] <= 1 and "eval/accuracy_sign" in metrics[-1]
     folder = tmp_path / stage / "final.part" / final_name(config)
     module = trainer.engine.module
@@ -215,6 +242,7 @@ def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp
         saved: Any = AutoModelForCausalLM.from_pretrained(folder)
     else:
         saved = load_score_model(str(folder), "cost", torch.float32)
+        assert saved.heads == (("cost",) if stage == "cost_model" else ("reward", "cost"))
     now = module.state_dict()
     assert saved.state_dict().keys() == now.keys()
     assert all(torch.equal(saved.state_dict()[name], now[name]) for name in now)

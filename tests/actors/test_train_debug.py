@@ -48,11 +48,11 @@ def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> Supe
 
 @pytest.fixture(scope="module")
 def trained(one_rank: None, tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Workspace with finished sft, reward_model and cost_model."""
+    """Workspace with finished sft, reward_model, cost_model and score_model."""
     workspace = tmp_path_factory.mktemp("workspace")
     train(supervised(tiny_world, workspace, "sft"))
     policy = str(workspace / "sft" / "final" / "policy")
-    for stage in ("reward_model", "cost_model"):
+    for stage in ("reward_model", "cost_model", "score_model"):
         train(supervised(tiny_world, workspace, stage, model=policy))
     return workspace
 
@@ -97,7 +97,9 @@ def test_supervised_stages_leave_models_that_load(trained: Path) -> None:
     for stage, kind in (("reward_model", "reward"), ("cost_model", "cost")):
         model = load_score_model(str(trained / stage / "final" / stage), kind, torch.float32)  # type: ignore[arg-type]
         assert model.score_type == kind
-    for stage in ("sft", "reward_model", "cost_model"):
+    both = load_score_model(str(trained / "score_model" / "final" / "score_model"), "reward", torch.float32)
+    assert both.heads == ("reward", "cost")
+    for stage in ("sft", "reward_model", "cost_model", "score_model"):
         folder = trained / stage
         metrics = read_metrics(folder)
         assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -150,6 +152,36 @@ def test_a_run_leaves_everything(one_rank: None, tiny_world: Path, trained: Path
     assert summary["judged_by"].startswith("true reward") and summary["prompts"] == summary["samples"] == 16
     assert summary["violation_rate/harm"]["target"] == 0.2 and summary["optimum"] > summary["reward"]["mean"]
     assert not (folder / "final.part").exists()
+
+
+def test_one_score_model_and_one_critic_for_all_signals(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    both = str(trained / "score_model" / "final" / "score_model")
+    config: Any = ppo(tiny_world, trained, tmp_path, "safe_ppo", evaluation={"every": 0})
+    models = config.models.model_copy(update={"reward": both, "shared_critic": True})
+    constraints = [config.constraints[0].model_copy(update={"model": both})]
+    folder = train(config.model_copy(update={"models": models, "constraints": constraints}))
+    for row in read_metrics(folder):
+        assert not EXPECTED_KEYS - row.keys()
+        assert {f"critic/{s}/{n}" for s in ("reward", "harm") for n in ("loss", "explained_variance")} <= row.keys()
+        assert all(math.isfinite(v) for k, v in row.items() if k not in MAY_BE_NULL)
+        assert 0 < row["cost/harm/mean"] < 1, "calibrated to a probability"
+    assert {path.name for path in (folder / "final").iterdir()} == {"policy", "critic"}
+    critic = load_score_model(str(folder / "final" / "critic"), "critic", torch.float32)
+    assert critic.heads == ("reward", "harm")
+    table = pq.read_table(folder / "trajectories" / "step_000002.parquet")
+    assert {"reward", "cost/harm", "values/reward", "values/harm", "advantages/harm"} <= set(table.schema.names)
+    # Both scores are those of the one folder's heads, the cost by its own calibration (a rising function of it).
+    model = load_score_model(both, "reward", torch.float32).eval()
+    rows = table.to_pylist()
+    with torch.no_grad():
+        sequences = [torch.tensor([r["prompt_tokens"] + r["response_tokens"]]) for r in rows]
+        ends = torch.stack([model(s, torch.arange(s.shape[1])[None])[0, -1] for s in sequences])
+    torch.testing.assert_close(torch.tensor([r["reward"] for r in rows]), ends[:, 0], atol=1e-4, rtol=0)
+    order = ends[:, 1].argsort()
+    probabilities = torch.tensor([r["cost/harm"] for r in rows])[order]
+    assert torch.all(probabilities.diff() >= -1e-6) and probabilities[0] < probabilities[-1]
 
 
 EXPECTED_KEYS = {

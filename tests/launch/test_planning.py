@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,10 +177,19 @@ def test_roles_of_other_stages(stage_file: StageFile) -> None:
     def names(path: Path) -> list[str]:
         return [r.name for r in plan(load_config(path), ROOMY).roles]
 
-    assert names(stage_file("sft")) == names(stage_file("cost_model")) == ["trainer"]
+    assert names(stage_file("sft")) == names(stage_file("score_model")) == ["trainer"]
     without_cost_critic = ["rollout", "reward", "cost-harm", "reference", "policy", "critic-reward", "experience"]
     assert names(stage_file("ppo")) == names(stage_file("reward_shaping")) == without_cost_critic
     assert "cost-harm" not in names(stage_file("ppo", constraints=[]))
+
+
+def test_signals_that_share_a_model_share_a_role(stage_file: StageFile, tmp_path: Path) -> None:
+    path = stage_file()
+    folder = tmp_path / "model" / "config.json"
+    folder.write_text(json.dumps(json.loads(folder.read_text()) | {"score_heads": ["reward", "cost"]}))
+    made = plan(load_config(path, ["models.shared_critic=true"]), ROOMY)
+    assert [r.name for r in made.roles] == ["rollout", "reward", "reference", "policy", "critic", "experience"]
+    assert [r.role for r in made.roles if r.name in ("reward", "critic")] == ["reward", "reward_critic"]
 
 
 def test_one_process_pays_its_base_once(stage_file: StageFile) -> None:

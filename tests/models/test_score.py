@@ -19,12 +19,17 @@ TOKENS = [5, 9, 14, 30, 2]
 
 @torch.no_grad()
 def scores(model: ScoreModel) -> torch.Tensor:
-    return model.eval()(torch.tensor([TOKENS]), torch.arange(len(TOKENS))[None])[0]
+    return model.eval()(torch.tensor([TOKENS]), torch.arange(len(TOKENS))[None])[0, :, 0]
 
 
 @torch.no_grad()
-def literal(folder: Path) -> torch.Tensor:
-    return LiteralScoreModel(folder).eval()([TOKENS])[0]
+def literal(folder: Path, head: int = 0) -> torch.Tensor:
+    return LiteralScoreModel(folder, head).eval()([TOKENS])[0]
+
+
+def every_score(model: ScoreModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([TOKENS]), torch.arange(len(TOKENS))[None])[0]
 
 
 @pytest.mark.parametrize("numbers", [{"mean": [0.75], "var": [4.0]}, {"mean": 0.75, "var": 4.0}])
@@ -74,10 +79,12 @@ def test_save_and_load_round_trip(tiny_world: Path, tmp_path: Path) -> None:
 
 def test_a_language_model_gets_a_fresh_head_only_on_request(tiny_world: Path) -> None:
     folder = str(tiny_world / "model")
-    with pytest.raises(UserError, match=r"without a score head; train one with stage reward_model or cost_model"):
+    with pytest.raises(
+        UserError, match=r"without a score head; train one with stage reward_model, cost_model or score_model"
+    ):
         load_score_model(folder, "reward", torch.float32)
     torch.manual_seed(0)
-    model = load_score_model(folder, "cost", torch.float32, needs_head=False)
+    model = load_score_model(folder, "cost", torch.float32, heads=["cost"])
     weight = model.score_head.weight
     assert weight.shape == (1, 32) and 0.005 < weight.std() < 0.05 and torch.all(model.score_head.bias == 0)
     trunk = load_file(tiny_world / "model" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
@@ -117,3 +124,64 @@ def test_a_head_in_one_of_several_shards_is_found(tiny_world: Path, tmp_path: Pa
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     torch.testing.assert_close(scores(load_score_model(str(folder), "reward", torch.float32)), expected)
+
+
+def test_two_heads_are_two_models_on_one_trunk(tiny_world: Path, tmp_path: Path) -> None:
+    """Each head against the one-head folder of its own row, normalised as that is."""
+    statistics = {"do_normalize": True, "mean": [0.75, 9.0], "var": [4.0, 2.25]}
+    write_score_folder(tmp_path / "both", tiny_world / "model", 4, "reward", heads=("reward", "cost"), **statistics)
+    both = load_score_model(str(tmp_path / "both"), "reward", torch.float32)
+    assert both.heads == ("reward", "cost")
+    found = every_score(both)
+    assert found.shape == (len(TOKENS), 2) and not torch.allclose(found[:, 0], found[:, 1])
+    state = load_file(tmp_path / "both" / "model.safetensors")
+    for head, kind in enumerate(("reward", "cost")):
+        numbers = {"do_normalize": True, "mean": statistics["mean"][head], "var": statistics["var"][head]}  # type: ignore[index]
+        write_score_folder(tmp_path / kind, tiny_world / "model", 4, kind, **numbers)
+        rows = {name: state[name][[head]] for name in ("score_head.weight", "score_head.bias")}
+        save_file({**state, **rows}, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        one = load_score_model(str(tmp_path / kind), kind, torch.float32)  # type: ignore[arg-type]
+        torch.testing.assert_close(found[:, head], scores(one), atol=1e-6, rtol=0)
+    # A reward is (x - mean) / sd, a cost x / sd, whatever its mean.
+    torch.testing.assert_close(found[:, 0], (literal(tmp_path / "both", 0) - 0.75) / 2.0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:, 1], literal(tmp_path / "both", 1) / 1.5, atol=1e-5, rtol=0)
+
+
+def test_two_heads_round_trip(tiny_world: Path, tmp_path: Path) -> None:
+    statistics = {"do_normalize": True, "mean": [0.75, 0.0], "var": [4.0, 2.25]}
+    write_score_folder(tmp_path / "one", tiny_world / "model", 4, "reward", heads=("reward", "cost"), **statistics)
+    model = load_score_model(str(tmp_path / "one"), "reward", torch.float32)
+    save_score_model(model, model.state_dict(), tmp_path / "two")
+    assert torch.equal(
+        every_score(load_score_model(str(tmp_path / "two"), "reward", torch.float32)), every_score(model)
+    )
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (config["score_dim"], config["score_heads"]) == (2, ["reward", "cost"])
+    assert (config["do_normalize"], config["mean"], config["var"]) == (True, [0.75, 0.0], [4.0, 2.25])
+
+
+def test_heads_asked_for_are_taken_over_by_name(tiny_world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    write_score_folder(folder, tiny_world / "model", 4, "reward", heads=("reward", "cost"))
+    raw = [literal(folder, head) for head in (0, 1)]
+    # A constraint without a head of its name starts from the one called cost.
+    model = load_score_model(str(folder), "critic", torch.float32, heads=["harm", "reward"])
+    assert model.heads == ("harm", "reward")
+    torch.testing.assert_close(every_score(model), torch.stack([raw[1], raw[0]], dim=1), atol=1e-5, rtol=0)
+    # The only head of a folder stands for the only one asked for, but not for one of several.
+    only = load_score_model(str(tiny_world / "reward_model"), "critic", torch.float32, heads=["harm"])
+    torch.testing.assert_close(scores(only), literal(tiny_world / "reward_model"), atol=1e-5, rtol=0)
+    torch.manual_seed(0)
+    mixed = load_score_model(str(tiny_world / "reward_model"), "critic", torch.float32, heads=["reward", "harm"])
+    torch.testing.assert_close(every_score(mixed)[:, 0], literal(tiny_world / "reward_model"), atol=1e-5, rtol=0)
+    assert mixed.score_head.bias[1] == 0 and 0.005 < mixed.score_head.weight[1].std() < 0.05
+
+
+def test_a_config_that_does_not_fit_the_heads(tiny_world: Path, tmp_path: Path) -> None:
+    write_score_folder(tmp_path / "m", tiny_world / "model", 4, "reward", heads=("reward", "cost"))
+    settings = json.loads((tmp_path / "m" / "config.json").read_text()) | {"score_heads": ["a", "b", "c"]}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"score_heads, mean and var in config\.json do not fit"):
+        load_score_model(str(tmp_path / "m"), "reward", torch.float32)

@@ -1,0 +1,83 @@
+"""Which scorers and critics a configuration comes to, by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.errors import UserError
+from beaver_ray.signals import CriticPlan, ScorerPlan, critics, head_names, head_of, scorers
+
+
+def folder(path: Path, *heads: str) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"score_heads": heads} if heads else {}))
+    return str(path)
+
+
+def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "safe_ppo") -> SafePpoConfig:
+    tree = {
+        "stage": stage,
+        "name": "run",
+        "steps": 1,
+        "models": {"policy": "policy", **models},
+        "constraints": [{"limit": 0.0, **constraint} for constraint in constraints],
+        "data": {"prompts": ["p"]},
+    }
+    return SafePpoConfig.model_validate(tree)
+
+
+def test_the_head_of_a_signal() -> None:
+    assert head_of("reward", ["cost", "reward"]) == 1
+    assert head_of("harm", ["reward", "cost"]) == 1
+    assert head_of("harm", ["reward", "cost", "harm"]) == 2
+    assert head_of("reward", ["cost"]) is None and head_of("harm", ["reward"]) is None
+
+
+def test_folders_with_several_heads_are_read_once(tmp_path: Path) -> None:
+    both, one = folder(tmp_path / "both", "reward", "leak", "cost"), folder(tmp_path / "one")
+    assert head_names(both) == ["reward", "leak", "cost"]
+    assert head_names(one) == head_names(str(tmp_path / "none")) == []
+    harm, leak = {"name": "harm", "model": both}, {"name": "leak", "model": both}
+    assert scorers(config({"reward": both}, harm, {"name": "other", "model": one}, leak)) == [
+        ScorerPlan("reward", "reward", both, {"reward": 0, "cost/harm": 2, "cost/leak": 1}),
+        ScorerPlan("cost-other", "cost", one, {"cost/other": 0}),
+    ]
+    # Without the reward the first constraint's scorer serves the second as well.
+    assert scorers(config({"reward": one}, harm, leak)) == [
+        ScorerPlan("reward", "reward", one, {"reward": 0}),
+        ScorerPlan("cost-harm", "cost", both, {"cost/harm": 2, "cost/leak": 1}),
+    ]
+    # A reward is normalised otherwise than a cost: one head is not both.
+    same = config({"reward": one}, {"name": "harm", "model": one})
+    assert [plan.columns for plan in scorers(same)] == [{"reward": 0}, {"cost/harm": 0}]
+
+
+def test_a_missing_head_is_named(tmp_path: Path) -> None:
+    costs = folder(tmp_path / "costs", "cost", "leak")
+    with pytest.raises(UserError, match="has no head called reward, only cost, leak"):
+        scorers(config({"reward": costs}, {"name": "harm", "model": costs}))
+    critic = folder(tmp_path / "values", "reward", "leak")
+    with pytest.raises(UserError, match="has no head called harm or cost, only reward, leak"):
+        scorers(config({"reward": critic}, {"name": "harm", "model": critic}))
+
+
+def test_critics_alone_and_shared() -> None:
+    constraints = {"name": "harm", "model": "cost"}, {"name": "leak", "model": "cost", "critic": "start"}
+    assert critics(config({"reward": "reward"}, *constraints)) == [
+        CriticPlan("critic-reward", "reward_critic", "reward", ("reward",), "reward_critic"),
+        CriticPlan("critic-harm", "cost_critic", "cost", ("harm",), "harm_critic"),
+        CriticPlan("critic-leak", "cost_critic", "start", ("leak",), "leak_critic"),
+    ]
+    shared = {"reward": "reward", "shared_critic": True}
+    harm = constraints[0]
+    (plan,) = critics(config({**shared, "reward_critic": "trunk"}, harm))
+    assert plan == CriticPlan("critic", "reward_critic", "trunk", ("reward", "harm"), "critic")
+    (plan,) = critics(config(shared, harm, stage="reward_shaping"))
+    assert (plan.model, plan.signals) == ("reward", ("reward",))
+    with pytest.raises(ValueError, match=r"models\.shared_critic starts from models\.reward_critic"):
+        config(shared, constraints[1])
