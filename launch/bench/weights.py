@@ -39,8 +39,9 @@ def run(options: Options) -> Outcome:
     shapes = llama_shapes(64, 4, 1000) if options.small else llama_shapes(1024, 16, 32000)
     bucket = BUCKET_BYTES // 64 if options.small else BUCKET_BYTES
     repetitions = options.repetitions or (2 if options.small else 7)
-    with local_ray(cpus=RECEIVERS + 1, store_gib=1.0 if options.small else 4.0):
-        outcome = measure_transfer(shapes, bucket, repetitions)
+    store_gib = 0.25 if options.small else 3.0
+    with local_ray(cpus=RECEIVERS + 1, store_gib=store_gib):
+        outcome = measure_transfer(shapes, bucket, repetitions, int(0.9 * store_gib * 2**30))
         outcome.figures += measure_calls(shapes, bucket)
         outcome.figures += measure_generator(repetitions)
     return outcome
@@ -79,6 +80,11 @@ class Publisher:
         published = pack(self.tensors.items(), version, len(self.bucket), self._put, self.bucket)
         self.times["pack"] = time.perf_counter() - started - self.times["put"]
         return published
+
+    def warm_store(self, size: int) -> None:
+        """Touch `size` bytes of the object store: the first touch of a page costs some 30 times a later one."""
+        held = [ray.put(self.bucket) for _ in range(size // len(self.bucket))]
+        del held
 
     def last(self) -> tuple[dict[str, float], int]:
         """Seconds of the last version's parts (pack: copy and checksum), and how often `put` was called."""
@@ -134,8 +140,8 @@ def copy_rate(size: int, repetitions: int) -> float:
     return float(np.median(rates))
 
 
-def measure_transfer(shapes: Shapes, bucket: int, repetitions: int) -> Outcome:
-    """Publish and pull, interleaved with the measurement of the copies."""
+def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes: int) -> Outcome:
+    """Publish and pull, interleaved with the measurement of the copies; `store_bytes` of the store are touched first."""
     remote = {role: ray.remote(num_cpus=1)(role) for role in (Publisher, Receiver)}
     publisher: Any = remote[Publisher].remote(shapes, bucket)
     receivers: Any = [remote[Receiver].remote(shapes, bucket) for _ in range(RECEIVERS)]
@@ -159,6 +165,10 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int) -> Outcome:
         alone.append(fetch(publisher.copy_rate.remote(5), "copying", WAIT_S))
         together.append(sum(fetch([r.copy_rate.remote(5) for r in receivers], "copying", WAIT_S)))
 
+    fetch([actor.copy_rate.remote(1) for actor in (publisher, *receivers)], "starting", WAIT_S)
+    cold = interleave({"transfer": transfer}, 1, warmups=0)["transfer"][0]
+    fetch(publisher.warm_store.remote(store_bytes), "touching the object store", WAIT_S)
+    parts.clear()
     seconds = interleave({"transfer": transfer, "copies": copies}, repetitions, warmups=2)
     assert weights is not None
     if not all(fetch([r.holds.remote(version) for r in receivers], "checking", WAIT_S)):
@@ -171,6 +181,7 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int) -> Outcome:
     figures = [
         Figure("publish and pull", wall, "s", wall / limit, "time of the copies", goal),
         Figure("copies alone", limit, "s"),
+        Figure("publish and pull, first version, cold memory", cold, "s", cold / limit, "time of the copies"),
         Figure("weights to each receiver", size / wall / GB, "GB/s"),
         Figure("warm copy, one stream", rate_1 / GB, "GB/s"),
         Figure(f"warm copy, {RECEIVERS} streams together", rate_n / GB, "GB/s"),
