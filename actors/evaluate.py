@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from actors.cluster import Cluster
-from actors.loop import make_rollouts, score
+from actors.loop import score
 from actors.roles import Roles, role_kinds, start_frozen_roles
+from actors.rollouts import Rollouts
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix
@@ -40,7 +41,9 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     try:
         roles = start_frozen_roles(config, cluster)
         held_out = HeldOut(config)
-        return write(Path(policy) if policy else config.folder, held_out.evaluate(roles, 0) | {"policy": chosen})
+        rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
+        summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
+        return write(Path(policy) if policy else config.folder, summary)
     finally:
         if cluster:
             cluster.close()
@@ -65,12 +68,12 @@ class HeldOut:
         self.prompts = PromptDataset.build(samples, self.tokenizer, limit, config.data.template)
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
 
-    def figures(self, roles: Roles, step: int) -> dict[str, float]:
+    def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
         """The evaluation's means as metrics of one step."""
-        summary = self.evaluate(roles, step)
+        summary = self.evaluate(roles, rollouts, step)
         return {f"eval/{key}": value["mean"] for key, value in summary.items() if isinstance(value, dict)}
 
-    def evaluate(self, roles: Roles, step: int) -> dict[str, Any]:
+    def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
         """The content of evaluation.json; ``step`` only chooses the random numbers."""
         count = len(self.prompts) * self.config.evaluation.samples
         prompt_ids = np.repeat(np.arange(len(self.prompts)), self.config.evaluation.samples)
@@ -82,10 +85,13 @@ class HeldOut:
             }
         )
         judge = (lambda chunk: []) if self.world else (lambda chunk: score(roles, chunk))
-        collected = make_rollouts(self.config, roles).collect(batch, judge)
-        answers = experience.concat(
-            experience.join(*roles.rollout.wait([c.sequences, *c.columns], "evaluating")) for c in collected.chunks
-        )
+        collected = rollouts.collect(batch, judge)
+        chunks = []
+        for chunk in collected.chunks:
+            parts = [chunk.sequences] if self.world else [chunk.sequences, *chunk.columns]
+            whole = experience.join(*roles.rollout.wait(parts, "evaluating"))
+            chunks.append(experience.select(whole, sorted(chunk.wanted)))
+        answers = experience.concat(chunks)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.method.advantages import COST, REWARD, Sign, explained_variance, gae, shape_rewards
+from beaver_ray.method.losses import LOG_RATIO_BOUND
 
 
 class ExperienceBuilder:
@@ -22,14 +23,17 @@ class ExperienceBuilder:
         # With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score.
         self.unsafe_above = {c.name: 0.5 if c.violation_rate else 0.0 for c in config.constraints}
 
-    def assemble(self, columns: int, *batches: pa.RecordBatch) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """One batch from chunks of finished sequences, each followed by its ``columns`` batches of scores.
+    def assemble(
+        self, sample_ids: list[int], columns: int, *batches: pa.RecordBatch
+    ) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """One batch of ``sample_ids`` from chunks of finished sequences, each before its ``columns`` of scores.
 
-        Returns the costs of every episode and the means of reward and costs, and the batch, by sample id.
+        Returns the means of reward and costs, and the batch, by sample id.
         """
         size = columns + 1
         chunks = [batches[i : i + size] for i in range(0, len(batches), size)]
         batch = experience.concat(experience.join(chunk[0], *chunk[1:]) for chunk in chunks)
+        batch = experience.select(batch, sample_ids)
         lengths = experience.lengths(batch, "response_tokens")
         stats: dict[str, Any] = {
             "samples": batch.num_rows,
@@ -37,21 +41,22 @@ class ExperienceBuilder:
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
             "rollout/response_tokens": float(lengths.mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
+            "rollout/weight_version_mean": float(experience.flat(batch, "token_versions").mean()),
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
-            "costs": {},
         }
         for name, threshold in self.unsafe_above.items():
             costs = experience.scalars(batch, f"cost/{name}")
-            stats["costs"][name] = costs.tolist()
             stats[f"cost/{name}/mean"] = float(costs.mean())
             stats[f"cost/{name}/violation_rate"] = float((costs > threshold).mean())
         return stats, batch
 
     def advantages(
         self, groups: list[int], batch: pa.RecordBatch, *parts: pa.RecordBatch
-    ) -> tuple[dict[str, float], pa.RecordBatch]:
-        """The batch with values, log-probs, advantages and returns of every signal.
+    ) -> tuple[tuple[dict[str, float], dict[str, list[float]]], pa.RecordBatch]:
+        """(figures, costs of every episode), and the batch with values, log-probs, advantages and returns.
 
+        Where experience may be stale the costs carry truncated importance weights, normalised to a mean of 1: their
+        mean is then the cost of the policy as it is now (self-normalised importance sampling).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.
         """
         ends = np.cumsum(groups)
@@ -80,7 +85,15 @@ class ExperienceBuilder:
             stats[f"critic/{signal}/explained_variance"] = explained_variance(values, returns)
             columns[f"advantages/{signal}"] = experience.ragged(advantages.astype(np.float32), lengths)
             columns[f"returns/{signal}"] = experience.ragged(returns.astype(np.float32), lengths)
-        return stats, experience.join(batch, experience.make_batch(columns))
+        weights = np.ones(batch.num_rows)
+        if self.config.importance_cap is not None:
+            log_ratios = np.add.reduceat(policy - rollout, offsets[:-1])
+            weights = np.minimum(np.exp(np.minimum(log_ratios, LOG_RATIO_BOUND)), self.config.importance_cap)
+            stats["rollout/importance_weight_mean"] = float(weights.mean())
+            weights /= weights.mean()
+        names = [c.name for c in self.config.constraints]
+        costs = {n: (weights * experience.scalars(batch, f"cost/{n}")).tolist() for n in names}
+        return (stats, costs), experience.join(batch, experience.make_batch(columns))
 
     def write(self, batch: pa.RecordBatch, path: str) -> None:
         """The step's experience as a Parquet file."""

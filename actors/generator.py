@@ -1,8 +1,8 @@
 """Rollout generator: a vLLM engine in this very process, stepped by hand.
 
-`exchange` takes new prompts in and hands finished sequences out; between two exchanges `update_weights`
-brings in a newer version, also while sequences are in flight. A caller that keeps two exchanges outstanding
-never lets the engine wait. `actors/hf_generator.py` has the same interface over transformers, for
+`exchange` takes new prompts and newer weights in and hands finished sequences out; weights come in between two
+steps of the engine, also while sequences are in flight. A caller that keeps two exchanges outstanding never
+lets the engine wait. `actors/hf_generator.py` has the same interface over transformers, for
 debugging.
 
 Left out: LoRA, several samples for one prompt (give each its own sample_id), stop strings (stop tokens
@@ -11,25 +11,27 @@ only), speculative decoding, data parallelism inside one engine (start more gene
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from actors.exchange import (
+    PROMPT_SCHEMA,
+    Exchange,
+    InFlight,
+    check_prompts,
+    exchange_result,
+    sample_seed,
+)
 from actors.waits import fetch
 from beaver_ray.errors import UserError
-from beaver_ray.experience import column_type
 from beaver_ray.weights import PublishedWeights, verify
-
-PROMPT_COLUMNS = ("sample_id", "prompt_id", "prompt_tokens")
-ANSWER_COLUMNS = ("response_tokens", "rollout_logprobs", "weight_version", "finish_reason")
-PROMPT_SCHEMA = pa.schema([(name, column_type(name)) for name in PROMPT_COLUMNS])
-FINISHED_SCHEMA = pa.schema([(name, column_type(name)) for name in (*PROMPT_COLUMNS, *ANSWER_COLUMNS)])
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class GeneratorSpec:
     temperature: float = 1.0
     """0 is greedy; log-probs are then those at temperature 1."""
     seed: int = 0
+    in_flight: Literal["recompute", "keep", "finish"] = "recompute"
+    """What new weights do to sequences under way: compute their KV cache anew, keep it, or wait for their end."""
     per_sample_seeds: bool = True
     """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch."""
     eos_token_ids: tuple[int, ...] | None = None
@@ -66,12 +70,6 @@ class GeneratorSpec:
     """CPU threads of torch in this process."""
     load_timeout_s: float = 300.0
     """How long to wait for one bucket of weights out of the object store."""
-
-
-def sample_seed(seed: int, sample_id: int) -> int:
-    """The seed of one sample: 63 bits that are the same on every machine and in every process."""
-    digest = hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[int, ...]:
@@ -94,23 +92,6 @@ def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[in
     return tuple(sorted(ids))
 
 
-def check_prompts(prompts: pa.RecordBatch, spec: GeneratorSpec, in_flight: Any) -> list[tuple[int, int, list[int]]]:
-    """Rows (sample_id, prompt_id, prompt_tokens) of new prompts; UserError for one too long or empty."""
-    rows = list(zip(*(prompts.column(name).to_pylist() for name in PROMPT_COLUMNS), strict=True))
-    taken = set(in_flight)
-    for sample_id, _, tokens in rows:
-        if not 0 < len(tokens) < spec.max_model_len:
-            raise UserError(
-                f"sample {sample_id}: its prompt has {len(tokens)} tokens, but must have 1 to "
-                f"{spec.max_model_len - 1} (max_model_len {spec.max_model_len} less one); "
-                "shorten it or raise max_model_len"
-            )
-        if sample_id in taken:
-            raise ValueError(f"sample {sample_id} is in flight already; sample ids must be unique in a run")
-        taken.add(sample_id)
-    return rows
-
-
 def fetch_verified(weights: PublishedWeights, timeout_s: float) -> list[np.ndarray]:
     """All buckets of a version, checked; ValueError for a damaged one. Under Ray they are shared memory."""
     buckets = []
@@ -122,31 +103,6 @@ def fetch_verified(weights: PublishedWeights, timeout_s: float) -> list[np.ndarr
     return buckets
 
 
-def exchange_result(
-    finished: list[dict[str, Any]], running: int, free: int, version: int, started: float
-) -> tuple[dict[str, Any], pa.RecordBatch]:
-    """What an exchange returns: a summary and the finished sequences. `started` is of time.perf_counter()."""
-    summary = {
-        "finished": len(finished),
-        "running": running,
-        "free": free,
-        "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
-        "busy_s": time.perf_counter() - started,
-        "weight_version": version,
-        "sample_ids": [row["sample_id"] for row in finished],
-    }
-    return summary, pa.RecordBatch.from_pylist(finished, schema=FINISHED_SCHEMA)
-
-
-@dataclass
-class InFlight:
-    """What is remembered of a sequence; `version` is that of the weights when it was taken in."""
-
-    prompt_id: int
-    prompt_tokens: list[int]
-    version: int
-
-
 class VllmGenerator:
     """Generates with vLLM in this process. One engine at a time to a process; see the module's text."""
 
@@ -154,6 +110,8 @@ class VllmGenerator:
         self.spec = spec
         self.version = spec.version
         self._in_flight: dict[int, InFlight] = {}
+        self._held: list[tuple[int, int, list[int]]] = []  # prompts that wait for newer weights
+        self._newest: PublishedWeights | None = None
         self._broken: str | None = None
         self._eos = spec.eos_token_ids or read_eos_token_ids(spec.model, spec.trust_remote_code)
         self._engine = _start_engine(spec)
@@ -164,30 +122,37 @@ class VllmGenerator:
             self.update_weights(weights)
 
     def exchange(
-        self, prompts: pa.RecordBatch | None = None, min_finished: int = 1
+        self, prompts: pa.RecordBatch | None = None, request: Exchange | None = None
     ) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """Take new prompts in, then step until `min_finished` sequences are finished or none is left.
+        """Drop and load what ``request`` says, take new prompts in, then step until it is time to answer.
 
         `prompts` has the columns of PROMPT_SCHEMA. Prompts beyond max_sequences wait inside the engine.
-        Returns a summary (generated_tokens counts those of the finished sequences) and the finished
-        sequences, columns of FINISHED_SCHEMA. `weight_version` is the version when the prompt was taken in:
-        the oldest that any of its tokens can have. Raises UserError, before any prompt is taken in, for one
-        that is too long.
+        Returns a summary (generated_tokens counts those of the finished sequences) and the finished sequences,
+        columns of FINISHED_SCHEMA. Raises UserError, before any prompt is taken in, for one that is too long.
         """
         self._check_usable()
+        request = request or Exchange()
         started = time.perf_counter()
+        aborted = self._abort(request.abort)
         if prompts is not None:
-            for sample_id, prompt_id, tokens in check_prompts(prompts, self.spec, self._in_flight):
-                self._add(sample_id, prompt_id, tokens)
+            taken = {*self._in_flight, *(row[0] for row in self._held)}
+            self._held += check_prompts(prompts, self.spec.max_model_len, taken)
+        if request.weights is not None and request.weights.version > self.version:
+            self._newest = request.weights
         finished: list[Any] = []
-        while self._in_flight and len(finished) < min_finished:
+        end = started + (request.slice_s if request.slice_s is not None else float("inf"))
+        while self._held or (self._in_flight and len(finished) < request.min_finished):
+            self._take_in()
             for output in self._engine.step():
                 if output.finished:
                     finished.append(self._finish(output))
-        return exchange_result(finished, len(self._in_flight), self.capacity(), self.version, started)
+            if time.perf_counter() > end:
+                break
+        running = len(self._in_flight) + len(self._held)
+        return exchange_result(finished, aborted, running, self.capacity(), self.version, started)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
-        """Load a published version; sequences in flight go on under it, their KV cache computed anew.
+        """Load a published version now; sequences in flight go on under it, as spec.in_flight says.
 
         All buckets are fetched and verified before the first one is loaded, so that a damaged version
         (ValueError) leaves the engine as it was. An error later on leaves a mixture of two versions: the
@@ -203,11 +168,13 @@ class VllmGenerator:
             info = {"manifest": manifest, "index": index, "bucket": bucket, "verified": True}
             self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
         self._engine.collective_rpc("finish_weight_update")
-        # Keys and values of the old weights must not be reused. Without reset_running_requests vLLM refuses
-        # to drop them while any sequence is in flight; with it those sequences are computed anew from their
-        # tokens.
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+        # Keys and values of the old weights must not be reused. Without reset_running_requests vLLM refuses to drop
+        # them while any sequence is in flight; with it those sequences are computed anew from their tokens. Where
+        # they are kept, the salt of the cache keeps new prompts off them.
+        if self.spec.in_flight != "keep" and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
+        for sample_id, tokens in self._tokens_so_far().items():
+            self._in_flight[sample_id].update(manifest.version, tokens)
         self._broken = None
         self.version = manifest.version
         return {
@@ -218,17 +185,17 @@ class VllmGenerator:
 
     def abort_all(self) -> pa.RecordBatch:
         """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""
-        self._engine.abort_request([str(sample_id) for sample_id in self._in_flight])
-        rows = [
-            {"sample_id": sample_id, "prompt_id": flight.prompt_id, "prompt_tokens": flight.prompt_tokens}
-            for sample_id, flight in self._in_flight.items()
-        ]
-        self._in_flight.clear()
-        return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
+        rows = [(i, flight.prompt_id, flight.prompt_tokens) for i, flight in self._in_flight.items()] + self._held
+        self._abort([row[0] for row in rows])
+        columns = zip(*rows, strict=True) if rows else ((), (), ())
+        return pa.RecordBatch.from_arrays(
+            [pa.array(column, type=field.type) for column, field in zip(columns, PROMPT_SCHEMA, strict=True)],
+            schema=PROMPT_SCHEMA,
+        )
 
     def capacity(self) -> int:
         """How many more sequences can be in flight now."""
-        return max(0, self.spec.max_sequences - len(self._in_flight))
+        return max(0, self.spec.max_sequences - len(self._in_flight) - len(self._held))
 
     def close(self) -> None:
         """Shut the engine down and free its memory; the generator cannot be used afterwards."""
@@ -242,6 +209,32 @@ class VllmGenerator:
     def _check_usable(self) -> None:
         if self._broken:
             raise RuntimeError(f"this generator cannot go on: {self._broken}")
+
+    def _take_in(self) -> None:
+        """Load newer weights where that is due, and start the prompts that wait for nothing more."""
+        if self._newest is not None and (self.spec.in_flight != "finish" or not self._in_flight):
+            weights, self._newest = self._newest, None
+            self.update_weights(weights)
+        if self._newest is None:
+            for row in self._held:
+                self._add(*row)
+            self._held = []
+
+    def _abort(self, sample_ids: Collection[int]) -> list[int]:
+        """Drop those of the samples that are here; returns them."""
+        held = {row[0] for row in self._held} & set(sample_ids)
+        running = [sample_id for sample_id in sample_ids if sample_id in self._in_flight]
+        self._held = [row for row in self._held if row[0] not in held]
+        if running:
+            self._engine.abort_request([str(sample_id) for sample_id in running])
+        for sample_id in running:
+            del self._in_flight[sample_id]
+        return [*running, *held]
+
+    def _tokens_so_far(self) -> dict[int, int]:
+        """Tokens that each sequence in flight has been given."""
+        states = self._engine.output_processor.request_states.values()
+        return {int(state.external_req_id): state.detokenizer.num_output_tokens() for state in states}
 
     def _add(self, sample_id: int, prompt_id: int, tokens: list[int]) -> None:
         from vllm import SamplingParams
@@ -260,8 +253,9 @@ class VllmGenerator:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(str(sample_id), tokens_input(tokens), params)
-        self._in_flight[sample_id] = InFlight(prompt_id, tokens, self.version)
+        salt = str(self.version) if spec.in_flight == "keep" else None
+        self._engine.add_request(str(sample_id), tokens_input(tokens, cache_salt=salt), params)
+        self._in_flight[sample_id] = InFlight(prompt_id, tokens, [(self.version, 0)])
 
     def _finish(self, output: Any) -> dict[str, Any]:
         sample_id = int(output.request_id)
@@ -281,7 +275,8 @@ class VllmGenerator:
             "prompt_tokens": flight.prompt_tokens,
             "response_tokens": tokens,
             "rollout_logprobs": logprobs,
-            "weight_version": flight.version,
+            "weight_version": flight.versions[0][0],
+            "token_versions": flight.token_versions(len(tokens)),
             "finish_reason": completion.finish_reason,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Protocol
@@ -37,6 +38,8 @@ class Group:
     name: str
     workers: list[Any]
     timeout_s: float
+    meanwhile: Callable[[list[Any], str, float], None] | None = None
+    """What goes on while the caller waits for this group: (references, what they are, seconds to wait at most)."""
 
     def __post_init__(self) -> None:
         self._turn = cycle(self.workers)
@@ -51,7 +54,10 @@ class Group:
 
     def wait(self, references: Any, doing: str) -> Any:
         """Results of this group's calls; the error at the deadline names the group and what it was doing."""
-        return fetch(references, f"{self.name} ({doing})", self.timeout_s)
+        what = f"{self.name} ({doing})"
+        if self.meanwhile is not None:
+            self.meanwhile(references if isinstance(references, list) else [references], what, self.timeout_s)
+        return fetch(references, what, self.timeout_s)
 
     def run(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker and wait for all results."""

@@ -14,15 +14,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from actors.generator import (
-    PROMPT_SCHEMA,
-    GeneratorSpec,
-    check_prompts,
-    exchange_result,
-    fetch_verified,
-    read_eos_token_ids,
-    sample_seed,
-)
+from actors.exchange import PROMPT_SCHEMA, Exchange, check_prompts, exchange_result, sample_seed
+from actors.generator import GeneratorSpec, fetch_verified, read_eos_token_ids
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.weights import PublishedWeights, unpack
 
@@ -44,17 +37,21 @@ class HFGenerator:
             self.update_weights(weights)
 
     def exchange(
-        self, prompts: pa.RecordBatch | None = None, min_finished: int = 1
+        self, prompts: pa.RecordBatch | None = None, request: Exchange | None = None
     ) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """Take new prompts in, then generate batches until `min_finished` are finished or none is left."""
+        """Take new prompts in, then generate batches until enough are finished or none is left."""
+        request = request or Exchange()
         started = time.perf_counter()
+        aborted = [sample_id for sample_id in request.abort if self._waiting.pop(sample_id, None)]
+        if request.weights is not None and request.weights.version > self.version:
+            self.update_weights(request.weights)
         if prompts is not None:
-            for sample_id, prompt_id, tokens in check_prompts(prompts, self.spec, self._waiting):
+            for sample_id, prompt_id, tokens in check_prompts(prompts, self.spec.max_model_len, self._waiting):
                 self._waiting[sample_id] = (prompt_id, tokens)
         finished: list[dict[str, Any]] = []
-        while self._waiting and len(finished) < min_finished:
+        while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
-        return exchange_result(finished, len(self._waiting), self.capacity(), self.version, started)
+        return exchange_result(finished, aborted, len(self._waiting), self.capacity(), self.version, started)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version. ValueError, before anything is changed, unless it holds exactly the
@@ -150,6 +147,7 @@ class HFGenerator:
                     "response_tokens": responses[row],
                     "rollout_logprobs": logprobs[row],
                     "weight_version": self.version,
+                    "token_versions": [self.version] * len(responses[row]),
                     "finish_reason": reasons[row],
                 }
             )

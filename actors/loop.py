@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from actors.roles import Roles
 from actors.rollouts import Collected, Rollouts
+from actors.schedule import RolloutSchedule
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
 from beaver_ray.runs import RunFolder
@@ -23,31 +24,30 @@ from beaver_ray.runs import RunFolder
 def train_policy(
     config: SafePpoConfig,
     roles: Roles,
+    rollouts: Rollouts,
     run: RunFolder,
-    next_prompts: Callable[[int], pa.RecordBatch],
     evaluate: Callable[[int], dict[str, float]],
 ) -> None:
-    """All steps of a PPO run; ``next_prompts`` gives a step's prompts, ``evaluate`` figures on held-out ones."""
+    """All steps of a PPO run; ``evaluate`` gives figures on held-out prompts."""
     constraints = config.constraints if config.stage == "safe_ppo" else []
     limits = {c.name: c.bound for c in config.constraints}
     multipliers = {c.name: make_multiplier(c.multiplier) for c in constraints}
-    rollouts = make_rollouts(config, roles)
     began = time.perf_counter()
     steps = config.total_steps(0)
     with run.progress(config.stage, steps) as progress:
         for step in range(1, steps + 1):
             clock = Clock()
             with clock("generate"):
-                collected = rollouts.collect(next_prompts(step), lambda chunk: score(roles, chunk))
+                collected = rollouts.take(step)
             with clock("score"):
                 stats, batch = assemble(roles, collected)
-                figures, experience = add_advantages(config, roles, batch)
+                figures, costs, experience = add_advantages(config, roles, batch)
             for name, multiplier in multipliers.items():
-                multiplier.update(stats["costs"][name], limits[name])
+                multiplier.update(costs[name], limits[name])
             with clock("train"):
                 figures |= update(config, roles, experience, multipliers, step)
             with clock("sync"):
-                synced = publish(roles, version=step)
+                synced = publish(roles, rollouts, version=step)
             if config.trajectory_every and step % config.trajectory_every == 0:
                 path = str(run.trajectories / f"step_{step:06d}.parquet")
                 roles.experience.run("write", experience, path)
@@ -65,10 +65,16 @@ def train_policy(
             progress.advance(1, reward=stats["reward/mean"], **shown)
 
 
-def make_rollouts(config: SafePpoConfig, roles: Roles) -> Rollouts:
-    """The scheduler over this run's generators."""
+def make_rollouts(config: SafePpoConfig, roles: Roles, next_prompts: Callable[[int], pa.RecordBatch]) -> Rollouts:
+    """This run's generators, which go on whenever the loop waits for another role."""
     rollout, timeout = config.rollout, config.cluster.step_timeout
-    return Rollouts(roles.rollout, rollout.max_sequences, timeout)
+    schedule = RolloutSchedule(config.total_steps(0), rollout.staleness, rollout.oversample)
+    rollouts = Rollouts(
+        roles.rollout, rollout.max_sequences, timeout, schedule, next_prompts, lambda chunk: score(roles, chunk)
+    )
+    for group in (roles.policy, roles.experience, *roles.critics.values()):
+        group.meanwhile = rollouts.while_waiting
+    return rollouts
 
 
 def score(roles: Roles, sequences: Any) -> list[Any]:
@@ -82,19 +88,26 @@ def assemble(roles: Roles, collected: Collected) -> tuple[dict[str, Any], Any]:
     """Figures of the step's answers, and a reference to all of them in one batch."""
     flat = [part for chunk in collected.chunks for part in (chunk.sequences, *chunk.columns)]
     columns = len(collected.chunks[0].columns)
-    stats, batch = roles.experience.workers[0].call("assemble", columns, *flat, returns=2)
+    ids = collected.sample_ids
+    stats, batch = roles.experience.workers[0].call("assemble", ids, columns, *flat, returns=2)
     return roles.experience.wait(stats, "assembling experience"), batch
 
 
-def add_advantages(config: SafePpoConfig, roles: Roles, batch: Any) -> tuple[dict[str, float], Any]:
-    """Values, the trainer's log-probs, then advantages and returns; figures and a reference to the whole."""
+def add_advantages(
+    config: SafePpoConfig, roles: Roles, batch: Any
+) -> tuple[dict[str, float], dict[str, list[float]], Any]:
+    """Values, the trainer's log-probs, then advantages and returns.
+
+    Returns figures, the episodes' costs as the multipliers should see them, and a reference to the whole batch.
+    """
     parts = [critic.call("values", batch) for critic in roles.critics.values()]
     if config.ppo.old_logprobs == "trainer":
         parts.append(roles.policy.call("logprobs", batch))
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
-    stats, whole = roles.experience.workers[0].call("advantages", sizes, batch, *flat, returns=2)
-    return roles.experience.wait(stats, "computing advantages"), whole
+    computed, whole = roles.experience.workers[0].call("advantages", sizes, batch, *flat, returns=2)
+    figures, costs = roles.experience.wait(computed, "computing advantages")
+    return figures, costs, whole
 
 
 def update(
@@ -111,10 +124,10 @@ def update(
     return figures
 
 
-def publish(roles: Roles, version: int) -> dict[str, float]:
-    """New weights from the policy to every generator."""
+def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
+    """New weights from the policy, which every generator loads before its next prompts."""
     weights = roles.policy.wait(roles.policy.call("publish", version), "publishing weights")[0]
-    roles.rollout.run("update_weights", weights)
+    rollouts.publish(weights)
     return {"sync/bytes": float(weights.manifest.total_bytes)}
 
 

@@ -137,7 +137,7 @@ class PolicyTrainer(TrainingRank):
         )
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
-        capped = ppo.importance_cap is not None
+        capped = self.config.importance_cap is not None
         loss, metrics = policy_loss(
             logprobs_T,
             rows.column_T(old, micro_batch),
@@ -145,7 +145,7 @@ class PolicyTrainer(TrainingRank):
             weights_T,
             clip_ratio=ppo.clip_ratio,
             rollout_logprobs_T=rows.column_T("rollout_logprobs", micro_batch) if capped else None,
-            importance_cap=ppo.importance_cap or 1.0,
+            importance_cap=self.config.importance_cap or 1.0,
         )
         assert entropy_T is not None
         deviation = metrics.pop("ratio_max_deviation") * micro_batch.weight
@@ -157,7 +157,7 @@ class PolicyTrainer(TrainingRank):
         weights_T = torch.full_like(logprobs_T, micro_batch.weight / total)
         loss, _ = cross_entropy_loss(logprobs_T, weights_T)
         names = ["clip_fraction", "kl_update", "entropy"]
-        if self.config.ppo.importance_cap is not None:
+        if self.config.importance_cap is not None:
             names += ["importance_weight_mean", "kl_rollout_train"]
         zero = loss.detach().new_zeros(())
         sums = {**dict.fromkeys(names, zero), "ptx_loss": loss.detach()}

@@ -135,6 +135,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
         max_sequences=rollout.max_sequences,
         temperature=rollout.temperature,
         seed=config.seed,
+        in_flight=rollout.in_flight,
         eos_token_ids=read_eos_token_ids(policy, config.models.trust_remote_code),
         tensor_parallel_size=max(1, int(config.cluster.of("rollout").gpus)),
         kv_cache_gib=rollout.kv_cache_gib,

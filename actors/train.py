@@ -12,7 +12,7 @@ import torch
 
 from actors.cluster import Cluster
 from actors.evaluate import HeldOut, write
-from actors.loop import save, train_policy
+from actors.loop import make_rollouts, save, train_policy
 from actors.roles import connect, role_kinds, start_local, start_roles
 from actors.supervised import SupervisedTrainer, train_supervised
 from beaver_ray import experience
@@ -96,16 +96,15 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
         roles = start_roles(config, cluster)
-        train_policy(
-            config,
-            roles,
-            run,
-            PromptStream(config, prompts),
-            lambda step: held_out.figures(roles, step) if held_out else {},
-        )
+        rollouts = make_rollouts(config, roles, PromptStream(config, prompts))
+
+        def evaluate(step: int) -> dict[str, float]:
+            return held_out.figures(roles, rollouts, step) if held_out else {}
+
+        train_policy(config, roles, rollouts, run, evaluate)
         save(roles, str(run.folder / "final.part"))
         if held_out:
-            write(run.folder, held_out.evaluate(roles, config.total_steps(len(prompts)) + 1))
+            write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(len(prompts)) + 1))
     finally:
         if cluster:
             cluster.close()

@@ -59,6 +59,15 @@ def wait_any(refs: Sequence[Any], what: str, timeout_s: float) -> Any:
     return ready[0]
 
 
+def ready_now(refs: Sequence[Any]) -> list[Any]:
+    """Those of ``refs`` that are ready at this moment; what is no reference is ready."""
+    pending = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]
+    if not pending:
+        return list(refs)
+    done, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+    return [*done, *(ref for ref in refs if not isinstance(ref, ray.ObjectRef))]
+
+
 def wait_placed(group: PlacementGroup, timeout_s: float) -> bool:
     """Whether Ray has reserved the group's bundles, at the latest at the deadline."""
     return group.wait(timeout_s)

@@ -288,6 +288,11 @@ class SafePpoConfig(RunConfig):
         "Write a step's experience to trajectories/ every so many steps; 0 for never.", 10, ge=0
     )
 
+    @property
+    def importance_cap(self) -> float | None:
+        """The cap of the importance weights trainer/generator; None where there are none."""
+        return self.ppo.importance_cap or (2.0 if self.rollout.staleness else None)
+
     def total_steps(self, prompts: int) -> int:
         """Training steps of this run, where there are ``prompts`` distinct prompts."""
         if self.steps is not None:
@@ -306,6 +311,8 @@ class SafePpoConfig(RunConfig):
             raise ValueError(f"stage {self.stage} needs at least one entry under constraints (or use stage: ppo)")
         if (self.ppo.ptx_coefficient > 0) != bool(self.data.ptx):
             raise ValueError("data.ptx and ppo.ptx_coefficient go together: set both or neither")
+        if self.rollout.staleness and self.ppo.old_logprobs == "generator":
+            raise ValueError("rollout.staleness above 0 needs ppo.old_logprobs: trainer, which corrects for it")
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "generator":
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt

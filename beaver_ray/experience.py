@@ -8,7 +8,8 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     prompt_tokens list<int32>
     response_tokens list<int32>        n, the EOS included where finish_reason is "stop"
     rollout_logprobs list<float32>     n, under the distribution that was sampled
-    weight_version int64               version of the weights at which the sequence was started
+    weight_version int64               version of the weights that its first token was sampled under: its oldest
+    token_versions list<int32>         n, version that each token was sampled under
     finish_reason string               "stop" or "length"
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
@@ -32,6 +33,7 @@ _FIXED: dict[str, pa.DataType] = {
     "response_tokens": TOKENS,
     "rollout_logprobs": FLOATS,
     "weight_version": pa.int64(),
+    "token_versions": TOKENS,
     "finish_reason": pa.string(),
     "reward": pa.float32(),
     "reference_logprobs": FLOATS,
@@ -105,6 +107,14 @@ def concat(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
     table = pa.Table.from_batches(list(batches)).combine_chunks()
     order = np.argsort(table.column("sample_id").to_numpy(), kind="stable")
     return table.take(pa.array(order)).combine_chunks().to_batches()[0]
+
+
+def select(batch: pa.RecordBatch, sample_ids: Sequence[int]) -> pa.RecordBatch:
+    """The rows of these samples, in the batch's order. Raises ValueError where one is not there."""
+    mask = np.isin(scalars(batch, "sample_id"), np.asarray(sample_ids))
+    if mask.sum() != len(sample_ids):
+        raise ValueError(f"only {mask.sum()} of {len(sample_ids)} samples are in the batch")
+    return batch if mask.all() else batch.take(pa.array(np.flatnonzero(mask)))
 
 
 def join(left: pa.RecordBatch, *others: pa.RecordBatch) -> pa.RecordBatch:

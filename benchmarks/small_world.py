@@ -4,7 +4,8 @@
 
 For each seed: build the world, train SFT policy, reward model and cost model once, then run each method from the same
 models for the same number of steps, one process a run (debug mode). The figures are means over the evaluations on
-held-out prompts in the last fifth of training. Runs that are complete in the working folder are not repeated.
+held-out prompts in the last fifth of training. With staleness k every sample is exactly k versions old (in one process
+generation starts as soon as it may), the worst that the bound allows. Runs that are complete in the working folder are not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent.parent / "configs" / "local"
 METHODS = {
     "safe_ppo": [],
+    "safe_ppo_staleness_1": ["rollout.staleness=1"],
+    "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],
     "reward_shaping_0.1": ["stage=reward_shaping", "constraints.harm.weight=0.1"],
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.weight=1"],

@@ -1,0 +1,96 @@
+"""What passes between the rollout scheduler and a generator, whatever engine it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from beaver_ray.errors import UserError
+from beaver_ray.experience import column_type
+from beaver_ray.weights import PublishedWeights
+
+PROMPT_COLUMNS = ("sample_id", "prompt_id", "prompt_tokens")
+ANSWER_COLUMNS = ("response_tokens", "rollout_logprobs", "weight_version", "token_versions", "finish_reason")
+PROMPT_SCHEMA = pa.schema([(name, column_type(name)) for name in PROMPT_COLUMNS])
+FINISHED_SCHEMA = pa.schema([(name, column_type(name)) for name in (*PROMPT_COLUMNS, *ANSWER_COLUMNS)])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One call of a generator, besides the new prompts: what it loads and drops first, and when it answers."""
+
+    min_finished: int = 1
+    """It answers when so many sequences are finished or none is left."""
+    weights: PublishedWeights | None = None
+    """Loaded before any new prompt is started; an older version than it has is ignored."""
+    abort: Sequence[int] = ()
+    """Samples to drop where they are still in flight."""
+    slice_s: float | None = None
+    """It answers after so many seconds at the latest, finished or not; None for no such limit."""
+
+
+@dataclass
+class InFlight:
+    """What is remembered of a sequence; `versions` are (version, first token sampled under it), oldest first."""
+
+    prompt_id: int
+    prompt_tokens: list[int]
+    versions: list[tuple[int, int]] = field(default_factory=list)
+
+    def update(self, version: int, tokens: int) -> None:
+        """From its token number ``tokens`` on the sequence is sampled under ``version``."""
+        if self.versions and self.versions[-1][1] == tokens:
+            self.versions.pop()
+        self.versions.append((version, tokens))
+
+    def token_versions(self, tokens: int) -> list[int]:
+        """The version of each of its ``tokens`` tokens."""
+        ends = [start for _, start in self.versions[1:]] + [tokens]
+        return [version for (version, start), end in zip(self.versions, ends, strict=True) for _ in range(start, end)]
+
+
+def sample_seed(seed: int, sample_id: int) -> int:
+    """The seed of one sample: 63 bits that are the same on every machine and in every process."""
+    digest = hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_prompts(
+    prompts: pa.RecordBatch, max_model_len: int, in_flight: Collection[int]
+) -> list[tuple[int, int, list[int]]]:
+    """Rows (sample_id, prompt_id, prompt_tokens) of new prompts; UserError for one too long or empty."""
+    rows = list(zip(*(prompts.column(name).to_pylist() for name in PROMPT_COLUMNS), strict=True))
+    taken = set(in_flight)
+    for sample_id, _, tokens in rows:
+        if not 0 < len(tokens) < max_model_len:
+            raise UserError(
+                f"sample {sample_id}: its prompt has {len(tokens)} tokens, but must have 1 to "
+                f"{max_model_len - 1} (max_model_len {max_model_len} less one); shorten it or raise max_model_len"
+            )
+        if sample_id in taken:
+            raise ValueError(f"sample {sample_id} is in flight already; sample ids must be unique in a run")
+        taken.add(sample_id)
+    return rows
+
+
+def exchange_result(
+    finished: list[dict[str, Any]], aborted: list[int], running: int, free: int, version: int, started: float
+) -> tuple[dict[str, Any], pa.RecordBatch]:
+    """What an exchange returns: a summary and the finished sequences. ``started`` is of time.perf_counter()."""
+    summary = {
+        "finished": len(finished),
+        "running": running,
+        "free": free,
+        "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
+        "busy_s": time.perf_counter() - started,
+        "weight_version": version,
+        "sample_ids": [row["sample_id"] for row in finished],
+        "versions": [row["weight_version"] for row in finished],
+        "aborted": aborted,
+    }
+    return summary, pa.RecordBatch.from_pylist(finished, schema=FINISHED_SCHEMA)
