@@ -59,7 +59,10 @@ class Outcome:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Any]], repetitions: int, warmups: int = 1, timed: Callable[[Any], float] | None = None
+    sides: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    warmups: int = 1,
+    timed: Callable[[Any], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each repetition of each side; sides take turns, so that a disturbance meets them all.
 

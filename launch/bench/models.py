@@ -101,6 +101,25 @@ def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int
     return folder
 
 
+def read_prompts(folder: Path) -> list[list[int]]:
+    """The tokens of a workspace's prompts, as the chat template makes them."""
+    return [[BOS, *_tokens(row["prompt"])] for row in _read_lines(folder / "prompts.jsonl")]
+
+
+def read_demonstrations(folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of a workspace's demonstrations, as the chat template makes them."""
+    rows = _read_lines(folder / "ptx.jsonl")
+    return [([BOS, *_tokens(row["prompt"])], [*_tokens(row["response"]), EOS]) for row in rows]
+
+
+def _tokens(text: str) -> list[int]:
+    return [int(word[1:]) for word in text.split()]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _words(tokens: list[int]) -> str:
     return " ".join(f"w{token}" for token in tokens if token >= FIRST_WORD)
 

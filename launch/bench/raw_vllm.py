@@ -20,6 +20,7 @@ from actors.cluster import RayHandle
 from actors.generator import GeneratorSpec, VllmGenerator
 from actors.handles import Group
 from actors.rollouts import Rollouts
+from actors.schedule import RolloutSchedule
 from actors.waits import fetch
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
 from launch.bench.models import SMALLER, TINY, random_prompts, write_policy
@@ -67,11 +68,11 @@ def run(options: Options) -> Outcome:
         model = write_policy(Path(folder), shape, positions=32 + int(lengths.max()))
         spec = generator_spec(str(model), int(lengths.max()), batch, threads)
         raw: Any = ray.remote(num_cpus=1)(RawEngine).remote(spec)
-        rollouts = start_rollouts(spec)
+        generators = start_generator(spec)
         seconds = interleave(
             {
                 "raw": lambda: generate_raw(raw, prompts, lengths),
-                "ours": lambda: generate_ours(rollouts, prompts, lengths),
+                "ours": lambda: generate_ours(generators, batch, prompts, lengths),
             },
             repetitions,
             timed=float,
@@ -95,23 +96,17 @@ def generate_raw(engine: Any, prompts: list[list[int]], lengths: np.ndarray) -> 
     return float(seconds)
 
 
-# Our side: all that knows of actors.rollouts is below.
-
-
-def start_rollouts(spec: GeneratorSpec) -> Rollouts:
-    """One generator in an actor, and the scheduler over it."""
+def start_generator(spec: GeneratorSpec) -> Group:
+    """One generator in an actor."""
     actor = ray.remote(num_cpus=1)(VllmGenerator).remote(spec)
-    group = Group("rollout", [RayHandle("rollout", actor)], WAIT_S)
-    return Rollouts(group, spec.max_sequences, 8, WAIT_S)
+    return Group("rollout", [RayHandle("rollout", actor)], WAIT_S)
 
 
-def generate_ours(rollouts: Rollouts, prompts: list[list[int]], lengths: np.ndarray) -> float:
-    """Seconds from prompts to the last finished sequence, taken in the driver."""
-    started = time.perf_counter()
-    collected = rollouts.collect(prompt_batch(prompts, lengths), lambda _: [])
-    seconds = time.perf_counter() - started
+def generate_ours(generators: Group, capacity: int, prompts: list[list[int]], lengths: np.ndarray) -> float:
+    """Seconds of one synchronous step's generation, taken in the driver."""
+    batch = prompt_batch(prompts, lengths)
+    rollouts = Rollouts(generators, capacity, WAIT_S, RolloutSchedule(steps=1), lambda _: batch)
+    collected = rollouts.take(1)
     if collected.generated_tokens != lengths.sum():
         raise RuntimeError(f"the generator made {collected.generated_tokens} tokens of {lengths.sum()}")
-    return seconds
-
-
+    return collected.seconds

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.generator import PROMPT_SCHEMA, GeneratorSpec, VllmGenerator
+from actors.exchange import PROMPT_SCHEMA, Exchange
+from actors.generator import GeneratorSpec, VllmGenerator
 from launch.bench.measure import Figure, Goal, Outcome, interleave, medians
 from launch.bench.models import EOS, PAD, SMALLER, TINY, random_prompts, write_policy
 from launch.bench.registry import Options
@@ -111,7 +112,7 @@ def prompt_batch(prompts: list[list[int]], lengths: np.ndarray, first_id: int = 
 
 def generate_vllm(generator: VllmGenerator, prompts: list[list[int]], lengths: np.ndarray) -> None:
     """All answers, the sequences in flight refilled as they end."""
-    _, finished = generator.exchange(prompt_batch(prompts, lengths), min_finished=len(prompts))
+    _, finished = generator.exchange(prompt_batch(prompts, lengths), Exchange(min_finished=len(prompts)))
     made = sum(len(row) for row in finished.column("response_tokens"))
     if made != lengths.sum():
         raise RuntimeError(f"vLLM made {made} tokens of {lengths.sum()}")
