@@ -131,9 +131,10 @@ class VllmGenerator:
     ) -> tuple[dict[str, Any], pa.RecordBatch]:
         """Drop and load what ``request`` says, take new prompts in, then step until it is time to answer.
 
-        `prompts` has the columns of PROMPT_SCHEMA, and may have max_new_tokens (int32, at most the spec's).
-        Prompts beyond max_sequences wait inside the engine. Returns a summary (generated_tokens counts those of the finished sequences) and the finished sequences,
-        columns of FINISHED_SCHEMA. Raises UserError, before any prompt is taken in, for one that is too long.
+        `prompts` has the columns of PROMPT_SCHEMA, and may have max_new_tokens (int32, at most the spec's). Prompts
+        beyond max_sequences wait inside the engine. Returns a summary (generated_tokens counts those of the finished
+        sequences) and the finished sequences, columns of FINISHED_SCHEMA. Raises UserError, before any prompt is
+        taken in, for one that is too long.
         """
         self._check_usable()
         request = request or Exchange()

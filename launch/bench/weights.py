@@ -141,7 +141,7 @@ def copy_rate(size: int, repetitions: int) -> float:
 
 
 def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes: int) -> Outcome:
-    """Publish and pull, interleaved with the measurement of the copies; `store_bytes` of the store are touched first."""
+    """Publish and pull, in turns with the copies; `store_bytes` of the object store are touched before."""
     remote = {role: ray.remote(num_cpus=1)(role) for role in (Publisher, Receiver)}
     publisher: Any = remote[Publisher].remote(shapes, bucket)
     receivers: Any = [remote[Receiver].remote(shapes, bucket) for _ in range(RECEIVERS)]
