@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.handles import Group
+from actors.handles import Group, Handle
 from actors.waits import fetch, wait_any, wait_placed
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError
@@ -59,7 +59,9 @@ class Cluster:
         # Actors of one run carry one tag, so that `ray list actors` tells runs apart.
         self.tag = uuid.uuid4().hex[:6]
         self.placed: dict[str, PlacementGroup] = {}
-        self.actors: list[Any] = []
+        self.actors: dict[str, Any] = {}
+        self.bundle_of: dict[str, tuple[str, int]] = {}  # worker to placement group and bundle
+        self.launched = 0
         self.environment = _environment(config.threads)
         self.started = self.local = False
         if not ray.is_initialized():
@@ -93,27 +95,54 @@ class Cluster:
         if group_name not in self.placed:
             strategy = group_strategy(group_name, list(self.groups[group_name].values()))
             self.placed[group_name] = placement_group(self.bundles[group_name], strategy=strategy)
-        actor: Any = ray.remote(_reporting_start(role))
         handles = []
         for index, args in enumerate(arguments):
             label = name if len(arguments) == 1 else f"{name}-{index}"
-            options: dict[str, Any] = {
-                "name": f"{label}:{self.tag}",
-                "num_cpus": placement.cpus,
-                "num_gpus": placement.gpus,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    self.placed[group_name],
-                    placement_group_bundle_index=index,
-                    placement_group_capture_child_tasks=True,
-                ),
-            }
-            # Ray hides no GPU from an actor that asked for none.
-            environment = self.environment | ({} if placement.gpus else _hidden_gpus())
-            if environment:
-                options["runtime_env"] = {"env_vars": environment}
-            handles.append(RayHandle(label, actor.options(**options).remote(*args)))
-            self.actors.append(handles[-1].actor)
+            handles.append(self._launch(label, role, args, placement, (group_name, index)))
         return Group(name, handles, self.config.step_timeout)
+
+    def start_another(self, name: str, role: type, arguments: tuple[Any, ...], replaced: str | None) -> RayHandle:
+        """One more worker of role ``name``: in the bundle of ``replaced``, which has ended, or in a bundle of its own.
+
+        Returns at once; where the cluster has no room the new worker starts when there is some.
+        """
+        placement = next(members[name] for members in self.groups.values() if name in members)
+        self.launched += 1
+        label = f"{name}-new-{self.launched}"
+        place = self.bundle_of.pop(replaced, None) if replaced else None
+        if place is None:
+            place = (label, 0)
+            self.placed[label] = placement_group(make_bundles(label, [placement.model_copy(update={"workers": 1})]))
+        return self._launch(label, role, arguments, placement, place)
+
+    def stop(self, handle: Handle) -> None:
+        """End a worker; a bundle that was made for it alone is given back."""
+        ray.kill(self.actors.pop(handle.name))
+        if handle.name in self.placed:
+            del self.bundle_of[handle.name]
+            remove_placement_group(self.placed.pop(handle.name))
+
+    def _launch(
+        self, label: str, role: type, args: tuple[Any, ...], placement: Placement, place: tuple[str, int]
+    ) -> RayHandle:
+        options: dict[str, Any] = {
+            "name": f"{label}:{self.tag}",
+            "num_cpus": placement.cpus,
+            "num_gpus": placement.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.placed[place[0]],
+                placement_group_bundle_index=place[1],
+                placement_group_capture_child_tasks=True,
+            ),
+        }
+        # Ray hides no GPU from an actor that asked for none.
+        environment = self.environment | ({} if placement.gpus else _hidden_gpus())
+        if environment:
+            options["runtime_env"] = {"env_vars": environment}
+        actor: Any = ray.remote(_reporting_start(role))
+        handle = RayHandle(label, actor.options(**options).remote(*args))
+        self.actors[label], self.bundle_of[label] = handle.actor, place
+        return handle
 
     def wait_started(self, groups: Sequence[Group]) -> None:
         """Return when every actor's constructor has ended, within start_timeout for all of them together.
@@ -156,7 +185,7 @@ class Cluster:
         """End this run's actors and give its resources back; leave Ray where this run joined it."""
         if not ray.is_initialized():
             return
-        for actor in self.actors:
+        for actor in self.actors.values():
             ray.kill(actor)
         for group in self.placed.values():
             remove_placement_group(group)

@@ -23,17 +23,14 @@ class ExperienceBuilder:
         # With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score.
         self.unsafe_above = {c.name: 0.5 if c.violation_rate else 0.0 for c in config.constraints}
 
-    def assemble(
-        self, sample_ids: list[int], columns: int, *batches: pa.RecordBatch
-    ) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """One batch of ``sample_ids`` from chunks of finished sequences, each before its ``columns`` of scores.
+    def assemble(self, wanted: list[list[int]], *batches: pa.RecordBatch) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """One batch from chunks: of each the ``wanted`` samples, finished sequences before the batches of their scores.
 
         Returns the means of reward and costs, and the batch, by sample id.
         """
-        size = columns + 1
-        chunks = [batches[i : i + size] for i in range(0, len(batches), size)]
-        batch = experience.concat(experience.join(chunk[0], *chunk[1:]) for chunk in chunks)
-        batch = experience.select(batch, sample_ids)
+        size = len(batches) // len(wanted)
+        chunks = [experience.join(*batches[i : i + size]) for i in range(0, len(batches), size)]
+        batch = experience.concat(experience.select(c, ids) for c, ids in zip(chunks, wanted, strict=True))
         lengths = experience.lengths(batch, "response_tokens")
         stats: dict[str, Any] = {
             "samples": batch.num_rows,

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.roles import Roles
-from actors.rollouts import Collected, Rollouts
+from actors.rollouts import Collected, Rollouts, Supply
 from actors.schedule import RolloutSchedule
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
@@ -57,6 +57,8 @@ def train_policy(
             if config.save_every and step % config.save_every == 0:
                 save(roles, str(run.checkpoints / f"step_{step}"))
             values = {name: multiplier.value for name, multiplier in multipliers.items()}
+            figures["rollout/workers"] = float(len(rollouts.workers))
+            figures["rollout/repeated_samples"] = float(rollouts.schedule.repeated)
             metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
             metrics["time/elapsed"] = time.perf_counter() - began
             run.log(step, metrics)
@@ -65,12 +67,25 @@ def train_policy(
             progress.advance(1, reward=stats["reward/mean"], **shown)
 
 
-def make_rollouts(config: SafePpoConfig, roles: Roles, next_prompts: Callable[[int], pa.RecordBatch]) -> Rollouts:
+def make_rollouts(
+    config: SafePpoConfig,
+    roles: Roles,
+    next_prompts: Callable[[int], pa.RecordBatch],
+    supply: Supply | None,
+    note: Callable[[str], None],
+) -> Rollouts:
     """This run's generators, which go on whenever the loop waits for another role."""
     rollout, timeout = config.rollout, config.cluster.step_timeout
     schedule = RolloutSchedule(config.total_steps(0), rollout.staleness, rollout.oversample)
     rollouts = Rollouts(
-        roles.rollout, rollout.max_sequences, timeout, schedule, next_prompts, lambda chunk: score(roles, chunk)
+        roles.rollout,
+        rollout.max_sequences,
+        timeout,
+        schedule,
+        next_prompts,
+        lambda chunk: score(roles, chunk),
+        supply,
+        note,
     )
     for group in (roles.policy, roles.experience, *roles.critics.values()):
         group.meanwhile = rollouts.while_waiting
@@ -87,9 +102,8 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 def assemble(roles: Roles, collected: Collected) -> tuple[dict[str, Any], Any]:
     """Figures of the step's answers, and a reference to all of them in one batch."""
     flat = [part for chunk in collected.chunks for part in (chunk.sequences, *chunk.columns)]
-    columns = len(collected.chunks[0].columns)
-    ids = collected.sample_ids
-    stats, batch = roles.experience.workers[0].call("assemble", ids, columns, *flat, returns=2)
+    wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
+    stats, batch = roles.experience.workers[0].call("assemble", wanted, *flat, returns=2)
     return roles.experience.wait(stats, "assembling experience"), batch
 
 

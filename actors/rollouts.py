@@ -7,22 +7,27 @@ training loop waits for anybody (`while_waiting` is what every `Group` of the lo
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from ray.exceptions import RayTaskError
 
 from actors.exchange import Exchange
 from actors.handles import Group, Handle
 from actors.schedule import RolloutSchedule
-from actors.waits import fetch, ready_now, wait_any
+from actors.waits import WorkerDiedError, fetch, ready_now, wait_any
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
 CHUNK = 32  # finished sequences that are worth a forward of the scorers
 SLICE_S = 1.0  # a generator that is to load new weights in mid-flight answers at least so often
+POLL_S = 2.0  # how often it is asked how many generators are wanted
+FAILURES = 3  # so many failures of one cause end the run
 
 Score = Callable[[Any], list[Any]]
 
@@ -38,9 +43,8 @@ class Chunk:
 
 @dataclass
 class Collected:
-    """What one step trains on: `sample_ids`, and the chunks that hold them (perhaps among others)."""
+    """What one step trains on: the `wanted` samples of these chunks, which may hold others too."""
 
-    sample_ids: list[int]
     chunks: list[Chunk]
     generated_tokens: int = 0
     seconds: float = 0.0
@@ -59,6 +63,22 @@ class Worker:
     """Samples in flight that belong to an evaluation."""
 
 
+class Supply(Protocol):
+    """Where generators come from, and how many are wanted."""
+
+    def start(self, replaced: str | None) -> Handle:
+        """Begin to start one more generator, in the place of ``replaced`` where that is given; does not wait."""
+        ...
+
+    def stop(self, handle: Handle) -> None:
+        """End a generator and give its resources back."""
+        ...
+
+    def wanted(self) -> Any:
+        """A reference to the number of generators that somebody asked for, or to None."""
+        ...
+
+
 class Rollouts:
     """The generators of a run. `next_samples` draws the prompts of a step (1, 2, ...)."""
 
@@ -70,10 +90,17 @@ class Rollouts:
         schedule: RolloutSchedule | None = None,
         next_samples: Callable[[int], pa.RecordBatch] | None = None,
         score: Score | None = None,
+        supply: Supply | None = None,
+        note: Callable[[str], None] = print,
     ) -> None:
         self.capacity, self.timeout_s = capacity, timeout_s
         self.schedule = schedule or RolloutSchedule(steps=0)
         self.next_samples, self.score = next_samples, score
+        self.supply, self.note = supply, note
+        self.failures: Counter[str] = Counter()
+        self._starting: dict[str, Handle] = {}
+        self._wanted = len(generators.workers)
+        self._asked_at = time.monotonic()
         self.workers: dict[str, Worker] = {}
         self.weights: PublishedWeights | None = None
         self.prompts: dict[int, tuple[pa.RecordBatch, int]] = {}
@@ -83,7 +110,8 @@ class Rollouts:
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
         """Generators that could be given another call."""
-        self._calls: dict[Any, tuple[Worker, Any, Any]] = {}
+        self._calls: dict[Any, tuple[Any, Callable[[Any], None]]] = {}
+        """What is waited for: a reference, and what is done with it when it is ready."""
         self._evaluation: tuple[RolloutSchedule, Score] | None = None
         self._evaluated: list[Chunk] = []
         for handle in generators.workers:
@@ -103,14 +131,15 @@ class Rollouts:
         self._serve_until(lambda: self.schedule.ready(step), f"the samples of step {step}")
         chosen = self.schedule.take(step)
         wanted = set(chosen)
-        used = [chunk for chunk in self.chunks if not wanted.isdisjoint(chunk.wanted)]
-        for chunk in used:
-            chunk.wanted -= wanted
+        used = [replace(chunk, wanted=wanted & chunk.wanted) for chunk in self.chunks]
+        for chunk in self.chunks:
+            # What was trained on is used up, what grew too old will come again in another chunk.
+            chunk.wanted &= self.schedule.finished.keys()
         self.chunks = [chunk for chunk in self.chunks if chunk.wanted]
         for sample in chosen:
             del self.prompts[sample]
         now = time.perf_counter()
-        result = Collected(chosen, used, self.generated_tokens, now - self.since)
+        result = Collected([chunk for chunk in used if chunk.wanted], self.generated_tokens, now - self.since)
         self.generated_tokens, self.since = 0, now
         return result
 
@@ -119,7 +148,7 @@ class Rollouts:
         self.weights = weights
         self.schedule.publish(weights.version)
         if self.schedule.staleness:
-            self._serve_ready()
+            self.serve()
 
     def collect(self, prompts: pa.RecordBatch, judge: Score) -> Collected:
         """One answer for every row of ``prompts`` beside training, which starts nothing new meanwhile."""
@@ -134,7 +163,7 @@ class Rollouts:
         self._evaluation = None
         for sample in ids:
             del self.prompts[sample]
-        return Collected(ids, self._evaluated)
+        return Collected(self._evaluated)
 
     def while_waiting(self, references: Sequence[Any], what: str, timeout_s: float) -> None:
         """Serve the generators until ``references`` are all there, or the time is up (which the caller will see)."""
@@ -144,9 +173,9 @@ class Rollouts:
         late = list(references)
         self._fill()
         while late and time.monotonic() < deadline:
-            ready = wait_any([*self._summaries(), *late], what, max(0.0, deadline - time.monotonic()))
+            ready = wait_any([*self._references(), *late], what, max(0.0, deadline - time.monotonic()))
             if _key(ready) in self._calls:
-                self._receive(ready)
+                self._take_in(ready)
             else:
                 late = [reference for reference in late if reference is not ready]
 
@@ -155,17 +184,28 @@ class Rollouts:
         while not done():
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
-            self._receive(wait_any(self._summaries(), f"rollout generators ({what})", self.timeout_s))
+            self._take_in(wait_any(self._references(), f"rollout generators ({what})", self.timeout_s))
 
-    def _serve_ready(self) -> None:
+    def serve(self) -> None:
         """Start what may start and take in what is there, without waiting."""
+        self._ask()
         self._fill()
-        while ready := ready_now(self._summaries()):
-            for summary in ready:
-                self._receive(summary)
+        while ready := ready_now(self._references()):
+            for reference in ready:
+                self._take_in(reference)
 
-    def _summaries(self) -> list[Any]:
-        return [summary for _, summary, _ in self._calls.values()]
+    def _references(self) -> list[Any]:
+        return [reference for reference, _ in self._calls.values()]
+
+    def _await(self, reference: Any, then: Callable[[Any], None]) -> None:
+        self._calls[_key(reference)] = (reference, then)
+
+    def _take_in(self, reference: Any) -> None:
+        # A generator that was lost meanwhile has taken its other calls with it.
+        if call := self._calls.pop(_key(reference), None):
+            call[1](reference)
+            self._ask()
+            self._fill()
 
     def _remember(self, prompts: pa.RecordBatch) -> list[int]:
         ids: list[int] = prompts.column("sample_id").to_pylist()
@@ -188,7 +228,7 @@ class Rollouts:
         samples = schedule.hand_out(name)
         if self._evaluation:
             worker.held_out.update(samples)
-        in_flight = len(self.schedule.generators[name].in_flight) + len(worker.held_out)
+        in_flight = self._in_flight(worker)
         if not samples and not in_flight:
             return False
         weights = None
@@ -199,10 +239,13 @@ class Rollouts:
         # Where weights may arrive in mid-flight a call must end now and then; otherwise its end is the work's own.
         slice_s = SLICE_S if self.schedule.staleness else None
         request = Exchange(chunk, weights, self.schedule.to_abort(name), slice_s)
-        call = worker.handle.call("exchange", new, request, returns=2)
-        self._calls[_key(call[0])] = (worker, *call)
+        summary, sequences = worker.handle.call("exchange", new, request, returns=2)
+        self._await(summary, partial(self._receive, worker, sequences))
         worker.calls += 1
         return True
+
+    def _in_flight(self, worker: Worker) -> int:
+        return len(self.schedule.generators[worker.handle.name].in_flight) + len(worker.held_out)
 
     def _rows(self, samples: list[int]) -> pa.RecordBatch:
         """The prompts of these samples, which mostly lie side by side in one batch."""
@@ -215,12 +258,18 @@ class Rollouts:
                 start = end
         return parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
-    def _receive(self, summary_reference: Any) -> None:
-        worker, _, sequences = self._calls.pop(_key(summary_reference))
-        worker.calls -= 1
-        self._hungry[worker.handle.name] = worker
-        summary = fetch(summary_reference, f"{worker.handle.name} (exchange)", self.timeout_s)
+    def _receive(self, worker: Worker, sequences: Any, reference: Any) -> None:
+        """Take in what an exchange has brought."""
         name = worker.handle.name
+        if self.workers.get(name) is not worker:
+            return  # an answer of a generator that is gone; its samples are with others
+        try:
+            summary = fetch(reference, f"{name} (exchange)", self.timeout_s)
+        except (WorkerDiedError, RayTaskError) as error:
+            self._lose(worker, error)
+            return
+        worker.calls -= 1
+        self._hungry[name] = worker
         self.schedule.aborted(name, summary["aborted"])
         ids = np.array(summary["sample_ids"], dtype=np.int64)
         versions = np.array(summary["versions"], dtype=np.int64)
@@ -237,7 +286,88 @@ class Rollouts:
         if kept:
             self.chunks.append(Chunk(sequences, columns, set(kept)))
             self.generated_tokens += summary["generated_tokens"]
-        self._fill()
+        if self.schedule.generators[name].leaving and not worker.calls and not self._in_flight(worker):
+            self._dismiss(worker)
+            self.note(f"{name} has left; {len(self.workers)} rollout worker(s)")
+
+    # Generators come and go.
+
+    def resize(self, count: int) -> None:
+        """Have ``count`` generators: new ones join when they have started, the last ones hand their prompts back."""
+        if self.supply is None or count == self._wanted:
+            return
+        self.note(f"rollout workers: {self._wanted} -> {count}")
+        self._wanted = count
+        staying = [w for n, w in self.workers.items() if not self.schedule.generators[n].leaving]
+        for _ in range(count - len(staying) - len(self._starting)):
+            self._start(replaced=None)
+        for worker in staying[count:]:
+            self.schedule.retire(worker.handle.name)
+            if self._evaluation:
+                self._evaluation[0].retire(worker.handle.name)
+            self._hungry[worker.handle.name] = worker
+            if not self._in_flight(worker) and not worker.calls:
+                self._dismiss(worker)
+
+    def _start(self, replaced: str | None) -> None:
+        assert self.supply is not None
+        handle = self.supply.start(replaced)
+        self._starting[handle.name] = handle
+        self._await(handle.call("started"), partial(self._welcome, handle))
+
+    def _welcome(self, handle: Handle, started: Any) -> None:
+        """A new generator has started, or could not."""
+        assert self.supply is not None
+        del self._starting[handle.name]
+        try:
+            fetch(started, f"start of {handle.name}", self.timeout_s)
+        except (WorkerDiedError, RayTaskError) as error:
+            self._count_failure(handle.name, error)
+            self.supply.stop(handle)
+            self._start(replaced=None)
+            return
+        if len(self.workers) >= self._wanted:
+            self.supply.stop(handle)
+            return
+        self.join(handle)
+        self.note(f"{handle.name} has joined; {len(self.workers)} rollout worker(s)")
+
+    def _lose(self, worker: Worker, error: Exception) -> None:
+        """A generator failed: its prompts go to the others at once, and another one starts in its place."""
+        if self.supply is None:
+            raise error
+        self._count_failure(worker.handle.name, error)
+        lost = self._in_flight(worker)
+        self._dismiss(worker)
+        self.note(f"{worker.handle.name} is lost with {lost} samples in flight, which others start anew: {error}")
+        self._start(replaced=worker.handle.name)
+
+    def _dismiss(self, worker: Worker) -> None:
+        assert self.supply is not None
+        name = worker.handle.name
+        self.schedule.leave(name)
+        if self._evaluation:
+            self._evaluation[0].leave(name)
+        del self.workers[name]
+        self._hungry.pop(name, None)
+        self.supply.stop(worker.handle)
+
+    def _count_failure(self, name: str, error: Exception) -> None:
+        cause = str(error).strip().splitlines()[-1]
+        self.failures[cause] += 1
+        if self.failures[cause] == FAILURES:
+            raise RuntimeError(f"rollout generators failed {FAILURES} times of the same cause, {name} last: {cause}")
+
+    def _ask(self) -> None:
+        """Now and then, how many generators are wanted."""
+        if self.supply is not None and time.monotonic() - self._asked_at > POLL_S:
+            self._asked_at = time.monotonic()
+            self._await(self.supply.wanted(), self._told)
+
+    def _told(self, answer: Any) -> None:
+        count = fetch(answer, "the wanted number of rollout workers", self.timeout_s)
+        if count is not None:
+            self.resize(count)
 
 
 def _key(reference: Any) -> Any:

@@ -11,9 +11,10 @@ import pyarrow as pa
 import torch
 
 from actors.cluster import Cluster
+from actors.control import GeneratorSupply
 from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, save, train_policy
-from actors.roles import connect, role_kinds, start_local, start_roles
+from actors.roles import connect, generator_spec, role_kinds, start_local, start_roles
 from actors.supervised import SupervisedTrainer, train_supervised
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
@@ -96,7 +97,8 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
         roles = start_roles(config, cluster)
-        rollouts = make_rollouts(config, roles, PromptStream(config, prompts))
+        supply = GeneratorSupply(cluster, generator_spec(config), config.name) if cluster else None
+        rollouts = make_rollouts(config, roles, PromptStream(config, prompts), supply, run.note)
 
         def evaluate(step: int) -> dict[str, float]:
             return held_out.figures(roles, rollouts, step) if held_out else {}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.state import get_actor, list_tasks
 from ray.util.state.exception import RayStateApiException
@@ -18,6 +18,10 @@ from ray.util.state.exception import RayStateApiException
 from beaver_ray.errors import UserError
 
 _SECONDS_TO_ASK = 10
+
+
+class WorkerDiedError(RuntimeError):
+    """The process that owed an answer is gone; the message names it and says what Ray knows of its end."""
 
 
 class WaitTimeoutError(RuntimeError):
@@ -28,7 +32,7 @@ def fetch(thing: Any, what: str, timeout_s: float) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
     Raises WaitTimeoutError that names ``what``, the processes that did not answer and what they were doing at the
-    deadline, and UserError where the other side raised one.
+    deadline, WorkerDiedError where their process ended, and UserError where the other side raised one.
     """
     refs = thing if isinstance(thing, list) else [thing]
     if not any(isinstance(ref, ray.ObjectRef) for ref in refs):
@@ -39,6 +43,9 @@ def fetch(thing: Any, what: str, timeout_s: float) -> Any:
         _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         count = f"{len(late)} of {len(refs)} answers" if len(refs) > 1 else "the answer"
         raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {describe(late)}") from None
+    except RayActorError as error:
+        cause = " ".join(str(error).split())
+        raise WorkerDiedError(f"{what}: its process died: {cause}") from None
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

@@ -4,8 +4,8 @@
 
 For each seed: build the world, train SFT policy, reward model and cost model once, then run each method from the same
 models for the same number of steps, one process a run (debug mode). The figures are means over the evaluations on
-held-out prompts in the last fifth of training. With staleness k every sample is exactly k versions old (in one process
-generation starts as soon as it may), the worst that the bound allows. Runs that are complete in the working folder are not repeated.
+held-out prompts in the last fifth of training. With staleness k every sample is k versions old (in one process what may
+be generated is generated at once), the worst that the bound allows. Complete runs in the working folder are skipped.
 """
 
 from __future__ import annotations

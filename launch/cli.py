@@ -127,6 +127,21 @@ def bench(
 
 
 @app.command()
+def scale(
+    run: Annotated[str, typer.Option(metavar="NAME", help="Name of a run that is going on.")],
+    rollouts: Annotated[int, typer.Option(min=1, metavar="N", help="Rollout workers that it should have.")],
+    address: Annotated[
+        str, typer.Option(metavar="ADDRESS", envvar="RAY_ADDRESS", help="Ray cluster that it runs on.")
+    ] = "auto",
+) -> None:
+    """Change the number of rollout workers of a running job; none of its work is lost or done twice."""
+    from actors.control import order_rollouts
+
+    order_rollouts(run, rollouts, address)
+    print(f"{run}: {rollouts} rollout worker(s) ordered; its log says when they join or leave")
+
+
+@app.command()
 def options(stage: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
     """List every option of a stage with its default and its line of help."""
     if stage not in STAGES:

@@ -10,20 +10,19 @@ each alone? And what of the driver's core does the scheduler take per 1,000 samp
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from actors.cluster import RayHandle
 from actors.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from actors.handles import Group
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
-from actors.waits import fetch
 from beaver_ray.weights import Manifest, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.registry import Options
@@ -31,7 +30,7 @@ from launch.bench.rollouts import TAIL, tailed_lengths
 
 WAIT_S = 300.0
 PER_PROCESS = 32
-CAPACITY = 16  # sequences in flight of one generator
+CAPACITY = 4  # sequences in flight of one generator
 MEDIAN_TOKENS = 20
 
 
@@ -92,7 +91,7 @@ EMPTY = pa.RecordBatch.from_pylist([], schema=FINISHED_SCHEMA)
 
 
 class Sleepers:
-    """A process of sleeping generators, each called in a concurrency group's thread of its own."""
+    """A process of sleeping generators, each called in a thread of its own (a concurrency group)."""
 
     def __init__(self, count: int, capacity: int, tick_s: float) -> None:
         self.generators = [SleepingGenerator(capacity, tick_s) for _ in range(count)]
@@ -100,3 +99,144 @@ class Sleepers:
     def exchange(self, index: int, prompts: Any, request: Exchange) -> tuple[dict[str, Any], pa.RecordBatch]:
         """That generator's exchange."""
         return self.generators[index].exchange(prompts, request)
+
+
+@dataclass
+class SleeperHandle:
+    """One generator of a process of many."""
+
+    name: str
+    actor: Any
+    index: int
+
+    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+        """Start an exchange; calls of one generator keep their order."""
+        options = {"num_returns": returns, "concurrency_group": f"g{self.index}"}
+        return getattr(self.actor, method).options(**options).remote(self.index, *args)
+
+
+def start_generators(count: int, tick_s: float) -> Group:
+    """`count` of them, up to PER_PROCESS in a process."""
+    handles: list[Any] = []
+    for first in range(0, count, PER_PROCESS):
+        here = min(PER_PROCESS, count - first)
+        groups = {f"g{i}": 1 for i in range(here)}
+        actor: Any = ray.remote(num_cpus=0.01, concurrency_groups=groups)(Sleepers).remote(here, CAPACITY, tick_s)
+        handles += [SleeperHandle(f"rollout-{first + i}", actor, i) for i in range(here)]
+    group = Group("rollout", handles, WAIT_S)
+    group.run("exchange", None, Exchange())
+    return group
+
+
+def stop_generators(group: Group) -> None:
+    """End their processes."""
+    for actor in {id(handle.actor): handle.actor for handle in group.workers}.values():
+        ray.kill(actor)
+
+
+class Trainer:
+    """A trainer that sleeps."""
+
+    def update(self, seconds: float) -> None:
+        """Take so long."""
+        time.sleep(seconds)
+
+
+@dataclass
+class Run:
+    """What some steps took: wall and the driver's CPU seconds of each step after the warm-up, and their samples."""
+
+    step_s: list[float]
+    cpu_s: float
+    samples: int
+
+
+def steps_of(generators: Group, trainer: Group, lengths: np.ndarray, steps: int, staleness: int, train_s: float) -> Run:
+    """Steps of a run: take, train, publish. The first `staleness + 1` warm up, the last are left out as well.
+
+    Near the end of a run nothing more is started, so that its last steps do not wait for generation.
+    """
+    size = len(lengths)
+
+    def draw(step: int) -> pa.RecordBatch:
+        ids = np.arange(size) + step * size
+        columns = {"sample_id": ids, "prompt_id": lengths, "prompt_tokens": [[1]] * size}
+        return pa.RecordBatch.from_pydict(columns, schema=PROMPT_SCHEMA)
+
+    warmups, total = staleness + 1, steps + 2 * staleness + 1
+    rollouts = Rollouts(generators, CAPACITY, WAIT_S, RolloutSchedule(total, staleness), draw, lambda _: [])
+    trainer.meanwhile = rollouts.while_waiting
+    seconds: list[float] = []
+    cpu = 0.0
+    for step in range(1, total + 1):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        rollouts.take(step)
+        if train_s:
+            trainer.run("update", train_s)
+        rollouts.publish(PublishedWeights(Manifest(step, (), (), ()), ()))
+        if warmups < step <= warmups + steps:
+            seconds.append(time.perf_counter() - started)
+            cpu += time.process_time() - cpu_started
+    trainer.meanwhile = None
+    return Run(seconds, cpu, size * steps)
+
+
+def run(options: Options) -> Outcome:
+    """Overlap with 64 generators, and the driver's cost from 8 to 256 (2 and 4 generators where small)."""
+    outcome = Outcome([], {"sequences of a generator": CAPACITY, "longest over median length": TAIL})
+    with local_ray(cpus=4, store_gib=0.5):
+        trainer = Group("policy", [RayHandle("policy", ray.remote(num_cpus=0.01)(Trainer).remote())], WAIT_S)
+        if options.wants("overlap"):
+            measure_overlap(options, trainer, outcome)
+        if options.wants("cost"):
+            measure_cost(options, trainer, outcome)
+    return outcome
+
+
+def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
+    """Staleness 1 against the longer of its halves, where training takes half, as long, and twice as long."""
+    count, rounds, steps = (2, 4, 1) if options.small else (64, 16, options.repetitions or 5)
+    lengths = tailed_lengths(count * CAPACITY * rounds, MEDIAN_TOKENS, TAIL)
+    ideal = 0.1 if options.small else 4.0  # seconds of a step's generation with every place taken all the time
+    tick_s = ideal * count * CAPACITY / float(lengths.sum())
+    generators = start_generators(count, tick_s)
+    alone = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
+    generation = float(np.median(alone.step_s))
+    outcome.samples["generation alone"] = alone.step_s
+    what = f"{count} generators"
+    outcome.figures.append(
+        Figure(f"{what}: generation alone", generation, "s", generation / ideal, "no place ever empty")
+    )
+    for share in (1.0,) if options.small else (0.5, 1.0, 2.0):
+        found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=share * generation)
+        step = float(np.median(found.step_s))
+        longer = max(generation, share * generation)
+        name = f"{what}: step, training {share:g} times generation"
+        goal = Goal(1.05, at_most=True)
+        outcome.figures.append(Figure(name, step, "s", step / longer, "the longer half alone", goal))
+        outcome.samples[name] = found.step_s
+    stop_generators(generators)
+
+
+def measure_cost(options: Options, trainer: Group, outcome: Outcome) -> None:
+    """CPU of the driver's process per sample; lengths are such that about 1,000 samples end in a second."""
+    counts = (2, 4) if options.small else (8, 32, 128, 256)
+    rate, steps = (200.0, 1) if options.small else (1000.0, options.repetitions or 4)
+    costs: dict[int, float] = {}
+    for count in counts:
+        lengths = tailed_lengths(64 if options.small else 4096, MEDIAN_TOKENS, TAIL)
+        tick_s = count * CAPACITY / rate / float(lengths.mean())
+        generators = start_generators(count, tick_s)
+        found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
+        stop_generators(generators)
+        costs[count] = found.cpu_s / found.samples
+        name = f"{count} generators: driver's core at 1,000 samples/s"
+        last = count == counts[-1]
+        goal = Goal(0.1, at_most=True) if last else None
+        outcome.figures.append(Figure(name, 100 * 1000 * costs[count], "%", 1000 * costs[count], "one core", goal))
+        done = found.samples / sum(found.step_s)
+        outcome.figures.append(Figure(f"{count} generators: samples finished", done, "samples/s"))
+    first, last_count = counts[0], counts[-1]
+    growth = costs[last_count] / costs[first]
+    name = f"cost of a sample with {last_count} generators"
+    outcome.figures.append(Figure(name, 1e6 * costs[last_count], "us", growth, f"that with {first}"))

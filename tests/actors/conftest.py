@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.generator import PROMPT_SCHEMA
+from actors.exchange import PROMPT_SCHEMA
 
 VOCABULARY = 256
 PAD, BOS, EOS = 0, 1, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.generator import FINISHED_SCHEMA, PROMPT_SCHEMA, GeneratorSpec, VllmGenerator, sample_seed
+from actors.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange, sample_seed
+from actors.generator import GeneratorSpec, VllmGenerator
 from actors.hf_generator import HFGenerator
 from beaver_ray.errors import UserError
 from beaver_ray.weights import pack
@@ -58,7 +60,7 @@ def model(tiny_llama: Callable[[bool], Path]) -> PreTrainedModel:
 
 
 def drain(generator: Generator, prompts: pa.RecordBatch) -> dict[int, dict[str, Any]]:
-    _, batch = generator.exchange(prompts, min_finished=prompts.num_rows)
+    _, batch = generator.exchange(prompts, Exchange(prompts.num_rows))
     return {row["sample_id"]: row for row in batch.to_pylist()}
 
 
@@ -66,7 +68,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
     # More than fit at a time, some with room for one token only.
     prompts = make_prompts(60, lengths=(1, MODEL_LEN))
     found: list[dict[str, Any]] = []
-    summary, batch = generator.exchange(prompts, min_finished=7)
+    summary, batch = generator.exchange(prompts, Exchange(7))
     while True:
         assert batch.schema == FINISHED_SCHEMA
         assert summary["finished"] == batch.num_rows == len(summary["sample_ids"])
@@ -79,7 +81,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
         if not summary["running"]:
             break
         assert summary["finished"] >= 7
-        summary, batch = generator.exchange(None, min_finished=7)
+        summary, batch = generator.exchange(None, Exchange(7))
     sent = {row["sample_id"]: row for row in prompts.to_pylist()}
     assert sorted(row["sample_id"] for row in found) == sorted(sent)
     for row in found:
@@ -123,7 +125,7 @@ def test_a_prompt_that_cannot_be_generated_from_is_refused(generator: Generator)
 
 def test_abort_hands_the_prompts_back(generator: Generator) -> None:
     prompts = make_prompts(40, first_id=700, seed=2)
-    summary, _ = generator.exchange(prompts, min_finished=1)
+    summary, _ = generator.exchange(prompts, Exchange(1))
     back = generator.abort_all()
     assert back.schema == PROMPT_SCHEMA and back.num_rows == summary["running"] > 0
     done = set(summary["sample_ids"])
@@ -132,38 +134,121 @@ def test_abort_hands_the_prompts_back(generator: Generator) -> None:
     assert sorted(drain(generator, back)) == sorted(set(range(700, 740)) - done)
 
 
-def test_update_with_sequences_in_flight(vllm_generator: VllmGenerator, model: PreTrainedModel) -> None:
-    """The tokens sampled before an update are the old weights', all later ones the new weights'."""
+@pytest.fixture
+def new_model(model: PreTrainedModel) -> PreTrainedModel:
+    new = AutoModelForCausalLM.from_config(model.config).float()
+    new.load_state_dict(model.state_dict())
+    disturb(new, seed=1)
+    return new
+
+
+def three_tokens_in(generator: VllmGenerator) -> list[dict[str, Any]]:
+    """Starts sequences and returns those that are finished when all the others have three tokens."""
     # The first prompt leaves room for exactly three tokens: when it is finished, each other sequence has
     # three.
     first = {"sample_id": 0, "prompt_id": 0, "prompt_tokens": [9] * (MODEL_LEN - 3)}
     rows = [first, *make_prompts(12, first_id=1, seed=3).to_pylist()]
-    early = vllm_generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))[1].to_pylist()
+    early = generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))[1].to_pylist()
     while 0 not in [row["sample_id"] for row in early]:
-        early += vllm_generator.exchange(None)[1].to_pylist()
-    old = model
-    new = AutoModelForCausalLM.from_config(old.config).float()
-    new.load_state_dict(old.state_dict())
-    disturb(new, seed=1)
-    vllm_generator.update_weights(pack(new.state_dict().items(), 1, 2**20))
-    summary, late = vllm_generator.exchange(None, min_finished=99)
+        early += generator.exchange(None)[1].to_pylist()
+    return early
+
+
+def back_to_version_0(generator: VllmGenerator, model: PreTrainedModel) -> None:
+    generator.update_weights(pack(model.state_dict().items(), 0, 2**20))
+
+
+def test_update_with_sequences_in_flight(
+    vllm_generator: VllmGenerator, model: PreTrainedModel, new_model: PreTrainedModel
+) -> None:
+    """The tokens sampled before an update are the old weights', all later ones the new weights'."""
+    early = three_tokens_in(vllm_generator)
+    vllm_generator.update_weights(pack(new_model.state_dict().items(), 1, 2**20))
+    summary, late = vllm_generator.exchange(None, Exchange(99))
     assert len(early) + late.num_rows == 13 and late.num_rows >= 6 and summary["running"] == 0
     for row in late.to_pylist():
         assert row["weight_version"] == 0 and summary["weight_version"] == 1
+        assert row["token_versions"] == [0] * 3 + [1] * (len(row["response_tokens"]) - 3)
         sampled = torch.tensor(row["rollout_logprobs"])
-        by_old = forward_logprobs(old, row, TEMPERATURE)
-        by_new = forward_logprobs(new, row, TEMPERATURE)
+        by_old = forward_logprobs(model, row, TEMPERATURE)
+        by_new = forward_logprobs(new_model, row, TEMPERATURE)
         torch.testing.assert_close(sampled[:3], by_old[:3], atol=1e-4, rtol=0)
         torch.testing.assert_close(sampled[3:], by_new[3:], atol=1e-4, rtol=0)
         assert not torch.allclose(by_old, by_new, atol=1e-2)
-    vllm_generator.update_weights(pack(old.state_dict().items(), 0, 2**20))
+    back_to_version_0(vllm_generator, model)
+
+
+def test_keeping_the_kv_cache(
+    vllm_generator: VllmGenerator,
+    model: PreTrainedModel,
+    new_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With in_flight: keep the new weights go on over the old ones' keys and values, which no new prompt sees."""
+    monkeypatch.setattr(vllm_generator, "spec", replace(vllm_generator.spec, in_flight="keep"))
+    three_tokens_in(vllm_generator)
+    shared = pa.RecordBatch.from_pylist([{"sample_id": 90, "prompt_id": 0, "prompt_tokens": [9] * 60}], PROMPT_SCHEMA)
+    weights = pack(new_model.state_dict().items(), 1, 2**20)
+    _, late = vllm_generator.exchange(shared, Exchange(99, weights))
+    rows = {row["sample_id"]: row for row in late.to_pylist()}
+    fresh = rows.pop(90)
+    by_new = forward_logprobs(new_model, fresh, TEMPERATURE)
+    torch.testing.assert_close(torch.tensor(fresh["rollout_logprobs"]), by_new, atol=1e-4, rtol=0)
+    assert set(fresh["token_versions"]) == {1} and len(rows) >= 6
+    for row in rows.values():
+        tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
+        cached = len(row["prompt_tokens"]) + 2  # the third token was sampled, not yet read
+        with torch.no_grad():
+            cache = model(tokens[:, :cached], use_cache=True).past_key_values
+            logits = new_model(tokens[:, cached:-1], past_key_values=cache).logits[0] / TEMPERATURE
+        expected = logits.log_softmax(-1)[torch.arange(len(logits)), tokens[0, cached + 1 :]]
+        torch.testing.assert_close(torch.tensor(row["rollout_logprobs"][3:]), expected, atol=1e-4, rtol=0)
+    back_to_version_0(vllm_generator, model)
+
+
+def test_finishing_under_the_old_weights(
+    vllm_generator: VllmGenerator,
+    model: PreTrainedModel,
+    new_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With in_flight: finish new weights, and the prompts that came with them, wait for the sequences under way."""
+    monkeypatch.setattr(vllm_generator, "spec", replace(vllm_generator.spec, in_flight="finish"))
+    three_tokens_in(vllm_generator)
+    new = make_prompts(4, first_id=90, seed=7)
+    weights = pack(new_model.state_dict().items(), 1, 2**20)
+    late: list[dict[str, Any]] = []
+    summary, batch = vllm_generator.exchange(new, Exchange(1, weights, slice_s=0.0))
+    assert summary["weight_version"] == 0 and summary["running"] >= 10
+    late = batch.to_pylist() + vllm_generator.exchange(None, Exchange(99))[1].to_pylist()
+    assert {row["sample_id"] for row in late} >= {90, 91, 92, 93}
+    for row in late:
+        version = int(row["sample_id"] >= 90)
+        expected = forward_logprobs((model, new_model)[version], row, TEMPERATURE)
+        assert set(row["token_versions"]) == {version}
+        torch.testing.assert_close(torch.tensor(row["rollout_logprobs"]), expected, atol=1e-4, rtol=0)
+    back_to_version_0(vllm_generator, model)
+
+
+def test_only_newer_weights_are_loaded_and_samples_can_be_dropped(
+    generator: Generator, model: PreTrainedModel, new_model: PreTrainedModel
+) -> None:
+    weights = pack(new_model.state_dict().items(), 1, 2**20)
+    summary, batch = generator.exchange(make_prompts(30, seed=8), Exchange(1, weights))
+    assert summary["weight_version"] == 1 and set(batch.column("weight_version").to_pylist()) == {1}
+    left = sorted(set(range(30)) - set(summary["sample_ids"]))
+    old = pack(model.state_dict().items(), 0, 2**20)
+    summary, batch = generator.exchange(None, Exchange(99, old, abort=[*left[:3], 1000]))
+    assert sorted(summary["aborted"]) == left[:3] and summary["weight_version"] == 1
+    assert sorted(summary["sample_ids"]) == left[3:] and summary["running"] == 0
+    generator.update_weights(old)
 
 
 def test_five_updates_at_low_temperature(generator: Generator, model: PreTrainedModel) -> None:
     for version in range(1, 6):
         disturb(model, seed=version)
         generator.update_weights(pack(model.state_dict().items(), version, 2**20, put=np.copy))
-        batch = generator.exchange(make_prompts(12, seed=4), min_finished=12)[1]
+        batch = generator.exchange(make_prompts(12, seed=4), Exchange(12))[1]
         assert set(batch.column("weight_version").to_pylist()) == {version}
         assert largest_difference(model, batch, TEMPERATURE) < 1e-4
 
@@ -172,15 +257,15 @@ def test_hf_generator_repeats_bit_for_bit(tiny_llama: Callable[[bool], Path]) ->
     for changes in ({}, {"per_sample_seeds": False}):
         spec = make_spec(tiny_llama(False), **changes)
         prompts = make_prompts(30, seed=6)
-        one, two = (HFGenerator(spec).exchange(prompts, min_finished=30)[1] for _ in range(2))
+        one, two = (HFGenerator(spec).exchange(prompts, Exchange(30))[1] for _ in range(2))
         assert one.equals(two)
-    other = HFGenerator(make_spec(tiny_llama(False), seed=6)).exchange(prompts, min_finished=30)[1]
+    other = HFGenerator(make_spec(tiny_llama(False), seed=6)).exchange(prompts, Exchange(30))[1]
     assert other.column("response_tokens") != one.column("response_tokens")
 
 
 def test_greedy_is_argmax(tiny_llama: Callable[[bool], Path], model: PreTrainedModel) -> None:
     generator = HFGenerator(make_spec(tiny_llama(True), temperature=0.0))
-    row = generator.exchange(make_prompts(1, lengths=(9, 10)), min_finished=1)[1].to_pylist()[0]
+    row = generator.exchange(make_prompts(1, lengths=(9, 10)), Exchange(1))[1].to_pylist()[0]
     tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
     with torch.no_grad():
         best = model(tokens).logits[0, 8:-1].argmax(-1)

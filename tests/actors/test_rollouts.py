@@ -10,95 +10,127 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.exchange import Exchange
 from actors.handles import Group, LocalHandle
-from actors.rollouts import Rollouts
+from actors.rollouts import CHUNK, Collected, Rollouts
+from actors.schedule import RolloutSchedule
 from beaver_ray import experience
+from beaver_ray.weights import Manifest, PublishedWeights
 
 
 class StandIn:
     """Obeys the generators' interface: finishes what was asked for, at times more, or all; in any order."""
 
-    def __init__(self, capacity: int, seed: int, more: tuple[int, ...] = (0, 0, 1, 5)) -> None:
-        self.capacity, self.random, self.more = capacity, random.Random(seed), more
+    def __init__(self, seed: int, more: tuple[int, ...] = (0, 0, 1, 5)) -> None:
+        self.random, self.more = random.Random(seed), more
         self.running: list[dict[str, Any]] = []
         self.taken: list[int] = []
-        self.most = self.calls = 0
+        self.most = self.calls = self.version = 0
 
-    def exchange(self, prompts: pa.RecordBatch | None, min_finished: int) -> tuple[dict[str, Any], pa.RecordBatch]:
-        new = prompts.to_pylist() if prompts is not None else []
+    def exchange(self, prompts: pa.RecordBatch | None, request: Exchange) -> tuple[dict[str, Any], pa.RecordBatch]:
+        aborted = [row["sample_id"] for row in self.running if row["sample_id"] in request.abort]
+        self.running = [row for row in self.running if row["sample_id"] not in aborted]
+        if request.weights is not None:
+            assert request.weights.version > self.version
+            self.version = request.weights.version
+        new = [row | {"version": self.version} for row in prompts.to_pylist()] if prompts is not None else []
         self.running += new
         self.taken += [row["sample_id"] for row in new]
         self.calls += 1
         self.most = max(self.most, len(self.running))
-        assert min_finished >= 1
+        assert request.min_finished >= 1
         assert prompts is None or prompts.num_rows > 0
         self.random.shuffle(self.running)
-        count = min(len(self.running), min_finished + self.random.choice(self.more))
+        count = min(len(self.running), request.min_finished + self.random.choice(self.more))
         done, self.running = self.running[:count], self.running[count:]
         answers = {
             "sample_id": [row["sample_id"] for row in done],
             "prompt_tokens": [row["prompt_tokens"] for row in done],
             "response_tokens": [[row["sample_id"], 2] for row in done],
+            "weight_version": [row["version"] for row in done],
         }
-        return {"finished": count, "generated_tokens": 2 * count}, experience.make_batch(answers)
+        summary = {"sample_ids": answers["sample_id"], "versions": answers["weight_version"], "aborted": aborted}
+        return summary | {"generated_tokens": 2 * count}, experience.make_batch(answers)
 
 
-def prompts(count: int) -> pa.RecordBatch:
-    rows = {"sample_id": list(range(50, 50 + count)), "prompt_id": [0] * count}
-    return experience.make_batch({**rows, "prompt_tokens": [[i, 7] for i in range(count)]})
+def group(generators: list[StandIn]) -> Group:
+    return Group("rollout", [LocalHandle(f"rollout-{i}", g) for i, g in enumerate(generators)], 1.0)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+def prompts(count: int, first: int = 50) -> pa.RecordBatch:
+    rows = {"sample_id": list(range(first, first + count)), "prompt_id": [0] * count}
+    return experience.make_batch({**rows, "prompt_tokens": [[i, 7] for i in range(first, first + count)]})
+
+
+def rows_of(collected: Collected) -> list[dict[str, Any]]:
+    chunks = [experience.select(chunk.sequences, sorted(chunk.wanted)) for chunk in collected.chunks]
+    return experience.concat(chunks).to_pylist()
+
+
+def weights(version: int) -> PublishedWeights:
+    return PublishedWeights(Manifest(version, (), (), ()), ())
+
+
 @given(
-    count=st.integers(1, 70),
+    workers=st.integers(1, 3),
+    size=st.integers(1, 70),
     capacity=st.integers(1, 20),
-    chunk=st.integers(1, 9),
+    staleness=st.integers(0, 3),
+    oversample=st.sampled_from([1.0, 1.5]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60)
-def test_every_prompt_comes_back_once_and_is_scored(
-    workers: int, count: int, capacity: int, chunk: int, seed: int
+@settings(max_examples=60, deadline=None)
+def test_every_prompt_is_trained_on_once_scored_and_fresh(
+    workers: int, size: int, capacity: int, staleness: int, oversample: float, seed: int
 ) -> None:
-    generators = [StandIn(capacity, seed + i) for i in range(workers)]
-    group = Group("rollout", [LocalHandle(f"rollout-{i}", g) for i, g in enumerate(generators)], 1.0)
+    generators = [StandIn(seed + i) for i in range(workers)]
     scored: list[pa.RecordBatch] = []
 
     def score(sequences: pa.RecordBatch) -> list[Any]:
         scored.append(sequences)
-        return [f"score {len(scored)}", "reference"]
+        return [f"score {len(scored)}"]
 
-    collected = Rollouts(group, capacity, chunk, timeout_s=1.0).collect(prompts(count), score)
-    assert [c.sequences for c in collected.chunks] == scored
-    assert [c.columns for c in collected.chunks] == [[f"score {i + 1}", "reference"] for i in range(len(scored))]
-    assert all(chunk_.num_rows > 0 for chunk_ in scored)
-    rows = experience.concat(scored).to_pylist()
-    assert [row["sample_id"] for row in rows] == list(range(50, 50 + count))
-    assert all(row["prompt_tokens"] == [row["sample_id"] - 50, 7] for row in rows)
-    assert sorted(i for g in generators for i in g.taken) == list(range(50, 50 + count))
-    assert collected.generated_tokens == 2 * count and collected.seconds > 0
+    schedule = RolloutSchedule(4, staleness, oversample)
+    rollouts = Rollouts(group(generators), capacity, 1.0, schedule, lambda step: prompts(size, step * size), score)
+    trained: list[int] = []
+    for step in range(1, 5):
+        collected = rollouts.take(step)
+        rows = rows_of(collected)
+        assert len(rows) == size and collected.seconds > 0
+        for row in rows:
+            assert row["prompt_tokens"] == [row["sample_id"], 7] and row["response_tokens"] == [row["sample_id"], 2]
+            assert 0 <= step - 1 - row["weight_version"] <= staleness
+        trained += [row["sample_id"] for row in rows]
+        for chunk in collected.chunks:
+            assert scored[int(chunk.columns[0].removeprefix("score ")) - 1] is chunk.sequences
+        rollouts.publish(weights(step))
+    assert sorted(trained) == list(range(size, 5 * size))
+    if oversample == 1.0:
+        assert sorted(i for g in generators for i in g.taken) == sorted(trained)
+    assert not rollouts.prompts and not rollouts.chunks
     for generator in generators:
-        assert generator.most <= capacity and not generator.running
-
-
-def test_no_generator_takes_all_while_another_has_none() -> None:
-    generators = [StandIn(100, seed=0), StandIn(100, seed=1)]
-    group = Group("rollout", [LocalHandle("rollout", g) for g in generators], 1.0)
-    Rollouts(group, 100, 4, timeout_s=1.0).collect(prompts(10), lambda chunk: [])
-    assert [len(g.taken) for g in generators] == [5, 5]
+        assert generator.most <= capacity
 
 
 def test_a_generator_is_filled_up_as_answers_come() -> None:
-    # 30 answers by fives, two calls outstanding: six calls that find five, and at most two that come too late.
-    generator = StandIn(10, seed=0, more=(0,))
-    group = Group("rollout", [LocalHandle("rollout", generator)], 1.0)
-    Rollouts(group, 10, 5, timeout_s=1.0).collect(prompts(30), lambda chunk: [])
-    assert generator.most == 10 and 6 <= generator.calls <= 8
+    # Chunks of 32 out of 100 in flight: 300 answers in 10 calls, and at most two that come too late.
+    generator = StandIn(seed=0, more=(0,))
+    rollouts = Rollouts(group([generator]), 100, 1.0)
+    assert len(rows_of(rollouts.collect(prompts(300), lambda chunk: []))) == 300
+    assert CHUNK == 32 and generator.most == 100 and 10 <= generator.calls <= 12
 
 
-def test_rounds_follow_one_another() -> None:
-    generator = StandIn(4, seed=0)
-    rollouts = Rollouts(Group("rollout", [LocalHandle("rollout", generator)], 1.0), 4, 2, timeout_s=1.0)
-    for _ in range(3):
-        collected = rollouts.collect(prompts(9), lambda chunk: [])
-        assert sum(c.sequences.num_rows for c in collected.chunks) == 9
-    assert len(generator.taken) == 27
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_held_out_prompts_go_beside_training(staleness: int) -> None:
+    generators = [StandIn(seed=i) for i in range(2)]
+    judged: list[pa.RecordBatch] = []
+    schedule = RolloutSchedule(3, staleness)
+    rollouts = Rollouts(group(generators), 8, 1.0, schedule, lambda step: prompts(20, step * 20), lambda chunk: ["s"])
+    trained = []
+    for step in range(1, 4):
+        trained += [row["sample_id"] for row in rows_of(rollouts.take(step))]
+        rollouts.publish(weights(step))
+        held_out = rollouts.collect(prompts(30, 1000 * step), lambda chunk: judged.append(chunk) or ["j"])
+        assert [row["sample_id"] for row in rows_of(held_out)] == list(range(1000 * step, 1000 * step + 30))
+        assert all(row["weight_version"] == step for row in rows_of(held_out))
+    assert sorted(trained) == list(range(20, 80)) and judged

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import ray
 from ray.util.state import list_actors
 from transformers import AutoModelForCausalLM
 
+from actors.rollouts import Collected, Rollouts
 from actors.train import train
 from beaver_ray.config_files import load_config
 from beaver_ray.models.loading import load_tokenizer
@@ -170,3 +174,41 @@ def largest(table: pa.Table, first: str, second: str) -> float:
     """The largest difference of two columns of log-probs, over all tokens."""
     a, b = (np.concatenate([np.asarray(v) for v in table[name].to_pylist()]) for name in (first, second))
     return float(np.abs(a - b).max())
+
+
+def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1 generator to 3 and back to 1, one step ahead of training: every sample is trained on exactly once."""
+    placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
+    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
+    rollout = {"prompts_per_step": 16, "max_new_tokens": 8, "max_sequences": 8, "kv_cache_gib": 0.1, "staleness": 1}
+    path = write_stage(
+        build_workspace(tmp_path, tied=True),
+        name="elastic",
+        steps=12,
+        cluster={"placement": placement},
+        rollout=rollout,
+    )
+    take = Rollouts.take
+
+    def take_when_ordered(rollouts: Rollouts, step: int) -> Collected:
+        # Without this the run would be over before a generator has started.
+        if wanted := {3: 3, 8: 1}.get(step):
+            command = f"-m launch scale --run elastic --rollouts {wanted} --address {address}"
+            subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=Path(__file__).parents[2])
+            while len(rollouts.workers) != wanted:
+                time.sleep(0.2)
+                rollouts.serve()
+        return take(rollouts, step)
+
+    monkeypatch.setattr(Rollouts, "take", take_when_ordered)
+    folder = train(load_config(path))
+    metrics = read_metrics(folder)
+    assert [row["rollout/workers"] for row in metrics] == [1] * 2 + [3] * 5 + [1] * 5
+    samples = [pq.read_table(file) for file in sorted((folder / "trajectories").glob("*.parquet"))]
+    ids = np.concatenate([table["sample_id"].to_numpy() for table in samples])
+    assert sorted(ids) == list(range(16 * 12))
+    for step, table in enumerate(samples, start=1):
+        assert all(0 <= step - 1 - version <= 1 for version in table["weight_version"].to_pylist())
+        oldest = [min(versions) for versions in table["token_versions"].to_pylist()]
+        assert oldest == table["weight_version"].to_pylist()
+    assert max(row["rollout/staleness_max"] for row in metrics) == 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.exchange import Exchange
 from actors.generator import GeneratorSpec, VllmGenerator
 from beaver_ray.weights import PublishedWeights, pack
 from tests.actors.conftest import disturb, largest_difference, make_prompts
@@ -41,7 +42,7 @@ def pair(request: pytest.FixtureRequest, tiny_llama: Callable[[bool], Path]) -> 
 
 def test_logprobs_agree_after_every_update(pair: Pair) -> None:
     generator, model = pair
-    _, before = generator.exchange(make_prompts(16), min_finished=16)
+    _, before = generator.exchange(make_prompts(16), Exchange(16))
     assert largest_difference(model, before) < 1e-4
     for version in range(1, 6):
         disturb(model, seed=version)
@@ -50,7 +51,7 @@ def test_logprobs_agree_after_every_update(pair: Pair) -> None:
         assert result["version"] == generator.version == version
         assert result["bytes"] > 3_000_000
         # The same prompts once more: a prefix cache that outlived the update would show here.
-        _, before = generator.exchange(make_prompts(16), min_finished=16)
+        _, before = generator.exchange(make_prompts(16), Exchange(16))
         assert before.column("weight_version").to_pylist() == [version] * 16
         assert largest_difference(model, before) < 1e-4
 
@@ -64,7 +65,7 @@ def test_a_damaged_bucket_changes_nothing(pair: Pair) -> None:
     with pytest.raises(ValueError, match="weights version 99, bucket"):
         generator.update_weights(weights)
     assert generator.version == version
-    _, batch = generator.exchange(make_prompts(8), min_finished=8)
+    _, batch = generator.exchange(make_prompts(8), Exchange(8))
     assert largest_difference(model, batch) < 1e-4
 
 

@@ -1,0 +1,81 @@
+"""Orders to a running job from outside: how many rollout workers it should have.
+
+The job starts one small actor under a name that the command line can find, and asks it now and then.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray.util import list_named_actors
+
+from actors.cluster import Cluster, RayHandle
+from actors.generator import GeneratorSpec, VllmGenerator
+from actors.handles import Handle
+from actors.waits import fetch
+from beaver_ray.errors import UserError
+
+NAMESPACE, PREFIX = "beaver-ray", "control:"
+ANSWER_S = 30.0
+
+
+class Control:
+    """What somebody wants of a run; None until somebody does."""
+
+    def __init__(self) -> None:
+        self.rollouts: int | None = None
+
+    def want_rollouts(self, count: int) -> None:
+        """From now on the run should have ``count`` rollout workers."""
+        self.rollouts = count
+
+    def wanted_rollouts(self) -> int | None:
+        """The last order."""
+        return self.rollouts
+
+
+class GeneratorSupply:
+    """Rollout workers on a cluster, and how many of them somebody wants."""
+
+    def __init__(self, cluster: Cluster, spec: GeneratorSpec, run: str) -> None:
+        self.cluster, self.spec = cluster, spec
+        actor: Any = ray.remote(Control)
+        try:
+            self.control = actor.options(name=PREFIX + run, namespace=NAMESPACE, num_cpus=0).remote()
+        except ValueError:
+            raise UserError(f"a run called {run!r} is going on on this cluster already; set another name=...") from None
+        cluster.actors["control"] = self.control
+
+    def start(self, replaced: str | None) -> RayHandle:
+        """Begin to start one more generator, in the place of ``replaced`` where that is given."""
+        return self.cluster.start_another("rollout", VllmGenerator, (self.spec,), replaced)
+
+    def stop(self, handle: Handle) -> None:
+        """End a generator and give its resources back."""
+        self.cluster.stop(handle)
+
+    def wanted(self) -> Any:
+        """A reference to the number of generators that somebody asked for, or to None."""
+        return self.control.wanted_rollouts.remote()
+
+
+def order_rollouts(run: str, count: int, address: str) -> None:
+    """Tell the run of that name on the cluster at ``address`` to have ``count`` rollout workers.
+
+    Raises UserError where no cluster answers or no such run is going on there.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no Ray cluster answers at {address} (--address, RAY_ADDRESS): {reason}") from None
+    try:
+        going_on = [name.removeprefix(PREFIX) for name in list_named_actors() if name.startswith(PREFIX)]
+        if run not in going_on:
+            raise UserError(f"no run called {run!r} is going on there; going on: {', '.join(going_on) or 'none'}")
+        control: Any = ray.get_actor(PREFIX + run)
+        fetch(control.want_rollouts.remote(count), f"the run {run}", ANSWER_S)
+    finally:
+        ray.shutdown()
