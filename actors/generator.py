@@ -116,9 +116,8 @@ class VllmGenerator:
         self._asked: dict[int, int] = {}  # the most tokens of an answer, where a prompt says so
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
-        self._eos = spec.eos_token_ids
-        if self._eos is None:
-            self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code)
+        given = spec.eos_token_ids
+        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
         self._engine = _start_engine(spec)
         self._engine.collective_rpc(
             "init_weight_transfer_engine", kwargs={"init_info": {"fetch_timeout_s": spec.load_timeout_s}}

@@ -36,9 +36,8 @@ class HFGenerator:
         self.device = default_device()
         model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code)
         self.model = model.to(self.device).eval()
-        self._eos = spec.eos_token_ids
-        if self._eos is None:
-            self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code)
+        given = spec.eos_token_ids
+        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._waiting: dict[int, tuple[int, list[int]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import statistics
@@ -96,7 +97,7 @@ def local_ray(cpus: float, threads: int = 1, store_gib: float = 2.0) -> Iterator
         object_store_memory=int(store_gib * 2**30),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         yield

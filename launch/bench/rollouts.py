@@ -10,6 +10,7 @@ engines themselves are worth.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def run(options: Options) -> Outcome:
             batches = batch_prompts(prompts, length, batch)
             seconds = interleave(
                 {
-                    f"vLLM, {name}": lambda p=prompts, n=length: generate_vllm(vllm, p, n),
-                    f"HF, {name}": lambda b=batches: generate_hf(hf, b),
+                    f"vLLM, {name}": partial(generate_vllm, vllm, prompts, length),
+                    f"HF, {name}": partial(generate_hf, hf, batches),
                 },
                 repetitions,
             )

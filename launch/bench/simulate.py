@@ -121,7 +121,8 @@ def start_generators(count: int, tick_s: float) -> Group:
     for first in range(0, count, PER_PROCESS):
         here = min(PER_PROCESS, count - first)
         groups = {f"g{i}": 1 for i in range(here)}
-        actor: Any = ray.remote(num_cpus=0.01, concurrency_groups=groups)(Sleepers).remote(here, CAPACITY, tick_s)
+        options: dict[str, Any] = {"num_cpus": 0.01, "concurrency_groups": groups}
+        actor: Any = ray.remote(**options)(Sleepers).remote(here, CAPACITY, tick_s)
         handles += [SleeperHandle(f"rollout-{first + i}", actor, i) for i in range(here)]
     group = Group("rollout", handles, WAIT_S)
     group.run("exchange", None, Exchange())

@@ -204,7 +204,7 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes:
 
 def measure_calls(shapes: Shapes, bucket: int) -> list[Figure]:
     """Calls of one version, with its parameters as they are and cut into ten times as many."""
-    cut = [(f"{name}.{part}", (-(-int(np.prod(shape)) // 10),)) for name, shape in shapes for part in range(10)]
+    cut: Shapes = [(f"{name}.{part}", (-(-int(np.prod(shape)) // 10),)) for name, shape in shapes for part in range(10)]
     counts = []
     for version in (shapes, cut):
         publisher = Publisher(version, bucket)
