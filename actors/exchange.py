@@ -78,6 +78,14 @@ def check_prompts(
     return rows
 
 
+def asked_lengths(prompts: pa.RecordBatch) -> dict[int, int]:
+    """The most tokens of each sample's answer, where the prompts have the optional column max_new_tokens (int32)."""
+    if "max_new_tokens" not in prompts.schema.names:
+        return {}
+    ids, lengths = (prompts.column(name).to_pylist() for name in ("sample_id", "max_new_tokens"))
+    return dict(zip(ids, lengths, strict=True))
+
+
 def exchange_result(
     finished: list[dict[str, Any]], aborted: list[int], running: int, free: int, version: int, started: float
 ) -> tuple[dict[str, Any], pa.RecordBatch]:

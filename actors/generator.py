@@ -25,6 +25,7 @@ from actors.exchange import (
     PROMPT_SCHEMA,
     Exchange,
     InFlight,
+    asked_lengths,
     check_prompts,
     exchange_result,
     sample_seed,
@@ -54,7 +55,8 @@ class GeneratorSpec:
     per_sample_seeds: bool = True
     """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch."""
     eos_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a response; None takes those of the folder's generation config and tokenizer."""
+    """Tokens that end a response (none where empty); None takes those of the folder's generation config and
+    tokenizer."""
     version: int = 0
     """Version of the weights in the folder."""
     tensor_parallel_size: int = 1
@@ -117,9 +119,11 @@ class VllmGenerator:
         self.version = spec.version
         self._in_flight: dict[int, InFlight] = {}
         self._held: list[tuple[int, int, list[int]]] = []  # prompts that wait for newer weights
+        self._asked: dict[int, int] = {}  # the most tokens of an answer, where a prompt says so
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
-        self._eos = spec.eos_token_ids or read_eos_token_ids(spec.model, spec.trust_remote_code)
+        given = spec.eos_token_ids
+        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
         self._engine = _start_engine(spec)
         self._engine.collective_rpc(
             "init_weight_transfer_engine", kwargs={"init_info": {"fetch_timeout_s": spec.load_timeout_s}}
@@ -132,9 +136,10 @@ class VllmGenerator:
     ) -> tuple[dict[str, Any], pa.RecordBatch]:
         """Drop and load what ``request`` says, take new prompts in, then step until it is time to answer.
 
-        `prompts` has the columns of PROMPT_SCHEMA. Prompts beyond max_sequences wait inside the engine.
-        Returns a summary (generated_tokens counts those of the finished sequences) and the finished sequences,
-        columns of FINISHED_SCHEMA. Raises UserError, before any prompt is taken in, for one that is too long.
+        `prompts` has the columns of PROMPT_SCHEMA, and may have max_new_tokens (int32, at most the spec's). Prompts
+        beyond max_sequences wait inside the engine. Returns a summary (generated_tokens counts those of the finished
+        sequences) and the finished sequences, columns of FINISHED_SCHEMA. Raises UserError, before any prompt is
+        taken in, for one that is too long.
         """
         self._check_usable()
         request = request or Exchange()
@@ -143,6 +148,7 @@ class VllmGenerator:
         if prompts is not None:
             taken = {*self._in_flight, *(row[0] for row in self._held)}
             self._held += check_prompts(prompts, self.spec.max_model_len, taken)
+            self._asked.update(asked_lengths(prompts))
         if request.weights is not None and request.weights.version > self.version:
             self._newest = request.weights
         finished: list[Any] = []
@@ -235,6 +241,8 @@ class VllmGenerator:
             self._engine.abort_request([str(sample_id) for sample_id in running])
         for sample_id in running:
             del self._in_flight[sample_id]
+        for sample_id in held:
+            self._asked.pop(sample_id, None)
         return [*running, *held]
 
     def _tokens_so_far(self) -> dict[int, int]:
@@ -248,9 +256,10 @@ class VllmGenerator:
         from vllm.sampling_params import RequestOutputKind
 
         spec = self.spec
+        most = self._asked.pop(sample_id, spec.max_new_tokens)
         params = SamplingParams(
             temperature=spec.temperature,
-            max_tokens=min(spec.max_new_tokens, spec.max_model_len - len(tokens)),
+            max_tokens=min(most, spec.max_new_tokens, spec.max_model_len - len(tokens)),
             seed=sample_seed(spec.seed, sample_id) if spec.per_sample_seeds else None,
             stop_token_ids=list(self._eos),
             ignore_eos=True,  # stop_token_ids has them all

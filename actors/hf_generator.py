@@ -14,7 +14,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from actors.exchange import PROMPT_SCHEMA, Exchange, check_prompts, exchange_result, sample_seed
+from actors.exchange import (
+    PROMPT_SCHEMA,
+    Exchange,
+    asked_lengths,
+    check_prompts,
+    exchange_result,
+    sample_seed,
+)
 from actors.generator import GeneratorSpec, fetch_verified, read_eos_token_ids
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.models.lora import merged
@@ -30,11 +37,13 @@ class HFGenerator:
         self.device = default_device()
         model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code)
         self.model = model.to(self.device).eval()
-        self._eos = spec.eos_token_ids or read_eos_token_ids(spec.model, spec.trust_remote_code)
+        given = spec.eos_token_ids
+        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._waiting: dict[int, tuple[int, list[int]]] = {}
         self._base: dict[str, torch.Tensor] = {}
+        self._asked: dict[int, int] = {}  # the most tokens of an answer, where a prompt says so
         if weights is not None:
             self.update_weights(weights)
 
@@ -50,6 +59,7 @@ class HFGenerator:
         if prompts is not None:
             for sample_id, prompt_id, tokens in check_prompts(prompts, self.spec.max_model_len, self._waiting):
                 self._waiting[sample_id] = (prompt_id, tokens)
+            self._asked.update(asked_lengths(prompts))
         finished: list[dict[str, Any]] = []
         while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
@@ -105,7 +115,11 @@ class HFGenerator:
         """Generate one batch to its end and take it out of the waiting ones."""
         spec = self.spec
         prompts = [self._waiting[sample_id][1] for sample_id in sample_ids]
-        limits = [min(spec.max_new_tokens, spec.max_model_len - len(prompt)) for prompt in prompts]
+        most = [self._asked.pop(sample_id, spec.max_new_tokens) for sample_id in sample_ids]
+        limits = [
+            min(m, spec.max_new_tokens, spec.max_model_len - len(prompt))
+            for m, prompt in zip(most, prompts, strict=True)
+        ]
         if spec.per_sample_seeds:
             generators = [torch.Generator().manual_seed(sample_seed(spec.seed, i)) for i in sample_ids]
         else:

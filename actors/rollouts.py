@@ -24,7 +24,7 @@ from actors.waits import WorkerDiedError, fetch, ready_now, wait_any
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
-CHUNK = 32  # finished sequences that are worth a forward of the scorers
+CHUNK = 32  # finished sequences that are worth a forward of the scorers, where a generator holds many
 SLICE_S = 1.0  # a generator that is to load new weights in mid-flight answers at least so often
 POLL_S = 2.0  # how often it is asked how many generators are wanted
 FAILURES = 3  # so many failures of one cause end the run
@@ -80,7 +80,7 @@ class Supply(Protocol):
 
 
 class Rollouts:
-    """The generators of a run. `next_samples` draws the prompts of a step (1, 2, ...)."""
+    """The generators of a run, each with ``capacity`` places; `next_samples` draws the prompts of a step (1, 2, ...)."""
 
     def __init__(
         self,
@@ -93,7 +93,10 @@ class Rollouts:
         supply: Supply | None = None,
         note: Callable[[str], None] = print,
     ) -> None:
-        self.capacity, self.timeout_s = capacity, timeout_s
+        self.timeout_s = timeout_s
+        self.chunk = max(1, min(CHUNK, capacity // 4))
+        # What finishes while an answer and the prompts for its places are on their way waits in the engine already.
+        self.capacity = capacity + OUTSTANDING * self.chunk
         self.schedule = schedule or RolloutSchedule(steps=0)
         self.next_samples, self.score = next_samples, score
         self.supply, self.note = supply, note
@@ -235,7 +238,7 @@ class Rollouts:
         if self.weights is not None and worker.version < self.weights.version:
             weights, worker.version = self.weights, self.weights.version
         new = self._rows(samples) if samples else None
-        chunk = min(CHUNK, in_flight)
+        chunk = min(self.chunk, in_flight)
         # Where weights may arrive in mid-flight a call must end now and then; otherwise its end is the work's own.
         slice_s = SLICE_S if self.schedule.staleness else None
         request = Exchange(chunk, weights, self.schedule.to_abort(name), slice_s)

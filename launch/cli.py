@@ -107,6 +107,26 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; all of them without.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was measured as JSON.")] = None,
+    size: Annotated[str, typer.Option(metavar="small|full", help="small only shows that it works.")] = "full",
+    repetitions: Annotated[int | None, typer.Option(min=1, help="Measured repetitions of each side.")] = None,
+    case: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name has TEXT.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="step: configuration to run.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="iteration, step: change our configuration.")
+    ] = None,
+) -> None:
+    """Measure the system: experience, weights, rollouts, raw-vllm, iteration, step, simulate."""
+    from launch.bench.registry import Options, run
+
+    if size not in ("small", "full"):
+        raise UserError(f"--size must be small or full, not {size!r}")
+    run(names or [], out, Options(size, repetitions, tuple(case or ()), config, tuple(changes or ())))  # type: ignore[arg-type]
+
+
+@app.command()
 def scale(
     run: Annotated[str, typer.Option(metavar="NAME", help="Name of a run that is going on.")],
     rollouts: Annotated[int, typer.Option(min=1, metavar="N", help="Rollout workers that it should have.")],

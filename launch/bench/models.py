@@ -1,0 +1,128 @@
+"""Random Llama models of known shape, with a tokenizer of plain words, prompts and demonstrations over it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from beaver_ray.models.score import ScoreModel, ScoreType, save_score_model
+
+PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+FIRST_WORD = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama with tied embeddings; `inner` is the width of its MLP."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    vocabulary: int
+
+
+TINY = Shape("tiny", 64, 2, 2, 128, 128)
+SMALLER = Shape("1M", 128, 4, 4, 352, 1024)
+LARGER = Shape("10M", 320, 8, 10, 864, 1024)
+
+
+def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0) -> Path:
+    """A policy with random float32 weights, its tokenizer and a chat template, as a Hugging Face folder."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    write_tokenizer(folder, shape.vocabulary)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Words w4, w5, ... between spaces, one token each; the chat template adds <s> before a prompt."""
+    words = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN}
+    words |= {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ ' ' + message.content }}"
+        "{% if message.role == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def write_score_model(folder: Path, policy: Path, score_type: ScoreType, seed: int) -> Path:
+    """A score model on the policy's own trunk with a random head."""
+    torch.manual_seed(seed)
+    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32), score_type)
+    save_score_model(model, model.state_dict(), folder)
+    write_tokenizer(folder, model.trunk.config.vocab_size)
+    return folder
+
+
+def random_prompts(count: int, shape: Shape, lengths: tuple[int, int] = (12, 20), seed: int = 0) -> list[list[int]]:
+    """Prompts of random words after <s>; `lengths` are the fewest and the most tokens, <s> included."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(lengths[0], lengths[1] + 1, count)
+    return [[BOS, *rng.integers(FIRST_WORD, shape.vocabulary, size - 1).tolist()] for size in sizes]
+
+
+def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int) -> Path:
+    """policy/, reward/, cost/, prompts.jsonl and ptx.jsonl (answers of `answer_tokens`, </s> included)."""
+    policy = write_policy(folder / "policy", shape)
+    write_score_model(folder / "reward", policy, "reward", seed=1)
+    write_score_model(folder / "cost", policy, "cost", seed=2)
+    texts = [_words(tokens) for tokens in random_prompts(prompts, shape)]
+    answers = random_prompts(prompts, shape, (answer_tokens, answer_tokens), seed=1)
+    rows = [{"prompt": p, "response": _words(a)} for p, a in zip(texts, answers, strict=True)]
+    _write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
+    _write_lines(folder / "ptx.jsonl", rows)
+    return folder
+
+
+def read_prompts(folder: Path) -> list[list[int]]:
+    """The tokens of a workspace's prompts, as the chat template makes them."""
+    return [[BOS, *_tokens(row["prompt"])] for row in _read_lines(folder / "prompts.jsonl")]
+
+
+def read_demonstrations(folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of a workspace's demonstrations, as the chat template makes them."""
+    rows = _read_lines(folder / "ptx.jsonl")
+    return [([BOS, *_tokens(row["prompt"])], [*_tokens(row["response"]), EOS]) for row in rows]
+
+
+def _tokens(text: str) -> list[int]:
+    return [int(word[1:]) for word in text.split()]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _words(tokens: list[int]) -> str:
+    return " ".join(f"w{token}" for token in tokens if token >= FIRST_WORD)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

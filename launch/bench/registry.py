@@ -1,0 +1,75 @@
+"""The benchmarks by name, and one run of some of them: table, JSON. Nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from beaver_ray.config import near
+from beaver_ray.errors import UserError
+
+Size = Literal["small", "full"]
+
+BENCHMARKS = {
+    "experience": "samples through the object store: Arrow against dicts of tensors",
+    "weights": "a version of the weights to two receivers, against the memory copies it needs",
+    "rollouts": "vLLM against HF generate, lengths with a long tail",
+    "raw-vllm": "the generator behind Ray against vLLM alone",
+    "iteration": "a whole Safe PPO iteration against the published loop",
+    "step": "shares of a step's phases, tokens/s, training against a matrix product",
+    "simulate": "the scheduler alone, with engines that sleep",
+}
+"""Name and what is measured; the module is the name with _ for -."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say to any benchmark."""
+
+    size: Size = "full"
+    repetitions: int | None = None
+    """Measured repetitions of each side; None for the benchmark's own number."""
+    cases: tuple[str, ...] = ()
+    """Of a benchmark with several cases, those whose name contains one of these; empty for all."""
+    config: Path | None = None
+    """step: the configuration to run instead of a generated one."""
+    overrides: tuple[str, ...] = field(default=())
+    """iteration, step: key=value changes of our side's configuration."""
+
+    @property
+    def small(self) -> bool:
+        """Whether this run only shows that the benchmark works."""
+        return self.size == "small"
+
+    def wants(self, case: str) -> bool:
+        """Whether a case was asked for."""
+        return not self.cases or any(part in case for part in self.cases)
+
+
+def run(names: list[str], out: Path | None, options: Options) -> None:
+    """Run benchmarks in the order of BENCHMARKS (all of them without names), print a table each, write one JSON.
+
+    The file is written anew after each, so that a failure loses nothing that was measured before. Raises UserError
+    for an unknown name, before anything runs.
+    """
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UserError(f"no benchmark is called {name!r}{near(name, BENCHMARKS)}")
+    from launch.bench.measure import Outcome, describe_machine, print_table, write_json
+
+    record = {"command": " ".join(["beaver-ray", *sys.argv[1:]]), "size": options.size, **describe_machine()}
+    outcomes: dict[str, Outcome] = {}
+    for name in BENCHMARKS:
+        if name in names or not names:
+            started = time.perf_counter()
+            print(f"{name}: {BENCHMARKS[name]}", flush=True)
+            outcome = importlib.import_module(f"launch.bench.{name.replace('-', '_')}").run(options)
+            outcome.seconds = time.perf_counter() - started
+            outcomes[name] = outcome
+            print_table(name, outcome)
+            if out is not None:
+                write_json(out, record, outcomes)

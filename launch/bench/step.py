@@ -1,0 +1,150 @@
+"""One training step taken apart: the share of each phase, tokens/s, bytes/s of the sync, and how busy training is.
+
+The run is `beaver-ray train` over --config, or over a generated world of random models without one; its first step
+warms up and the figures are medians of the rest. Training is compared with a matrix product of the same dtype,
+measured after the run on what the run trained on: one GPU for each GPU of the training roles, or the whole CPU. The
+work that counts is 2 * parameters * tokens for a forward and twice that more for its backward, of the policy (with
+PTX) and of every critic; the embedding table counts only where it is also the head. Forwards before the update
+(values, log-probs) count with the time of phase score, where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.config_files import parse_config, read_yaml
+from beaver_ray.errors import UserError
+from beaver_ray.runs import read_metrics
+from launch.bench.iteration import PHASES, finish, our_config
+from launch.bench.measure import Figure, Outcome, medians
+from launch.bench.models import LARGER, TINY, write_workspace
+from launch.bench.registry import Options
+from launch.planning import count_parameters
+
+STEPS = 6
+GB = 1e9
+
+
+def run(options: Options) -> Outcome:
+    """Figures of one configuration; without --config a 10M-parameter model with 128 new tokens (tiny where small)."""
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder)
+        tree = generated(workspace, options) if options.config is None else read_yaml(options.config)
+        steps = (options.repetitions or (1 if options.small else STEPS - 1)) + 1
+        tree |= {"steps": steps, "epochs": None, "name": "bench-step"}
+        config = parse_config(tree, list(options.overrides), str(options.config or "generated configuration"))
+        if not isinstance(config, SafePpoConfig):
+            raise UserError(f"{options.config}: bench step takes a PPO stage, not {config.stage}")
+        # Models and data are read from where the configuration says, the run itself goes to a folder that is deleted.
+        config = config.model_copy(update={"workspace": folder})
+        path = workspace / "bench-step.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+        finish_run(path)
+        rows = read_metrics(config.folder)[1:]
+        figures = step_figures(config, rows)
+    settings = {"config": str(options.config or "generated"), "steps": steps - 1, "overrides": list(options.overrides)}
+    settings |= {"dtype": config.engine.dtype, "prompts_per_step": config.rollout.prompts_per_step}
+    return Outcome(figures, settings, {"time/step": [row["time/step"] for row in rows]})
+
+
+def generated(workspace: Path, options: Options) -> dict[str, Any]:
+    """The configuration that bench iteration measures for its largest models."""
+    shape, prompts, answer = (TINY, 16, 6) if options.small else (LARGER, 64, 128)
+    write_workspace(workspace, shape, prompts * STEPS, answer)
+    return our_config(workspace, prompts, answer, "float32", STEPS)
+
+
+def finish_run(path: Path) -> None:
+    """Run the training command over a configuration file."""
+    finish([sys.executable, "-m", "launch", "train", str(path)])
+
+
+def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figure]:
+    """From the metrics of the measured steps."""
+    keys = sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)})
+    m = medians({key: [row[key] for row in rows if row.get(key) is not None] or [0.0] for key in keys})
+    step = m["time/step"]
+    figures = [Figure("step", step, "s")]
+    figures += [Figure(f"phase {p}", m[f"time/{p}"], "s", m[f"time/{p}"] / step, "of the step") for p in PHASES]
+    figures += [
+        Figure("samples", m["throughput/samples_per_second"], "samples/s"),
+        Figure("generation", m["rollout/tokens_per_second"], "tokens/s"),
+        Figure("whole step", m["throughput/tokens_per_second"], "tokens/s"),
+        Figure("sync", m["sync/bytes"] / m["time/sync"] / GB, "GB/s"),
+    ]
+    tokens = m["throughput/tokens_per_second"] * step
+    work = training_flops(config, tokens)
+    rate, what = matmul_rate(config)
+    figures.append(Figure(what, rate / 1e12, "TFLOP/s"))
+    trained = work["update"] / m["time/train"]
+    figures.append(Figure("training (MFU)", trained / 1e12, "TFLOP/s", trained / rate, what))
+    scored = work["score"] / m["time/score"]
+    figures.append(Figure("forwards of phase score", scored / 1e12, "TFLOP/s", scored / rate, what))
+    return figures
+
+
+def training_flops(config: SafePpoConfig, tokens: float) -> dict[str, float]:
+    """Floating-point operations of phase train ("update") and of the trained models' forwards in phase score.
+
+    tokens: prompt and answer tokens of a step. PTX is taken to be as long.
+    """
+    models, ppo = config.models, config.ppo
+    critics = [models.reward_critic or models.reward]
+    if config.stage == "safe_ppo":
+        critics += [c.critic or c.model for c in config.constraints]
+    if models.shared_critic:
+        critics = critics[:1]
+    policy = matmul_parameters(Path(models.policy))
+    critic = sum(matmul_parameters(Path(folder), head=False) for folder in critics)
+    passes = 6.0 * ppo.epochs
+    with_ptx = 2.0 if config.data.ptx else 1.0
+    before = policy if ppo.old_logprobs == "trainer" else 0.0
+    return {
+        "update": passes * tokens * (policy * with_ptx + critic),
+        "score": 2.0 * tokens * (before + critic),
+    }
+
+
+def matmul_parameters(folder: Path, head: bool = True) -> float:
+    """Parameters that every token is multiplied with; UserError where the folder is not on this machine."""
+    total = count_parameters(folder)
+    if not total:
+        raise UserError(f"{folder}: no safetensors there to count parameters in; give models as local folders")
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    embedding = shape["vocab_size"] * shape["hidden_size"]
+    # A tied table is the head too; a score model has a table and no head over words.
+    return float(total if head and shape.get("tie_word_embeddings") else total - embedding)
+
+
+def matmul_rate(config: SafePpoConfig, size: int = 2048) -> tuple[float, str]:
+    """Operations/s of square matrix products in the training dtype, and their description for a table."""
+    dtype = getattr(torch, config.engine.dtype)
+    placement = config.cluster.placement
+    kinds = ("policy", "reward_critic", *(("cost_critic",) if config.stage == "safe_ppo" else ()))
+    gpus = sum(placement[k].gpus * placement[k].workers for k in kinds if k in placement)
+    on_gpu = gpus > 0 and torch.cuda.is_available()
+    device = torch.device("cuda") if on_gpu else torch.device("cpu")
+    torch.set_num_threads(os.cpu_count() or 1)
+    if on_gpu:
+        size *= 4
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    rates = []
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
+        rates.append(2.0 * size**3 / (time.perf_counter() - started))
+    where = f"{gpus:g} GPUs" if on_gpu else f"{torch.get_num_threads()} threads"
+    rate = sorted(rates[1:])[len(rates[1:]) // 2]
+    return rate * (gpus if on_gpu else 1.0), f"matrix product, {config.engine.dtype}, {where}"
