@@ -94,18 +94,19 @@ def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[in
     return tuple(sorted(ids))
 
 
-def fetch_verified(weights: PublishedWeights, spec: GeneratorSpec) -> list[np.ndarray]:
-    """All buckets of a version, checked; ValueError for a damaged one, or an adapter of another model.
-
-    Under Ray they are shared memory.
-    """
+def check_base(weights: PublishedWeights, model: str) -> None:
+    """ValueError for an adapter of another model."""
     adapter = weights.manifest.adapter
-    if adapter and adapter.base != spec.model:
-        raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {spec.model}")
+    if adapter and adapter.base != model:
+        raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {model}")
+
+
+def fetch_verified(weights: PublishedWeights, timeout_s: float) -> list[np.ndarray]:
+    """All buckets of a version, checked; ValueError for a damaged one. Under Ray they are shared memory."""
     buckets = []
     for index, bucket in enumerate(weights.buckets):
         what = f"weights version {weights.version}, bucket {index}"
-        array = fetch(bucket, what=what, timeout_s=spec.load_timeout_s)
+        array = fetch(bucket, what=what, timeout_s=timeout_s)
         verify(weights.manifest, index, array)
         buckets.append(array)
     return buckets
@@ -173,7 +174,8 @@ class VllmGenerator:
         self._check_usable()
         started = time.perf_counter()
         manifest = weights.manifest
-        buckets = fetch_verified(weights, self.spec)
+        check_base(weights, self.spec.model)
+        buckets = fetch_verified(weights, self.spec.load_timeout_s)
         self._broken = f"its update to weights version {manifest.version} failed half-way"
         self._engine.collective_rpc("start_weight_update")
         for index, bucket in enumerate(buckets):

@@ -22,7 +22,7 @@ from actors.exchange import (
     exchange_result,
     sample_seed,
 )
-from actors.generator import GeneratorSpec, fetch_verified, read_eos_token_ids
+from actors.generator import GeneratorSpec, check_base, fetch_verified, read_eos_token_ids
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.models.lora import merged
 from beaver_ray.weights import PublishedWeights, unpack
@@ -71,7 +71,8 @@ class HFGenerator:
         """
         started = time.perf_counter()
         manifest = weights.manifest
-        buckets = fetch_verified(weights, self.spec)
+        check_base(weights, self.spec.model)
+        buckets = fetch_verified(weights, self.spec.load_timeout_s)
         targets = self.model.state_dict()
         tensors = {n: t for i, b in enumerate(buckets) for n, t in unpack(manifest, i, b, check=False)}
         if manifest.adapter:

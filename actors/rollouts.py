@@ -80,7 +80,7 @@ class Supply(Protocol):
 
 
 class Rollouts:
-    """The generators of a run, each with ``capacity`` places; `next_samples` draws the prompts of a step (1, 2, ...)."""
+    """The generators of a run, each with ``capacity`` places; `next_samples` draws the prompts of a step (from 1)."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from actors.exchange import Exchange
 from actors.handles import Group, LocalHandle
-from actors.rollouts import CHUNK, Collected, Rollouts
+from actors.rollouts import Collected, Rollouts
 from actors.schedule import RolloutSchedule
 from beaver_ray import experience
 from beaver_ray.weights import Manifest, PublishedWeights
@@ -109,15 +109,16 @@ def test_every_prompt_is_trained_on_once_scored_and_fresh(
         assert sorted(i for g in generators for i in g.taken) == sorted(trained)
     assert not rollouts.prompts and not rollouts.chunks
     for generator in generators:
-        assert generator.most <= capacity
+        # Besides those at work two chunks wait, so that no place is empty while the driver is told and answers.
+        assert generator.most <= capacity + 2 * max(1, min(32, capacity // 4))
 
 
 def test_a_generator_is_filled_up_as_answers_come() -> None:
-    # Chunks of 32 out of 100 in flight: 300 answers in 10 calls, and at most two that come too late.
+    # Chunks of 25, a quarter of the places: 300 answers in 12 calls, and at most two that come too late.
     generator = StandIn(seed=0, more=(0,))
     rollouts = Rollouts(group([generator]), 100, 1.0)
     assert len(rows_of(rollouts.collect(prompts(300), lambda chunk: []))) == 300
-    assert CHUNK == 32 and generator.most == 100 and 10 <= generator.calls <= 12
+    assert generator.most == 150 and 12 <= generator.calls <= 14
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
