@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from beaver_ray.errors import UserError
+from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.packing import check_packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,6 +55,7 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
+    use_packed_attention(model)
     check_packing(model)
     return model
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from beaver_ray.errors import UserError
+from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.models.loading import attention_kernel, check_model_folder
 from beaver_ray.packing import check_packing
 from beaver_ray.signals import head_of
@@ -121,6 +122,7 @@ def load_score_model(
         mean=[0.0 if s is None else mean[s] for s in sources],
         var=[1.0 if s is None else var[s] for s in sources],
     )
+    use_packed_attention(trunk)
     check_packing(model, model)
     with torch.no_grad():
         for row, source in enumerate(sources):

@@ -1,0 +1,102 @@
+"""Attention over packed rows without a mask, for machines that have no FlashAttention.
+
+With a mask PyTorch's SDPA computes the whole square of a packed row, T^2 for T tokens in all, and holds the mask
+besides. On a CPU forward and backward of 53 sequences of 48 tokens (hidden size 128) take 3.2 times as long that way.
+Here sequences of like length are laid side by side, padded within attention alone, and SDPA runs causally over
+each group: the rest of the model never sees padding. `use_packed_attention` switches a loaded model to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+KERNEL = "packed_sdpa"
+
+
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Let a model that runs on plain "sdpa" use packed attention where that is the same; says whether it does.
+
+    It is not where layers attend to a window or in chunks, and not where the outputs of a small packed row differ.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if config._attn_implementation != "sdpa" or kinds != {"full_attention"} or windowed:
+        return False
+    base: Any = model.base_model
+    positions = torch.cat([torch.arange(n) for n in (5, 3, 9, 4)])[None].to(model.device)
+    row = {"input_ids": positions + 1, "position_ids": positions, "use_cache": False}
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = base(**row).last_hidden_state.float()
+        model.set_attn_implementation(KERNEL)
+        difference = (base(**row).last_hidden_state.float() - expected).abs().max() / expected.std()
+    model.train(training)
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 0.1):
+        model.set_attn_implementation("sdpa")
+        return False
+    return True
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention [1, T, heads, D] of a packed row, from query [1, heads, T, D], key and value [1, kv_heads, T, D].
+
+    Sequences begin where ``position_ids`` is 0. Anything but a packed row (a mask, a cache, a batch) goes to SDPA.
+    """
+    if attention_mask is not None or position_ids is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    tokens = query.shape[2]
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
+    output = torch.empty_like(query[0].transpose(0, 1))
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
+    # Lengths between two powers of two go together: at most half of a group is padding, and groups are few.
+    for size in {length.bit_length() for length in lengths}:
+        members = [(s, n) for s, n in zip(starts, lengths, strict=True) if n.bit_length() == size]
+        longest = max(n for _, n in members)
+        from_T = torch.cat([torch.arange(s, s + n) for s, n in members]).to(query.device)
+        to_T = torch.cat([torch.arange(i * longest, i * longest + n) for i, (_, n) in enumerate(members)])
+        to_T = to_T.to(query.device)
+        padded = []
+        for row in rows:
+            flat = row.new_zeros(len(members) * longest, *row.shape[1:]).index_copy(0, to_T, row[from_T])
+            padded.append(flat.view(len(members), longest, *row.shape[1:]).transpose(1, 2))
+        q, k, v = padded
+        # Padding is on the right, where a causal token never looks.
+        attended = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        flat = attended.transpose(1, 2).reshape(-1, *output.shape[1:])
+        output = output.index_copy(0, from_T, flat[to_T])
+    return output[None], None
+
+
+def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """None for a packed row, which `packed_attention` takes apart itself; SDPA's mask for anything else."""
+    packed = not kwargs.get("allow_is_causal_skip", True) and kwargs.get("attention_mask") is None
+    if packed and kwargs.get("q_length") == kwargs.get("kv_length"):
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+AttentionInterface.register(KERNEL, packed_attention)
+AttentionMaskInterface.register(KERNEL, packed_mask)

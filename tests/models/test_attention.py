@@ -1,0 +1,62 @@
+"""Attention over packed rows equals SDPA with a mask, and leaves everything else to SDPA."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from beaver_ray.models.attention import KERNEL, use_packed_attention
+from beaver_ray.packing import pack
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def llama(kv_heads: int = 4) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **heads, attn_implementation="sdpa"))
+
+
+def loss_and_gradient(model: PreTrainedModel, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    row = pack([rng.integers(0, 64, n) for n in lengths])
+    model.zero_grad()
+    logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits
+    logits.logsumexp(-1).square().sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [5, 31, 2, 17, 16, 1, 9, 33], [64, 3]])
+def test_equal_to_the_mask(kv_heads: int, lengths: list[int]) -> None:
+    model = llama(kv_heads)
+    expected, gradient = loss_and_gradient(model, lengths)
+    assert use_packed_attention(model) and model.config._attn_implementation == KERNEL
+    logits, packed_gradient = loss_and_gradient(model, lengths)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_gradient, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_batches_and_generation_go_to_sdpa() -> None:
+    plain, packed = llama(), llama()
+    assert use_packed_attention(packed)
+    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :2] = 0
+    for arguments in ({"attention_mask": mask}, {}):
+        torch.testing.assert_close(packed(ids, **arguments).logits, plain(ids, **arguments).logits)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(packed.generate(ids, **options), plain.generate(ids, **options))
+    cache = packed(ids, use_cache=True).past_key_values
+    more = torch.randint(3, 64, (3, 4), generator=torch.Generator().manual_seed(1))
+    together = plain(torch.cat([ids, more], dim=1)).logits[:, 9:]
+    torch.testing.assert_close(packed(more, past_key_values=cache).logits, together, atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_look_through_a_window_stay_as_they_are() -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
+    windowed = MistralForCausalLM(MistralConfig(**SHAPE, **heads, sliding_window=8))
+    assert not use_packed_attention(windowed) and windowed.config._attn_implementation == "sdpa"
+    assert use_packed_attention(MistralForCausalLM(MistralConfig(**SHAPE, **heads, sliding_window=None)))
