@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from beaver_ray.errors import UserError
+from beaver_ray.models.logprobs import install_logprob_head
 from beaver_ray.packing import check_packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,7 +44,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model in ``dtype`` with an attention kernel that keeps packed sequences apart."""
+    """A causal language model in ``dtype`` with an attention kernel that keeps packed sequences apart.
+
+    Where its logits are plain products, its head can give log-probs without all of them at once.
+    """
     check_model_folder(path, "policy")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -55,6 +59,7 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
     check_packing(model)
+    install_logprob_head(model)
     return model
 
 
