@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
+from beaver_ray.models.logprobs import install_logprob_head
 from beaver_ray.packing import check_packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,7 +45,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model in ``dtype`` with an attention kernel that keeps packed sequences apart."""
+    """A causal language model in ``dtype`` with an attention kernel that keeps packed sequences apart.
+
+    Where its logits are plain products, its head can give log-probs without all of them at once.
+    """
     check_model_folder(path, "policy")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +61,7 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
         raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
     use_packed_attention(model)
     check_packing(model)
+    install_logprob_head(model)
     return model
 
 

@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.engine import LossTerms, TrainingEngine, learning_rate
 from beaver_ray.config import EngineConfig, OptimizerConfig
 from beaver_ray.errors import UserError
+from beaver_ray.models import logprobs
+from beaver_ray.models.logprobs import install_logprob_head, response_logprobs
+from beaver_ray.packing import pack
 from tests.actors.support import Ranks, pad
 
 STEPS = 3
@@ -25,7 +28,7 @@ RATE = OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_fraction=0.
 Weights = dict[str, np.ndarray]
 
 
-def tied_llama() -> LlamaForCausalLM:
+def tied_llama(tied: bool = True) -> LlamaForCausalLM:
     """Embedding and MLP are large enough for ZeRO-3 to shard them, the rest stays whole."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -36,7 +39,7 @@ def tied_llama() -> LlamaForCausalLM:
         num_attention_heads=4,
         max_position_embeddings=64,
         initializer_range=0.1,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 
@@ -74,9 +77,9 @@ def train(rank: int, zero_stage: int, cuts: Sequence[Sequence[Sequence[int]]], m
     return {"weights": weights, "figures": figures}
 
 
-def plain(max_norm: float) -> tuple[Weights, list[float], list[float]]:
+def plain(max_norm: float, tied: bool = True) -> tuple[Weights, list[float], list[float]]:
     """PyTorch alone; a large decay on matrices; the linear schedule over 3 steps is 1, 2/3, 1/3 of the rate."""
-    model = tied_llama().train()
+    model = tied_llama(tied).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 5.0},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -130,6 +133,49 @@ def test_a_step_does_not_depend_on_its_cut(one_rank: None, cut: list[list[int]])
 def test_two_ranks_are_one(two_ranks: Ranks, zero_stage: int) -> None:
     for result in two_ranks.run(train, zero_stage, TWO_RANK_CUTS, 1.0):
         check(result, 1.0)
+
+
+def train_on_chunks(rank: int, zero_stage: int, tied: bool) -> dict[str, np.ndarray]:
+    """Three steps on packed rows, one row of each step left over; log-probs in chunks of the vocabulary's head."""
+    config = EngineConfig(zero_stage=zero_stage, max_grad_norm=1e6)  # type: ignore[arg-type]
+    model = tied_llama(tied)
+    assert install_logprob_head(model)
+    engine = TrainingEngine(model, "test", RATE, config, STEPS)
+    assert zero_stage < 3 or engine.world == 1 or model.lm_head.weight.numel() == 0, "the test is of a sharded head"
+    before = logprobs.DENSE_LOGITS, dict(logprobs.CHUNK_LOGITS)
+    logprobs.DENSE_LOGITS = 0
+    logprobs.CHUNK_LOGITS["cpu"] = 5 * 256
+    for step in range(STEPS):
+        data = sequences(step)
+        tokens = sum(len(row) - 1 for row in data)
+
+        def loss(members: Sequence[int], data: Any = data, scale: float = SCALES[step] / tokens) -> LossTerms:
+            packed = pack([data[i] for i in members or [0]])
+            ends = set((packed.cu_seqlens[1:] - 1).tolist())
+            positions = torch.tensor([p for p in range(packed.input_ids.shape[1]) if p not in ends])
+            targets = packed.input_ids[0, positions + 1]
+            inputs = (packed.input_ids, packed.position_ids, positions, targets)
+            found, entropy = response_logprobs(engine.engine, *inputs, entropy=True)
+            assert entropy is not None
+            return LossTerms(-found.sum() * scale * bool(members), {"entropy": entropy.sum()})
+
+        engine.step((TWO_RANK_CUTS if engine.world == 2 else [ONE_RANK_CUTS[1]])[rank], loss)
+    # Without gradients, as values before an update are computed.
+    with torch.no_grad():
+        row = torch.arange(9)
+        response_logprobs(engine.engine, row[None], row[None], row, row)
+    logprobs.DENSE_LOGITS, logprobs.CHUNK_LOGITS["cpu"] = before[0], before[1]["cpu"]
+    return {name: tensor.detach().clone().numpy() for name, tensor in engine.full_state()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_log_probs_in_chunks_train_alike(one_rank: None, two_ranks: Ranks, zero_stage: int, tied: bool) -> None:
+    weights, _, _ = plain(1e6, tied)
+    for result in (train_on_chunks(0, zero_stage, tied), *two_ranks.run(train_on_chunks, zero_stage, tied)):
+        assert result.keys() == weights.keys()
+        for name, expected in weights.items():
+            np.testing.assert_allclose(result[name], expected, atol=1e-5, rtol=0, err_msg=name)
 
 
 def drop_by_tiny_steps(rank: int, zero_stage: int) -> np.ndarray:
