@@ -69,17 +69,21 @@ def run(options: Options) -> Outcome:
 
 
 def our_config(workspace: Path, prompts: int, answer: int, dtype: str, steps: int) -> dict[str, Any]:
-    """The configuration of our side: the published constants, one thread a process, two generators."""
+    """Our side: the published constants, one thread a process, two generators, and three forwards for six models.
+
+    Reward and cost are two heads of one score model, the critics two heads of another, and the generators' log-probs
+    stand for the policy's own. `--set models.reward=${workspace}/reward` and the like take that back.
+    """
     return {
         "stage": "safe_ppo",
         "workspace": str(workspace),
         "name": "ours",
         "steps": steps,
-        "models": {"policy": "${workspace}/policy", "reward": "${workspace}/reward"},
+        "models": {"policy": "${workspace}/policy", "reward": "${workspace}/score", "shared_critic": True},
         "constraints": [
             {
                 "name": "harm",
-                "model": "${workspace}/cost",
+                "model": "${workspace}/score",
                 "limit": 0.0,
                 "multiplier": {"rule": "log_sgd", "initial": 1.0, "learning_rate": 0.1, "max": 5.0, "window": 128},
             }
@@ -95,7 +99,7 @@ def our_config(workspace: Path, prompts: int, answer: int, dtype: str, steps: in
             "max_sequences": prompts,
             "kv_cache_gib": 0.25,
         },
-        "ppo": {"minibatches": 4, "kl_coefficient": 0.01, "ptx_coefficient": 16.0},
+        "ppo": {"minibatches": 4, "kl_coefficient": 0.01, "ptx_coefficient": 16.0, "old_logprobs": "generator"},
         "policy": {"learning_rate": 1e-5, "schedule": "constant", "warmup_fraction": 0.0},
         "critic": {"learning_rate": 5e-6, "schedule": "constant", "warmup_fraction": 0.0},
         "engine": {"dtype": dtype, "micro_batch_tokens": 2560},

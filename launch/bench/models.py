@@ -72,10 +72,12 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_score_model(folder: Path, policy: Path, score_type: ScoreType, seed: int) -> Path:
-    """A score model on the policy's own trunk with a random head."""
+def write_score_model(
+    folder: Path, policy: Path, score_type: ScoreType, seed: int, heads: tuple[str, ...] = ()
+) -> Path:
+    """A score model on the policy's own trunk with random heads (one, without names)."""
     torch.manual_seed(seed)
-    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32), score_type)
+    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32), score_type, heads)
     save_score_model(model, model.state_dict(), folder)
     write_tokenizer(folder, model.trunk.config.vocab_size)
     return folder
@@ -89,10 +91,11 @@ def random_prompts(count: int, shape: Shape, lengths: tuple[int, int] = (12, 20)
 
 
 def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int) -> Path:
-    """policy/, reward/, cost/, prompts.jsonl and ptx.jsonl (answers of `answer_tokens`, </s> included)."""
+    """policy/, reward/, cost/, score/ (both heads on one trunk), prompts.jsonl, ptx.jsonl (`answer_tokens` an answer)."""
     policy = write_policy(folder / "policy", shape)
     write_score_model(folder / "reward", policy, "reward", seed=1)
     write_score_model(folder / "cost", policy, "cost", seed=2)
+    write_score_model(folder / "score", policy, "reward", seed=3, heads=("reward", "cost"))
     texts = [_words(tokens) for tokens in random_prompts(prompts, shape)]
     answers = random_prompts(prompts, shape, (answer_tokens, answer_tokens), seed=1)
     rows = [{"prompt": p, "response": _words(a)} for p, a in zip(texts, answers, strict=True)]
