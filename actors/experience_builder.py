@@ -23,14 +23,20 @@ class ExperienceBuilder:
         # With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score.
         self.unsafe_above = {c.name: 0.5 if c.violation_rate else 0.0 for c in config.constraints}
 
-    def assemble(self, wanted: list[list[int]], *batches: pa.RecordBatch) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """One batch from chunks: of each the ``wanted`` samples, finished sequences before the batches of their scores.
+    def gather(self, wanted: list[list[int]], *chunks: pa.RecordBatch) -> pa.RecordBatch:
+        """The ``wanted`` samples of each chunk of finished sequences in one batch, by sample id."""
+        return experience.concat(experience.select(c, ids) for c, ids in zip(chunks, wanted, strict=True))
+
+    def assemble(
+        self, wanted: list[list[int]], sequences: pa.RecordBatch, *scores: pa.RecordBatch
+    ) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """The gathered ``sequences`` with their ``scores``: as many batches for each chunk, of which ``wanted`` count.
 
         Returns the means of reward and costs, and the batch, by sample id.
         """
-        size = len(batches) // len(wanted)
-        chunks = [experience.join(*batches[i : i + size]) for i in range(0, len(batches), size)]
-        batch = experience.concat(experience.select(c, ids) for c, ids in zip(chunks, wanted, strict=True))
+        size = len(scores) // len(wanted)
+        chunks = [experience.join(*scores[i : i + size]) for i in range(0, len(scores), size)]
+        batch = experience.join(sequences, self.gather(wanted, *chunks))
         lengths = experience.lengths(batch, "response_tokens")
         stats: dict[str, Any] = {
             "samples": batch.num_rows,

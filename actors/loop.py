@@ -41,12 +41,11 @@ def train_policy(
             with clock("generate"):
                 collected = rollouts.take(step)
             with clock("score"):
-                stats, batch = assemble(roles, collected)
-                figures, costs, experience = add_advantages(config, roles, batch)
+                stats, costs, experience = build_experience(config, roles, collected)
             for name, multiplier in multipliers.items():
                 multiplier.update(costs[name], limits[name])
             with clock("train"):
-                figures |= update(config, roles, experience, multipliers, step)
+                figures = update(config, roles, experience, multipliers, step)
             with clock("sync"):
                 synced = publish(roles, rollouts, version=step)
             if config.trajectory_every and step % config.trajectory_every == 0:
@@ -102,29 +101,27 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
     return scores
 
 
-def assemble(roles: Roles, collected: Collected) -> tuple[dict[str, Any], Any]:
-    """Figures of the step's answers, and a reference to all of them in one batch."""
-    flat = [part for chunk in collected.chunks for part in (chunk.sequences, *chunk.columns)]
-    wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
-    stats, batch = roles.experience.workers[0].call("assemble", wanted, *flat, returns=2)
-    return roles.experience.wait(stats, "assembling experience"), batch
+def build_experience(
+    config: SafePpoConfig, roles: Roles, collected: Collected
+) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
+    """Scores, values, log-probs and advantages of the step's samples in one batch.
 
-
-def add_advantages(
-    config: SafePpoConfig, roles: Roles, batch: Any
-) -> tuple[dict[str, float], dict[str, list[float]], Any]:
-    """Values, the trainer's log-probs, then advantages and returns.
-
-    Returns figures, the episodes' costs as the multipliers should see them, and a reference to the whole batch.
+    Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
+    as the multipliers should see them, and a reference to the batch.
     """
-    parts = [critic.call("values", batch) for critic in roles.critics.values()]
+    builder = roles.experience.workers[0]
+    wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
+    sequences = builder.call("gather", wanted, *(chunk.sequences for chunk in collected.chunks))
+    parts = [critic.call("values", sequences) for critic in roles.critics.values()]
     if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
-        parts.append(roles.policy.call("logprobs", batch))
+        parts.append(roles.policy.call("logprobs", sequences))
+    scores = [column for chunk in collected.chunks for column in chunk.columns]
+    stats, batch = builder.call("assemble", wanted, sequences, *scores, returns=2)
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
-    computed, whole = roles.experience.workers[0].call("advantages", sizes, batch, *flat, returns=2)
-    figures, costs = roles.experience.wait(computed, "computing advantages")
-    return figures, costs, whole
+    computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
+    figures, costs = roles.experience.wait(computed, "building experience")
+    return roles.experience.wait(stats, "building experience") | figures, costs, experience
 
 
 def update(

@@ -91,7 +91,7 @@ def random_prompts(count: int, shape: Shape, lengths: tuple[int, int] = (12, 20)
 
 
 def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int) -> Path:
-    """policy/, reward/, cost/, score/ (both heads on one trunk), prompts.jsonl, ptx.jsonl (`answer_tokens` an answer)."""
+    """policy/, reward/, cost/, score/ (both heads on one trunk), prompts.jsonl, ptx.jsonl."""
     policy = write_policy(folder / "policy", shape)
     write_score_model(folder / "reward", policy, "reward", seed=1)
     write_score_model(folder / "cost", policy, "cost", seed=2)

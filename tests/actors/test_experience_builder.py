@@ -56,19 +56,18 @@ def test_assemble_joins_chunks_that_came_in_any_order(tiny_world: Path) -> None:
     batch = scored(9)
     sequences = batch.select(random_sequences(1).schema.names)
     columns = [("reward",), ("cost/harm",), ("cost/bias",), ("reference_logprobs",)]
-    flat = []
     chunks = ([7, 2, 5], [0], [8, 1, 3, 6, 4])
-    for rows in chunks:
-        flat.append(sequences.take(pa.array(rows)))
-        # Each scorer may answer in its own order.
-        flat += [only(batch, *names).take(pa.array(rows[::-1])) for names in columns]
+    parts = [sequences.take(pa.array(rows)) for rows in chunks]
+    # Each scorer may answer in its own order.
+    scores = [only(batch, *names).take(pa.array(rows[::-1])) for rows in chunks for names in columns]
     builder = ExperienceBuilder(config_of(tiny_world))
     ids = [sorted(batch.column("sample_id").to_pylist()[row] for row in rows) for rows in chunks]
-    stats, whole = builder.assemble(ids, *flat)
+    stats, whole = builder.assemble(ids, builder.gather(ids, *parts), *scores)
     assert whole.to_pylist() == batch.select(whole.schema.names).to_pylist()
     data = batch.to_pylist()
     # Samples that another step trains on are left out.
-    some = builder.assemble([ids[0][1:], [], ids[2]], *flat)[1]
+    fewer = [ids[0][1:], [], ids[2]]
+    some = builder.assemble(fewer, builder.gather(fewer, *parts), *scores)[1]
     assert some.column("sample_id").to_pylist() == sorted(ids[0][1:] + ids[2])
     assert stats["samples"] == 9
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
