@@ -94,9 +94,10 @@ def main() -> None:
         rows = list(pool.map(lambda p: run(root / f"seed_{p[0]}", p[0], p[1], options.steps), pairs))
     packages = ("torch", "transformers", "deepspeed", "ray")
     seeds = " ".join(str(seed) for seed in options.seeds)
+    methods = "" if options.methods == list(METHODS) else f" --methods {' '.join(options.methods)}"
     steps = f" --steps {options.steps}" if options.steps else ""
     result = {
-        "command": f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{steps}",
+        "command": f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{methods}{steps}",
         "target_violation_rate": 0.1,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
         "versions": {name: version(name) for name in packages},
