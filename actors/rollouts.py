@@ -20,12 +20,13 @@ from ray.exceptions import RayTaskError
 from actors.exchange import Exchange
 from actors.handles import Group, Handle
 from actors.schedule import RolloutSchedule
-from actors.waits import WorkerDiedError, fetch, ready_now, wait_any
+from actors.waits import WorkerDiedError, fetch, ready_now, wait_some
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
 CHUNK = 32  # finished sequences that are worth a forward of the scorers, where a generator holds many
 SLICE_S = 1.0  # a generator that is to load new weights in mid-flight answers at least so often
+CALL_S = 0.02  # and seldom enough that with many generators there are at most 1 / CALL_S such answers a second
 POLL_S = 2.0  # how often it is asked how many generators are wanted
 FAILURES = 3  # so many failures of one cause end the run
 
@@ -176,18 +177,19 @@ class Rollouts:
         late = list(references)
         self._fill()
         while late and time.monotonic() < deadline:
-            ready = wait_any([*self._references(), *late], what, max(0.0, deadline - time.monotonic()))
-            if _key(ready) in self._calls:
-                self._take_in(ready)
-            else:
-                late = [reference for reference in late if reference is not ready]
+            patience = max(0.0, deadline - time.monotonic())
+            ready = {_key(r): r for r in wait_some([*self._references(), *late], what, patience)}
+            late = [reference for reference in late if _key(reference) not in ready]
+            for reference in ready.values():
+                self._take_in(reference)
 
     def _serve_until(self, done: Callable[[], bool], what: str) -> None:
         self._fill()
         while not done():
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
-            self._take_in(wait_any(self._references(), f"rollout generators ({what})", self.timeout_s))
+            for reference in wait_some(self._references(), f"rollout generators ({what})", self.timeout_s):
+                self._take_in(reference)
 
     def serve(self) -> None:
         """Start what may start and take in what is there, without waiting."""
@@ -240,7 +242,7 @@ class Rollouts:
         new = self._rows(samples) if samples else None
         chunk = min(self.chunk, in_flight)
         # Where weights may arrive in mid-flight a call must end now and then; otherwise its end is the work's own.
-        slice_s = SLICE_S if self.schedule.staleness else None
+        slice_s = max(SLICE_S, CALL_S * len(self.workers)) if self.schedule.staleness else None
         request = Exchange(chunk, weights, self.schedule.to_abort(name), slice_s)
         summary, sequences = worker.handle.call("exchange", new, request, returns=2)
         self._await(summary, partial(self._receive, worker, sequences))

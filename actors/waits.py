@@ -66,6 +66,13 @@ def wait_any(refs: Sequence[Any], what: str, timeout_s: float) -> Any:
     return ready[0]
 
 
+def wait_some(refs: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
+    """All of ``refs`` that are ready as soon as one is; see `wait_any`."""
+    first = wait_any(refs, what, timeout_s)
+    others = ready_now([ref for ref in refs if ref is not first])
+    return [first, *others]
+
+
 def ready_now(refs: Sequence[Any]) -> list[Any]:
     """Those of ``refs`` that are ready at this moment; what is no reference is ready."""
     pending = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]

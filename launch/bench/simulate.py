@@ -30,7 +30,7 @@ from launch.bench.rollouts import TAIL, tailed_lengths
 
 WAIT_S = 300.0
 PER_PROCESS = 32
-CAPACITY = 4  # sequences in flight of one generator
+CAPACITY = 16  # sequences in flight of one generator
 MEDIAN_TOKENS = 20
 
 
@@ -196,9 +196,9 @@ def run(options: Options) -> Outcome:
 
 def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
     """Staleness 1 against the longer of its halves, where training takes half, as long, and twice as long."""
-    count, rounds, steps = (2, 4, 1) if options.small else (64, 16, options.repetitions or 4)
+    count, rounds, steps = (2, 4, 1) if options.small else (64, 4, options.repetitions or 4)
     lengths = tailed_lengths(count * CAPACITY * rounds, MEDIAN_TOKENS, TAIL)
-    ideal = 0.1 if options.small else 2.5  # seconds of a step's generation with every place taken all the time
+    ideal = 0.1 if options.small else 4.0  # seconds of a step's generation with every place taken all the time
     tick_s = ideal * count * CAPACITY / float(lengths.sum())
     generators = start_generators(count, tick_s)
     alone = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
@@ -222,10 +222,10 @@ def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
 def measure_cost(options: Options, trainer: Group, outcome: Outcome) -> None:
     """CPU of the driver's process per sample; lengths are such that about 1,000 samples end in a second."""
     counts = (2, 4) if options.small else (8, 32, 128, 256)
-    rate, steps = (200.0, 1) if options.small else (1000.0, options.repetitions or 4)
+    rate, steps = (200.0, 1) if options.small else (1000.0, options.repetitions or 2)
     costs: dict[int, float] = {}
     for count in counts:
-        lengths = tailed_lengths(64 if options.small else 2048, MEDIAN_TOKENS, TAIL)
+        lengths = tailed_lengths(64 if options.small else 4096, MEDIAN_TOKENS, TAIL)
         tick_s = count * CAPACITY / rate / float(lengths.mean())
         generators = start_generators(count, tick_s)
         found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
