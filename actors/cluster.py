@@ -101,16 +101,18 @@ class Cluster:
             handles.append(self._launch(label, role, args, placement, (group_name, index)))
         return Group(name, handles, self.config.step_timeout)
 
-    def start_another(self, name: str, role: type, arguments: tuple[Any, ...], replaced: str | None) -> RayHandle:
-        """One more worker of role ``name``: in the bundle of ``replaced``, which has ended, or in a bundle of its own.
+    def start_another(self, name: str, role: type, arguments: tuple[Any, ...]) -> RayHandle:
+        """One more worker of role ``name``: where one has ended, or in a bundle of its own.
 
         Returns at once; where the cluster has no room the new worker starts when there is some.
         """
         placement = next(members[name] for members in self.groups.values() if name in members)
         self.launched += 1
         label = f"{name}-new-{self.launched}"
-        place = self.bundle_of.pop(replaced, None) if replaced else None
-        if place is None:
+        ended = [worker for worker in self.bundle_of if worker.startswith(name) and worker not in self.actors]
+        if ended:
+            place = self.bundle_of.pop(ended[0])
+        else:
             place = (label, 0)
             self.placed[label] = placement_group(make_bundles(label, [placement.model_copy(update={"workers": 1})]))
         return self._launch(label, role, arguments, placement, place)

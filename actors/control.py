@@ -48,9 +48,9 @@ class GeneratorSupply:
             raise UserError(f"a run called {run!r} is going on on this cluster already; set another name=...") from None
         cluster.actors["control"] = self.control
 
-    def start(self, replaced: str | None) -> RayHandle:
-        """Begin to start one more generator, in the place of ``replaced`` where that is given."""
-        return self.cluster.start_another("rollout", VllmGenerator, (self.spec,), replaced)
+    def start(self) -> RayHandle:
+        """Begin to start one more generator."""
+        return self.cluster.start_another("rollout", VllmGenerator, (self.spec,))
 
     def stop(self, handle: Handle) -> None:
         """End a generator and give its resources back."""

@@ -28,7 +28,7 @@ CHUNK = 32  # finished sequences that are worth a forward of the scorers, where 
 SLICE_S = 1.0  # a generator that is to load new weights in mid-flight answers at least so often
 CALL_S = 0.02  # and seldom enough that with many generators there are at most 1 / CALL_S such answers a second
 POLL_S = 2.0  # how often it is asked how many generators are wanted
-FAILURES = 3  # so many failures of one cause end the run
+FAILURES = 3  # so many failures one after another, with nothing finished in between, end the run
 
 Score = Callable[[Any], list[Any]]
 
@@ -67,8 +67,8 @@ class Worker:
 class Supply(Protocol):
     """Where generators come from, and how many are wanted."""
 
-    def start(self, replaced: str | None) -> Handle:
-        """Begin to start one more generator, in the place of ``replaced`` where that is given; does not wait."""
+    def start(self) -> Handle:
+        """Begin to start one more generator; does not wait."""
         ...
 
     def stop(self, handle: Handle) -> None:
@@ -102,6 +102,7 @@ class Rollouts:
         self.next_samples, self.score = next_samples, score
         self.supply, self.note = supply, note
         self.failures: Counter[str] = Counter()
+        """Of each generator: those of the ones that it replaced, until it finishes a sequence."""
         self._starting: dict[str, Handle] = {}
         self._wanted = len(generators.workers)
         self._asked_at = time.monotonic()
@@ -275,6 +276,8 @@ class Rollouts:
             return
         worker.calls -= 1
         self._hungry[name] = worker
+        if summary["sample_ids"]:
+            self.failures.pop(name, None)
         self.schedule.aborted(name, summary["aborted"])
         ids = np.array(summary["sample_ids"], dtype=np.int64)
         versions = np.array(summary["versions"], dtype=np.int64)
@@ -305,7 +308,7 @@ class Rollouts:
         self._wanted = count
         staying = [w for n, w in self.workers.items() if not self.schedule.generators[n].leaving]
         for _ in range(count - len(staying) - len(self._starting)):
-            self._start(replaced=None)
+            self._start()
         for worker in staying[count:]:
             self.schedule.retire(worker.handle.name)
             if self._evaluation:
@@ -314,11 +317,12 @@ class Rollouts:
             if not self._in_flight(worker) and not worker.calls:
                 self._dismiss(worker)
 
-    def _start(self, replaced: str | None) -> None:
+    def _start(self) -> str:
         assert self.supply is not None
-        handle = self.supply.start(replaced)
+        handle = self.supply.start()
         self._starting[handle.name] = handle
         self._await(handle.call("started"), partial(self._welcome, handle))
+        return handle.name
 
     def _welcome(self, handle: Handle, started: Any) -> None:
         """A new generator has started, or could not."""
@@ -327,9 +331,8 @@ class Rollouts:
         try:
             fetch(started, f"start of {handle.name}", self.timeout_s)
         except (WorkerDiedError, RayTaskError) as error:
-            self._count_failure(handle.name, error)
             self.supply.stop(handle)
-            self._start(replaced=None)
+            self._replace(handle.name, error)
             return
         if len(self.workers) >= self._wanted:
             self.supply.stop(handle)
@@ -341,11 +344,10 @@ class Rollouts:
         """A generator failed: its prompts go to the others at once, and another one starts in its place."""
         if self.supply is None:
             raise error
-        self._count_failure(worker.handle.name, error)
-        lost = self._in_flight(worker)
+        name, lost = worker.handle.name, self._in_flight(worker)
         self._dismiss(worker)
-        self.note(f"{worker.handle.name} is lost with {lost} samples in flight, which others start anew: {error}")
-        self._start(replaced=worker.handle.name)
+        self.note(f"{name} is lost with {lost} samples in flight, which others start anew: {_cause(error)}")
+        self._replace(name, error)
 
     def _dismiss(self, worker: Worker) -> None:
         assert self.supply is not None
@@ -357,11 +359,11 @@ class Rollouts:
         self._hungry.pop(name, None)
         self.supply.stop(worker.handle)
 
-    def _count_failure(self, name: str, error: Exception) -> None:
-        cause = str(error).strip().splitlines()[-1]
-        self.failures[cause] += 1
-        if self.failures[cause] == FAILURES:
-            raise RuntimeError(f"rollout generators failed {FAILURES} times of the same cause, {name} last: {cause}")
+    def _replace(self, name: str, error: Exception) -> None:
+        failures = self.failures.pop(name, 0) + 1
+        if failures == FAILURES:
+            raise RuntimeError(f"rollout generators failed {FAILURES} times in a row, {name} last: {_cause(error)}")
+        self.failures[self._start()] = failures
 
     def _ask(self) -> None:
         """Now and then, how many generators are wanted."""
@@ -373,6 +375,11 @@ class Rollouts:
         count = fetch(answer, "the wanted number of rollout workers", self.timeout_s)
         if count is not None:
             self.resize(count)
+
+
+def _cause(error: Exception) -> str:
+    """The last line of an error, which in another process's traceback is the error itself."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _key(reference: Any) -> Any:

@@ -198,7 +198,7 @@ def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
     """Staleness 1 against the longer of its halves, where training takes half, as long, and twice as long."""
     count, rounds, steps = (2, 4, 1) if options.small else (64, 4, options.repetitions or 4)
     lengths = tailed_lengths(count * CAPACITY * rounds, MEDIAN_TOKENS, TAIL)
-    ideal = 0.1 if options.small else 4.0  # seconds of a step's generation with every place taken all the time
+    ideal = 0.1 if options.small else 2.5  # seconds of a step's generation with every place taken all the time
     tick_s = ideal * count * CAPACITY / float(lengths.sum())
     generators = start_generators(count, tick_s)
     alone = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)

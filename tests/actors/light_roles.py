@@ -7,10 +7,13 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 
+from actors.exchange import Exchange
 from actors.waits import fetch
+from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.weights import PublishedWeights, pack, unpack
 
@@ -69,3 +72,36 @@ class Reader:
             array = fetch(bucket, f"bucket {index}", 60)
             total += sum(float(tensor.sum()) for _, tensor in unpack(weights.manifest, index, array))
         return total
+
+
+class LightGenerator:
+    """Obeys the generators' interface without a model: an answer is its own sample id, and takes a moment.
+
+    ``fails``: every exchange with prompts raises. ``dies``: the process ends in the middle of its second exchange.
+    """
+
+    def __init__(self, fails: bool = False, dies: bool = False) -> None:
+        self.fails, self.dies = fails, dies
+        self.version = self.calls = 0
+        self.running: list[dict[str, Any]] = []
+
+    def started(self) -> None:
+        """The constructor has ended."""
+
+    def exchange(self, prompts: pa.RecordBatch | None, request: Exchange) -> tuple[dict[str, Any], pa.RecordBatch]:
+        self.calls += 1
+        if self.fails and prompts is not None:
+            raise ZeroDivisionError("a bug in the engine")
+        if self.dies and self.calls == 2:
+            os._exit(1)
+        if request.weights is not None:
+            self.version = request.weights.version
+        if prompts is not None:
+            self.running += [row | {"weight_version": self.version} for row in prompts.to_pylist()]
+        time.sleep(0.02)
+        done, self.running = self.running[: request.min_finished], self.running[request.min_finished :]
+        columns = {name: [row[name] for row in done] for name in ("sample_id", "weight_version")}
+        answers = experience.make_batch(columns | {"response_tokens": [[row["sample_id"]] for row in done]})
+        ids, versions = columns.values()
+        summary = {"sample_ids": ids, "versions": versions, "aborted": [], "generated_tokens": len(done)}
+        return summary, answers

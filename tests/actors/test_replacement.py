@@ -1,0 +1,89 @@
+"""Generators that die or fail on a real Ray: their samples go to others, another one takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from actors.cluster import RayHandle
+from actors.handles import Group, Handle
+from actors.rollouts import Rollouts
+from actors.schedule import RolloutSchedule
+from beaver_ray import experience
+from beaver_ray.weights import Manifest, PublishedWeights
+from tests.actors.light_roles import LightGenerator
+
+SIZE = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+    yield
+    ray.shutdown()
+
+
+def generator(name: str, **behaviour: bool) -> RayHandle:
+    return RayHandle(name, ray.remote(num_cpus=0)(LightGenerator).remote(**behaviour))
+
+
+class Supply:
+    """Starts generators that are as given, and counts them."""
+
+    def __init__(self, **behaviour: bool) -> None:
+        self.behaviour = behaviour
+        self.started = 0
+        self.stopped: list[str] = []
+
+    def start(self) -> RayHandle:
+        self.started += 1
+        return generator(f"new-{self.started}", **self.behaviour)
+
+    def stop(self, handle: Handle) -> None:
+        self.stopped.append(handle.name)
+
+    def wanted(self) -> Any:
+        return ray.put(None)
+
+
+def prompts(step: int) -> pa.RecordBatch:
+    ids = list(range(step * SIZE, (step + 1) * SIZE))
+    return experience.make_batch({"sample_id": ids, "prompt_id": ids, "prompt_tokens": [[1]] * SIZE})
+
+
+def trained(rollouts: Rollouts, steps: int) -> list[int]:
+    samples: list[int] = []
+    for step in range(1, steps + 1):
+        for chunk in rollouts.take(step).chunks:
+            batch = ray.get(chunk.sequences, timeout=30)
+            rows = experience.select(batch, sorted(chunk.wanted)).to_pylist()
+            assert all(row["response_tokens"] == [row["sample_id"]] for row in rows)
+            assert all(0 <= step - 1 - row["weight_version"] <= rollouts.schedule.staleness for row in rows)
+            samples += [row["sample_id"] for row in rows]
+        rollouts.publish(PublishedWeights(Manifest(step, (), (), ()), ()))
+    return samples
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_dead_generators_samples_are_neither_lost_nor_trained_twice(staleness: int) -> None:
+    group = Group("rollout", [generator("a", dies=True), generator("b")], 30.0)
+    supply, notes = Supply(), []
+    schedule = RolloutSchedule(4, staleness)
+    rollouts = Rollouts(group, 8, 30.0, schedule, prompts, lambda chunk: [], supply, notes.append)
+    assert sorted(trained(rollouts, 4)) == list(range(SIZE, 5 * SIZE))
+    assert supply.started == 1 and supply.stopped == ["a"]
+    assert schedule.repeated > 0
+    assert any(note.startswith("a is lost with") and "its process died" in note for note in notes)
+
+
+def test_three_failures_of_one_cause_end_the_run_with_it() -> None:
+    group = Group("rollout", [generator("a", fails=True)], 30.0)
+    notes: list[str] = []
+    rollouts = Rollouts(group, 8, 30.0, RolloutSchedule(1), prompts, lambda chunk: [], Supply(fails=True), notes.append)
+    with pytest.raises(RuntimeError, match=r"failed 3 times in a row, new-2 last: .*a bug in the engine"):
+        rollouts.take(1)
+    assert len([note for note in notes if note.endswith("ZeroDivisionError: a bug in the engine")]) == 3
