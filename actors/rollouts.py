@@ -133,7 +133,7 @@ class Rollouts:
         """The samples of ``step``, finished and on their way through the scorers; waits until they are there."""
         if self.schedule.staleness == 0:
             self.since = time.perf_counter()
-        self._serve_until(lambda: self.schedule.ready(step), f"the samples of step {step}")
+        self._serve_until(lambda: self.schedule.complete(step), f"the samples of step {step}")
         chosen = self.schedule.take(step)
         wanted = set(chosen)
         used = [replace(chunk, wanted=wanted & chunk.wanted) for chunk in self.chunks]

@@ -146,7 +146,7 @@ class RolloutSchedule:
 
     # Steps.
 
-    def ready(self, step: int) -> bool:
+    def complete(self, step: int) -> bool:
         """Whether the samples of ``step`` are there: enough of them, and all whose last chance this is."""
         if step > self.drawn or len(self.finished) < self._size(step):
             return False

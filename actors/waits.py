@@ -44,8 +44,7 @@ def fetch(thing: Any, what: str, timeout_s: float) -> Any:
         count = f"{len(late)} of {len(refs)} answers" if len(refs) > 1 else "the answer"
         raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {describe(late)}") from None
     except RayActorError as error:
-        cause = " ".join(str(error).split())
-        raise WorkerDiedError(f"{what}: its process died: {cause}") from None
+        raise WorkerDiedError(f"{what}: its process died: {error}") from None
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

@@ -80,7 +80,7 @@ def test_every_sample_is_trained_once_and_none_is_too_old(
     trained: list[int] = []
     for step, size in enumerate(sizes, start=1):
         for _ in range(100_000):
-            if schedule.ready(step):
+            if schedule.complete(step):
                 break
             world.move()
         versions = dict(schedule.finished)
@@ -103,9 +103,9 @@ def test_synchronous_steps_train_on_their_own_samples_alone() -> None:
     assert not schedule.wants_samples
     assert schedule.hand_out("a") == [0, 1, 2]
     assert schedule.finish("a", [2, 0], [0, 0]) == [2, 0]
-    assert not schedule.ready(1)
+    assert not schedule.complete(1)
     schedule.finish("a", [1], [0])
-    assert schedule.ready(1) and schedule.take(1) == [2, 0, 1]
+    assert schedule.complete(1) and schedule.take(1) == [2, 0, 1]
     assert not schedule.wants_samples
     schedule.publish(1)
     schedule.draw([3])
@@ -121,15 +121,15 @@ def test_one_step_ahead_waits_for_the_long_answer_at_its_deadline_only() -> None
     assert schedule.hand_out("a") == [0, 1, 2, 3]
     schedule.finish("a", [1, 2], [0, 0])
     # Sample 0 is long. Step 1 goes on without it, with a sample that was drawn for step 2.
-    assert schedule.ready(1) and schedule.take(1) == [1, 2]
+    assert schedule.complete(1) and schedule.take(1) == [1, 2]
     schedule.publish(1)
     schedule.draw([4, 5])
     assert schedule.hand_out("a") == [4, 5]
     schedule.finish("a", [3, 4, 5], [0, 1, 1])
     # In step 3 it would be two versions old: step 2 waits for it, though three others are there.
-    assert not schedule.ready(2)
+    assert not schedule.complete(2)
     schedule.finish("a", [0], [0])
-    assert schedule.ready(2) and schedule.take(2) == [3, 0]
+    assert schedule.complete(2) and schedule.take(2) == [3, 0]
 
 
 def test_oversampling_aborts_the_tail_and_asks_again() -> None:
