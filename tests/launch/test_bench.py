@@ -190,7 +190,7 @@ def literal(model: Any, scores: bool) -> torch.Tensor:
         ids = torch.tensor([prompt + answer])
         places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         if scores:
-            rows = model(ids, torch.arange(ids.shape[1])[None])[0, list(places)]
+            rows = model(ids, torch.arange(ids.shape[1])[None])[0, list(places), 0]
         else:
             table = model(input_ids=ids).logits[0].log_softmax(-1)
             rows = torch.stack([table[p, t] for p, t in zip(places, answer, strict=True)])

@@ -159,7 +159,7 @@ def test_a_submitted_job_trains_on_both_nodes(nodes: TwoNodes, checkout: Path, t
     jobs = {job["submission_id"]: job for job in nodes.state("jobs") if job["submission_id"]}
     assert jobs["tiny"]["status"] == "SUCCEEDED"
     actors = {a["name"].split(":")[0]: a for a in nodes.state("actors") if a["class_name"] != "JobSupervisor"}
-    names = ["critic-reward", "experience", "policy-0", "policy-1", "reference", "reward", "rollout"]
+    names = ["control", "critic-reward", "experience", "policy-0", "policy-1", "reference", "reward", "rollout"]
     assert sorted(actors) == names and all(actor["state"] == "DEAD" for actor in actors.values())
     node_ids = {node["node_id"] for node in nodes.state("nodes")}
     assert {actor["node_id"] for actor in actors.values()} == node_ids and len(node_ids) == 2
