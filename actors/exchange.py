@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -60,13 +60,24 @@ def sample_seed(seed: int, sample_id: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def check_prompts(
-    prompts: pa.RecordBatch, max_model_len: int, in_flight: Collection[int]
-) -> list[tuple[int, int, list[int]]]:
-    """Rows (sample_id, prompt_id, prompt_tokens) of new prompts; UserError for one too long or empty."""
-    rows = list(zip(*(prompts.column(name).to_pylist() for name in PROMPT_COLUMNS), strict=True))
+class Prompt(NamedTuple):
+    """A row of new prompts."""
+
+    sample_id: int
+    prompt_id: int
+    tokens: list[int]
+    max_new_tokens: int | None
+    """The most tokens of its answer, where the prompts have that column (int32)."""
+
+
+def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collection[int]) -> list[Prompt]:
+    """The rows of new prompts; UserError for one too long or empty."""
+    columns = [prompts.column(name).to_pylist() for name in PROMPT_COLUMNS]
+    asked = "max_new_tokens" in prompts.schema.names
+    lengths = prompts.column("max_new_tokens").to_pylist() if asked else [None] * prompts.num_rows
+    rows = [Prompt(*row) for row in zip(*columns, lengths, strict=True)]
     taken = set(in_flight)
-    for sample_id, _, tokens in rows:
+    for sample_id, _, tokens, _ in rows:
         if not 0 < len(tokens) < max_model_len:
             raise UserError(
                 f"sample {sample_id}: its prompt has {len(tokens)} tokens, but must have 1 to "
@@ -76,14 +87,6 @@ def check_prompts(
             raise ValueError(f"sample {sample_id} is in flight already; sample ids must be unique in a run")
         taken.add(sample_id)
     return rows
-
-
-def asked_lengths(prompts: pa.RecordBatch) -> dict[int, int]:
-    """The most tokens of each sample's answer, where the prompts have the optional column max_new_tokens (int32)."""
-    if "max_new_tokens" not in prompts.schema.names:
-        return {}
-    ids, lengths = (prompts.column(name).to_pylist() for name in ("sample_id", "max_new_tokens"))
-    return dict(zip(ids, lengths, strict=True))
 
 
 def exchange_result(

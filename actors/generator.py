@@ -25,7 +25,7 @@ from actors.exchange import (
     PROMPT_SCHEMA,
     Exchange,
     InFlight,
-    asked_lengths,
+    Prompt,
     check_prompts,
     exchange_result,
     sample_seed,
@@ -73,6 +73,17 @@ class GeneratorSpec:
     load_timeout_s: float = 300.0
     """How long to wait for one bucket of weights out of the object store."""
 
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        if self.eos_token_ids is None:
+            return read_eos_token_ids(self.model, self.trust_remote_code)
+        return self.eos_token_ids
+
+    def longest_answer(self, prompt: Prompt) -> int:
+        """The most tokens of the answer to this prompt."""
+        room = min(self.max_new_tokens, self.max_model_len - len(prompt.tokens))
+        return room if prompt.max_new_tokens is None else min(room, prompt.max_new_tokens)
+
 
 def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[int, ...]:
     """The tokens that end a response: the generation config's (or model config's) and the tokenizer's."""
@@ -119,12 +130,10 @@ class VllmGenerator:
         self.spec = spec
         self.version = spec.version
         self._in_flight: dict[int, InFlight] = {}
-        self._held: list[tuple[int, int, list[int]]] = []  # prompts that wait for newer weights
-        self._asked: dict[int, int] = {}  # the most tokens of an answer, where a prompt says so
+        self._held: list[Prompt] = []  # prompts that wait for newer weights
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
-        given = spec.eos_token_ids
-        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
+        self._eos = spec.end_tokens()
         self._engine = _start_engine(spec)
         self._engine.collective_rpc(
             "init_weight_transfer_engine", kwargs={"init_info": {"fetch_timeout_s": spec.load_timeout_s}}
@@ -147,9 +156,8 @@ class VllmGenerator:
         started = time.perf_counter()
         aborted = self._abort(request.abort)
         if prompts is not None:
-            taken = {*self._in_flight, *(row[0] for row in self._held)}
+            taken = {*self._in_flight, *(prompt.sample_id for prompt in self._held)}
             self._held += check_prompts(prompts, self.spec.max_model_len, taken)
-            self._asked.update(asked_lengths(prompts))
         if request.weights is not None and request.weights.version > self.version:
             self._newest = request.weights
         finished: list[Any] = []
@@ -199,7 +207,8 @@ class VllmGenerator:
 
     def abort_all(self) -> pa.RecordBatch:
         """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""
-        rows = [(i, flight.prompt_id, flight.prompt_tokens) for i, flight in self._in_flight.items()] + self._held
+        rows = [(i, flight.prompt_id, flight.prompt_tokens) for i, flight in self._in_flight.items()]
+        rows += [prompt[:3] for prompt in self._held]
         self._abort([row[0] for row in rows])
         columns = zip(*rows, strict=True) if rows else ((), (), ())
         return pa.RecordBatch.from_arrays(
@@ -230,21 +239,19 @@ class VllmGenerator:
             weights, self._newest = self._newest, None
             self.update_weights(weights)
         if self._newest is None:
-            for row in self._held:
-                self._add(*row)
+            for prompt in self._held:
+                self._add(prompt)
             self._held = []
 
     def _abort(self, sample_ids: Collection[int]) -> list[int]:
         """Drop those of the samples that are here; returns them."""
-        held = {row[0] for row in self._held} & set(sample_ids)
+        held = {prompt.sample_id for prompt in self._held} & set(sample_ids)
         running = [sample_id for sample_id in sample_ids if sample_id in self._in_flight]
-        self._held = [row for row in self._held if row[0] not in held]
+        self._held = [prompt for prompt in self._held if prompt.sample_id not in held]
         if running:
             self._engine.abort_request([str(sample_id) for sample_id in running])
         for sample_id in running:
             del self._in_flight[sample_id]
-        for sample_id in held:
-            self._asked.pop(sample_id, None)
         return [*running, *held]
 
     def _tokens_so_far(self) -> dict[int, int]:
@@ -252,17 +259,16 @@ class VllmGenerator:
         states = self._engine.output_processor.request_states.values()
         return {int(state.external_req_id): state.detokenizer.num_output_tokens() for state in states}
 
-    def _add(self, sample_id: int, prompt_id: int, tokens: list[int]) -> None:
+    def _add(self, prompt: Prompt) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         spec = self.spec
-        most = self._asked.pop(sample_id, spec.max_new_tokens)
         params = SamplingParams(
             temperature=spec.temperature,
-            max_tokens=min(most, spec.max_new_tokens, spec.max_model_len - len(tokens)),
-            seed=sample_seed(spec.seed, sample_id) if spec.per_sample_seeds else None,
+            max_tokens=spec.longest_answer(prompt),
+            seed=sample_seed(spec.seed, prompt.sample_id) if spec.per_sample_seeds else None,
             stop_token_ids=list(self._eos),
             ignore_eos=True,  # stop_token_ids has them all
             logprobs=0,  # of the sampled token only
@@ -271,8 +277,8 @@ class VllmGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         salt = str(self.version) if spec.in_flight == "keep" else None
-        self._engine.add_request(str(sample_id), tokens_input(tokens, cache_salt=salt), params)
-        self._in_flight[sample_id] = InFlight(prompt_id, tokens, [(self.version, 0)])
+        self._engine.add_request(str(prompt.sample_id), tokens_input(prompt.tokens, cache_salt=salt), params)
+        self._in_flight[prompt.sample_id] = InFlight(prompt.prompt_id, prompt.tokens, [(self.version, 0)])
 
     def _finish(self, output: Any) -> dict[str, Any]:
         sample_id = int(output.request_id)

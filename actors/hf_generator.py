@@ -17,12 +17,12 @@ import torch
 from actors.exchange import (
     PROMPT_SCHEMA,
     Exchange,
-    asked_lengths,
+    Prompt,
     check_prompts,
     exchange_result,
     sample_seed,
 )
-from actors.generator import GeneratorSpec, check_base, fetch_verified, read_eos_token_ids
+from actors.generator import GeneratorSpec, check_base, fetch_verified
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.models.lora import merged
 from beaver_ray.weights import PublishedWeights, unpack
@@ -37,13 +37,11 @@ class HFGenerator:
         self.device = default_device()
         model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code)
         self.model = model.to(self.device).eval()
-        given = spec.eos_token_ids
-        self._eos = read_eos_token_ids(spec.model, spec.trust_remote_code) if given is None else given
+        self._eos = spec.end_tokens()
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
-        self._waiting: dict[int, tuple[int, list[int]]] = {}
+        self._waiting: dict[int, Prompt] = {}
         self._base: dict[str, torch.Tensor] = {}
-        self._asked: dict[int, int] = {}  # the most tokens of an answer, where a prompt says so
         if weights is not None:
             self.update_weights(weights)
 
@@ -57,9 +55,8 @@ class HFGenerator:
         if request.weights is not None and request.weights.version > self.version:
             self.update_weights(request.weights)
         if prompts is not None:
-            for sample_id, prompt_id, tokens in check_prompts(prompts, self.spec.max_model_len, self._waiting):
-                self._waiting[sample_id] = (prompt_id, tokens)
-            self._asked.update(asked_lengths(prompts))
+            new = check_prompts(prompts, self.spec.max_model_len, self._waiting)
+            self._waiting.update((prompt.sample_id, prompt) for prompt in new)
         finished: list[dict[str, Any]] = []
         while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
@@ -97,8 +94,8 @@ class HFGenerator:
     def abort_all(self) -> pa.RecordBatch:
         """Hand the prompts that wait back, columns of PROMPT_SCHEMA."""
         rows = [
-            {"sample_id": sample_id, "prompt_id": prompt_id, "prompt_tokens": tokens}
-            for sample_id, (prompt_id, tokens) in self._waiting.items()
+            {"sample_id": prompt.sample_id, "prompt_id": prompt.prompt_id, "prompt_tokens": prompt.tokens}
+            for prompt in self._waiting.values()
         ]
         self._waiting.clear()
         return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
@@ -115,12 +112,8 @@ class HFGenerator:
     def _generate(self, sample_ids: list[int]) -> list[dict[str, Any]]:
         """Generate one batch to its end and take it out of the waiting ones."""
         spec = self.spec
-        prompts = [self._waiting[sample_id][1] for sample_id in sample_ids]
-        most = [self._asked.pop(sample_id, spec.max_new_tokens) for sample_id in sample_ids]
-        limits = [
-            min(m, spec.max_new_tokens, spec.max_model_len - len(prompt))
-            for m, prompt in zip(most, prompts, strict=True)
-        ]
+        prompts = [self._waiting[sample_id].tokens for sample_id in sample_ids]
+        limits = [spec.longest_answer(self._waiting[sample_id]) for sample_id in sample_ids]
         if spec.per_sample_seeds:
             generators = [torch.Generator().manual_seed(sample_seed(spec.seed, i)) for i in sample_ids]
         else:
@@ -160,12 +153,12 @@ class HFGenerator:
             positions_BL = positions_BL[:, -1:] + 1
         finished = []
         for row, sample_id in enumerate(sample_ids):
-            prompt_id, prompt = self._waiting.pop(sample_id)
+            prompt = self._waiting.pop(sample_id)
             finished.append(
                 {
                     "sample_id": sample_id,
-                    "prompt_id": prompt_id,
-                    "prompt_tokens": prompt,
+                    "prompt_id": prompt.prompt_id,
+                    "prompt_tokens": prompt.tokens,
                     "response_tokens": responses[row],
                     "rollout_logprobs": logprobs[row],
                     "weight_version": self.version,

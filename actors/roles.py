@@ -97,7 +97,7 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
     generator = VllmGenerator if cluster else HFGenerator
     nobody = Group("none", [], 0.0)
-    needed = "reference" in role_kinds(config)
+    needed = not config.models.adapter_off_is_reference
     return Roles(
         rollout=start("rollout", generator, [(generator_spec(config),) for _ in workers("rollout")]),
         scorers={plan.name: scorer(plan) for plan in scorers(config)},

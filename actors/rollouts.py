@@ -103,7 +103,7 @@ class Rollouts:
         self.supply, self.note = supply, note
         self.failures: Counter[str] = Counter()
         """Of each generator: those of the ones that it replaced, until it finishes a sequence."""
-        self._starting: dict[str, Handle] = {}
+        self._starting: set[str] = set()
         self._wanted = len(generators.workers)
         self._asked_at = time.monotonic()
         self.workers: dict[str, Worker] = {}
@@ -320,14 +320,14 @@ class Rollouts:
     def _start(self) -> str:
         assert self.supply is not None
         handle = self.supply.start()
-        self._starting[handle.name] = handle
+        self._starting.add(handle.name)
         self._await(handle.call("started"), partial(self._welcome, handle))
         return handle.name
 
     def _welcome(self, handle: Handle, started: Any) -> None:
         """A new generator has started, or could not."""
         assert self.supply is not None
-        del self._starting[handle.name]
+        self._starting.remove(handle.name)
         try:
             fetch(started, f"start of {handle.name}", self.timeout_s)
         except (WorkerDiedError, RayTaskError) as error:

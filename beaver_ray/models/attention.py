@@ -8,6 +8,7 @@ each group: the rest of the model never sees padding. `use_packed_attention` swi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,22 +64,13 @@ def packed_attention(
     """
     if attention_mask is not None or position_ids is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    tokens = query.shape[2]
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
     output = torch.empty_like(query[0].transpose(0, 1))
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
-    # Lengths between two powers of two go together: at most half of a group is padding, and groups are few.
-    for size in {length.bit_length() for length in lengths}:
-        members = [(s, n) for s, n in zip(starts, lengths, strict=True) if n.bit_length() == size]
-        longest = max(n for _, n in members)
-        from_T = torch.cat([torch.arange(s, s + n) for s, n in members]).to(query.device)
-        to_T = torch.cat([torch.arange(i * longest, i * longest + n) for i, (_, n) in enumerate(members)])
-        to_T = to_T.to(query.device)
+    for count, longest, from_T, to_T in groups(position_ids):
         padded = []
         for row in rows:
-            flat = row.new_zeros(len(members) * longest, *row.shape[1:]).index_copy(0, to_T, row[from_T])
-            padded.append(flat.view(len(members), longest, *row.shape[1:]).transpose(1, 2))
+            flat = row.new_zeros(count * longest, *row.shape[1:]).index_copy(0, to_T, row[from_T])
+            padded.append(flat.view(count, longest, *row.shape[1:]).transpose(1, 2))
         q, k, v = padded
         # Padding is on the right, where a causal token never looks.
         attended = F.scaled_dot_product_attention(
@@ -87,6 +79,25 @@ def packed_attention(
         flat = attended.transpose(1, 2).reshape(-1, *output.shape[1:])
         output = output.index_copy(0, from_T, flat[to_T])
     return output[None], None
+
+
+@lru_cache(maxsize=1)
+def groups(position_ids: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
+    """The row's sequences by length: (sequences, longest, their places in the row, their places side by side).
+
+    Lengths between two powers of two go together: at most half of a group is padding, and groups are few. Every layer
+    is given the same tensor, by which the answer is kept: working it out waits for the device.
+    """
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
+    found = []
+    for size in {length.bit_length() for length in lengths}:
+        members = [(s, n) for s, n in zip(starts, lengths, strict=True) if n.bit_length() == size]
+        longest = max(n for _, n in members)
+        from_T = torch.cat([torch.arange(s, s + n) for s, n in members])
+        to_T = torch.cat([torch.arange(i * longest, i * longest + n) for i, (_, n) in enumerate(members)])
+        found.append((len(members), longest, from_T.to(position_ids.device), to_T.to(position_ids.device)))
+    return found
 
 
 def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:

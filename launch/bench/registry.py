@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
             raise UserError(f"no benchmark is called {name!r}{near(name, BENCHMARKS)}")
     from launch.bench.measure import Outcome, describe_machine, print_table, write_json
 
-    record = {"command": " ".join(["beaver-ray", *sys.argv[1:]]), "size": options.size, **describe_machine()}
+    record = {"command": shlex.join(["beaver-ray", *sys.argv[1:]]), "size": options.size, **describe_machine()}
     outcomes: dict[str, Outcome] = {}
     for name in BENCHMARKS:
         if name in names or not names:

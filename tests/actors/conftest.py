@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.exchange import PROMPT_SCHEMA
+from actors.generator import VllmGenerator
 
 VOCABULARY = 256
 PAD, BOS, EOS = 0, 1, 2
@@ -71,6 +72,18 @@ def make_prompts(count: int, first_id: int = 0, seed: int = 0, lengths: tuple[in
         for i in range(count)
     ]
     return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
+
+
+def three_tokens_in(generator: VllmGenerator, first_id: int = 0) -> list[dict[str, Any]]:
+    """Starts 13 sequences and returns those that are finished when each of the others has three tokens."""
+    # The first prompt leaves room for exactly three tokens.
+    prompt = [9] * (generator.spec.max_model_len - 3)
+    first = {"sample_id": first_id, "prompt_id": 0, "prompt_tokens": prompt}
+    rows = [first, *make_prompts(12, first_id=first_id + 1, seed=3).to_pylist()]
+    early: list[dict[str, Any]] = generator.exchange(pa.RecordBatch.from_pylist(rows, PROMPT_SCHEMA))[1].to_pylist()
+    while first_id not in [row["sample_id"] for row in early]:
+        early += generator.exchange(None)[1].to_pylist()
+    return early
 
 
 def forward_logprobs(model: torch.nn.Module, row: dict[str, Any], temperature: float) -> torch.Tensor:

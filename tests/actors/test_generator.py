@@ -18,7 +18,7 @@ from actors.generator import GeneratorSpec, VllmGenerator
 from actors.hf_generator import HFGenerator
 from beaver_ray.errors import UserError
 from beaver_ray.weights import pack
-from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts
+from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts, three_tokens_in
 
 TEMPERATURE = 0.7
 MODEL_LEN, NEW_TOKENS = 96, 32
@@ -140,18 +140,6 @@ def new_model(model: PreTrainedModel) -> PreTrainedModel:
     new.load_state_dict(model.state_dict())
     disturb(new, seed=1)
     return new
-
-
-def three_tokens_in(generator: VllmGenerator) -> list[dict[str, Any]]:
-    """Starts sequences and returns those that are finished when all the others have three tokens."""
-    # The first prompt leaves room for exactly three tokens: when it is finished, each other sequence has
-    # three.
-    first = {"sample_id": 0, "prompt_id": 0, "prompt_tokens": [9] * (MODEL_LEN - 3)}
-    rows = [first, *make_prompts(12, first_id=1, seed=3).to_pylist()]
-    early = generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))[1].to_pylist()
-    while 0 not in [row["sample_id"] for row in early]:
-        early += generator.exchange(None)[1].to_pylist()
-    return early
 
 
 def back_to_version_0(generator: VllmGenerator, model: PreTrainedModel) -> None:

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.exchange import Exchange
-from actors.generator import PROMPT_SCHEMA, GeneratorSpec, VllmGenerator
+from actors.generator import GeneratorSpec, VllmGenerator
 from actors.hf_generator import HFGenerator
 from actors.policy import PolicyTrainer
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.weights import PublishedWeights
-from tests.actors.conftest import largest_difference, make_prompts
+from tests.actors.conftest import largest_difference, make_prompts, three_tokens_in
 from tests.actors.support import Ranks, random_sequences
 from tests.actors.test_lora import RANK, lora_config, trainer_of, with_advantages
 
@@ -112,12 +112,7 @@ def test_sequences_in_flight_go_on_under_the_new_adapter(
     batch = experience.concat([generator.exchange(make_prompts(16), Exchange(16))[1]])
     first, _ = two_ranks.run(updated, with_advantages(batch), 1)
     generator.update_weights(first)
-    # The first prompt leaves room for exactly three tokens: when it is finished, each other sequence has three.
-    row = {"sample_id": 900, "prompt_id": 0, "prompt_tokens": [9] * 125}
-    rows = [row, *make_prompts(12, first_id=901, seed=3).to_pylist()]
-    early = generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))[1].to_pylist()
-    while 900 not in [r["sample_id"] for r in early]:
-        early += generator.exchange(None)[1].to_pylist()
+    three_tokens_in(generator, first_id=900)
     second, _ = two_ranks.run(updated, with_advantages(batch, 1), 2)
     generator.update_weights(second)
     late = experience.concat([generator.exchange(None, Exchange(99))[1]])
