@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -22,12 +23,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.handles import Group, Handle
-from actors.waits import fetch, wait_any, wait_placed
+from actors.waits import fetch, find_lost, wait_any, wait_placed
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError
 from beaver_ray.runs import Progress
 
 Bundle = dict[str, float]
+GENERATORS = "rollout"
+SECONDS_TO_ANSWER = 5.0  # a living process that is not busy; one that is dead is known to be at once
 
 
 class RayHandle:
@@ -39,6 +42,16 @@ class RayHandle:
     def call(self, method: str, *args: Any, returns: int = 1) -> Any:
         """Start the method; gives an ObjectRef, or a list of ``returns`` of them."""
         return getattr(self.actor, method).options(num_returns=returns).remote(*args)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a worker is started: its class, what it is given, what it takes, and its placement group and bundle."""
+
+    role: type
+    args: tuple[Any, ...]
+    placement: Placement
+    place: tuple[str, int]
 
 
 class Cluster:
@@ -60,7 +73,7 @@ class Cluster:
         self.tag = uuid.uuid4().hex[:6]
         self.placed: dict[str, PlacementGroup] = {}
         self.actors: dict[str, Any] = {}
-        self.bundle_of: dict[str, tuple[str, int]] = {}  # worker to placement group and bundle
+        self.launches: dict[str, Launch] = {}  # how each worker was started
         self.launched = 0
         self.environment = _environment(config.threads)
         self.started = self.local = False
@@ -70,7 +83,7 @@ class Cluster:
     def _connect(self) -> None:
         """Join the running cluster, or start one on this machine with as many logical CPUs as are asked for."""
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        address = self.config.address or os.environ.get("RAY_ADDRESS") or "local"
+        address = os.environ.get("RAY_ADDRESS") or "local"
         options["address"] = address
         self.local = address == "local"
         if self.local:
@@ -85,20 +98,23 @@ class Cluster:
             ray.init(**options)
         except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address} (cluster.address, RAY_ADDRESS): {reason}") from None
+            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {reason}") from None
         self.started = True
 
     def start(self, name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:
         """The workers of role ``name``, one for each entry of ``arguments``; `wait_started` waits for them."""
         group_name = next(g for g, members in self.groups.items() if name in members)
-        placement = self.groups[group_name][name]
-        if group_name not in self.placed:
-            strategy = group_strategy(group_name, list(self.groups[group_name].values()))
-            self.placed[group_name] = placement_group(self.bundles[group_name], strategy=strategy)
+        members, bundles = self.groups[group_name], self.bundles[group_name]
         handles = []
         for index, args in enumerate(arguments):
             label = name if len(arguments) == 1 else f"{name}-{index}"
-            handles.append(self._launch(label, role, args, placement, (group_name, index)))
+            # Generators come and go one by one, so that each has a placement group to itself where it shares none.
+            alone = name == GENERATORS and group_name == name
+            place = (label, 0) if alone else (group_name, index)
+            if place[0] not in self.placed:
+                needed = [bundles[index]] if alone else bundles
+                self.placed[place[0]] = _reserve(group_name, needed, list(members.values()))
+            handles.append(self._launch(label, Launch(role, args, members[name], place)))
         return Group(name, handles, self.config.step_timeout)
 
     def start_another(self, name: str, role: type, arguments: tuple[Any, ...]) -> RayHandle:
@@ -109,31 +125,44 @@ class Cluster:
         placement = next(members[name] for members in self.groups.values() if name in members)
         self.launched += 1
         label = f"{name}-new-{self.launched}"
-        ended = [worker for worker in self.bundle_of if worker.startswith(name) and worker not in self.actors]
+        ended = [worker for worker in self.launches if worker.startswith(name) and worker not in self.actors]
         if ended:
-            place = self.bundle_of.pop(ended[0])
+            place = self.launches.pop(ended[0]).place
         else:
             place = (label, 0)
-            self.placed[label] = placement_group(make_bundles(label, [placement.model_copy(update={"workers": 1})]))
-        return self._launch(label, role, arguments, placement, place)
+            alone = placement.model_copy(update={"workers": 1})
+            self.placed[label] = _reserve(label, make_bundles(label, [alone]), [alone])
+        return self._launch(label, Launch(role, arguments, placement, place))
 
     def stop(self, handle: Handle) -> None:
         """End a worker; a bundle that was made for it alone is given back."""
         ray.kill(self.actors.pop(handle.name))
         if handle.name in self.placed:
-            del self.bundle_of[handle.name]
+            del self.launches[handle.name]
             remove_placement_group(self.placed.pop(handle.name))
 
-    def _launch(
-        self, label: str, role: type, args: tuple[Any, ...], placement: Placement, place: tuple[str, int]
-    ) -> RayHandle:
+    def restart(self, group: Group, workers: Sequence[Handle]) -> None:
+        """End these workers of a group and start each anew in its place; `wait_started` waits for them."""
+        for worker in workers:
+            ray.kill(self.actors.pop(worker.name))
+            group.replace(worker, self._launch(worker.name, self.launches[worker.name]))
+
+    def dead(self, groups: Sequence[Group]) -> list[Handle]:
+        """The workers whose process has ended. One that is busy, or hangs, is not among them."""
+        asked = {handle.call("started"): handle for group in groups for handle in group.workers}
+        return [asked[reference] for reference in find_lost(list(asked), SECONDS_TO_ANSWER)]
+
+    def _launch(self, label: str, launch: Launch) -> RayHandle:
+        placement, (group, bundle) = launch.placement, launch.place
+        # Of one that died the name may be taken for a moment longer.
+        again = f".{uuid.uuid4().hex[:4]}" if label in self.launches else ""
         options: dict[str, Any] = {
-            "name": f"{label}:{self.tag}",
+            "name": f"{label}{again}:{self.tag}",
             "num_cpus": placement.cpus,
             "num_gpus": placement.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.placed[place[0]],
-                placement_group_bundle_index=place[1],
+                self.placed[group],
+                placement_group_bundle_index=bundle,
                 placement_group_capture_child_tasks=True,
             ),
         }
@@ -141,31 +170,42 @@ class Cluster:
         environment = self.environment | ({} if placement.gpus else _hidden_gpus())
         if environment:
             options["runtime_env"] = {"env_vars": environment}
-        actor: Any = ray.remote(_reporting_start(role))
-        handle = RayHandle(label, actor.options(**options).remote(*args))
-        self.actors[label], self.bundle_of[label] = handle.actor, place
+        actor: Any = ray.remote(_reporting_start(launch.role))
+        handle = RayHandle(label, actor.options(**options).remote(*launch.args))
+        self.actors[label], self.launches[label] = handle.actor, launch
         return handle
 
-    def wait_started(self, groups: Sequence[Group]) -> None:
+    def wait_started(self, groups: Sequence[Group], grows: bool = False) -> list[Handle]:
         """Return when every actor's constructor has ended, within start_timeout for all of them together.
 
-        Raises the UserError of a constructor, UserError for a bundle that finds no room, and WaitTimeoutError.
+        With ``grows`` one generator is enough: the others leave their group and are returned, to join when they have
+        found room and started. Raises the UserError of a constructor, UserError for a bundle that finds no room, and
+        WaitTimeoutError.
         """
         handles = [handle for group in groups for handle in group.workers]
+        generators = {handle.name for group in groups if group.name == GENERATORS for handle in group.workers}
         deadline = time.monotonic() + self.config.start_timeout
         nodes = sum(node["Alive"] for node in ray.nodes())
         where = "1 node" if nodes == 1 else f"{nodes} nodes"
         print(f"starting {len(handles)} processes on {where}", flush=True)
-        for name in self.placed:
+        late = sorted(generators)[1:] if grows and not self.local else []
+        for name in dict.fromkeys(self.launches[handle.name].place[0] for handle in handles if handle.name not in late):
             self._wait_placed(name, deadline)
         waiting = {handle.call("started"): handle for handle in handles}
+        started = 0
         with closing(Progress("processes started", len(handles))) as progress:
             while waiting:
+                if grows and started and {handle.name for handle in waiting.values()} <= generators:
+                    break
                 what = f"start of {', '.join(handle.name for handle in waiting.values())}"
                 ready = wait_any(list(waiting), what, max(0.0, deadline - time.monotonic()))
                 handle = waiting.pop(ready)
                 fetch(ready, f"start of {handle.name}", self.config.start_timeout)
+                started += handle.name in generators
                 progress.advance(last=handle.name)
+        for group in groups:
+            group.workers[:] = [handle for handle in group.workers if handle not in waiting.values()]
+        return list(waiting.values())
 
     def _wait_placed(self, name: str, deadline: float) -> None:
         patience = max(0.0, deadline - time.monotonic())
@@ -174,12 +214,15 @@ class Cluster:
             patience = min(patience, 10.0)
         if wait_placed(self.placed[name], patience):
             return
-        members, bundles = self.groups[name], self.bundles[name]
-        strategy = group_strategy(name, list(members.values()))
+        here = [launch.placement for launch in self.launches.values() if launch.place[0] == name]
+        names = [worker for worker, launch in self.launches.items() if launch.place[0] == name]
+        bundles = self.placed[name].bundle_specs
         nodes = [_amounts(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        labels = {key: value for placement in here for key, value in placement.labels.items()}
+        wanted = "".join(f", label {key}={value}" for key, value in labels.items())
         raise UserError(
-            f"no room for {', '.join(members)}: {len(bundles)} bundle(s), the largest of {_amounts(bundles[0])}, "
-            f"strategy {strategy}; free now: {_amounts(ray.available_resources())}; "
+            f"no room for {', '.join(names)}: {len(bundles)} bundle(s), the largest of {_amounts(bundles[0])}, "
+            f"strategy {group_strategy(name, here)}{wanted}; free now: {_amounts(ray.available_resources())}; "
             f"nodes: {'; '.join(nodes)}. Change cluster.placement or add nodes"
         )
 
@@ -216,6 +259,13 @@ def make_bundles(group: str, members: Sequence[Placement]) -> list[Bundle]:
         bundle = {"CPU": cpus, "GPU": float(ceil(gpus)) if gpus > 1 else gpus}
         bundles.append({kind: amount for kind, amount in bundle.items() if amount} or {"CPU": 0.001})
     return bundles
+
+
+def _reserve(group: str, bundles: list[Bundle], members: Sequence[Placement]) -> PlacementGroup:
+    """A placement group on nodes that have its members' labels."""
+    labels = {key: value for placement in members for key, value in placement.labels.items()}
+    selector = [labels] * len(bundles) if labels else None
+    return placement_group(bundles, strategy=group_strategy(group, members), bundle_label_selector=selector)
 
 
 def group_strategy(group: str, members: Sequence[Placement]) -> str:

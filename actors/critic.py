@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.engine import LossTerms, TrainingEngine
+from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
 from actors.ranks import TrainingRank
 from beaver_ray import experience
@@ -73,15 +74,19 @@ class Critic(TrainingRank):
                 tokens = int(rows.response_lengths[minibatch].sum())
                 total = len(minibatch) if reduction == "sequence" else tokens
                 micro_batches = self._micro_batches(rows, minibatch)
-                figures.append(self.engine.step(micro_batches, partial(self._loss, rows, total)))
+                with suppress(NotFiniteError):  # which is counted, and said by the driver
+                    figures.append(self.engine.step(micro_batches, partial(self._loss, rows, total)))
+        skipped = self.config.ppo.epochs * self.config.ppo.minibatches - len(figures)
+        metrics = {f"critic/{signal}/skipped_updates": float(skipped) for signal in self.signals}
+        if not figures:
+            return metrics
         means = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
-        metrics: dict[str, float] = {}
         for signal in self.signals:
             metrics |= {f"critic/{signal}/{name}": means[f"{signal}/{name}"] for name in ("loss", "clip_fraction")}
             metrics |= {f"critic/{signal}/{name}": means[name] for name in ("grad_norm", "learning_rate")}
         return metrics
 
-    def save(self, folder: str) -> None:
+    def save_model(self, folder: str) -> None:
         """Write the critic and its tokenizer as a Hugging Face folder; all ranks must call it."""
         state = self.engine.full_state_on_rank_0()
         if state is not None:

@@ -9,19 +9,31 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from beaver_ray.config import EngineConfig, OptimizerConfig
 from beaver_ray.errors import UserError
 
 MicroBatch = TypeVar("MicroBatch")
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm, as published
+PLAIN_TYPES = [ZeroStageEnum, LossScaler, fragment_address]  # what DeepSpeed's files hold besides tensors
+
+
+class NotFiniteError(UserError):
+    """A loss or its gradient is not finite; no weight was changed."""
 
 
 @dataclass
@@ -61,7 +73,13 @@ class TrainingEngine:
     """A model, its optimizer and the ranks that hold them."""
 
     def __init__(
-        self, model: Any, name: str, optimizer: OptimizerConfig, engine: EngineConfig, total_steps: int
+        self,
+        model: Any,
+        name: str,
+        optimizer: OptimizerConfig,
+        engine: EngineConfig,
+        total_steps: int,
+        max_grad_norm: float = MAX_GRAD_NORM,
     ) -> None:
         self.name = name
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -80,8 +98,9 @@ class TrainingEngine:
         # Stage 0 in bfloat16 would keep no float32 copy of the weights and lose small updates; stage 1 does.
         self.zero_stage = max(1, engine.zero_stage) if engine.dtype == "bfloat16" else engine.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adam, config=_deepspeed_config(engine, self.zero_stage)
+            model=model, optimizer=adam, config=_deepspeed_config(engine, self.zero_stage, max_grad_norm)
         )
+        self.files = self.engine.checkpoint_engine = CheckpointFiles()
         self.device = self.engine.device
 
     @property
@@ -93,22 +112,19 @@ class TrainingEngine:
         """One optimizer step over this rank's micro-batches; every rank brings the same number of them.
 
         Returns the figures of all ranks together: ``loss``, the sums, the maxima, ``grad_norm``, ``learning_rate``.
-        Raises UserError, and changes no weight on any rank, where the loss or its gradient is not finite.
+        Raises NotFiniteError, and changes no weight on any rank, where the loss or its gradient is not finite.
         """
         self.engine.train()
         terms: list[LossTerms] = []
         for index, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             term = loss(micro_batch)
+            # A loss that is not finite makes all gradients so, on every rank, and none takes the step.
+            poison = torch.where(term.loss.detach().isfinite(), 1.0, math.nan)
             # DeepSpeed averages gradients over ranks, the losses are parts of a sum.
-            self.engine.backward(term.loss * self.world)
+            self.engine.backward(term.loss * poison * self.world)
             terms.append(LossTerms(term.loss.detach(), term.sums, term.maxima))
         figures = self._reduce(terms)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the {self.name} loss is {figures['loss']} at its optimizer step {self.steps_done + 1}; "
-                f"no weight was changed. Lower the learning rate, or look at the last trajectories for odd scores"
-            )
         rate = learning_rate(self.optimizer_config, self.steps_done, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -118,9 +134,11 @@ class TrainingEngine:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         if not math.isfinite(norm):
-            raise UserError(
-                f"the {self.name} gradient is {norm} at its optimizer step {self.steps_done + 1}; no weight was "
-                f"changed. Lower the learning rate, or train in float32"
+            self.optimizer.zero_grad()
+            what = "gradient" if math.isfinite(figures["loss"]) else "loss"
+            raise NotFiniteError(
+                f"the {self.name} {what} is not finite at its optimizer step {self.steps_done + 1}; no weight was "
+                f"changed. Lower the learning rate, train in float32, or look at the last trajectories for odd scores"
             )
         self.steps_done += 1
         return {**figures, "grad_norm": norm, "learning_rate": rate}
@@ -148,6 +166,40 @@ class TrainingEngine:
                 state[name] = tensor.detach().cpu().clone()
         return state if self.rank == 0 else None
 
+    def save_state(self, folder: str, position: dict[str, Any]) -> None:
+        """Everything that training goes on from, and this rank's ``position`` (plain values and tensors).
+
+        Weights, float32 copies, moments and random numbers, by DeepSpeed's own files; all ranks must call it. Raises
+        UserError on every rank where any of them cannot write.
+        """
+        self.engine.save_checkpoint(
+            folder,
+            tag="state",
+            client_state={"steps_done": self.steps_done},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        self.files.save({"position": position, "random": random_state()}, f"{folder}/rank_{self.rank}.pt")
+        failed = torch.tensor([float(self.files.error is not None)], device=self.device)
+        dist.all_reduce(failed)
+        error, self.files.error = self.files.error, None
+        if failed.item():
+            reason = "another rank could not write" if error is None else str(error)
+            raise UserError(f"cannot write the {self.name}'s state to {folder}: {reason}; free some space there")
+
+    def load_state(self, folder: str) -> dict[str, Any]:
+        """Go on from what as many ranks saved; returns this rank's position. All ranks must call it."""
+        path = f"{folder}/rank_{self.rank}.pt"
+        if not os.path.isfile(path) or os.path.isfile(f"{folder}/rank_{self.world}.pt"):
+            raise UserError(f"{folder} was not written by {self.world} rank(s); resume with as many as before")
+        # Frozen weights are the base model's, which are loaded already.
+        _, client_state = self.engine.load_checkpoint(folder, tag="state", load_module_strict=False)
+        self.steps_done = int(client_state["steps_done"])
+        saved = self.files.load(path, map_location="cpu")
+        restore_random_state(saved["random"])
+        position: dict[str, Any] = saved["position"]
+        return position
+
     def _unwrapped_grad_norm(self) -> float | None:
         """The global norm where DeepSpeed does not wrap the optimizer and so reports none (stage 0, float32)."""
         if self.zero_stage > 0:
@@ -168,7 +220,54 @@ class TrainingEngine:
         return figures
 
 
-def _deepspeed_config(engine: EngineConfig, zero_stage: int) -> dict[str, Any]:
+class CheckpointFiles(TorchCheckpointEngine):  # type: ignore[misc]
+    """Reads nothing but tensors and plain values, and keeps the error of a failed write until all ranks have met.
+
+    DeepSpeed would unpickle whatever a file holds, and leave the other ranks waiting for one that failed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """torch.save, and to the disk."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """torch.load with weights_only."""
+        with torch.serialization.safe_globals(PLAIN_TYPES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator of random numbers in this process, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """What `random_state` gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": zero_stage}
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -179,7 +278,7 @@ def _deepspeed_config(engine: EngineConfig, zero_stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": engine.max_grad_norm,
+        "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": engine.dtype == "bfloat16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

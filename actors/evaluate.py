@@ -77,8 +77,8 @@ class HeldOut:
 
     def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
         """The content of evaluation.json; ``step`` only chooses the random numbers."""
-        count = len(self.prompts) * self.config.evaluation.samples
-        prompt_ids = np.repeat(np.arange(len(self.prompts)), self.config.evaluation.samples)
+        count = len(self.prompts)
+        prompt_ids = np.arange(count)
         batch = experience.make_batch(
             {
                 "sample_id": FIRST_SAMPLE_ID + step * (1 << 20) + np.arange(count),

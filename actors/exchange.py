@@ -27,7 +27,7 @@ class Exchange:
     min_finished: int = 1
     """It answers when so many sequences are finished or none is left."""
     weights: PublishedWeights | None = None
-    """Loaded before any new prompt is started; an older version than it has is ignored."""
+    """Loaded before any new prompt is started."""
     abort: Sequence[int] = ()
     """Samples to drop where they are still in flight."""
     slice_s: float | None = None

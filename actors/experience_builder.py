@@ -111,7 +111,7 @@ class ExperienceBuilder:
         costs = {c.name: experience.scalars(batch, f"cost/{c.name}") for c in self.config.constraints}
         if self.config.stage == "reward_shaping":
             for constraint in self.config.constraints:
-                reward = reward - constraint.weight * costs[constraint.name]
+                reward = reward - constraint.multiplier.initial * costs[constraint.name]
         signals: list[tuple[str, np.ndarray, Sign]] = [("reward", reward, REWARD)]
         if self.config.stage == "safe_ppo":
             signals += [(name, cost.astype(np.float64), COST) for name, cost in costs.items()]

@@ -158,7 +158,7 @@ class VllmGenerator:
         if prompts is not None:
             taken = {*self._in_flight, *(prompt.sample_id for prompt in self._held)}
             self._held += check_prompts(prompts, self.spec.max_model_len, taken)
-        if request.weights is not None and request.weights.version > self.version:
+        if request.weights is not None:
             self._newest = request.weights
         finished: list[Any] = []
         end = started + (request.slice_s if request.slice_s is not None else float("inf"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, Protocol
 
 from actors.waits import fetch
@@ -41,8 +40,7 @@ class Group:
     meanwhile: Callable[[list[Any], str, float], None] | None = None
     """What goes on while the caller waits for this group: (references, what they are, seconds to wait at most)."""
 
-    def __post_init__(self) -> None:
-        self._turn = cycle(self.workers)
+    _turns: int = 0
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Start a method on every worker; references in the order of ranks."""
@@ -50,14 +48,22 @@ class Group:
 
     def next(self) -> Handle:
         """The workers in turn."""
-        return next(self._turn)
+        self._turns += 1
+        return self.workers[(self._turns - 1) % len(self.workers)]
 
-    def wait(self, references: Any, doing: str) -> Any:
-        """Results of this group's calls; the error at the deadline names the group and what it was doing."""
+    def replace(self, worker: Handle, other: Handle) -> None:
+        """``other`` stands in ``worker``'s place from now on."""
+        self.workers[self.workers.index(worker)] = other
+
+    def wait(self, references: Any, doing: str, needs: Sequence[Any] = ()) -> Any:
+        """Results of this group's calls; the error at the deadline names who is late and what it was doing.
+
+        ``needs``: what the calls wait for themselves.
+        """
         what = f"{self.name} ({doing})"
         if self.meanwhile is not None:
             self.meanwhile(references if isinstance(references, list) else [references], what, self.timeout_s)
-        return fetch(references, what, self.timeout_s)
+        return fetch(references, what, self.timeout_s, needs)
 
     def run(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker and wait for all results."""

@@ -52,7 +52,7 @@ class HFGenerator:
         request = request or Exchange()
         started = time.perf_counter()
         aborted = [sample_id for sample_id in request.abort if self._waiting.pop(sample_id, None)]
-        if request.weights is not None and request.weights.version > self.version:
+        if request.weights is not None:
             self.update_weights(request.weights)
         if prompts is not None:
             new = check_prompts(prompts, self.spec.max_model_len, self._waiting)

@@ -6,87 +6,107 @@ and in one process.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-
+from actors.recovery import Recovery
 from actors.roles import Roles
 from actors.rollouts import Collected, Rollouts, Supply
-from actors.schedule import RolloutSchedule
 from actors.tracing import Clock, StepTrace
+from actors.training_state import TrainingState
 from beaver_ray.config import SafePpoConfig
-from beaver_ray.method.multipliers import Multiplier, make_multiplier
-from beaver_ray.runs import RunFolder
+from beaver_ray.errors import UserError
 
 
 def train_policy(
     config: SafePpoConfig,
     roles: Roles,
     rollouts: Rollouts,
-    run: RunFolder,
+    recovery: Recovery,
     trace: StepTrace,
     evaluate: Callable[[int], dict[str, float]],
 ) -> None:
-    """All steps of a PPO run; ``evaluate`` gives figures on held-out prompts."""
-    constraints = config.constraints if config.stage == "safe_ppo" else []
-    limits = {c.name: c.bound for c in config.constraints}
-    multipliers = {c.name: make_multiplier(c.multiplier) for c in constraints}
-    began = time.perf_counter()
+    """All steps of a PPO run from where its state stands; ``evaluate`` gives figures on held-out prompts."""
+    state, run = recovery.state, recovery.run
     steps = config.total_steps(0)
     with run.progress(config.stage, steps) as progress:
-        for step in range(1, steps + 1):
+        while state.step < steps:
             clock = Clock()
-            with clock("generate"):
-                collected = rollouts.take(step)
-            with clock("score"):
-                stats, costs, experience = build_experience(config, roles, collected)
-            for name, multiplier in multipliers.items():
-                multiplier.update(costs[name], limits[name])
-            with clock("train"):
-                figures = update(config, roles, experience, multipliers, step)
-            with clock("sync"):
-                synced = publish(roles, rollouts, version=step)
-            if config.trajectory_every and step % config.trajectory_every == 0:
-                path = str(run.trajectories / f"step_{step:06d}.parquet")
-                roles.experience.run("write", experience, path)
-            if config.evaluation.every and step % config.evaluation.every == 0:
-                with clock("evaluate"):
-                    figures |= evaluate(step)
-            if config.save_every and step % config.save_every == 0:
-                save(roles, str(run.checkpoints / f"step_{step}"))
-            values = {name: multiplier.value for name, multiplier in multipliers.items()}
-            figures["rollout/workers"] = float(len(rollouts.workers))
-            figures["rollout/repeated_samples"] = float(rollouts.schedule.repeated)
-            metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
-            metrics["time/elapsed"] = time.perf_counter() - began
-            run.log(step, metrics)
-            trace.record(step, clock)
-            shown = {f"{name} cost": stats[f"cost/{name}/mean"] for name in limits}
-            shown |= {f"{name} multiplier": value for name, value in values.items()}
-            progress.advance(1, reward=stats["reward/mean"], **shown)
+            metrics = train_step(config, roles, rollouts, recovery, clock, evaluate)
+            run.log(state.step, metrics)
+            if config.save_every and state.step % config.save_every == 0 and state.step < steps:
+                recovery.save()
+            recovery.step_done()
+            watch(config, recovery, metrics)
+            trace.record(state.step, clock)
+            shown = {f"{c.name} cost": metrics[f"cost/{c.name}/mean"] for c in config.constraints}
+            shown |= {f"{name} multiplier": multiplier.value for name, multiplier in state.multipliers.items()}
+            progress.reach(state.step, reward=metrics["reward/mean"], **shown)
+
+
+def train_step(
+    config: SafePpoConfig,
+    roles: Roles,
+    rollouts: Rollouts,
+    recovery: Recovery,
+    clock: Clock,
+    evaluate: Callable[[int], dict[str, float]],
+) -> dict[str, float]:
+    """The next step, from its samples to new weights at the generators; returns its metrics."""
+    run, state, step = recovery.run, recovery.state, recovery.state.step + 1
+    limits = {c.name: c.bound for c in config.constraints}
+    with clock("generate"):
+        collected = rollouts.take(step)
+    with clock("score"):
+        stats, costs, experience = recovery.survive(lambda again: build_experience(config, roles, collected, again))
+    for name, multiplier in state.multipliers.items():
+        multiplier.update(costs[name], limits[name])
+    values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
+    with clock("train"):
+        figures = update(config, roles, experience, values, step)
+    with clock("sync"):
+        synced = publish(roles, rollouts, version=step)
+    if config.trajectory_every and step % config.trajectory_every == 0:
+        path = str(run.trajectories / f"step_{step:06d}.parquet")
+        recovery.survive(lambda again: roles.experience.run("write", experience, path))
+    if config.evaluation.every and step % config.evaluation.every == 0:
+        with clock("evaluate"):
+            figures |= recovery.survive(lambda again: evaluate(step))
+    figures["rollout/workers"] = float(len(rollouts.workers))
+    figures["rollout/repeated_samples"] = float(rollouts.schedule.repeated)
+    metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
+    state.step, state.elapsed = step, state.elapsed + clock.total() + clock.phases.get("evaluate", 0.0)
+    return metrics | {"time/elapsed": state.elapsed}
+
+
+def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) -> None:
+    """Say what looks like divergence; where guard.action is stop, raise it as UserError after a checkpoint."""
+    step = recovery.state.step
+    complaints = [f"step {step}: {complaint}" for complaint in recovery.state.guard.observe(metrics)]
+    for complaint in complaints:
+        recovery.run.note(complaint)
+    if complaints and config.guard.action == "stop":
+        recovery.save()
+        raise UserError(
+            f"{complaints[0]}; stopped with a checkpoint (guard.action=stop). Change what is wrong and go on with "
+            f"resume=true, or let it run with guard.action=warn"
+        )
 
 
 def make_rollouts(
-    config: SafePpoConfig,
-    roles: Roles,
-    next_prompts: Callable[[int], pa.RecordBatch],
-    supply: Supply | None,
-    note: Callable[[str], None],
+    config: SafePpoConfig, roles: Roles, state: TrainingState, supply: Supply | None, note: Callable[[str], None]
 ) -> Rollouts:
     """This run's generators, which go on whenever the loop waits for another role."""
-    rollout, timeout = config.rollout, config.cluster.step_timeout
-    schedule = RolloutSchedule(config.total_steps(0), rollout.staleness, rollout.oversample)
     rollouts = Rollouts(
         roles.rollout,
-        rollout.max_sequences,
-        timeout,
-        schedule,
-        next_prompts,
+        config.rollout.max_sequences,
+        config.cluster.step_timeout,
+        state.schedule,
+        state.prompts,
         lambda chunk: score(roles, chunk),
         supply,
         note,
+        roles.late,
     )
     for group in (roles.policy, roles.experience, *roles.critics.values()):
         group.meanwhile = rollouts.while_waiting
@@ -102,13 +122,16 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 
 
 def build_experience(
-    config: SafePpoConfig, roles: Roles, collected: Collected
+    config: SafePpoConfig, roles: Roles, collected: Collected, again: bool = False
 ) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
-    """Scores, values, log-probs and advantages of the step's samples in one batch.
+    """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
 
     Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
     as the multipliers should see them, and a reference to the batch.
     """
+    if again:
+        for chunk in collected.chunks:
+            chunk.columns = score(roles, chunk.sequences)
     builder = roles.experience.workers[0]
     wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
     sequences = builder.call("gather", wanted, *(chunk.sequences for chunk in collected.chunks))
@@ -120,15 +143,18 @@ def build_experience(
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
     computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
-    figures, costs = roles.experience.wait(computed, "building experience")
-    return roles.experience.wait(stats, "building experience") | figures, costs, experience
+    needs = [*scores, *flat]
+    figures, costs = roles.experience.wait(computed, "building experience", needs)
+    return roles.experience.wait(stats, "building experience", needs) | figures, costs, experience
 
 
 def update(
-    config: SafePpoConfig, roles: Roles, experience: Any, multipliers: dict[str, Multiplier], step: int
+    config: SafePpoConfig, roles: Roles, experience: Any, values: dict[str, float], step: int
 ) -> dict[str, float]:
-    """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
-    values = {name: multiplier.value for name, multiplier in multipliers.items()}
+    """Policy and critics step at the same time; in the critics' warm-up the policy stands still.
+
+    ``values``: the multipliers by name.
+    """
     started = [(critic, critic.call("update", experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
         started.append((roles.policy, roles.policy.call("update", experience, values, step)))
@@ -164,11 +190,3 @@ def step_metrics(
         "throughput/samples_per_second": stats["samples"] / clock.total(),
         "throughput/tokens_per_second": stats["tokens"] / clock.total(),
     }
-
-
-def save(roles: Roles, folder: str) -> None:
-    """The policy and every critic as Hugging Face folders."""
-    started = [(roles.policy, roles.policy.call("save", f"{folder}/policy"))]
-    started += [(critic, critic.call("save", f"{folder}/{name}")) for name, critic in roles.critics.items()]
-    for group, references in started:
-        group.wait(references, "saving")

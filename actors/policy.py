@@ -7,7 +7,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.engine import LossTerms, TrainingEngine
+from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
 from actors.ranks import TrainingRank
 from beaver_ray import experience
@@ -98,10 +98,13 @@ class PolicyTrainer(TrainingRank):
         figures: list[dict[str, float]] = []
         for epoch in range(ppo.epochs):
             for minibatch in minibatches(batch.num_rows, ppo.minibatches, (self.config.seed, step, epoch)):
-                figures.append(self._step(rows, minibatch, advantages_T))
-        metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in figures[0]}
-        metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
-        return metrics
+                with suppress(NotFiniteError):  # which is counted, and said by the driver
+                    figures.append(self._step(rows, minibatch, advantages_T))
+        skipped = ppo.epochs * ppo.minibatches - len(figures)
+        metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
+        if figures:
+            metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
+        return metrics | {"policy/skipped_updates": float(skipped)}
 
     def publish(self, version: int) -> PublishedWeights | None:
         """The weights (with LoRA the adapter's) as buckets under ``version``; rank 0 returns them, the others only
@@ -120,7 +123,16 @@ class PolicyTrainer(TrainingRank):
             self.bucket = np.empty(size, dtype=np.uint8)
         return pack(tensors, version, size, self.put, self.bucket, self.adapter)
 
-    def save(self, folder: str) -> None:
+    def position(self) -> dict[str, Any]:
+        """Where the PTX data stand."""
+        return {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
+
+    def restore_position(self, position: dict[str, Any]) -> None:
+        """Go on from there."""
+        if self.ptx is not None:
+            self.ptx_sampler.load_state_dict(position["ptx"])
+
+    def save_model(self, folder: str) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.
 
         With LoRA that is the merged policy; peft's own folder of the adapter goes into its folder ``adapter``.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 import torch
+from safetensors import SafetensorError
 
-from actors.engine import join_ranks
+from actors.engine import TrainingEngine, join_ranks
+from beaver_ray.errors import UserError
 
 
 class TrainingRank:
@@ -18,6 +22,8 @@ class TrainingRank:
     The constructor is light; `setup` joins the group and then builds the model, so that the first rank can say where
     the others meet it once its node is known.
     """
+
+    engine: TrainingEngine
 
     def __init__(self, rank: int, world: int, seed: int, threads: int) -> None:
         self.rank, self.world, self.seed = rank, world, seed
@@ -42,6 +48,33 @@ class TrainingRank:
     def build(self) -> None:
         """Load data and model; called once, on all ranks at the same time."""
         raise NotImplementedError
+
+    def save_model(self, folder: str) -> None:
+        """Write the model as a Hugging Face folder; called on all ranks at the same time."""
+        raise NotImplementedError
+
+    def save(self, folder: str) -> None:
+        """Write the model as a Hugging Face folder; all ranks must call it. UserError where it cannot be written."""
+        try:
+            self.save_model(folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write a model to {folder}: {error}; free some space there") from None
+
+    def save_state(self, folder: str) -> None:
+        """Everything that this role goes on from; all ranks must call it. UserError where it cannot be written."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.engine.save_state(folder, self.position())
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what `save_state` wrote; all ranks must call it."""
+        self.restore_position(self.engine.load_state(folder))
+
+    def position(self) -> dict[str, Any]:
+        """Where this rank stands in its data."""
+        return {}
+
+    def restore_position(self, position: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
 def _interface(address: str) -> str:

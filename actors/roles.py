@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,11 +12,11 @@ from actors.cluster import Cluster
 from actors.critic import Critic
 from actors.experience_builder import ExperienceBuilder
 from actors.generator import GeneratorSpec, VllmGenerator, read_eos_token_ids
-from actors.handles import Group, LocalHandle
+from actors.handles import Group, Handle, LocalHandle
 from actors.hf_generator import HFGenerator
 from actors.policy import PolicyTrainer
 from actors.scorer import Reference, Scorer
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import GPU_SHARE, SafePpoConfig
 from beaver_ray.models.loading import context_length
 from beaver_ray.signals import ScorerPlan, critics, scorers
 
@@ -36,6 +36,10 @@ class Roles:
     policy: Group
     critics: dict[str, Group]
     experience: Group
+    calibrations: list[tuple[str, str, Any]] = field(default_factory=list)
+    """What the scorers were told: (scorer, column, calibration)."""
+    late: list[Handle] = field(default_factory=list)
+    """Generators that have found no room or have not started yet."""
 
 
 def role_kinds(config: SafePpoConfig) -> dict[str, str]:
@@ -68,7 +72,7 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
         arguments = [(config, plan.signals, plan.model, rank, world) for rank in range(world)]
         roles.critics[plan.folder] = start(plan.name, Critic, arguments)
     roles.experience = start("experience", ExperienceBuilder, [(config,)])
-    _wait_started(roles, cluster)
+    _wait_started(roles, cluster, grows=True)
     connect([roles.policy, *roles.critics.values()])
     _calibrate(config, roles)
     return roles
@@ -108,10 +112,11 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     )
 
 
-def _wait_started(roles: Roles, cluster: Cluster | None) -> None:
+def _wait_started(roles: Roles, cluster: Cluster | None, grows: bool = False) -> None:
     if cluster:
         frozen = [roles.rollout, *roles.scorers.values(), roles.reference]
-        cluster.wait_started([*frozen, roles.policy, *roles.critics.values(), roles.experience])
+        groups = [*frozen, roles.policy, *roles.critics.values(), roles.experience]
+        roles.late = cluster.wait_started(groups, grows)
 
 
 def connect(groups: Sequence[Group]) -> None:
@@ -139,7 +144,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
         eos_token_ids=read_eos_token_ids(policy, config.models.trust_remote_code),
         tensor_parallel_size=max(1, int(config.cluster.of("rollout").gpus)),
         kv_cache_gib=rollout.kv_cache_gib,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=GPU_SHARE * min(1.0, config.cluster.of("rollout").gpus or 1.0),
         trust_remote_code=config.models.trust_remote_code,
         threads=config.cluster.threads,
     )
@@ -151,7 +156,9 @@ def _calibrate(config: SafePpoConfig, roles: Roles) -> None:
     for constraint in config.constraints:
         if constraint.violation_rate is not None:
             column = f"cost/{constraint.name}"
-            group = next(roles.scorers[plan.name] for plan in scorers(config) if column in plan.columns)
+            name = next(plan.name for plan in scorers(config) if column in plan.columns)
+            group = roles.scorers[name]
             arguments = (column, constraint.calibration, longest, config.data.template)
             fitted = group.wait(group.workers[0].call("calibrate", *arguments), "calibrating")
             group.run("set_calibration", column, fitted)
+            roles.calibrations.append((name, column, fitted))

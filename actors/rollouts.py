@@ -62,6 +62,8 @@ class Worker:
     """Exchanges that it has not answered."""
     held_out: set[int] = field(default_factory=set)
     """Samples in flight that belong to an evaluation."""
+    to_drop: list[int] = field(default_factory=list)
+    """Samples that it was at work on before a restart."""
 
 
 class Supply(Protocol):
@@ -93,6 +95,7 @@ class Rollouts:
         score: Score | None = None,
         supply: Supply | None = None,
         note: Callable[[str], None] = print,
+        late: Sequence[Handle] = (),
     ) -> None:
         self.timeout_s = timeout_s
         self.chunk = max(1, min(CHUNK, capacity // 4))
@@ -104,13 +107,15 @@ class Rollouts:
         self.failures: Counter[str] = Counter()
         """Of each generator: those of the ones that it replaced, until it finishes a sequence."""
         self._starting: set[str] = set()
-        self._wanted = len(generators.workers)
+        self._wanted = len(generators.workers) + len(late)
         self._asked_at = time.monotonic()
         self.workers: dict[str, Worker] = {}
         self.weights: PublishedWeights | None = None
         self.prompts: dict[int, tuple[pa.RecordBatch, int]] = {}
         """Where the prompt of each sample lies until the sample is trained on: a batch, and its row."""
         self.chunks: list[Chunk] = []
+        self.paused = False
+        """While a run is put together again nothing is served."""
         self.generated_tokens = 0
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
@@ -121,6 +126,29 @@ class Rollouts:
         self._evaluated: list[Chunk] = []
         for handle in generators.workers:
             self.join(handle)
+        for handle in late:
+            self._expect(handle)
+
+    def restart(
+        self,
+        schedule: RolloutSchedule,
+        next_samples: Callable[[int], pa.RecordBatch],
+        pending: pa.RecordBatch,
+        weights: PublishedWeights,
+    ) -> None:
+        """Forget everything and go on by ``schedule``, whose samples without an answer are ``pending``.
+
+        What the generators are at work on is dropped, and answers to earlier calls are passed over.
+        """
+        for name, worker in self.workers.items():
+            busy = [*worker.to_drop, *self.schedule.generators[name].in_flight, *worker.held_out]
+            self.workers[name] = self._hungry[name] = Worker(worker.handle, version=-1, to_drop=busy)
+            schedule.join(name, self.capacity)
+            if self.schedule.generators[name].leaving:
+                schedule.retire(name)
+        self.schedule, self.next_samples, self.weights, self._evaluation = schedule, next_samples, weights, None
+        self.prompts, self.chunks, self.generated_tokens = {}, [], 0
+        self._remember(pending)
 
     def join(self, handle: Handle) -> None:
         """A generator takes part from now on; it loads the newest weights with its first prompts."""
@@ -172,7 +200,7 @@ class Rollouts:
 
     def while_waiting(self, references: Sequence[Any], what: str, timeout_s: float) -> None:
         """Serve the generators until ``references`` are all there, or the time is up (which the caller will see)."""
-        if self.schedule.staleness == 0:
+        if self.schedule.staleness == 0 or self.paused:
             return  # synchronous: nothing is generated while anything else goes on
         deadline = time.monotonic() + timeout_s
         late = list(references)
@@ -181,24 +209,22 @@ class Rollouts:
             patience = max(0.0, deadline - time.monotonic())
             ready = {_key(r): r for r in wait_some([*self._references(), *late], what, patience)}
             late = [reference for reference in late if _key(reference) not in ready]
-            for reference in ready.values():
-                self._take_in(reference)
+            self._take_in(list(ready.values()))
 
     def _serve_until(self, done: Callable[[], bool], what: str) -> None:
         self._fill()
         while not done():
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
-            for reference in wait_some(self._references(), f"rollout generators ({what})", self.timeout_s):
-                self._take_in(reference)
+            needs = self.weights.buckets if self.weights else ()
+            self._take_in(wait_some(self._references(), f"rollout generators ({what})", self.timeout_s, needs))
 
     def serve(self) -> None:
         """Start what may start and take in what is there, without waiting."""
         self._ask()
         self._fill()
         while ready := ready_now(self._references()):
-            for reference in ready:
-                self._take_in(reference)
+            self._take_in(ready)
 
     def _references(self) -> list[Any]:
         return [reference for reference, _ in self._calls.values()]
@@ -206,12 +232,13 @@ class Rollouts:
     def _await(self, reference: Any, then: Callable[[Any], None]) -> None:
         self._calls[_key(reference)] = (reference, then)
 
-    def _take_in(self, reference: Any) -> None:
-        # A generator that was lost meanwhile has taken its other calls with it.
-        if call := self._calls.pop(_key(reference), None):
-            call[1](reference)
-            self._ask()
-            self._fill()
+    def _take_in(self, references: Sequence[Any]) -> None:
+        for reference in references:
+            # Others than generators' calls may be among them, and calls that a lost one has taken with it.
+            if call := self._calls.pop(_key(reference), None):
+                call[1](reference)
+        self._ask()
+        self._fill()
 
     def _remember(self, prompts: pa.RecordBatch) -> list[int]:
         ids: list[int] = prompts.column("sample_id").to_pylist()
@@ -244,9 +271,10 @@ class Rollouts:
         chunk = min(self.chunk, in_flight)
         # Where weights may arrive in mid-flight a call must end now and then; otherwise its end is the work's own.
         slice_s = max(SLICE_S, CALL_S * len(self.workers)) if self.schedule.staleness else None
-        request = Exchange(chunk, weights, self.schedule.to_abort(name), slice_s)
+        dropped, worker.to_drop = worker.to_drop, []
+        request = Exchange(chunk, weights, [*dropped, *self.schedule.to_abort(name)], slice_s)
         summary, sequences = worker.handle.call("exchange", new, request, returns=2)
-        self._await(summary, partial(self._receive, worker, sequences))
+        self._await(summary, partial(self._receive, worker, sequences, dropped))
         worker.calls += 1
         return True
 
@@ -264,8 +292,8 @@ class Rollouts:
                 start = end
         return parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
-    def _receive(self, worker: Worker, sequences: Any, reference: Any) -> None:
-        """Take in what an exchange has brought."""
+    def _receive(self, worker: Worker, sequences: Any, dropped: list[int], reference: Any) -> None:
+        """Take in what an exchange has brought; nobody waits for the samples that it ``dropped``."""
         name = worker.handle.name
         if self.workers.get(name) is not worker:
             return  # an answer of a generator that is gone; its samples are with others
@@ -278,7 +306,7 @@ class Rollouts:
         self._hungry[name] = worker
         if summary["sample_ids"]:
             self.failures.pop(name, None)
-        self.schedule.aborted(name, summary["aborted"])
+        self.schedule.aborted(name, [sample for sample in summary["aborted"] if sample not in dropped])
         ids = np.array(summary["sample_ids"], dtype=np.int64)
         versions = np.array(summary["versions"], dtype=np.int64)
         held_out = np.array([sample in worker.held_out for sample in ids], dtype=bool)
@@ -320,9 +348,13 @@ class Rollouts:
     def _start(self) -> str:
         assert self.supply is not None
         handle = self.supply.start()
+        self._expect(handle)
+        return handle.name
+
+    def _expect(self, handle: Handle) -> None:
+        """A generator that has yet to start joins when it has."""
         self._starting.add(handle.name)
         self._await(handle.call("started"), partial(self._welcome, handle))
-        return handle.name
 
     def _welcome(self, handle: Handle, started: Any) -> None:
         """A new generator has started, or could not."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -47,6 +48,23 @@ class RolloutSchedule:
         self._again: deque[int] = deque()
         self._started = 0
         self._flying: Counter[int] = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands after a step: what `load_state_dict` goes on from, as plain values.
+
+        ``pending`` are the samples that were drawn and not trained on; they start anew.
+        """
+        untrained = {*self._again, *self._fresh, *self.finished}
+        untrained |= {sample for state in self.generators.values() for sample in state.in_flight}
+        state = {"trained": self.trained, "ends": list(self._ends), "repeated": self.repeated}
+        return state | {"pending": sorted(untrained)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the step in which `state_dict` was taken, its weights being the newest."""
+        self.trained = self.version = int(state["trained"])
+        self.repeated, self._ends = int(state["repeated"]), list(state["ends"])
+        self._fresh = deque(state["pending"])
+        self._started = (self._ends[-1] if self._ends else 0) - len(self._fresh)
 
     # What the data give.
 

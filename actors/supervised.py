@@ -104,7 +104,15 @@ class SupervisedTrainer(TrainingRank):
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
-    def save(self, folder: str) -> None:
+    def position(self) -> dict[str, Any]:
+        """Where the training data stand."""
+        return {"train": self.sampler.state_dict()}
+
+    def restore_position(self, position: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.sampler.load_state_dict(position["train"])
+
+    def save_model(self, folder: str) -> None:
         """Write model and tokenizer as a Hugging Face folder; all ranks must call it."""
         state = self.engine.full_state_on_rank_0()
         if state is None:
@@ -207,8 +215,10 @@ def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder) -
         run.note(note)
     began = time.perf_counter()
     epoch_steps = max(1, math.ceil(steps / config.epochs))
+    done, began = _resume(trainer, run, began) if config.resume else (0, began)
     with run.progress(config.stage, steps) as progress:
-        for step in range(1, steps + 1):
+        progress.done = done
+        for step in range(done + 1, steps + 1):
             started = time.perf_counter()
             figures = trainer.run("train_step")[0]
             seconds = time.perf_counter() - started
@@ -222,9 +232,27 @@ def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder) -
                 "throughput/tokens_per_second": tokens / seconds,
             }
             run.log(step, metrics)
+            if config.save_every and step % config.save_every == 0 and step < steps:
+                state = {"step": step, "elapsed": metrics["time/elapsed"], "metrics_bytes": run.metrics_bytes()}
+                with run.checkpoints.writing(step, state) as folder:
+                    trainer.run("save_state", str(folder / "training"))
             progress.advance(loss=metrics["loss"])
     trainer.run("save", str(run.folder / "final.part" / final_name(config)))
     run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
+
+
+def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
+    """Go on from the newest checkpoint: the steps that are done, and when the run would have begun without a break."""
+    checkpoint = run.checkpoints.newest()
+    if checkpoint is None:
+        run.rewind(0)
+        run.note("there is no checkpoint to resume from: the run starts at its first step")
+        return 0, began
+    state = checkpoint.state()
+    trainer.run("load_state", str(checkpoint.folder / "training"))
+    run.rewind(state["metrics_bytes"])
+    run.note(f"resumed after step {checkpoint.step}")
+    return checkpoint.step, began - state["elapsed"]
 
 
 def final_name(config: SupervisedConfig) -> str:

@@ -7,29 +7,34 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from actors.cluster import Cluster
 from actors.control import GeneratorSupply
 from actors.evaluate import HeldOut, write
-from actors.loop import make_rollouts, save, train_policy
+from actors.loop import make_rollouts, train_policy
+from actors.recovery import Recovery
 from actors.roles import connect, generator_spec, role_kinds, start_local, start_roles
 from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
-from beaver_ray import experience
+from actors.training_state import TrainingState
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.tokenized import BatchSampler, PromptDataset, check_tokenizer
+from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
-from beaver_ray.runs import RunFolder
+from beaver_ray.runs import RunFolder, is_finished
 
 
 def train(config: StageConfig) -> Path:
     """Run the stage and return its folder; ``final/`` is there exactly when all went well.
 
+    With ``resume`` it goes on from the newest checkpoint; a finished one is left as it is.
+
     Raises UserError, before any process is started where that can be seen, for anything the user can mend.
     """
+    if config.resume and is_finished(config.folder):
+        print(f"{config.folder} is complete", flush=True)
+        return config.folder
     seed_everything(config.seed, config.cluster.threads)
     with RunFolder(config) as run:
         if isinstance(config, SupervisedConfig):
@@ -46,23 +51,6 @@ def seed_everything(seed: int, threads: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-class PromptStream:
-    """Prompts of each step; every sample of a run has its own id."""
-
-    def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
-        self.prompts, self.repeat = prompts, config.rollout.samples_per_prompt
-        self.sampler = BatchSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
-        self.next_id = 0
-
-    def __call__(self, step: int) -> pa.RecordBatch:
-        """The next step's prompts, each as often as answers are wanted."""
-        ids = np.repeat(self.sampler.next_batch(), self.repeat)
-        samples = self.next_id + np.arange(len(ids))
-        self.next_id += len(ids)
-        tokens = [self.prompts.prompts[int(i)] for i in ids]
-        return experience.make_batch({"sample_id": samples, "prompt_id": ids, "prompt_tokens": tokens})
 
 
 def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
@@ -99,17 +87,24 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     try:
         roles = start_roles(config, cluster)
         supply = GeneratorSupply(cluster, generator_spec(config), config.name) if cluster else None
-        rollouts = make_rollouts(config, roles, PromptStream(config, prompts), supply, run.note)
+        state = TrainingState(config, prompts)
+        rollouts = make_rollouts(config, roles, state, supply, run.note)
+        recovery = Recovery(state, roles, rollouts, run, cluster)
+        trace = StepTrace(run.folder / "trace.json", config.total_steps(0))
 
         def evaluate(step: int) -> dict[str, float]:
             return held_out.figures(roles, rollouts, step) if held_out else {}
 
-        trace = StepTrace(run.folder / "trace.json", config.total_steps(0))
-        train_policy(config, roles, rollouts, run, trace, evaluate)
+        def whole_run() -> None:
+            train_policy(config, roles, rollouts, recovery, trace, evaluate)
+            recovery.save_models(run.folder / "final.part")
+            if held_out:
+                write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(0) + 1))
+
+        if config.resume:
+            recovery.resume()
+        recovery.keep_going(whole_run)
         trace.close()
-        save(roles, str(run.folder / "final.part"))
-        if held_out:
-            write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(len(prompts)) + 1))
     finally:
         if cluster:
             cluster.close()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.state import get_actor, list_tasks
 from ray.util.state.exception import RayStateApiException
@@ -18,21 +18,25 @@ from ray.util.state.exception import RayStateApiException
 from beaver_ray.errors import UserError
 
 _SECONDS_TO_ASK = 10
+_SECONDS_TO_DIE = 2.0  # the ranks of a group fail one after another when one of them has died
+_LOST = (RayActorError, ObjectLostError)
+POLL_S = 0.05
 
 
 class WorkerDiedError(RuntimeError):
-    """The process that owed an answer is gone; the message names it and says what Ray knows of its end."""
+    """The process that owed an answer is gone, or its answer is, with its node; the message says what Ray knows."""
 
 
 class WaitTimeoutError(RuntimeError):
     """Something did not answer in time; the message names it."""
 
 
-def fetch(thing: Any, what: str, timeout_s: float) -> Any:
+def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Any] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
-    Raises WaitTimeoutError that names ``what``, the processes that did not answer and what they were doing at the
-    deadline, WorkerDiedError where their process ended, and UserError where the other side raised one.
+    ``needs``: references that the answers wait for themselves. Raises WaitTimeoutError that names ``what``, the
+    processes that did not answer and what they were doing at the deadline, WorkerDiedError where a process ended that
+    an answer came or depended from, and UserError where the other side raised one.
     """
     refs = thing if isinstance(thing, list) else [thing]
     if not any(isinstance(ref, ray.ObjectRef) for ref in refs):
@@ -42,34 +46,70 @@ def fetch(thing: Any, what: str, timeout_s: float) -> Any:
     except GetTimeoutError:
         _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         count = f"{len(late)} of {len(refs)} answers" if len(refs) > 1 else "the answer"
-        raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {describe(late)}") from None
-    except RayActorError as error:
+        silent = describe(_late(needs) or late)
+        raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {silent}") from None
+    except _LOST as error:
         raise WorkerDiedError(f"{what}: its process died: {error}") from None
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
+        if death := _death(error, refs):
+            raise WorkerDiedError(f"{what}: a process died: {death}") from None
         raise
 
 
-def wait_any(refs: Sequence[Any], what: str, timeout_s: float) -> Any:
+def _late(refs: Sequence[Any]) -> list[Any]:
+    ready = ready_now(refs)
+    return [ref for ref in refs if ref not in ready]
+
+
+def _death(error: RayTaskError, refs: Sequence[Any]) -> Exception | None:
+    """The death of another process that this error, or that of another of the answers, comes from."""
+    if isinstance(error.cause, (*_LOST, WorkerDiedError)):
+        return error.cause
+    return next(iter(find_lost(refs, _SECONDS_TO_DIE).values()), None)
+
+
+def find_lost(refs: Sequence[Any], timeout_s: float) -> dict[Any, Exception]:
+    """Those of ``refs`` whose process is known, within that time, to have ended; with Ray's word of its end."""
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s, fetch_local=False)
+    lost: dict[Any, Exception] = {}
+    for ref in ready:
+        try:
+            ray.get(ref, timeout=timeout_s)
+        except _LOST as error:
+            lost[ref] = error
+        except RayTaskError:
+            continue
+    return lost
+
+
+def wait_any(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Any] = ()) -> Any:
     """The first of ``refs`` that is ready; what is no reference is ready.
 
-    Raises WaitTimeoutError that names ``what`` and the silent processes at the deadline.
+    Raises WaitTimeoutError that names ``what`` and the silent processes at the deadline; ``needs`` as for `fetch`.
     """
     for ref in refs:
         if not isinstance(ref, ray.ObjectRef):
             return ref
     ready, late = ray.wait(list(refs), num_returns=1, timeout=timeout_s, fetch_local=False)
     if not ready:
-        raise WaitTimeoutError(f"{what}: none of {len(refs)} answers came within {timeout_s:g} s; {describe(late)}")
+        silent = describe(_late(needs) or late)
+        raise WaitTimeoutError(f"{what}: none of {len(refs)} answers came within {timeout_s:g} s; {silent}")
     return ready[0]
 
 
-def wait_some(refs: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
-    """All of ``refs`` that are ready as soon as one is; see `wait_any`."""
-    first = wait_any(refs, what, timeout_s)
-    others = ready_now([ref for ref in refs if ref is not first])
-    return [first, *others]
+def wait_some(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Any] = ()) -> list[Any]:
+    """Those of ``refs`` that are ready: several of many where they come within a moment, else the first.
+
+    See `wait_any`. A wait costs as much as it has references, so that among many it is not for each of them.
+    """
+    if all(isinstance(ref, ray.ObjectRef) for ref in refs):
+        several = max(1, len(refs) // 8)
+        ray.wait(list(refs), num_returns=several, timeout=min(POLL_S, timeout_s), fetch_local=False)
+    if ready := ready_now(refs):
+        return ready
+    return [wait_any(refs, what, timeout_s, needs)]
 
 
 def ready_now(refs: Sequence[Any]) -> list[Any]:
@@ -104,7 +144,8 @@ def _last_seen(actor_id: str) -> str:
         return f"actor {actor_id} (unknown to the cluster)"
     doing = [f"running {task.func_or_class_name} for {_seconds_since(task.start_time_ms)}" for task in running]
     state = f"{str(actor.state).lower()}, node {(actor.node_id or 'none yet')[:8]}, pid {actor.pid}"
-    return f"{actor.name or actor.class_name} ({state}) was {', '.join(doing) or 'running nothing'}"
+    seen = f"{actor.name or actor.class_name} ({state}) was {', '.join(doing) or 'running nothing'}"
+    return f"{seen}; its log: ray logs actor --id {actor_id}"
 
 
 def _seconds_since(started_ms: float | None) -> str:

@@ -28,6 +28,9 @@ ROLES = (
 )
 
 
+GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the one that was probably meant, or all there are."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -60,7 +63,6 @@ class EngineConfig(_Strict):
     offload: Literal["none", "optimizer", "all"] = _option("What ZeRO keeps in host memory.", "none")
     micro_batch_tokens: int = _option("Most tokens in one forward and backward of a rank.", 4096, gt=0)
     gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", False)
-    max_grad_norm: float = _option("Gradients are clipped to this global norm.", 1.0, gt=0)
 
 
 class MultiplierConfig(_Strict):
@@ -100,8 +102,9 @@ class ConstraintConfig(_Strict):
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
     calibration: list[str] = _option("Held-out labelled pairs, for violation_rate.", default_factory=list)
-    weight: float = _option("reward_shaping: the fixed weight in reward - weight * cost.", 1.0, ge=0)
-    multiplier: MultiplierConfig = _option("Multiplier rule.", default_factory=MultiplierConfig)
+    multiplier: MultiplierConfig = _option(
+        "Multiplier rule; with reward_shaping its initial value stays.", default_factory=MultiplierConfig
+    )
 
     @property
     def bound(self) -> float:
@@ -159,7 +162,6 @@ class RolloutConfig(_Strict):
     temperature: float = _option("Sampling temperature.", 1.0, gt=0)
     max_sequences: int = _option("Sequences in flight in one generator.", 256, gt=0)
     kv_cache_gib: float = _option("KV cache of a generator on a CPU.", 1.0, gt=0)
-    gpu_memory_utilization: float = _option("Share of a GPU that a generator takes.", 0.85, gt=0, le=1)
     staleness: int = _option("Versions that generation may run ahead of training; 0 is synchronous.", 0, ge=0)
     in_flight: Literal["recompute", "keep", "finish"] = _option(
         "Sequences under way when weights arrive: recompute their KV cache, keep it, or finish them first.", "recompute"
@@ -203,12 +205,12 @@ class Placement(_Strict):
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = _option(
         "Ray's placement strategy of the group.", "PACK"
     )
+    labels: dict[str, str] = _option("Ray node labels that its nodes must have.", default_factory=dict)
 
 
 class ClusterConfig(_Strict):
     """Where roles run and how long anything may take."""
 
-    address: str | None = _option("Ray cluster to join; null for the running job's or a local one.", None)
     placement: dict[str, Placement] = _option("Role to resources.", default_factory=dict)
     threads: int = _option("CPU threads of each process.", 1, gt=0)
     start_timeout: float = _option("Seconds for all roles to start.", 900, gt=0)
@@ -233,7 +235,15 @@ class EvaluationConfig(_Strict):
     prompts: list[str] = _option("Held-out prompts (NAME[:PROPORTION[:PATH]]).", default_factory=list)
     world: str | None = _option("world.json of a small world: evaluate by its true reward and cost.", None)
     every: int = _option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
-    samples: int = _option("Answers for each held-out prompt.", 1, gt=0)
+
+
+class GuardConfig(_Strict):
+    """Divergence: what is not finite, KL above its limit, a cost above its limit or a fallen reward for long."""
+
+    action: Literal["warn", "stop"] = _option(
+        "warn: pass over an update that is not finite, and go on; stop: end the run with a checkpoint.", "warn"
+    )
+    kl: float | None = _option("Highest mean KL of an answer to the reference; null for none.", None, gt=0)
 
 
 class RunConfig(_Strict):
@@ -247,6 +257,9 @@ class RunConfig(_Strict):
         "Besides metrics.jsonl; wandb is offline unless WANDB_MODE says else.", "none"
     )
     cluster: ClusterConfig = _option("Roles on Ray.", default_factory=ClusterConfig)
+    save_every: int = _option("Write a checkpoint every so many steps; 0 for none.", 20, ge=0)
+    keep_checkpoints: int = _option("The newest so many stay.", 3, gt=0)
+    resume: bool = _option("Go on from the run's newest checkpoint, where there is one.", False)
 
     @property
     def folder(self) -> Path:
@@ -288,7 +301,7 @@ class SafePpoConfig(RunConfig):
     critic: OptimizerConfig = _option("The critics' optimizers.", default_factory=OptimizerConfig)
     engine: EngineConfig = _option("Training engine of the policy and the critics.", default_factory=EngineConfig)
     evaluation: EvaluationConfig = _option("Evaluation.", default_factory=EvaluationConfig)
-    save_every: int = _option("Save the models every so many steps; 0 for the end only.", 0, ge=0)
+    guard: GuardConfig = _option("What counts as divergence.", default_factory=GuardConfig)
     trajectory_every: int = _option(
         "Write a step's experience to trajectories/ every so many steps; 0 for never.", 10, ge=0
     )
@@ -339,6 +352,7 @@ class PipelineConfig(_Strict):
     """Stages in order, each feeding the next."""
 
     workspace: str = _option("Folder that all stages write to; they refer to it as ${workspace}.")
+    resume: bool = _option("Go on with a stage that was broken off.", False)
     world: dict[str, Any] | None = _option("Build a small world in workspace/world first, with these options.", None)
     stages: list[PipelineStage] = _option("Stages in order.", min_length=1)
 

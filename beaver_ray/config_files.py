@@ -67,8 +67,8 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     for entry in pipeline.stages:
         file = Path(path).parent / entry.config
         settings = [f"{key}={_as_yaml(value)}" for key, value in entry.set.items()]
-        workspace = f"workspace={_as_yaml(pipeline.workspace)}"
-        stages.append(load_config(file, [workspace, *settings, *to_stage[file.stem]]))
+        own = [f"workspace={_as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
+        stages.append(load_config(file, [*own, *settings, *to_stage[file.stem]]))
     return pipeline, stages
 
 
@@ -112,6 +112,22 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def save_config(config: BaseModel, path: Path) -> None:
     """The resolved configuration as YAML that load_config reads back."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def other_settings(path: Path, config: BaseModel) -> list[str]:
+    """What ``config`` sets otherwise than the file that `save_config` wrote: "ppo.clip_ratio 0.2 -> 0.1"."""
+    before = _flat(read_yaml(path)) if path.is_file() else {}
+    now = _flat(config.model_dump(mode="json"))
+    keys = [key for key in now if key in before and before[key] != now[key] and key != "resume"]
+    return [f"{key} {before[key]} -> {now[key]}" for key in keys]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted name."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        return {prefix: node}
+    return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def _child(node: Any, part: str, override: str) -> Any:

@@ -4,7 +4,7 @@ workspace/name/config.yaml        the resolved configuration
                metrics.jsonl      one object a step: ``step`` and flat keys, numbers finite or null
                notes.log          remarks about the run (dropped rows, recovered workers, ...)
                trajectories/      Parquet samples of the experience
-               checkpoints/step_N/
+               checkpoints/step_N/   complete or absent, never half (`beaver_ray.checkpoints`)
                final/             there only when the run is finished
                tensorboard/, wandb/   of the tracker, where one is chosen
 """
@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from beaver_ray.checkpoints import Checkpoints
 from beaver_ray.config import RunConfig
-from beaver_ray.config_files import save_config
+from beaver_ray.config_files import other_settings, save_config
 from beaver_ray.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -32,23 +33,31 @@ _BEFORE_THE_FIRST_STEP = {"config.yaml", "notes.log"}
 class RunFolder:
     """The folder of one run, made at once; ``trajectories`` and ``checkpoints`` exist, ``final`` does not.
 
-    Raises UserError where the folder holds a run that has started or finished. One that failed before its
-    first step (nothing but configuration and notes) is used again.
+    Raises UserError where the folder holds a run that has finished, or one that has started where the configuration
+    does not say ``resume``. One that failed before its first step (nothing but configuration and notes) is used again.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.folder = config.folder
-        if has_started(self.folder):
-            state = "a finished run" if is_finished(self.folder) else "a run that was started"
-            raise UserError(f"{self.folder} holds {state}: choose another name=..., or delete that folder")
+        started = has_started(self.folder)
+        if is_finished(self.folder):
+            raise UserError(f"{self.folder} holds a finished run: choose another name=..., or delete that folder")
+        if started and not config.resume:
+            raise UserError(
+                f"{self.folder} holds a run that was started: go on with resume=true, choose another name=..., "
+                f"or delete that folder"
+            )
         self.trajectories = self.folder / "trajectories"
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.final = self.folder / "final"
         try:
             self.trajectories.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-            (self.folder / "notes.log").unlink(missing_ok=True)
+            self.checkpoints.folder.mkdir(exist_ok=True)
+            changes = other_settings(self.folder / "config.yaml", config) if started else []
+            # However it came to its end, the run is that of this configuration.
+            save_config(config.model_copy(update={"resume": False}), self.folder / "config.yaml")
+            if not started:
+                (self.folder / "notes.log").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write the run's folder {self.folder}: {error.strerror}; set another workspace=..."
@@ -56,6 +65,17 @@ class RunFolder:
         self._config = config
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._tracker: Any = None
+        if changes:
+            self.note(f"resumed with other settings: {', '.join(changes)}")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, which `rewind` goes back to."""
+        return self._metrics.tell()
+
+    def rewind(self, metrics_bytes: int) -> None:
+        """Forget all figures after the first ``metrics_bytes`` of metrics.jsonl."""
+        self._metrics.truncate(metrics_bytes)
+        self._metrics.seek(0, os.SEEK_END)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one step's figures to metrics.jsonl and to the tracker; nan and inf become null."""
@@ -145,6 +165,10 @@ class Progress:
             self._bar.update(self._task, completed=self.done, figures=self._figures)
         elif self.done >= self.total or time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
             self._print_line()
+
+    def reach(self, done: int, /, **figures: float | str) -> None:
+        """So many pieces are done, perhaps fewer than before."""
+        self.advance(done - self.done, **figures)
 
     def close(self) -> None:
         """Say where the work ended, if that was not said yet."""

@@ -26,9 +26,9 @@ METHODS = {
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],
-    "reward_shaping_0.1": ["stage=reward_shaping", "constraints.harm.weight=0.1"],
-    "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.weight=1"],
-    "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.weight=10"],
+    "reward_shaping_0.1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=0.1"],
+    "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
+    "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
 STAGES = ("sft", "reward_model", "cost_model")
 

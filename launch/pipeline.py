@@ -131,8 +131,11 @@ def _is_complete(config: StageConfig) -> bool:
         return False
     advice = f"delete {folder}, or set another name or workspace"
     if not is_finished(folder):
-        raise UserError(f"{folder} holds a run that was broken off: {advice}")
-    if not (folder / "config.yaml").is_file() or load_config(folder / "config.yaml") != config:
+        if config.resume:
+            return False
+        raise UserError(f"{folder} holds a run that was broken off: go on with resume=true, or {advice}")
+    asked = config.model_copy(update={"resume": False})
+    if not (folder / "config.yaml").is_file() or load_config(folder / "config.yaml") != asked:
         raise UserError(f"{folder} holds a finished run of another configuration: {advice}")
     return True
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from beaver_ray.config import EngineConfig, SafePpoConfig, StageConfig
+from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError
 from beaver_ray.signals import critics, scorers
 
@@ -223,7 +223,7 @@ def _role_plan(
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in
         weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
-        gpu_share = config.rollout.gpu_memory_utilization * resources.gpu_gib * placement.gpus
+        gpu_share = GPU_SHARE * resources.gpu_gib * placement.gpus
         needs = gpu_share if on_gpu else weights + config.rollout.kv_cache_gib
     elif model is not None:
         weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
@@ -423,7 +423,7 @@ def _room_problems(made: Plan) -> list[str]:
         if made.gpu_gib > have.gpus * have.gpu_gib and not problems:
             problems.append(
                 f"the run needs about {made.gpu_gib:.1f} GiB of GPU memory, {have.name} has "
-                f"{have.gpus * have.gpu_gib:.1f}; lower rollout.gpu_memory_utilization or "
+                f"{have.gpus * have.gpu_gib:.1f}; lower the rollouts' gpus or "
                 f"engine.micro_batch_tokens"
             )
     return problems
@@ -434,7 +434,7 @@ def _room_problems(made: Plan) -> list[str]:
 
 def find_resources(config: StageConfig) -> Resources:
     """This machine's resources, or those of the Ray cluster that the run would join."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS")
     if config.debug or address in (None, "local"):
         return this_machine()
     return cluster_resources(str(address))
@@ -460,7 +460,7 @@ def cluster_resources(address: str) -> Resources:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             line = str(error).splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address} (cluster.address): {line}") from None
+            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {line}") from None
     total = ray.cluster_resources()
     if not joined_before:
         ray.shutdown()

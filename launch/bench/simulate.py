@@ -4,8 +4,10 @@ A stand-in has the generator's interface and its continuous batching: a sequence
 lasts as long whatever the batch. Lengths are log-normal, the longest 20 times the median. Many stand-ins share a
 process, since they only sleep; each is its own thread and its own handle for the scheduler, with its own calls.
 
-Two questions. How much longer is a step at staleness 1 than the longer of its two halves, generation and training
-each alone? And what of the driver's core does the scheduler take per 1,000 samples/s, with 8 to 256 generators?
+Two questions. How much longer is a step at staleness 1 than the longer of its two halves: the generation of one step's
+samples from the first prompt to the last answer, and its training? (With a tail of 20:1 the longest answer alone can
+take longer than all work divided by all places; a strict bound on staleness leaves it at most two steps less one
+training.) And what of the driver's core does the scheduler take per 1,000 samples/s, with 8 to 256 generators?
 """
 
 from __future__ import annotations
@@ -201,13 +203,15 @@ def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
     ideal = 0.1 if options.small else 2.5  # seconds of a step's generation with every place taken all the time
     tick_s = ideal * count * CAPACITY / float(lengths.sum())
     generators = start_generators(count, tick_s)
-    alone = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
+    alone = steps_of(generators, trainer, lengths, steps, staleness=0, train_s=0.0)
     generation = float(np.median(alone.step_s))
     outcome.samples["generation alone"] = alone.step_s
     what = f"{count} generators"
-    outcome.figures.append(
-        Figure(f"{what}: generation alone", generation, "s", generation / ideal, "no place ever empty")
-    )
+    outcome.figures += [
+        Figure(f"{what}: generation of one step's samples alone", generation, "s"),
+        Figure(f"{what}: its longest answer", float(lengths.max()) * tick_s, "s"),
+        Figure(f"{what}: its work, no place ever empty", ideal, "s"),
+    ]
     for share in (1.0,) if options.small else (0.5, 1.0, 2.0):
         found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=share * generation)
         step = float(np.median(found.step_s))

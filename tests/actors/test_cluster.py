@@ -174,11 +174,13 @@ def test_what_does_not_fit_is_named_within_the_deadline(make: Callable[..., Clus
 
 def test_nobody_at_the_address() -> None:
     program = """
+        import os
         from actors.cluster import Cluster
         from beaver_ray.config import ClusterConfig
         from beaver_ray.errors import UserError
+        os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
         try:
-            Cluster(ClusterConfig(address="127.0.0.1:1"), {"reward": "reward"})
+            Cluster(ClusterConfig(), {"reward": "reward"})
         except UserError as error:
             print("one line:", error)
     """
@@ -216,7 +218,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
         from beaver_ray.config import ClusterConfig
         from tests.actors.light_roles import Sleeper
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
-        cluster = Cluster(ClusterConfig(address="local"), {"reward": "reward"})
+        cluster = Cluster(ClusterConfig(), {"reward": "reward"})
         try:
             group = cluster.start("reward", Sleeper, [()])
             cluster.wait_started([group])

@@ -60,7 +60,7 @@ def negative_logprobs(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
 
 def train(rank: int, zero_stage: int, cuts: Sequence[Sequence[Sequence[int]]], max_norm: float) -> dict[str, Any]:
     """Three steps; ``cuts[rank]`` are the micro-batches, empty ones keep ranks in step."""
-    config = EngineConfig(zero_stage=zero_stage, max_grad_norm=max_norm)  # type: ignore[arg-type]
+    config = EngineConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
     engine = TrainingEngine(tied_llama(), "test", RATE, config, STEPS)
     figures = []
     for step in range(STEPS):
@@ -137,7 +137,7 @@ def test_two_ranks_are_one(two_ranks: Ranks, zero_stage: int) -> None:
 
 def train_on_chunks(rank: int, zero_stage: int, tied: bool) -> dict[str, np.ndarray]:
     """Three steps on packed rows, one row of each step left over; log-probs in chunks of the vocabulary's head."""
-    config = EngineConfig(zero_stage=zero_stage, max_grad_norm=1e6)  # type: ignore[arg-type]
+    config = EngineConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
     model = tied_llama(tied)
     assert install_logprob_head(model)
     engine = TrainingEngine(model, "test", RATE, config, STEPS)
