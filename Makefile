@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint lock clean
+.PHONY: help setup train test chaos lint lock clean
 
 HARDWARE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := requirements/$(HARDWARE).lock
@@ -12,7 +12,7 @@ ARGS ?=
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
-	@echo '  ARGS="..."    more arguments for train (key=value) or test (pytest); HARDWARE=cpu|cuda, PYTHON=python3.12 for setup'
+	@echo '  ARGS="..."    more arguments for train (key=value), test (pytest) or chaos; HARDWARE=cpu|cuda, PYTHON=python3.12 for setup'
 
 setup: $(STAMP)  ## .venv with everything, for this machine's CPU or CUDA; does nothing when it is up to date
 
@@ -25,6 +25,9 @@ train: setup  ## the whole pipeline on the small world, with a report at the end
 
 test: lint  ## lint, then all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+chaos: setup  ## a run on three local nodes under 30 random kills of all its processes (about half an hour on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 lint: setup  ## ruff, mypy and the rule that imports run one way
 	@$(BIN)/ruff check .

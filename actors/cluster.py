@@ -226,14 +226,19 @@ class Cluster:
             f"nodes: {'; '.join(nodes)}. Change cluster.placement or add nodes"
         )
 
-    def close(self) -> None:
-        """End this run's actors and give its resources back; leave Ray where this run joined it."""
-        if not ray.is_initialized():
-            return
+    def clear(self) -> None:
+        """End this run's actors and give its resources back."""
         for actor in self.actors.values():
             ray.kill(actor)
         for group in self.placed.values():
             remove_placement_group(group)
+        self.actors, self.placed, self.launches = {}, {}, {}
+
+    def close(self) -> None:
+        """End this run's actors and give its resources back; leave Ray where this run joined it."""
+        if not ray.is_initialized():
+            return
+        self.clear()
         if self.started:
             ray.shutdown()
 

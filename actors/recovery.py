@@ -14,17 +14,30 @@ from typing import TypeVar
 
 from actors.cluster import Cluster
 from actors.handles import Group
-from actors.roles import Roles, connect
+from actors.roles import Roles, connect, start_roles
 from actors.rollouts import Rollouts
 from actors.training_state import TrainingState
 from actors.waits import WorkerDiedError
 from beaver_ray.checkpoints import Checkpoint
+from beaver_ray.config import SafePpoConfig
 from beaver_ray.runs import RunFolder
 from beaver_ray.weights import PublishedWeights
 
 FAILURES = 3  # so many in a row, with no step finished in between, end the run
 
 Result = TypeVar("Result")
+
+
+def start_surely(config: SafePpoConfig, cluster: Cluster | None, note: Callable[[str], None]) -> Roles:
+    """Every role, started anew where one dies before all are ready; the FAILURES-th time its error comes out."""
+    for _ in range(FAILURES - 1):
+        try:
+            return start_roles(config, cluster)
+        except WorkerDiedError as error:
+            note(f"all processes are started anew: {error}")
+            assert cluster is not None
+            cluster.clear()
+    return start_roles(config, cluster)
 
 
 class Recovery:

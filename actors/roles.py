@@ -147,6 +147,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
         gpu_memory_utilization=GPU_SHARE * min(1.0, config.cluster.of("rollout").gpus or 1.0),
         trust_remote_code=config.models.trust_remote_code,
         threads=config.cluster.threads,
+        load_timeout_s=config.cluster.step_timeout,
     )
 
 

@@ -13,8 +13,8 @@ from actors.cluster import Cluster
 from actors.control import GeneratorSupply
 from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, train_policy
-from actors.recovery import Recovery
-from actors.roles import connect, generator_spec, role_kinds, start_local, start_roles
+from actors.recovery import Recovery, start_surely
+from actors.roles import connect, generator_spec, role_kinds, start_local
 from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
 from actors.training_state import TrainingState
@@ -85,7 +85,7 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     held_out = HeldOut(config) if config.evaluation.prompts else None
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
-        roles = start_roles(config, cluster)
+        roles = start_surely(config, cluster, run.note)
         supply = GeneratorSupply(cluster, generator_spec(config), config.name) if cluster else None
         state = TrainingState(config, prompts)
         rollouts = make_rollouts(config, roles, state, supply, run.note)

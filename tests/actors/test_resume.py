@@ -126,7 +126,16 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, tiny_world: Path) 
 
 def test_other_settings_are_said(tiny_world: Path, tmp_path: Path, one_rank: None) -> None:
     killed(config(tiny_world, tmp_path, "run", steps=3), "step", 2)
-    folder = train(config(tiny_world, tmp_path, "run", steps=3, resume=True, ppo={"minibatches": 2, "ptx_coefficient": 1.0, "clip_ratio": 0.1}))
+    folder = train(
+        config(
+            tiny_world,
+            tmp_path,
+            "run",
+            steps=3,
+            resume=True,
+            ppo={"minibatches": 2, "ptx_coefficient": 1.0, "clip_ratio": 0.1},
+        )
+    )
     assert "resumed with other settings: ppo.clip_ratio 0.2 -> 0.1" in (folder / "notes.log").read_text()
     killed(config(tiny_world, tmp_path, "other", steps=3), "step", 2)
     with pytest.raises(UserError, match="the checkpoint was trained with batch_size 16 but this run has 4"):
