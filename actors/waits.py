@@ -49,13 +49,18 @@ def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Any] = ()) ->
         silent = describe(_late(needs) or late)
         raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {silent}") from None
     except _LOST as error:
-        raise WorkerDiedError(f"{what}: its process died: {error}") from None
+        raise WorkerDiedError(f"{what}: its process died: {_brief(error)}") from None
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         if death := _death(error, refs):
-            raise WorkerDiedError(f"{what}: a process died: {death}") from None
+            raise WorkerDiedError(f"{what}: a process died: {_brief(death)}") from None
         raise
+
+
+def _brief(error: Exception) -> str:
+    """Ray's word of a death without its guesses at causes, which fill a screen."""
+    return str(error).partition(" Some common causes include")[0]
 
 
 def _late(refs: Sequence[Any]) -> list[Any]:
