@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,7 +55,11 @@ class Nodes:
 
     def start(self) -> None:
         """Start them."""
-        head = {"num_cpus": 4, "labels": {"kind": "training"}, "include_dashboard": True}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # The dashboard answers the question which process is which.
+        head = {"num_cpus": 4, "labels": {"kind": "training"}, "include_dashboard": True, "dashboard_port": port}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.cluster.add_node(num_cpus=4, labels={"kind": "training"})
         self.add()
