@@ -142,6 +142,40 @@ def scale(
 
 
 @app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the Ray cluster.")
+    ] = "http://127.0.0.1:8265",
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Variable of this shell that the job gets; the dashboard shows it."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the job; Ray makes one up.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is sent.")] = False,
+) -> int:
+    """Run a stage or a pipeline as a job of a Ray cluster: send this checkout, follow the log, end as the job does."""
+    from launch.submit import submit as send
+
+    return send(config, overrides or [], address, env or [], name, not no_wait)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Stage or pipeline to check as well.")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", envvar="RAY_ADDRESS", help="Running Ray cluster to check as well.")
+    ] = None,
+) -> int:
+    """Check this machine, and what CONFIG and a cluster need; ends with 1 where something fails."""
+    from launch.doctor import examine
+
+    return examine(config, overrides or [], address)
+
+
+@app.command()
 def options(stage: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
     """List every option of a stage with its default and its line of help."""
     if stage not in STAGES:

@@ -1,11 +1,13 @@
-"""`ray job submit --working-dir .` of a checkout to a cluster of two nodes that asks for a token."""
+"""A checkout as a job of a cluster of two nodes that asks for a token: `ray job submit`, `beaver-ray submit`, `doctor`."""
 
 from __future__ import annotations
 
 import json
 import os
+import pty
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from beaver_ray.runs import read_metrics
 from tests.tiny_ppo import build_workspace, write_stage
@@ -35,6 +38,8 @@ class TwoNodes:
         token.write_text(secrets.token_hex(32))
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+        # Jobs call this Python by its name, as on a node whose environment is on the path.
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment |= {"RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -68,6 +73,11 @@ class TwoNodes:
         return subprocess.run(
             [*RAY, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout
         )
+
+    def beaver_ray(self, *arguments: object, cwd: Path, **changes: str) -> dict[str, Any]:
+        """How to start our own command line, from a folder that is no checkout."""
+        environment = self.environment | {"PYTHONPATH": str(ROOT)} | changes
+        return {"args": [sys.executable, "-m", "launch", *map(str, arguments)], "cwd": cwd, "env": environment}
 
     def state(self, kind: str) -> list[dict[str, Any]]:
         """`ray list KIND`."""
@@ -119,18 +129,6 @@ def nodes() -> Iterator[TwoNodes]:
         yield cluster
     finally:
         cluster.close()
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user's checkout holds: the files that git knows or would add."""
-    folder = tmp_path_factory.mktemp("checkout")
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "beaver_ray", "actors", "launch"]
-    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
 
 
 def test_a_stranger_without_the_token_is_turned_away(nodes: TwoNodes) -> None:
@@ -188,3 +186,109 @@ def test_a_users_mistake_fails_the_job_in_one_line(nodes: TwoNodes, checkout: Pa
     jobs = {job["submission_id"]: job for job in nodes.state("jobs")}
     assert jobs["mistake"]["status"] == "FAILED"
     assert "error: " in done.stdout and "/nowhere/model" in done.stdout and "Traceback" not in done.stdout
+
+
+@pytest.fixture
+def stage_in_checkout(checkout: Path, tmp_path: Path) -> Iterator[Path]:
+    """A stage of the checkout's own, that trains for seconds in one process."""
+    tree = {
+        "stage": "sft",
+        "workspace": "runs",
+        "name": "tiny",
+        "model": "${workspace}/world/model",
+        "train": ["demonstrations:1:${workspace}/world/demonstrations/train.jsonl"],
+        "epochs": 1,
+        "max_tokens": 64,
+        "debug": True,
+    }
+    path = checkout / "configs" / "tiny.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    yield path
+    path.unlink()
+
+
+@pytest.mark.timeout(200)
+def test_submit_from_another_directory(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
+    workspace = build_workspace(tmp_path / "shared")
+    options = ["--address", nodes.dashboard, "--name", "from-afar", "--env", "WANDB_API_KEY"]
+    command = nodes.beaver_ray("submit", stage_in_checkout, *options, f"workspace={workspace}", cwd=tmp_path)
+    command["env"]["WANDB_API_KEY"] = "a secret that was asked for"
+    done = subprocess.run(**command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = f"job from-afar: python -m launch train configs/tiny.yaml workspace={workspace}"
+    assert said in done.stdout and f"report: {workspace}/tiny/report.html" in done.stdout  # ours, and the job's own
+    assert "WARNING" not in done.stderr and "INFO" not in done.stderr
+    assert (workspace / "tiny" / "final" / "policy" / "config.json").is_file()
+
+    again = subprocess.run(**command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "from-afar already exists" in again.stderr
+
+
+@pytest.mark.timeout(120)
+def test_submit_ends_as_the_job_does(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
+    arguments = [stage_in_checkout, "--address", nodes.dashboard, f"workspace={tmp_path}", "model=/nowhere/model"]
+    command = nodes.beaver_ray("submit", *arguments, cwd=tmp_path)
+    done = subprocess.run(**command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: " in done.stdout and "/nowhere/model" in done.stdout and " failed\n" in done.stderr
+
+
+def test_submit_with_another_token(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
+    other = tmp_path / "token"
+    other.write_text("0" * 64)
+    arguments = ["submit", stage_in_checkout, "--address", nodes.dashboard, "workspace=/tmp"]
+    for changes in ({"RAY_AUTH_TOKEN_PATH": str(other)}, {"RAY_AUTH_MODE": "disabled"}):
+        command = nodes.beaver_ray(*arguments, cwd=tmp_path, **changes)
+        done = subprocess.run(**command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"error: {nodes.dashboard} wants its cluster's token" in done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_leaves_the_job_or_stops_it(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
+    workspace = build_workspace(tmp_path / "shared")
+    terminal, terminal_of_process = pty.openpty()
+    for name, stdin, code, status in (
+        ("left", subprocess.DEVNULL, 130, {"PENDING", "RUNNING"}),
+        ("stopped", terminal_of_process, 1, {"STOPPED"}),
+    ):
+        options = [
+            "--address",
+            nodes.dashboard,
+            "--name",
+            name,
+            f"workspace={workspace}",
+            f"name={name}",
+            "epochs=1000",
+        ]
+        command = nodes.beaver_ray("submit", stage_in_checkout, *options, cwd=tmp_path)
+        process = subprocess.Popen(**command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout and process.stderr
+        while "Running entrypoint" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        os.write(terminal, b"y\n")
+        assert process.wait(60) == code
+        said = process.stdout.read() + process.stderr.read()
+        assert {j["submission_id"]: j["status"] for j in nodes.state("jobs")}[name] in status
+        if name == "left":
+            look = f"`ray job logs --follow --address {nodes.dashboard} left`"
+            assert f"job left goes on; follow it with {look}" in said and "Traceback" not in said
+            os.read(terminal, 100)  # what was typed for nobody
+            assert nodes.run("job", "stop", "--address", nodes.dashboard, name).returncode == 0
+        else:
+            assert "stop job stopped? [y/N]" in said and "job stopped was stopped" in said
+    os.close(terminal)
+    os.close(terminal_of_process)
+
+
+@pytest.mark.timeout(120)
+def test_doctor_tries_the_network_between_nodes(nodes: TwoNodes, tmp_path: Path) -> None:
+    command = nodes.beaver_ray("doctor", "--address", nodes.gcs, cwd=tmp_path)
+    done = subprocess.run(**command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.split(": ")[0].split("  ")[1]: line for line in done.stdout.splitlines()[:-1]}
+    assert found["nodes"].startswith("pass  nodes: 2 alive, 4 CPUs, 0 GPUs, Ray ")
+    assert found["network"].startswith("pass  network: 2 connections between 2 nodes, the slowest in ")
+    assert found["token"].startswith("warn  token: other users")  # the fixture's file has the usual permissions

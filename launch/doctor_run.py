@@ -1,0 +1,289 @@
+"""Checks of what a configuration needs, and of a running cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from beaver_ray.config import ClusterConfig, SafePpoConfig, StageConfig
+from beaver_ray.config_files import load_config, load_pipeline, read_yaml
+from beaver_ray.errors import UserError
+from beaver_ray.signals import critics
+from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
+from launch.planning import DTYPE_BYTES, Resources, cluster_resources, plan, read_model, this_machine
+
+NETWORK_S, CONNECT_S = 45.0, 5.0
+SHOWN = 4
+
+
+def read_stages(config: Path, overrides: Sequence[str]) -> tuple[list[StageConfig], list[Path]]:
+    """(CONFIG's stage, or the stages of the pipeline that it is; folders that the pipeline makes before them).
+
+    Raises UserError for what is wrong in them.
+    """
+    if "stages" not in read_yaml(config):
+        return [load_config(config, list(overrides))], []
+    pipeline, stages = load_pipeline(config, list(overrides))
+    return stages, [] if pipeline.world is None else [Path(pipeline.workspace) / "world"]
+
+
+@contextlib.contextmanager
+def joined(address: str | None) -> Iterator[tuple[Resources, list[Check]]]:
+    """Join the cluster at ``address``, where one is given, and leave it at the end.
+
+    Gives what there is for a run, and the checks of the cluster.
+    """
+    if address is None or address == "local":
+        yield this_machine(), []
+        return
+    from actors.cluster import Cluster
+
+    try:
+        cluster = Cluster(ClusterConfig(address=address), {})
+    except UserError as error:
+        yield this_machine(), [("cluster", partial(Finding, "fail", str(error)))]
+        return
+    try:
+        yield cluster_resources(address), [("nodes", nodes), ("network", network)]
+    finally:
+        cluster.close()
+
+
+# A run
+
+
+def stage_checks(stages: Sequence[StageConfig], before: Sequence[Path], resources: Resources) -> list[Check]:
+    """What these stages need, in their order: what an earlier one writes is there for the next.
+
+    before: folders that are made before the first.
+    """
+    checks: list[Check] = []
+    made = list(before)
+    for stage in stages:
+        checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
+        missing = [model for model in models_of(stage).values() if not _is_there(model)]
+        if not missing:
+            checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
+        if not missing and isinstance(stage, SafePpoConfig) and not stage.debug:
+            checks.append((f"{stage.name}: object store", partial(object_store, stage, *_largest_store(resources))))
+        # The plan knows no sizes of models that are yet to be loaded from the hub, but the GPUs that they get.
+        if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
+            checks.append((f"{stage.name}: room", partial(room, stage, resources)))
+        made.append(stage.folder)
+    return checks
+
+
+def models_of(config: StageConfig) -> dict[str, str]:
+    """Part of the stage to the model folder, or hub name, that it starts from."""
+    if not isinstance(config, SafePpoConfig):
+        return {"model": config.model}
+    models = config.models
+    parts = {"policy": models.policy, "reference": models.reference or models.policy, "reward": models.reward}
+    parts |= {f"cost-{constraint.name}": constraint.model for constraint in config.constraints}
+    return parts | {critic.name: critic.model for critic in critics(config)}
+
+
+def models(config: StageConfig, made: Sequence[Path]) -> Finding:
+    """Every model is there and its safetensors are whole; those in folders of ``made`` may be yet to come."""
+    from safetensors import SafetensorError, safe_open
+
+    from beaver_ray.models.loading import check_model_folder
+
+    later, unloaded = [], []
+    parts = models_of(config)
+    wanted = {model: next(p for p, m in parts.items() if m == model) for model in parts.values()}
+    for model, part in wanted.items():
+        folder = Path(model)
+        if not folder.exists() and _is_inside(model, made):
+            later.append(part)
+            continue
+        check_model_folder(model, part)
+        if not folder.exists():
+            unloaded += [] if _is_there(model) else [model]
+            continue
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            return Finding("fail", f"{part}: no safetensors in {folder}", "save the model again, as safetensors")
+        for file in files:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                return Finding("fail", f"{part}: {file} is not whole ({error})", "copy or save it again")
+    if unloaded:
+        line, load = f"{', '.join(unloaded)} must come from the hub", f"hf download {unloaded[0]}"
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+            return Finding("fail", f"{line}, but HF_HUB_OFFLINE is set", load)
+        return Finding("warn", line, f"{load} on every node, or give a folder that all nodes see")
+    count = f"{len(wanted)} model" + "s" * (len(wanted) > 1)
+    return Finding("pass", count + (f"; yet to come from an earlier stage: {', '.join(later)}" if later else ""))
+
+
+def tokenizers(config: StageConfig) -> Finding:
+    """Every tokenizer loads; the reference's and the critics' are the policy's, as they read its tokens."""
+    from beaver_ray.data.tokenized import same_tokenizer
+    from beaver_ray.models.loading import load_tokenizer
+
+    trust = config.models.trust_remote_code if isinstance(config, SafePpoConfig) else config.trust_remote_code
+    parts = models_of(config)
+    loaded = {model: load_tokenizer(model, trust) for model in dict.fromkeys(parts.values())}
+    if not isinstance(config, SafePpoConfig):
+        return Finding("pass", f"{len(loaded[config.model].get_vocab())} tokens")
+    policy = loaded[config.models.policy]
+    others = [part for part, model in parts.items() if not same_tokenizer(loaded[model], policy)]
+    reading = [part for part in others if part.startswith(("critic", "reference"))]
+    if reading:
+        line = f"not the policy's: {', '.join(f'{part} ({parts[part]})' for part in reading)}"
+        return Finding("fail", line, "start these from models that have the policy's tokenizer")
+    remark = f"; {', '.join(others)} read the answers' text with their own" if others else ""
+    return Finding("pass", f"{len(policy.get_vocab())} tokens{remark}")
+
+
+def room(config: StageConfig, resources: Resources) -> Finding:
+    """The plan against what there is."""
+    made = plan(config, resources)
+    if made.problems:
+        return Finding("fail", made.problems[0], "beaver-ray plan shows every role")
+    gpus = f", {made.gpus:g} GPUs" if made.gpus else ""
+    return Finding("pass", f"{made.cpus:g} CPUs{gpus}, {made.host_gib:.1f} GiB of memory on {resources.name}")
+
+
+def step_gib(config: SafePpoConfig) -> float:
+    """What one step has in the object store: experience, as parts and joined, and the versions of the weights."""
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    signals = 1 + (len(config.constraints) if config.stage == "safe_ppo" else 0)
+    columns = 5 + 3 * signals  # tokens, versions and three log-probs; values, advantages and returns
+    tokens = config.data.max_prompt_tokens + columns * config.rollout.max_new_tokens
+    facts = read_model(config.models.policy)
+    numbers = config.models.lora_rank * (facts.linear or 0) if config.models.lora_rank else facts.parameters or 0
+    weights = numbers * DTYPE_BYTES[config.engine.dtype] * (config.rollout.staleness + 2)
+    return (2 * 4 * samples * tokens + weights) / GIB
+
+
+def object_store(config: SafePpoConfig, largest_gib: float, where: str) -> Finding:
+    """The object store of the largest node, where the policy may publish, against a step."""
+    line = f"a step needs about {step_gib(config):.2f} GiB, {where} has {largest_gib:.1f}"
+    if step_gib(config) <= largest_gib:
+        return Finding("pass", line)
+    mend = "ray start --object-store-memory=BYTES, and more /dev/shm"
+    return Finding("warn", f"{line}; Ray would use its disk", mend)
+
+
+def _largest_store(resources: Resources) -> tuple[float, str]:
+    """(GiB of the largest object store, whose it is): of a joined cluster, or what Ray would take here."""
+    import ray
+
+    if ray.is_initialized():
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return max(node.get("object_store_memory", 0.0) for node in alive) / GIB, "the largest node"
+    return min(resources.memory_gib * STORE_SHARE, STORE_MOST / GIB), "Ray's store here"
+
+
+def _is_there(model: str) -> bool:
+    """Whether it is a folder, or a name whose model is in the local cache of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _is_hub_name(model):
+        return Path(model).exists()
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _is_hub_name(model: str) -> bool:
+    return not Path(model).exists() and not model.startswith("/") and model.count("/") == 1
+
+
+def _is_inside(model: str, folders: Sequence[Path]) -> bool:
+    return any(Path(model).is_relative_to(folder) for folder in folders)
+
+
+# A cluster
+
+
+def nodes() -> Finding:
+    """How many nodes are there, and whether some were lost."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    total = ray.cluster_resources()
+    line = f"{len(alive)} alive, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs, Ray {ray.__version__}"
+    lost = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
+    if lost:
+        return Finding("warn", f"{line}; lost: {', '.join(lost[:SHOWN])}", "look at its raylet.out for the reason")
+    return Finding("pass", line)
+
+
+def network(timeout_s: float = NETWORK_S) -> Finding:
+    """Whether every node can open a connection to every other one, at a port of the system's choice."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from actors.waits import WaitTimeoutError, WorkerDiedError, fetch
+
+    actor: Any = ray.remote(_ear())
+    alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    ears = []
+    for node, ip in alive.items():
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        ears.append(actor.options(num_cpus=0, scheduling_strategy=place).remote(ip))
+    try:
+        doors = fetch([ear.door.remote() for ear in ears], "network check: a listener on every node", timeout_s)
+        others = [[other for other in doors if other != door] for door in doors]
+        calls = [ear.reach.remote(there, CONNECT_S) for ear, there in zip(ears, others, strict=True)]
+        tried = fetch(calls, "network check: connections between nodes", timeout_s)
+    except (WaitTimeoutError, WorkerDiedError) as error:
+        return Finding("fail", str(error), "look at the node with `ray list nodes` and at its logs")
+    finally:
+        for ear in ears:
+            ray.kill(ear)
+    return connections(list(alive.values()), tried)
+
+
+def connections(ips: Sequence[str], tried: Sequence[Sequence[tuple[str, str, float]]]) -> Finding:
+    """The finding about what each node (``ips``) tried: (address of another, error or nothing, seconds)."""
+    every = [(ip, *attempt) for ip, attempts in zip(ips, tried, strict=True) for attempt in attempts]
+    failed = [f"{ip} to {other} ({error})" for ip, other, error, _ in every if error]
+    if failed:
+        more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        mend = "open all TCP ports between the nodes (firewall, security group, network policy)"
+        return Finding("fail", f"no connection from {', '.join(failed[:SHOWN])}{more}", mend)
+    if not every:
+        return Finding("pass", "one node, nothing to connect")
+    slowest = max(seconds for *_, seconds in every)
+    return Finding("pass", f"{len(every)} connections between {len(ips)} nodes, the slowest in {slowest * 1e3:.1f} ms")
+
+
+def _ear() -> type:
+    """A class that listens on its node and connects to others.
+
+    Made in a function, so that it travels by value: nodes need nothing of this project for it.
+    """
+
+    class Ear:
+        def __init__(self, ip: str) -> None:
+            import socket
+
+            self.ip, self.listener = ip, socket.create_server(("", 0))
+
+        def door(self) -> str:
+            return f"{self.ip}:{self.listener.getsockname()[1]}"
+
+        def reach(self, doors: list[str], timeout_s: float) -> list[tuple[str, str, float]]:
+            import socket
+            import time
+
+            tried = []
+            for door in doors:
+                ip, _, port = door.rpartition(":")
+                started, error = time.perf_counter(), ""
+                try:
+                    socket.create_connection((ip, int(port)), timeout_s).close()
+                except OSError as problem:
+                    error = problem.strerror or str(problem)
+                tried.append((door, error, time.perf_counter() - started))
+            return tried
+
+    return Ear
