@@ -170,7 +170,7 @@ def disk(folder: Path, little_gib: float) -> Finding:
     there = next(path for path in [folder, *folder.parents] if path.exists())
     usage = shutil.disk_usage(there)
     line = f"{folder}: {usage.free / GIB:.1f} GiB free"
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         return Finding("fail", f"{folder} cannot be written", "set another workspace=..., or RAY_TMPDIR for Ray")
     if usage.used > DISK_FULL * (usage.used + usage.free):
         return Finding("fail", f"{line}; Ray takes a disk above 95 % for full", "free some, or set RAY_TMPDIR")

@@ -1,4 +1,4 @@
-"""A checkout as a job of a cluster of two nodes that asks for a token: `ray job submit`, `beaver-ray submit`, `doctor`."""
+"""A checkout as a job of a cluster of two nodes that asks for a token, and `beaver-ray doctor` on it."""
 
 from __future__ import annotations
 
@@ -189,14 +189,14 @@ def test_a_users_mistake_fails_the_job_in_one_line(nodes: TwoNodes, checkout: Pa
 
 
 @pytest.fixture
-def stage_in_checkout(checkout: Path, tmp_path: Path) -> Iterator[Path]:
+def stage_in_checkout(checkout: Path, tiny_world: Path) -> Iterator[Path]:
     """A stage of the checkout's own, that trains for seconds in one process."""
     tree = {
         "stage": "sft",
         "workspace": "runs",
         "name": "tiny",
-        "model": "${workspace}/world/model",
-        "train": ["demonstrations:1:${workspace}/world/demonstrations/train.jsonl"],
+        "model": str(tiny_world / "model"),
+        "train": [f"demonstrations:1:{tiny_world}/demonstrations/train.jsonl"],
         "epochs": 1,
         "max_tokens": 64,
         "debug": True,
@@ -210,7 +210,7 @@ def stage_in_checkout(checkout: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.timeout(200)
 def test_submit_from_another_directory(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
-    workspace = build_workspace(tmp_path / "shared")
+    workspace = tmp_path / "shared"
     options = ["--address", nodes.dashboard, "--name", "from-afar", "--env", "WANDB_API_KEY"]
     command = nodes.beaver_ray("submit", stage_in_checkout, *options, f"workspace={workspace}", cwd=tmp_path)
     command["env"]["WANDB_API_KEY"] = "a secret that was asked for"
@@ -247,7 +247,6 @@ def test_submit_with_another_token(nodes: TwoNodes, stage_in_checkout: Path, tmp
 
 @pytest.mark.timeout(200)
 def test_ctrl_c_leaves_the_job_or_stops_it(nodes: TwoNodes, stage_in_checkout: Path, tmp_path: Path) -> None:
-    workspace = build_workspace(tmp_path / "shared")
     terminal, terminal_of_process = pty.openpty()
     for name, stdin, code, status in (
         ("left", subprocess.DEVNULL, 130, {"PENDING", "RUNNING"}),
