@@ -93,6 +93,8 @@ class Cluster:
             # that Ray has started ahead can be used.
             os.environ.update(self.environment)
             self.environment = {}
+        # An error comes out where its answer is waited for; those that nobody waits for any more follow from it.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             _knock(address)
             ray.init(**options)
@@ -183,6 +185,8 @@ class Cluster:
         WaitTimeoutError.
         """
         handles = [handle for group in groups for handle in group.workers]
+        if not handles:
+            return []
         generators = {handle.name for group in groups if group.name == GENERATORS for handle in group.workers}
         deadline = time.monotonic() + self.config.start_timeout
         nodes = sum(node["Alive"] for node in ray.nodes())

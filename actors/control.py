@@ -19,6 +19,7 @@ from beaver_ray.errors import UserError
 
 NAMESPACE, PREFIX = "beaver-ray", "control:"
 ANSWER_S = 30.0
+ALWAYS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}  # Ray starts it anew wherever it can
 
 
 class Control:
@@ -43,7 +44,7 @@ class GeneratorSupply:
         self.cluster, self.spec = cluster, spec
         actor: Any = ray.remote(Control)
         try:
-            self.control = actor.options(name=PREFIX + run, namespace=NAMESPACE, num_cpus=0).remote()
+            self.control = actor.options(name=PREFIX + run, namespace=NAMESPACE, num_cpus=0, **ALWAYS).remote()
         except ValueError:
             raise UserError(f"a run called {run!r} is going on on this cluster already; set another name=...") from None
         cluster.actors["control"] = self.control

@@ -404,7 +404,10 @@ class Rollouts:
             self._await(self.supply.wanted(), self._told)
 
     def _told(self, answer: Any) -> None:
-        count = fetch(answer, "the wanted number of rollout workers", self.timeout_s)
+        try:
+            count = fetch(answer, "the wanted number of rollout workers", self.timeout_s)
+        except WorkerDiedError:
+            return  # started anew by then, and asked again soon
         if count is not None:
             self.resize(count)
 

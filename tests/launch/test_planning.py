@@ -204,7 +204,7 @@ def test_a_group_shares_bundles_by_rank(stage_file: StageFile) -> None:
     made = plan(load_config(stage_file(), [f"cluster.placement={{{roles}}}"]), gpu)
     assert made.groups["all"] == [(2.0, 0.75), (1.0, 0.5)]
     rollout = next(r for r in made.roles if r.role == "rollout")
-    assert rollout.gpu_gib == 0.85 * 80 * 0.5 and rollout.host_gib == 2.0
+    assert rollout.gpu_gib == 0.9 * 80 * 0.5 and rollout.host_gib == 2.0
     made.check()
 
 
@@ -217,7 +217,7 @@ def test_what_cannot_fit(stage_file: StageFile) -> None:
     cluster = Resources("the cluster", 64.0, cpus=4.0)
     assert "asks for 8 CPUs, the cluster has 4" in problem(path, cluster)
     full = "cluster.placement={rollout: {gpus: 0.9, group: g}, policy: {gpus: 0.1, group: g}}"
-    message = problem(path, gpu, full, "rollout.gpu_memory_utilization=1", "engine.micro_batch_tokens=2000000")
+    message = problem(path, gpu, full, "engine.micro_batch_tokens=2000000")
     assert message.startswith("rollout, policy need about 1") and "16.0 GiB on 1 GPUs of group g" in message
 
 
