@@ -55,10 +55,10 @@ class Group:
         """``other`` stands in ``worker``'s place from now on."""
         self.workers[self.workers.index(worker)] = other
 
-    def wait(self, references: Any, doing: str, needs: Sequence[Any] = ()) -> Any:
+    def wait(self, references: Any, doing: str, needs: Sequence[Sequence[Any]] = ()) -> Any:
         """Results of this group's calls; the error at the deadline names who is late and what it was doing.
 
-        ``needs``: what the calls wait for themselves.
+        ``needs``: what the calls wait for themselves, what comes first first.
         """
         what = f"{self.name} ({doing})"
         if self.meanwhile is not None:

@@ -143,7 +143,7 @@ def build_experience(
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
     computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
-    needs = [*scores, *flat]
+    needs = [[sequences], [*scores, *flat]]
     figures, costs = roles.experience.wait(computed, "building experience", needs)
     return roles.experience.wait(stats, "building experience", needs) | figures, costs, experience
 

@@ -216,7 +216,7 @@ class Rollouts:
         while not done():
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
-            needs = self.weights.buckets if self.weights else ()
+            needs = [self.weights.buckets] if self.weights else ()
             self._take_in(wait_some(self._references(), f"rollout generators ({what})", self.timeout_s, needs))
 
     def serve(self) -> None:

@@ -31,10 +31,10 @@ class WaitTimeoutError(RuntimeError):
     """Something did not answer in time; the message names it."""
 
 
-def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Any] = ()) -> Any:
+def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
-    ``needs``: references that the answers wait for themselves. Raises WaitTimeoutError that names ``what``, the
+    ``needs``: references that the answers wait for themselves, what comes first first. Raises WaitTimeoutError that names ``what``, the
     processes that did not answer and what they were doing at the deadline, WorkerDiedError where a process ended that
     an answer came or depended from, and UserError where the other side raised one.
     """
@@ -46,7 +46,7 @@ def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Any] = ()) ->
     except GetTimeoutError:
         _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         count = f"{len(late)} of {len(refs)} answers" if len(refs) > 1 else "the answer"
-        silent = describe(_late(needs) or late)
+        silent = describe(next(filter(None, map(_late, needs)), late))
         raise WaitTimeoutError(f"{what}: {count} did not come within {timeout_s:g} s; {silent}") from None
     except _LOST as error:
         raise WorkerDiedError(f"{what}: its process died: {_brief(error)}") from None
@@ -89,7 +89,7 @@ def find_lost(refs: Sequence[Any], timeout_s: float) -> dict[Any, Exception]:
     return lost
 
 
-def wait_any(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Any] = ()) -> Any:
+def wait_any(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The first of ``refs`` that is ready; what is no reference is ready.
 
     Raises WaitTimeoutError that names ``what`` and the silent processes at the deadline; ``needs`` as for `fetch`.
@@ -99,12 +99,12 @@ def wait_any(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[A
             return ref
     ready, late = ray.wait(list(refs), num_returns=1, timeout=timeout_s, fetch_local=False)
     if not ready:
-        silent = describe(_late(needs) or late)
+        silent = describe(next(filter(None, map(_late, needs)), late))
         raise WaitTimeoutError(f"{what}: none of {len(refs)} answers came within {timeout_s:g} s; {silent}")
     return ready[0]
 
 
-def wait_some(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Any] = ()) -> list[Any]:
+def wait_some(refs: Sequence[Any], what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> list[Any]:
     """Those of ``refs`` that are ready: several of many where they come within a moment, else the first.
 
     See `wait_any`. A wait costs as much as it has references, so that among many it is not for each of them.

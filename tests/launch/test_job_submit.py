@@ -252,16 +252,9 @@ def test_ctrl_c_leaves_the_job_or_stops_it(nodes: TwoNodes, stage_in_checkout: P
         ("left", subprocess.DEVNULL, 130, {"PENDING", "RUNNING"}),
         ("stopped", terminal_of_process, 1, {"STOPPED"}),
     ):
-        options = [
-            "--address",
-            nodes.dashboard,
-            "--name",
-            name,
-            f"workspace={workspace}",
-            f"name={name}",
-            "epochs=1000",
-        ]
-        command = nodes.beaver_ray("submit", stage_in_checkout, *options, cwd=tmp_path)
+        options = ["--address", nodes.dashboard, "--name", name]
+        overrides = [f"workspace={tmp_path}", f"name={name}", "epochs=1000"]
+        command = nodes.beaver_ray("submit", stage_in_checkout, *options, *overrides, cwd=tmp_path)
         process = subprocess.Popen(**command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout and process.stderr
         while "Running entrypoint" not in (line := process.stdout.readline()):
