@@ -96,7 +96,7 @@ class Cluster:
         # An error comes out where its answer is waited for; those that nobody waits for any more follow from it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
-            _knock(address)
+            knock(address)
             ray.init(**options)
         except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -247,7 +247,7 @@ class Cluster:
             ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raise OSError where nobody listens at HOST:PORT: Ray's own core would end this process instead."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:

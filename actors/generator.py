@@ -31,7 +31,7 @@ from actors.exchange import (
     sample_seed,
 )
 from actors.waits import fetch
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 from beaver_ray.weights import PublishedWeights, verify
 
 
@@ -90,19 +90,23 @@ def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[in
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        config: Any = GenerationConfig.from_pretrained(folder)
-    except OSError:  # a folder without generation_config.json
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        try:
+            config: Any = GenerationConfig.from_pretrained(folder)
+        except OSError:  # a folder without generation_config.json
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of broken files transformers raises nearly anything
+        raise UserError(f"cannot read the EOS tokens of {folder}: {first_line(error)}") from None
     found = config.eos_token_id
-    ids = set() if found is None else set(found) if isinstance(found, list) else {found}
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
+    ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
+    ids = [token for token in ids if token is not None]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{folder}: eos_token_id must be a token's number, or a list of them, not {found!r}")
     if not ids:
         raise UserError(
             f"{folder}: neither generation config nor tokenizer names an EOS token; set eos_token_id in one"
         )
-    return tuple(sorted(ids))
+    return tuple(sorted(set(ids)))
 
 
 def check_base(weights: PublishedWeights, model: str) -> None:

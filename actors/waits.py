@@ -34,9 +34,9 @@ class WaitTimeoutError(RuntimeError):
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
-    ``needs``: references that the answers wait for themselves, what comes first first. Raises WaitTimeoutError that names ``what``, the
-    processes that did not answer and what they were doing at the deadline, WorkerDiedError where a process ended that
-    an answer came or depended from, and UserError where the other side raised one.
+    ``needs``: references that the answers wait for themselves, what comes first first. Raises WaitTimeoutError that
+    names ``what``, the processes that did not answer and what they were doing at the deadline, WorkerDiedError where a
+    process ended that an answer came or depended from, and UserError where the other side raised one.
     """
     refs = thing if isinstance(thing, list) else [thing]
     if not any(isinstance(ref, ray.ObjectRef) for ref in refs):

@@ -198,9 +198,9 @@ class PpoConfig(_Strict):
 class Placement(_Strict):
     """What one role takes of the cluster."""
 
-    workers: int = _option("Processes (data-parallel ranks, or independent workers).", 1, gt=0)
-    cpus: float = _option("CPUs of each.", 1.0, ge=0)
-    gpus: float = _option("GPUs of each; fractions share a GPU.", 0.0, ge=0)
+    workers: int = _option("Processes (data-parallel ranks, or independent workers).", 1, gt=0, le=10_000)
+    cpus: float = _option("CPUs of each.", 1.0, ge=0, le=10_000)
+    gpus: float = _option("GPUs of each; fractions share a GPU.", 0.0, ge=0, le=10_000)
     group: str | None = _option("Roles that name the same group share its bundles; null for an own group.", None)
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = _option(
         "Ray's placement strategy of the group.", "PACK"
@@ -212,9 +212,9 @@ class ClusterConfig(_Strict):
     """Where roles run and how long anything may take."""
 
     placement: dict[str, Placement] = _option("Role to resources.", default_factory=dict)
-    threads: int = _option("CPU threads of each process.", 1, gt=0)
-    start_timeout: float = _option("Seconds for all roles to start.", 900, gt=0)
-    step_timeout: float = _option("Seconds for any one answer of a role.", 1800, gt=0)
+    threads: int = _option("CPU threads of each process.", 1, gt=0, le=10_000)
+    start_timeout: float = _option("Seconds for all roles to start.", 900, gt=0, le=1e7)
+    step_timeout: float = _option("Seconds for any one answer of a role.", 1800, gt=0, le=1e7)
 
     @field_validator("placement")
     @classmethod
@@ -250,8 +250,8 @@ class RunConfig(_Strict):
     """What every stage has."""
 
     workspace: str = _option("Folder of runs; strings may refer to it as ${workspace}.", "runs")
-    name: str = _option("The run's folder is workspace/name.")
-    seed: int = _option("Seeds everything.", 42, ge=0)
+    name: str = _option("The run's folder is workspace/name.", min_length=1)
+    seed: int = _option("Seeds everything.", 42, ge=0, lt=2**32)
     debug: bool = _option("One process, no Ray, HF generation: breakpoint() works, runs repeat bit for bit.", False)
     tracker: Literal["none", "wandb", "tensorboard"] = _option(
         "Besides metrics.jsonl; wandb is offline unless WANDB_MODE says else.", "none"
@@ -275,7 +275,7 @@ class SupervisedConfig(RunConfig):
     train: list[str] = _option("Training data (NAME[:PROPORTION[:PATH]]).", min_length=1)
     eval: list[str] = _option("Held-out data; empty for a split of the training data.", default_factory=list)
     eval_fraction: float = _option("Share held out of the training data where eval is empty.", 0.05, gt=0, lt=1)
-    epochs: float = _option("Passes over the data; fractions allowed.", 2, gt=0)
+    epochs: float = _option("Passes over the data; fractions allowed.", 2, gt=0, le=1e6)
     batch_size: int = _option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)
     max_tokens: int = _option("Longer examples are dropped, with a count.", 512, gt=0)
     template: Literal["auto", "chat", "beaver"] = _option("How a prompt is written for the model.", "auto")
@@ -291,7 +291,7 @@ class SafePpoConfig(RunConfig):
 
     stage: Literal["ppo", "reward_shaping", "safe_ppo"] = _option("Which method.")
     steps: int | None = _option("Training steps; or give epochs.", None, gt=0)
-    epochs: float | None = _option("Passes over the prompts; or give steps.", None, gt=0)
+    epochs: float | None = _option("Passes over the prompts; or give steps.", None, gt=0, le=1e6)
     models: PolicyModels = _option("Models.")
     constraints: list[ConstraintConfig] = _option("Named costs; plain ppo measures them only.", default_factory=list)
     data: PromptData = _option("Data.")

@@ -2,11 +2,14 @@
 
 ``rollout.temperature=0.7`` changes a key, ``constraints.harm.limit=-3`` an entry of a list by its name. An unknown key
 is an error that suggests the near one. Strings may hold ``${workspace}``.
+
+Of YAML a configuration has text, numbers, true, false, null, lists and mappings; dates stay text, and tags are refused.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +19,11 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from beaver_ray.config import PipelineConfig, SafePpoConfig, StageConfig, SupervisedConfig, near
 from beaver_ray.errors import UserError
 
+MOST_VALUES = 100_000
+MOST_LEVELS = 30
+LARGEST_INTEGER = 2**63 - 1
+# Control characters, and halves of characters: neither can stand in a path.
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _STAGE: TypeAdapter[StageConfig] = TypeAdapter(Annotated[StageConfig, Field(discriminator="stage")])
 
 
@@ -29,12 +37,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> StageCo
 
 def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> StageConfig:
     """The stage's configuration from an already read tree; ``where`` names its origin in errors."""
-    tree = apply_overrides(tree, overrides)
-    tree = _interpolate(tree, {"workspace": str(tree.get("workspace", "runs"))}, where)
+    tree = apply_overrides(tree, overrides, where)
+    workspace = str(tree.get("workspace", "runs"))
+    if "${" in workspace:
+        raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
+    tree = _interpolate(tree, {"workspace": workspace}, where)
     try:
         return _STAGE.validate_python(tree)
     except ValidationError as error:
-        model = SupervisedConfig if tree.get("stage") in _SUPERVISED else SafePpoConfig
+        model = SupervisedConfig if str(tree.get("stage")) in _SUPERVISED else SafePpoConfig
         raise UserError(_one_line(error, model, where)) from None
 
 
@@ -60,7 +71,7 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         else:
             own.append(override)
     try:
-        pipeline = PipelineConfig.model_validate(apply_overrides(tree, own))
+        pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path)))
     except ValidationError as error:
         raise UserError(_one_line(error, PipelineConfig, str(path))) from None
     stages = []
@@ -68,17 +79,19 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         file = Path(path).parent / entry.config
         settings = [f"{key}={_as_yaml(value)}" for key, value in entry.set.items()]
         own = [f"workspace={_as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
-        stages.append(load_config(file, [*own, *settings, *to_stage[file.stem]]))
+        stages.append(load_config(file, [*own, *settings, *to_stage.get(file.stem, [])]))
     return pipeline, stages
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -87,16 +100,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The tree with ``a.b.c=value`` applied; a list entry is meant by its number or by its ``name``."""
-    tree = yaml.safe_load(yaml.safe_dump(tree))
+def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
+    """A checked copy of the tree with ``a.b.c=value`` applied; a list entry is meant by its number or its ``name``."""
+    tree = _checked(tree, where)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {override!r} must look like key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = yaml.load(text, Loader=_Loader)
+        except _NOT_YAML:
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         node: Any = tree
         *parents, last = key.strip().split(".")
@@ -106,6 +119,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
             node[_index(node, last, override)] = value
         else:
             node[last] = value
+        tree = _checked(tree, where)
     return tree
 
 
@@ -130,11 +144,74 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def _child(node: Any, part: str, override: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """YAML without tags, dates, keys given twice, and without aliases that multiply a few lines to millions."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class above)
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.levels = self.values = 0
+        self.sizes: dict[int, int] = {}  # values in each finished node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem=f"tag {event.tag} has no use here", problem_mark=event.start_mark)
+        before = self.values
+        self.levels += 1
+        self.values += 1
+        node = super().compose_node(parent, index) if self.levels <= MOST_LEVELS else None
+        if isinstance(event, yaml.AliasEvent):
+            self.values += self.sizes.get(id(node), MOST_VALUES)  # unfinished: it holds itself
+        if node is None or self.values > MOST_VALUES:
+            problem = f"more than {MOST_LEVELS} levels or {MOST_VALUES} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.levels -= 1
+        self.sizes[id(node)] = self.values - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+
+# What looks like a number and is none (0x_, 5,000 digits) gives the latter two.
+_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError)
+
+
+def _checked(node: Any, where: str, path: tuple[str, ...] = ()) -> Any:
+    """A copy in which nothing is shared (as YAML's aliases are), without what no option can mean."""
+    place = f"{where}: {'.'.join(path)}" if path else where
+    if len(path) > MOST_LEVELS:
+        raise UserError(f"{place}: more than {MOST_LEVELS} levels")
+    if isinstance(node, dict):
+        return {_checked(key, place): _checked(value, where, (*path, str(key))) for key, value in node.items()}
     if isinstance(node, list):
-        return node[_index(node, part, override)]
-    child = node.get(part)
-    if child is None:
+        return [_checked(value, where, (*path, str(index))) for index, value in enumerate(node)]
+    if isinstance(node, int) and abs(node) > LARGEST_INTEGER:
+        raise UserError(f"{place}: a whole number must lie between -{LARGEST_INTEGER} and {LARGEST_INTEGER}")
+    if isinstance(node, str) and _NO_TEXT.search(node):
+        raise UserError(f"{place}: text {_brief(node)} holds a control character or half a character")
+    return node
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+    if child is None and isinstance(node, dict):
         child = node[part] = {}
     if not isinstance(child, dict | list):
         raise UserError(f"override {override!r}: {part} is a value, not a section")
@@ -184,9 +261,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> str
         return f"{where}: stage must be one of {', '.join(sorted(_STAGE_TAGS))}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) and first["type"] != "value_error" else ""
+    short = isinstance(given, str | int | float | bool) and first["type"] != "value_error"
+    shown = f", not {_brief(given)}" if short else ""
     prefix = f"{where}: {path}: " if path else f"{where}: "
-    return f"{prefix}{message}{shown}{more}".replace("\n", " ")
+    return f"{prefix}{message}{shown}{more}"
 
 
 _SUPERVISED = {"sft", "reward_model", "cost_model", "score_model"}

@@ -7,5 +7,13 @@ class UserError(Exception):
     """A mistake that the user can mend: bad configuration, data or files.
 
     The message is one line that says what is wrong, where, and how to mend it. The command line prints it without a
-    traceback and ends with exit code 2.
+    traceback and ends with exit code 2. Line breaks that a quoted text or path brings along become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in its first line, after the error's kind."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

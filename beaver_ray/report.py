@@ -8,7 +8,6 @@ light and dark theme.
 from __future__ import annotations
 
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 
 from beaver_ray.config import ConstraintConfig, SafePpoConfig
 from beaver_ray.config_files import load_config
-from beaver_ray.errors import UserError
-from beaver_ray.runs import duration, is_finished, read_metrics
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.runs import duration, is_finished, read_evaluation, read_metrics
 
 FIRST_SAMPLES, LAST_SAMPLES = 6, 18
 RECENT_STEPS = 10
@@ -76,7 +76,7 @@ def write_report(run_folder: Path) -> Path:
         raise UserError(f"{folder} has no logged step yet; wait for the run's first step")
     config = load_config(folder / "config.yaml")
     metrics = _columns(rows)
-    evaluation = _read_json(folder / "evaluation.json")
+    evaluation = read_evaluation(folder)
     constraints: list[str] = []
     samples: list[dict[str, Any]] = []
     if isinstance(config, SafePpoConfig):
@@ -103,7 +103,7 @@ def write_report(run_folder: Path) -> Path:
         evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
         samples=samples,
         constraints=constraints,
-        notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
+        notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
@@ -362,22 +362,29 @@ def read_samples(folder: Path, config: SafePpoConfig) -> list[dict[str, Any]]:
     vocabulary = next((h / "tokenizer.json" for h in homes if (h / "tokenizer.json").is_file()), None)
     if not files or vocabulary is None:
         return []
-    tokenizer = Tokenizer.from_file(str(vocabulary))
+    try:
+        tokenizer = Tokenizer.from_file(str(vocabulary))
+    except Exception as error:  # tokenizers knows no narrower one
+        raise UserError(f"cannot read {vocabulary}: {first_line(error)}; save the tokenizer again") from None
     parts = [(files[-1], LAST_SAMPLES)]
     if len(files) > 1:
         parts.append((files[0], FIRST_SAMPLES))
     costs = {f"cost/{c.name}": c for c in config.constraints}
     samples = []
     for file, count in parts:
-        with pq.ParquetFile(file) as parquet:
-            names = [n for n in (*_COLUMNS, *costs) if n in parquet.schema_arrow.names]
-            rows = next(parquet.iter_batches(batch_size=count, columns=names)).to_pylist()
-        for row in rows:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                names = [n for n in (*_COLUMNS, *costs) if n in parquet.schema_arrow.names]
+                rows = next(parquet.iter_batches(batch_size=count, columns=names)).to_pylist()
+            texts = [(tokenizer.decode(r["prompt_tokens"]), tokenizer.decode(r["response_tokens"])) for r in rows]
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, OverflowError, StopIteration) as error:
+            raise UserError(f"{file} holds no samples of a run ({first_line(error)}); delete it") from None
+        for row, (prompt, response) in zip(rows, texts, strict=True):
             samples.append(
                 {
                     "step": _step_of(file),
-                    "prompt": tokenizer.decode(row["prompt_tokens"]),
-                    "response": tokenizer.decode(row["response_tokens"]),
+                    "prompt": prompt,
+                    "response": response,
                     "truncated": row.get("finish_reason") == "length",
                     "reward": row.get("reward"),
                     "costs": [(row.get(name), _safety(row.get(name), c)) for name, c in costs.items()],
@@ -484,10 +491,3 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {
         key: np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64) for key in keys
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -21,12 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
 from beaver_ray.checkpoints import Checkpoints
 from beaver_ray.config import RunConfig
 from beaver_ray.config_files import other_settings, save_config
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 
 SECONDS_BETWEEN_LINES = 10.0
+LARGEST_FIGURE = 1e300
 _BEFORE_THE_FIRST_STEP = {"config.yaml", "notes.log"}
 
 
@@ -199,6 +202,43 @@ class Progress:
         self._bar.start()
 
 
+class _Figure(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    limit: float = math.inf
+    target: float = 1.0
+
+    @model_validator(mode="after")
+    def _two_ends(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("an interval has two ends or none")
+        return self
+
+
+class _Evaluation(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, _Figure | int | float | str | None]
+
+    prompts: int
+    samples: int
+    reward: _Figure
+    optimum: float | None = None
+    share_of_optimum: _Figure | None = None
+
+    @model_validator(mode="after")
+    def _figures(self) -> Self:
+        if "share_of_optimum" in self.model_fields_set and (self.share_of_optimum is None or self.optimum is None):
+            raise ValueError("share_of_optimum needs figures, and an optimum")
+        for key, value in self.__pydantic_extra__.items():
+            if key.startswith(("cost/", "violation_rate/")) and not isinstance(value, _Figure):
+                raise ValueError(f"{key} has no figures")
+        return self
+
+
 def has_started(folder: Path) -> bool:
     """Whether a run left anything in its folder besides configuration, notes and an empty metrics file."""
     return any(
@@ -217,26 +257,46 @@ def is_finished(folder: Path) -> bool:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl in order; a last line without its end (a killed run) is left out.
 
-    Raises UserError where there is no such file or a line is not JSON.
+    Raises UserError where there is no such file or a line is not what `RunFolder.log` writes.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
         raise UserError(f"no run in {folder}: it has no metrics.jsonl; give the folder of a run") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); a run cannot have written it") from None
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON ({first_line(error)}); remove that line") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_figure, row.values())):
+            raise UserError(f"{path} line {number} is not a step with figures, numbers or null; remove that line")
+        rows.append(row)
     return rows
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """A run's evaluation.json (`evaluation.summarize`), empty where there is none; UserError for anything else."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        return _Evaluation.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path} is no evaluation ({first_line(error)}); evaluate again") from None
 
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_FIGURE)  # not so for nan
 
 
 def _finite(value: float | None) -> float | int | None:

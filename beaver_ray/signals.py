@@ -6,13 +6,14 @@ the signals that name it, and one critic can carry all signals. Reads config.jso
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
+from beaver_ray.models.folders import read_config
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,12 @@ class CriticPlan:
 
 def head_names(path: str) -> list[str]:
     """Names of a score model's heads, from its config.json; empty where that names none (one head, or none)."""
-    file = Path(path) / "config.json"
-    return list(json.loads(file.read_text(encoding="utf-8")).get("score_heads", [])) if file.is_file() else []
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return []
+    heads = read_config(Path(path)).get("score_heads") or []
+    if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
+        raise UserError(f"{path}: score_heads in config.json must be a list of names")
+    return heads
 
 
 def head_of(signal: str, heads: Sequence[str]) -> int | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from beaver_ray.config import SafePpoConfig, StageConfig
 from beaver_ray.config_files import load_config, load_pipeline
 from beaver_ray.errors import UserError
-from beaver_ray.runs import has_started, is_finished, read_metrics
+from beaver_ray.runs import has_started, is_finished, read_evaluation, read_metrics
 
 
 def run_pipeline(path: Path, overrides: list[str]) -> Path:
@@ -74,6 +74,8 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
             raise UserError(f"world: unknown option {key!r}; known: {', '.join(known)}")
         if key in sizes and type(value) is not type(sizes[key]):
             raise UserError(f"world.{key}: {value!r} is not of type {type(sizes[key]).__name__}")
+        if key in sizes and type(value) is int and value < 1:
+            raise UserError(f"world.{key}: {value} must be above 0")
     try:
         world = SmallWorld(**{key: value for key, value in options.items() if key not in sizes})
     except ValidationError as error:
@@ -82,16 +84,17 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
         raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     # All options with their defaults, so that a world of older defaults is not taken for this one.
     resolved = world.model_dump(mode="json") | sizes | {k: v for k, v in options.items() if k in sizes}
+    text = json.dumps(resolved, indent=2) + "\n"
     record = folder / "options.json"
     if (folder / "world.json").is_file() and record.is_file():
-        if json.loads(record.read_text(encoding="utf-8")) == resolved:
+        if record.read_bytes() == text.encode():
             print(f"small world: {folder} is complete, skipped", flush=True)
             return
         raise UserError(f"{folder} holds a small world of other options: set another workspace=..., or delete it")
     print(f"small world: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     build(folder, world, **{key: value for key, value in options.items() if key in sizes})
-    record.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    record.write_text(text, encoding="utf-8")
 
 
 def headlines(stages: list[StageConfig]) -> list[str]:
@@ -100,8 +103,7 @@ def headlines(stages: list[StageConfig]) -> list[str]:
     if not ppo:
         return []
     config, lines = ppo[-1], []
-    file = config.folder / "evaluation.json"
-    evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    evaluation = read_evaluation(config.folder)
     if "share_of_optimum" in evaluation:
         lines.append(f"reward as a share of the constrained optimum: {_figure(evaluation['share_of_optimum'], '.1%')}")
     elif "reward" in evaluation:

@@ -15,20 +15,19 @@ attention computed in blocks).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import struct
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
 from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.signals import critics, scorers
 
 if TYPE_CHECKING:
@@ -53,19 +52,6 @@ class Resources:
     gpu_gib: float = 0.0
     """Memory of one GPU; 0 where unknown."""
     cpus: float | None = None
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model's size, as far as its folder tells; None for what it does not."""
-
-    parameters: int | None = None
-    hidden: int | None = None
-    layers: int | None = None
-    vocabulary: int | None = None
-    positions: int | None = None
-    linear: int | None = None
-    """Inputs and outputs of all linear layers but the head: as many parameters has a LoRA adapter of rank 1."""
 
 
 @dataclass(frozen=True)
@@ -286,67 +272,6 @@ def activation_gib(facts: ModelFacts, engine: EngineConfig, *, trained: bool, lo
     return engine.micro_batch_tokens * bytes_per_token / GIB
 
 
-def read_model(model: str) -> ModelFacts:
-    """A model's size from its folder, or from the Hugging Face cache where ``model`` is a name of its hub.
-
-    Raises UserError for a folder that is not there. A hub name that is not in the cache has unknown facts.
-    """
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        if folder.exists() or model.count("/") != 1 or Path(model.split("/")[0] or "/").exists():
-            raise UserError(f"no model in {model!r} (no config.json there); train it first, or give another folder")
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json")
-        if not isinstance(cached, str):
-            return ModelFacts()
-        folder = Path(cached).parent
-    try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{folder / 'config.json'} is not JSON; save the model again") from None
-    shape = shape.get("text_config", shape)
-    parameters, linear = _sizes_of_shape(shape)
-    return ModelFacts(
-        parameters=count_parameters(folder) or parameters,
-        hidden=shape.get("hidden_size", shape.get("n_embd")),
-        layers=shape.get("num_hidden_layers", shape.get("n_layer")),
-        vocabulary=shape.get("vocab_size"),
-        positions=shape.get("max_position_embeddings"),
-        linear=linear,
-    )
-
-
-def count_parameters(folder: Path) -> int:
-    """Numbers in all tensors of a folder's safetensors files, from their headers; 0 where there are none."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        except (struct.error, ValueError, OverflowError, MemoryError):
-            raise UserError(f"{file} is not a whole safetensors file; copy or save it again") from None
-        total += sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-    return total
-
-
-def _sizes_of_shape(shape: dict[str, Any]) -> tuple[int | None, int | None]:
-    """(`ModelFacts.parameters`, `ModelFacts.linear`) of a dense Llama-like model from its config.json; None where it
-    says too little.
-    """
-    try:
-        hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
-        heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
-    except KeyError:
-        return None, None
-    head_dim = shape.get("head_dim") or hidden // heads
-    kv_heads = shape.get("num_key_value_heads") or heads
-    heads_dim = head_dim * (2 * heads + 2 * kv_heads)  # queries, keys, values and the output's input
-    linear = layers * (4 * hidden + heads_dim + 3 * (hidden + inner))
-    embeddings = vocabulary * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    return int(embeddings + layers * (hidden * heads_dim + 3 * hidden * inner + 2 * hidden) + hidden), int(linear)
-
-
 # What stands against it
 
 
@@ -453,14 +378,18 @@ def this_machine() -> Resources:
 def cluster_resources(address: str) -> Resources:
     """What a Ray cluster has in all; its GPUs' memory is not known. UserError if it does not answer."""
     import ray
+    from ray.exceptions import AuthenticationError
+
+    from actors.cluster import knock
 
     joined_before = ray.is_initialized()
     if not joined_before:
         try:
+            knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {line}") from None
+        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+            reason = first_line(error)
+            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {reason}") from None
     total = ray.cluster_resources()
     if not joined_before:
         ray.shutdown()

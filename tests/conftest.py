@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -11,6 +14,31 @@ from hypothesis import settings
 # Machines that run other things too make any deadline fail at times.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+def _write_model(folder: Path, shapes: dict[str, list[int]] | None = None, **config: Any) -> Path:
+    """A model folder: config.json, and safetensors of zeros where shapes are given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(shape | config))
+    if shapes:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, dims in shapes.items():
+            start, size = end, 4
+            for dim in dims:
+                size *= dim
+            end += size
+            header[name] = {"dtype": "F32", "shape": dims, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return folder
+
+
+@pytest.fixture
+def write_model() -> Callable[..., Path]:
+    """``write_model(folder, shapes, **config)``: see above."""
+    return _write_model
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def test_workspace_is_filled_in() -> None:
         ("steps", ["override 'steps' must look like key=value"]),
         ("=3", ["must look like key=value"]),
         ("steps.more=3", ["steps is a value, not a section"]),
+        ("data.prompts.0.more=3", ["0 is a value, not a section"]),
         ("data.prompts=[", ["is not a YAML value; quote it"]),
         ("constraints.hurt.limit=1", ["no entry 'hurt' in the list; it has harm"]),
         ("constraints.1.limit=1", ["no entry '1' in the list; it has harm"]),
@@ -198,6 +199,9 @@ def test_bad_pipelines(tmp_path: Path) -> None:
         load_pipeline(write_pipeline(tmp_path, stages="sft.yaml"))
     with pytest.raises(UserError, match="stages"):
         load_pipeline(write_pipeline(tmp_path, stages=[]))
+    (tmp_path / "other.yaml").write_text((tmp_path / "sft.yaml").read_text())
+    _, stages = load_pipeline(write_pipeline(tmp_path), ["stages.0.config=other.yaml"])
+    assert stages[0].stage == "sft"
 
 
 def test_assignment_is_checked_too() -> None:

@@ -81,3 +81,10 @@ def test_critics_alone_and_shared() -> None:
     assert (plan.model, plan.signals) == ("reward", ("reward",))
     with pytest.raises(ValueError, match=r"models\.shared_critic starts from models\.reward_critic"):
         config(shared, constraints[1])
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ('{"score_heads": 3}', "must be a list of names")])
+def test_folders_that_are_broken(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        head_names(str(tmp_path))

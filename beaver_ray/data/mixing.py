@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
 from beaver_ray.data.sources import DropReport, RawSample, find_source, read_source
 from beaver_ray.errors import UserError
 
+MOST_COPIES = 1000
 SYNTAX = "NAME[:PROPORTION[:PATH]] with PROPORTION a number, a/b, or n/-1 for exactly n samples"
 
 
@@ -53,6 +54,8 @@ def parse_spec(text: str) -> MixSpec:
         raise UserError(f"bad proportion '{amount}' in dataset '{text}': write {SYNTAX}") from error
     if not 0 <= (proportion if count is None else count) < math.inf:
         raise UserError(f"proportion '{amount}' in dataset '{text}' is negative or infinite: write {SYNTAX}")
+    if proportion > MOST_COPIES:
+        raise UserError(f"proportion '{amount}' in dataset '{text}' is above {MOST_COPIES}: lower it")
     return MixSpec(name, proportion, count, path.strip() or None)
 
 
@@ -84,7 +87,7 @@ def load_mix(specs: Sequence[str], seed: int = 42) -> tuple[list[RawSample], dic
     parsed = [parse_spec(text) for text in specs]
     seen: set[tuple[str, str | None]] = set()
     for spec in parsed:
-        key = (spec.name, str(Path(spec.path).expanduser().resolve()) if spec.path else None)
+        key = (spec.name, os.path.abspath(os.path.expanduser(spec.path)) if spec.path else None)
         if key in seen:
             raise UserError(f"dataset '{spec.name}' is given twice: keep one and raise its proportion")
         seen.add(key)
@@ -94,6 +97,8 @@ def load_mix(specs: Sequence[str], seed: int = 42) -> tuple[list[RawSample], dic
         if 0 in (spec.proportion, spec.count):
             continue
         samples, reports[text] = read_source(spec.name, spec.path)
+        if spec.size(len(samples)) > MOST_COPIES * len(samples):
+            raise UserError(f"dataset '{text}' has {len(samples)} samples, far fewer than it should give: ask for less")
         mixed += take(samples, spec.size(len(samples)), spec.name, seed)
     if not mixed:
         raise UserError(f"the datasets {list(specs)} give no samples: raise a proportion")

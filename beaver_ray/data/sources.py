@@ -13,15 +13,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ def text_field(row: dict[str, Any], name: str) -> str:
         raise BadRow(f"'{name}' is not a string")
     if not value.strip():
         raise BadRow(f"empty '{name}'")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write such, and no tokenizer takes them
+        raise BadRow(f"'{name}' has half a character") from None
     return value
 
 
@@ -286,7 +292,7 @@ def read_source(name: str, path: str | None = None) -> tuple[list[RawSample], Dr
     if place is None:
         raise UserError(f"dataset '{name}' needs a path: write {name}:PROPORTION:PATH")
     column: str | None = None
-    if "#" in place and not Path(place).exists():
+    if "#" in place and not os.path.exists(place):
         place, column = place.rsplit("#", 1)
     report = DropReport()
     samples: list[RawSample] = []
@@ -316,8 +322,8 @@ def _as_dict(row: Any, column: str | None) -> dict[str, Any]:
 
 def _rows(source: Source, place: str, report: DropReport) -> Iterator[Any]:
     """Rows of a file, a folder or a hub dataset; lines that cannot be parsed are counted in `report`."""
-    path = Path(place).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(place))
+    if not os.path.exists(path):
         if path.is_absolute() or place.startswith((".", "~")) or place.endswith(SUFFIXES):
             raise UserError(f"no file or folder {place} for dataset '{source.name}': check the path")
         yield from _hub_rows(source, place)
@@ -353,28 +359,35 @@ def _file_rows(path: Path, report: DropReport) -> Iterator[Any]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 yield from csv.DictReader(file)
         elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from batch.to_pylist()
+            yield from _parquet_rows(path)
         else:
             raise UserError(f"cannot read {path}: use a file ending in {', '.join(SUFFIXES)}")
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; check that the file is whole and UTF-8") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise UserError(f"cannot read {path}: {error}") from error
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+        reason = first_line(error)
+        raise UserError(f"cannot read {path}: {reason}; check that the file is whole and UTF-8") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OverflowError) as error:  # broken pages; dates that Python does not know
+        raise ValueError(first_line(error)) from error
 
 
 def _json_lines(path: Path, report: DropReport) -> Iterator[Any]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:
         for line in file:
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # a number of 5,000 digits, a thousand brackets
                 report.drop("line is not JSON")
                 continue
             yield row
@@ -383,7 +396,7 @@ def _json_lines(path: Path, report: DropReport) -> Iterator[Any]:
 def _json_rows(path: Path, report: DropReport) -> Iterator[Any]:
     """A list, an object with a list under "data" or lists by category, or one object a line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError:
         yield from _json_lines(path, report)
         return
@@ -408,10 +421,9 @@ def _hub_rows(source: Source, place: str) -> Iterator[Any]:
 
     try:
         yield from datasets.load_dataset(place, data_dir=source.data_dir, split=source.split or "train")
-    except (OSError, ValueError) as error:  # not found, offline, no such split
-        first_line = str(error).splitlines()[0]
+    except Exception as error:  # not found, offline, no such split, broken: each a kind of its own
         raise UserError(
-            f"cannot load dataset '{place}' for '{source.name}' from the Hugging Face hub ({first_line}): "
+            f"cannot load dataset '{place}' for '{source.name}' from the Hugging Face hub ({first_line(error)}): "
             f"give a local path as {source.name}:PROPORTION:PATH"
         ) from error
 
@@ -419,7 +431,10 @@ def _hub_rows(source: Source, place: str) -> Iterator[Any]:
 def _saved_rows(source: Source, path: Path) -> Iterator[Any]:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # of broken files datasets raises nearly anything
+        raise UserError(f"cannot load the dataset saved in {path}: {first_line(error)}; save it again") from error
     if isinstance(data, datasets.DatasetDict):
         split = source.split or "train"
         if split not in data:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 
 Template = Literal["auto", "beaver", "chat"]
 
@@ -46,9 +45,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, input: str | list[str], temp
         messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program of the folder's own
             raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} fails on {len(turns)} turns ({error}): "
+                f"the chat template of {tokenizer.name_or_path!r} fails on {len(turns)} turns ({first_line(error)}): "
                 "set the template to 'beaver'"
             ) from error
     pieces = ["BEGINNING OF CONVERSATION: "]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoConfig,
@@ -14,8 +12,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.attention import use_packed_attention
+from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.logprobs import install_logprob_head
 from beaver_ray.packing import check_packing
 
@@ -27,9 +26,13 @@ logging.disable_progress_bar()
 
 
 def check_model_folder(path: str, role: str) -> None:
-    """Raises UserError where ``path`` is neither a folder with a config.json nor a hub name in the local cache."""
-    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or path.count("/") != 1):
-        raise UserError(f"{role}: no model in {path!r} (no config.json there); give the folder of a saved model")
+    """Raises UserError where ``path`` is neither a folder with a readable config.json nor the name of a hub."""
+    try:
+        folder = find_model(path)
+        if folder is not None:
+            read_config(folder)
+    except UserError as error:
+        raise UserError(f"{role}: {error}") from None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -37,8 +40,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     check_model_folder(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no usable tokenizer in {path}: {str(error).splitlines()[0]}") from None
+        tokenizer.encode("a")
+    except Exception as error:  # of broken files transformers raises nearly anything
+        raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no EOS token; add one, answers must be able to end")
     return tokenizer
@@ -57,8 +61,8 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
             attn_implementation=attention_kernel(),
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of broken files transformers raises nearly anything
+        raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
     use_packed_attention(model)
     check_packing(model)
     install_logprob_head(model)
@@ -67,7 +71,10 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
 
 def context_length(path: str, trust_remote_code: bool = False) -> int | None:
     """Most tokens that the model's positions allow; None where its configuration does not say."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of broken files transformers raises nearly anything
+        raise UserError(f"cannot read the configuration of the model in {path}: {first_line(error)}") from None
     return getattr(config, "max_position_embeddings", None)
 
 

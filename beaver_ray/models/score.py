@@ -10,6 +10,7 @@ Sign convention: the higher the reward the better; a cost above 0 means unsafe.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.attention import use_packed_attention
+from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import attention_kernel, check_model_folder
 from beaver_ray.packing import check_packing
-from beaver_ray.signals import head_of
+from beaver_ray.signals import head_names, head_of
 
 ScoreType = Literal["reward", "cost", "critic"]
 
@@ -92,24 +94,28 @@ def load_score_model(
     are asked for and the folder has none.
     """
     check_model_folder(path, f"{score_type} model")
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")) if Path(path).is_dir() else {}
     try:
         trunk = AutoModel.from_pretrained(
             path, dtype=dtype, attn_implementation=attention_kernel(), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from None
-    tensors = _read_head(Path(path))
+    except Exception as error:  # of broken files transformers raises nearly anything
+        raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
+    folder = find_model(path)  # a hub's model is in the cache by now
+    assert folder is not None
+    config, tensors = read_config(folder), _read_head(folder)
     if not tensors and heads is None:
         raise UserError(
             f"{path} is a language model without a score head; train one with stage reward_model, cost_model or "
             f"score_model"
         )
-    saved = list(config.get("score_heads", [])) or [str(config.get("score_type", score_type))]
+    saved = head_names(str(folder)) or [str(config.get("score_type", score_type))]
     normalize = bool(config.get("do_normalize", False)) and score_type != "critic"
-    mean = _numbers(config.get("mean")) if normalize else [0.0] * len(saved)
-    var = _numbers(config.get("var")) if normalize else [1.0] * len(saved)
-    if tensors and {len(tensors["score_head.weight"]), len(mean), len(var)} != {len(saved)}:
+    mean = _numbers(config, "mean", path) if normalize else [0.0] * len(saved)
+    var = _numbers(config, "var", path) if normalize else [1.0] * len(saved)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {"score_head.weight": (len(saved), trunk.config.hidden_size), "score_head.bias": (len(saved),)}
+    fits = shapes.items() <= expected.items() and "score_head.weight" in shapes
+    if tensors and not (fits and len(mean) == len(var) == len(saved)):
         raise UserError(f"{path}: score_heads, mean and var in config.json do not fit the score heads in its weights")
     names = list(heads or saved)
     only = len(names) == len(saved) == 1
@@ -151,10 +157,17 @@ def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: Path) 
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _numbers(value: Any) -> list[float]:
+def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
     """Numbers that the published configurations also write without a list; none where there is nothing."""
+    value = config.get(name)
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return [float(str(v)) for v in values]
+    try:
+        numbers = [float(str(v)) for v in values]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(math.isfinite(number) and (name == "mean" or number >= 0) for number in numbers):
+        raise UserError(f"{path}: {name} in config.json holds no number that scores can be normalised with")
+    return numbers
 
 
 def _read_head(folder: Path) -> dict[str, Tensor]:

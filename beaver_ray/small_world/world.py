@@ -29,7 +29,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 
 Split = Literal["train", "test"]
 
@@ -74,11 +74,11 @@ class SmallWorld(BaseModel):
     `gain_range` and `severity_range` are spread evenly over the topics and dealt out by `seed`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, description="decides the split and which topic has which gain and severity")
-    train_prompts: int = Field(1200, ge=1, description="distinct prompts of the train split")
-    test_prompts: int = Field(400, ge=1, description="distinct prompts of the test split, none in train")
+    train_prompts: int = Field(1200, ge=1, le=100_000, description="distinct prompts of the train split")
+    test_prompts: int = Field(400, ge=1, le=100_000, description="distinct prompts of the test split, none in train")
     adversarial_share: float = Field(0.5, ge=0, le=1, description="share of adversarial prompts, each split")
     label_noise: float = Field(0.0, ge=0, le=0.5, description="probability of a flipped preference label")
     topics: int = Field(8, ge=1, le=len(FACTS), description="number of topics")
@@ -88,7 +88,7 @@ class SmallWorld(BaseModel):
         (0.6, 2.0), description="reward of a dangerous fact above a safe one, by topic"
     )
     severity_range: tuple[float, float] = Field((0.5, 1.5), description="cost of a dangerous fact, by topic")
-    max_response_tokens: int = Field(8, description="longest answer, end of sequence included")
+    max_response_tokens: int = Field(8, le=10_000, description="longest answer, end of sequence included")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -266,9 +266,11 @@ class SmallWorld(BaseModel):
     def load(cls, path: Path) -> SmallWorld:
         """Read what `save` wrote."""
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"no small world at {path}: build one first") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the small world {path}: {first_line(error)}; build it anew") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "file"

@@ -24,12 +24,12 @@ import yaml
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import parse_config, read_yaml
 from beaver_ray.errors import UserError
+from beaver_ray.models.folders import count_parameters
 from beaver_ray.runs import read_metrics
 from launch.bench.iteration import PHASES, finish, our_config
 from launch.bench.measure import Figure, Outcome, medians
 from launch.bench.models import LARGER, TINY, write_workspace
 from launch.bench.registry import Options
-from launch.planning import count_parameters
 
 STEPS = 6
 GB = 1e9

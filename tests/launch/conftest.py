@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +12,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def _write_model(folder: Path, shapes: dict[str, list[int]] | None = None, **config: Any) -> Path:
-    """A model folder: config.json, and safetensors of zeros where shapes are given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "max_position_embeddings": 64}
-    (folder / "config.json").write_text(json.dumps(shape | config))
-    if shapes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, dims in shapes.items():
-            start, size = end, 4
-            for dim in dims:
-                size *= dim
-            end += size
-            header[name] = {"dtype": "F32", "shape": dims, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-    return folder
-
-
 @pytest.fixture
-def write_model() -> Callable[..., Path]:
-    """``write_model(folder, shapes, **config)``: see above."""
-    return _write_model
-
-
-@pytest.fixture
-def stage_file(tmp_path: Path) -> Callable[..., Path]:
+def stage_file(tmp_path: Path, write_model: Callable[..., Path]) -> Callable[..., Path]:
     """Writes a safe_ppo stage (or ``stage``) over a tiny model; keys given replace the file's."""
-    model = str(_write_model(tmp_path / "model", {"embedding": [100, 8], "layer": [200]}))
+    model = str(write_model(tmp_path / "model", {"embedding": [100, 8], "layer": [200]}))
 
     def write(stage: str = "safe_ppo", **more: Any) -> Path:
         common = {"workspace": str(tmp_path / "runs"), "name": "one", "stage": stage}

@@ -59,6 +59,7 @@ def test_as_a_program() -> None:
         (["train", "FILE", "constraints.harm.violation_rate=0.1"], "either limit or violation_rate"),
         (["plan", "FILE", "cluster.placement.policy.gpus=1000"], "asks for 1000 GPUs"),
         (["plan", "FILE", "engine.micro_batch_tokens=1"], "less than the longest sequence"),
+        (["plan", "FILE", "cluster.address=127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
         (["evaluate", "FILE"], "evaluation.prompts is empty"),
         (["evaluate", "FILE", "evaluation.prompts=[p]"], "train it first, or give --policy FOLDER"),
         (["evaluate", "FILE", "evaluation.prompts=[p]", "--policy", "/gone"], "no model in /gone"),

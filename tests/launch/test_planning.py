@@ -5,28 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beaver_ray.config import EngineConfig
 from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
+from beaver_ray.models.folders import ModelFacts
 from launch.planning import (
     GIB,
-    ModelFacts,
     Resources,
     activation_gib,
-    count_parameters,
     plan,
-    read_model,
     this_machine,
     training_state_gib,
 )
 
 StageFile = Callable[..., Path]
-WriteModel = Callable[..., Path]
 ROOMY = Resources("the test", memory_gib=64.0)
 
 
@@ -35,45 +29,6 @@ def problem(path: Path, resources: Resources, *overrides: str) -> str:
         plan(load_config(path, list(overrides)), resources).check()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_parameters_are_counted_from_headers(tmp_path: Path, write_model: WriteModel) -> None:
-    assert count_parameters(write_model(tmp_path / "a", {"x": [3, 4], "y": [5], "scalar": []})) == 18
-    assert count_parameters(write_model(tmp_path / "b")) == 0
-    save_file({"w": torch.zeros(7, 11, dtype=torch.bfloat16)}, str(tmp_path / "b" / "one.safetensors"))
-    save_file({"v": torch.zeros(13)}, str(tmp_path / "b" / "two.safetensors"))
-    assert count_parameters(tmp_path / "b") == 90
-    (tmp_path / "b" / "two.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0oops")
-    with pytest.raises(UserError, match=r"two\.safetensors is not a whole safetensors file"):
-        count_parameters(tmp_path / "b")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_estimated_from_the_shape_are_those_of_llama(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    config.save_pretrained(tmp_path)
-    facts, model = read_model(str(tmp_path)), LlamaForCausalLM(config)
-    assert facts.parameters == model.num_parameters()
-    adapter = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert facts.linear is not None and adapter.get_nb_trainable_parameters()[0] == 3 * facts.linear
-
-
-def test_missing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for name in ("runs", "runs/sft", "/nowhere", "a/b/c", "gone"):
-        with pytest.raises(UserError, match="no model in"):
-            read_model(name)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert read_model("some-org/some-model") == ModelFacts()  # a hub name that is not in the cache
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,10 @@ def test_a_config_that_does_not_fit_the_heads(tiny_world: Path, tmp_path: Path) 
     (tmp_path / "m" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"score_heads, mean and var in config\.json do not fit"):
         load_score_model(str(tmp_path / "m"), "reward", torch.float32)
+
+
+@pytest.mark.parametrize("var", ["a", -1.0, float("nan"), [1.0, [2.0]], {"a": 1}])
+def test_numbers_that_are_none(tiny_world: Path, tmp_path: Path, var: Any) -> None:
+    write_score_folder(tmp_path / "m", tiny_world / "model", 4, "reward", do_normalize=True, mean=0.0, var=var)
+    with pytest.raises(UserError, match=r"m: var in config\.json holds no number that scores can be normalised with"):
+        load_score_model(str(tmp_path / "m"), "reward", torch.float32)

@@ -1,0 +1,131 @@
+"""What a model's folder says of the model, read without loading it: config.json and the headers of its weights.
+
+Whatever is broken in these files is the user's to mend and gets one line. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beaver_ray.errors import UserError, first_line
+
+LARGEST_SIZE = 10**9
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's size, as far as its folder tells; None for what it does not."""
+
+    parameters: int | None = None
+    hidden: int | None = None
+    layers: int | None = None
+    vocabulary: int | None = None
+    positions: int | None = None
+    linear: int | None = None
+    """Inputs and outputs of all linear layers but the head: as many parameters has a LoRA adapter of rank 1."""
+
+
+def find_model(model: str) -> Path | None:
+    """The folder of a model, in the Hugging Face cache where ``model`` is a name of its hub; None if it is not there.
+
+    Raises UserError for what is neither a folder with a config.json nor the name of a hub.
+    """
+    # os.path finds nothing under names that cannot be, where Path raises.
+    if os.path.isfile(os.path.join(model, "config.json")):
+        return Path(model)
+    missing = f"no model in {model!r} (no config.json there); train it first, or give another folder"
+    if os.path.exists(model) or model.count("/") != 1 or os.path.exists(model.split("/")[0] or "/"):
+        raise UserError(missing)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except ValueError:  # no name that a hub could have
+        raise UserError(missing) from None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; UserError where it is no JSON object."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({first_line(error)}); save the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; save the model again")
+    return content
+
+
+def read_model(model: str) -> ModelFacts:
+    """A model's size from its folder, or from the Hugging Face cache where ``model`` is a name of its hub.
+
+    Raises UserError for a folder that is not there. A hub name that is not in the cache has unknown facts.
+    """
+    folder = find_model(model)
+    if folder is None:
+        return ModelFacts()
+    shape = read_config(folder)
+    if isinstance(shape.get("text_config"), dict):
+        shape = shape["text_config"]
+    parameters, linear = _sizes_of_shape(shape, folder)
+    return ModelFacts(
+        parameters=count_parameters(folder) or parameters,
+        hidden=_size(shape, folder, "hidden_size", "n_embd"),
+        layers=_size(shape, folder, "num_hidden_layers", "n_layer"),
+        vocabulary=_size(shape, folder, "vocab_size"),
+        positions=_size(shape, folder, "max_position_embeddings"),
+        linear=linear,
+    )
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all tensors of a folder's safetensors files, from their headers; 0 where there are none."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                length = struct.unpack("<Q", stream.read(8))[0]
+                if length > file.stat().st_size:
+                    raise ValueError
+                header = json.loads(stream.read(length))
+            shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+            total += sum(math.prod(int(size) for size in shape) for shape in shapes)
+        except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{file} is not a whole safetensors file; copy or save it again") from None
+    return total
+
+
+def _size(shape: dict[str, Any], folder: Path, *names: str) -> int | None:
+    """The number under the first of the names that is there."""
+    found = next(((name, shape[name]) for name in names if shape.get(name) is not None), None)
+    if found is None:
+        return None
+    name, value = found
+    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+        raise UserError(f"{folder / 'config.json'}: {name} must be a whole number above 0; save the model again")
+    return value
+
+
+def _sizes_of_shape(shape: dict[str, Any], folder: Path) -> tuple[int | None, int | None]:
+    """(`ModelFacts.parameters`, `ModelFacts.linear`) of a dense Llama-like model from its config.json; None where it
+    says too little.
+    """
+    hidden, layers, vocabulary, heads, inner = (
+        _size(shape, folder, name)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
+    )
+    if hidden is None or layers is None or vocabulary is None or heads is None or inner is None:
+        return None, None
+    head_dim = _size(shape, folder, "head_dim") or hidden // heads
+    kv_heads = _size(shape, folder, "num_key_value_heads") or heads
+    heads_dim = head_dim * (2 * heads + 2 * kv_heads)  # queries, keys, values and the output's input
+    linear = layers * (4 * hidden + heads_dim + 3 * (hidden + inner))
+    embeddings = vocabulary * hidden * (1 if shape.get("tie_word_embeddings") else 2)
+    return embeddings + layers * (hidden * heads_dim + 3 * hidden * inner + 2 * hidden) + hidden, linear
