@@ -148,15 +148,23 @@ class TrainingEngine:
 
         Under ZeRO-3 each parameter is gathered as it is asked for: every rank must walk through to the end.
         """
-        if self.zero_stage < 3:
-            yield from ((n, t) for n, t in self.module.state_dict().items() if wanted(n))
-            return
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+        for name, tensor in self._state():
             if wanted(name):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.data
-        persistent = set(self.module.state_dict())
-        yield from ((n, b) for n, b in self.module.named_buffers() if n in persistent and wanted(n))
+                # What is not divided among the ranks passes through.
+                with deepspeed.zero.GatheredParameters([tensor]):
+                    yield name, tensor.data
+
+    def full_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of everything that `full_state` gives, in its order; gathers nothing."""
+        return [(name, t.dtype, tuple(getattr(t, "ds_shape", t.shape))) for name, t in self._state()]
+
+    def _state(self) -> list[tuple[str, Tensor]]:
+        """The model's tensors by their state_dict names; under ZeRO-3 parameters are empty until they are gathered."""
+        state = self.module.state_dict()
+        if self.zero_stage < 3:
+            return list(state.items())
+        buffers = [(name, buffer) for name, buffer in self.module.named_buffers() if name in state]
+        return [*self.module.named_parameters(remove_duplicate=False), *buffers]
 
     def full_state_on_rank_0(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor] | None:
         """What `full_state` gives, in host memory of rank 0; None on the others. All ranks must call it."""

@@ -90,15 +90,25 @@ def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collec
 
 
 def exchange_result(
-    finished: list[dict[str, Any]], aborted: list[int], running: int, free: int, version: int, started: float
+    finished: list[dict[str, Any]],
+    aborted: list[int],
+    running: int,
+    free: int,
+    version: int,
+    load_s: float,
+    started: float,
 ) -> tuple[dict[str, Any], pa.RecordBatch]:
-    """What an exchange returns: a summary and the finished sequences. ``started`` is of time.perf_counter()."""
+    """What an exchange returns: a summary and the finished sequences.
+
+    ``load_s`` are the seconds that it spent on new weights, ``started`` is of time.perf_counter().
+    """
     summary = {
         "finished": len(finished),
         "running": running,
         "free": free,
         "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
         "busy_s": time.perf_counter() - started,
+        "load_s": load_s,
         "weight_version": version,
         "sample_ids": [row["sample_id"] for row in finished],
         "versions": [row["weight_version"] for row in finished],

@@ -1,8 +1,9 @@
 """Rollout generator: a vLLM engine in this very process, stepped by hand.
 
 `exchange` takes new prompts and newer weights in and hands finished sequences out; weights come in between two
-steps of the engine, also while sequences are in flight. A caller that keeps two exchanges outstanding never
-lets the engine wait. `actors/hf_generator.py` has the same interface over transformers, for
+steps of the engine, also while sequences are in flight. These go on until the whole version lies on this node;
+with nothing in flight each bucket is loaded as soon as it is made. A caller that keeps two exchanges outstanding
+never lets the engine wait. `actors/hf_generator.py` has the same interface over transformers, for
 debugging.
 
 Left out: several samples for one prompt (give each its own sample_id), stop strings (stop tokens
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
+from ray.exceptions import RayError
 
 from actors.exchange import (
     PROMPT_SCHEMA,
@@ -30,9 +31,16 @@ from actors.exchange import (
     exchange_result,
     sample_seed,
 )
-from actors.waits import fetch
+from actors.waits import (
+    WaitTimeoutError,
+    WeightsLostError,
+    WeightsMissingError,
+    WorkerDiedError,
+    all_here,
+    fetch,
+)
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.weights import PublishedWeights, verify
+from beaver_ray.weights import Bucket, PublishedWeights, verify
 
 
 @dataclass(frozen=True)
@@ -111,20 +119,29 @@ def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[in
 
 def check_base(weights: PublishedWeights, model: str) -> None:
     """ValueError for an adapter of another model."""
-    adapter = weights.manifest.adapter
+    adapter = weights.layout.adapter
     if adapter and adapter.base != model:
         raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {model}")
 
 
-def fetch_verified(weights: PublishedWeights, timeout_s: float) -> list[np.ndarray]:
-    """All buckets of a version, checked; ValueError for a damaged one. Under Ray they are shared memory."""
-    buckets = []
-    for index, bucket in enumerate(weights.buckets):
-        what = f"weights version {weights.version}, bucket {index}"
-        array = fetch(bucket, what=what, timeout_s=timeout_s)
-        verify(weights.manifest, index, array)
-        buckets.append(array)
-    return buckets
+def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Bucket]:
+    """The buckets of a version, each as soon as it is made; under Ray they are shared memory.
+
+    Raises WeightsMissingError where one does not come (WeightsLostError where its maker died), ValueError for a
+    damaged one.
+    """
+    for index, reference in enumerate(weights.buckets):
+        what = f"weights version {weights.version}, bucket {index} of {len(weights.buckets)}"
+        try:
+            bucket = fetch(reference, what, timeout_s)
+        except WorkerDiedError as error:
+            raise WeightsLostError(str(error)) from None
+        except (WaitTimeoutError, RayError) as error:
+            raise WeightsMissingError(f"{what} did not come: {error}") from None
+        # While this one is loaded, those that are made already come from the policy's node to this one.
+        all_here(weights.buckets[index + 1 :])
+        verify(weights, index, bucket)
+        yield bucket
 
 
 class VllmGenerator:
@@ -137,11 +154,10 @@ class VllmGenerator:
         self._held: list[Prompt] = []  # prompts that wait for newer weights
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
+        self._load_s = 0.0  # spent on new weights since the last answer
         self._eos = spec.end_tokens()
         self._engine = _start_engine(spec)
-        self._engine.collective_rpc(
-            "init_weight_transfer_engine", kwargs={"init_info": {"fetch_timeout_s": spec.load_timeout_s}}
-        )
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         if weights is not None:
             self.update_weights(weights)
 
@@ -174,24 +190,24 @@ class VllmGenerator:
             if time.perf_counter() > end:
                 break
         running = len(self._in_flight) + len(self._held)
-        return exchange_result(finished, aborted, running, self.capacity(), self.version, started)
+        load_s, self._load_s = self._load_s, 0.0
+        return exchange_result(finished, aborted, running, self.capacity(), self.version, load_s, started)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version now; sequences in flight go on under it, as spec.in_flight says.
 
-        All buckets are fetched and verified before the first one is loaded, so that a damaged version
-        (ValueError) leaves the engine as it was. An error later on leaves a mixture of two versions: the
-        generator then refuses to go on, and its process should end and be started again.
+        A bucket is loaded as soon as it is there. Where the first is damaged (ValueError) or does not come
+        (WeightsMissingError) nothing is changed. An error later on leaves a mixture of two versions: the generator
+        then refuses to go on, and its process should end and be started again.
         """
         self._check_usable()
         started = time.perf_counter()
-        manifest = weights.manifest
         check_base(weights, self.spec.model)
-        buckets = fetch_verified(weights, self.spec.load_timeout_s)
-        self._broken = f"its update to weights version {manifest.version} failed half-way"
-        self._engine.collective_rpc("start_weight_update")
-        for index, bucket in enumerate(buckets):
-            info = {"manifest": manifest, "index": index, "bucket": bucket, "verified": True}
+        for bucket in checked_buckets(weights, self.spec.load_timeout_s):
+            if bucket.index == 0:
+                self._broken = f"its update to weights version {weights.version} failed half-way"
+                self._engine.collective_rpc("start_weight_update")
+            info = {"layout": weights.layout, "bucket": bucket}
             self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
         self._engine.collective_rpc("finish_weight_update")
         # Keys and values of the old weights must not be reused. Without reset_running_requests vLLM refuses to drop
@@ -200,14 +216,12 @@ class VllmGenerator:
         if self.spec.in_flight != "keep" and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
         for sample_id, tokens in self._tokens_so_far().items():
-            self._in_flight[sample_id].update(manifest.version, tokens)
+            self._in_flight[sample_id].update(weights.version, tokens)
         self._broken = None
-        self.version = manifest.version
-        return {
-            "version": self.version,
-            "seconds": time.perf_counter() - started,
-            "bytes": manifest.total_bytes,
-        }
+        self.version = weights.version
+        seconds = time.perf_counter() - started
+        self._load_s += seconds
+        return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
 
     def abort_all(self) -> pa.RecordBatch:
         """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""
@@ -239,9 +253,11 @@ class VllmGenerator:
 
     def _take_in(self) -> None:
         """Load newer weights where that is due, and start the prompts that wait for nothing more."""
-        if self._newest is not None and (self.spec.in_flight != "finish" or not self._in_flight):
-            weights, self._newest = self._newest, None
-            self.update_weights(weights)
+        newest, busy = self._newest, bool(self._in_flight)
+        # Where the buckets are still being made or on their way, what is in flight goes on meanwhile.
+        if newest is not None and (not busy or (self.spec.in_flight != "finish" and all_here(newest.buckets))):
+            self.update_weights(newest)
+            self._newest = None
         if self._newest is None:
             for prompt in self._held:
                 self._add(prompt)

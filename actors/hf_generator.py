@@ -22,7 +22,7 @@ from actors.exchange import (
     exchange_result,
     sample_seed,
 )
-from actors.generator import GeneratorSpec, check_base, fetch_verified
+from actors.generator import GeneratorSpec, check_base, checked_buckets
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.models.lora import merged
 from beaver_ray.weights import PublishedWeights, unpack
@@ -51,45 +51,42 @@ class HFGenerator:
         """Take new prompts in, then generate batches until enough are finished or none is left."""
         request = request or Exchange()
         started = time.perf_counter()
+        load_s = 0.0
         aborted = [sample_id for sample_id in request.abort if self._waiting.pop(sample_id, None)]
         if request.weights is not None:
-            self.update_weights(request.weights)
+            load_s = self.update_weights(request.weights)["seconds"]
         if prompts is not None:
             new = check_prompts(prompts, self.spec.max_model_len, self._waiting)
             self._waiting.update((prompt.sample_id, prompt) for prompt in new)
         finished: list[dict[str, Any]] = []
         while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
-        return exchange_result(finished, aborted, len(self._waiting), self.capacity(), self.version, started)
+        return exchange_result(finished, aborted, len(self._waiting), self.capacity(), self.version, load_s, started)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
-        """Load a published version. ValueError, before anything is changed, unless it holds exactly the
-        model's tensors.
+        """Load a published version, when all of it is there. ValueError, before anything is changed, for a damaged
+        bucket and unless it holds exactly the model's tensors.
         """
         started = time.perf_counter()
-        manifest = weights.manifest
+        layout = weights.layout
         check_base(weights, self.spec.model)
-        buckets = fetch_verified(weights, self.spec.load_timeout_s)
+        buckets = list(checked_buckets(weights, self.spec.load_timeout_s))
         targets = self.model.state_dict()
-        tensors = {n: t for i, b in enumerate(buckets) for n, t in unpack(manifest, i, b, check=False)}
-        if manifest.adapter:
+        tensors = {name: tensor for bucket in buckets for name, tensor in unpack(layout, bucket)}
+        if layout.adapter:
             # Debugging is for small models: what the adapter is added to is kept beside what they add up to.
             self._base = self._base or {name: tensor.clone() for name, tensor in targets.items()}
             adapter = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-            tensors = dict(merged(self._base.items(), adapter, manifest.adapter))
+            tensors = dict(merged(self._base.items(), adapter, layout.adapter))
         if unlike := sorted(set(tensors) ^ set(targets)):
             raise ValueError(
-                f"weights version {manifest.version} and the model in {self.spec.model} differ in "
+                f"weights version {weights.version} and the model in {self.spec.model} differ in "
                 f"{len(unlike)} tensors: {', '.join(unlike[:5])}; send the whole state_dict()"
             )
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-        self.version = manifest.version
-        return {
-            "version": self.version,
-            "seconds": time.perf_counter() - started,
-            "bytes": manifest.total_bytes,
-        }
+        self.version = weights.version
+        return {"version": self.version, "seconds": time.perf_counter() - started, "bytes": layout.total_bytes}
 
     def abort_all(self) -> pa.RecordBatch:
         """Hand the prompts that wait back, columns of PROMPT_SCHEMA."""

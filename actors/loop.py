@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from actors.policy import announce
 from actors.recovery import Recovery
 from actors.roles import Roles
 from actors.rollouts import Collected, Rollouts, Supply
@@ -166,9 +167,9 @@ def update(
 
 def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
     """New weights from the policy, which every generator loads before its next prompts."""
-    weights = roles.policy.wait(roles.policy.call("publish", version), "publishing weights")[0]
+    weights = announce(roles.policy, version)
     rollouts.publish(weights)
-    return {"sync/bytes": float(weights.manifest.total_bytes)}
+    return {"sync/bytes": float(weights.layout.total_bytes)}
 
 
 def step_metrics(
@@ -185,6 +186,7 @@ def step_metrics(
         **{f"cost/{name}/limit": limit for name, limit in limits.items()},
         **{f"multiplier/{name}": value for name, value in multipliers.items()},
         **clock.figures(),
+        "sync/seconds": collected.load_s,
         "rollout/tokens_per_second": collected.generated_tokens / collected.seconds,
         "rollout/staleness_max": step - 1 - stats["rollout/weight_version_min"],
         "throughput/samples_per_second": stats["samples"] / clock.total(),

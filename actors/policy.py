@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from actors.engine import LossTerms, NotFiniteError, TrainingEngine
+from actors.handles import Group
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
 from actors.ranks import TrainingRank
 from beaver_ray import experience
@@ -28,23 +29,28 @@ from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weig
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
-from beaver_ray.weights import BUCKET_BYTES, AdapterInfo, PublishedWeights, pack
+from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
+
+
+def announce(policy: Group, version: int) -> PublishedWeights:
+    """The policy's weights as they are when it comes to this call, as ``version``.
+
+    Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
+    """
+    layout = policy.wait(policy.workers[0].call("layout"), "laying out weights")
+    buckets = [policy.call("bucket", version, index)[0] for index in range(len(layout.bucket_bytes))]
+    return PublishedWeights(version, layout, tuple(buckets))
 
 
 class PolicyTrainer(TrainingRank):
     """One rank of the policy. Every rank is given the whole experience and takes its own share of the rows."""
 
-    def __init__(
-        self,
-        config: SafePpoConfig,
-        rank: int,
-        world: int,
-        put: Callable[[np.ndarray], Any] | None = None,
-    ) -> None:
+    def __init__(self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
         self.config = config
-        self.put = put
-        self.bucket: np.ndarray | None = None
+        self.results_are_copied = results_are_copied
+        """What a method returns has left this process before the next one is called, as with Ray's actors."""
+        self.memory: np.ndarray | None = None
 
     def build(self) -> None:
         """Load the policy and the PTX data."""
@@ -56,6 +62,11 @@ class PolicyTrainer(TrainingRank):
             model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
+        tensors = [t for t in self.engine.full_shapes() if not self.adapter or is_adapter(t[0])]
+        # What travels, by its name in the engine.
+        self.names = {name: adapter_name(name) if self.adapter else name for name, _, _ in tensors}
+        named = [(self.names[name], dtype, shape) for name, dtype, shape in tensors]
+        self.published = plan_layout(named, adapter=self.adapter)
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
         self.ptx: SupervisedDataset | None = None
         if config.data.ptx:
@@ -106,22 +117,24 @@ class PolicyTrainer(TrainingRank):
             metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
         return metrics | {"policy/skipped_updates": float(skipped)}
 
-    def publish(self, version: int) -> PublishedWeights | None:
-        """The weights (with LoRA the adapter's) as buckets under ``version``; rank 0 returns them, the others only
-        help to gather.
+    def layout(self) -> Layout:
+        """What lies where in every version of the weights (with LoRA the adapter's)."""
+        return self.published
+
+    def bucket(self, version: int, index: int) -> Bucket | None:
+        """Bucket ``index`` of the weights as they are now, under ``version``; rank 0 returns it, the others only help
+        to gather.
         """
-        state = self.engine.full_state()
-        if self.adapter:
-            state = ((adapter_name(name), tensor) for name, tensor in self.engine.full_state(is_adapter))
-        tensors = ((name, tensor.detach()) for name, tensor in state)
+        wanted = {entry.name for entry in self.published.entries_of(index)}
+        state = self.engine.full_state(lambda name: self.names.get(name) in wanted)
+        tensors = ((self.names[name], tensor) for name, tensor in state)
         if self.rank:
             for _ in tensors:
                 continue
             return None
-        size = BUCKET_BYTES
-        if self.put is not None and self.bucket is None:
-            self.bucket = np.empty(size, dtype=np.uint8)
-        return pack(tensors, version, size, self.put, self.bucket, self.adapter)
+        if self.results_are_copied and self.memory is None:
+            self.memory = np.empty(max(self.published.bucket_bytes), dtype=np.uint8)
+        return pack_bucket(self.published, version, index, tensors, self.memory)
 
     def position(self) -> dict[str, Any]:
         """Where the PTX data stand."""

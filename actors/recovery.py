@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from actors.cluster import Cluster
 from actors.handles import Group
+from actors.policy import announce
 from actors.roles import Roles, connect, start_roles
 from actors.rollouts import Rollouts
 from actors.training_state import TrainingState
@@ -21,7 +22,6 @@ from actors.waits import WorkerDiedError
 from beaver_ray.checkpoints import Checkpoint
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.runs import RunFolder
-from beaver_ray.weights import PublishedWeights
 
 FAILURES = 3  # so many in a row, with no step finished in between, end the run
 
@@ -132,8 +132,7 @@ class Recovery:
             self.state.load_state_dict(state)
             self._call_trained("load_state", checkpoint.folder / "training")
             self.run.rewind(state["metrics_bytes"])
-        policy = self.roles.policy
-        weights: PublishedWeights = policy.wait(policy.call("publish", self.state.step), "publishing weights")[0]
+        weights = announce(self.roles.policy, self.state.step)
         self.rollouts.restart(self.state.schedule, self.state.prompts, self.state.pending(), weights)
 
     def _trained(self) -> dict[str, Group]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
 from actors.cluster import Cluster
 from actors.critic import Critic
 from actors.experience_builder import ExperienceBuilder
@@ -65,8 +63,8 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     # The constructors run side by side: all are started before any is waited for.
     roles = _start_frozen(config, cluster)
     world = config.cluster.of("policy").workers if cluster else 1
-    put = ray.put if cluster else None
-    roles.policy = start("policy", PolicyTrainer, [(config, rank, world, put) for rank in range(world)])
+    in_ray = cluster is not None
+    roles.policy = start("policy", PolicyTrainer, [(config, rank, world, in_ray) for rank in range(world)])
     for plan in critics(config):
         world = config.cluster.of(plan.kind).workers if cluster else 1
         arguments = [(config, plan.signals, plan.model, rank, world) for rank in range(world)]

@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from actors.exchange import Exchange
 from actors.handles import Group, Handle
 from actors.schedule import RolloutSchedule
-from actors.waits import WorkerDiedError, fetch, ready_now, wait_some
+from actors.waits import WeightsMissingError, WorkerDiedError, fetch, ready_now, wait_some
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
@@ -49,6 +49,8 @@ class Collected:
     chunks: list[Chunk]
     generated_tokens: int = 0
     seconds: float = 0.0
+    load_s: float = 0.0
+    """The longest that a generator spent on new weights, waiting for them included."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Rollouts:
         self.chunks: list[Chunk] = []
         self.paused = False
         """While a run is put together again nothing is served."""
-        self.generated_tokens = 0
+        self.generated_tokens, self.load_s = 0, 0.0
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
         """Generators that could be given another call."""
@@ -172,8 +174,9 @@ class Rollouts:
         for sample in chosen:
             del self.prompts[sample]
         now = time.perf_counter()
-        result = Collected([chunk for chunk in used if chunk.wanted], self.generated_tokens, now - self.since)
-        self.generated_tokens, self.since = 0, now
+        used = [chunk for chunk in used if chunk.wanted]
+        result = Collected(used, self.generated_tokens, now - self.since, self.load_s)
+        self.generated_tokens, self.since, self.load_s = 0, now, 0.0
         return result
 
     def publish(self, weights: PublishedWeights) -> None:
@@ -299,11 +302,14 @@ class Rollouts:
             return  # an answer of a generator that is gone; its samples are with others
         try:
             summary = fetch(reference, f"{name} (exchange)", self.timeout_s)
+        except WeightsMissingError:
+            raise  # what failed is the policy, or the way from it: another generator would fare no better
         except (WorkerDiedError, RayTaskError) as error:
             self._lose(worker, error)
             return
         worker.calls -= 1
         self._hungry[name] = worker
+        self.load_s = max(self.load_s, summary["load_s"])
         if summary["sample_ids"]:
             self.failures.pop(name, None)
         self.schedule.aborted(name, [sample for sample in summary["aborted"] if sample not in dropped])

@@ -31,12 +31,20 @@ class WaitTimeoutError(RuntimeError):
     """Something did not answer in time; the message names it."""
 
 
+class WeightsMissingError(RuntimeError):
+    """New weights did not come, by no fault of the process that waited; the message says which bucket, and why."""
+
+
+class WeightsLostError(WeightsMissingError, WorkerDiedError):
+    """They did not come because the process that owed them is gone, or its node."""
+
+
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
     ``needs``: references that the answers wait for themselves, what comes first first. Raises WaitTimeoutError that
     names ``what``, the processes that did not answer and what they were doing at the deadline, WorkerDiedError where a
-    process ended that an answer came or depended from, and UserError where the other side raised one.
+    process ended that an answer came or depended from, and the other side's UserError or WeightsMissingError.
     """
     refs = thing if isinstance(thing, list) else [thing]
     if not any(isinstance(ref, ray.ObjectRef) for ref in refs):
@@ -51,7 +59,7 @@ def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]
     except _LOST as error:
         raise WorkerDiedError(f"{what}: its process died: {_brief(error)}") from None
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, (UserError, WeightsMissingError)):
             raise error.cause from None
         if death := _death(error, refs):
             raise WorkerDiedError(f"{what}: a process died: {_brief(death)}") from None
@@ -124,6 +132,12 @@ def ready_now(refs: Sequence[Any]) -> list[Any]:
         return list(refs)
     done, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
     return [*done, *(ref for ref in refs if not isinstance(ref, ray.ObjectRef))]
+
+
+def all_here(refs: Sequence[Any]) -> bool:
+    """Whether all of ``refs`` lie on this node at this moment; those that only lie on another begin to come."""
+    pending = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]
+    return not pending or not ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=True)[1]
 
 
 def wait_placed(group: PlacementGroup, timeout_s: float) -> bool:

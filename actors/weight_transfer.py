@@ -8,8 +8,8 @@ take the newest version whenever it is ready.
 
 With tensor parallelism above 1 the engine lives in worker processes, which must know the name "packed" too.
 vLLM loads the entry points of the group `vllm.general_plugins` in every worker, so an installed package
-names `actors.weight_transfer:register` there. VllmGenerator fetches the buckets and
-hands the bytes to such workers; a worker that belongs to Ray itself may be given object references.
+names `actors.weight_transfer:register` there. VllmGenerator fetches the buckets, checks them and
+hands their bytes to the workers.
 Tried: tensor parallelism 1 and 2 on CPUs. Not tried so far: a GPU, and vLLM's Ray executor.
 """
 
@@ -32,9 +32,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.waits import fetch
 from beaver_ray.models.lora import merged
-from beaver_ray.weights import Manifest, TensorEntry, flat_tensor, verify, views
+from beaver_ray.weights import AdapterInfo, Bucket, Layout, TensorEntry, flat_tensor, views
 
 BACKEND = "packed"
 SAMPLE = 8  # tensors compared after each update
@@ -42,19 +41,15 @@ SAMPLE = 8  # tensors compared after each update
 
 @dataclass
 class PackedInitInfo(WeightTransferInitInfo):
-    """`fetch_timeout_s`: how long a worker waits for one bucket out of the object store."""
-
-    fetch_timeout_s: float = 300.0
+    """Nothing: every bucket comes with its bytes."""
 
 
 @dataclass
 class PackedUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: a flat uint8 array or an object reference to one. `verified`: its checksum was checked."""
+    """One bucket, which the sender has checked."""
 
-    manifest: Manifest
-    index: int
-    bucket: Any
-    verified: bool = False
+    layout: Layout
+    bucket: Bucket
 
 
 class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpdateInfo]):
@@ -71,18 +66,17 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.fetch_timeout_s = PackedInitInfo.fetch_timeout_s
         self.expected: set[str] = set()
         self.untied: set[str] = set()
         self.loaded: set[str] | None = set()
         self.sampled: dict[str, tuple[TensorEntry, int]] = {}
         self.comparable: set[str] | None = None  # names of parameters that are held as they come; known after the first
         self.load_config = vllm_config.load_config
-        self.manifest: Manifest | None = None
+        self.adapter_info: AdapterInfo | None = None
         self.adapter: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
-        self.fetch_timeout_s = init_info.fetch_timeout_s
+        """Nothing to agree on."""
 
     def start_weight_update(self) -> None:
         # On CPU vLLM packs a tied head into memory of its own, so that it needs weights too and stays as it
@@ -94,24 +88,20 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
-        manifest, index = update_info.manifest, update_info.index
-        what = f"weights version {manifest.version}, bucket {index}"
-        bucket = fetch(update_info.bucket, what=what, timeout_s=self.fetch_timeout_s)
-        if not update_info.verified:
-            verify(manifest, index, bucket)
-        for entry in sample_entries(manifest, self.comparable):
-            if entry.bucket == index:
-                piece = bucket[entry.offset : entry.offset + entry.nbytes]
+        layout, bucket = update_info.layout, update_info.bucket
+        for entry in sample_entries(layout, bucket.version, self.comparable):
+            if entry.bucket == bucket.index:
+                piece = bucket.data[entry.offset : entry.offset + entry.nbytes]
                 self.sampled[entry.name] = (entry, xxhash.xxh3_64_intdigest(piece.data))
         # The layerwise reload keeps the tensors until their layer is complete, perhaps for several buckets:
         # each bucket therefore gets its own memory on the device, never a staging buffer that the next one
         # overwrites.
-        flat = flat_tensor(bucket).to(self.device)
-        self.manifest = manifest
-        if manifest.adapter:
-            self.adapter |= dict(views(manifest, index, flat))
+        flat = flat_tensor(bucket.data).to(self.device)
+        self.adapter_info = layout.adapter
+        if layout.adapter:
+            self.adapter |= dict(views(layout, bucket.index, flat))
         else:
-            self._load(views(manifest, index, flat))
+            self._load(views(layout, bucket.index, flat))
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         loaded = cast("Any", self.model).load_weights(weights)
@@ -128,10 +118,10 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         with 0.8 million parameters on a CPU it took 10 to 20 ms for an update instead of 20 to 25, and generated
         0.4 times as many tokens a second.
         """
-        assert self.manifest is not None and self.manifest.adapter is not None
+        assert self.adapter_info is not None
         base = get_model_loader(self.load_config).get_all_weights(self.model_config, self.model)  # type: ignore[attr-defined]
         dtype = cast("torch.dtype", self.model_config.dtype)
-        self._load(merged(base, self.adapter, self.manifest.adapter, dtype))
+        self._load(merged(base, self.adapter, self.adapter_info, dtype))
         self.adapter = {}
         # A tied head is neither in the folder nor the adapter's: where it has memory of its own, it stays as it was.
         self.expected = self.untied
@@ -170,12 +160,12 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         raise NotImplementedError("the trainer publishes packed weights and sends none")
 
 
-def sample_entries(manifest: Manifest, comparable: set[str] | None) -> list[TensorEntry]:
+def sample_entries(layout: Layout, version: int, comparable: set[str] | None) -> list[TensorEntry]:
     """The tensors whose arrival is checked: all at the first update, then some of ``comparable``, others each time."""
-    entries = [entry for entry in manifest.entries if entry.nbytes and (comparable is None or entry.name in comparable)]
+    entries = [entry for entry in layout.entries if entry.nbytes and (comparable is None or entry.name in comparable)]
     if comparable is None or len(entries) <= SAMPLE:
         return entries
-    return random.Random(manifest.version).sample(entries, SAMPLE)
+    return random.Random(version).sample(entries, SAMPLE)
 
 
 def _held_as_it_came(parameter: torch.Tensor | None, entry: TensorEntry) -> bool:

@@ -1,10 +1,9 @@
-"""Model weights as numbered versions: a few large flat buckets of bytes and a manifest that says what lies
-where.
+"""Model weights as numbered versions: a few large flat buckets of bytes, and a layout that says what lies where.
 
-The trainer packs its tensors one by one (under ZeRO-3 each is gathered only when it is asked for) and hands
-every full bucket to `put`, usually `ray.put`; a generator takes the buckets in order and unpacks them as
-views, without a copy. A bucket is identified by (version, index) and carries a checksum, so that a torn or
-mixed-up bucket is found before its bytes reach a model.
+The layout follows from names, dtypes and shapes alone and is the same for every version. A version is announced with
+it before its buckets exist: the trainer gathers and packs bucket i + 1 while a generator loads bucket i. A bucket
+carries its version, its number and a checksum, so that a torn or mixed-up one is found before its bytes reach a
+model; a generator takes its tensors as views, without a copy.
 
 What to send is the sender's business. It must be `state_dict()`, not `named_parameters()`: with tied
 embeddings the receiver needs `lm_head.weight` as well as the embedding.
@@ -14,8 +13,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -51,13 +51,11 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The contents of one version; `bucket_bytes` and `checksums` (xxh3, 64 bit) have one item a bucket."""
+class Layout:
+    """What lies where in every version; `bucket_bytes` has one item a bucket."""
 
-    version: int
     entries: tuple[TensorEntry, ...]
     bucket_bytes: tuple[int, ...]
-    checksums: tuple[int, ...]
     adapter: AdapterInfo | None = None
     """The tensors are those of an adapter alone; None for a whole model."""
 
@@ -69,129 +67,142 @@ class Manifest:
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.entries)
 
+    def entries_of(self, index: int) -> tuple[TensorEntry, ...]:
+        """The tensors of bucket ``index``, in their order."""
+        return tuple(entry for entry in self.entries if entry.bucket == index)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Some of a version's tensors; `data` is flat uint8, `checksum` its xxh3 (64 bit)."""
+
+    version: int
+    index: int
+    data: np.ndarray
+    checksum: int
+
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """A manifest and its buckets: flat uint8 numpy arrays, or whatever `put` gave back for them."""
+    """A version: its layout, and its buckets or references to them, which may not be there yet."""
 
-    manifest: Manifest
+    version: int
+    layout: Layout
     buckets: tuple[Any, ...]
 
-    @property
-    def version(self) -> int:
-        return self.manifest.version
+
+def plan_layout(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    bucket_bytes: int = BUCKET_BYTES,
+    adapter: AdapterInfo | None = None,
+) -> Layout:
+    """Lay tensors of these names, dtypes and shapes into buckets of at most `bucket_bytes` bytes, in their order.
+
+    A tensor larger than a bucket gets a bucket of its own. Raises ValueError for a name that comes twice.
+    """
+    if bucket_bytes < ALIGNMENT:
+        raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least {ALIGNMENT}")
+    entries: dict[str, TensorEntry] = {}
+    sizes: list[int] = []
+    for name, dtype, shape in tensors:
+        if name in entries:
+            raise ValueError(f"tensor '{name}' is given twice")
+        nbytes = math.prod(shape) * dtype.itemsize
+        start = math.ceil(sizes[-1] / ALIGNMENT) * ALIGNMENT if sizes else 0
+        if not sizes or start + nbytes > bucket_bytes:
+            start = 0
+            sizes.append(0)
+        entries[name] = TensorEntry(name, str(dtype).removeprefix("torch."), shape, len(sizes) - 1, start, nbytes)
+        sizes[-1] = start + nbytes
+    return Layout(tuple(entries.values()), tuple(sizes), adapter)
+
+
+def pack_bucket(
+    layout: Layout,
+    version: int,
+    index: int,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    memory: np.ndarray | None = None,
+) -> Bucket:
+    """Copy the tensors of bucket `index`, given in the layout's order, into flat memory.
+
+    `tensors` is consumed lazily; none is held once its bytes are copied. `memory`, a flat uint8 array of at least the
+    bucket's size, is what the bucket then lies in until its owner writes there again: the first touch of fresh
+    memory costs some 30 times a later one. Raises ValueError for tensors that are not the layout's.
+    """
+    size = layout.bucket_bytes[index]
+    data = np.empty(size, dtype=np.uint8) if memory is None else memory[:size]
+    used = 0
+    for entry, (name, tensor) in zip(layout.entries_of(index), tensors, strict=True):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if (name, dtype, tuple(tensor.shape)) != (entry.name, entry.dtype, entry.shape):
+            raise ValueError(
+                f"weights version {version}, bucket {index}: expected {entry.name}, {entry.dtype} {entry.shape}; "
+                f"got {name}, {dtype} {tuple(tensor.shape)}"
+            )
+        end = entry.offset + entry.nbytes
+        # No earlier bytes stay in the gaps: equal weights have equal checksums.
+        data[used : entry.offset] = 0
+        _copy_in(tensor, data[entry.offset : end])
+        used = end
+    return Bucket(version, index, data, xxhash.xxh3_64_intdigest(data.data))
 
 
 def pack(
     tensors: Iterable[tuple[str, torch.Tensor]],
     version: int,
     bucket_bytes: int = BUCKET_BYTES,
-    put: Callable[[np.ndarray], Any] | None = None,
-    buffer: np.ndarray | None = None,
     adapter: AdapterInfo | None = None,
 ) -> PublishedWeights:
-    """Pack named tensors into buckets of at most `bucket_bytes` bytes, in the order in which they come.
-
-    `tensors` is consumed lazily; no tensor is held once its bytes are copied. A tensor larger than a bucket
-    gets a bucket of its own.
-
-    `put` is called with every full bucket and must COPY it (as `ray.put` does): the next bucket is written
-    into the same memory, because the first touch of fresh memory costs some 30 times a later one. `buffer`,
-    a flat uint8 array of at least `bucket_bytes`, lets the caller keep that memory from one version to the
-    next. Without `put` the arrays themselves are kept, and each bucket is written into fresh memory.
-    """
-    if bucket_bytes < ALIGNMENT:
-        raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least {ALIGNMENT}")
-    if buffer is not None and (put is None or buffer.dtype != np.uint8 or buffer.size < bucket_bytes):
-        raise ValueError("buffer must be a flat uint8 array of at least bucket_bytes, and needs a put that copies")
-
-    entries: list[TensorEntry] = []
-    sizes: list[int] = []
-    checksums: list[int] = []
-    buckets: list[Any] = []
-    seen: set[str] = set()
-    current: np.ndarray | None = None
-    used = 0
-
-    def emit(filled: np.ndarray) -> None:
-        sizes.append(filled.size)
-        checksums.append(xxhash.xxh3_64_intdigest(filled.data))
-        buckets.append(filled if put is None else put(filled))
-
-    for name, tensor in tensors:
-        if name in seen:
-            raise ValueError(f"weights version {version}: tensor '{name}' is given twice")
-        seen.add(name)
-        nbytes = tensor.numel() * tensor.element_size()
-        start = math.ceil(used / ALIGNMENT) * ALIGNMENT
-        if current is not None and start + nbytes > bucket_bytes:
-            emit(current[:used])
-            current, used, start = None, 0, 0
-        if nbytes > bucket_bytes:
-            target = np.empty(nbytes, dtype=np.uint8)
-        else:
-            if current is None:
-                if buffer is None or put is None:
-                    buffer = np.empty(bucket_bytes, dtype=np.uint8)
-                current = buffer
-            target = current
-        # No bytes of an earlier bucket stay in the gaps: equal weights have equal checksums.
-        target[used:start] = 0
-        _copy_in(tensor, target[start : start + nbytes])
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), len(sizes), start, nbytes))
-        if nbytes > bucket_bytes:
-            emit(target)
-        else:
-            used = start + nbytes
-    if current is not None:
-        emit(current[:used])
-    manifest = Manifest(version, tuple(entries), tuple(sizes), tuple(checksums), adapter)
-    return PublishedWeights(manifest, tuple(buckets))
+    """A whole version at once, for tensors that are all at hand; each bucket in fresh memory."""
+    given = list(tensors)
+    layout = plan_layout([(name, t.dtype, tuple(t.shape)) for name, t in given], bucket_bytes, adapter)
+    rest = iter(given)
+    buckets = [
+        pack_bucket(layout, version, index, islice(rest, len(layout.entries_of(index))))
+        for index in range(len(layout.bucket_bytes))
+    ]
+    return PublishedWeights(version, layout, tuple(buckets))
 
 
-def verify(manifest: Manifest, index: int, bucket: np.ndarray) -> None:
-    """Raise ValueError unless `bucket` is, byte for byte, bucket number `index` of the manifest's version."""
-    where = f"weights version {manifest.version}, bucket {index} of {len(manifest.bucket_bytes)}"
-    if bucket.dtype != np.uint8 or bucket.ndim != 1 or bucket.size != manifest.bucket_bytes[index]:
-        raise ValueError(
-            f"{where}: expected {manifest.bucket_bytes[index]} flat uint8 bytes, got {bucket.dtype} {bucket.shape}"
-        )
-    checksum = xxhash.xxh3_64_intdigest(np.ascontiguousarray(bucket).data)
-    if checksum != manifest.checksums[index]:
-        raise ValueError(f"{where}: checksum is {checksum:016x}, expected {manifest.checksums[index]:016x}")
+def verify(weights: PublishedWeights, index: int, bucket: Bucket) -> None:
+    """Raise ValueError unless `bucket` is bucket number `index` of this version, and as it was packed."""
+    size = weights.layout.bucket_bytes[index]
+    where = f"weights version {weights.version}, bucket {index} of {len(weights.layout.bucket_bytes)}"
+    if (bucket.version, bucket.index) != (weights.version, index):
+        raise ValueError(f"{where}: got bucket {bucket.index} of version {bucket.version}")
+    data = bucket.data
+    if data.dtype != np.uint8 or data.shape != (size,):
+        raise ValueError(f"{where}: expected {size} flat uint8 bytes, got {data.dtype} {data.shape}")
+    checksum = xxhash.xxh3_64_intdigest(np.ascontiguousarray(data).data)
+    if checksum != bucket.checksum:
+        raise ValueError(f"{where}: checksum is {checksum:016x}, expected {bucket.checksum:016x}")
 
 
-def unpack(
-    manifest: Manifest, index: int, bucket: np.ndarray, check: bool = True
-) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack(layout: Layout, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the named tensors of one bucket as CPU views of its bytes; the views keep the bucket alive.
 
-    The views must not be written to: an array from the object store is shared memory. `check=False` leaves
-    the checksum out, for a bucket that `verify` has already passed.
+    The views must not be written to: an array from the object store is shared memory.
     """
-    if check:
-        verify(manifest, index, bucket)
-    yield from views(manifest, index, flat_tensor(bucket))
+    yield from views(layout, bucket.index, flat_tensor(bucket.data))
 
 
-def flat_tensor(bucket: np.ndarray) -> torch.Tensor:
-    """A bucket's bytes as a flat uint8 CPU tensor that shares its memory."""
+def flat_tensor(data: np.ndarray) -> torch.Tensor:
+    """A bucket's bytes as a flat uint8 CPU tensor that shares their memory."""
     with warnings.catch_warnings():
         # torch warns that it cannot mark a tensor read-only; nothing here writes to it.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(bucket)
+        return torch.from_numpy(data)
 
 
-def views(manifest: Manifest, index: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def views(layout: Layout, index: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the named tensors of bucket `index` as views of `flat`: its bytes, uint8, on any device."""
-    for entry in manifest.entries:
-        if entry.bucket == index:
-            dtype = getattr(torch, entry.dtype)
-            part = flat[entry.offset : entry.offset + entry.nbytes]
-            # torch refuses to see an empty slice as another dtype.
-            whole = part.view(dtype) if entry.nbytes else torch.empty(0, dtype=dtype, device=flat.device)
-            yield entry.name, whole.view(entry.shape)
+    for entry in layout.entries_of(index):
+        dtype = getattr(torch, entry.dtype)
+        part = flat[entry.offset : entry.offset + entry.nbytes]
+        # torch refuses to see an empty slice as another dtype.
+        whole = part.view(dtype) if entry.nbytes else torch.empty(0, dtype=dtype, device=flat.device)
+        yield entry.name, whole.view(entry.shape)
 
 
 def _copy_in(tensor: torch.Tensor, target: np.ndarray) -> None:

@@ -1,8 +1,9 @@
-"""Packed buckets: what goes in comes out, bit for bit, and lies where the manifest says."""
+"""Packed buckets: what goes in comes out, bit for bit, and lies where the layout says."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beaver_ray.weights import TensorEntry, pack, unpack, verify
+from beaver_ray.weights import TensorEntry, pack, pack_bucket, plan_layout, unpack, verify
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool]
 
@@ -26,97 +27,91 @@ named_tensors = st.lists(
 ).map(lambda specs: [(f"t{i}", random_tensor(*spec)) for i, spec in enumerate(specs)])
 
 
-@given(tensors=named_tensors, bucket_bytes=st.integers(64, 2000), copies=st.booleans())
-def test_round_trip(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int, copies: bool) -> None:
-    packed = pack(tensors, version=3, bucket_bytes=bucket_bytes, put=np.copy if copies else None)
-    assert packed.version == 3
-    out = [pair for i, bucket in enumerate(packed.buckets) for pair in unpack(packed.manifest, i, bucket)]
+@given(tensors=named_tensors, bucket_bytes=st.integers(64, 2000))
+def test_round_trip(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> None:
+    packed = pack(tensors, version=3, bucket_bytes=bucket_bytes)
+    for index, bucket in enumerate(packed.buckets):
+        verify(packed, index, bucket)
+    out = [pair for bucket in packed.buckets for pair in unpack(packed.layout, bucket)]
     assert [name for name, _ in out] == [name for name, _ in tensors]
     for (_, got), (name, sent) in zip(out, tensors, strict=True):
         assert got.dtype == sent.dtype and got.shape == sent.shape, name
         assert torch.equal(got, sent), name
-    for entry in packed.manifest.entries:
+    for entry in packed.layout.entries:
         assert entry.offset % 64 == 0
-    for size, bucket in zip(packed.manifest.bucket_bytes, packed.buckets, strict=True):
-        alone = [e for e in packed.manifest.entries if e.nbytes > bucket_bytes]
-        assert size == bucket.size and (size <= bucket_bytes or size in {e.nbytes for e in alone})
+    for size, bucket in zip(packed.layout.bucket_bytes, packed.buckets, strict=True):
+        alone = [e for e in packed.layout.entries if e.nbytes > bucket_bytes]
+        assert size == bucket.data.size and (size <= bucket_bytes or size in {e.nbytes for e in alone})
 
 
 def test_offsets_by_hand() -> None:
     tensors = [
-        ("a", torch.zeros(10)),  # 40 bytes at 0
-        ("b", torch.zeros(3, 7, dtype=torch.bfloat16)),  # 42 bytes at 64, ends at 106
-        ("c", torch.zeros(20, dtype=torch.int64)),  # 160 bytes: 128 + 160 > 256, so the next bucket
-        ("big", torch.zeros(75)),  # 300 bytes > 256: a bucket of its own
-        ("d", torch.tensor(5.0)),  # 4 bytes, a fresh bucket
+        ("a", torch.float32, (10,)),  # 40 bytes at 0
+        ("b", torch.bfloat16, (3, 7)),  # 42 bytes at 64, ends at 106
+        ("c", torch.int64, (20,)),  # 160 bytes: 128 + 160 > 256, so the next bucket
+        ("big", torch.float32, (75,)),  # 300 bytes > 256: a bucket of its own
+        ("d", torch.float32, ()),  # 4 bytes, a fresh bucket
     ]
-    manifest = pack(tensors, version=1, bucket_bytes=256).manifest
-    assert manifest.entries == (
+    layout = plan_layout(tensors, bucket_bytes=256)
+    assert layout.entries == (
         TensorEntry("a", "float32", (10,), 0, 0, 40),
         TensorEntry("b", "bfloat16", (3, 7), 0, 64, 42),
         TensorEntry("c", "int64", (20,), 1, 0, 160),
         TensorEntry("big", "float32", (75,), 2, 0, 300),
         TensorEntry("d", "float32", (), 3, 0, 4),
     )
-    assert manifest.bucket_bytes == (106, 160, 300, 4)
-    assert manifest.total_bytes == 570
+    assert layout.bucket_bytes == (106, 160, 300, 4)
+    assert layout.total_bytes == 570
+    assert [entry.name for entry in layout.entries_of(0)] == ["a", "b"]
 
 
-def test_tensors_are_asked_for_one_by_one_and_strides_do_not_matter() -> None:
-    put: list[int] = []
+def test_a_bucket_is_made_alone_from_tensors_asked_for_one_by_one_and_strides_do_not_matter() -> None:
+    tensors = {f"t{i}": torch.arange(16.0).reshape(4, 4).T + i for i in range(6)}
+    layout = plan_layout([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()], bucket_bytes=128)
+    memory = np.empty(128, dtype=np.uint8)
 
     def lazily() -> Iterator[tuple[str, torch.Tensor]]:
-        for i in range(6):
-            # Two tensors fill a bucket, which is put when the next tensor has come.
-            assert len(put) == max(0, (i - 1) // 2)
-            yield f"t{i}", torch.arange(16.0).reshape(4, 4).T + i
+        yield "t2", tensors["t2"]
+        # Already copied before the next one is asked for.
+        assert torch.equal(torch.from_numpy(memory[:64]).view(torch.float32).view(4, 4), tensors["t2"])
+        yield "t3", tensors["t3"]
 
-    packed = pack(lazily(), 0, bucket_bytes=128, put=lambda bucket: put.append(bucket.size) or bucket.copy())
-    assert put == [128, 128, 128]
-    (_, first), _ = unpack(packed.manifest, 1, packed.buckets[1])
-    assert torch.equal(first, torch.arange(16.0).reshape(4, 4).T + 2)
-
-
-def test_a_put_that_copies_gets_the_same_memory_every_time() -> None:
-    addresses: set[int] = set()
-
-    def put(bucket: np.ndarray) -> np.ndarray:
-        addresses.add(bucket.ctypes.data)
-        return bucket.copy()
-
-    buffer = np.empty(1024, dtype=np.uint8)
-    for version in range(3):
-        pack([(f"t{i}", torch.randn(200)) for i in range(4)], version, 1024, put, buffer)
-    assert addresses == {buffer.ctypes.data}
-    kept = pack([(f"t{i}", torch.randn(200)) for i in range(4)], 0, 1024)
-    assert len({bucket.ctypes.data for bucket in kept.buckets}) == 4
+    bucket = pack_bucket(layout, 9, 1, lazily(), memory)
+    assert np.shares_memory(bucket.data, memory)
+    for name, tensor in unpack(layout, bucket):
+        assert torch.equal(tensor, tensors[name])
+    whole = pack(tensors.items(), 9, 128)
+    assert [b.index for b in whole.buckets] == [0, 1, 2] and whole.buckets[1].checksum == bucket.checksum
 
 
-def test_equal_weights_have_equal_checksums_whatever_was_in_the_buffer() -> None:
+def test_equal_weights_have_equal_checksums_whatever_was_in_the_memory() -> None:
     tensors = [("a", torch.ones(3)), ("b", torch.ones(5))]
-    buffers = [np.full(256, fill, dtype=np.uint8) for fill in (0, 255)]
-    one, two = (pack(tensors, 1, 256, np.copy, buffer).manifest for buffer in buffers)
-    assert one == two
+    layout = plan_layout([(name, t.dtype, tuple(t.shape)) for name, t in tensors], 256)
+    one, two = (pack_bucket(layout, 1, 0, tensors, np.full(256, fill, dtype=np.uint8)) for fill in (0, 255))
+    assert one.checksum == two.checksum
 
 
 def test_a_damaged_or_swapped_bucket_is_named() -> None:
     packed = pack([("a", torch.ones(16)), ("b", torch.zeros(16))], version=7, bucket_bytes=64)
-    damaged = packed.buckets[1].copy()
-    damaged[63] ^= 1
+    good = packed.buckets[1]
+    data = good.data.copy()
+    data[63] ^= 1
     with pytest.raises(ValueError, match="version 7, bucket 1 of 2: checksum"):
-        list(unpack(packed.manifest, 1, damaged))
-    with pytest.raises(ValueError, match="version 7, bucket 0 of 2: checksum"):
-        verify(packed.manifest, 0, packed.buckets[1])
+        verify(packed, 1, replace(good, data=data))
+    with pytest.raises(ValueError, match="version 7, bucket 0 of 2: got bucket 1 of version 7"):
+        verify(packed, 0, good)
+    with pytest.raises(ValueError, match="version 7, bucket 1 of 2: got bucket 1 of version 6"):
+        verify(packed, 1, replace(good, version=6))
     with pytest.raises(ValueError, match="bucket 1 of 2: expected 64 flat uint8 bytes"):
-        verify(packed.manifest, 1, damaged[:-1])
+        verify(packed, 1, replace(good, data=good.data[:-1]))
 
 
 def test_views_share_a_read_only_bucket_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     packed = pack([("a", torch.arange(4.0))], version=0)
     bucket = packed.buckets[0]
-    bucket.flags.writeable = False
-    ((_, view),) = unpack(packed.manifest, 0, bucket)
-    assert view.data_ptr() == bucket.ctypes.data
+    bucket.data.flags.writeable = False
+    ((_, view),) = unpack(packed.layout, bucket)
+    assert view.data_ptr() == bucket.data.ctypes.data
     assert not [w for w in recwarn if "writable" in str(w.message)]
 
 
@@ -125,6 +120,15 @@ def test_wrong_arguments() -> None:
         pack([("a", torch.ones(1)), ("a", torch.ones(1))], 0)
     with pytest.raises(ValueError, match="at least 64"):
         pack([], 0, bucket_bytes=10)
-    with pytest.raises(ValueError, match="needs a put that copies"):
-        pack([], 0, bucket_bytes=64, buffer=np.empty(64, dtype=np.uint8))
     assert pack([], 0).buckets == ()
+
+
+@pytest.mark.parametrize("other", [("b", torch.ones(2)), ("a", torch.ones(3)), ("a", torch.ones(2).half())])
+def test_tensors_that_are_not_the_layouts_are_refused(other: tuple[str, torch.Tensor]) -> None:
+    layout = plan_layout([("a", torch.float32, (2,))])
+    with pytest.raises(ValueError, match=r"version 5, bucket 0: expected a, float32 \(2,\); got"):
+        pack_bucket(layout, 5, 0, [other])
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        pack_bucket(layout, 5, 0, [("a", torch.ones(2))] * 2)
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        pack_bucket(layout, 5, 0, [])

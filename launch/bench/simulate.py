@@ -25,7 +25,7 @@ from actors.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from actors.handles import Group
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
-from beaver_ray.weights import Manifest, PublishedWeights
+from beaver_ray.weights import Layout, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.registry import Options
 from launch.bench.rollouts import TAIL, tailed_lengths
@@ -81,6 +81,7 @@ class SleepingGenerator:
             "free": self.capacity - len(self.running),
             "generated_tokens": sum(length for _, length, _ in finished),
             "busy_s": 0.0,
+            "load_s": 0.0,
             "weight_version": self.version,
             "sample_ids": [sample for sample, _, _ in finished],
             "versions": [version for _, _, version in finished],
@@ -176,7 +177,7 @@ def steps_of(generators: Group, trainer: Group, lengths: np.ndarray, steps: int,
         rollouts.take(step)
         if train_s:
             trainer.run("update", train_s)
-        rollouts.publish(PublishedWeights(Manifest(step, (), (), ()), ()))
+        rollouts.publish(PublishedWeights(step, Layout((), ()), ()))
         if warmups < step <= warmups + steps:
             seconds.append(time.perf_counter() - started)
             cpu += time.process_time() - cpu_started

@@ -80,7 +80,7 @@ def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figu
         Figure("samples", m["throughput/samples_per_second"], "samples/s"),
         Figure("generation", m["rollout/tokens_per_second"], "tokens/s"),
         Figure("whole step", m["throughput/tokens_per_second"], "tokens/s"),
-        Figure("sync", m["sync/bytes"] / m["time/sync"] / GB, "GB/s"),
+        Figure("sync", m["sync/bytes"] / m["sync/seconds"] / GB, "GB/s"),
     ]
     tokens = m["throughput/tokens_per_second"] * step
     work = training_flops(config, tokens)

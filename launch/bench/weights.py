@@ -1,10 +1,14 @@
 """A version of the weights from a trainer to its generators through the object store, against its memory copies.
 
-The path is the trainer's own (`beaver_ray.weights.pack` with `ray.put`, one warm bucket) and the generators' own
-(`actors.generator.fetch_verified`, then a copy into the model's tensors). Every byte is copied once into a bucket,
-once into the object store, and once in each receiver; the limit is the time that these copies take at the speed of
-warm memory, measured in the same run in the same processes: one stream for the publisher, as many at a time as there
-are receivers for theirs. Checksums, serialisation and calls are not in the limit.
+The path is that of training: the trainer makes one bucket after another, each by a call whose result lies in the object
+store, and the generators (`actors.generator.checked_buckets`, then a copy into the model's tensors) take each as soon
+as it is there. The trainer holds every tensor in two shards, as under ZeRO-3 on two ranks, and puts them together
+before they are packed. The same with all buckets made before the first is taken is measured beside it.
+
+Every byte is copied once into a whole tensor, once into a bucket, once into the object store, and once in each
+receiver; the limit is the time that these copies take one after another at the speed of warm memory, measured in the
+same run in the same processes: one stream for the publisher, as many at a time as there are receivers for theirs.
+Checksums, serialisation and calls are not in the limit.
 
 Also: how many calls a version costs when its parameters are cut into ten times as many, and the rate of a real
 vLLM generator's update.
@@ -14,6 +18,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +27,18 @@ import numpy as np
 import ray
 import torch
 
-from actors.generator import GeneratorSpec, VllmGenerator, fetch_verified
-from actors.waits import fetch
-from beaver_ray.weights import BUCKET_BYTES, PublishedWeights, pack, unpack
+from actors.generator import GeneratorSpec, VllmGenerator, checked_buckets
+from actors.waits import fetch, wait_any
+from beaver_ray.weights import (
+    BUCKET_BYTES,
+    Bucket,
+    Layout,
+    PublishedWeights,
+    pack,
+    pack_bucket,
+    plan_layout,
+    unpack,
+)
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
 from launch.bench.models import LARGER, write_policy
 from launch.bench.registry import Options
@@ -60,69 +75,72 @@ def llama_shapes(hidden: int, layers: int, vocabulary: int) -> Shapes:
     return [*shapes, ("model.norm.weight", (hidden,))]
 
 
+def layout_of(shapes: Shapes, bucket_bytes: int) -> Layout:
+    """The layout of float32 tensors."""
+    return plan_layout([(name, torch.float32, shape) for name, shape in shapes], bucket_bytes)
+
+
 class Publisher:
-    """Holds the tensors of a model and publishes them as the policy trainer does."""
+    """Holds the tensors of a model in two shards and makes its buckets as the policy trainer does."""
 
-    def __init__(self, shapes: Shapes, bucket_bytes: int) -> None:
+    def __init__(self, layout: Layout) -> None:
         torch.set_num_threads(1)
-        self.tensors = {name: torch.full(shape, 0.5) for name, shape in shapes}
-        self.bucket = np.zeros(bucket_bytes, dtype=np.uint8)
-        self.times: dict[str, float] = {}
-        self.puts = 0
+        self.layout = layout
+        halves = {e.name: (e.nbytes // 8, e.nbytes // 4 - e.nbytes // 8) for e in layout.entries}
+        self.shards = {name: [torch.full((n,), 0.5) for n in sizes] for name, sizes in halves.items()}
+        self.whole = torch.zeros(max(e.nbytes for e in layout.entries) // 4)
+        self.memory = np.zeros(max(layout.bucket_bytes), dtype=np.uint8)
+        self.seconds = 0.0
 
-    def publish(self, version: int) -> PublishedWeights:
-        """A new version, every number of it changed."""
-        self.times = {"put": 0.0}
-        self.puts = 0
-        for tensor in self.tensors.values():
-            tensor.view(-1)[:16] = version
+    def bucket(self, version: int, index: int) -> Bucket:
+        """One bucket of a new version, every tensor of it changed."""
         started = time.perf_counter()
-        published = pack(self.tensors.items(), version, len(self.bucket), self._put, self.bucket)
-        self.times["pack"] = time.perf_counter() - started - self.times["put"]
-        return published
+        bucket = pack_bucket(self.layout, version, index, self._gathered(version, index), self.memory)
+        self.seconds += time.perf_counter() - started
+        return bucket
+
+    def _gathered(self, version: int, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in self.layout.entries_of(index):
+            shards = self.shards[entry.name]
+            shards[1][-16:] = version
+            yield entry.name, torch.cat(shards, out=self.whole[: entry.nbytes // 4]).view(entry.shape)
 
     def warm_store(self, size: int) -> None:
         """Touch `size` bytes of the object store: the first touch of a page costs some 30 times a later one."""
-        held = [ray.put(self.bucket) for _ in range(size // len(self.bucket))]
+        held = [ray.put(self.memory) for _ in range(size // len(self.memory))]
         del held
 
-    def last(self) -> tuple[dict[str, float], int]:
-        """Seconds of the last version's parts (pack: copy and checksum), and how often `put` was called."""
-        return self.times, self.puts
+    def made(self) -> float:
+        """Seconds spent on buckets since the last call: gathering, copying and checksums."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def copy_rate(self, repetitions: int) -> float:
         """Bytes/s of a copy between two warm buffers of a bucket's size."""
-        return copy_rate(len(self.bucket), repetitions)
-
-    def _put(self, bucket: np.ndarray) -> Any:
-        started = time.perf_counter()
-        reference = ray.put(bucket)
-        self.times["put"] += time.perf_counter() - started
-        self.puts += 1
-        return reference
+        return copy_rate(len(self.memory), repetitions)
 
 
 class Receiver:
-    """Holds the tensors of a model and takes a version in as a generator does: all verified, then copied."""
+    """Holds the tensors of a model and takes a version in as a generator does, bucket by bucket."""
 
-    def __init__(self, shapes: Shapes, bucket_bytes: int) -> None:
+    def __init__(self, layout: Layout) -> None:
         torch.set_num_threads(1)
-        self.tensors = {name: torch.zeros(shape) for name, shape in shapes}
-        self.bucket_bytes = bucket_bytes
+        self.tensors = {entry.name: torch.zeros(entry.shape) for entry in layout.entries}
+        self.bucket_bytes = max(layout.bucket_bytes)
 
     def pull(self, weights: PublishedWeights) -> dict[str, float]:
-        """Seconds of fetching with verifying, and of copying into place."""
-        started = time.perf_counter()
-        buckets = fetch_verified(weights, WAIT_S)
-        fetched = time.perf_counter()
-        for index, bucket in enumerate(buckets):
-            for name, tensor in unpack(weights.manifest, index, bucket, check=False):
+        """Seconds until all buckets were had and verified, copying left out, and of copying them into place."""
+        started, copying = time.perf_counter(), 0.0
+        for bucket in checked_buckets(weights, WAIT_S):
+            had = time.perf_counter()
+            for name, tensor in unpack(weights.layout, bucket):
                 self.tensors[name].copy_(tensor)
-        return {"fetch and verify": fetched - started, "copy into place": time.perf_counter() - fetched}
+            copying += time.perf_counter() - had
+        return {"wait, fetch and verify": time.perf_counter() - started - copying, "copy into place": copying}
 
     def holds(self, version: int) -> bool:
         """Whether every tensor is that of `version`."""
-        return all(bool((t.view(-1)[:16] == version).all()) for t in self.tensors.values())
+        return all(bool((t.view(-1)[-16:] == version).all()) for t in self.tensors.values())
 
     def copy_rate(self, repetitions: int) -> float:
         """Bytes/s of a copy between two warm buffers of a bucket's size."""
@@ -141,22 +159,28 @@ def copy_rate(size: int, repetitions: int) -> float:
 
 
 def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes: int) -> Outcome:
-    """Publish and pull, in turns with the copies; `store_bytes` of the object store are touched before."""
+    """Publish and pull both ways, in turns with the copies; `store_bytes` of the object store are touched before."""
+    layout = layout_of(shapes, bucket)
     remote = {role: ray.remote(num_cpus=1)(role) for role in (Publisher, Receiver)}
-    publisher: Any = remote[Publisher].remote(shapes, bucket)
-    receivers: Any = [remote[Receiver].remote(shapes, bucket) for _ in range(RECEIVERS)]
+    publisher: Any = remote[Publisher].remote(layout)
+    receivers: Any = [remote[Receiver].remote(layout) for _ in range(RECEIVERS)]
     parts: dict[str, list[float]] = {}
     version = 0
     weights: PublishedWeights | None = None
 
-    def transfer() -> None:
+    def transfer(pipelined: bool) -> None:
         nonlocal version, weights
         version += 1
-        weights = fetch(publisher.publish.remote(version), "publishing", WAIT_S)
+        buckets = [publisher.bucket.remote(version, index) for index in range(len(layout.bucket_bytes))]
+        weights = PublishedWeights(version, layout, tuple(buckets))
+        if not pipelined:
+            wait_any(buckets[-1:], "making all buckets", WAIT_S)
         pulled = fetch([r.pull.remote(weights) for r in receivers], "pulling", WAIT_S)
         slowest = {part: max(times[part] for times in pulled) for part in pulled[0]}
-        for part, seconds in {**fetch(publisher.last.remote(), "times", WAIT_S)[0], **slowest}.items():
-            parts.setdefault(part, []).append(seconds)
+        slowest["gather, pack and sum"] = fetch(publisher.made.remote(), "times", WAIT_S)
+        way = "pipelined" if pipelined else "made first"
+        for part, seconds in slowest.items():
+            parts.setdefault(f"{way}: {part}", []).append(seconds)
 
     alone: list[float] = []
     together: list[float] = []
@@ -166,40 +190,42 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes:
         together.append(sum(fetch([r.copy_rate.remote(5) for r in receivers], "copying", WAIT_S)))
 
     fetch([actor.copy_rate.remote(1) for actor in (publisher, *receivers)], "starting", WAIT_S)
-    cold = interleave({"transfer": transfer}, 1, warmups=0)["transfer"][0]
+    cold = interleave({"transfer": lambda: transfer(True)}, 1, warmups=0)["transfer"][0]
     fetch(publisher.warm_store.remote(store_bytes), "touching the object store", WAIT_S)
     parts.clear()
-    seconds = interleave({"transfer": transfer, "copies": copies}, repetitions, warmups=2)
-    assert weights is not None
+    sides = {"pipelined": lambda: transfer(True), "made first": lambda: transfer(False), "copies": copies}
+    seconds = interleave(sides, repetitions, warmups=2)
     if not all(fetch([r.holds.remote(version) for r in receivers], "checking", WAIT_S)):
         raise RuntimeError("a receiver does not hold the weights that were published last")
-    size = weights.manifest.total_bytes
+    size = layout.total_bytes
     rate_1, rate_n = float(np.median(alone[2:])), float(np.median(together[2:]))
-    limit = 2 * size / rate_1 + RECEIVERS * size / rate_n
-    wall = medians(seconds)["transfer"]
-    goal = Goal(3, at_most=True)
+    limit = 3 * size / rate_1 + RECEIVERS * size / rate_n
+    wall, made_first = (medians(seconds)[way] for way in ("pipelined", "made first"))
     figures = [
-        Figure("publish and pull", wall, "s", wall / limit, "time of the copies", goal),
+        Figure("publish and pull", wall, "s", wall / limit, "time of the copies", Goal(3, at_most=True)),
+        Figure("all buckets made before any is pulled", made_first, "s", made_first / limit, "time of the copies"),
+        Figure("publish and pull, pipelined", wall, "s", wall / made_first, "of all made first", Goal(1, at_most=True)),
         Figure("copies alone", limit, "s"),
         Figure("publish and pull, first version, cold memory", cold, "s", cold / limit, "time of the copies"),
         Figure("weights to each receiver", size / wall / GB, "GB/s"),
         Figure("warm copy, one stream", rate_1 / GB, "GB/s"),
         Figure(f"warm copy, {RECEIVERS} streams together", rate_n / GB, "GB/s"),
     ]
+    middle = medians({part: times[2:] for part, times in parts.items()})
     figures += [
-        Figure(f"part: {part}", m, "s", m / wall, "of publish and pull")
-        for part, m in medians({p: v[2:] for p, v in parts.items()}).items()
+        Figure(part, m, "s", m / (wall if "pipelined" in part else made_first), "of it") for part, m in middle.items()
     ]
     settings = {
         "bytes": size,
         "parameters": len(shapes),
         "receivers": RECEIVERS,
         "bucket_bytes": bucket,
-        "bytes_copied": (2 + RECEIVERS) * size,
+        "bytes_copied": (3 + RECEIVERS) * size,
     }
     for actor in (publisher, *receivers):
         ray.kill(actor)
-    return Outcome(figures, settings, {"transfer": seconds["transfer"], **{p: v[2:] for p, v in parts.items()}})
+    samples = {way: seconds[way] for way in ("pipelined", "made first")}
+    return Outcome(figures, settings, {**samples, **{part: times[2:] for part, times in parts.items()}})
 
 
 def measure_calls(shapes: Shapes, bucket: int) -> list[Figure]:
@@ -207,10 +233,9 @@ def measure_calls(shapes: Shapes, bucket: int) -> list[Figure]:
     cut: Shapes = [(f"{name}.{part}", (-(-int(np.prod(shape)) // 10),)) for name, shape in shapes for part in range(10)]
     counts = []
     for version in (shapes, cut):
-        publisher = Publisher(version, bucket)
-        weights = publisher.publish(1)
-        # A put for each bucket; for each receiver one call with the manifest, and a get for each bucket.
-        counts.append(publisher.puts + RECEIVERS * (1 + len(weights.buckets)))
+        buckets = len(layout_of(version, bucket).bucket_bytes)
+        # A call for each bucket; for each receiver one with the layout, and a get for each bucket.
+        counts.append(buckets + RECEIVERS * (1 + buckets))
     what = f"of those with {len(shapes):,} tensors"
     return [
         Figure(f"calls of a version of {len(shapes):,} tensors", counts[0], "calls"),
@@ -229,7 +254,8 @@ def measure_generator(repetitions: int) -> list[Figure]:
         state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
         seconds = []
         for version in range(1, repetitions + 2):
-            weights = pack(state.items(), version, put=ray.put, buffer=np.zeros(BUCKET_BYTES, np.uint8))
+            weights = pack(state.items(), version)
+            weights = replace(weights, buckets=tuple(ray.put(bucket) for bucket in weights.buckets))
             report = fetch(generator.update_weights.remote(weights), "the generator's update", WAIT_S)
             seconds.append(report["seconds"])
         ray.kill(generator)

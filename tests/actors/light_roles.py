@@ -12,10 +12,11 @@ import ray
 import torch
 
 from actors.exchange import Exchange
+from actors.generator import checked_buckets
 from actors.waits import fetch
 from beaver_ray import experience
 from beaver_ray.errors import UserError
-from beaver_ray.weights import PublishedWeights, pack, unpack
+from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout, unpack
 
 
 class Sleeper:
@@ -51,27 +52,50 @@ class Broken:
 
 
 class Publisher:
-    """Publishes new weights as the policy trainer does: buckets in Ray's object store, their memory used again."""
+    """Makes buckets of 1 MiB as the policy trainer does, their memory used again; every number is the version.
 
-    def __init__(self, megabytes: int) -> None:
-        self.weights = torch.zeros(megabytes * 2**18)
-        self.buffer = np.empty(2**20, dtype=np.uint8)
+    ``gate``: all buckets but the first wait until this file exists. The second bucket ``ends`` the process, or fails.
+    """
 
-    def publish(self, version: int) -> PublishedWeights:
-        self.weights.fill_(version)
-        parts = ((f"part{i}", part) for i, part in enumerate(self.weights.chunk(len(self.weights) // 2**18)))
-        return pack(parts, version, 2**20, ray.put, self.buffer)
+    def __init__(self, buckets: int, gate: str = "", ends: bool = False, fails: bool = False) -> None:
+        self.plan = plan_layout([(f"part{i}", torch.float32, (2**18,)) for i in range(buckets)], 2**20)
+        self.memory = np.empty(2**20, dtype=np.uint8)
+        self.gate, self.ends, self.fails = gate, ends, fails
+
+    def layout(self) -> Layout:
+        return self.plan
+
+    def bucket(self, version: int, index: int) -> Bucket:
+        while index and self.gate and not os.path.exists(self.gate):
+            time.sleep(0.01)
+        if index == 1 and self.fails:
+            raise ZeroDivisionError("a bug in the policy")
+        if index == 1 and self.ends:
+            os._exit(1)
+        tensors = [(f"part{index}", torch.full((2**18,), float(version)))]
+        return pack_bucket(self.plan, version, index, tensors, self.memory)
+
+
+def when_opened(bucket: Bucket, gate: str) -> Bucket:
+    """The bucket, as soon as the file ``gate`` exists."""
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    return bucket
+
+
+def announce(policy: Any, version: int) -> PublishedWeights:
+    """A version of a Publisher, an actor of Ray, whose buckets may not be made yet."""
+    layout = fetch(policy.layout.remote(), "the layout", 60)
+    buckets = [policy.bucket.remote(version, index) for index in range(len(layout.bucket_bytes))]
+    return PublishedWeights(version, layout, tuple(buckets))
 
 
 class Reader:
     """Reads published weights as a generator does."""
 
     def read(self, weights: PublishedWeights) -> float:
-        total = 0.0
-        for index, bucket in enumerate(weights.buckets):
-            array = fetch(bucket, f"bucket {index}", 60)
-            total += sum(float(tensor.sum()) for _, tensor in unpack(weights.manifest, index, array))
-        return total
+        buckets = checked_buckets(weights, 60)
+        return sum(float(tensor.sum()) for bucket in buckets for _, tensor in unpack(weights.layout, bucket))
 
 
 class LightGenerator:
@@ -95,7 +119,7 @@ class LightGenerator:
         if self.dies and self.calls == 2:
             os._exit(1)
         if request.weights is not None:
-            self.version = request.weights.version
+            self.version = [request.weights.version, *(b.version for b in checked_buckets(request.weights, 60))][-1]
         if prompts is not None:
             self.running += [row | {"weight_version": self.version} for row in prompts.to_pylist()]
         time.sleep(0.02)
@@ -104,4 +128,5 @@ class LightGenerator:
         answers = experience.make_batch(columns | {"response_tokens": [[row["sample_id"]] for row in done]})
         ids, versions = columns.values()
         summary = {"sample_ids": ids, "versions": versions, "aborted": [], "generated_tokens": len(done)}
+        summary["load_s"] = 0.0
         return summary, answers

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
+from beaver_ray.weights import PublishedWeights
 
 EOS = 2
 
@@ -236,3 +237,10 @@ def gradients_of(module: torch.nn.Module, action: Callable[[], Any]) -> tuple[An
     for hook in hooks:
         hook.remove()
     return result, found
+
+
+def published_by(trainer: Any, version: int) -> PublishedWeights | None:
+    """The whole version that rank 0 of a policy trainer makes; None of another rank, which must call it too."""
+    layout = trainer.layout()
+    buckets = [trainer.bucket(version, index) for index in range(len(layout.bucket_bytes))]
+    return PublishedWeights(version, layout, tuple(buckets)) if trainer.rank == 0 else None

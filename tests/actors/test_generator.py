@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +19,7 @@ from actors.hf_generator import HFGenerator
 from beaver_ray.errors import UserError
 from beaver_ray.weights import pack
 from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts, three_tokens_in
+from tests.actors.light_roles import when_opened
 
 TEMPERATURE = 0.7
 MODEL_LEN, NEW_TOKENS = 96, 32
@@ -218,24 +219,44 @@ def test_finishing_under_the_old_weights(
     back_to_version_0(vllm_generator, model)
 
 
-def test_only_newer_weights_are_loaded_and_samples_can_be_dropped(
+def test_sequences_in_flight_go_on_until_all_buckets_are_here(
+    vllm_generator: VllmGenerator, model: PreTrainedModel, new_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    weights = pack(new_model.state_dict().items(), 1, 2**20)
+    assert len(weights.buckets) > 2
+    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+    last = ray.remote(when_opened).remote(weights.buckets[-1], str(tmp_path / "gate"))
+    announced = replace(weights, buckets=(*weights.buckets[:-1], last))
+    three_tokens_in(vllm_generator)
+    summary, late = vllm_generator.exchange(None, Exchange(99, announced))
+    assert late.num_rows >= 6 and summary["weight_version"] == 0
+    assert all(set(row["token_versions"]) == {0} for row in late.to_pylist())
+    (tmp_path / "gate").touch()
+    # Nothing is in flight: these wait for the weights.
+    summary, fresh = vllm_generator.exchange(make_prompts(4, first_id=90), Exchange(4))
+    assert set(fresh.column("weight_version").to_pylist()) == {1} and summary["load_s"] > 0
+    assert largest_difference(new_model, fresh, TEMPERATURE) < 1e-4
+    ray.shutdown()
+    back_to_version_0(vllm_generator, model)
+
+
+def test_weights_come_with_prompts_and_samples_can_be_dropped(
     generator: Generator, model: PreTrainedModel, new_model: PreTrainedModel
 ) -> None:
     weights = pack(new_model.state_dict().items(), 1, 2**20)
     summary, batch = generator.exchange(make_prompts(30, seed=8), Exchange(1, weights))
     assert summary["weight_version"] == 1 and set(batch.column("weight_version").to_pylist()) == {1}
     left = sorted(set(range(30)) - set(summary["sample_ids"]))
-    old = pack(model.state_dict().items(), 0, 2**20)
-    summary, batch = generator.exchange(None, Exchange(99, old, abort=[*left[:3], 1000]))
+    summary, batch = generator.exchange(None, Exchange(99, abort=[*left[:3], 1000]))
     assert sorted(summary["aborted"]) == left[:3] and summary["weight_version"] == 1
     assert sorted(summary["sample_ids"]) == left[3:] and summary["running"] == 0
-    generator.update_weights(old)
+    generator.update_weights(pack(model.state_dict().items(), 0, 2**20))
 
 
 def test_five_updates_at_low_temperature(generator: Generator, model: PreTrainedModel) -> None:
     for version in range(1, 6):
         disturb(model, seed=version)
-        generator.update_weights(pack(model.state_dict().items(), version, 2**20, put=np.copy))
+        generator.update_weights(pack(model.state_dict().items(), version, 2**20))
         batch = generator.exchange(make_prompts(12, seed=4), Exchange(12))[1]
         assert set(batch.column("weight_version").to_pylist()) == {version}
         assert largest_difference(model, batch, TEMPERATURE) < 1e-4
@@ -265,6 +286,27 @@ def test_hf_refuses_weights_of_another_model(hf_generator: HFGenerator, model: P
     tensors.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"differ in 1 tensors: lm_head\.weight"):
         hf_generator.update_weights(pack(tensors.items(), 9))
+
+
+def test_hf_changes_nothing_for_a_damaged_bucket(hf_generator: HFGenerator, new_model: PreTrainedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in hf_generator.model.state_dict().items()}
+    weights = pack(new_model.state_dict().items(), 9, 2**20)
+    weights.buckets[-1].data[5] ^= 1
+    with pytest.raises(ValueError, match=r"weights version 9, bucket .*: checksum"):
+        hf_generator.update_weights(weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf_generator.model.state_dict().items())
+
+
+def test_a_damaged_bucket_after_others_stops_the_generator(
+    vllm_generator: VllmGenerator, new_model: PreTrainedModel
+) -> None:
+    """The last of this file's with vLLM: it leaves the engine unusable."""
+    weights = pack(new_model.state_dict().items(), 9, 2**20)
+    weights.buckets[1].data[5] ^= 1
+    with pytest.raises(ValueError, match=r"weights version 9, bucket 1 of .*: checksum"):
+        vllm_generator.exchange(make_prompts(1), Exchange(1, weights))
+    with pytest.raises(RuntimeError, match="cannot go on: its update to weights version 9 failed half-way"):
+        vllm_generator.exchange(None)
 
 
 def test_sample_seeds_are_stable_and_spread() -> None:

@@ -20,7 +20,14 @@ from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.lora import add_adapter
 from beaver_ray.weights import PublishedWeights, unpack
-from tests.actors.support import Ranks, gradients_of, ppo_config, random_sequences, with_columns
+from tests.actors.support import (
+    Ranks,
+    gradients_of,
+    ppo_config,
+    published_by,
+    random_sequences,
+    with_columns,
+)
 
 RANK, ALPHA = 4, 16.0
 
@@ -48,7 +55,7 @@ def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
 
 def tensors_of(published: PublishedWeights | None) -> dict[str, Tensor]:
     assert published is not None
-    parts = [dict(unpack(published.manifest, i, bucket)) for i, bucket in enumerate(published.buckets)]
+    parts = [dict(unpack(published.layout, bucket)) for bucket in published.buckets]
     return {name: tensor.clone() for part in parts for name, tensor in part.items()}
 
 
@@ -118,15 +125,15 @@ def test_published_and_saved(one_rank: None, tiny_world: Path, tmp_path: Path) -
     batch = with_advantages(random_sequences(8))
     for step in (1, 2, 3):
         trainer.update(batch, {"harm": 1.0}, step)
-    published = trainer.publish(3)
+    published = published_by(trainer, 3)
     tensors = tensors_of(published)
-    assert published is not None and published.manifest.adapter is not None
-    assert published.manifest.adapter.base == str(tiny_world / "model")
+    assert published is not None and published.layout.adapter is not None
+    assert published.layout.adapter.base == str(tiny_world / "model")
     base = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
     linear = [m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     numbers = sum(RANK * (m.in_features + m.out_features) for m in linear)
     assert sum(t.numel() for t in tensors.values()) == numbers
-    assert published.manifest.total_bytes <= 4 * numbers + 64 * len(tensors)
+    assert published.layout.total_bytes <= 4 * numbers + 64 * len(tensors)
 
     folder = tmp_path / "policy"
     trainer.save(str(folder))
@@ -147,7 +154,7 @@ def test_published_and_saved(one_rank: None, tiny_world: Path, tmp_path: Path) -
 def adapter_after_updates(rank: int, config: SafePpoConfig, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
     trainer = trainer_of(config, rank, world)
     figures = [trainer.update(batch, {"harm": 0.7}, step) for step in (1, 2, 3)]
-    published = trainer.publish(3)
+    published = published_by(trainer, 3)
     adapter = {} if published is None else {name: t.numpy() for name, t in tensors_of(published).items()}
     return {"adapter": adapter, "figures": figures, "logprobs": trainer.logprobs(batch)}
 
@@ -177,7 +184,7 @@ def test_two_ranks_train_the_adapter_of_one(
 def test_bfloat16(one_rank: None, tiny_world: Path, zero_stage: int, tmp_path: Path) -> None:
     trainer = trainer_of(lora_config(tiny_world, engine={"dtype": "bfloat16", "zero_stage": zero_stage}))
     trainer.update(with_advantages(random_sequences(8)), {"harm": 1.0}, 1)
-    assert {t.dtype for t in tensors_of(trainer.publish(1)).values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors_of(published_by(trainer, 1)).values()} == {torch.bfloat16}
     trainer.save(str(tmp_path / "policy"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").dtype == torch.bfloat16
 

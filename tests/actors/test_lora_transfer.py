@@ -22,7 +22,7 @@ from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.weights import PublishedWeights
 from tests.actors.conftest import largest_difference, make_prompts, three_tokens_in
-from tests.actors.support import Ranks, random_sequences
+from tests.actors.support import Ranks, published_by, random_sequences
 from tests.actors.test_lora import RANK, lora_config, trainer_of, with_advantages
 
 Generator = VllmGenerator | HFGenerator
@@ -40,7 +40,7 @@ def columns_of(rank: int, batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def updated(rank: int, batch: pa.RecordBatch, step: int) -> PublishedWeights | None:
     TRAINERS["policy"].update(batch, {"harm": 0.5}, step)
-    return TRAINERS["policy"].publish(step)
+    return published_by(TRAINERS["policy"], step)
 
 
 @pytest.fixture(scope="module", params=["vllm-tied", "vllm-untied", "hf-tied"])
@@ -85,7 +85,7 @@ def test_generator_and_trainer_agree_after_five_updates(
             # 4 layers: q and o 128 x 128, k and v 128 x 64, three of the MLP 128 x 352; 4 bytes each.
             numbers = 4 * RANK * (2 * 256 + 2 * 192 + 3 * 480)
             assert result["version"] == version
-            assert 4 * numbers <= result["bytes"] == published.manifest.total_bytes < 4 * numbers + 64 * 56
+            assert 4 * numbers <= result["bytes"] == published.layout.total_bytes < 4 * numbers + 64 * 56
 
 
 def test_an_adapter_of_another_model_changes_nothing(generator: Generator, two_ranks: Ranks, tiny_world: Path) -> None:

@@ -19,7 +19,7 @@ from actors.policy import PolicyTrainer
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
-from beaver_ray.weights import unpack
+from beaver_ray.weights import plan_layout, unpack, verify
 from tests.actors.support import (
     Ranks,
     gradients_of,
@@ -27,6 +27,7 @@ from tests.actors.support import (
     pad,
     padded_logits,
     ppo_config,
+    published_by,
     random_sequences,
     with_columns,
 )
@@ -304,10 +305,9 @@ def test_minibatches_cover_every_row_once_and_repeat_by_seed() -> None:
 def test_published_weights_and_saved_folder_are_the_policy(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     trainer = trainer_of(ppo_config(tiny_world))
     trainer.update(with_everything(tiny_world, random_sequences(8, seed=9)), {"harm": 1.0}, 1)
-    published = trainer.publish(4)
-    assert published is not None and published.version == 4
-    buckets = [dict(unpack(published.manifest, i, b)) for i, b in enumerate(published.buckets)]
-    tensors = {name: tensor for bucket in buckets for name, tensor in bucket.items()}
+    published = published_by(trainer, 4)
+    assert published is not None
+    tensors = dict(unpack(published.layout, *published.buckets))
     trainer.save(str(tmp_path / "policy"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
     now = state_of(trainer)
@@ -318,14 +318,33 @@ def test_published_weights_and_saved_folder_are_the_policy(one_rank: None, tiny_
 
 
 def update_on(rank: int, config: SafePpoConfig, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
-    """Log-probs, two updates and the published weights of one rank."""
+    """Log-probs, two updates and the weights after them; rank 0 also sees that they are what is published."""
     trainer = trainer_of(config, rank, world)
     logprobs = trainer.logprobs(batch)
     figures = [trainer.update(batch, {"harm": 0.7}, step) for step in (1, 2)]
-    published = trainer.publish(2)
-    assert (published is None) == (rank > 0)
     weights = {name: tensor.detach().clone().numpy() for name, tensor in trainer.engine.full_state()}
+    # Many buckets, each gathered in a call of its own.
+    trainer.published = plan_layout(trainer.engine.full_shapes(), bucket_bytes=2**12)
+    if published := published_by(trainer, 2):
+        assert len(published.buckets) > 5
+        for index, bucket in enumerate(published.buckets):
+            verify(published, index, bucket)
+        tensors = [pair for bucket in published.buckets for pair in unpack(published.layout, bucket)]
+        assert [name for name, _ in tensors] == list(weights) and "lm_head.weight" in weights
+        for name, tensor in tensors:
+            np.testing.assert_array_equal(tensor.numpy(), weights[name], err_msg=name)
     return {"logprobs": logprobs, "figures": figures, "weights": weights}
+
+
+def test_buckets_share_their_memory_only_where_results_are_copied(one_rank: None, tiny_world: Path) -> None:
+    config = ppo_config(tiny_world)
+    for copied in (True, False):
+        trainer = PolicyTrainer(config, 0, 1, copied)
+        trainer.setup("127.0.0.1", 0)
+        one, two = (trainer.bucket(version, 0) for version in (1, 2))
+        assert one is not None and two is not None
+        assert np.shares_memory(one.data, two.data) == copied
+        assert one.checksum == two.checksum and (one.version, two.version) == (1, 2)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

@@ -14,7 +14,7 @@ from actors.handles import Group, Handle
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
 from beaver_ray import experience
-from beaver_ray.weights import Manifest, PublishedWeights
+from beaver_ray.weights import Layout, PublishedWeights
 from tests.actors.light_roles import LightGenerator
 
 SIZE = 40
@@ -64,7 +64,7 @@ def trained(rollouts: Rollouts, steps: int) -> list[int]:
             assert all(row["response_tokens"] == [row["sample_id"]] for row in rows)
             assert all(0 <= step - 1 - row["weight_version"] <= rollouts.schedule.staleness for row in rows)
             samples += [row["sample_id"] for row in rows]
-        rollouts.publish(PublishedWeights(Manifest(step, (), (), ()), ()))
+        rollouts.publish(PublishedWeights(step, Layout((), ()), ()))
     return samples
 
 

@@ -15,7 +15,7 @@ from actors.handles import Group, LocalHandle
 from actors.rollouts import Collected, Rollouts
 from actors.schedule import RolloutSchedule
 from beaver_ray import experience
-from beaver_ray.weights import Manifest, PublishedWeights
+from beaver_ray.weights import Layout, PublishedWeights
 
 
 class StandIn:
@@ -50,7 +50,7 @@ class StandIn:
             "weight_version": [row["version"] for row in done],
         }
         summary = {"sample_ids": answers["sample_id"], "versions": answers["weight_version"], "aborted": aborted}
-        return summary | {"generated_tokens": 2 * count}, experience.make_batch(answers)
+        return summary | {"generated_tokens": 2 * count, "load_s": 0.0}, experience.make_batch(answers)
 
 
 def group(generators: list[StandIn]) -> Group:
@@ -68,7 +68,7 @@ def rows_of(collected: Collected) -> list[dict[str, Any]]:
 
 
 def weights(version: int) -> PublishedWeights:
-    return PublishedWeights(Manifest(version, (), (), ()), ())
+    return PublishedWeights(version, Layout((), ()), ())
 
 
 @given(

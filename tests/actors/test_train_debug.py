@@ -22,7 +22,7 @@ from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
 from tests.actors.support import ppo_config
 
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
 
 
 def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> SupervisedConfig:
@@ -208,6 +208,7 @@ EXPECTED_KEYS = {
     "rollout/staleness_max",
     "throughput/samples_per_second",
     "sync/bytes",
+    "sync/seconds",
 }
 MAY_BE_NULL = {"critic/reward/explained_variance", "critic/harm/explained_variance"}
 

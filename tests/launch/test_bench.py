@@ -69,12 +69,14 @@ def test_experience(tmp_path: Path) -> None:
 def test_weights(tmp_path: Path) -> None:
     result = measured("weights", tmp_path)
     found = values(result)
-    assert result["settings"]["bytes_copied"] == 4 * result["settings"]["bytes"]
+    assert result["settings"]["bytes_copied"] == 5 * result["settings"]["bytes"]
     calls = [value for name, value in found.items() if name.startswith("calls of")]
     assert calls[0] == calls[1]  # ten times as many tensors, as many calls
     wall = found["publish and pull"]
     copied = next(f for f in result["figures"] if f["name"] == "publish and pull")
     assert copied["ratio"] == pytest.approx(wall / found["copies alone"])
+    pipelined = next(f for f in result["figures"] if f["name"] == "publish and pull, pipelined")
+    assert pipelined["ratio"] == pytest.approx(wall / found["all buckets made before any is pulled"])
 
 
 def test_rollouts(tmp_path: Path) -> None:
