@@ -13,7 +13,6 @@ import torch
 
 from actors.exchange import Exchange
 from actors.generator import checked_buckets
-from actors.waits import fetch
 from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout, unpack
@@ -81,13 +80,6 @@ def when_opened(bucket: Bucket, gate: str) -> Bucket:
     while not os.path.exists(gate):
         time.sleep(0.01)
     return bucket
-
-
-def announce(policy: Any, version: int) -> PublishedWeights:
-    """A version of a Publisher, an actor of Ray, whose buckets may not be made yet."""
-    layout = fetch(policy.layout.remote(), "the layout", 60)
-    buckets = [policy.bucket.remote(version, index) for index in range(len(layout.bucket_bytes))]
-    return PublishedWeights(version, layout, tuple(buckets))
 
 
 class Reader:

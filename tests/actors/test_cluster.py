@@ -17,10 +17,11 @@ import ray
 from ray.util.state import list_actors, list_placement_groups
 
 from actors.cluster import Cluster, make_bundles
+from actors.policy import announce
 from actors.waits import WaitTimeoutError, WorkerDiedError, fetch
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError
-from tests.actors.light_roles import Broken, Publisher, Reader, Sleeper, announce
+from tests.actors.light_roles import Broken, Publisher, Reader, Sleeper
 
 STORE_MIB = 96
 
@@ -202,7 +203,7 @@ def test_published_weights_are_freed(make: Callable[..., Cluster]) -> None:
     assert until(lambda: used_mib() < 1.0)
     # 50 versions of 8 MiB are four times the store.
     for version in range(1, 51):
-        weights = announce(policy.workers[0].actor, version)
+        weights = announce(policy, version)
         assert rollout.run("read", weights) == [version * 8 * 2**18] * 2
     # The last version is held here, and must stay readable for a generator that comes late or returns.
     assert until(lambda: 7.5 < used_mib() < 9.0), used_mib()

@@ -13,12 +13,13 @@ from actors.cluster import RayHandle
 from actors.generator import checked_buckets
 from actors.handles import Group
 from actors.loop import publish
+from actors.policy import announce
 from actors.roles import Roles
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
 from actors.waits import WeightsLostError, WeightsMissingError, WorkerDiedError, all_here, fetch, ready_now
 from beaver_ray.weights import unpack
-from tests.actors.light_roles import Publisher, announce
+from tests.actors.light_roles import Publisher
 from tests.actors.test_replacement import Supply, generator, prompts
 
 
@@ -29,8 +30,8 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
-def policy(**behaviour: Any) -> Any:
-    return ray.remote(num_cpus=0)(Publisher).remote(3, **behaviour)
+def policy(**behaviour: Any) -> Group:
+    return Group("policy", [RayHandle("policy", ray.remote(num_cpus=0)(Publisher).remote(3, **behaviour))], 60.0)
 
 
 def test_a_bucket_can_be_had_before_the_next_is_made(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_bucket_that_does_not_come_is_named_with_its_reason(
     assert isinstance(caught.value, WeightsLostError) == ("ends" in behaviour)
     # What was made before is there, whatever became of its maker.
     assert next(checked_buckets(weights, 2)).index == 0
-    ray.kill(publisher)
+    ray.kill(publisher.workers[0].actor)
 
 
 def test_a_policy_that_dies_is_not_taken_for_a_generators_failure() -> None:
@@ -78,7 +79,7 @@ def test_a_policy_that_dies_is_not_taken_for_a_generators_failure() -> None:
     schedule = RolloutSchedule(2)
     rollouts = Rollouts(generators, 8, 30.0, schedule, prompts, lambda chunk: [], supply, lambda note: None)
     rollouts.take(1)
-    roles = Roles(generators, {}, nobody, Group("policy", [RayHandle("policy", policy(ends=True))], 30.0), {}, nobody)
+    roles = Roles(generators, {}, nobody, policy(ends=True), {}, nobody)
     assert publish(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
     # What `Recovery` takes for a reason to go back to the last checkpoint.
     with pytest.raises(WorkerDiedError, match=r"weights version 1, bucket [01] of 3: its process died"):
