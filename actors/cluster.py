@@ -58,11 +58,11 @@ class Cluster:
     """A connection to Ray, and the placement groups of one run.
 
     ``roles`` are the roles that this run will start, with the kind that names each under cluster.placement; those that
-    share a group are placed together, so all of them must be known at the start. Raises UserError where no cluster
-    answers.
+    share a group are placed together, so all of them must be known at the start. ``address`` is that of a running
+    cluster; without one RAY_ADDRESS says it, or a cluster is started on this machine. Raises UserError where none answers.
     """
 
-    def __init__(self, config: ClusterConfig, roles: dict[str, str]) -> None:
+    def __init__(self, config: ClusterConfig, roles: dict[str, str], address: str | None = None) -> None:
         self.config = config
         self.groups: dict[str, dict[str, Placement]] = {}
         for name, kind in roles.items():
@@ -78,12 +78,11 @@ class Cluster:
         self.environment = _environment(config.threads)
         self.started = self.local = False
         if not ray.is_initialized():
-            self._connect()
+            self._connect(address or os.environ.get("RAY_ADDRESS") or "local")
 
-    def _connect(self) -> None:
+    def _connect(self, address: str) -> None:
         """Join the running cluster, or start one on this machine with as many logical CPUs as are asked for."""
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        address = os.environ.get("RAY_ADDRESS") or "local"
         options["address"] = address
         self.local = address == "local"
         if self.local:

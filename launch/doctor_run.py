@@ -43,7 +43,7 @@ def joined(address: str | None) -> Iterator[tuple[Resources, list[Check]]]:
     from actors.cluster import Cluster
 
     try:
-        cluster = Cluster(ClusterConfig(address=address), {})
+        cluster = Cluster(ClusterConfig(), {}, address)
     except UserError as error:
         yield this_machine(), [("cluster", partial(Finding, "fail", str(error)))]
         return
