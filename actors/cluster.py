@@ -59,7 +59,8 @@ class Cluster:
 
     ``roles`` are the roles that this run will start, with the kind that names each under cluster.placement; those that
     share a group are placed together, so all of them must be known at the start. ``address`` is that of a running
-    cluster; without one RAY_ADDRESS says it, or a cluster is started on this machine. Raises UserError where none answers.
+    cluster; without one RAY_ADDRESS says it, or a cluster is started on this machine. Raises UserError where none
+    answers.
     """
 
     def __init__(self, config: ClusterConfig, roles: dict[str, str], address: str | None = None) -> None:

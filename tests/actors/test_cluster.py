@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import ray
 from ray.util.state import list_actors, list_placement_groups
 
 from actors.cluster import Cluster, make_bundles
+from actors.handles import Group
 from actors.policy import announce
 from actors.waits import WaitTimeoutError, WorkerDiedError, fetch
 from beaver_ray.config import ClusterConfig, Placement
@@ -248,3 +250,37 @@ def test_fetch_of_a_closed_clusters_actor_fails_at_once(make: Callable[..., Clus
     cluster.close()
     with pytest.raises(WorkerDiedError, match="an answer that never comes: its process died"):
         fetch(answer, "an answer that never comes", 30)
+
+
+def test_a_run_starts_with_one_generator_and_the_others_join_as_they_find_room(make: Callable[..., Cluster]) -> None:
+    cluster = make({"rollout": "rollout", "reward": "reward"}, {"rollout": Placement(workers=3, cpus=1.5)})
+    rollout = cluster.start("rollout", Sleeper, [(), (), ()])
+    reward = cluster.start("reward", Sleeper, [()])
+    late = cluster.wait_started([rollout, reward], grows=True)
+    # Four CPUs: room for two of them beside the scorer, of which at least one has started by now.
+    assert len(rollout.workers) + len(late) == 3 and 1 <= len(rollout.workers) <= 2
+    cluster.stop(rollout.workers[0])
+    for handle in late:
+        fetch(handle.call("started"), handle.name, 60)
+
+
+def test_labels_say_which_nodes_a_role_may_use(make: Callable[..., Cluster]) -> None:
+    here = Placement(cpus=0.5, labels={"ray.io/node-group": "nowhere"})
+    cluster = make({"reward": "reward"}, {"reward": here}, start_timeout=3)
+    with pytest.raises(UserError, match=r"no room for reward: .*label ray.io/node-group=nowhere"):
+        cluster.wait_started([cluster.start("reward", Sleeper, [()])])
+
+
+def test_a_dead_worker_is_found_and_started_anew_in_its_place(make: Callable[..., Cluster]) -> None:
+    cluster = make({"policy": "policy"}, {"policy": Placement(workers=2, cpus=0.5)})
+    policy = cluster.start("policy", Sleeper, [(), ()])
+    cluster.wait_started([policy])
+    places = policy.run("place")
+    busy = policy.workers[0].call("sleep", 30.0)
+    os.kill(places[1]["pid"], signal.SIGKILL)
+    assert until(lambda: [worker.name for worker in cluster.dead([policy])] == ["policy-1"])
+    cluster.restart(policy, [policy.workers[1]])
+    cluster.wait_started([Group("policy", policy.workers[1:], 30.0)])
+    again = fetch(policy.workers[1].call("place"), "the new worker", 30)
+    assert again["pid"] != places[1]["pid"] and again["group"] == places[1]["group"]
+    del busy

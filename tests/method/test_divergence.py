@@ -1,0 +1,67 @@
+"""What the guard complains of, by figures whose mean and spread are plain to see."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from beaver_ray.method.divergence import WINDOW, DivergenceGuard
+
+
+def metrics(reward: float = 0.0, kl: float = 0.1, cost: float = 0.0, **more: float) -> dict[str, float]:
+    return {"reward/mean": reward, "kl/reference": kl, "cost/harm/mean": cost, "cost/harm/limit": 0.5, **more}
+
+
+def test_a_quiet_run_has_no_complaints() -> None:
+    guard = DivergenceGuard(kl=1.0)
+    assert [c for step in range(100) for c in guard.observe(metrics(reward=step % 2, cost=step % 2))] == []
+
+
+def test_updates_that_were_passed_over_are_said() -> None:
+    guard = DivergenceGuard(kl=None)
+    skipped = {"policy/skipped_updates": 2.0, "critic/harm/skipped_updates": 0.0, "critic/reward/skipped_updates": 1.0}
+    assert guard.observe(metrics(**skipped)) == [
+        "2 update(s) of the policy were not finite and were passed over",
+        "1 update(s) of the critic/reward were not finite and were passed over",
+    ]
+
+
+def test_kl_above_its_limit() -> None:
+    guard = DivergenceGuard(kl=2.0)
+    assert guard.observe(metrics(kl=2.0)) == []
+    assert guard.observe(metrics(kl=2.5)) == ["the KL to the reference is 2.5, above guard.kl 2"]
+    assert len(guard.observe(metrics(kl=math.nan))) == 1
+    assert DivergenceGuard(kl=None).observe(metrics(kl=1e9)) == []
+
+
+def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
+    guard = DivergenceGuard(kl=None)
+    said = [step for step in range(1, 46) if guard.observe(metrics(cost=0.6))]
+    assert said == [WINDOW, 2 * WINDOW]
+    assert guard.observe(metrics(cost=0.5)) == []
+    assert [step for step in range(1, WINDOW + 1) if guard.observe(metrics(cost=0.6))] == [WINDOW]
+
+
+def test_a_fallen_reward() -> None:
+    guard = DivergenceGuard(kl=None)
+    # Rewards of 1 and 3 in turns: mean 2, standard deviation 1. A mean of the last window below 0 has fallen.
+    for step in range(WINDOW):
+        assert guard.observe(metrics(reward=1.0 + 2.0 * (step % 2))) == []
+    said = []
+    for step in range(1, 61):
+        if found := guard.observe(metrics(reward=-0.1)):
+            said.append((step, found))
+    text = f"the reward fell to -0.1 over {WINDOW} steps, from 2 at the start"
+    assert said == [(WINDOW, [text]), (2 * WINDOW, [text]), (3 * WINDOW, [text])]
+
+
+def test_a_resumed_guard_goes_on() -> None:
+    guard, other = DivergenceGuard(kl=None), DivergenceGuard(kl=None)
+
+    def observed(guard: DivergenceGuard, steps: range) -> list[Any]:
+        return [guard.observe(metrics(reward=1.0 if step < WINDOW else -5.0, cost=0.6)) for step in steps]
+
+    observed(guard, range(33))
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert observed(other, range(33, 60)) == observed(guard, range(33, 60))
