@@ -143,7 +143,9 @@ def scale(
 
 @app.command()
 def submit(
-    config: Config,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a stage or a pipeline, in a checkout.")
+    ],
     overrides: Overrides = None,
     address: Annotated[
         str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the Ray cluster.")

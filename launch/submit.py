@@ -69,11 +69,9 @@ def submit(
         print(how_to_look(job, address))
         return 0
     try:
-        return follow(client, job)
-    except KeyboardInterrupt:
-        return interrupted(client, job, address)
+        return follow(client, job, address)
     except OSError as error:
-        raise UserError(f"lost the cluster at {address} ({_last_line(error)}); {how_to_look(job, address)}") from None
+        raise UserError(f"lost {address} ({type(error).__name__}); {how_to_look(job, address)}") from None
 
 
 # What is sent
@@ -174,20 +172,27 @@ def connect(address: str) -> JobSubmissionClient:
         raise UserError(f"no Ray cluster answers at {address} (--address, RAY_API_SERVER_ADDRESS): {reason}") from None
 
 
-def follow(client: JobSubmissionClient, job: str) -> int:
-    """Print the job's log while it is written, and return its exit code."""
+def follow(client: JobSubmissionClient, job: str, address: str) -> int:
+    """Print the job's log while it is written, and return its exit code; Ctrl-C may end both."""
+    try:
+        print_log(client, job)
+        return exit_code(wait_ended(client, job))
+    except KeyboardInterrupt:
+        return interrupted(client, job, address)
+
+
+def print_log(client: JobSubmissionClient, job: str) -> None:
+    """Print the log from its beginning until the job ends or the connection does."""
     from aiohttp import ClientError
 
+    async def each() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
     try:
-        asyncio.run(_print_log(client, job))
+        asyncio.run(each())
     except (RuntimeError, ClientError) as error:
         print(f"the log broke off ({_last_line(error)}); waiting for the end of the job", file=sys.stderr)
-    return exit_code(wait_ended(client, job))
-
-
-async def _print_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
 
 
 def wait_ended(client: JobSubmissionClient, job: str) -> Any:
