@@ -46,8 +46,9 @@ class RayHandle:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a worker is started: its class, what it is given, what it takes, and its placement group and bundle."""
+    """How a worker is started: its role and class, what it is given and takes, its placement group and bundle."""
 
+    name: str
     role: type
     args: tuple[Any, ...]
     placement: Placement
@@ -116,7 +117,7 @@ class Cluster:
             if place[0] not in self.placed:
                 needed = [bundles[index]] if alone else bundles
                 self.placed[place[0]] = _reserve(group_name, needed, list(members.values()))
-            handles.append(self._launch(label, Launch(role, args, members[name], place)))
+            handles.append(self._launch(label, Launch(name, role, args, members[name], place)))
         return Group(name, handles, self.config.step_timeout)
 
     def start_another(self, name: str, role: type, arguments: tuple[Any, ...]) -> RayHandle:
@@ -127,14 +128,16 @@ class Cluster:
         placement = next(members[name] for members in self.groups.values() if name in members)
         self.launched += 1
         label = f"{name}-new-{self.launched}"
-        ended = [worker for worker in self.launches if worker.startswith(name) and worker not in self.actors]
+        ended = [
+            worker for worker, launch in self.launches.items() if launch.name == name and worker not in self.actors
+        ]
         if ended:
             place = self.launches.pop(ended[0]).place
         else:
             place = (label, 0)
             alone = placement.model_copy(update={"workers": 1})
             self.placed[label] = _reserve(label, make_bundles(label, [alone]), [alone])
-        return self._launch(label, Launch(role, arguments, placement, place))
+        return self._launch(label, Launch(name, role, arguments, placement, place))
 
     def stop(self, handle: Handle) -> None:
         """End a worker; a bundle that was made for it alone is given back."""
@@ -218,8 +221,9 @@ class Cluster:
             patience = min(patience, 10.0)
         if wait_placed(self.placed[name], patience):
             return
-        here = [launch.placement for launch in self.launches.values() if launch.place[0] == name]
-        names = [worker for worker, launch in self.launches.items() if launch.place[0] == name]
+        launches = [launch for launch in self.launches.values() if launch.place[0] == name]
+        names = dict.fromkeys(launch.name for launch in launches)
+        here = [launch.placement for launch in launches]
         bundles = self.placed[name].bundle_specs
         nodes = [_amounts(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         labels = {key: value for placement in here for key, value in placement.labels.items()}

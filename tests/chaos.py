@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import ray
 import yaml
@@ -118,9 +119,10 @@ class Chaos:
             self.nodes.lose()
         else:
             candidates = sorted((n, pid) for n, pid in self.alive().items() if re.split(r"[-.]\d|-new", n)[0] == role)
-            if not candidates:
+            pid = self.random.choice(candidates)[1] if candidates else None
+            if pid is None or not psutil.pid_exists(pid):
                 return False
-            os.kill(self.random.choice(candidates)[1], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         self.killed[role] += 1
         print(f"--- killed: {role}, {self.killed.total()} in all", flush=True)
         return True

@@ -32,7 +32,8 @@ from launch.bench.rollouts import TAIL, tailed_lengths
 
 WAIT_S = 300.0
 PER_PROCESS = 32
-CAPACITY = 16  # sequences in flight of one generator
+CAPACITY = 16  # sequences in flight of one generator where 64 share a step's few thousand samples
+MANY = 128  # and where the driver's cost is measured
 MEDIAN_TOKENS = 20
 
 
@@ -118,14 +119,14 @@ class SleeperHandle:
         return getattr(self.actor, method).options(**options).remote(self.index, *args)
 
 
-def start_generators(count: int, tick_s: float) -> Group:
+def start_generators(count: int, tick_s: float, capacity: int = CAPACITY) -> Group:
     """`count` of them, up to PER_PROCESS in a process."""
     handles: list[Any] = []
     for first in range(0, count, PER_PROCESS):
         here = min(PER_PROCESS, count - first)
         groups = {f"g{i}": 1 for i in range(here)}
         options: dict[str, Any] = {"num_cpus": 0.01, "concurrency_groups": groups}
-        actor: Any = ray.remote(**options)(Sleepers).remote(here, CAPACITY, tick_s)
+        actor: Any = ray.remote(**options)(Sleepers).remote(here, capacity, tick_s)
         handles += [SleeperHandle(f"rollout-{first + i}", actor, i) for i in range(here)]
     group = Group("rollout", handles, WAIT_S)
     group.run("exchange", None, Exchange())
@@ -155,7 +156,15 @@ class Run:
     samples: int
 
 
-def steps_of(generators: Group, trainer: Group, lengths: np.ndarray, steps: int, staleness: int, train_s: float) -> Run:
+def steps_of(
+    generators: Group,
+    trainer: Group,
+    lengths: np.ndarray,
+    steps: int,
+    staleness: int,
+    train_s: float,
+    capacity: int = CAPACITY,
+) -> Run:
     """Steps of a run: take, train, publish. The first `staleness + 1` warm up, the last are left out as well.
 
     Near the end of a run nothing more is started, so that its last steps do not wait for generation.
@@ -168,7 +177,7 @@ def steps_of(generators: Group, trainer: Group, lengths: np.ndarray, steps: int,
         return pa.RecordBatch.from_pydict(columns, schema=PROMPT_SCHEMA)
 
     warmups, total = staleness + 1, steps + 2 * staleness + 1
-    rollouts = Rollouts(generators, CAPACITY, WAIT_S, RolloutSchedule(total, staleness), draw, lambda _: [])
+    rollouts = Rollouts(generators, capacity, WAIT_S, RolloutSchedule(total, staleness), draw, lambda _: [])
     trainer.meanwhile = rollouts.while_waiting
     seconds: list[float] = []
     cpu = 0.0
@@ -225,15 +234,20 @@ def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
 
 
 def measure_cost(options: Options, trainer: Group, outcome: Outcome) -> None:
-    """CPU of the driver's process per sample; lengths are such that about 1,000 samples end in a second."""
+    """CPU of the driver's process per sample, at about 1,000 samples a second.
+
+    Lengths have no tail here: with one, the bound on staleness would hold many generators back to a lower rate.
+    """
     counts = (2, 4) if options.small else (8, 32, 128, 256)
     rate, steps = (200.0, 1) if options.small else (1000.0, options.repetitions or 2)
     costs: dict[int, float] = {}
     for count in counts:
-        lengths = tailed_lengths(64 if options.small else 4096, MEDIAN_TOKENS, TAIL)
-        tick_s = count * CAPACITY / rate / float(lengths.mean())
-        generators = start_generators(count, tick_s)
-        found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0)
+        # Two steps fill every place at least once.
+        size = 64 if options.small else max(4096, count * MANY)
+        lengths = np.random.default_rng(0).integers(MEDIAN_TOKENS // 2, 2 * MEDIAN_TOKENS, size)
+        tick_s = count * MANY / rate / float(lengths.mean())
+        generators = start_generators(count, tick_s, MANY)
+        found = steps_of(generators, trainer, lengths, steps, staleness=1, train_s=0.0, capacity=MANY)
         stop_generators(generators)
         costs[count] = found.cpu_s / found.samples
         name = f"{count} generators: driver's core at 1,000 samples/s"

@@ -156,7 +156,7 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(make: Callable[..., Cluster]
 
 
 def test_a_slow_start_is_named_at_the_deadline(make: Callable[..., Cluster]) -> None:
-    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, start_timeout=8)
+    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, start_timeout=20)
     groups = [cluster.start("rollout", Sleeper, [()]), cluster.start("reward", Sleeper, [(60.0,)])]
     with pytest.raises(WaitTimeoutError, match=r"start of reward: none of 1 answers .* reward:\w+ \(pending_creation"):
         cluster.wait_started(groups)
