@@ -90,6 +90,7 @@ class Cluster:
         if self.local:
             cpus = sum(bundle.get("CPU", 0.0) for bundles in self.bundles.values() for bundle in bundles)
             options["num_cpus"] = max(os.cpu_count() or 1, ceil(cpus))
+            options["dashboard_host"] = "127.0.0.1"  # whoever reaches the dashboard can run code
             # A local cluster inherits this process's environment; its workers then need none of their own, and those
             # that Ray has started ahead can be used.
             os.environ.update(self.environment)

@@ -358,6 +358,7 @@ def _start_engine(spec: GeneratorSpec) -> Any:
         skip_tokenizer_init=True,
         generation_config="vllm",  # no sampling defaults from the folder: the spec says them all
         trust_remote_code=spec.trust_remote_code,
+        load_format="safetensors",  # never pickles
         dtype=spec.dtype,  # type: ignore[arg-type]  # vLLM checks the name
         seed=spec.seed,
         max_model_len=spec.max_model_len,

@@ -24,6 +24,8 @@ MOST_LEVELS = 30
 LARGEST_INTEGER = 2**63 - 1
 # Control characters, and halves of characters: neither can stand in a path.
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# A URL with a user name or password in it.
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
 _STAGE: TypeAdapter[StageConfig] = TypeAdapter(Annotated[StageConfig, Field(discriminator="stage")])
 
 
@@ -201,6 +203,11 @@ def _checked(node: Any, where: str, path: tuple[str, ...] = ()) -> Any:
         raise UserError(f"{place}: a whole number must lie between -{LARGEST_INTEGER} and {LARGEST_INTEGER}")
     if isinstance(node, str) and _NO_TEXT.search(node):
         raise UserError(f"{place}: text {_brief(node)} holds a control character or half a character")
+    if isinstance(node, str) and _CREDENTIALS.search(node):
+        raise UserError(
+            f"{place}: a URL with a user name or password would be written to config.yaml and the logs; take them out "
+            "and give secrets by environment variables (HF_TOKEN, WANDB_API_KEY, RAY_AUTH_TOKEN)"
+        )
     return node
 
 

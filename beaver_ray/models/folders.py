@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,12 @@ class ModelFacts:
 def find_model(model: str) -> Path | None:
     """The folder of a model, in the Hugging Face cache where ``model`` is a name of its hub; None if it is not there.
 
-    Raises UserError for what is neither a folder with a config.json nor the name of a hub.
+    Raises UserError for what is neither a folder with a config.json nor the name of a hub, and for weights that are
+    there as pickles alone.
     """
     # os.path finds nothing under names that cannot be, where Path raises.
     if os.path.isfile(os.path.join(model, "config.json")):
-        return Path(model)
+        return _without_pickles(Path(model))
     missing = f"no model in {model!r} (no config.json there); train it first, or give another folder"
     if os.path.exists(model) or model.count("/") != 1 or os.path.exists(model.split("/")[0] or "/"):
         raise UserError(missing)
@@ -48,7 +50,23 @@ def find_model(model: str) -> Path | None:
         cached = try_to_load_from_cache(model, "config.json")
     except ValueError:  # no name that a hub could have
         raise UserError(missing) from None
-    return Path(cached).parent if isinstance(cached, str) else None
+    return _without_pickles(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def _without_pickles(folder: Path) -> Path:
+    """The folder; UserError, with the command that mends it, where its weights can be read by unpickling alone."""
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        code = (
+            f"import pathlib, torch, huggingface_hub; f = pathlib.Path({str(folder)!r}); "
+            "huggingface_hub.save_torch_state_dict({n: t for p in sorted(f.glob('pytorch_model*.bin')) "
+            "for n, t in torch.load(p, map_location='cpu', weights_only=True).items()}, f)"
+        )
+        raise UserError(
+            f"{folder} has its weights as pickles alone ({pickles[0].name}), which may run code when they are read; "
+            f"write them as safetensors once: python -c {shlex.quote(code)}"
+        )
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
             dtype=dtype,
             attn_implementation=attention_kernel(),
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None

@@ -96,7 +96,11 @@ def load_score_model(
     check_model_folder(path, f"{score_type} model")
     try:
         trunk = AutoModel.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention_kernel(), trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            attn_implementation=attention_kernel(),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
@@ -171,15 +175,11 @@ def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
 
 
 def _read_head(folder: Path) -> dict[str, Tensor]:
-    """The score head's tensors, from safetensors shards or (weights only) PyTorch's; empty where there is none."""
+    """The score head's tensors; empty where there is none."""
     head: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if name.startswith("score_head."):
                     head[name] = tensors.get_tensor(name)
-    if not head:
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            head.update({name: tensor for name, tensor in state.items() if name.startswith("score_head.")})
     return head

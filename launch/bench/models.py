@@ -77,7 +77,7 @@ def write_score_model(
 ) -> Path:
     """A score model on the policy's own trunk with random heads (one, without names)."""
     torch.manual_seed(seed)
-    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32), score_type, heads)
+    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32, use_safetensors=True), score_type, heads)
     save_score_model(model, model.state_dict(), folder)
     write_tokenizer(folder, model.trunk.config.vocab_size)
     return folder

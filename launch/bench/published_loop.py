@@ -302,7 +302,7 @@ def load(folder: Path, dtype: torch.dtype, settings: Settings) -> PublishedLoop:
     from launch.bench.models import EOS, PAD
 
     def policy() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype, use_safetensors=True)
 
     scores = {
         kind: load_score_model(str(folder / kind), kind, dtype).eval().requires_grad_(False)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def load_hf(model: Path, threads: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def batch_prompts(prompts: list[list[int]], lengths: np.ndarray, size: int) -> list[tuple[list[list[int]], np.ndarray]]:

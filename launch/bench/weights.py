@@ -271,7 +271,7 @@ def measure_generator(repetitions: int) -> list[Figure]:
         generator: Any = ray.remote(num_cpus=1)(VllmGenerator).remote(spec)
         from transformers import AutoModelForCausalLM
 
-        state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+        state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).state_dict()
         seconds = []
         for version in range(1, repetitions + 2):
             weights = pack(state.items(), version)

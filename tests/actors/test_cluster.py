@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,45 @@ def test_nobody_at_the_address() -> None:
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("one line: no Ray cluster answers at 127.0.0.1:1"), done.stderr[-2000:]
+
+
+def test_a_local_cluster_answers_to_loopback_and_to_its_token_alone(tmp_path: Path) -> None:
+    program = """
+        import sys
+        import ray
+        from actors.cluster import Cluster
+        from beaver_ray.config import ClusterConfig
+        cluster = Cluster(ClusterConfig(address="local"), {"reward": "reward"})
+        print(ray._private.worker._global_node.webui_url, flush=True)
+        sys.stdin.read()
+        cluster.close()
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as driver:  # type: ignore[call-overload]
+        url = next(line for line in driver.stdout if ":" in line).strip()
+        host, port = url.rsplit(":", 1)
+        listening = [each.laddr for each in psutil.net_connections("tcp") if each.status == "LISTEN"]
+        bound = {place.ip for place in listening if place.port == int(port)}
+        assert host in ("127.0.0.1", "localhost") and bound == {"127.0.0.1"}
+        token = (tmp_path / ".ray" / "auth_token").read_text().strip()
+
+        def status(path: str, **headers: str) -> int:
+            request = urllib.request.Request(f"http://{url}{path}", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        for path in ("/api/jobs/", "/nodes?view=summary"):
+            assert status(path) == 401
+            assert status(path, Authorization="Bearer " + "0" * 32) in (401, 403)
+            assert status(path, Authorization=f"Bearer {token}") == 200
+        driver.communicate("", timeout=60)
+    assert driver.returncode == 0
 
 
 def test_published_weights_are_freed(make: Callable[..., Cluster]) -> None:

@@ -33,18 +33,12 @@ def every_score(model: ScoreModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("numbers", [{"mean": [0.75], "var": [4.0]}, {"mean": 0.75, "var": 4.0}])
-@pytest.mark.parametrize("file", ["safetensors", "bin"])
-def test_the_published_layout_loads_normalized(tiny_world: Path, tmp_path: Path, numbers: Any, file: str) -> None:
+def test_the_published_layout_loads_normalized(tiny_world: Path, tmp_path: Path, numbers: Any) -> None:
     for kind in ("reward", "cost"):
         folder = tmp_path / kind
         settings = {"score_bias": True, "do_normalize": True, "normalizer_type": "ExponentialMovingAverage"}
         write_score_folder(folder, tiny_world / "model", 4, kind, momentum=0.9, **settings, **numbers)
     raw = literal(tmp_path / "reward")
-    if file == "bin":
-        for kind in ("reward", "cost"):
-            state = load_file(tmp_path / kind / "model.safetensors")
-            torch.save(state, tmp_path / kind / "pytorch_model.bin")
-            (tmp_path / kind / "model.safetensors").unlink()
     # Section 2.12: a reward is (x - mean) / (sd + 1e-8), a cost only x / (sd + 1e-8), a critic's value x.
     reward = scores(load_score_model(str(tmp_path / "reward"), "reward", torch.float32))
     torch.testing.assert_close(reward, (raw - 0.75) / 2.0, atol=1e-5, rtol=0)
