@@ -27,6 +27,7 @@ import psutil
 
 from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.signals import critics, scorers
 
@@ -38,7 +39,7 @@ GIB = 2.0**30
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS_PER_LAYER = 17
-LOGIT_COPIES = 3  # logits, their log-softmax and its gradient, in float32
+LOGIT_COPIES = 3  # where all are made at once: logits, their log-softmax and its gradient, in float32
 TRAINED = ("policy", "reward_critic", "cost_critic", "trainer")
 
 
@@ -203,8 +204,9 @@ def _role_plan(
             trained = config.models.lora_rank * (facts.linear or 0)
             parameters += trained
         states, offloaded = training_state_gib(parameters, config.engine, placement.workers, trained)
-        logits = role == "policy" or getattr(config, "stage", "") == "sft"
-        needs = states + activation_gib(facts, config.engine, trained=True, logits=logits)
+        needs = states + activation_gib(facts, config.engine, trained=True)
+        if role == "policy" or config.stage == "sft":
+            needs += logit_gib(facts, config.engine, on_gpu, trained=True, head=trained is None)
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in
@@ -213,7 +215,9 @@ def _role_plan(
         needs = gpu_share if on_gpu else weights + config.rollout.kv_cache_gib
     elif model is not None:
         weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
-        needs = weights + activation_gib(facts, config.engine, trained=False, logits=role == "reference")
+        needs = weights + activation_gib(facts, config.engine, trained=False)
+        if role == "reference":
+            needs += logit_gib(facts, config.engine, on_gpu, trained=False, head=False)
     if config.debug:  # all roles in one process
         host = BASE_GIB if role in ("rollout", "trainer") else 0.0
     return RolePlan(
@@ -255,8 +259,8 @@ def training_state_gib(
     return beside / GIB, host / GIB
 
 
-def activation_gib(facts: ModelFacts, engine: EngineConfig, *, trained: bool, logits: bool) -> float:
-    """Activations of one micro-batch in GiB; 0 where the model's shape is unknown."""
+def activation_gib(facts: ModelFacts, engine: EngineConfig, *, trained: bool) -> float:
+    """Activations of one micro-batch in GiB, logits apart; 0 where the model's shape is unknown."""
     if not facts.hidden or not facts.layers:
         return 0.0
     per_layer = ACTIVATIONS_PER_LAYER * facts.hidden
@@ -266,10 +270,24 @@ def activation_gib(facts: ModelFacts, engine: EngineConfig, *, trained: bool, lo
         numbers = facts.layers * facts.hidden + per_layer
     else:
         numbers = facts.layers * per_layer
-    bytes_per_token = float(numbers * DTYPE_BYTES[engine.dtype])
-    if logits and facts.vocabulary:
-        bytes_per_token += facts.vocabulary * 4 * (LOGIT_COPIES if trained else 2)
-    return engine.micro_batch_tokens * bytes_per_token / GIB
+    return engine.micro_batch_tokens * numbers * DTYPE_BYTES[engine.dtype] / GIB
+
+
+def logit_gib(facts: ModelFacts, engine: EngineConfig, on_gpu: bool, *, trained: bool, head: bool) -> float:
+    """Logits of one micro-batch and what is derived of them in GiB, made as `beaver_ray.models.logprobs` makes them.
+
+    head: whether the head is trained too. 0 where the vocabulary is unknown.
+    """
+    tokens, vocabulary, size = engine.micro_batch_tokens, facts.vocabulary or 0, DTYPE_BYTES[engine.dtype]
+    if tokens * vocabulary < DENSE_LOGITS or not facts.plain_logits:
+        return tokens * vocabulary * 4 * (LOGIT_COPIES if trained else 2) / GIB
+    chunk = chunk_rows(tokens, vocabulary, "cuda" if on_gpu else "cpu") * vocabulary
+    # Two float32 buffers forward, one backward; in bfloat16 a chunk in that dtype besides.
+    rounded = 0 if size == 4 else size * chunk
+    forward, backward = 8 * chunk + rounded, 4 * chunk + rounded
+    if head:  # its gradient adds up in float32; in bfloat16 each chunk's share is a matrix of its own
+        backward += vocabulary * (facts.hidden or 0) * (4 if size == 4 else 4 + size)
+    return (max(forward, backward) if trained else forward) / GIB
 
 
 # What stands against it

@@ -17,6 +17,7 @@ from typing import Any
 from beaver_ray.errors import UserError, first_line
 
 LARGEST_SIZE = 10**9
+_BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ModelFacts:
     positions: int | None = None
     linear: int | None = None
     """Inputs and outputs of all linear layers but the head: as many parameters has a LoRA adapter of rank 1."""
+    plain_logits: bool = True
+    """Whether logits are what the head gives, and not capped or scaled behind it (Gemma 2, Cohere, Granite)."""
 
 
 def find_model(model: str) -> Path | None:
@@ -100,6 +103,7 @@ def read_model(model: str) -> ModelFacts:
         vocabulary=_size(shape, folder, "vocab_size"),
         positions=_size(shape, folder, "max_position_embeddings"),
         linear=linear,
+        plain_logits=all(shape.get(name) in (None, 1) for name in _BEHIND_THE_HEAD),
     )
 
 

@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
+
 CHUNK_TOKENS = 4096
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits in one chunk of a `LogprobHead`, by kind of device. On a CPU 16 MiB was the fastest of 4, 16 and 64 (32,000
-tokens, hidden size 256); a GPU wants rows enough for a large matrix product. Not measured there."""
-DENSE_LOGITS = 2**23
-"""Fewer logits than this are made at once. Measured on a CPU core in float32, forward and backward: below, computing
-them twice costs 1.25 to 1.6 times the time; from here on their tensors no longer come from memory that the process
-has touched before, and chunks take 0.8 times the time of all at once."""
 
 
 def token_logprobs(
@@ -101,8 +96,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
-    numbers = CHUNK_LOGITS.get(weight.device.type, CHUNK_LOGITS["cuda"])
-    return min(len(hidden), max(1, numbers // weight.shape[0]))
+    return chunk_rows(len(hidden), weight.shape[0], weight.device.type)
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, buffer: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.engine import LossTerms, TrainingEngine, learning_rate
 from beaver_ray.config import EngineConfig, OptimizerConfig
 from beaver_ray.errors import UserError
-from beaver_ray.models import logprobs
+from beaver_ray.models import chunks, logprobs
 from beaver_ray.models.logprobs import install_logprob_head, response_logprobs
 from beaver_ray.packing import pack
 from tests.actors.support import Ranks, pad
@@ -142,9 +142,9 @@ def train_on_chunks(rank: int, zero_stage: int, tied: bool) -> dict[str, np.ndar
     assert install_logprob_head(model)
     engine = TrainingEngine(model, "test", RATE, config, STEPS, max_grad_norm=1e6)
     assert zero_stage < 3 or engine.world == 1 or model.lm_head.weight.numel() == 0, "the test is of a sharded head"
-    before = logprobs.DENSE_LOGITS, dict(logprobs.CHUNK_LOGITS)
+    before = logprobs.DENSE_LOGITS, dict(chunks.CHUNK_LOGITS)
     logprobs.DENSE_LOGITS = 0
-    logprobs.CHUNK_LOGITS["cpu"] = 5 * 256
+    chunks.CHUNK_LOGITS["cpu"] = 5 * 256
     for step in range(STEPS):
         data = sequences(step)
         tokens = sum(len(row) - 1 for row in data)
@@ -164,7 +164,7 @@ def train_on_chunks(rank: int, zero_stage: int, tied: bool) -> dict[str, np.ndar
     with torch.no_grad():
         row = torch.arange(9)
         response_logprobs(engine.engine, row[None], row[None], row, row)
-    logprobs.DENSE_LOGITS, logprobs.CHUNK_LOGITS["cpu"] = before[0], before[1]["cpu"]
+    logprobs.DENSE_LOGITS, chunks.CHUNK_LOGITS["cpu"] = before[0], before[1]["cpu"]
     return {name: tensor.detach().clone().numpy() for name, tensor in engine.full_state()}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,11 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from beaver_ray.config import EngineConfig
 from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
-from beaver_ray.models.folders import ModelFacts
+from beaver_ray.models.folders import ModelFacts, read_model
 from launch.planning import (
     GIB,
     Resources,
     activation_gib,
+    logit_gib,
     plan,
     this_machine,
     training_state_gib,
@@ -65,12 +67,58 @@ def test_activations_by_hand() -> None:
     facts = ModelFacts(parameters=0, hidden=64, layers=3, vocabulary=1000)
     engine = EngineConfig(micro_batch_tokens=2**20)
     tokens = 2**20 / GIB
-    # 17 numbers of 4 bytes for each layer and hidden unit; three float32 copies of the logits in training.
-    assert activation_gib(facts, engine, trained=True, logits=False) == tokens * 3 * 17 * 64 * 4
-    assert activation_gib(facts, engine, trained=False, logits=False) == tokens * 17 * 64 * 4
-    assert activation_gib(facts, engine, trained=True, logits=True) == tokens * (3 * 17 * 64 * 4 + 12_000)
+    # 17 numbers of 4 bytes for each layer and hidden unit.
+    assert activation_gib(facts, engine, trained=True) == tokens * 3 * 17 * 64 * 4
+    assert activation_gib(facts, engine, trained=False) == tokens * 17 * 64 * 4
     engine.gradient_checkpointing = True
-    assert activation_gib(facts, engine, trained=True, logits=False) == tokens * (3 + 17) * 64 * 4
+    assert activation_gib(facts, engine, trained=True) == tokens * (3 + 17) * 64 * 4
+
+
+def logits(facts: ModelFacts, on_gpu: bool = False, trained: bool = True, head: bool = True, **engine: Any) -> float:
+    """Bytes of the logits of a micro-batch."""
+    return logit_gib(facts, EngineConfig(**engine), on_gpu, trained=trained, head=head) * GIB
+
+
+def test_few_logits_are_made_at_once() -> None:
+    facts = ModelFacts(hidden=64, layers=3, vocabulary=1024)
+    # 8,191 x 1,024 are fewer than 2^23: three float32 numbers for each in training, two without.
+    assert logits(facts, micro_batch_tokens=8191) == 8191 * 1024 * 12
+    assert logits(facts, trained=False, micro_batch_tokens=8191) == 8191 * 1024 * 8
+    # From 2^23 on a CPU works on 2^22 at a time, in two float32 buffers.
+    assert logits(facts, micro_batch_tokens=8192) == 2**22 * 8
+    capped = ModelFacts(hidden=64, layers=3, vocabulary=1024, plain_logits=False)
+    assert logits(capped, micro_batch_tokens=8192) == 2**23 * 12
+    assert logits(ModelFacts(), micro_batch_tokens=8192) == 0
+
+
+def test_many_logits_are_made_in_chunks() -> None:
+    # Llama 7B, 16,384 tokens on a GPU: 2^27 // 32,000 = 4,194 rows, 134,208,000 logits in a chunk. Forward two float32
+    # buffers and the chunk in bfloat16, 10 bytes each; backward one buffer and the chunk, 6 bytes each, and the head's
+    # gradient of 32,000 x 4,096 in float32 with one chunk's share of it in bfloat16, 6 bytes each.
+    llama = ModelFacts(hidden=4096, layers=32, vocabulary=32_000)
+    bfloat16 = {"dtype": "bfloat16", "micro_batch_tokens": 16_384}
+    assert logits(llama, True, **bfloat16) == 805_248_000 + 786_432_000
+    assert logits(llama, True, head=False, **bfloat16) == 1_342_080_000
+    assert logits(llama, True, trained=False, **bfloat16) == 1_342_080_000
+    # In float32 on a CPU: 2^22 // 32,000 = 131 rows, 4,192,000 logits; backward 4 bytes each, and 4 for each of the
+    # head's parameters; with a frozen head the 8 bytes of the forward pass are more.
+    assert logits(llama, micro_batch_tokens=16_384) == 16_768_000 + 524_288_000
+    assert logits(llama, head=False, micro_batch_tokens=16_384) == 33_536_000
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        ({}, True),
+        ({"logits_scaling": 1.0}, True),
+        ({"final_logit_softcapping": 30.0}, False),
+        ({"logit_scale": 0.1}, False),
+    ],
+)
+def test_logits_that_are_changed_behind_the_head(
+    tmp_path: Path, write_model: Callable[..., Path], change: dict[str, float], plain: bool
+) -> None:
+    assert read_model(str(write_model(tmp_path / "m", **change))).plain_logits is plain
 
 
 def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:

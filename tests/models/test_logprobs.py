@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from beaver_ray.models import logprobs
+from beaver_ray.models import chunks, logprobs
 from beaver_ray.models.loading import load_policy
 from beaver_ray.models.logprobs import (
     LogprobHead,
@@ -61,7 +61,7 @@ def test_bfloat16_logits_give_float32_log_probs_and_no_tokens_give_none() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_are_all_logits_at_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float) -> None:
     """Values, entropies and both gradients against the same formula in float64; 23 tokens in chunks of 4."""
-    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 4 * 50 + 7)
+    monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", 4 * 50 + 7)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
@@ -152,7 +152,7 @@ def test_models_that_change_their_logits_keep_their_own_way(
 def test_a_policy_gives_the_same_log_probs_and_gradients_either_way(
     monkeypatch: pytest.MonkeyPatch, tiny_world: Path, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 500)
+    monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", 500)
     ids = torch.randint(4, 100, (1, 30), generator=torch.Generator().manual_seed(2))
     positions = torch.tensor([3, 4, 5, 6, 11, 12, 13, 25, 26, 28])
     results = []
