@@ -372,7 +372,8 @@ class Rollouts:
             self.supply.stop(handle)
             self._replace(handle.name, error)
             return
-        if len(self.workers) >= self._wanted:
+        staying = [name for name in self.workers if not self.schedule.generators[name].leaving]
+        if len(staying) >= self._wanted:
             self.supply.stop(handle)
             return
         self.join(handle)

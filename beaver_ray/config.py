@@ -257,7 +257,7 @@ class RunConfig(_Strict):
         "Besides metrics.jsonl; wandb is offline unless WANDB_MODE says else.", "none"
     )
     cluster: ClusterConfig = _option("Roles on Ray.", default_factory=ClusterConfig)
-    save_every: int = _option("Write a checkpoint every so many steps; 0 for none.", 20, ge=0)
+    save_every: int = _option("Write a checkpoint every so many steps; 0 for none.", 100, ge=0)
     keep_checkpoints: int = _option("The newest so many stay.", 3, gt=0)
     resume: bool = _option("Go on from the run's newest checkpoint, where there is one.", False)
 

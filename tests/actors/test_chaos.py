@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import check, run_chaos, write_config
 from tests.tiny_ppo import build_workspace, write_stage
 
 STEPS = 40
 
 
+@pytest.mark.timeout(1200)
 def test_a_run_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> None:
     roles = ["rollout", "cost-harm", "policy", "critic-reward", "driver", "node"]
     stage = write_stage(build_workspace(tmp_path), steps=STEPS)
