@@ -25,7 +25,7 @@ def config(workspace: Path, **more: Any) -> SupervisedConfig:
 def test_config_is_kept_as_it_can_be_read_back(tmp_path: Path) -> None:
     with RunFolder(config(tmp_path, epochs=1.5)) as run:
         assert run.folder == tmp_path / "one"
-        assert run.trajectories.is_dir() and run.checkpoints.is_dir() and not run.final.exists()
+        assert run.trajectories.is_dir() and run.checkpoints.folder.is_dir() and not run.final.exists()
     assert load_config(run.folder / "config.yaml") == config(tmp_path, epochs=1.5)
 
 
@@ -60,7 +60,9 @@ def test_started_and_finished_runs_are_not_overwritten(tmp_path: Path) -> None:
     with RunFolder(config(tmp_path)) as run:
         assert not (run.folder / "notes.log").exists()
         run.log(1, {"loss": 1.0})
-    with pytest.raises(UserError, match=r"one holds a run that was started: choose another name=.* delete"):
+    with pytest.raises(
+        UserError, match=r"one holds a run that was started: go on with resume=true, choose another name=.* delete"
+    ):
         RunFolder(config(tmp_path))
     assert not is_finished(run.folder)
     (run.final / "policy").mkdir(parents=True)

@@ -200,7 +200,7 @@ def test_a_local_cluster_answers_to_loopback_and_to_its_token_alone(tmp_path: Pa
         import ray
         from actors.cluster import Cluster
         from beaver_ray.config import ClusterConfig
-        cluster = Cluster(ClusterConfig(address="local"), {"reward": "reward"})
+        cluster = Cluster(ClusterConfig(), {"reward": "reward"})
         print(ray._private.worker._global_node.webui_url, flush=True)
         sys.stdin.read()
         cluster.close()

@@ -59,7 +59,6 @@ def test_as_a_program() -> None:
         (["train", "FILE", "constraints.harm.violation_rate=0.1"], "either limit or violation_rate"),
         (["plan", "FILE", "cluster.placement.policy.gpus=1000"], "asks for 1000 GPUs"),
         (["plan", "FILE", "engine.micro_batch_tokens=1"], "less than the longest sequence"),
-        (["plan", "FILE", "cluster.address=127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
         (["evaluate", "FILE"], "evaluation.prompts is empty"),
         (["evaluate", "FILE", "evaluation.prompts=[p]"], "train it first, or give --policy FOLDER"),
         (["evaluate", "FILE", "evaluation.prompts=[p]", "--policy", "/gone"], "no model in /gone"),
@@ -98,6 +97,14 @@ def test_plan(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None
         assert word in out
     code, out, err = run(capsys, "plan", stage_file(), "rollout.max_new_tokens=500")
     assert code == 2 and "rollout" in out and "64 positions" in err  # the table, and what is wrong with it
+
+
+def test_no_cluster_where_it_should_be(
+    stage_file: StageFile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    code, _, err = run(capsys, "plan", stage_file())
+    assert code == 2 and err.count("\n") == 1 and "no Ray cluster answers at 127.0.0.1:1 (RAY_ADDRESS)" in err
 
 
 def test_report(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:

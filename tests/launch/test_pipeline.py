@@ -80,7 +80,9 @@ def test_what_stands_in_the_way_is_said_before_anything_runs(pipeline: Path) -> 
         run_pipeline(pipeline, ["reward_model.epochs=3"])
     with RunFolder(cost) as run:
         run.log(1, {"loss": 1.0})
-    with pytest.raises(UserError, match=r"cost holds a run that was broken off: delete .*cost, or set"):
+    with pytest.raises(
+        UserError, match=r"cost holds a run that was broken off: go on with resume=true, or delete .*cost, or set"
+    ):
         run_pipeline(pipeline, [])
     assert not ppo.folder.exists()
 

@@ -220,7 +220,7 @@ def test_what_cannot_fit(stage_file: StageFile) -> None:
     cluster = Resources("the cluster", 64.0, cpus=4.0)
     assert "asks for 8 CPUs, the cluster has 4" in problem(path, cluster)
     full = "cluster.placement={rollout: {gpus: 0.9, group: g}, policy: {gpus: 0.1, group: g}}"
-    message = problem(path, gpu, full, "engine.micro_batch_tokens=2000000")
+    message = problem(path, gpu, full, "engine.micro_batch_tokens=4000000")
     assert message.startswith("rollout, policy need about 1") and "16.0 GiB on 1 GPUs of group g" in message
 
 
