@@ -5,6 +5,7 @@ Ray's own waits stand in this file only; a test keeps it so.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -67,8 +68,8 @@ def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]
 
 
 def _brief(error: Exception) -> str:
-    """Ray's word of a death without its guesses at causes, which fill a screen."""
-    return str(error).partition(" Some common causes include")[0]
+    """Ray's word of a death without colours, and without its guesses at causes, which fill a screen."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition(" Some common causes include")[0]
 
 
 def _late(refs: Sequence[Any]) -> list[Any]:

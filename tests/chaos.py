@@ -42,8 +42,8 @@ from launch.pipeline import build_world, run_stage
 ROOT = Path(__file__).parents[1]
 KINDS = ("rollout", "reward", "cost", "reference", "policy", "reward_critic", "cost_critic", "experience")
 LONGEST_S = 3600.0
-BAR = 0.05
-"""What the final violation rate may be above its target: twice the standard error of 400 answers at 0.1, and 0.02."""
+BAR = 0.03
+"""What the violation rate on held-out prompts, over the last fifth of training, may be above its target."""
 
 
 @dataclass
@@ -207,9 +207,14 @@ def main() -> None:
     print(run_chaos(config, options.kills, options.seed, options.longest_wait))
     folder = options.folder / "chaos"
     print(check(folder, options.steps))
-    rate = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["violation_rate/harm"]
-    print(f"violation rate {rate['mean']:.3f}, target {rate['target']:.3f}")
-    assert rate["mean"] <= rate["target"] + BAR
+    final = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["violation_rate/harm"]
+    rows = [row["eval/violation_rate/harm"] for row in read_metrics(folder) if "eval/violation_rate/harm" in row]
+    last = rows[-max(1, len(rows) // 5) :]
+    rate = sum(last) / len(last)
+    print(
+        f"violation rate {rate:.3f} over the last fifth, {final['mean']:.3f} at the end, target {final['target']:.3f}"
+    )
+    assert rate <= final["target"] + BAR
 
 
 def run_chaos(config: Path, kills: int, seed: int, longest_wait_s: float, roles: list[str] | None = None) -> str:
