@@ -7,6 +7,7 @@ nodes must see them under the same path (a shared file system) unless everything
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -25,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.handles import Group, Handle
 from actors.waits import fetch, find_lost, wait_any, wait_placed
 from beaver_ray.config import ClusterConfig, Placement
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 from beaver_ray.runs import Progress
 
 Bundle = dict[str, float]
@@ -84,8 +85,7 @@ class Cluster:
 
     def _connect(self, address: str) -> None:
         """Join the running cluster, or start one on this machine with as many logical CPUs as are asked for."""
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        options["address"] = address
+        options: dict[str, Any] = {}
         self.local = address == "local"
         if self.local:
             cpus = sum(bundle.get("CPU", 0.0) for bundles in self.bundles.values() for bundle in bundles)
@@ -97,12 +97,7 @@ class Cluster:
             self.environment = {}
         # An error comes out where its answer is waited for; those that nobody waits for any more follow from it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        try:
-            knock(address)
-            ray.init(**options)
-        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {reason}") from None
+        join_ray(address, "RAY_ADDRESS", **options)
         self.started = True
 
     def start(self, name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:
@@ -252,7 +247,16 @@ class Cluster:
             ray.shutdown()
 
 
-def knock(address: str) -> None:
+def join_ray(address: str, said_by: str, **options: Any) -> None:
+    """ray.init; UserError, naming the options that the address was ``said_by``, where no cluster answers there."""
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+        raise UserError(f"no Ray cluster answers at {address} ({said_by}): {first_line(error)}") from None
+
+
+def _knock(address: str) -> None:
     """Raise OSError where nobody listens at HOST:PORT: Ray's own core would end this process instead."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:

@@ -5,13 +5,12 @@ The job starts one small actor under a name that the command line can find, and 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import ray
 from ray.util import list_named_actors
 
-from actors.cluster import Cluster, RayHandle
+from actors.cluster import Cluster, RayHandle, join_ray
 from actors.generator import GeneratorSpec, VllmGenerator
 from actors.handles import Handle
 from actors.waits import fetch
@@ -67,11 +66,7 @@ def order_rollouts(run: str, count: int, address: str) -> None:
 
     Raises UserError where no cluster answers or no such run is going on there.
     """
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no Ray cluster answers at {address} (--address, RAY_ADDRESS): {reason}") from None
+    join_ray(address, "--address, RAY_ADDRESS", namespace=NAMESPACE)
     try:
         going_on = [name.removeprefix(PREFIX) for name in list_named_actors() if name.startswith(PREFIX)]
         if run not in going_on:

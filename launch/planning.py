@@ -15,7 +15,6 @@ attention computed in blocks).
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.signals import critics, scorers
@@ -396,18 +395,12 @@ def this_machine() -> Resources:
 def cluster_resources(address: str) -> Resources:
     """What a Ray cluster has in all; its GPUs' memory is not known. UserError if it does not answer."""
     import ray
-    from ray.exceptions import AuthenticationError
 
-    from actors.cluster import knock
+    from actors.cluster import join_ray
 
     joined_before = ray.is_initialized()
     if not joined_before:
-        try:
-            knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
-            reason = first_line(error)
-            raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {reason}") from None
+        join_ray(address, "RAY_ADDRESS")
     total = ray.cluster_resources()
     if not joined_before:
         ray.shutdown()
