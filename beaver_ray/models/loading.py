@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -54,8 +56,17 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
     Where its logits are plain products, its head can give log-probs without all of them at once.
     """
     check_model_folder(path, "policy")
+    model: PreTrainedModel = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    use_packed_attention(model)
+    check_packing(model)
+    install_logprob_head(model)
+    return model
+
+
+def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """A model of one of transformers' Auto classes, from safetensors alone; UserError where it cannot be loaded."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return kind.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention_kernel(),
@@ -64,10 +75,6 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
         )
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
-    use_packed_attention(model)
-    check_packing(model)
-    install_logprob_head(model)
-    return model
 
 
 def context_length(path: str, trust_remote_code: bool = False) -> int | None:

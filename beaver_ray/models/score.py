@@ -21,10 +21,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.models.folders import find_model, read_config
-from beaver_ray.models.loading import attention_kernel, check_model_folder
+from beaver_ray.models.loading import check_model_folder, load_safely
 from beaver_ray.packing import check_packing
 from beaver_ray.signals import head_names, head_of
 
@@ -94,16 +94,7 @@ def load_score_model(
     are asked for and the folder has none.
     """
     check_model_folder(path, f"{score_type} model")
-    try:
-        trunk = AutoModel.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention_kernel(),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-    except Exception as error:  # of broken files transformers raises nearly anything
-        raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
+    trunk = load_safely(AutoModel, path, dtype, trust_remote_code)
     folder = find_model(path)  # a hub's model is in the cache by now
     assert folder is not None
     config, tensors = read_config(folder), _read_head(folder)
