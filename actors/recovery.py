@@ -77,13 +77,8 @@ class Recovery:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, where there is one."""
-        checkpoint = self.run.checkpoints.newest()
-        if checkpoint is None:
-            self.run.rewind(0)
-            self.run.note("there is no checkpoint to resume from: the run starts at its first step")
-            return
-        self.run.note(f"resumed after step {checkpoint.step}")
-        self._restore(checkpoint)
+        if checkpoint := self.run.last_checkpoint():
+            self._restore(checkpoint)
 
     def survive(self, action: Callable[[bool], Result]) -> Result:
         """What ``action`` returns; where a process without state died in it, once more with True after a restart.

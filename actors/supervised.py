@@ -243,15 +243,12 @@ def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder) -
 
 def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
     """Go on from the newest checkpoint: the steps that are done, and when the run would have begun without a break."""
-    checkpoint = run.checkpoints.newest()
+    checkpoint = run.last_checkpoint()
     if checkpoint is None:
-        run.rewind(0)
-        run.note("there is no checkpoint to resume from: the run starts at its first step")
         return 0, began
     state = checkpoint.state()
     trainer.run("load_state", str(checkpoint.folder / "training"))
     run.rewind(state["metrics_bytes"])
-    run.note(f"resumed after step {checkpoint.step}")
     return checkpoint.step, began - state["elapsed"]
 
 

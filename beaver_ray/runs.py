@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from beaver_ray.checkpoints import Checkpoints
+from beaver_ray.checkpoints import Checkpoint, Checkpoints
 from beaver_ray.config import RunConfig
 from beaver_ray.config_files import other_settings, save_config
 from beaver_ray.errors import UserError, first_line
@@ -79,6 +79,16 @@ class RunFolder:
         """Forget all figures after the first ``metrics_bytes`` of metrics.jsonl."""
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """What to resume from, said in the notes; None where the run starts anew, all its figures forgotten."""
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
+            self.rewind(0)
+            self.note("there is no checkpoint to resume from: the run starts at its first step")
+        else:
+            self.note(f"resumed after step {checkpoint.step}")
+        return checkpoint
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one step's figures to metrics.jsonl and to the tracker; nan and inf become null."""
