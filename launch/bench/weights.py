@@ -207,12 +207,31 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes:
     seconds = interleave(sides, repetitions, warmups=2)
     if not all(fetch([r.holds.remote(version) for r in receivers], "checking", WAIT_S)):
         raise RuntimeError("a receiver does not hold the weights that were published last")
-    size = layout.total_bytes
-    rate_1, rate_n = float(np.median(alone[2:])), float(np.median(together[2:]))
+    size, times = layout.total_bytes, medians(seconds)
+    rates = float(np.median(alone[2:])), float(np.median(together[2:]))
+    figures = transfer_figures(size, times, cold, *rates)
+    measured = {part: each[2:] for part, each in parts.items()}
+    for part, middle in medians(measured).items():
+        way = part.partition(":")[0]
+        figures.append(Figure(part, middle, "s", middle / times[way], f"of {way}"))
+    settings = {
+        "bytes": size,
+        "parameters": len(shapes),
+        "receivers": RECEIVERS,
+        "bucket_bytes": bucket,
+        "bytes_copied": (3 + RECEIVERS) * size,
+        "link_bytes_per_s": LINK,
+    }
+    for actor in (publisher, *receivers):
+        ray.kill(actor)
+    return Outcome(figures, settings, {**{way: seconds[way] for way in ways}, **measured})
+
+
+def transfer_figures(size: int, times: dict[str, float], cold: float, rate_1: float, rate_n: float) -> list[Figure]:
+    """What the ways of transfer took for `size` bytes, beside copies at `rate_1` bytes/s alone, `rate_n` together."""
     limit = 3 * size / rate_1 + RECEIVERS * size / rate_n
-    times = medians(seconds)
     wall = times["pipelined"]
-    figures = [
+    return [
         Figure("publish and pull", wall, "s", wall / limit, "time of the copies", Goal(3, at_most=True)),
         Figure("made first", times["made first"], "s", times["made first"] / limit, "time of the copies"),
         Figure("pipelined", wall, "s", wall / times["made first"], "of made first"),
@@ -231,21 +250,6 @@ def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes:
         Figure("warm copy, one stream", rate_1 / GB, "GB/s"),
         Figure(f"warm copy, {RECEIVERS} streams together", rate_n / GB, "GB/s"),
     ]
-    measured = {part: each[2:] for part, each in parts.items()}
-    for part, middle in medians(measured).items():
-        way = part.partition(":")[0]
-        figures.append(Figure(part, middle, "s", middle / times[way], f"of {way}"))
-    settings = {
-        "bytes": size,
-        "parameters": len(shapes),
-        "receivers": RECEIVERS,
-        "bucket_bytes": bucket,
-        "bytes_copied": (3 + RECEIVERS) * size,
-        "link_bytes_per_s": LINK,
-    }
-    for actor in (publisher, *receivers):
-        ray.kill(actor)
-    return Outcome(figures, settings, {**{way: seconds[way] for way in ways}, **measured})
 
 
 def measure_calls(shapes: Shapes, bucket: int) -> list[Figure]:
