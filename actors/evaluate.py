@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from actors.cluster import Cluster
 from actors.loop import score
-from actors.roles import Roles, role_kinds, start_frozen_roles
+from actors.roles import Roles, check_models, role_kinds, start_frozen_roles
 from actors.rollouts import Rollouts
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
@@ -39,6 +39,7 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     reference = None if config.models.adapter_off_is_reference else config.models.policy
     models = config.models.model_copy(update={"policy": chosen, "reference": reference})
     config = config.model_copy(update={"models": models})
+    check_models(config)
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
         roles = start_frozen_roles(config, cluster)

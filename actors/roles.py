@@ -13,9 +13,11 @@ from actors.generator import GeneratorSpec, VllmGenerator, read_eos_token_ids
 from actors.handles import Group, Handle, LocalHandle
 from actors.hf_generator import HFGenerator
 from actors.policy import PolicyTrainer
+from actors.remote_scorer import RemoteScorer
 from actors.scorer import Reference, Scorer
 from beaver_ray.config import GPU_SHARE, SafePpoConfig
-from beaver_ray.models.loading import context_length
+from beaver_ray.models.loading import check_model_folder, context_length
+from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import ScorerPlan, critics, scorers
 
 Start = Callable[[str, type, Sequence[tuple[Any, ...]]], Group]
@@ -49,6 +51,17 @@ def role_kinds(config: SafePpoConfig) -> dict[str, str]:
         **{plan.name: plan.kind for plan in critics(config)},
         "experience": "experience",
     }
+
+
+def check_models(config: SafePpoConfig) -> None:
+    """UserError where a model that the run starts from is not there, or may not be sent its texts."""
+    check_model_folder(config.models.policy, "policy")
+    costs = {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
+    for part, model in {"reward model": config.models.reward, **costs}.items():
+        if is_remote(model):
+            check_allowed(model)
+        else:
+            check_model_folder(model, part)
 
 
 def start_local(name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:
@@ -93,8 +106,12 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
         return range(config.cluster.of(kind).workers if cluster else 1)
 
     def scorer(plan: ScorerPlan) -> Group:
+        copies = len(workers(plan.kind))
+        if is_remote(plan.model):
+            remote = (plan.model, plan.columns, policy, config.cluster.step_timeout, trust)
+            return start(plan.name, RemoteScorer, [remote] * copies)
         arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust)
-        return start(plan.name, Scorer, [arguments] * len(workers(plan.kind)))
+        return start(plan.name, Scorer, [arguments] * copies)
 
     reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
     generator = VllmGenerator if cluster else HFGenerator

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from actors.micro_batches import SequenceRows, token_column
 from beaver_ray import experience
@@ -16,39 +19,27 @@ from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.score import ScoreType, load_score_model
 
 
-class Scorer:
-    """Scores of each finished sequence, all from one forward: the reward, named costs, or both.
+class ScorerBase(ABC):
+    """Scores of each finished sequence: the reward, named costs, or both.
 
-    columns: the model's head of each column. A scorer whose tokenizer differs from the policy's reads the text again
-    in its own tokens.
+    columns: which of the scores stands in each column. tokenizer: of the tokens that `end_scores` reads.
     """
 
-    def __init__(
-        self,
-        model: str,
-        columns: dict[str, int],
-        policy: str,
-        dtype: str,
-        token_budget: int,
-        threads: int,
-        trust_remote_code: bool = False,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.columns, self.token_budget = columns, token_budget
-        score_type: ScoreType = "reward" if "reward" in columns else "cost"
-        self.device = default_device()
-        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code)
-        self.model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(model, trust_remote_code)
-        self.policy_tokenizer = load_tokenizer(policy, trust_remote_code)
-        self.reads_tokens = same_tokenizer(self.tokenizer, self.policy_tokenizer)
+    def __init__(self, columns: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.columns, self.tokenizer = columns, tokenizer
         self.calibrations: dict[str, Calibration] = {}
+
+    @abstractmethod
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Every score [N, H] of each whole sequence."""
+
+    def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """A batch in the policy's tokens, as `end_scores` reads it."""
+        return batch
 
     def score(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """``sample_id`` and the score columns: raw, or the calibrated probability of being unsafe."""
-        if not self.reads_tokens:
-            batch = self._in_own_tokens(batch)
-        scores_NH = self._end_scores(SequenceRows(batch))
+        scores_NH = self.end_scores(self.in_own_tokens(batch))
         found = {"sample_id": batch.column("sample_id")}
         for column, head in self.columns.items():
             scores = scores_NH[:, head]
@@ -62,16 +53,16 @@ class Scorer:
         samples, _ = load_mix(specs)
         data = SafetyPreferenceDataset.build(samples, self.tokenizer, max_tokens, template)  # type: ignore[arg-type]
         sequences = [*data.safer, *data.unsafer]
+        lengths = [*data.prompt_length, *data.prompt_length]
         unsafe = np.concatenate([data.sign_safer, data.sign_unsafer]) > 0
-        prompts = [s[:1] for s in sequences]
         batch = experience.make_batch(
             {
                 "sample_id": np.arange(len(sequences)),
-                "prompt_tokens": prompts,
-                "response_tokens": [s[1:] for s in sequences],
+                "prompt_tokens": [s[:length] for s, length in zip(sequences, lengths, strict=True)],
+                "response_tokens": [s[length:] for s, length in zip(sequences, lengths, strict=True)],
             }
         )
-        fitted = fit_platt(self._end_scores(SequenceRows(batch))[:, self.columns[column]], unsafe)
+        fitted = fit_platt(self.end_scores(batch)[:, self.columns[column]], unsafe)
         self.calibrations[column] = fitted
         return fitted.to_dict()
 
@@ -79,9 +70,37 @@ class Scorer:
         """Use a calibration of ``column`` that another worker has fitted."""
         self.calibrations[column] = Calibration.from_dict(figures)
 
+
+class Scorer(ScorerBase):
+    """A frozen score model, all whose heads score with one forward.
+
+    One whose tokenizer differs from the policy's reads the text again in its own tokens.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        columns: dict[str, int],
+        policy: str,
+        dtype: str,
+        token_budget: int,
+        threads: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        torch.set_num_threads(threads)
+        super().__init__(columns, load_tokenizer(model, trust_remote_code))
+        self.token_budget = token_budget
+        score_type: ScoreType = "reward" if "reward" in columns else "cost"
+        self.device = default_device()
+        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code)
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.policy_tokenizer = load_tokenizer(policy, trust_remote_code)
+        self.reads_tokens = same_tokenizer(self.tokenizer, self.policy_tokenizer)
+
     @torch.no_grad()
-    def _end_scores(self, rows: SequenceRows) -> np.ndarray:
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """Scores [N, H] of every head at each sequence's last token."""
+        rows = SequenceRows(batch)
         scores_NH = np.zeros((len(rows.lengths), len(self.model.heads)), dtype=np.float64)
         everything = range(len(rows.lengths))
         for micro_batch in rows.micro_batches(everything, self.token_budget, 0, 1, self.device):
@@ -89,8 +108,10 @@ class Scorer:
             scores_NH[micro_batch.rows] = scores_LH[micro_batch.ends_B].double().cpu().numpy()
         return scores_NH
 
-    def _in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+    def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same texts in this scorer's tokens, EOS appended only to answers that were ended."""
+        if self.reads_tokens:
+            return batch
         own, policy = self.tokenizer, self.policy_tokenizer
         prompts, responses = [], []
         finished = batch.column("finish_reason").to_pylist()

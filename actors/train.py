@@ -14,7 +14,7 @@ from actors.control import GeneratorSupply
 from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, train_policy
 from actors.recovery import Recovery, start_surely
-from actors.roles import connect, generator_spec, role_kinds, start_local
+from actors.roles import check_models, connect, generator_spec, role_kinds, start_local
 from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
 from actors.training_state import TrainingState
@@ -70,10 +70,7 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
 
 
 def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
-    for role, folder in {"policy": config.models.policy, "reward model": config.models.reward}.items():
-        check_model_folder(folder, role)
-    for constraint in config.constraints:
-        check_model_folder(constraint.model, f"cost model of {constraint.name}")
+    check_models(config)
     tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
     samples, reports = load_mix(config.data.prompts)
     limit = config.data.max_prompt_tokens

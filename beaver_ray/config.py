@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from beaver_ray.remote import check_address, is_remote
+
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 ROLES = (
     "rollout",
@@ -95,7 +97,7 @@ class ConstraintConfig(_Strict):
     """One bounded cost: its scorer, critic, limit and multiplier."""
 
     name: str = _option("Name in metrics and columns, for example harm.")
-    model: str = _option("Folder of the cost model (a score above 0 means unsafe).")
+    model: str = _option("Folder of the cost model (a score above 0 means unsafe), or address of a scoring service.")
     critic: str | None = _option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = _option("Highest mean cost, in units of the cost model's score.", None)
     violation_rate: float | None = _option(
@@ -121,6 +123,8 @@ class ConstraintConfig(_Strict):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:
             raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
+        if is_remote(self.model):
+            check_address(self.model)
         return self
 
 
@@ -128,13 +132,21 @@ class PolicyModels(_Strict):
     """The models of a PPO run; costs stand under constraints."""
 
     policy: str = _option("Folder of the policy to train.")
-    reward: str = _option("Folder of the reward model.")
+    reward: str = _option("Folder of the reward model, or address of a scoring service.")
     reference: str | None = _option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = _option("Folder the reward critic starts from; null for the reward model.", None)
     lora_rank: int = _option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
     lora_alpha: float = _option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
     shared_critic: bool = _option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
+
+    @model_validator(mode="after")
+    def _critic_starts_from_a_folder(self) -> PolicyModels:
+        if is_remote(self.reward):
+            check_address(self.reward)
+            if self.reward_critic is None:
+                raise ValueError("reward is a service, which no critic can start from; give reward_critic a folder")
+        return self
 
     @property
     def adapter_off_is_reference(self) -> bool:
@@ -335,6 +347,9 @@ class SafePpoConfig(RunConfig):
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
+        for c in self.constraints if self.stage == "safe_ppo" and not self.models.shared_critic else []:
+            if is_remote(c.model) and c.critic is None:
+                raise ValueError(f"constraint {c.name}: no critic can start from a service; give critic a folder")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if samples % self.ppo.minibatches:
             raise ValueError(f"{samples} samples in a step cannot be cut into {self.ppo.minibatches} minibatches")

@@ -12,11 +12,12 @@ from typing import Any
 from beaver_ray.config import ClusterConfig, SafePpoConfig, StageConfig
 from beaver_ray.config_files import load_config, load_pipeline, read_yaml
 from beaver_ray.errors import UserError
+from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import critics
 from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 from launch.planning import DTYPE_BYTES, Resources, cluster_resources, plan, read_model, this_machine
 
-NETWORK_S, CONNECT_S = 45.0, 5.0
+NETWORK_S, CONNECT_S, SERVICE_S = 45.0, 5.0, 30.0
 SHOWN = 4
 
 
@@ -73,8 +74,20 @@ def stage_checks(stages: Sequence[StageConfig], before: Sequence[Path], resource
         # The plan knows no sizes of models that are yet to be loaded from the hub, but the GPUs that they get.
         if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
+        if isinstance(stage, SafePpoConfig):
+            remote = {part: model for part, model in score_models_of(stage).items() if is_remote(model)}
+            checks += [(f"{stage.name}: {part}", partial(scoring_service, url)) for part, url in remote.items()]
         made.append(stage.folder)
     return checks
+
+
+def scoring_service(url: str) -> Finding:
+    """A remote scorer is allowed and answers, asked from here."""
+    from actors.remote_scorer import ScoringService
+
+    check_allowed(url)
+    ScoringService(url, SERVICE_S).scores([], [])
+    return Finding("pass", f"{url} answers")
 
 
 def models_of(config: StageConfig) -> dict[str, str]:
@@ -82,9 +95,14 @@ def models_of(config: StageConfig) -> dict[str, str]:
     if not isinstance(config, SafePpoConfig):
         return {"model": config.model}
     models = config.models
-    parts = {"policy": models.policy, "reference": models.reference or models.policy, "reward": models.reward}
-    parts |= {f"cost-{constraint.name}": constraint.model for constraint in config.constraints}
+    parts = {"policy": models.policy, "reference": models.reference or models.policy}
+    parts |= {part: model for part, model in score_models_of(config).items() if not is_remote(model)}
     return parts | {critic.name: critic.model for critic in critics(config)}
+
+
+def score_models_of(config: SafePpoConfig) -> dict[str, str]:
+    """Signal of the run to the folder, hub name or service that scores it."""
+    return {"reward": config.models.reward} | {f"cost-{c.name}": c.model for c in config.constraints}
 
 
 def models(config: StageConfig, made: Sequence[Path]) -> Finding:

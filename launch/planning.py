@@ -28,6 +28,7 @@ from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfi
 from beaver_ray.errors import UserError
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
+from beaver_ray.remote import is_remote
 from beaver_ray.signals import critics, scorers
 
 if TYPE_CHECKING:
@@ -171,13 +172,13 @@ def plan(config: StageConfig, resources: Resources | None = None) -> Plan:
 
 
 def _roles(config: StageConfig) -> list[tuple[str, str, str | None]]:
-    """(role, name in the plan, model folder) of every part of the stage."""
+    """(role, name in the plan, model folder or None for a role without a model) of every part of the stage."""
     if not isinstance(config, SafePpoConfig):
         return [("trainer", "trainer", config.model)]
     models = config.models
     return [
         ("rollout", "rollout", models.policy),
-        *((scorer.kind, scorer.name, scorer.model) for scorer in scorers(config)),
+        *((scorer.kind, scorer.name, None if is_remote(scorer.model) else scorer.model) for scorer in scorers(config)),
         *([] if models.adapter_off_is_reference else [("reference", "reference", models.reference or models.policy)]),
         ("policy", "policy", models.policy),
         *((critic.kind, critic.name, critic.model) for critic in critics(config)),

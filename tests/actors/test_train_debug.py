@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.evaluate import evaluate
 from actors.train import train
-from beaver_ray.config import StageConfig, SupervisedConfig
+from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.errors import UserError
-from beaver_ray.models.loading import load_policy
+from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
+from beaver_ray.remote import ALLOWED_HOSTS
 from beaver_ray.runs import read_metrics
-from tests.actors.support import ppo_config
+from tests.actors.scoring_service import serving
+from tests.actors.support import EOS, LiteralScoreModel, ppo_config
 
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
 
@@ -234,6 +236,39 @@ def test_the_same_seed_gives_the_same_run(one_rank: None, tiny_world: Path, trai
     assert all(torch.equal(one[name], two[name]) for name in one)
     for first, second in zip(untimed(folders["one"]), untimed(folders["other"]), strict=True):
         assert first["reward/mean"] != second["reward/mean"] and first["policy/loss"] != second["policy/loss"]
+
+
+def test_a_service_scores_as_its_model_does(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost_model, policy = trained / "cost_model" / "final" / "cost_model", trained / "sft" / "final" / "policy"
+    tokenizer, model = load_tokenizer(str(policy)), LiteralScoreModel(cost_model).eval()
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        # As the run itself reads them: an answer that was not cut has ended.
+        texts = [
+            tuple(tokenizer(pair, add_special_tokens=False).input_ids) for pair in zip(prompts, responses, strict=True)
+        ]
+        with torch.no_grad():
+            return [float(model([p + [*r, EOS][:longest]])[0, -1]) for p, r in texts]
+
+    local = ppo(tiny_world, trained, tmp_path / "local", "safe_ppo", steps=2)
+    assert isinstance(local, SafePpoConfig)
+    longest = local.rollout.max_new_tokens
+    train(local)
+    with serving(score) as service:
+        harm = local.constraints[0].model_copy(update={"model": service.url, "critic": str(cost_model)})
+        changes = {"workspace": str(tmp_path / "remote"), "constraints": [harm]}
+        remote = local.model_copy(update=changes)
+        monkeypatch.delenv(ALLOWED_HOSTS, raising=False)
+        with pytest.raises(UserError, match="may not be sent to 127"):
+            train(remote)
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        train(remote.model_copy(update={"name": "allowed"}))
+        assert service.requests
+    ours, theirs = untimed(tmp_path / "remote" / "allowed"), untimed(local.folder)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 def test_critic_warm_up_leaves_the_policy_alone(

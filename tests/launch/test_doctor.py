@@ -12,12 +12,15 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
+from actors import remote_scorer
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import load_config
+from beaver_ray.remote import ALLOWED_HOSTS
 from launch import doctor
 from launch.doctor import dashboard, disk, packages, shared_memory, token, torch_build
 from launch.doctor_run import connections, models, object_store, read_stages, room, stage_checks, step_gib, tokenizers
-from launch.planning import Resources
+from launch.planning import Resources, plan
+from tests.actors.scoring_service import serving
 from tests.launch.test_cli import run
 from tests.launch.test_job_submit import free_ports
 
@@ -173,6 +176,25 @@ def test_models_of_the_hub_and_of_earlier_stages(
     assert [name for name, _ in checks] == ["ppo: models"]
     (found,) = [doctor.run(check) for _, check in stage_checks([later], [], MACHINE)]
     assert found.state == "fail" and "policy: no model in" in found.line
+
+
+def test_a_scoring_service(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda prompts, responses: [0.0 for _ in responses]) as service:
+        both = {"reward": service.url, "reward_critic": str(tiny_world / "reward_model")}
+        config = ppo(tiny_world, models={"policy": str(tiny_world / "model"), **both})
+        assert plan(config, MACHINE).problems == []
+        assert models(config, []).line == "3 models"  # policy, cost model and the critic's start
+
+        def found() -> doctor.Finding:
+            checks = dict(stage_checks([config], [], MACHINE))
+            return doctor.run(checks["ppo: reward"])
+
+        monkeypatch.delenv(ALLOWED_HOSTS, raising=False)
+        assert found().state == "fail" and f"export {ALLOWED_HOSTS}={service.host}" in found().line
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        assert found() == doctor.Finding("pass", f"{service.url} answers")
+    monkeypatch.setattr(remote_scorer, "BACKOFF_S", 0.01)
+    assert found().state == "fail" and f"no answer from the scorer at {service.url}" in found().line
 
 
 def test_a_pipeline_that_has_not_run() -> None:

@@ -1,0 +1,99 @@
+"""A scorer that is somebody else's service: texts go out over HTTP, one score for each comes back.
+
+    POST URL   {"prompts": [TEXT, ...], "responses": [TEXT, ...]}   ->   {"scores": [NUMBER, ...]}
+
+A prompt is what the policy reads, with its template and special tokens, so that turns can be told apart; a response is
+without special tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+from actors.scorer import ScorerBase
+from beaver_ray import experience
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.models.loading import load_tokenizer
+
+MOST_TEXTS = 64  # in one request
+TRIES = 5
+BACKOFF_S = 0.5  # before the third try twice this, doubled before each further one
+CONNECT_S, ANSWER_S = 5.0, 60.0
+BUSY = (429, 500, 502, 503, 504)  # worth another try
+
+
+class RemoteScorer(ScorerBase):
+    """The one score of the service at ``url``.
+
+    No redirect is followed: it would lead texts to a host that nobody has allowed. Credentials come from ~/.netrc of
+    the node that this process runs on, where it names the host.
+
+    Raises UserError, from here and from each call, where the service cannot be had after TRIES tries, refuses, or does
+    not answer with a finite number for each text.
+    """
+
+    def __init__(
+        self, url: str, columns: dict[str, int], policy: str, timeout_s: float, trust_remote_code: bool = False
+    ) -> None:
+        super().__init__(columns, load_tokenizer(policy, trust_remote_code))
+        self.service = ScoringService(url, timeout_s)
+        self.service.scores([], [])
+
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """The service's scores [N, 1] of whole sequences."""
+        prompts = self._texts(batch, "prompt_tokens", skip_special_tokens=False)
+        responses = self._texts(batch, "response_tokens", skip_special_tokens=True)
+        chunks = [slice(start, start + MOST_TEXTS) for start in range(0, batch.num_rows, MOST_TEXTS)]
+        scores = [self.service.scores(prompts[chunk], responses[chunk]) for chunk in chunks]
+        return np.concatenate([np.empty(0), *scores])[:, None]
+
+    def _texts(self, batch: pa.RecordBatch, column: str, **options: Any) -> list[str]:
+        return [str(self.tokenizer.decode(tokens, **options)) for tokens in experience.rows(batch, column)]
+
+
+class ScoringService:
+    """The service at ``url``; all tries of one request together take no longer than about ``timeout_s``."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url
+        self.timeout = (CONNECT_S, min(ANSWER_S, timeout_s / (2 * TRIES)))
+        again = Retry(
+            total=TRIES - 1,
+            allowed_methods=None,  # POST too: to score a text twice does no harm
+            status_forcelist=BUSY,
+            backoff_factor=BACKOFF_S,
+            backoff_jitter=BACKOFF_S,
+            retry_after_max=int(timeout_s / (2 * TRIES)),
+            raise_on_status=False,
+        )
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=again))
+
+    def scores(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """One score for each prompt with its response."""
+        body = {"prompts": prompts, "responses": responses}
+        try:
+            answer = self.session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            raise UserError(
+                f"no answer from the scorer at {self.url} after {TRIES} tries ({first_line(error)}); start it, and go "
+                "on with resume=true"
+            ) from None
+        if answer.status_code != requests.codes.ok:
+            said = f"{answer.status_code} {answer.reason}: {answer.text[:200]}"
+            raise UserError(f"the scorer at {self.url} does not score but answers {said}; see its log")
+        try:
+            scores = np.asarray(answer.json()["scores"], dtype=np.float64)
+        except (ValueError, TypeError, KeyError):
+            scores = np.full(1, np.nan)
+        if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+            wanted = f'{{"scores": [...]}} with {len(prompts)} finite numbers'
+            raise UserError(f"the scorer at {self.url} must answer {wanted}, not {answer.text[:200]}")
+        return scores

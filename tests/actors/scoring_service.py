@@ -1,0 +1,67 @@
+"""A scoring service for tests: a real HTTP server on loopback that scores with a given function."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Score = Callable[[list[str], list[str]], list[float]]
+
+
+class Service(ThreadingHTTPServer):
+    """Answers with ``score(prompts, responses)``, or with what stands in ``instead``: (status, headers, body)."""
+
+    daemon_threads = True
+
+    def __init__(self, score: Score) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.score = score
+        self.requests: list[dict[str, Any]] = []
+        self.instead: list[tuple[int, dict[str, str], bytes]] = []
+        self.silent = threading.Event()
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}/score"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        if self.server.silent.is_set():
+            threading.Event().wait(30)
+        if self.server.instead:
+            status, headers, answer = self.server.instead.pop(0)
+        else:
+            scores = self.server.score(body["prompts"], body["responses"])
+            status, headers, answer = 200, {}, json.dumps({"scores": scores}).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on stderr."""
+
+
+@contextmanager
+def serving(score: Score) -> Iterator[Service]:
+    """A service that is there while the block runs."""
+    with Service(score) as service:
+        thread = threading.Thread(target=service.serve_forever, daemon=True)
+        thread.start()
+        yield service
+        service.shutdown()
+        thread.join()
