@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,55 @@ def test_full_state_of_a_sharded_model_has_every_name(two_ranks: Ranks) -> None:
     assert gathered.keys() == expected.keys() and "lm_head.weight" in gathered
     for name, tensor in expected.items():
         np.testing.assert_array_equal(gathered[name], tensor.numpy(), err_msg=name)
+
+
+def break_off(rank: int, zero_stage: int, dtype: str, folder: str) -> list[tuple[Weights, list[dict[str, float]]]]:
+    """Weights and figures after steps 3 and 4: of one engine, and of one that loaded what the first saved after 2."""
+
+    def start(seed: int) -> TrainingEngine:
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        config = EngineConfig(zero_stage=zero_stage, dtype=dtype)  # type: ignore[arg-type]
+        return TrainingEngine(tied_llama().to(getattr(torch, dtype)), "test", RATE, config, 4)
+
+    def train_on(engine: TrainingEngine, steps: Sequence[int]) -> list[dict[str, float]]:
+        figures = []
+        for step in steps:
+            rows = sequences(step)[rank :: engine.world]
+            noise = 1 + torch.rand(()).item() + np.random.rand()  # random numbers go on where they were, too
+
+            def loss(part: list[list[int]], noise: float = noise) -> LossTerms:
+                return LossTerms(negative_logprobs(engine.engine, part).float() * noise / 50)
+
+            figures.append(engine.step([rows[:1], rows[1:]], loss))
+        return figures
+
+    def weights(engine: TrainingEngine) -> Weights:
+        return {name: tensor.detach().float().clone().numpy() for name, tensor in engine.full_state()}
+
+    whole = start(seed=rank)
+    train_on(whole, [0, 1])
+    whole.save_state(folder, {"rank": rank})
+    figures = train_on(whole, [2, 3])
+    after = weights(whole)
+    resumed = start(seed=99)
+    assert resumed.load_state(folder) == {"rank": rank}
+    resumed_figures = train_on(resumed, [2, 3])
+    return [(after, figures), (weights(resumed), resumed_figures)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loaded_state_goes_on_bit_for_bit(
+    one_rank: None, two_ranks: Ranks, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    alone = break_off(0, zero_stage, dtype, str(tmp_path / "one"))
+    together = two_ranks.run(break_off, zero_stage, dtype, str(tmp_path / "two"))
+    for (whole, figures), (resumed, resumed_figures) in (alone, *together):
+        assert resumed_figures == figures
+        assert resumed.keys() == whole.keys()
+        for name, expected in whole.items():
+            np.testing.assert_array_equal(resumed[name], expected, err_msg=name)
 
 
 def test_learning_rate_by_hand() -> None:
