@@ -4,10 +4,11 @@
 
 The models that it starts from are trained first, on the small world, where --folder has none.
 
-Every role is killed in turn, in an order and at moments that the seed decides: generators, scorers, the reference, the
-policy, the critics, the experience builder, the driver, and the whole node of the generators, which comes back. The
-run must reach its end. Then every prompt must have been trained on exactly once an epoch in the steps that count, and
-the log must name every rollback; with a small world the final violation rate must be within its bar.
+Every role is killed in turn, in an order and at moments, over the whole run, that the seed decides: generators,
+scorers, the reference, the policy, the critics, the experience builder, the driver, and the whole node of the
+generators, which comes back. The run must reach its end. Then every prompt must have been trained on exactly once an
+epoch in the steps that count, and the log must name every rollback; with a small world the final violation rate must be
+within its bar.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from launch.pipeline import build_world, run_stage
 ROOT = Path(__file__).parents[1]
 KINDS = ("rollout", "reward", "cost", "reference", "policy", "reward_critic", "cost_critic", "experience")
 LONGEST_S = 3600.0
+LAST_KILL = 0.95  # share of the steps after which nobody dies any more
+PAUSE_S = 3.0  # a kill falls anywhere into so many seconds after its step, about as long as a step takes
 BAR = 0.03
 """What the violation rate on held-out prompts, over the last fifth of training, may be above its target."""
 
@@ -103,6 +106,11 @@ class Chaos:
         metrics = self.config.parent / "chaos" / "metrics.jsonl"
         return metrics.is_file() and metrics.stat().st_size > 0 and metrics.stat().st_mtime > self.driver_started + 1
 
+    def steps_done(self) -> int:
+        """Steps that count, so far."""
+        metrics = self.config.parent / "chaos" / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
     def alive(self) -> dict[str, int]:
         """The run's actors: name without the run's tag, and process id."""
         address = self.nodes.cluster.head_node.gcs_address
@@ -124,23 +132,24 @@ class Chaos:
                 return False
             os.kill(pid, signal.SIGKILL)
         self.killed[role] += 1
-        print(f"--- killed: {role}, {self.killed.total()} in all", flush=True)
+        print(f"--- killed after step {self.steps_done()}: {role}, {self.killed.total()} in all", flush=True)
         return True
 
-    def run(self, kills: int, roles: list[str], longest_wait_s: float) -> None:
-        """Kill until so many are killed, then let the run come to its end."""
+    def run(self, kills: int, roles: list[str], steps: int) -> None:
+        """Kill so many at random moments of a run of ``steps`` steps, and let it come to its end."""
+        moments = sorted(self.random.uniform(1, LAST_KILL * steps) for _ in range(kills))
         deadline = time.monotonic() + LONGEST_S
         deck: list[str] = []
         self.start_driver()
         while self.driver.poll() is None:
             if time.monotonic() > deadline:
                 raise AssertionError(f"the run hangs: it has not ended after {LONGEST_S:g} s")
-            # Starting takes most of the time on a small machine; kills at its beginning would be all there is.
-            if self.killed.total() == kills or not self.under_way():
-                time.sleep(0.5)
+            over = self.killed.total() == kills
+            if over or not self.under_way() or self.steps_done() < moments[self.killed.total()]:
+                time.sleep(0.2)
                 continue
             deck = deck or self.random.sample(roles, len(roles))
-            time.sleep(self.random.uniform(0.5, longest_wait_s))
+            time.sleep(self.random.uniform(0, PAUSE_S))
             # A role that is just being started anew has its turn later.
             if self.driver.poll() is None and not self.kill(deck[-1]):
                 deck.insert(0, deck.pop())
@@ -193,7 +202,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--longest-wait", type=float, default=12.0, help="seconds between two kills, at most")
     options = parser.parse_args()
     pipeline, stages = load_pipeline(
         ROOT / "configs" / "local" / "pipeline.yaml", [f"workspace={options.folder.resolve()}"]
@@ -204,7 +212,7 @@ def main() -> None:
     shutil.rmtree(options.folder / "chaos", ignore_errors=True)
     changes = {"workspace": str(options.folder.resolve()), "steps": options.steps}
     config = write_config(ROOT / "configs" / "local" / "safe_ppo.yaml", options.folder, changes)
-    print(run_chaos(config, options.kills, options.seed, options.longest_wait))
+    print(run_chaos(config, options.kills, options.seed, options.steps))
     folder = options.folder / "chaos"
     print(check(folder, options.steps))
     final = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["violation_rate/harm"]
@@ -217,14 +225,14 @@ def main() -> None:
     assert rate <= final["target"] + BAR
 
 
-def run_chaos(config: Path, kills: int, seed: int, longest_wait_s: float, roles: list[str] | None = None) -> str:
-    """Run the stage to its end under kills; what was killed, and how long it took."""
+def run_chaos(config: Path, kills: int, seed: int, steps: int, roles: list[str] | None = None) -> str:
+    """Run the stage of ``steps`` steps to its end under kills; what was killed, and how long it took."""
     began = time.monotonic()
     nodes = Nodes()
     nodes.start()
     try:
         chaos = Chaos(nodes, config, random.Random(seed))
-        chaos.run(kills, roles or roles_of(config), longest_wait_s)
+        chaos.run(kills, roles or roles_of(config), steps)
     finally:
         nodes.stop()
         if ray.is_initialized():

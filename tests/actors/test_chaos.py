@@ -17,7 +17,7 @@ def test_a_run_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> Non
     roles = ["rollout", "cost-harm", "policy", "critic-reward", "driver", "node"]
     stage = write_stage(build_workspace(tmp_path), steps=STEPS)
     config = write_config(stage, tmp_path, {})
-    print(run_chaos(config, len(roles), seed=1, longest_wait_s=4.0, roles=roles))
+    print(run_chaos(config, len(roles), seed=1, steps=STEPS, roles=roles))
     print(check(tmp_path / "chaos", STEPS))
     notes = (tmp_path / "chaos" / "notes.log").read_text(encoding="utf-8")
     assert "rolled back to step" in notes and "resumed after step" in notes and "is lost with" in notes
