@@ -208,14 +208,17 @@ class SupervisedTrainer(TrainingRank):
         return LossTerms(loss)
 
 
-def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder) -> None:
-    """All steps, an evaluation after each epoch and at the end, and the saved model."""
+def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder, resume: bool) -> None:
+    """All steps, an evaluation after each epoch and at the end, and the saved model.
+
+    With ``resume`` it goes on from the newest checkpoint, where there is one.
+    """
     steps, notes = trainer.run("describe")[0]
     for note in notes:
         run.note(note)
     began = time.perf_counter()
     epoch_steps = max(1, math.ceil(steps / config.epochs))
-    done, began = _resume(trainer, run, began) if config.resume else (0, began)
+    done, began = _resume(trainer, run, began) if resume else (0, began)
     with run.progress(config.stage, steps) as progress:
         progress.done = done
         for step in range(done + 1, steps + 1):

@@ -13,11 +13,12 @@ from actors.cluster import Cluster
 from actors.control import GeneratorSupply
 from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, train_policy
-from actors.recovery import Recovery, start_surely
+from actors.recovery import FAILURES, Recovery, start_surely
 from actors.roles import check_models, connect, generator_spec, role_kinds, start_local
 from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
 from actors.training_state import TrainingState
+from actors.waits import WorkerDiedError
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
@@ -60,10 +61,22 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
         world = config.cluster.of("trainer").workers if cluster else 1
         start = cluster.start if cluster else start_local
         trainer = start("trainer", SupervisedTrainer, [(config, rank, world) for rank in range(world)])
-        if cluster:
-            cluster.wait_started([trainer])
-        connect([trainer])
-        train_supervised(config, trainer, run)
+        resume, deaths, logged = config.resume, 0, 0
+        while True:
+            try:
+                if cluster:
+                    cluster.wait_started([trainer])
+                connect([trainer])
+                return train_supervised(config, trainer, run, resume)
+            except WorkerDiedError as error:
+                deaths, logged = 1 if run.steps_logged > logged else deaths + 1, run.steps_logged
+                if deaths == FAILURES:
+                    raise RuntimeError(f"{deaths} deaths with no step finished in between: {error}") from None
+                run.note(f"the trainer is started anew: {error}")
+                # All ranks: the others may be stuck in an exchange with the one that is gone.
+                assert cluster is not None
+                cluster.restart(trainer, list(trainer.workers))
+                resume = True
     finally:
         if cluster:
             cluster.close()

@@ -227,7 +227,7 @@ def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp
     config = config_of(tiny_world, stage, workspace=str(tmp_path), epochs=2, batch_size=40)
     trainer = trainer_of(config)
     with RunFolder(config) as run:
-        train_supervised(config, Group("trainer", [LocalHandle("trainer", trainer)], 1.0), run)
+        train_supervised(config, Group("trainer", [LocalHandle("trainer", trainer)], 1.0), run, resume=False)
     metrics = read_metrics(tmp_path / stage)
     steps = 2 * (4 if stage == "sft" else 6)
     assert [row["step"] for row in metrics] == list(range(1, steps + 1))
