@@ -196,7 +196,7 @@ def steps_of(
 
 def run(options: Options) -> Outcome:
     """Overlap with 64 generators, and the driver's cost from 8 to 256 (2 and 4 generators where small)."""
-    outcome = Outcome([], {"sequences of a generator": CAPACITY, "longest over median length": TAIL})
+    outcome = Outcome([], {})
     with local_ray(cpus=4, store_gib=0.5):
         trainer = Group("policy", [RayHandle("policy", ray.remote(num_cpus=0.01)(Trainer).remote())], WAIT_S)
         if options.wants("overlap"):
@@ -208,6 +208,7 @@ def run(options: Options) -> Outcome:
 
 def measure_overlap(options: Options, trainer: Group, outcome: Outcome) -> None:
     """Staleness 1 against the longer of its halves, where training takes half, as long, and twice as long."""
+    outcome.settings |= {"overlap: sequences of a generator": CAPACITY, "overlap: longest over median length": TAIL}
     count, rounds, steps = (2, 4, 1) if options.small else (64, 4, options.repetitions or 4)
     lengths = tailed_lengths(count * CAPACITY * rounds, MEDIAN_TOKENS, TAIL)
     ideal = 0.1 if options.small else 2.5  # seconds of a step's generation with every place taken all the time
@@ -238,6 +239,7 @@ def measure_cost(options: Options, trainer: Group, outcome: Outcome) -> None:
 
     Lengths have no tail here: with one, the bound on staleness would hold many generators back to a lower rate.
     """
+    outcome.settings["cost: sequences of a generator"] = MANY
     counts = (2, 4) if options.small else (8, 32, 128, 256)
     rate, steps = (200.0, 1) if options.small else (1000.0, options.repetitions or 2)
     costs: dict[int, float] = {}
