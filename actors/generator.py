@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -133,7 +133,7 @@ def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Buc
     for index, reference in enumerate(weights.buckets):
         what = f"weights version {weights.version}, bucket {index} of {len(weights.buckets)}"
         try:
-            bucket = fetch(reference, what, timeout_s)
+            bucket = _read(fetch(reference, what, timeout_s), what, timeout_s)
         except WorkerDiedError as error:
             raise WeightsLostError(str(error)) from None
         except (WaitTimeoutError, RayError) as error:
@@ -142,6 +142,14 @@ def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Buc
         all_here(weights.buckets[index + 1 :])
         verify(weights, index, bucket)
         yield bucket
+
+
+def _read(bucket: Bucket, what: str, timeout_s: float) -> Bucket:
+    """The bucket with its bytes here, or on this process's device."""
+    try:
+        return replace(bucket, data=fetch(bucket.data, what, timeout_s))
+    except RayError as error:  # NIXL's own word for a process that is gone
+        raise WorkerDiedError(f"{what} cannot be read where it lies: {first_line(error)}") from None
 
 
 class VllmGenerator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actors import direct
 from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.handles import Group
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
@@ -45,11 +47,15 @@ def announce(policy: Group, version: int) -> PublishedWeights:
 class PolicyTrainer(TrainingRank):
     """One rank of the policy. Every rank is given the whole experience and takes its own share of the rows."""
 
-    def __init__(self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
+    def __init__(
+        self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False, stays: bool = False
+    ) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
         self.config = config
         self.results_are_copied = results_are_copied
         """What a method returns has left this process before the next one is called, as with Ray's actors."""
+        self.stays = stays
+        """A bucket stays on this rank's device, where generators read it (`actors.direct`)."""
         self.memory: np.ndarray | None = None
 
     def build(self) -> None:
@@ -132,6 +138,11 @@ class PolicyTrainer(TrainingRank):
             for _ in tensors:
                 continue
             return None
+        if self.stays:
+            size = self.published.bucket_bytes[index]
+            memory = torch.empty(size, dtype=torch.uint8, device=self.engine.device)
+            bucket = pack_bucket(self.published, version, index, tensors, memory)
+            return replace(bucket, data=direct.put(memory))
         if self.results_are_copied and self.memory is None:
             self.memory = np.empty(max(self.published.bucket_bytes), dtype=np.uint8)
         return pack_bucket(self.published, version, index, tensors, self.memory)

@@ -91,6 +91,8 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     for line in [*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items())]:
         run.note(line)
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
+    if config.direct_weights:
+        run.note("weights go from GPU to GPU, by NIXL")
     config = config.model_copy(update={"steps": config.total_steps(len(prompts)), "epochs": None})
     held_out = HeldOut(config) if config.evaluation.prompts else None
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))

@@ -91,8 +91,8 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         layout, bucket = update_info.layout, update_info.bucket
         for entry in sample_entries(layout, bucket.version, self.comparable):
             if entry.bucket == bucket.index:
-                piece = bucket.data[entry.offset : entry.offset + entry.nbytes]
-                self.sampled[entry.name] = (entry, xxhash.xxh3_64_intdigest(piece.data))
+                piece = flat_tensor(bucket.data)[entry.offset : entry.offset + entry.nbytes]
+                self.sampled[entry.name] = (entry, xxhash.xxh3_64_intdigest(piece.cpu().numpy().data))
         # The layerwise reload keeps the tensors until their layer is complete, perhaps for several buckets:
         # each bucket therefore gets its own memory on the device, never a staging buffer that the next one
         # overwrites.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +32,7 @@ ROLES = (
 
 
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
+DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable, until it has run on GPUs
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -322,6 +324,17 @@ class SafePpoConfig(RunConfig):
     def importance_cap(self) -> float | None:
         """The cap of the importance weights trainer/generator; None where there are none."""
         return self.ppo.importance_cap or (2.0 if self.rollout.staleness else None)
+
+    @property
+    def direct_weights(self) -> bool:
+        """Whether weights go from GPU to GPU and not through the object store (`actors.direct`): the environment says
+        DIRECT_WEIGHTS=1, policy and generators have GPUs, and each generator one of them at most.
+
+        With tensor parallelism a generator's weights go on to other processes, which cannot take them from a device.
+        """
+        policy, rollout = self.cluster.of("policy"), self.cluster.of("rollout")
+        possible = not self.debug and policy.gpus > 0 and 0 < rollout.gpus <= 1
+        return possible and os.environ.get(DIRECT_WEIGHTS, "0") == "1"
 
     def total_steps(self, prompts: int) -> int:
         """Training steps of this run, where there are ``prompts`` distinct prompts."""

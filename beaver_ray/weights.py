@@ -74,11 +74,12 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Some of a version's tensors; `data` is flat uint8, `checksum` its xxh3 (64 bit)."""
+    """Some of a version's tensors. `data` is flat uint8: an array, a tensor on any device, or a reference to a tensor;
+    `checksum` is that of `checksum_of`."""
 
     version: int
     index: int
-    data: np.ndarray
+    data: Any
     checksum: int
 
 
@@ -122,16 +123,17 @@ def pack_bucket(
     version: int,
     index: int,
     tensors: Iterable[tuple[str, torch.Tensor]],
-    memory: np.ndarray | None = None,
+    memory: np.ndarray | torch.Tensor | None = None,
 ) -> Bucket:
     """Copy the tensors of bucket `index`, given in the layout's order, into flat memory.
 
-    `tensors` is consumed lazily; none is held once its bytes are copied. `memory`, a flat uint8 array of at least the
-    bucket's size, is what the bucket then lies in until its owner writes there again: the first touch of fresh
-    memory costs some 30 times a later one. Raises ValueError for tensors that are not the layout's.
+    `tensors` is consumed lazily; none is held once its bytes are copied. `memory`, a flat uint8 array or tensor of at
+    least the bucket's size, is what the bucket then lies in until its owner writes there again: the first touch of
+    fresh memory costs some 30 times a later one. Raises ValueError for tensors that are not the layout's.
     """
     size = layout.bucket_bytes[index]
     data = np.empty(size, dtype=np.uint8) if memory is None else memory[:size]
+    flat = flat_tensor(data)
     used = 0
     for entry, (name, tensor) in zip(layout.entries_of(index), tensors, strict=True):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -142,10 +144,10 @@ def pack_bucket(
             )
         end = entry.offset + entry.nbytes
         # No earlier bytes stay in the gaps: equal weights have equal checksums.
-        data[used : entry.offset] = 0
-        _copy_in(tensor, data[entry.offset : end])
+        flat[used : entry.offset] = 0
+        _copy_in(tensor, flat[entry.offset : end])
         used = end
-    return Bucket(version, index, data, xxhash.xxh3_64_intdigest(data.data))
+    return Bucket(version, index, data, checksum_of(data))
 
 
 def pack(
@@ -172,23 +174,34 @@ def verify(weights: PublishedWeights, index: int, bucket: Bucket) -> None:
     if (bucket.version, bucket.index) != (weights.version, index):
         raise ValueError(f"{where}: got bucket {bucket.index} of version {bucket.version}")
     data = bucket.data
-    if data.dtype != np.uint8 or data.shape != (size,):
-        raise ValueError(f"{where}: expected {size} flat uint8 bytes, got {data.dtype} {data.shape}")
-    checksum = xxhash.xxh3_64_intdigest(np.ascontiguousarray(data).data)
+    if data.dtype not in (np.uint8, torch.uint8) or tuple(data.shape) != (size,):
+        raise ValueError(f"{where}: expected {size} flat uint8 bytes, got {data.dtype} {tuple(data.shape)}")
+    checksum = checksum_of(data)
     if checksum != bucket.checksum:
         raise ValueError(f"{where}: checksum is {checksum:016x}, expected {bucket.checksum:016x}")
 
 
+def checksum_of(data: np.ndarray | torch.Tensor) -> int:
+    """Of flat bytes: the xxh3 (64 bit) of an array; of a tensor, which may lie on a GPU, the sum modulo 2^64 of its
+    8-byte words and of the bytes after them."""
+    if isinstance(data, np.ndarray):
+        return xxhash.xxh3_64_intdigest(np.ascontiguousarray(data).data)
+    whole = data.numel() // 8 * 8
+    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum()) % 2**64
+
+
 def unpack(layout: Layout, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the named tensors of one bucket as CPU views of its bytes; the views keep the bucket alive.
+    """Yield the named tensors of one bucket as views of its bytes; the views keep the bucket alive.
 
     The views must not be written to: an array from the object store is shared memory.
     """
     yield from views(layout, bucket.index, flat_tensor(bucket.data))
 
 
-def flat_tensor(data: np.ndarray) -> torch.Tensor:
-    """A bucket's bytes as a flat uint8 CPU tensor that shares their memory."""
+def flat_tensor(data: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A bucket's bytes as a flat uint8 tensor that shares their memory."""
+    if isinstance(data, torch.Tensor):
+        return data
     with warnings.catch_warnings():
         # torch warns that it cannot mark a tensor read-only; nothing here writes to it.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -205,8 +218,8 @@ def views(layout: Layout, index: int, flat: torch.Tensor) -> Iterator[tuple[str,
         yield entry.name, whole.view(entry.shape)
 
 
-def _copy_in(tensor: torch.Tensor, target: np.ndarray) -> None:
+def _copy_in(tensor: torch.Tensor, target: torch.Tensor) -> None:
     # One copy straight into the bucket, whatever the tensor's device and strides.
     if tensor.numel() == 0:
         return
-    torch.from_numpy(target).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2.0**30
+# Versions of the weights on the policy's device where they go direct: the newest, and the one that is still read.
+DIRECT_COPIES = 2
 # Measured: a process that has imported torch, transformers and Ray; one with vLLM besides.
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -207,6 +209,9 @@ def _role_plan(
         needs = states + activation_gib(facts, config.engine, trained=True)
         if role == "policy" or config.stage == "sft":
             needs += logit_gib(facts, config.engine, on_gpu, trained=True, head=trained is None)
+        if role == "policy" and isinstance(config, SafePpoConfig) and config.direct_weights:
+            published = parameters if trained is None else trained
+            needs += DIRECT_COPIES * published * DTYPE_BYTES[config.engine.dtype] / GIB
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in

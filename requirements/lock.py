@@ -32,6 +32,7 @@ LEFT_OUT = {
         *("torchvision", "torchaudio", "torchcodec"),
         *("triton", "opencv-python-headless"),
         *("anthropic", "docstring-parser"),
+        "nixl-cu13",  # nixl takes the build that is there
         *("fastapi-cloud-cli", "agent-detector", "detect-installer", "fastar", "rignore", "sentry-sdk"),
     },
     "cuda": set[str](),

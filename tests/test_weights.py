@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beaver_ray.weights import TensorEntry, pack, pack_bucket, plan_layout, unpack, verify
+from beaver_ray.weights import TensorEntry, checksum_of, pack, pack_bucket, plan_layout, unpack, verify
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool]
 
@@ -89,6 +89,35 @@ def test_equal_weights_have_equal_checksums_whatever_was_in_the_memory() -> None
     layout = plan_layout([(name, t.dtype, tuple(t.shape)) for name, t in tensors], 256)
     one, two = (pack_bucket(layout, 1, 0, tensors, np.full(256, fill, dtype=np.uint8)) for fill in (0, 255))
     assert one.checksum == two.checksum
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 64, 129])
+def test_the_checksum_of_a_tensor_by_hand(size: int) -> None:
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    raw = bytes(data.tolist())
+    whole = size - size % 8
+    words = sum(int.from_bytes(raw[start : start + 8], "little") for start in range(0, whole, 8))
+    assert checksum_of(data) == (words + sum(raw[whole:])) % 2**64
+    for position in range(size):
+        other = data.clone()
+        other[position] ^= 1
+        assert checksum_of(other) != checksum_of(data)
+
+
+def test_a_bucket_in_a_tensor_is_the_bucket_in_an_array() -> None:
+    tensors = [("a", torch.arange(5)), ("b", torch.tensor(1.5)), ("c", torch.empty(0)), ("d", torch.ones(3, 2).T)]
+    packed = pack(tensors, version=2)
+    memory = torch.full((packed.layout.total_bytes,), 255, dtype=torch.uint8)
+    bucket = pack_bucket(packed.layout, 2, 0, tensors, memory)
+    assert bucket.data.data_ptr() == memory.data_ptr()
+    assert torch.equal(bucket.data, torch.from_numpy(packed.buckets[0].data))
+    verify(packed, 0, bucket)
+    assert all(
+        torch.equal(got, sent) for (_, got), (_, sent) in zip(unpack(packed.layout, bucket), tensors, strict=True)
+    )
+    memory[3] += 1
+    with pytest.raises(ValueError, match="weights version 2, bucket 0 of 1: checksum is"):
+        verify(packed, 0, bucket)
 
 
 def test_a_damaged_or_swapped_bucket_is_named() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 import torch
 
+from actors import direct
 from actors.exchange import Exchange
 from actors.generator import checked_buckets
 from beaver_ray import experience
@@ -54,9 +57,13 @@ class Publisher:
     """Makes buckets of 1 MiB as the policy trainer does, their memory used again; every number is the version.
 
     ``gate``: all buckets but the first wait until this file exists. The second bucket ``ends`` the process, or fails.
+    ``stays``: a bucket lies in memory of its own, where others read it.
     """
 
-    def __init__(self, buckets: int, gate: str = "", ends: bool = False, fails: bool = False) -> None:
+    def __init__(
+        self, buckets: int, gate: str = "", ends: bool = False, fails: bool = False, stays: bool = False
+    ) -> None:
+        self.stays = stays
         self.plan = plan_layout([(f"part{i}", torch.float32, (2**18,)) for i in range(buckets)], 2**20)
         self.memory = np.empty(2**20, dtype=np.uint8)
         self.gate, self.ends, self.fails = gate, ends, fails
@@ -72,7 +79,14 @@ class Publisher:
         if index == 1 and self.ends:
             os._exit(1)
         tensors = [(f"part{index}", torch.full((2**18,), float(version)))]
+        if self.stays:
+            bucket = pack_bucket(self.plan, version, index, tensors, torch.empty(2**20, dtype=torch.uint8))
+            return replace(bucket, data=direct.put(bucket.data))
         return pack_bucket(self.plan, version, index, tensors, self.memory)
+
+    def process(self) -> tuple[int, int]:
+        """(id of this process, MiB of memory that it holds)."""
+        return os.getpid(), int(psutil.Process().memory_info().rss) // 2**20
 
 
 def when_opened(bucket: Bucket, gate: str) -> Bucket:

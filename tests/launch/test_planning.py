@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beaver_ray.config import EngineConfig
+from beaver_ray.config import DIRECT_WEIGHTS, EngineConfig
 from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import ModelFacts, read_model
 from launch.planning import (
     GIB,
     Resources,
+    RolePlan,
     activation_gib,
     logit_gib,
     plan,
@@ -209,6 +210,21 @@ def test_a_group_shares_bundles_by_rank(stage_file: StageFile) -> None:
     rollout = next(r for r in made.roles if r.role == "rollout")
     assert rollout.gpu_gib == 0.9 * 80 * 0.5 and rollout.host_gib == 2.0
     made.check()
+
+
+def test_weights_that_stay_on_the_policys_gpu(stage_file: StageFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Resources("the test", 64.0, gpus=2, gpu_gib=80.0)
+    config = load_config(stage_file(), ["cluster.placement={rollout: {gpus: 1}, policy: {gpus: 1}}"])
+
+    def policy() -> RolePlan:
+        return next(r for r in plan(config, gpu).roles if r.role == "policy")
+
+    monkeypatch.delenv(DIRECT_WEIGHTS, raising=False)
+    without = policy()
+    monkeypatch.setenv(DIRECT_WEIGHTS, "1")
+    assert without.parameters
+    # Two versions in float32.
+    assert policy().gpu_gib - without.gpu_gib == pytest.approx(2 * 4 * without.parameters / 2**30)
 
 
 def test_what_cannot_fit(stage_file: StageFile) -> None:

@@ -1,0 +1,129 @@
+"""Weights that generators read where the policy has packed them: real NIXL between processes of a real Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from actors.cluster import RayHandle
+from actors.generator import checked_buckets
+from actors.handles import Group
+from actors.policy import announce
+from actors.roles import check_models
+from actors.train import train
+from actors.waits import WeightsLostError, fetch
+from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig
+from beaver_ray.config_files import load_config
+from beaver_ray.errors import UserError
+from beaver_ray.runs import read_metrics
+from beaver_ray.weights import PublishedWeights
+from tests.actors.light_roles import Publisher, Reader
+from tests.actors.support import ppo_config
+from tests.tiny_ppo import build_workspace, write_stage
+
+PART = 2**18  # numbers in a bucket
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    ray.init(address="local", num_cpus=6, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+    yield
+    ray.shutdown()
+
+
+def actor(role: type, *arguments: Any, **more: Any) -> Any:
+    return ray.remote(num_cpus=0)(role).remote(*arguments, **more)
+
+
+def policy(buckets: int = 3) -> Group:
+    return Group("policy", [RayHandle("policy", actor(Publisher, buckets, stays=True))], 60.0)
+
+
+@pytest.mark.timeout(600)
+def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_read() -> None:
+    publisher = policy(64)
+    readers = [actor(Reader), actor(Reader)]
+    held = []
+    for version in range(1, 7):
+        weights = announce(publisher, version)
+        assert fetch([r.read.remote(weights) for r in readers], "reading", 120) == [64.0 * PART * version] * 2
+        held.append(publisher.run("process")[0][1])
+    # MiB, two versions being there from the second on: what nobody can ask for any more is gone.
+    assert held[-1] < held[1] + 64
+    assert fetch(actor(Reader).read.remote(weights), "a late reader", 120) == 64.0 * PART * 6
+
+
+@pytest.mark.timeout(600)
+def test_a_policy_that_dies_takes_its_buckets_along() -> None:
+    publisher = policy()
+    weights = announce(publisher, 5)
+    assert fetch(actor(Reader).read.remote(weights), "reading", 120) == 3.0 * PART * 5
+    buckets = checked_buckets(weights, 60)
+    next(buckets)
+    process = psutil.Process(publisher.run("process")[0][0])
+    ray.kill(publisher.workers[0].actor)
+    process.wait(60)
+    with pytest.raises(
+        WeightsLostError, match=r"weights version 5, bucket 1 of 3( cannot be read where it lies|: its process died)"
+    ):
+        next(buckets)
+
+
+@pytest.mark.parametrize(
+    ("policy_gpus", "rollout_gpus", "debug", "expected"),
+    [
+        (1, 1, False, True),
+        (1, 0.5, False, True),
+        (0, 1, False, False),
+        (1, 0, False, False),
+        (1, 2, False, False),  # tensor parallelism
+        (1, 1, True, False),
+    ],
+)
+def test_when_weights_go_direct(
+    tiny_world: Path,
+    policy_gpus: float,
+    rollout_gpus: float,
+    debug: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(DIRECT_WEIGHTS, raising=False)
+    placement = {"policy": {"gpus": policy_gpus}, "rollout": {"gpus": rollout_gpus}}
+    config = ppo_config(tiny_world, debug=debug, cluster={"placement": placement})
+    assert isinstance(config, SafePpoConfig) and not config.direct_weights
+    monkeypatch.setenv(DIRECT_WEIGHTS, "1")
+    assert config.direct_weights == expected
+    if expected:
+        monkeypatch.setattr("actors.roles.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="needs the package nixl on every node"):
+            check_models(config)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_whose_weights_go_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SafePpoConfig, "direct_weights", property(lambda self: True))
+    taken: list[PublishedWeights] = []
+
+    def announced(group: Group, version: int) -> PublishedWeights:
+        taken.append(announce(group, version))
+        return taken[-1]
+
+    monkeypatch.setattr("actors.loop.announce", announced)
+    placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
+    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
+    path = write_stage(build_workspace(tmp_path), steps=4, cluster={"placement": placement})
+    metrics = read_metrics(train(load_config(path)))
+    assert len(metrics) == 4
+    for weights in taken:
+        assert all(isinstance(fetch(ref, "a bucket", 30).data, ray.ObjectRef) for ref in weights.buckets)
+    # The generator's log-probs are the trainer's, so it has every update.
+    assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in metrics)
+    assert max(abs(row["policy/ratio_max_deviation"]) for row in metrics) > 0
+    assert os.path.isdir(tmp_path / "run" / "final")
