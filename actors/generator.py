@@ -35,6 +35,7 @@ from actors.waits import (
     WaitTimeoutError,
     WeightsLostError,
     WeightsMissingError,
+    WeightsUnreadableError,
     WorkerDiedError,
     all_here,
     fetch,
@@ -127,8 +128,8 @@ def check_base(weights: PublishedWeights, model: str) -> None:
 def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Bucket]:
     """The buckets of a version, each as soon as it is made; under Ray they are shared memory.
 
-    Raises WeightsMissingError where one does not come (WeightsLostError where its maker died), ValueError for a
-    damaged one.
+    Raises WeightsMissingError where one does not come (WeightsLostError where its maker died, WeightsUnreadableError
+    where it stays on another device), ValueError for a damaged one.
     """
     for index, reference in enumerate(weights.buckets):
         what = f"weights version {weights.version}, bucket {index} of {len(weights.buckets)}"
@@ -148,8 +149,8 @@ def _read(bucket: Bucket, what: str, timeout_s: float) -> Bucket:
     """The bucket with its bytes here, or on this process's device."""
     try:
         return replace(bucket, data=fetch(bucket.data, what, timeout_s))
-    except RayError as error:  # NIXL's own word for a process that is gone
-        raise WorkerDiedError(f"{what} cannot be read where it lies: {first_line(error)}") from None
+    except (WorkerDiedError, RayError) as error:
+        raise WeightsUnreadableError(f"{what} cannot be read where it lies: {first_line(error)}") from None
 
 
 class VllmGenerator:

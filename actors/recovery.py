@@ -23,7 +23,7 @@ from beaver_ray.checkpoints import Checkpoint
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.runs import RunFolder
 
-FAILURES = 3  # so many in a row, with no step finished in between, end the run
+FAILURES = 3  # so many in a row, with no new step in between, end the run
 
 Result = TypeVar("Result")
 
@@ -48,7 +48,10 @@ class Recovery:
     ) -> None:
         self.state, self.roles, self.rollouts, self.run, self.cluster = state, roles, rollouts, run, cluster
         self.failures: Counter[str] = Counter()
-        """Deaths of each process since the last finished step."""
+        """Deaths of each process since a step was finished for the first time."""
+        self.furthest = 0
+        if cluster:
+            rollouts.policy_is_gone = lambda: bool(cluster.dead([roles.policy]))
 
     def keep_going(self, action: Callable[[], None]) -> None:
         """``action``, again from the last checkpoint whenever a process dies that it cannot do without."""
@@ -94,8 +97,10 @@ class Recovery:
         return action(True)
 
     def step_done(self) -> None:
-        """A step has ended well."""
-        self.failures.clear()
+        """A step has ended well; one that is only repeated is no progress."""
+        if self.state.step > self.furthest:
+            self.furthest = self.state.step
+            self.failures.clear()
 
     def _roll_back(self, error: WorkerDiedError) -> None:
         """Put the run together as it was at the last checkpoint, or at its start."""
@@ -165,4 +170,4 @@ class Recovery:
         self.failures.update(dead or ["a process"])
         name, count = self.failures.most_common(1)[0]
         if count == FAILURES:
-            raise RuntimeError(f"{name} died {FAILURES} times with no step finished in between: {error}")
+            raise RuntimeError(f"{name} died {FAILURES} times with no new step in between: {error}")

@@ -3,11 +3,12 @@
     POST URL   {"prompts": [TEXT, ...], "responses": [TEXT, ...]}   ->   {"scores": [NUMBER, ...]}
 
 A prompt is what the policy reads, with its template and special tokens, so that turns can be told apart; a response is
-without special tokens.
+without special tokens. At the start each scorer asks with no texts at all whether the service is there.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.loading import load_tokenizer
 
 MOST_TEXTS = 64  # in one request
-TRIES = 5
-BACKOFF_S = 0.5  # before the third try twice this, doubled before each further one
-CONNECT_S, ANSWER_S = 5.0, 60.0
+PARALLEL = 4  # requests at a time
+RETRIES = 4
+ANSWER = 1 / 20  # of the time for a request: how long the service may be silent in one try
+BACKOFF = 1 / 60  # of it: the unit of the pauses before the second to fourth retry, which are of 2, 4 and 8 units
 BUSY = (429, 500, 502, 503, 504)  # worth another try
 
 
@@ -34,8 +36,8 @@ class RemoteScorer(ScorerBase):
     No redirect is followed: it would lead texts to a host that nobody has allowed. Credentials come from ~/.netrc of
     the node that this process runs on, where it names the host.
 
-    Raises UserError, from here and from each call, where the service cannot be had after TRIES tries, refuses, or does
-    not answer with a finite number for each text.
+    Raises UserError, from here and from each call, where the service cannot be had after RETRIES, refuses, or does not
+    answer with a finite number for each text.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class RemoteScorer(ScorerBase):
         """The service's scores [N, 1] of whole sequences."""
         prompts = self._texts(batch, "prompt_tokens", skip_special_tokens=False)
         responses = self._texts(batch, "response_tokens", skip_special_tokens=True)
-        chunks = [slice(start, start + MOST_TEXTS) for start in range(0, batch.num_rows, MOST_TEXTS)]
-        scores = [self.service.scores(prompts[chunk], responses[chunk]) for chunk in chunks]
+        starts = range(0, batch.num_rows, MOST_TEXTS)
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            parts = [[texts[start : start + MOST_TEXTS] for start in starts] for texts in (prompts, responses)]
+            scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
 
     def _texts(self, batch: pa.RecordBatch, column: str, **options: Any) -> list[str]:
@@ -58,18 +62,17 @@ class RemoteScorer(ScorerBase):
 
 
 class ScoringService:
-    """The service at ``url``; all tries of one request together take no longer than about ``timeout_s``."""
+    """The service at ``url``, which may be away, or silent, for about a quarter of ``timeout_s``."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.url = url
-        self.timeout = (CONNECT_S, min(ANSWER_S, timeout_s / (2 * TRIES)))
+        self.url, self.silence_s = url, timeout_s * ANSWER
         again = Retry(
-            total=TRIES - 1,
+            total=RETRIES,
             allowed_methods=None,  # POST too: to score a text twice does no harm
             status_forcelist=BUSY,
-            backoff_factor=BACKOFF_S,
-            backoff_jitter=BACKOFF_S,
-            retry_after_max=int(timeout_s / (2 * TRIES)),
+            backoff_factor=timeout_s * BACKOFF,
+            backoff_max=timeout_s,
+            respect_retry_after_header=False,  # it could ask for hours
             raise_on_status=False,
         )
         self.session = requests.Session()
@@ -77,23 +80,23 @@ class ScoringService:
             self.session.mount(scheme, HTTPAdapter(max_retries=again))
 
     def scores(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """One score for each prompt with its response."""
+        """One score, float32, for each prompt with its response."""
         body = {"prompts": prompts, "responses": responses}
         try:
-            answer = self.session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
+            answer = self.session.post(self.url, json=body, timeout=self.silence_s, allow_redirects=False)
         except requests.RequestException as error:
             raise UserError(
-                f"no answer from the scorer at {self.url} after {TRIES} tries ({first_line(error)}); start it, and go "
-                "on with resume=true"
+                f"no answer from the scorer at {self.url} ({first_line(error)}); start it, and go on with resume=true"
             ) from None
         if answer.status_code != requests.codes.ok:
             said = f"{answer.status_code} {answer.reason}: {answer.text[:200]}"
             raise UserError(f"the scorer at {self.url} does not score but answers {said}; see its log")
         try:
-            scores = np.asarray(answer.json()["scores"], dtype=np.float64)
-        except (ValueError, TypeError, KeyError):
-            scores = np.full(1, np.nan)
+            with np.errstate(over="ignore"):
+                scores = np.asarray(answer.json()["scores"], dtype=np.float64).astype(np.float32)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            scores = np.full(1, np.nan, dtype=np.float32)
         if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
             wanted = f'{{"scores": [...]}} with {len(prompts)} finite numbers'
-            raise UserError(f"the scorer at {self.url} must answer {wanted}, not {answer.text[:200]}")
+            raise UserError(f"the scorer at {self.url} must answer {wanted} (of float32), not {answer.text[:200]}")
         return scores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from actors.cluster import Cluster
@@ -16,8 +15,7 @@ from actors.hf_generator import HFGenerator
 from actors.policy import PolicyTrainer
 from actors.remote_scorer import RemoteScorer
 from actors.scorer import Reference, Scorer
-from beaver_ray.config import DIRECT_WEIGHTS, GPU_SHARE, SafePpoConfig
-from beaver_ray.errors import UserError
+from beaver_ray.config import GPU_SHARE, SafePpoConfig
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import ScorerPlan, critics, scorers
@@ -56,9 +54,7 @@ def role_kinds(config: SafePpoConfig) -> dict[str, str]:
 
 
 def check_models(config: SafePpoConfig) -> None:
-    """UserError where a model or package that the run starts from is not there, or a service may not be sent texts."""
-    if config.direct_weights and find_spec("nixl") is None:
-        raise UserError(f"{DIRECT_WEIGHTS}=1 needs the package nixl on every node: pip install nixl")
+    """UserError where a model that the run starts from is not there, or a service may not be sent its texts."""
     check_model_folder(config.models.policy, "policy")
     costs = {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
     for part, model in {"reward model": config.models.reward, **costs}.items():

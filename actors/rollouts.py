@@ -20,7 +20,15 @@ from ray.exceptions import RayTaskError
 from actors.exchange import Exchange
 from actors.handles import Group, Handle
 from actors.schedule import RolloutSchedule
-from actors.waits import WeightsMissingError, WorkerDiedError, fetch, ready_now, wait_some
+from actors.waits import (
+    WeightsLostError,
+    WeightsMissingError,
+    WeightsUnreadableError,
+    WorkerDiedError,
+    fetch,
+    ready_now,
+    wait_some,
+)
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
@@ -118,6 +126,8 @@ class Rollouts:
         self.chunks: list[Chunk] = []
         self.paused = False
         """While a run is put together again nothing is served."""
+        self.policy_is_gone: Callable[[], bool] = lambda: False
+        """Asked where a generator could not read weights where the policy has them."""
         self.generated_tokens, self.load_s = 0, 0.0
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
@@ -302,6 +312,11 @@ class Rollouts:
             return  # an answer of a generator that is gone; its samples are with others
         try:
             summary = fetch(reference, f"{name} (exchange)", self.timeout_s)
+        except WeightsUnreadableError as error:
+            if self.policy_is_gone():
+                raise WeightsLostError(str(error)) from None
+            self._lose(worker, error)
+            return
         except WeightsMissingError:
             raise  # what failed is the policy, or the way from it: another generator would fare no better
         except (WorkerDiedError, RayTaskError) as error:

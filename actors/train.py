@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
 from actors.training_state import TrainingState
 from actors.waits import WorkerDiedError
-from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
+from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
+from beaver_ray.errors import UserError
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, is_finished
 
@@ -61,7 +63,7 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
         world = config.cluster.of("trainer").workers if cluster else 1
         start = cluster.start if cluster else start_local
         trainer = start("trainer", SupervisedTrainer, [(config, rank, world) for rank in range(world)])
-        resume, deaths, logged = config.resume, 0, 0
+        resume, deaths, furthest = config.resume, 0, 0
         while True:
             try:
                 if cluster:
@@ -69,9 +71,10 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
                 connect([trainer])
                 return train_supervised(config, trainer, run, resume)
             except WorkerDiedError as error:
-                deaths, logged = 1 if run.steps_logged > logged else deaths + 1, run.steps_logged
+                # Steps that are only repeated are no progress.
+                deaths, furthest = 1 if run.furthest > furthest else deaths + 1, run.furthest
                 if deaths == FAILURES:
-                    raise RuntimeError(f"{deaths} deaths with no step finished in between: {error}") from None
+                    raise RuntimeError(f"{deaths} deaths with no new step in between: {error}") from None
                 run.note(f"the trainer is started anew: {error}")
                 # All ranks: the others may be stuck in an exchange with the one that is gone.
                 assert cluster is not None
@@ -92,6 +95,8 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
         run.note(line)
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
     if config.direct_weights:
+        if find_spec("nixl") is None:
+            raise UserError(f"{DIRECT_WEIGHTS}=1 needs the package nixl, here and on every node: pip install nixl")
         run.note("weights go from GPU to GPU, by NIXL")
     config = config.model_copy(update={"steps": config.total_steps(len(prompts)), "epochs": None})
     held_out = HeldOut(config) if config.evaluation.prompts else None

@@ -40,6 +40,10 @@ class WeightsLostError(WeightsMissingError, WorkerDiedError):
     """They did not come because the process that owed them is gone, or its node."""
 
 
+class WeightsUnreadableError(WeightsMissingError):
+    """They could not be read where they lie, because the policy is gone, or because this process cannot."""
+
+
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 

@@ -68,8 +68,8 @@ class RunFolder:
         self._config = config
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._tracker: Any = None
-        self.steps_logged = 0
-        """How often a step's figures were logged, repeated steps too, since this run was started or resumed."""
+        self.furthest = 0
+        """The furthest step whose figures were logged since this run was started or resumed."""
         if changes:
             self.note(f"resumed with other settings: {', '.join(changes)}")
 
@@ -97,7 +97,7 @@ class RunFolder:
         figures = {key: _finite(value) for key, value in metrics.items()}
         self._metrics.write(json.dumps({"step": int(step), **figures}, allow_nan=False) + "\n")
         self._metrics.flush()
-        self.steps_logged += 1
+        self.furthest = max(self.furthest, step)
         known = {key: value for key, value in figures.items() if value is not None}
         if self._config.tracker == "wandb":
             self._wandb().log(known, step=step)

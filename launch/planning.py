@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2.0**30
-# Versions of the weights on the policy's device where they go direct: the newest, and the one that is still read.
-DIRECT_COPIES = 2
+# Versions of the weights on the policy's device where they go direct: the newest, the one that is still read, and with
+# staleness those that calls waiting at a slow generator may still name (`actors.rollouts.OUTSTANDING`).
+DIRECT_COPIES, WAITING = 2, 2
 # Measured: a process that has imported torch, transformers and Ray; one with vLLM besides.
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -211,7 +212,8 @@ def _role_plan(
             needs += logit_gib(facts, config.engine, on_gpu, trained=True, head=trained is None)
         if role == "policy" and isinstance(config, SafePpoConfig) and config.direct_weights:
             published = parameters if trained is None else trained
-            needs += DIRECT_COPIES * published * DTYPE_BYTES[config.engine.dtype] / GIB
+            versions = DIRECT_COPIES + min(config.rollout.staleness, WAITING)
+            needs += versions * published * DTYPE_BYTES[config.engine.dtype] / GIB
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in

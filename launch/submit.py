@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.config_files import load_config, load_pipeline, read_yaml
 from beaver_ray.errors import UserError
+from beaver_ray.remote import ALLOWED_HOSTS
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -28,7 +30,7 @@ PACKAGES = ("beaver_ray", "actors", "launch")
 # As Ray reads them: lines of a .gitignore. Its own four come first, it would add them anyway.
 EXCLUDES = [".git", ".venv", "venv", "__pycache__", "/runs", "/build", "*.egg-info", ".pytest_cache", ".mypy_cache"]
 EXCLUDES += [".ruff_cache", ".import_linter_cache", ".hypothesis"]
-PASSED = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE")
+PASSED = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", ALLOWED_HOSTS, DIRECT_WEIGHTS)
 MIB = 2**20
 MOST_BYTES = 100 * MIB  # Ray refuses packages above 512 MiB, and keeps each in the memory of the head node.
 ANSWER_S = 10

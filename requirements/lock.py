@@ -35,7 +35,7 @@ LEFT_OUT = {
         "nixl-cu13",  # nixl takes the build that is there
         *("fastapi-cloud-cli", "agent-detector", "detect-installer", "fastar", "rignore", "sentry-sdk"),
     },
-    "cuda": set[str](),
+    "cuda": {"nixl-cu12"},  # CUDA here is 13
 }
 
 # Markers that pip's report does not give.
@@ -60,7 +60,7 @@ def lock(hardware: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--report", str(report)]
-        subprocess.run([*pip, f"{FOLDER.parent}[{hardware},dev]", *PINS[hardware]], check=True)
+        subprocess.run([*pip, f"{FOLDER.parent}[{hardware},direct,dev]", *PINS[hardware]], check=True)
         packages = json.loads(report.read_text(encoding="utf-8"))["install"]
     lines = []
     for package in packages:

@@ -16,6 +16,7 @@ import torch
 from actors import direct
 from actors.exchange import Exchange
 from actors.generator import checked_buckets
+from actors.waits import WeightsUnreadableError
 from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout, unpack
@@ -108,10 +109,11 @@ class LightGenerator:
     """Obeys the generators' interface without a model: an answer is its own sample id, and takes a moment.
 
     ``fails``: every exchange with prompts raises. ``dies``: the process ends in the middle of its second exchange.
+    ``blind``: it cannot read weights that stay on another device.
     """
 
-    def __init__(self, fails: bool = False, dies: bool = False) -> None:
-        self.fails, self.dies = fails, dies
+    def __init__(self, fails: bool = False, dies: bool = False, blind: bool = False) -> None:
+        self.fails, self.dies, self.blind = fails, dies, blind
         self.version = self.calls = 0
         self.running: list[dict[str, Any]] = []
 
@@ -125,6 +127,8 @@ class LightGenerator:
         if self.dies and self.calls == 2:
             os._exit(1)
         if request.weights is not None:
+            if self.blind:
+                raise WeightsUnreadableError("weights cannot be read where they lie: no NIXL here")
             self.version = [request.weights.version, *(b.version for b in checked_buckets(request.weights, 60))][-1]
         if prompts is not None:
             self.running += [row | {"weight_version": self.version} for row in prompts.to_pylist()]

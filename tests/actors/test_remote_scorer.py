@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors import remote_scorer
-from actors.remote_scorer import TRIES, RemoteScorer, ScoringService
+from actors.remote_scorer import RETRIES, RemoteScorer, ScoringService
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
@@ -27,7 +27,7 @@ def words(prompts: list[str], responses: list[str]) -> list[float]:
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(remote_scorer, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote_scorer, "BACKOFF", 1e-4)
     with serving(words) as service:
         yield service
 
@@ -41,13 +41,16 @@ def test_texts_go_out_and_scores_come_back(service: Service, tiny_world: Path) -
     found = remote(service, tiny_world).score(batch)
     assert found.schema.names == ["sample_id", "cost/harm"]
     assert found.column("sample_id").equals(batch.column("sample_id"))
-    assert [len(request["prompts"]) for request in service.requests] == [0, 64, 64, 22]  # the first asks who is there
+    # The first asks who is there; the others come in any order.
+    first, *others = service.requests
+    assert first == {"prompts": [], "responses": []}
+    assert sorted(len(request["prompts"]) for request in others) == [22, 64, 64]
     decode = load_tokenizer(str(tiny_world / "model")).decode
     texts = [
         [decode(tokens, skip_special_tokens=skip) for tokens in experience.rows(batch, column)]
         for column, skip in (("prompt_tokens", False), ("response_tokens", True))
     ]
-    assert [p for request in service.requests for p in request["prompts"]] == texts[0]
+    assert sorted(p for request in others for p in request["prompts"]) == sorted(texts[0])
     np.testing.assert_array_equal(experience.scalars(found, "cost/harm"), np.float32(words(*texts)))
     assert remote(service, tiny_world).score(batch.slice(0, 0)).num_rows == 0
 
@@ -73,10 +76,10 @@ def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world:
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_busy_service_is_asked_again(service: Service, tiny_world: Path, status: int) -> None:
     scorer = remote(service, tiny_world)
-    service.instead = [(status, {}, b"later")] * (TRIES - 1)
+    service.instead = [(status, {}, b"later")] * RETRIES
     assert scorer.score(random_sequences(3, seed=1)).num_rows == 3
-    assert len(service.requests) == 1 + TRIES
-    service.instead = [(status, {}, b"later")] * TRIES
+    assert len(service.requests) == 2 + RETRIES
+    service.instead = [(status, {}, b"later")] * (1 + RETRIES)
     with pytest.raises(UserError, match=f"{service.url} does not score but answers {status} .*: later"):
         scorer.score(random_sequences(3, seed=1))
 
@@ -98,11 +101,11 @@ def test_no_redirect_is_followed(service: Service, tiny_world: Path) -> None:
 
 
 def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) -> None:
-    silent = ScoringService(service.url, timeout_s=2.0)  # 0.2 s a try
+    silent = ScoringService(service.url, timeout_s=4.0)  # 0.2 s a try
     service.silent.set()
-    with pytest.raises(UserError, match=rf"no answer from the scorer at {service.url} after {TRIES} tries .*timed out"):
+    with pytest.raises(UserError, match=rf"no answer from the scorer at {service.url} .*timed out"):
         silent.scores(["p"], ["r"])
-    assert len(service.requests) == TRIES
+    assert len(service.requests) == 1 + RETRIES
     with serving(words) as gone:
         url = gone.url
     with pytest.raises(UserError, match=r"no answer from the scorer at .*refused.*resume=true"):
@@ -124,6 +127,8 @@ def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) ->
         b'{"scores": [1, null]}',
         b'{"scores": [[1], [2]]}',
         b'{"scores": [1, 1e999]}',
+        b'{"scores": [1, 1e39]}',
+        b'{"scores": [1, ' + b"9" * 400 + b"]}",
         b'{"scores": [[1], 2]}',
         b"\xff\xfe",
     ],
@@ -131,7 +136,7 @@ def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) ->
 def test_an_answer_that_is_none_is_refused_in_one_line(service: Service, tiny_world: Path, answer: bytes) -> None:
     scorer = remote(service, tiny_world)
     service.instead = [(200, {}, answer)]
-    with pytest.raises(UserError, match=r'must answer \{"scores": \[...\]\} with 2 finite numbers, not'):
+    with pytest.raises(UserError, match=r'must answer \{"scores": \[...\]\} with 2 finite numbers \(of float32\), not'):
         scorer.score(random_sequences(2, seed=1))
 
 
@@ -142,7 +147,17 @@ def test_hosts_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED_HOSTS, "scores.here, A.B:8000")
     for allowed in ("http://a.b:8000/x", "https://scores.here/", "http://SCORES.here:1234"):
         check_allowed(allowed)
-    for other in ("http://a.b/x", "https://a.b:800", "http://x.scores.here", "http://scores.here.x", "http://here"):
+    monkeypatch.setenv(ALLOWED_HOSTS, "[::1]:8000,scores.here,a.b:8000,[fd00::1:8000]")
+    check_allowed("http://[::1]:8000/x")
+    for other in (
+        "http://[::1]/",
+        "http://[fd00::1]:8000/",
+        "http://a.b/x",
+        "https://a.b:800",
+        "http://x.scores.here",
+        "http://scores.here.x",
+        "http://here",
+    ):
         with pytest.raises(UserError, match="may not be sent"):
             check_allowed(other)
 
@@ -168,19 +183,27 @@ def test_critics_start_from_folders(tiny_world: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    "url",
     [
-        ("http://", "names no host"),
-        ("https:///score", "names no host"),
-        ("http://a.b?key=secret", "queries"),
-        ("http://user:secret@a.b/", "user names, passwords"),
-        ("http://a.b/#secret", "queries"),
-        ("http://a.b:99999/", "ort"),
-        ("http://[::1/", "Invalid IPv6"),
+        "http://",
+        "https:///score",
+        "http://a.b?key=secret",
+        "http://user:secret@a.b/",
+        "http://user:secret@:8000/",
+        "http://user:80/secret@a.b/",
+        "http://user:sec/ret@a.b/",
+        "http://a.b/#secret",
+        "http://a.b:99999/",
+        "http://a.b:0/",
+        "http://[::1/",
+        # urllib3 would ask secret.com.
+        "http://secret.com\\[::1]/x",
+        "http://secret.com\\@a.b/x",
+        "http://a.b/x y",
     ],
 )
-def test_addresses_that_are_none_or_hold_a_secret(tiny_world: Path, url: str, words: str) -> None:
+def test_addresses_that_are_none_or_hold_a_secret(tiny_world: Path, url: str) -> None:
     both: dict[str, object] = {"reward": url, "reward_critic": f"{tiny_world}/reward_model"}
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match="a scoring service's address is") as error:
         config(tiny_world, models=both)
-    assert "secret" not in str(error.value).split("[type=")[0]
+    assert "sec" not in str(error.value).split("[type=")[0]

@@ -13,6 +13,7 @@ from actors.cluster import RayHandle
 from actors.handles import Group, Handle
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
+from actors.waits import WeightsLostError
 from beaver_ray import experience
 from beaver_ray.weights import Layout, PublishedWeights
 from tests.actors.light_roles import LightGenerator
@@ -78,6 +79,21 @@ def test_a_dead_generators_samples_are_neither_lost_nor_trained_twice(staleness:
     assert supply.started == 1 and supply.stopped == ["a"]
     assert schedule.repeated > 0
     assert any(note.startswith("a is lost with") and "died" in note for note in notes)
+
+
+def test_who_cannot_read_weights_is_replaced_while_the_policy_lives() -> None:
+    group = Group("rollout", [generator("a", blind=True), generator("b")], 30.0)
+    supply, notes = Supply(), []
+    schedule = RolloutSchedule(3)
+    rollouts = Rollouts(group, 8, 30.0, schedule, prompts, lambda chunk: [], supply, notes.append)
+    assert sorted(trained(rollouts, 3)) == list(range(SIZE, 4 * SIZE))
+    assert supply.stopped == ["a"] and any("no NIXL here" in note for note in notes)
+
+    gone = Group("rollout", [generator("c", blind=True)], 30.0)
+    rollouts = Rollouts(gone, 8, 30.0, RolloutSchedule(3), prompts, lambda chunk: [], Supply(), notes.append)
+    rollouts.policy_is_gone = lambda: True
+    with pytest.raises(WeightsLostError, match="no NIXL here"):
+        trained(rollouts, 3)
 
 
 def test_three_failures_of_one_cause_end_the_run_with_it() -> None:

@@ -72,5 +72,5 @@ def test_what_dies_again_and_again_ends_the_stage(
     tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actors.train, "SupervisedTrainer", Dying)
-    with pytest.raises(RuntimeError, match=r"3 deaths with no step finished in between: .*trainer"):
+    with pytest.raises(RuntimeError, match=r"3 deaths with no new step in between: .*trainer"):
         train(stage(tiny_world, tmp_path, "dying"))

@@ -193,7 +193,7 @@ def test_a_scoring_service(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert found().state == "fail" and f"export {ALLOWED_HOSTS}={service.host}" in found().line
         monkeypatch.setenv(ALLOWED_HOSTS, service.host)
         assert found() == doctor.Finding("pass", f"{service.url} answers")
-    monkeypatch.setattr(remote_scorer, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote_scorer, "BACKOFF", 1e-4)
     assert found().state == "fail" and f"no answer from the scorer at {service.url}" in found().line
 
 

@@ -223,8 +223,10 @@ def test_weights_that_stay_on_the_policys_gpu(stage_file: StageFile, monkeypatch
     without = policy()
     monkeypatch.setenv(DIRECT_WEIGHTS, "1")
     assert without.parameters
-    # Two versions in float32.
-    assert policy().gpu_gib - without.gpu_gib == pytest.approx(2 * 4 * without.parameters / 2**30)
+    # Versions in float32.
+    for staleness, versions in ((0, 2), (1, 3), (2, 4), (8, 4)):
+        config.rollout.staleness = staleness
+        assert policy().gpu_gib - without.gpu_gib == pytest.approx(versions * 4 * without.parameters / 2**30)
 
 
 def test_what_cannot_fit(stage_file: StageFile) -> None:
