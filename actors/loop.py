@@ -37,7 +37,6 @@ def train_policy(
             run.log(state.step, metrics)
             if config.save_every and state.step % config.save_every == 0 and state.step < steps:
                 recovery.save()
-            recovery.step_done()
             watch(config, recovery, metrics)
             trace.record(state.step, clock)
             shown = {f"{c.name} cost": metrics[f"cost/{c.name}/mean"] for c in config.constraints}

@@ -48,7 +48,7 @@ class Recovery:
     ) -> None:
         self.state, self.roles, self.rollouts, self.run, self.cluster = state, roles, rollouts, run, cluster
         self.failures: Counter[str] = Counter()
-        """Deaths of each process since a step was finished for the first time."""
+        """Deaths of each process since the run was at its furthest step."""
         self.furthest = 0
         if cluster:
             rollouts.policy_is_gone = lambda: bool(cluster.dead([roles.policy]))
@@ -95,12 +95,6 @@ class Recovery:
                 raise
             self._count(self._restart_stateless(error), error)
         return action(True)
-
-    def step_done(self) -> None:
-        """A step has ended well; one that is only repeated is no progress."""
-        if self.state.step > self.furthest:
-            self.furthest = self.state.step
-            self.failures.clear()
 
     def _roll_back(self, error: WorkerDiedError) -> None:
         """Put the run together as it was at the last checkpoint, or at its start."""
@@ -167,6 +161,10 @@ class Recovery:
         return dead
 
     def _count(self, dead: list[str], error: WorkerDiedError) -> None:
+        # Steps that are only repeated are no progress.
+        if self.run.furthest > self.furthest:
+            self.failures.clear()
+        self.furthest = self.run.furthest
         self.failures.update(dead or ["a process"])
         name, count = self.failures.most_common(1)[0]
         if count == FAILURES:
