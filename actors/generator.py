@@ -38,6 +38,7 @@ from actors.waits import (
     WeightsUnreadableError,
     WorkerDiedError,
     all_here,
+    cause,
     fetch,
 )
 from beaver_ray.errors import UserError, first_line
@@ -149,8 +150,8 @@ def _read(bucket: Bucket, what: str, timeout_s: float) -> Bucket:
     """The bucket with its bytes here, or on this process's device."""
     try:
         return replace(bucket, data=fetch(bucket.data, what, timeout_s))
-    except (WorkerDiedError, RayError) as error:
-        raise WeightsUnreadableError(f"{what} cannot be read where it lies: {first_line(error)}") from None
+    except (WorkerDiedError, WaitTimeoutError, RayError) as error:
+        raise WeightsUnreadableError(f"{what} cannot be read where it lies: {cause(error)}") from None
 
 
 class VllmGenerator:
@@ -231,6 +232,11 @@ class VllmGenerator:
         seconds = time.perf_counter() - started
         self._load_s += seconds
         return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
+
+    def read(self, weights: PublishedWeights) -> None:
+        """Only try whether these weights can be had here; raises what `checked_buckets` raises."""
+        for _ in checked_buckets(weights, self.spec.load_timeout_s):
+            continue
 
     def abort_all(self) -> pa.RecordBatch:
         """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""

@@ -166,7 +166,7 @@ def update(
 
 def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
     """New weights from the policy, which every generator loads before its next prompts."""
-    weights = announce(roles.policy, version)
+    weights = announce(roles.policy, version, roles.direct)
     rollouts.publish(weights)
     return {"sync/bytes": float(weights.layout.total_bytes)}
 

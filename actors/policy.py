@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors import direct
+from actors.direct import put_bucket
 from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.handles import Group
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
@@ -33,29 +32,28 @@ from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
+TRIAL = 2**17  # numbers of 8 bytes
 
-def announce(policy: Group, version: int) -> PublishedWeights:
+
+def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
     """The policy's weights as they are when it comes to this call, as ``version``.
 
     Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
+    ``direct``: they stay on the first rank's device, where generators read them.
     """
     layout = policy.wait(policy.workers[0].call("layout"), "laying out weights")
-    buckets = [policy.call("bucket", version, index)[0] for index in range(len(layout.bucket_bytes))]
+    buckets = [policy.call("bucket", version, index, direct)[0] for index in range(len(layout.bucket_bytes))]
     return PublishedWeights(version, layout, tuple(buckets))
 
 
 class PolicyTrainer(TrainingRank):
     """One rank of the policy. Every rank is given the whole experience and takes its own share of the rows."""
 
-    def __init__(
-        self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False, stays: bool = False
-    ) -> None:
+    def __init__(self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
         self.config = config
         self.results_are_copied = results_are_copied
         """What a method returns has left this process before the next one is called, as with Ray's actors."""
-        self.stays = stays
-        """A bucket stays on this rank's device, where generators read it (`actors.direct`)."""
         self.memory: np.ndarray | None = None
 
     def build(self) -> None:
@@ -127,9 +125,9 @@ class PolicyTrainer(TrainingRank):
         """What lies where in every version of the weights (with LoRA the adapter's)."""
         return self.published
 
-    def bucket(self, version: int, index: int) -> Bucket | None:
+    def bucket(self, version: int, index: int, direct: bool) -> Bucket | None:
         """Bucket ``index`` of the weights as they are now, under ``version``; rank 0 returns it, the others only help
-        to gather.
+        to gather. See `announce` for ``direct``.
         """
         wanted = {entry.name for entry in self.published.entries_of(index)}
         state = self.engine.full_state(lambda name: self.names.get(name) in wanted)
@@ -138,14 +136,17 @@ class PolicyTrainer(TrainingRank):
             for _ in tensors:
                 continue
             return None
-        if self.stays:
-            size = self.published.bucket_bytes[index]
-            memory = torch.empty(size, dtype=torch.uint8, device=self.engine.device)
-            bucket = pack_bucket(self.published, version, index, tensors, memory)
-            return replace(bucket, data=direct.put(memory))
+        if direct:
+            return put_bucket(self.published, version, index, tensors, self.engine.device)
         if self.results_are_copied and self.memory is None:
             self.memory = np.empty(max(self.published.bucket_bytes), dtype=np.uint8)
         return pack_bucket(self.published, version, index, tensors, self.memory)
+
+    def trial(self) -> PublishedWeights:
+        """A version of one tensor on this rank's device, for generators to try whether they can read it there."""
+        numbers = torch.arange(TRIAL, device=self.engine.device)
+        layout = plan_layout([("trial", numbers.dtype, tuple(numbers.shape))])
+        return PublishedWeights(0, layout, (put_bucket(layout, 0, 0, [("trial", numbers)], self.engine.device),))
 
     def position(self) -> dict[str, Any]:
         """Where the PTX data stand."""

@@ -51,7 +51,7 @@ class Recovery:
         """Deaths of each process since the run was at its furthest step."""
         self.furthest = 0
         if cluster:
-            rollouts.policy_is_gone = lambda: bool(cluster.dead([roles.policy]))
+            rollouts.weights_are_lost = self._weights_are_lost
 
     def keep_going(self, action: Callable[[], None]) -> None:
         """``action``, again from the last checkpoint whenever a process dies that it cannot do without."""
@@ -96,6 +96,16 @@ class Recovery:
             self._count(self._restart_stateless(error), error)
         return action(True)
 
+    def _weights_are_lost(self, last: bool) -> bool:
+        """Whether weights that could not be read on the policy's device are gone, or are to come through the object
+        store from now on."""
+        if self._dead([self.roles.policy]):
+            return True
+        if last:
+            self.roles.direct = False
+            self.run.note("weights go through the object store from now on")
+        return last
+
     def _roll_back(self, error: WorkerDiedError) -> None:
         """Put the run together as it was at the last checkpoint, or at its start."""
         checkpoint = self.run.checkpoints.newest()
@@ -126,7 +136,7 @@ class Recovery:
             self.state.load_state_dict(state)
             self._call_trained("load_state", checkpoint.folder / "training")
             self.run.rewind(state["metrics_bytes"])
-        weights = announce(self.roles.policy, self.state.step)
+        weights = announce(self.roles.policy, self.state.step, self.roles.direct)
         self.rollouts.restart(self.state.schedule, self.state.prompts, self.state.pending(), weights)
 
     def _trained(self) -> dict[str, Group]:

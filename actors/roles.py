@@ -40,6 +40,8 @@ class Roles:
     """What the scorers were told: (scorer, column, calibration)."""
     late: list[Handle] = field(default_factory=list)
     """Generators that have found no room or have not started yet."""
+    direct: bool = False
+    """Weights stay on the policy's device, where generators read them (`actors.direct`)."""
 
 
 def role_kinds(config: SafePpoConfig) -> dict[str, str]:
@@ -77,8 +79,7 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     roles = _start_frozen(config, cluster)
     world = config.cluster.of("policy").workers if cluster else 1
     in_ray = cluster is not None
-    direct = config.direct_weights
-    roles.policy = start("policy", PolicyTrainer, [(config, rank, world, in_ray, direct) for rank in range(world)])
+    roles.policy = start("policy", PolicyTrainer, [(config, rank, world, in_ray) for rank in range(world)])
     for plan in critics(config):
         world = config.cluster.of(plan.kind).workers if cluster else 1
         arguments = [(config, plan.signals, plan.model, rank, world) for rank in range(world)]

@@ -25,6 +25,7 @@ from actors.waits import (
     WeightsMissingError,
     WeightsUnreadableError,
     WorkerDiedError,
+    cause,
     fetch,
     ready_now,
     wait_some,
@@ -126,8 +127,9 @@ class Rollouts:
         self.chunks: list[Chunk] = []
         self.paused = False
         """While a run is put together again nothing is served."""
-        self.policy_is_gone: Callable[[], bool] = lambda: False
-        """Asked where a generator could not read weights where the policy has them."""
+        self.weights_are_lost: Callable[[bool], bool] = lambda last: False
+        """Asked where a generator could not read weights where the policy has them: whether the run must go back to its
+        last checkpoint, to have them published anew. It must where this is the ``last`` failure that is borne."""
         self.generated_tokens, self.load_s = 0, 0.0
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
@@ -313,7 +315,8 @@ class Rollouts:
         try:
             summary = fetch(reference, f"{name} (exchange)", self.timeout_s)
         except WeightsUnreadableError as error:
-            if self.policy_is_gone():
+            if self.weights_are_lost(self.failures[name] + 1 == FAILURES):
+                self.failures.clear()
                 raise WeightsLostError(str(error)) from None
             self._lose(worker, error)
             return
@@ -400,7 +403,7 @@ class Rollouts:
             raise error
         name, lost = worker.handle.name, self._in_flight(worker)
         self._dismiss(worker)
-        self.note(f"{name} is lost with {lost} samples in flight, which others start anew: {_cause(error)}")
+        self.note(f"{name} is lost with {lost} samples in flight, which others start anew: {cause(error)}")
         self._replace(name, error)
 
     def _dismiss(self, worker: Worker) -> None:
@@ -416,7 +419,7 @@ class Rollouts:
     def _replace(self, name: str, error: Exception) -> None:
         failures = self.failures.pop(name, 0) + 1
         if failures == FAILURES:
-            raise RuntimeError(f"rollout generators failed {FAILURES} times in a row, {name} last: {_cause(error)}")
+            raise RuntimeError(f"rollout generators failed {FAILURES} times in a row, {name} last: {cause(error)}")
         self.failures[self._start()] = failures
 
     def _ask(self) -> None:
@@ -432,11 +435,6 @@ class Rollouts:
             return  # started anew by then, and asked again soon
         if count is not None:
             self.resize(count)
-
-
-def _cause(error: Exception) -> str:
-    """The last line of an error, which in another process's traceback is the error itself."""
-    return str(error).strip().splitlines()[-1]
 
 
 def _key(reference: Any) -> Any:

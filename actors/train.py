@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from actors.cluster import Cluster
 from actors.control import GeneratorSupply
+from actors.direct import obstacle
 from actors.evaluate import HeldOut, write
 from actors.loop import make_rollouts, train_policy
 from actors.recovery import FAILURES, Recovery, start_surely
@@ -20,10 +20,9 @@ from actors.supervised import SupervisedTrainer, train_supervised
 from actors.tracing import StepTrace
 from actors.training_state import TrainingState
 from actors.waits import WorkerDiedError
-from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig, StageConfig, SupervisedConfig
+from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
-from beaver_ray.errors import UserError
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, is_finished
 
@@ -94,15 +93,15 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     for line in [*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items())]:
         run.note(line)
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
-    if config.direct_weights:
-        if find_spec("nixl") is None:
-            raise UserError(f"{DIRECT_WEIGHTS}=1 needs the package nixl, here and on every node: pip install nixl")
-        run.note("weights go from GPU to GPU, by NIXL")
     config = config.model_copy(update={"steps": config.total_steps(len(prompts)), "epochs": None})
     held_out = HeldOut(config) if config.evaluation.prompts else None
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
         roles = start_surely(config, cluster, run.note)
+        if config.direct_weights:
+            why = obstacle(roles.policy, roles.rollout)
+            roles.direct = why is None
+            run.note("weights go from GPU to GPU" if why is None else f"weights go through the object store: {why}")
         supply = GeneratorSupply(cluster, generator_spec(config), config.name) if cluster else None
         state = TrainingState(config, prompts)
         rollouts = make_rollouts(config, roles, state, supply, run.note)

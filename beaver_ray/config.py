@@ -32,7 +32,7 @@ ROLES = (
 
 
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
-DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable, until it has run on GPUs
+DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -327,14 +327,15 @@ class SafePpoConfig(RunConfig):
 
     @property
     def direct_weights(self) -> bool:
-        """Whether weights go from GPU to GPU and not through the object store (`actors.direct`): the environment says
-        DIRECT_WEIGHTS=1, policy and generators have GPUs, and each generator one of them at most.
+        """Whether weights are to go from GPU to GPU and not through the object store, where a trial at the start of the
+        run succeeds (`actors.direct`): policy and generators have GPUs, each generator one of them at most, and the
+        environment does not say DIRECT_WEIGHTS=0.
 
         With tensor parallelism a generator's weights go on to other processes, which cannot take them from a device.
         """
         policy, rollout = self.cluster.of("policy"), self.cluster.of("rollout")
         possible = not self.debug and policy.gpus > 0 and 0 < rollout.gpus <= 1
-        return possible and os.environ.get(DIRECT_WEIGHTS, "0") == "1"
+        return possible and os.environ.get(DIRECT_WEIGHTS, "1") != "0"
 
     def total_steps(self, prompts: int) -> int:
         """Training steps of this run, where there are ``prompts`` distinct prompts."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import pyarrow as pa
 import ray
 import torch
 
-from actors import direct
+from actors.direct import put_bucket
 from actors.exchange import Exchange
-from actors.generator import checked_buckets
+from actors.generator import GeneratorSpec, VllmGenerator, checked_buckets
 from actors.waits import WeightsUnreadableError
 from beaver_ray import experience
 from beaver_ray.errors import UserError
@@ -58,13 +58,9 @@ class Publisher:
     """Makes buckets of 1 MiB as the policy trainer does, their memory used again; every number is the version.
 
     ``gate``: all buckets but the first wait until this file exists. The second bucket ``ends`` the process, or fails.
-    ``stays``: a bucket lies in memory of its own, where others read it.
     """
 
-    def __init__(
-        self, buckets: int, gate: str = "", ends: bool = False, fails: bool = False, stays: bool = False
-    ) -> None:
-        self.stays = stays
+    def __init__(self, buckets: int, gate: str = "", ends: bool = False, fails: bool = False) -> None:
         self.plan = plan_layout([(f"part{i}", torch.float32, (2**18,)) for i in range(buckets)], 2**20)
         self.memory = np.empty(2**20, dtype=np.uint8)
         self.gate, self.ends, self.fails = gate, ends, fails
@@ -72,7 +68,10 @@ class Publisher:
     def layout(self) -> Layout:
         return self.plan
 
-    def bucket(self, version: int, index: int) -> Bucket:
+    def trial(self) -> PublishedWeights:
+        return PublishedWeights(0, self.plan, (self.bucket(0, 0, direct=True),))
+
+    def bucket(self, version: int, index: int, direct: bool) -> Bucket:
         while index and self.gate and not os.path.exists(self.gate):
             time.sleep(0.01)
         if index == 1 and self.fails:
@@ -80,9 +79,8 @@ class Publisher:
         if index == 1 and self.ends:
             os._exit(1)
         tensors = [(f"part{index}", torch.full((2**18,), float(version)))]
-        if self.stays:
-            bucket = pack_bucket(self.plan, version, index, tensors, torch.empty(2**20, dtype=torch.uint8))
-            return replace(bucket, data=direct.put(bucket.data))
+        if direct:
+            return put_bucket(self.plan, version, index, tensors, torch.device("cpu"))
         return pack_bucket(self.plan, version, index, tensors, self.memory)
 
     def process(self) -> tuple[int, int]:
@@ -98,11 +96,44 @@ def when_opened(bucket: Bucket, gate: str) -> Bucket:
 
 
 class Reader:
-    """Reads published weights as a generator does."""
+    """Reads published weights as a generator does; with ``ends`` it dies of it."""
+
+    def __init__(self, ends: bool = False) -> None:
+        self.ends = ends
 
     def read(self, weights: PublishedWeights) -> float:
+        if self.ends:
+            os._exit(1)
         buckets = checked_buckets(weights, 60)
         return sum(float(tensor.sum()) for bucket in buckets for _, tensor in unpack(weights.layout, bucket))
+
+
+def hide_nixl() -> None:
+    """From now on this process is one where the package is not installed."""
+    sys.modules["nixl"] = sys.modules["nixl._api"] = None  # type: ignore[assignment]
+
+
+class BlindReader(Reader):
+    """On a node without NIXL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hide_nixl()
+
+
+class BlindGenerator(VllmGenerator):
+    """On a node without NIXL."""
+
+    def __init__(self, spec: GeneratorSpec) -> None:
+        super().__init__(spec)
+        hide_nixl()
+
+
+class OverConfidentGenerator(BlindGenerator):
+    """On a node without NIXL, which it does not find out in time."""
+
+    def read(self, weights: PublishedWeights) -> None:
+        """Says that all is well."""
 
 
 class LightGenerator:

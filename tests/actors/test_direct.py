@@ -12,17 +12,17 @@ import pytest
 import ray
 
 from actors.cluster import RayHandle
-from actors.generator import checked_buckets
+from actors.direct import obstacle
+from actors.generator import VllmGenerator, checked_buckets
 from actors.handles import Group
 from actors.policy import announce
 from actors.train import train
 from actors.waits import WeightsUnreadableError, fetch
 from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig
 from beaver_ray.config_files import load_config
-from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
-from tests.actors.light_roles import Publisher, Reader
+from tests.actors.light_roles import BlindGenerator, BlindReader, OverConfidentGenerator, Publisher, Reader
 from tests.actors.support import ppo_config
 from tests.tiny_ppo import build_workspace, write_stage
 
@@ -41,17 +41,21 @@ def actor(role: type, *arguments: Any, **more: Any) -> Any:
 
 
 def policy(buckets: int = 3) -> Group:
-    return Group("policy", [RayHandle("policy", actor(Publisher, buckets, stays=True))], 60.0)
+    return Group("policy", [RayHandle("policy", actor(Publisher, buckets))], 60.0)
+
+
+def readers(*workers: Any) -> Group:
+    return Group("rollout", [RayHandle(f"rollout-{i}", worker) for i, worker in enumerate(workers)], 60.0)
 
 
 @pytest.mark.timeout(600)
 def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_read() -> None:
     publisher = policy(64)
-    readers = [actor(Reader), actor(Reader)]
+    generators = readers(actor(Reader), actor(Reader))
     held = []
     for version in range(1, 7):
-        weights = announce(publisher, version)
-        assert fetch([r.read.remote(weights) for r in readers], "reading", 120) == [64.0 * PART * version] * 2
+        weights = announce(publisher, version, direct=True)
+        assert generators.run("read", weights) == [64.0 * PART * version] * 2
         held.append(publisher.run("process")[0][1])
     # MiB, two versions being there from the second on: what nobody can ask for any more is gone.
     assert held[-1] < held[1] + 64
@@ -61,7 +65,7 @@ def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_
 @pytest.mark.timeout(600)
 def test_a_policy_that_dies_takes_its_buckets_along() -> None:
     publisher = policy()
-    weights = announce(publisher, 5)
+    weights = announce(publisher, 5, direct=True)
     assert fetch(actor(Reader).read.remote(weights), "reading", 120) == 3.0 * PART * 5
     buckets = checked_buckets(weights, 60)
     next(buckets)
@@ -94,32 +98,56 @@ def test_when_weights_go_direct(
     monkeypatch.delenv(DIRECT_WEIGHTS, raising=False)
     placement = {"policy": {"gpus": policy_gpus}, "rollout": {"gpus": rollout_gpus}}
     config = ppo_config(tiny_world, debug=debug, cluster={"placement": placement})
-    assert isinstance(config, SafePpoConfig) and not config.direct_weights
-    monkeypatch.setenv(DIRECT_WEIGHTS, "1")
-    assert config.direct_weights == expected
-    if expected:
-        monkeypatch.setattr("actors.train.find_spec", lambda name: None)
-        with pytest.raises(UserError, match="needs the package nixl, here and on every node"):
-            train(config)
+    assert isinstance(config, SafePpoConfig) and config.direct_weights == expected
+    monkeypatch.setenv(DIRECT_WEIGHTS, "0")
+    assert not config.direct_weights
+
+
+@pytest.mark.timeout(600)
+def test_the_way_is_taken_only_where_every_generator_has_just_gone_it() -> None:
+    publisher = policy()
+    assert obstacle(publisher, readers(actor(Reader), actor(Reader))) is None
+    blind = obstacle(publisher, readers(actor(Reader), actor(BlindReader)))
+    assert blind and blind.startswith("weights version 0, bucket 0 of 1 cannot be read where it lies: ModuleNotFound")
+    dying = obstacle(publisher, readers(actor(Reader, ends=True), actor(Reader)))
+    assert dying and dying.startswith("rollout (reading a trial of weights from the policy's device): its process died")
+    assert publisher.run("layout"), "the policy lives"
 
 
 @pytest.mark.timeout(900)
-def test_a_run_whose_weights_go_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("generator", "way"),
+    [
+        (VllmGenerator, "weights go from GPU to GPU"),
+        (BlindGenerator, "weights go through the object store: weights version 0, bucket 0 of 1 cannot be read"),
+        (OverConfidentGenerator, "weights go through the object store from now on"),
+    ],
+)
+def test_a_run_whose_weights_go_direct_where_they_can(
+    generator: type, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(SafePpoConfig, "direct_weights", property(lambda self: True))
+    monkeypatch.setattr("actors.roles.VllmGenerator", generator)
+    monkeypatch.setattr("actors.control.VllmGenerator", generator)
     taken: list[PublishedWeights] = []
 
-    def announced(group: Group, version: int) -> PublishedWeights:
-        taken.append(announce(group, version))
+    def announced(group: Group, version: int, direct: bool) -> PublishedWeights:
+        taken.append(announce(group, version, direct))
         return taken[-1]
 
     monkeypatch.setattr("actors.loop.announce", announced)
+    monkeypatch.setattr("actors.recovery.announce", announced)
     placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
     placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
     path = write_stage(build_workspace(tmp_path), steps=4, cluster={"placement": placement})
     metrics = read_metrics(train(load_config(path)))
     assert len(metrics) == 4
-    for weights in taken:
-        assert all(isinstance(fetch(ref, "a bucket", 30).data, ray.ObjectRef) for ref in weights.buckets)
+    assert way in capsys.readouterr().out
+    # Whatever was tried before, the last way works.
+    direct = generator is VllmGenerator
+    for weights in taken[-4:]:
+        buckets = [fetch(reference, "a bucket", 30) for reference in weights.buckets]
+        assert all(isinstance(bucket.data, ray.ObjectRef) == direct for bucket in buckets)
     # The generator's log-probs are the trainer's, so it has every update.
     assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in metrics)
     assert max(abs(row["policy/ratio_max_deviation"]) for row in metrics) > 0

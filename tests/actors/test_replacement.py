@@ -91,9 +91,26 @@ def test_who_cannot_read_weights_is_replaced_while_the_policy_lives() -> None:
 
     gone = Group("rollout", [generator("c", blind=True)], 30.0)
     rollouts = Rollouts(gone, 8, 30.0, RolloutSchedule(3), prompts, lambda chunk: [], Supply(), notes.append)
-    rollouts.policy_is_gone = lambda: True
+    rollouts.weights_are_lost = lambda last: True
     with pytest.raises(WeightsLostError, match="no NIXL here"):
         trained(rollouts, 3)
+
+
+def test_where_nobody_can_read_weights_they_are_to_be_published_anew() -> None:
+    group = Group("rollout", [generator("a", blind=True)], 30.0)
+    asked: list[bool] = []
+
+    def are_lost(last: bool) -> bool:
+        asked.append(last)
+        return last
+
+    supply = Supply(blind=True)
+    rollouts = Rollouts(group, 8, 30.0, RolloutSchedule(3), prompts, lambda chunk: [], supply)
+    rollouts.weights_are_lost = are_lost
+    with pytest.raises(WeightsLostError, match="no NIXL here"):
+        trained(rollouts, 3)
+    assert asked == [False, False, True] and supply.stopped == ["a", "new-1"]
+    assert not rollouts.failures, "the way is given up, not the generator"
 
 
 def test_three_failures_of_one_cause_end_the_run_with_it() -> None:
