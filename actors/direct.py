@@ -6,8 +6,9 @@ come for new weights when they are ready, join late and die without disturbing o
 broadcast, would need all of them at once. `SafePpoConfig.direct_weights` says where it is possible, `obstacle` whether
 it works there.
 
-Tried: between processes on CPUs, with tensors in main memory. Not tried so far: GPUs. Ray 2.60 keeps a description of
-every bucket in each process that has read it (its issue 57962): 20 to 40 KB a bucket, measured over 2,400 of them.
+Tried: between processes on CPUs, with tensors in main memory. Not tried so far: GPUs. NIXL keeps one core busy in each
+process that takes part. Ray 2.60 keeps a description of every bucket in each process that has read it (its issue
+57962): 20 to 40 KB a bucket, measured over 2,400 of them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.handles import Group
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
 from actors.ranks import TrainingRank
+from actors.waits import WeightsUnreadableError
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix
@@ -143,7 +144,16 @@ class PolicyTrainer(TrainingRank):
         return pack_bucket(self.published, version, index, tensors, self.memory)
 
     def trial(self) -> PublishedWeights:
-        """A version of one tensor on this rank's device, for generators to try whether they can read it there."""
+        """A version of one tensor on this rank's device, for generators to try whether they can read it there.
+
+        Raises WeightsUnreadableError where there is no room for the real ones.
+        """
+        if self.engine.device.type == "cuda":
+            _, total = torch.cuda.mem_get_info(self.engine.device)
+            try:
+                self.config.direct_room(self.published.total_bytes, total)
+            except ValueError as error:
+                raise WeightsUnreadableError(str(error)) from None
         numbers = torch.arange(TRIAL, device=self.engine.device)
         layout = plan_layout([("trial", numbers.dtype, tuple(numbers.shape))])
         return PublishedWeights(0, layout, (put_bucket(layout, 0, 0, [("trial", numbers)], self.engine.device),))

@@ -32,6 +32,7 @@ ROLES = (
 
 
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
+DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
 DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU
 
 
@@ -327,15 +328,31 @@ class SafePpoConfig(RunConfig):
 
     @property
     def direct_weights(self) -> bool:
-        """Whether weights are to go from GPU to GPU and not through the object store, where a trial at the start of the
-        run succeeds (`actors.direct`): policy and generators have GPUs, each generator one of them at most, and the
-        environment does not say DIRECT_WEIGHTS=0.
+        """Whether weights may go from GPU to GPU and not through the object store.
+
+        They may where policy and generators have GPUs, each generator one at most, and the environment does not say
+        DIRECT_WEIGHTS=0. They do where there is room (`direct_room`) and a trial succeeds (`actors.direct`).
 
         With tensor parallelism a generator's weights go on to other processes, which cannot take them from a device.
         """
         policy, rollout = self.cluster.of("policy"), self.cluster.of("rollout")
         possible = not self.debug and policy.gpus > 0 and 0 < rollout.gpus <= 1
         return possible and os.environ.get(DIRECT_WEIGHTS, "1") != "0"
+
+    def direct_room(self, nbytes: float, gpu_bytes: float) -> float:
+        """Bytes that direct weights of ``nbytes`` take of the policy's part of a GPU: several versions.
+
+        Those are the newest, the one that is still read, and with staleness up to two that calls waiting at a slow
+        generator may still name.
+
+        Raises ValueError where that is more than DIRECT_SHARE of its part.
+        """
+        needed = nbytes * (2 + min(self.rollout.staleness, 2))
+        part = gpu_bytes * min(1.0, self.cluster.of("policy").gpus)
+        if needed > DIRECT_SHARE * part:
+            there = f"{DIRECT_SHARE:.0%} of the {part / 2**30:.1f} GiB of GPU that the policy has"
+            raise ValueError(f"{needed / 2**30:.1f} GiB of weights to be read there are more than {there}")
+        return needed
 
     def total_steps(self, prompts: int) -> int:
         """Training steps of this run, where there are ``prompts`` distinct prompts."""

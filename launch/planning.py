@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2.0**30
-# Versions of the weights on the policy's device where they go direct: the newest, the one that is still read, and with
-# staleness those that calls waiting at a slow generator may still name (`actors.rollouts.OUTSTANDING`).
-DIRECT_COPIES, WAITING = 2, 2
 # Measured: a process that has imported torch, transformers and Ray; one with vLLM besides.
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -211,9 +209,9 @@ def _role_plan(
         if role == "policy" or config.stage == "sft":
             needs += logit_gib(facts, config.engine, on_gpu, trained=True, head=trained is None)
         if role == "policy" and isinstance(config, SafePpoConfig) and config.direct_weights:
-            published = parameters if trained is None else trained
-            versions = DIRECT_COPIES + min(config.rollout.staleness, WAITING)
-            needs += versions * published * DTYPE_BYTES[config.engine.dtype] / GIB
+            published = (parameters if trained is None else trained) * DTYPE_BYTES[config.engine.dtype]
+            with suppress(ValueError):  # without room there they go through the object store
+                needs += config.direct_room(published, resources.gpu_gib * GIB) / GIB
         host += offloaded
     elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in

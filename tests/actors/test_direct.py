@@ -103,6 +103,15 @@ def test_when_weights_go_direct(
     assert not config.direct_weights
 
 
+def test_room_for_direct_weights_by_hand(tiny_world: Path) -> None:
+    placement = {"policy": {"gpus": 0.5}, "rollout": {"gpus": 0.5}}
+    config = ppo_config(tiny_world, cluster={"placement": placement}, rollout={"staleness": 1})
+    assert isinstance(config, SafePpoConfig)
+    assert config.direct_room(10 * 2**30, 240 * 2**30) == 30 * 2**30  # three versions, a quarter of half a GPU
+    with pytest.raises(ValueError, match=r"33.0 GiB of weights .* more than 25% of the 120.0 GiB of GPU"):
+        config.direct_room(11 * 2**30, 240 * 2**30)
+
+
 @pytest.mark.timeout(600)
 def test_the_way_is_taken_only_where_every_generator_has_just_gone_it() -> None:
     publisher = policy()

@@ -213,20 +213,24 @@ def test_a_group_shares_bundles_by_rank(stage_file: StageFile) -> None:
 
 
 def test_weights_that_stay_on_the_policys_gpu(stage_file: StageFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Resources("the test", 64.0, gpus=2, gpu_gib=80.0)
     config = load_config(stage_file(), ["cluster.placement={rollout: {gpus: 1}, policy: {gpus: 1}}"])
 
-    def policy() -> RolePlan:
-        return next(r for r in plan(config, gpu).roles if r.role == "policy")
+    def policy(gpu_gib: float = 80.0) -> RolePlan:
+        gpus = Resources("the test", 64.0, gpus=2, gpu_gib=gpu_gib)
+        return next(r for r in plan(config, gpus).roles if r.role == "policy")
 
     monkeypatch.setenv(DIRECT_WEIGHTS, "0")
     without = policy()
     monkeypatch.delenv(DIRECT_WEIGHTS)
     assert without.parameters
     # Versions in float32.
+    size = 4 * without.parameters / 2**30
     for staleness, versions in ((0, 2), (1, 3), (2, 4), (8, 4)):
         config.rollout.staleness = staleness
-        assert policy().gpu_gib - without.gpu_gib == pytest.approx(versions * 4 * without.parameters / 2**30)
+        assert policy().gpu_gib - without.gpu_gib == pytest.approx(versions * size)
+    # At most a quarter of the GPU: four versions fit into one of 16 versions' size, not into a smaller one.
+    assert policy(16.001 * size).gpu_gib - without.gpu_gib == pytest.approx(4 * size)
+    assert policy(15.999 * size).gpu_gib == pytest.approx(without.gpu_gib)
 
 
 def test_what_cannot_fit(stage_file: StageFile) -> None:
