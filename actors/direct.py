@@ -25,6 +25,7 @@ from actors.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError,
 from beaver_ray.weights import Bucket, Layout, pack_bucket
 
 TRANSPORT = "NIXL"
+TRIAL_S = 60.0  # to read 1 MiB
 
 
 def put_bucket(
@@ -38,9 +39,10 @@ def put_bucket(
 
 def obstacle(policy: Group, generators: Group) -> str | None:
     """Why these generators cannot read what the policy puts on its device; None where all of them have just done so."""
+    patient = replace(generators, timeout_s=2 * TRIAL_S)  # those that fail should say why themselves
     try:
         trial = policy.wait(policy.workers[0].call("trial"), "putting a trial of weights on its device")
-        generators.wait(generators.call("read", trial), "reading a trial of weights from the policy's device")
+        patient.wait(patient.call("read", trial, TRIAL_S), "reading a trial of weights from the policy's device")
     except RayError as error:
         return cause(error)
     except (WaitTimeoutError, WeightsMissingError, WorkerDiedError) as error:

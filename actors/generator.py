@@ -233,9 +233,9 @@ class VllmGenerator:
         self._load_s += seconds
         return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
 
-    def read(self, weights: PublishedWeights) -> None:
+    def read(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Only try whether these weights can be had here; raises what `checked_buckets` raises."""
-        for _ in checked_buckets(weights, self.spec.load_timeout_s):
+        for _ in checked_buckets(weights, timeout_s):
             continue
 
     def abort_all(self) -> pa.RecordBatch:

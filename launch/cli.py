@@ -117,13 +117,18 @@ def bench(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="iteration, step: change our configuration.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="1M|10M|0.5B|7B", help="raw-vllm, step: random model of this size; the large on a GPU."),
+    ] = None,
 ) -> None:
     """Measure the system: experience, weights, rollouts, raw-vllm, iteration, step, simulate."""
     from launch.bench.registry import Options, run
 
     if size not in ("small", "full"):
         raise UserError(f"--size must be small or full, not {size!r}")
-    run(names or [], out, Options(size, repetitions, tuple(case or ()), config, tuple(changes or ())))  # type: ignore[arg-type]
+    options = Options(size, repetitions, tuple(case or ()), config, tuple(changes or ()), shape)  # type: ignore[arg-type]
+    run(names or [], out, options)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ FIRST_WORD = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama with tied embeddings; `inner` is the width of its MLP."""
+    """Of a Llama; `inner` is the width of its MLP."""
 
     name: str
     hidden: int
@@ -28,30 +28,43 @@ class Shape:
     heads: int
     inner: int
     vocabulary: int
+    key_value_heads: int | None = None
+    """As many as heads where None."""
+    tied: bool = True
+    dtype: str = "float32"
 
 
 TINY = Shape("tiny", 64, 2, 2, 128, 128)
 SMALLER = Shape("1M", 128, 4, 4, 352, 1024)
 LARGER = Shape("10M", 320, 8, 10, 864, 1024)
+# For GPUs; the numbers are those of Qwen2 0.5B and Llama 2 7B.
+HALF_B = Shape("0.5B", 896, 24, 14, 4864, 151_936, key_value_heads=2, dtype="bfloat16")
+SEVEN_B = Shape("7B", 4096, 32, 32, 11_008, 32_000, tied=False, dtype="bfloat16")
+SHAPES = {shape.name: shape for shape in (SMALLER, LARGER, HALF_B, SEVEN_B)}
 
 
 def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0) -> Path:
-    """A policy with random float32 weights, its tokenizer and a chat template, as a Hugging Face folder."""
+    """A policy with random weights, its tokenizer and a chat template, as a Hugging Face folder."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads or shape.heads,
         max_position_embeddings=positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
+        dtype=shape.dtype,
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    # Billions of random numbers take minutes on a CPU.
+    on_gpu = torch.cuda.is_available() and shape.dtype == "bfloat16"
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
     write_tokenizer(folder, shape.vocabulary)
     return folder
 
@@ -77,7 +90,7 @@ def write_score_model(
 ) -> Path:
     """A score model on the policy's own trunk with random heads (one, without names)."""
     torch.manual_seed(seed)
-    model = ScoreModel(AutoModel.from_pretrained(policy, dtype=torch.float32, use_safetensors=True), score_type, heads)
+    model = ScoreModel(AutoModel.from_pretrained(policy, dtype="auto", use_safetensors=True), score_type, heads)
     save_score_model(model, model.state_dict(), folder)
     write_tokenizer(folder, model.trunk.config.vocab_size)
     return folder
@@ -91,11 +104,18 @@ def random_prompts(count: int, shape: Shape, lengths: tuple[int, int] = (12, 20)
 
 
 def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int) -> Path:
-    """policy/, reward/, cost/, score/ (both heads on one trunk), prompts.jsonl, ptx.jsonl."""
-    policy = write_policy(folder / "policy", shape)
-    write_score_model(folder / "reward", policy, "reward", seed=1)
-    write_score_model(folder / "cost", policy, "cost", seed=2)
-    write_score_model(folder / "score", policy, "reward", seed=3, heads=("reward", "cost"))
+    """policy/, reward/, cost/, score/ (both heads on one trunk), prompts.jsonl, ptx.jsonl.
+
+    Score models are of the policy's shape, but of 0.5B parameters beside one of 7B: three of that size and their
+    training would not find room on one GPU.
+    """
+    positions = max(512, 32 + answer_tokens)
+    trunk = write_policy(folder / "policy", shape, positions)
+    if shape is SEVEN_B:
+        trunk = write_policy(folder / "trunk", replace(HALF_B, vocabulary=shape.vocabulary), positions)
+    write_score_model(folder / "reward", trunk, "reward", seed=1)
+    write_score_model(folder / "cost", trunk, "cost", seed=2)
+    write_score_model(folder / "score", trunk, "reward", seed=3, heads=("reward", "cost"))
     texts = [_words(tokens) for tokens in random_prompts(prompts, shape)]
     answers = random_prompts(prompts, shape, (answer_tokens, answer_tokens), seed=1)
     rows = [{"prompt": p, "response": _words(a)} for p, a in zip(texts, answers, strict=True)]

@@ -3,18 +3,20 @@
 Both engines have the same EngineArgs and live in a Ray actor of their own, so that they share nothing but the machine.
 The raw side is handed all prompts at once and stepped to the end inside its process: no Arrow, no calls, no log-probs
 read out. Ours is what a training step does: `actors.rollouts` hands prompts out and takes finished sequences in
-chunks, with tokens and log-probs in Arrow in the object store.
+chunks, with tokens and log-probs in Arrow in the object store. Where there is a GPU both share it, and take turns.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from actors.cluster import RayHandle
 from actors.generator import GeneratorSpec, VllmGenerator
@@ -23,7 +25,7 @@ from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
 from actors.waits import fetch
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
-from launch.bench.models import SMALLER, TINY, random_prompts, write_policy
+from launch.bench.models import SHAPES, SMALLER, TINY, random_prompts, write_policy
 from launch.bench.registry import Options
 from launch.bench.rollouts import TAIL, generator_spec, prompt_batch, tailed_lengths
 
@@ -59,16 +61,20 @@ class RawEngine(VllmGenerator):
 
 
 def run(options: Options) -> Outcome:
-    """Figures for 512 prompts, 64 at a time (16 and 4 where small)."""
-    shape, count, batch, median = (TINY, 16, 4, 2) if options.small else (SMALLER, 512, 64, 24)
+    """Figures for 512 prompts, 64 at a time (16 and 4 where small; 1,024 and 256, longer answers, on a GPU)."""
+    gpu = torch.cuda.is_available()
+    count, batch, median = (16, 4, 2) if options.small else (1024, 256, 96) if gpu else (512, 64, 24)
+    shape = SHAPES[options.shape] if options.shape else TINY if options.small else SMALLER
     repetitions = options.repetitions or (1 if options.small else 7)
     prompts, lengths = random_prompts(count, shape), tailed_lengths(count, median, TAIL)
     tokens, threads = int(lengths.sum()), 1
     with tempfile.TemporaryDirectory() as folder, local_ray(cpus=2, threads=threads):
         model = write_policy(Path(folder), shape, positions=32 + int(lengths.max()))
         spec = generator_spec(str(model), int(lengths.max()), batch, threads)
-        raw: Any = ray.remote(num_cpus=1)(RawEngine).remote(spec)
-        generators = start_generator(spec)
+        spec = replace(spec, dtype=shape.dtype, gpu_memory_utilization=0.4)
+        part = 0.5 if gpu else 0.0
+        raw: Any = ray.remote(num_cpus=1, num_gpus=part)(RawEngine).remote(spec)
+        generators = start_generator(spec, part)
         seconds = interleave(
             {
                 "raw": lambda: generate_raw(raw, prompts, lengths),
@@ -83,8 +89,8 @@ def run(options: Options) -> Outcome:
         Figure("generator behind Ray", ours, "tokens/s", ours / theirs, "raw vLLM", Goal(0.9)),
         Figure("raw vLLM", theirs, "tokens/s"),
     ]
-    settings = {"model": shape.name, "prompts": count, "sequences at a time": batch, "threads": threads}
-    settings |= {"tokens": tokens, "longest answer": int(lengths.max()), "repetitions": repetitions}
+    settings = {"model": shape.name, "dtype": shape.dtype, "prompts": count, "sequences at a time": batch}
+    settings |= {"threads": threads, "tokens": tokens, "longest answer": int(lengths.max()), "repetitions": repetitions}
     return Outcome(figures, settings, seconds)
 
 
@@ -96,9 +102,9 @@ def generate_raw(engine: Any, prompts: list[list[int]], lengths: np.ndarray) -> 
     return float(seconds)
 
 
-def start_generator(spec: GeneratorSpec) -> Group:
+def start_generator(spec: GeneratorSpec, gpus: float) -> Group:
     """One generator in an actor."""
-    actor = ray.remote(num_cpus=1)(VllmGenerator).remote(spec)
+    actor = ray.remote(num_cpus=1, num_gpus=gpus)(VllmGenerator).remote(spec)
     return Group("rollout", [RayHandle("rollout", actor)], WAIT_S)
 
 

@@ -40,6 +40,8 @@ class Options:
     """step: the configuration to run instead of a generated one."""
     overrides: tuple[str, ...] = field(default=())
     """iteration, step: key=value changes of our side's configuration."""
+    shape: str | None = None
+    """raw-vllm, step: model of a shape of `launch.bench.models.SHAPES` instead of the benchmark's own."""
 
     @property
     def small(self) -> bool:
@@ -61,7 +63,10 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark is called {name!r}{near(name, BENCHMARKS)}")
     from launch.bench.measure import Outcome, describe_machine, print_table, write_json
+    from launch.bench.models import SHAPES
 
+    if options.shape not in (None, *SHAPES):
+        raise UserError(f"--shape must be one of {', '.join(SHAPES)}, not {options.shape!r}")
     record = {"command": shlex.join(["beaver-ray", *sys.argv[1:]]), "size": options.size, **describe_machine()}
     outcomes: dict[str, Outcome] = {}
     for name in BENCHMARKS:

@@ -3,9 +3,9 @@
 The run is `beaver-ray train` over --config, or over a generated world of random models without one; its first step
 warms up and the figures are medians of the rest. Training is compared with a matrix product of the same dtype,
 measured after the run on what the run trained on: one GPU for each GPU of the training roles, or the whole CPU. The
-work that counts is 2 * parameters * tokens for a forward and twice that more for its backward, of the policy (with
-PTX) and of every critic; the embedding table counts only where it is also the head. Forwards before the update
-(values, log-probs) count with the time of phase score, where they are.
+work that counts is 2 * parameters * tokens for a forward and twice that more for its backward (once, under a LoRA
+adapter), of the policy (with PTX) and of every critic; the embedding table counts only where it is also the head.
+Forwards before the update (values, log-probs) count with the time of phase score, where they are.
 """
 
 from __future__ import annotations
@@ -28,11 +28,21 @@ from beaver_ray.models.folders import count_parameters
 from beaver_ray.runs import read_metrics
 from launch.bench.iteration import PHASES, finish, our_config
 from launch.bench.measure import Figure, Outcome, medians
-from launch.bench.models import LARGER, TINY, write_workspace
+from launch.bench.models import LARGER, SEVEN_B, SHAPES, TINY, Shape, write_workspace
 from launch.bench.registry import Options
 
 STEPS = 6
 GB = 1e9
+GPU_PARTS = {
+    "rollout": 0.3,
+    "reward": 0.05,
+    "cost": 0.05,
+    "reference": 0.1,
+    "policy": 0.3,
+    "reward_critic": 0.15,
+    "cost_critic": 0.05,
+}
+"""Of one GPU that all roles share; they settle the memory of vLLM, the others take what they need."""
 
 
 def run(options: Options) -> Outcome:
@@ -58,10 +68,22 @@ def run(options: Options) -> Outcome:
 
 
 def generated(workspace: Path, options: Options) -> dict[str, Any]:
-    """The configuration that bench iteration measures for its largest models."""
-    shape, prompts, answer = (TINY, 16, 6) if options.small else (LARGER, 64, 128)
+    """The configuration that bench iteration measures for its largest models; where there is a GPU, `on_one_gpu`."""
+    gpu = torch.cuda.is_available()
+    prompts, answer = (16, 6) if options.small else (256, 512) if gpu else (64, 128)
+    shape = SHAPES[options.shape] if options.shape else TINY if options.small else LARGER
     write_workspace(workspace, shape, prompts * STEPS, answer)
-    return our_config(workspace, prompts, answer, "float32", STEPS)
+    tree = our_config(workspace, prompts, answer, shape.dtype, STEPS)
+    return on_one_gpu(tree, shape) if gpu else tree
+
+
+def on_one_gpu(tree: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """All roles of a configuration on one GPU, in bfloat16; a policy of 7B trains an adapter, which leaves it room."""
+    models = {**tree["models"], **({"lora_rank": 64, "lora_alpha": 64} if shape is SEVEN_B else {})}
+    engine = {"dtype": "bfloat16", "micro_batch_tokens": 16384, "gradient_checkpointing": True}
+    placement = {role: {"cpus": 1, "gpus": part, "group": "gpu"} for role, part in GPU_PARTS.items()}
+    cluster = {"threads": 1, "placement": {**placement, "experience": {"cpus": 1}}}
+    return {**tree, "models": models, "engine": engine, "cluster": cluster}
 
 
 def finish_run(path: Path) -> None:
@@ -107,10 +129,12 @@ def training_flops(config: SafePpoConfig, tokens: float) -> dict[str, float]:
     policy = matmul_parameters(Path(models.policy))
     critic = sum(matmul_parameters(Path(folder), head=False) for folder in critics)
     passes = 6.0 * ppo.epochs
+    # Under an adapter the backward makes gradients of activations, and hardly any of weights.
+    policy_passes = (4.0 if models.lora_rank else 6.0) * ppo.epochs
     with_ptx = 2.0 if config.data.ptx else 1.0
     before = policy if ppo.old_logprobs == "trainer" else 0.0
     return {
-        "update": passes * tokens * (policy * with_ptx + critic),
+        "update": tokens * (policy_passes * policy * with_ptx + passes * critic),
         "score": 2.0 * tokens * (before + critic),
     }
 
@@ -132,6 +156,7 @@ def matmul_rate(config: SafePpoConfig, size: int = 2048) -> tuple[float, str]:
     placement = config.cluster.placement
     kinds = ("policy", "reward_critic", *(("cost_critic",) if config.stage == "safe_ppo" else ()))
     gpus = sum(placement[k].gpus * placement[k].workers for k in kinds if k in placement)
+    gpus = max(1.0, gpus) if gpus else 0.0  # parts of a GPU: each may have all of it for a while
     on_gpu = gpus > 0 and torch.cuda.is_available()
     device = torch.device("cuda") if on_gpu else torch.device("cpu")
     torch.set_num_threads(os.cpu_count() or 1)

@@ -101,10 +101,10 @@ class Reader:
     def __init__(self, ends: bool = False) -> None:
         self.ends = ends
 
-    def read(self, weights: PublishedWeights) -> float:
+    def read(self, weights: PublishedWeights, timeout_s: float = 60.0) -> float:
         if self.ends:
             os._exit(1)
-        buckets = checked_buckets(weights, 60)
+        buckets = checked_buckets(weights, timeout_s)
         return sum(float(tensor.sum()) for bucket in buckets for _, tensor in unpack(weights.layout, bucket))
 
 
@@ -132,7 +132,7 @@ class BlindGenerator(VllmGenerator):
 class OverConfidentGenerator(BlindGenerator):
     """On a node without NIXL, which it does not find out in time."""
 
-    def read(self, weights: PublishedWeights) -> None:
+    def read(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Says that all is well."""
 
 

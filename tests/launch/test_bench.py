@@ -13,16 +13,30 @@ import pytest
 import ray
 import torch
 
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.config_files import parse_config
 from beaver_ray.errors import UserError
 from beaver_ray.method.advantages import COST, REWARD, combine_advantages, gae, shape_rewards
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights, value_loss
 from beaver_ray.method.multipliers import LogSgdMultiplier
 from launch.bench import published_loop
+from launch.bench.iteration import our_config
 from launch.bench.measure import Figure, Goal, Outcome, interleave, medians, write_json
-from launch.bench.models import BOS, EOS, TINY, read_demonstrations, read_prompts, write_workspace
+from launch.bench.models import (
+    BOS,
+    EOS,
+    HALF_B,
+    SEVEN_B,
+    TINY,
+    read_demonstrations,
+    read_prompts,
+    write_workspace,
+)
 from launch.bench.published_loop import PublishedLoop, Settings
 from launch.bench.registry import BENCHMARKS, Options, run
 from launch.bench.rollouts import tailed_lengths
+from launch.bench.step import GPU_PARTS, on_one_gpu, training_flops
+from launch.planning import Resources, plan
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +106,9 @@ def test_rollouts(tmp_path: Path) -> None:
 
 
 def test_raw_vllm(tmp_path: Path) -> None:
-    found = values(measured("raw-vllm", tmp_path))
-    assert set(found) == {"generator behind Ray", "raw vLLM"}
+    result = measured("raw-vllm", tmp_path, Options(size="small", shape="1M"))
+    assert set(values(result)) == {"generator behind Ray", "raw vLLM"}
+    assert result["settings"]["model"] == "1M"
 
 
 def test_iteration(tmp_path: Path) -> None:
@@ -115,6 +130,23 @@ def test_step(tmp_path: Path) -> None:
     assert 0 < phases <= 1.01 * found["step"]
 
 
+def test_all_roles_on_one_gpu(workspace: Path) -> None:
+    h200 = Resources("one H200", memory_gib=128, gpus=1, gpu_gib=139, cpus=16)
+    tree = our_config(workspace, 16, 6, "bfloat16", 2)
+    configs = [parse_config(on_one_gpu(tree, shape), [], shape.name) for shape in (HALF_B, SEVEN_B)]
+    full, adapter = [config for config in configs if isinstance(config, SafePpoConfig)]
+    for config in (full, adapter):
+        made = plan(config, h200)
+        made.check()
+        assert {role.group for role in made.roles if role.gpus} == {"gpu"}
+        assert sum(config.cluster.of(kind).gpus for kind in GPU_PARTS) == pytest.approx(1.0)
+    # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm, and the tied table.
+    parameters = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 128 * 64
+    # With PTX the policy goes over twice the tokens; under an adapter a backward costs as much as a forward.
+    saved = training_flops(full, 100)["update"] - training_flops(adapter, 100)["update"]
+    assert saved == 100 * 2 * 2 * parameters
+
+
 def test_simulate(tmp_path: Path) -> None:
     result = measured("simulate", tmp_path)
     assert {"generation alone", "2 generators: step, training 1 times generation"} <= set(result["samples"])
@@ -123,6 +155,8 @@ def test_simulate(tmp_path: Path) -> None:
 def test_unknown_names_and_sizes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no benchmark is called 'weight'; did you mean 'weights'"):
         run(["weight"], tmp_path / "out.json", Options())
+    with pytest.raises(UserError, match=r"--shape must be one of 1M, 10M, 0\.5B, 7B, not '8B'"):
+        run(["step"], tmp_path / "out.json", Options(shape="8B"))
     assert not list(tmp_path.iterdir())
     assert all((Path(published_loop.__file__).parent / f"{n.replace('-', '_')}.py").is_file() for n in BENCHMARKS)
 
