@@ -126,7 +126,7 @@ class PolicyTrainer(TrainingRank):
         """What lies where in every version of the weights (with LoRA the adapter's)."""
         return self.published
 
-    def bucket(self, version: int, index: int, direct: bool) -> Bucket | None:
+    def bucket(self, version: int, index: int, direct: bool = False) -> Bucket | None:
         """Bucket ``index`` of the weights as they are now, under ``version``; rank 0 returns it, the others only help
         to gather. See `announce` for ``direct``.
         """

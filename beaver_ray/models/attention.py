@@ -66,10 +66,13 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     output = torch.empty_like(query[0].transpose(0, 1))
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
+    # PyTorch's backward on a CPU takes three times as long in bfloat16.
+    dtype = torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
     for count, longest, from_T, to_T in groups(position_ids):
         padded = []
         for row in rows:
-            flat = row.new_zeros(count * longest, *row.shape[1:]).index_copy(0, to_T, row[from_T])
+            flat = row.new_zeros(count * longest, *row.shape[1:], dtype=dtype)
+            flat = flat.index_copy(0, to_T, row[from_T].to(dtype))
             padded.append(flat.view(count, longest, *row.shape[1:]).transpose(1, 2))
         q, k, v = padded
         # Padding is on the right, where a causal token never looks.
@@ -77,7 +80,7 @@ def packed_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         flat = attended.transpose(1, 2).reshape(-1, *output.shape[1:])
-        output = output.index_copy(0, from_T, flat[to_T])
+        output = output.index_copy(0, from_T, flat[to_T].to(output.dtype))
     return output[None], None
 
 

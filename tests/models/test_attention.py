@@ -39,6 +39,18 @@ def test_equal_to_the_mask(kv_heads: int, lengths: list[int]) -> None:
     torch.testing.assert_close(packed_gradient, gradient, atol=1e-4, rtol=1e-4)
 
 
+def test_in_bfloat16_it_is_no_further_from_float32_than_sdpa() -> None:
+    lengths = [5, 31, 2, 17, 16, 1, 9, 33]
+    rounded = llama().bfloat16()
+    exact = loss_and_gradient(llama().bfloat16().float(), lengths)
+    plain = loss_and_gradient(rounded, lengths)
+    assert use_packed_attention(rounded)
+    packed = loss_and_gradient(rounded, lengths)
+    for expected, sdpa, ours in zip(exact, plain, packed, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - expected).norm() < 1.1 * (sdpa - expected).norm()
+
+
 def test_padded_batches_and_generation_go_to_sdpa() -> None:
     plain, packed = llama(), llama()
     assert use_packed_attention(packed)
