@@ -119,7 +119,7 @@ def bench(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="1M|10M|0.5B|7B", help="raw-vllm, step: random model of this size; the large on a GPU."),
+        typer.Option(metavar="1M|10M|0.5B|7B", help="raw-vllm, step: random model of this size."),
     ] = None,
 ) -> None:
     """Measure the system: experience, weights, rollouts, raw-vllm, iteration, step, simulate."""
