@@ -78,7 +78,7 @@ class Cluster:
         self.actors: dict[str, Any] = {}
         self.launches: dict[str, Launch] = {}  # how each worker was started
         self.launched = 0
-        self.environment = _environment(config)
+        self.environment = _environment(config.threads)
         self.started = self.local = False
         if not ray.is_initialized():
             self._connect(address or os.environ.get("RAY_ADDRESS") or "local")
@@ -325,14 +325,12 @@ def _hidden_gpus() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ""} if ray.cluster_resources().get("GPU") else {}
 
 
-def _environment(config: ClusterConfig) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
     passed = {name: os.environ[name] for name in names if name in os.environ}
     return {
-        "OMP_NUM_THREADS": str(config.threads),
-        "MKL_NUM_THREADS": str(config.threads),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        # Ray's own limit for weights that are read on another device, a minute otherwise.
-        "RAY_rdt_fetch_fail_timeout_milliseconds": str(int(1000 * config.step_timeout)),
         **passed,
     }

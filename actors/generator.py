@@ -127,7 +127,7 @@ def check_base(weights: PublishedWeights, model: str) -> None:
 
 
 def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Bucket]:
-    """The buckets of a version, each as soon as it is made; under Ray they are shared memory.
+    """The buckets of a version, each as soon as it is made: shared memory under Ray, or what was read off a device.
 
     Raises WeightsMissingError where one does not come (WeightsLostError where its maker died, WeightsUnreadableError
     where it stays on another device), ValueError for a damaged one.

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.direct import put_bucket
+from actors.direct import put_bucket, trial_weights
 from actors.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.handles import Group
 from actors.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
@@ -32,8 +32,6 @@ from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
-
-TRIAL = 2**17  # numbers of 8 bytes
 
 
 def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
@@ -149,14 +147,15 @@ class PolicyTrainer(TrainingRank):
         Raises WeightsUnreadableError where there is no room for the real ones.
         """
         if self.engine.device.type == "cuda":
-            _, total = torch.cuda.mem_get_info(self.engine.device)
+            free, total = torch.cuda.mem_get_info(self.engine.device)
             try:
-                self.config.direct_room(self.published.total_bytes, total)
+                needed = self.config.direct_room(self.published.total_bytes, total)
             except ValueError as error:
                 raise WeightsUnreadableError(str(error)) from None
-        numbers = torch.arange(TRIAL, device=self.engine.device)
-        layout = plan_layout([("trial", numbers.dtype, tuple(numbers.shape))])
-        return PublishedWeights(0, layout, (put_bucket(layout, 0, 0, [("trial", numbers)], self.engine.device),))
+            if needed > free:
+                left = f"the policy's GPU has {free / 2**30:.1f} GiB left"
+                raise WeightsUnreadableError(f"{left}, weights to be read there take {needed / 2**30:.1f}")
+        return trial_weights(self.engine.device)
 
     def position(self) -> dict[str, Any]:
         """Where the PTX data stand."""

@@ -22,6 +22,7 @@ from actors.waits import WorkerDiedError
 from beaver_ray.checkpoints import Checkpoint
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.runs import RunFolder
+from beaver_ray.weights import PublishedWeights
 
 FAILURES = 3  # so many in a row, with no new step in between, end the run
 
@@ -40,6 +41,26 @@ def start_surely(config: SafePpoConfig, cluster: Cluster | None, note: Callable[
     return start_roles(config, cluster)
 
 
+class PolicyWeights:
+    """What becomes of weights that generators cannot read on the policy's device."""
+
+    def __init__(self, roles: Roles, cluster: Cluster, note: Callable[[str], None]) -> None:
+        self.roles, self.cluster, self.note = roles, cluster, note
+
+    def gone(self) -> bool:
+        """Whether the policy has died, and its weights with it."""
+        return bool(self.cluster.dead([self.roles.policy]))
+
+    def detour(self) -> None:
+        """Let weights go through the object store from now on."""
+        self.roles.direct = False
+        self.note("weights go through the object store from now on")
+
+    def publish_again(self, version: int) -> PublishedWeights:
+        """The policy's weights as they are, which are ``version``: only while it is at nothing else."""
+        return announce(self.roles.policy, version, self.roles.direct)
+
+
 class Recovery:
     """Keeps one run going. Without a cluster all roles are in this process, and nothing can die alone."""
 
@@ -51,7 +72,7 @@ class Recovery:
         """Deaths of each process since the run was at its furthest step."""
         self.furthest = 0
         if cluster:
-            rollouts.weights_are_lost = self._weights_are_lost
+            rollouts.source = PolicyWeights(roles, cluster, run.note)
 
     def keep_going(self, action: Callable[[], None]) -> None:
         """``action``, again from the last checkpoint whenever a process dies that it cannot do without."""
@@ -95,16 +116,6 @@ class Recovery:
                 raise
             self._count(self._restart_stateless(error), error)
         return action(True)
-
-    def _weights_are_lost(self, last: bool) -> bool:
-        """Whether weights that could not be read on the policy's device are gone, or are to come through the object
-        store from now on."""
-        if self._dead([self.roles.policy]):
-            return True
-        if last:
-            self.roles.direct = False
-            self.run.note("weights go through the object store from now on")
-        return last
 
     def _roll_back(self, error: WorkerDiedError) -> None:
         """Put the run together as it was at the last checkpoint, or at its start."""

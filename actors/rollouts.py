@@ -93,6 +93,22 @@ class Supply(Protocol):
         ...
 
 
+class Source(Protocol):
+    """Where weights come from."""
+
+    def gone(self) -> bool:
+        """Whether the policy has died, and its weights with it."""
+        ...
+
+    def detour(self) -> None:
+        """Let weights go through the object store from now on."""
+        ...
+
+    def publish_again(self, version: int) -> PublishedWeights:
+        """The policy's weights as they are, which are ``version``: only while it is at nothing else."""
+        ...
+
+
 class Rollouts:
     """The generators of a run, each with ``capacity`` places; `next_samples` draws the prompts of a step (from 1)."""
 
@@ -127,9 +143,10 @@ class Rollouts:
         self.chunks: list[Chunk] = []
         self.paused = False
         """While a run is put together again nothing is served."""
-        self.weights_are_lost: Callable[[bool], bool] = lambda last: False
-        """Asked where a generator could not read weights where the policy has them: whether the run must go back to its
-        last checkpoint, to have them published anew. It must where this is the ``last`` failure that is borne."""
+        self.source: Source | None = None
+        """Asked where a generator could not read weights where the policy has them."""
+        self.unreadable = False
+        """Nobody new is sent `weights`: they are to be published again, or newer ones come before."""
         self.generated_tokens, self.load_s = 0, 0.0
         self.since = time.perf_counter()
         self._hungry: dict[str, Worker] = {}
@@ -161,6 +178,7 @@ class Rollouts:
             if self.schedule.generators[name].leaving:
                 schedule.retire(name)
         self.schedule, self.next_samples, self.weights, self._evaluation = schedule, next_samples, weights, None
+        self.unreadable = False
         self.prompts, self.chunks, self.generated_tokens = {}, [], 0
         self._remember(pending)
 
@@ -193,7 +211,7 @@ class Rollouts:
 
     def publish(self, weights: PublishedWeights) -> None:
         """New weights: each generator loads them with its next call, and what they allow is started."""
-        self.weights = weights
+        self.weights, self.unreadable = weights, False
         self.schedule.publish(weights.version)
         if self.schedule.staleness:
             self.serve()
@@ -229,6 +247,10 @@ class Rollouts:
     def _serve_until(self, done: Callable[[], bool], what: str) -> None:
         self._fill()
         while not done():
+            if self.unreadable:
+                assert self.source and self.weights
+                self.weights, self.unreadable = self.source.publish_again(self.weights.version), False
+                self._fill()
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
             needs = [self.weights.buckets] if self.weights else ()
@@ -272,6 +294,9 @@ class Rollouts:
     def _send(self, worker: Worker) -> bool:
         """One more exchange with this generator; False where it would have nothing to do."""
         name = worker.handle.name
+        behind = self.weights is not None and worker.version < self.weights.version
+        if behind and self.unreadable:
+            return False
         schedule = self._evaluation[0] if self._evaluation else self.schedule
         samples = schedule.hand_out(name)
         if self._evaluation:
@@ -280,7 +305,7 @@ class Rollouts:
         if not samples and not in_flight:
             return False
         weights = None
-        if self.weights is not None and worker.version < self.weights.version:
+        if self.weights is not None and behind:
             weights, worker.version = self.weights, self.weights.version
         new = self._rows(samples) if samples else None
         chunk = min(self.chunk, in_flight)
@@ -315,9 +340,12 @@ class Rollouts:
         try:
             summary = fetch(reference, f"{name} (exchange)", self.timeout_s)
         except WeightsUnreadableError as error:
-            if self.weights_are_lost(self.failures[name] + 1 == FAILURES):
-                self.failures.clear()
+            if self.source and self.source.gone():
                 raise WeightsLostError(str(error)) from None
+            if self.source and self.failures[name] + 1 == FAILURES:
+                self.source.detour()
+                self.unreadable = True
+                del self.failures[name]  # the way is given up, not the generators
             self._lose(worker, error)
             return
         except WeightsMissingError:

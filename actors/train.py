@@ -118,7 +118,7 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
                 write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(0) + 1))
 
         if config.resume:
-            recovery.resume()
+            recovery.keep_going(recovery.resume)
         recovery.keep_going(whole_run)
         trace.close()
     finally:

@@ -46,7 +46,7 @@ class WeightsUnreadableError(WeightsMissingError):
 
 def cause(error: Exception) -> str:
     """The last line of an error, which in another process's traceback is the error itself."""
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from actors.direct import put_bucket
+from actors.direct import put_bucket, trial_weights
 from actors.exchange import Exchange
 from actors.generator import GeneratorSpec, VllmGenerator, checked_buckets
 from actors.waits import WeightsUnreadableError
@@ -69,7 +69,7 @@ class Publisher:
         return self.plan
 
     def trial(self) -> PublishedWeights:
-        return PublishedWeights(0, self.plan, (self.bucket(0, 0, direct=True),))
+        return trial_weights(torch.device("cpu"))
 
     def bucket(self, version: int, index: int, direct: bool) -> Bucket:
         while index and self.gate and not os.path.exists(self.gate):
@@ -111,6 +111,14 @@ class Reader:
 def hide_nixl() -> None:
     """From now on this process is one where the package is not installed."""
     sys.modules["nixl"] = sys.modules["nixl._api"] = None  # type: ignore[assignment]
+
+
+class BlindPublisher(Publisher):
+    """On a node without NIXL."""
+
+    def __init__(self, buckets: int) -> None:
+        super().__init__(buckets)
+        hide_nixl()
 
 
 class BlindReader(Reader):
@@ -158,7 +166,7 @@ class LightGenerator:
         if self.dies and self.calls == 2:
             os._exit(1)
         if request.weights is not None:
-            if self.blind:
+            if self.blind and request.weights.buckets:
                 raise WeightsUnreadableError("weights cannot be read where they lie: no NIXL here")
             self.version = [request.weights.version, *(b.version for b in checked_buckets(request.weights, 60))][-1]
         if prompts is not None:

@@ -22,7 +22,14 @@ from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig
 from beaver_ray.config_files import load_config
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
-from tests.actors.light_roles import BlindGenerator, BlindReader, OverConfidentGenerator, Publisher, Reader
+from tests.actors.light_roles import (
+    BlindGenerator,
+    BlindPublisher,
+    BlindReader,
+    OverConfidentGenerator,
+    Publisher,
+    Reader,
+)
 from tests.actors.support import ppo_config
 from tests.tiny_ppo import build_workspace, write_stage
 
@@ -121,6 +128,14 @@ def test_the_way_is_taken_only_where_every_generator_has_just_gone_it() -> None:
     dying = obstacle(publisher, readers(actor(Reader, ends=True), actor(Reader)))
     assert dying and dying.startswith("rollout (reading a trial of weights from the policy's device): its process died")
     assert publisher.run("layout"), "the policy lives"
+
+
+@pytest.mark.timeout(600)
+def test_a_policy_that_cannot_put_weights_on_its_device_sends_them() -> None:
+    publisher = Group("policy", [RayHandle("policy", actor(BlindPublisher, 3))], 60.0)
+    reader = readers(actor(Reader))
+    assert (obstacle(publisher, reader) or "").startswith("ModuleNotFoundError")
+    assert reader.run("read", announce(publisher, 4, direct=True)) == [3.0 * PART * 4]
 
 
 @pytest.mark.timeout(900)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from actors.recovery import Recovery
-from actors.roles import Roles
 from actors.waits import WorkerDiedError
 from beaver_ray.runs import RunFolder
 from tests.actors.support import ppo_config
@@ -32,19 +30,3 @@ def test_only_new_steps_are_progress(tiny_world: Path, tmp_path: Path) -> None:
         recovery._count(["policy"], death)
         with pytest.raises(RuntimeError, match="policy died 3 times with no new step in between: out of memory"):
             recovery._count(["policy"], death)
-
-
-class NobodyDead:
-    """A cluster whose processes all live."""
-
-    def dead(self, groups: Any) -> list[Any]:
-        return []
-
-
-def test_weights_that_nobody_can_read_go_through_the_object_store(tiny_world: Path, tmp_path: Path) -> None:
-    nothing, cluster = [cast("Any", thing) for thing in (None, NobodyDead())]
-    roles = Roles(*[nothing] * 6, direct=True)
-    with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
-        recovery = Recovery(nothing, roles, SimpleNamespace(), run, cluster)
-        assert not recovery._weights_are_lost(last=False) and roles.direct
-        assert recovery._weights_are_lost(last=True) and not roles.direct
