@@ -2,9 +2,8 @@
 "packed".
 
 It goes through vLLM's public interface only: `WeightTransferEngineFactory.register_engine`, then init,
-start, update (one call a bucket) and finish. Where GPUs share a fast fabric, vLLM's own "nccl" or
-"sharded_rdt" engines move more bytes a second; this one needs nothing but memory, so that a generator can
-take the newest version whenever it is ready.
+start, update (one call a bucket) and finish. A bucket's bytes may come from the object store or straight from the
+policy's device (`actors.direct`): either way a generator can take the newest version whenever it is ready.
 
 With tensor parallelism above 1 the engine lives in worker processes, which must know the name "packed" too.
 vLLM loads the entry points of the group `vllm.general_plugins` in every worker, so an installed package
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,10 +32,11 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from beaver_ray.models.lora import merged
-from beaver_ray.weights import AdapterInfo, Bucket, Layout, TensorEntry, flat_tensor, views
+from beaver_ray.weights import AdapterInfo, Bucket, Layout, flat_tensor, views
 
 BACKEND = "packed"
 SAMPLE = 8  # tensors compared after each update
+Sample = tuple[torch.Size, torch.dtype, int]  # shape, dtype and digest of a tensor that was published
 
 
 @dataclass
@@ -56,9 +56,9 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
     """Loads checkpoint-format tensors bucket by bucket with vLLM's layerwise reload.
 
     finish_weight_update raises RuntimeError when a parameter of the model got no weights, which vLLM would only
-    say in its log, and when a sampled parameter is not, byte for byte, what was published. The sample is taken
-    from the parameters that vLLM holds as they come: all but the fused and sharded ones on a GPU, embeddings and
-    norms on a CPU, where vLLM packs its matrices.
+    say in its log, and when a sampled parameter is not, byte for byte, what was published (with an adapter: the
+    folder's weight and what was published, added up). The sample is taken from the parameters that vLLM holds as they
+    come: all but the fused and sharded ones on a GPU, embeddings and norms on a CPU, where vLLM packs its matrices.
     """
 
     init_info_cls = PackedInitInfo
@@ -69,11 +69,12 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         self.expected: set[str] = set()
         self.untied: set[str] = set()
         self.loaded: set[str] | None = set()
-        self.sampled: dict[str, tuple[TensorEntry, int]] = {}
+        self.sampled: dict[str, Sample] = {}
         self.comparable: set[str] | None = None  # names of parameters that are held as they come; known after the first
         self.load_config = vllm_config.load_config
         self.adapter_info: AdapterInfo | None = None
         self.adapter: dict[str, torch.Tensor] = {}
+        self.version = 0
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
         """Nothing to agree on."""
@@ -89,10 +90,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
         layout, bucket = update_info.layout, update_info.bucket
-        for entry in sample_entries(layout, bucket.version, self.comparable):
-            if entry.bucket == bucket.index:
-                piece = flat_tensor(bucket.data)[entry.offset : entry.offset + entry.nbytes]
-                self.sampled[entry.name] = (entry, xxhash.xxh3_64_intdigest(piece.cpu().numpy().data))
+        self.version = bucket.version
         # The layerwise reload keeps the tensors until their layer is complete, perhaps for several buckets:
         # each bucket therefore gets its own memory on the device, never a staging buffer that the next one
         # overwrites.
@@ -101,7 +99,17 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         if layout.adapter:
             self.adapter |= dict(views(layout, bucket.index, flat))
         else:
+            self._take_samples(views(layout, bucket.index, flat_tensor(bucket.data)))
             self._load(views(layout, bucket.index, flat))
+
+    def _take_samples(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if tensor.numel() and self._is_compared(name):
+                self.sampled[name] = (tensor.shape, tensor.dtype, digest(tensor))
+
+    def _is_compared(self, name: str) -> bool:
+        """Everything is at the first update, which tells what can be; then a few at a time."""
+        return self.comparable is None or name in sample_names(self.comparable, self.version)
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         loaded = cast("Any", self.model).load_weights(weights)
@@ -121,10 +129,16 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         assert self.adapter_info is not None
         base = get_model_loader(self.load_config).get_all_weights(self.model_config, self.model)  # type: ignore[attr-defined]
         dtype = cast("torch.dtype", self.model_config.dtype)
-        self._load(merged(base, self.adapter, self.adapter_info, dtype))
+        whole = merged(base, self.adapter, self.adapter_info, dtype)
+        self._load(self._sampling(whole))
         self.adapter = {}
         # A tied head is neither in the folder nor the adapter's: where it has memory of its own, it stays as it was.
         self.expected = self.untied
+
+    def _sampling(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self._take_samples([(name, tensor)])
+            yield name, tensor
 
     def finish_weight_update(self) -> None:
         if self.adapter:
@@ -143,13 +157,16 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
 
     def _compare_sample(self) -> None:
         held = dict(self.model.named_parameters(remove_duplicate=False))
-        same = {name: entry for name, (entry, _) in self.sampled.items() if _held_as_it_came(held.get(name), entry)}
-        for name in same:
-            flat = held[name].detach().contiguous().view(-1).view(torch.uint8)
-            if xxhash.xxh3_64_intdigest(flat.cpu().numpy().data) != self.sampled[name][1]:
+        alike = set()
+        for name, (shape, dtype, expected) in self.sampled.items():
+            parameter = held.get(name)
+            if parameter is None or parameter.shape != shape or parameter.dtype != dtype:
+                continue  # fused with others, sharded, or packed
+            if digest(parameter) != expected:
                 raise RuntimeError(f"after a weight update the generator's {name} is not what was published")
+            alike.add(name)
         if self.comparable is None:
-            self.comparable = set(same)
+            self.comparable = alike
 
     def shutdown(self) -> None:
         self.loaded = set()
@@ -160,20 +177,16 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         raise NotImplementedError("the trainer publishes packed weights and sends none")
 
 
-def sample_entries(layout: Layout, version: int, comparable: set[str] | None) -> list[TensorEntry]:
-    """The tensors whose arrival is checked: all at the first update, then some of ``comparable``, others each time."""
-    entries = [entry for entry in layout.entries if entry.nbytes and (comparable is None or entry.name in comparable)]
-    if comparable is None or len(entries) <= SAMPLE:
-        return entries
-    return random.Random(version).sample(entries, SAMPLE)
+def sample_names(comparable: set[str], version: int) -> set[str]:
+    """The tensors that are compared after the update to ``version``: at most SAMPLE, others each time."""
+    names = sorted(comparable)
+    return set(names if len(names) <= SAMPLE else random.Random(version).sample(names, SAMPLE))
 
 
-def _held_as_it_came(parameter: torch.Tensor | None, entry: TensorEntry) -> bool:
-    return (
-        parameter is not None
-        and tuple(parameter.shape) == entry.shape
-        and parameter.dtype == getattr(torch, entry.dtype)
-    )
+def digest(tensor: torch.Tensor) -> int:
+    """The xxh3 (64 bit) of a tensor's bytes."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(flat.cpu().numpy().data)
 
 
 @functools.cache

@@ -123,3 +123,18 @@ def test_sequences_in_flight_go_on_under_the_new_adapter(
     for mine, theirs in zip(sampled, trained, strict=True):
         np.testing.assert_allclose(mine[3:], theirs[3:], atol=1e-4)
     assert max(np.abs(mine[:3] - theirs[:3]).max() for mine, theirs in zip(sampled, trained, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("generator", ["vllm-tied", "vllm-untied"], indirect=True)
+@pytest.mark.usefixtures("norm_arrives_altered")
+def test_a_merged_weight_that_is_not_what_it_should_be_stops_the_generator(
+    generator: VllmGenerator, two_ranks: Ranks, tiny_world: Path
+) -> None:
+    """Last in this file: it leaves the engine unusable."""
+    two_ranks.run(start_trainer, lora_config(tiny_world, models={"policy": generator.spec.model}))
+    batch = experience.concat([generator.exchange(make_prompts(8), Exchange(8))[1]])
+    weights, _ = two_ranks.run(updated, with_advantages(batch), 1)
+    with pytest.raises(RuntimeError, match=r"generator's model\.norm\.weight is not what was published"):
+        generator.update_weights(weights)
+    with pytest.raises(RuntimeError, match="update to weights version 1 failed"):
+        generator.exchange(make_prompts(1))
