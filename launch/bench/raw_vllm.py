@@ -74,6 +74,8 @@ def run(options: Options) -> Outcome:
         spec = replace(spec, dtype=shape.dtype, gpu_memory_utilization=0.4)
         part = 0.5 if gpu else 0.0
         raw: Any = ray.remote(num_cpus=1, num_gpus=part)(RawEngine).remote(spec)
+        # On one GPU the second engine measures what the first has left it.
+        fetch(raw.capacity.remote(), "start of raw vLLM", WAIT_S)
         generators = start_generator(spec, part)
         seconds = interleave(
             {

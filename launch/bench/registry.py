@@ -19,6 +19,7 @@ BENCHMARKS = {
     "experience": "samples through the object store: Arrow against dicts of tensors",
     "weights": "a version of the weights to two receivers, against the memory copies it needs",
     "rollouts": "vLLM against HF generate, lengths with a long tail",
+    "scoring": "score model and reference over finished sequences, against a matrix product",
     "raw-vllm": "the generator behind Ray against vLLM alone",
     "iteration": "a whole Safe PPO iteration against the published loop",
     "step": "shares of a step's phases, tokens/s, training against a matrix product",
@@ -41,7 +42,7 @@ class Options:
     overrides: tuple[str, ...] = field(default=())
     """iteration, step: key=value changes of our side's configuration."""
     shape: str | None = None
-    """raw-vllm, step: model of a shape of `launch.bench.models.SHAPES` instead of the benchmark's own."""
+    """scoring, raw-vllm, step: model of a shape of `launch.bench.models.SHAPES` instead of the benchmark's own."""
 
     @property
     def small(self) -> bool:

@@ -10,11 +10,9 @@ Forwards before the update (values, log-probs) count with the time of phase scor
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ import yaml
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import parse_config, read_yaml
 from beaver_ray.errors import UserError
-from beaver_ray.models.folders import count_parameters
 from beaver_ray.runs import read_metrics
 from launch.bench.iteration import PHASES, finish, our_config
-from launch.bench.measure import Figure, Outcome, medians
-from launch.bench.models import LARGER, SEVEN_B, SHAPES, TINY, Shape, write_workspace
+from launch.bench.measure import Figure, Outcome, matmul_rate, medians
+from launch.bench.models import LARGER, SEVEN_B, SHAPES, TINY, Shape, matmul_parameters, write_workspace
 from launch.bench.registry import Options
 
 STEPS = 6
@@ -46,25 +43,39 @@ GPU_PARTS = {
 
 
 def run(options: Options) -> Outcome:
-    """Figures of one configuration; without --config a 10M-parameter model with 128 new tokens (tiny where small)."""
+    """Figures of one configuration; without --config a 10M-parameter model with 128 new tokens (tiny where small).
+
+    The generated one runs twice, with generation a version ahead of training and without.
+    """
+    outcome = Outcome([], {"config": str(options.config or "generated"), "overrides": list(options.overrides)})
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
         tree = generated(workspace, options) if options.config is None else read_yaml(options.config)
         steps = (options.repetitions or (1 if options.small else STEPS - 1)) + 1
         tree |= {"steps": steps, "epochs": None, "name": "bench-step"}
-        config = parse_config(tree, list(options.overrides), str(options.config or "generated configuration"))
-        if not isinstance(config, SafePpoConfig):
-            raise UserError(f"{options.config}: bench step takes a PPO stage, not {config.stage}")
-        # Models and data are read from where the configuration says, the run itself goes to a folder that is deleted.
-        config = config.model_copy(update={"workspace": folder})
-        path = workspace / "bench-step.yaml"
-        path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-        finish_run(path)
-        rows = read_metrics(config.folder)[1:]
-        figures = step_figures(config, rows)
-    settings = {"config": str(options.config or "generated"), "steps": steps - 1, "overrides": list(options.overrides)}
-    settings |= {"dtype": config.engine.dtype, "prompts_per_step": config.rollout.prompts_per_step}
-    return Outcome(figures, settings, {"time/step": [row["time/step"] for row in rows]})
+        chosen = options.config is not None or any(o.startswith("rollout.staleness") for o in options.overrides)
+        # Generation ahead of training needs the trainer's log-probs; both sides have them.
+        pair = {f", staleness {k}": ["ppo.old_logprobs=trainer", f"rollout.staleness={k}"] for k in (0, 1)}
+        runs: dict[str, list[str]] = {"": []} if chosen else pair
+        for suffix, change in runs.items():
+            where = str(options.config or "generated configuration")
+            config = parse_config(tree, [*change, *options.overrides], where)
+            if not isinstance(config, SafePpoConfig):
+                raise UserError(f"{options.config}: bench step takes a PPO stage, not {config.stage}")
+            # Models and data are read from where the configuration says, the run goes to a folder that is deleted.
+            config = config.model_copy(update={"workspace": folder, "name": f"bench-step{len(outcome.samples)}"})
+            path = workspace / f"{config.name}.yaml"
+            path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+            finish_run(path)
+            rows = read_metrics(config.folder)[1:]
+            outcome.figures += [replace(f, name=f"{f.name}{suffix}") for f in step_figures(config, rows)]
+            outcome.samples[f"time/step{suffix}"] = [row["time/step"] for row in rows]
+            outcome.settings |= {"steps": steps - 1, "dtype": config.engine.dtype}
+            outcome.settings |= {"prompts_per_step": config.rollout.prompts_per_step}
+    if not chosen:
+        synchronous, ahead = medians(outcome.samples).values()
+        outcome.figures.append(Figure("step ahead", ahead, "s", ahead / synchronous, "step, staleness 0"))
+    return outcome
 
 
 def generated(workspace: Path, options: Options) -> dict[str, Any]:
@@ -102,11 +113,12 @@ def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figu
         Figure("samples", m["throughput/samples_per_second"], "samples/s"),
         Figure("generation", m["rollout/tokens_per_second"], "tokens/s"),
         Figure("whole step", m["throughput/tokens_per_second"], "tokens/s"),
-        Figure("sync", m["sync/bytes"] / m["sync/seconds"] / GB, "GB/s"),
     ]
+    if m["sync/seconds"]:  # few steps may have had no time to load anything
+        figures.append(Figure("sync", m["sync/bytes"] / m["sync/seconds"] / GB, "GB/s"))
     tokens = m["throughput/tokens_per_second"] * step
     work = training_flops(config, tokens)
-    rate, what = matmul_rate(config)
+    rate, what = matmul_rate(config.engine.dtype, training_gpus(config))
     figures.append(Figure(what, rate / 1e12, "TFLOP/s"))
     trained = work["update"] / m["time/train"]
     figures.append(Figure("training (MFU)", trained / 1e12, "TFLOP/s", trained / rate, what))
@@ -132,44 +144,16 @@ def training_flops(config: SafePpoConfig, tokens: float) -> dict[str, float]:
     # Under an adapter the backward makes gradients of activations, and hardly any of weights.
     policy_passes = (4.0 if models.lora_rank else 6.0) * ppo.epochs
     with_ptx = 2.0 if config.data.ptx else 1.0
-    before = policy if ppo.old_logprobs == "trainer" else 0.0
+    before = policy * ((ppo.old_logprobs == "trainer") + models.adapter_off_is_reference)
     return {
         "update": tokens * (policy_passes * policy * with_ptx + passes * critic),
         "score": 2.0 * tokens * (before + critic),
     }
 
 
-def matmul_parameters(folder: Path, head: bool = True) -> float:
-    """Parameters that every token is multiplied with; UserError where the folder is not on this machine."""
-    total = count_parameters(folder)
-    if not total:
-        raise UserError(f"{folder}: no safetensors there to count parameters in; give models as local folders")
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    embedding = shape["vocab_size"] * shape["hidden_size"]
-    # A tied table is the head too; a score model has a table and no head over words.
-    return float(total if head and shape.get("tie_word_embeddings") else total - embedding)
-
-
-def matmul_rate(config: SafePpoConfig, size: int = 2048) -> tuple[float, str]:
-    """Operations/s of square matrix products in the training dtype, and their description for a table."""
-    dtype = getattr(torch, config.engine.dtype)
+def training_gpus(config: SafePpoConfig) -> float:
+    """GPUs of the training roles."""
     placement = config.cluster.placement
     kinds = ("policy", "reward_critic", *(("cost_critic",) if config.stage == "safe_ppo" else ()))
     gpus = sum(placement[k].gpus * placement[k].workers for k in kinds if k in placement)
-    gpus = max(1.0, gpus) if gpus else 0.0  # parts of a GPU: each may have all of it for a while
-    on_gpu = gpus > 0 and torch.cuda.is_available()
-    device = torch.device("cuda") if on_gpu else torch.device("cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
-    if on_gpu:
-        size *= 4
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates = []
-    for _ in range(6):
-        started = time.perf_counter()
-        a @ a
-        if on_gpu:
-            torch.cuda.synchronize()
-        rates.append(2.0 * size**3 / (time.perf_counter() - started))
-    where = f"{gpus:g} GPUs" if on_gpu else f"{torch.get_num_threads()} threads"
-    rate = sorted(rates[1:])[len(rates[1:]) // 2]
-    return rate * (gpus if on_gpu else 1.0), f"matrix product, {config.engine.dtype}, {where}"
+    return max(1.0, gpus) if gpus else 0.0  # parts of a GPU: each may have all of it for a while

@@ -12,8 +12,8 @@ receiver; the limit is the time that these copies take one after another at the 
 same run in the same processes: one stream for the publisher, as many at a time as there are receivers for theirs.
 Checksums, serialisation and calls are not in the limit.
 
-Also: how many calls a version costs when its parameters are cut into ten times as many, and the rate of a real
-vLLM generator's update.
+Also: how many calls a version costs when its parameters are cut into ten times as many, and the same version into as
+many real vLLM generators.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,12 @@ from beaver_ray.weights import (
     Bucket,
     Layout,
     PublishedWeights,
-    pack,
     pack_bucket,
     plan_layout,
     unpack,
 )
-from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
-from launch.bench.models import LARGER, write_policy
+from launch.bench.measure import Figure, Goal, Outcome, copy_rate, interleave, local_ray, medians
+from launch.bench.models import Shape, write_policy
 from launch.bench.registry import Options
 
 RECEIVERS = 2
@@ -56,14 +54,19 @@ Shapes = list[tuple[str, tuple[int, ...]]]
 
 def run(options: Options) -> Outcome:
     """Figures for about 1 GB of float32 (16 MB where small) and two receivers."""
-    shapes = llama_shapes(64, 4, 1000) if options.small else llama_shapes(1024, 16, 32000)
+    shape = Shape("256 KB", 64, 4, 4, 176, 1000) if options.small else Shape("1 GB", 1024, 16, 16, 2816, 32_000)
+    shapes = llama_shapes(shape.hidden, shape.layers, shape.vocabulary)
     bucket = BUCKET_BYTES // 64 if options.small else BUCKET_BYTES
     repetitions = options.repetitions or (2 if options.small else 7)
     store_gib = 0.25 if options.small else 3.0
     with local_ray(cpus=RECEIVERS + 1, store_gib=store_gib):
         outcome = measure_transfer(shapes, bucket, repetitions, int(0.9 * store_gib * 2**30))
         outcome.figures += measure_calls(shapes, bucket)
-        outcome.figures += measure_generator(repetitions)
+        copies = next(figure.value for figure in outcome.figures if figure.name == "copies alone")
+        real = measure_generators(shape, bucket, repetitions, copies / outcome.settings["bytes"])
+    outcome.figures += real.figures
+    outcome.settings |= real.settings
+    outcome.samples |= real.samples
     return outcome
 
 
@@ -151,17 +154,6 @@ class Receiver:
     def copy_rate(self, repetitions: int) -> float:
         """Bytes/s of a copy between two warm buffers of a bucket's size."""
         return copy_rate(self.bucket_bytes, repetitions)
-
-
-def copy_rate(size: int, repetitions: int) -> float:
-    """Bytes copied in a second between two warm buffers of `size` bytes; the median of `repetitions`."""
-    source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
-    rates = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        rates.append(size / (time.perf_counter() - started))
-    return float(np.median(rates))
 
 
 def measure_transfer(shapes: Shapes, bucket: int, repetitions: int, store_bytes: int) -> Outcome:
@@ -267,24 +259,41 @@ def measure_calls(shapes: Shapes, bucket: int) -> list[Figure]:
     ]
 
 
-def measure_generator(repetitions: int) -> list[Figure]:
-    """A real vLLM generator's update to a small model: bytes/s, and what one update costs at least."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(write_policy(Path(folder) / "model", LARGER))
-        spec = GeneratorSpec(model, dtype="float32", max_model_len=64, max_sequences=8, kv_cache_gib=0.1)
-        generator: Any = ray.remote(num_cpus=1)(VllmGenerator).remote(spec)
-        from transformers import AutoModelForCausalLM
+def measure_generators(shape: Shape, bucket: int, repetitions: int, copies_s: float) -> Outcome:
+    """The same into RECEIVERS real vLLM engines. On a CPU half of their time is oneDNN's packing of every matrix.
 
-        state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).state_dict()
-        seconds = []
-        for version in range(1, repetitions + 2):
-            weights = pack(state.items(), version)
-            weights = replace(weights, buckets=tuple(ray.put(bucket) for bucket in weights.buckets))
-            report = fetch(generator.update_weights.remote(weights), "the generator's update", WAIT_S)
-            seconds.append(report["seconds"])
-        ray.kill(generator)
-    wall, size = float(np.median(seconds[1:])), report["bytes"]
-    return [
-        Figure(f"vLLM generator's update of {size / 1e6:.0f} MB", wall * 1e3, "ms"),
-        Figure("vLLM generator's update", size / wall / GB, "GB/s"),
+    copies_s: seconds that the copies of a byte take, times the bytes they take it for.
+    """
+    # vLLM's CPU build holds a tied head in memory of its own.
+    head = ("lm_head.weight", (shape.vocabulary, shape.hidden))
+    layout = layout_of([*llama_shapes(shape.hidden, shape.layers, shape.vocabulary), head], bucket)
+    publisher: Any = ray.remote(num_cpus=1)(Publisher).remote(layout)
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(write_policy(Path(folder) / "model", shape))
+        spec = GeneratorSpec(model, dtype="float32", max_model_len=64, max_sequences=8, kv_cache_gib=0.1)
+        generators: Any = [ray.remote(num_cpus=1)(VllmGenerator).remote(spec) for _ in range(RECEIVERS)]
+        version = 0
+
+        def update() -> None:
+            nonlocal version
+            version += 1
+            buckets = [publisher.bucket.remote(version, index, math.inf) for index in range(len(layout.bucket_bytes))]
+            weights = PublishedWeights(version, layout, tuple(buckets))
+            fetch([g.update_weights.remote(weights) for g in generators], "the generators' updates", WAIT_S)
+
+        seconds = interleave({"generators": update}, repetitions, warmups=2)
+        for actor in (publisher, *generators):
+            ray.kill(actor)
+    wall, size = medians(seconds)["generators"], layout.total_bytes
+    figures = [
+        Figure(
+            f"{RECEIVERS} vLLM generators",
+            wall,
+            "s",
+            wall / (copies_s * size),
+            "time of the copies",
+            Goal(3, at_most=True),
+        ),
+        Figure("weights to each vLLM generator", size / wall / GB, "GB/s"),
     ]
+    return Outcome(figures, {"bytes to vLLM": size}, seconds)

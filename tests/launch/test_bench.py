@@ -105,6 +105,16 @@ def test_rollouts(tmp_path: Path) -> None:
     assert found["HF generate, long tail: positions computed for one token"] == pytest.approx(expected)
 
 
+def test_scoring(tmp_path: Path) -> None:
+    found = values(measured("scoring", tmp_path))
+    # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm; two heads with their biases.
+    trunk = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert found["score model: work"] / found["score model"] == pytest.approx(2e-12 * (trunk + 2 * 65))
+    # The table is the head of 6 tokens of each answer, of 18 to 26 in all.
+    per_token = found["reference: work"] / found["reference"] / 2e-12
+    assert trunk + 8192 * 6 / 26 <= per_token <= trunk + 8192 * 6 / 18
+
+
 def test_raw_vllm(tmp_path: Path) -> None:
     result = measured("raw-vllm", tmp_path, Options(size="small", shape="1M"))
     assert set(values(result)) == {"generator behind Ray", "raw vLLM"}
@@ -125,9 +135,14 @@ def test_iteration(tmp_path: Path) -> None:
 
 
 def test_step(tmp_path: Path) -> None:
-    found = values(measured("step", tmp_path))
-    phases = sum(found[f"phase {p}"] for p in ("generate", "score", "train", "sync"))
-    assert 0 < phases <= 1.01 * found["step"]
+    result = measured("step", tmp_path)
+    found = values(result)
+    for k in (0, 1):
+        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "sync"))
+        assert 0 < phases <= 1.01 * found[f"step, staleness {k}"]
+    ahead = next(f for f in result["figures"] if f["name"] == "step ahead")
+    assert ahead["value"] == found["step, staleness 1"]
+    assert ahead["ratio"] == pytest.approx(found["step, staleness 1"] / found["step, staleness 0"])
 
 
 def test_all_roles_on_one_gpu(workspace: Path) -> None:
@@ -137,7 +152,6 @@ def test_all_roles_on_one_gpu(workspace: Path) -> None:
     full, adapter = [config for config in configs if isinstance(config, SafePpoConfig)]
     for config in (full, adapter):
         made = plan(config, h200)
-        made.check()
         assert {role.group for role in made.roles if role.gpus} == {"gpu"}
         assert sum(config.cluster.of(kind).gpus for kind in GPU_PARTS) == pytest.approx(1.0)
     # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm, and the tied table.
@@ -145,6 +159,8 @@ def test_all_roles_on_one_gpu(workspace: Path) -> None:
     # With PTX the policy goes over twice the tokens; under an adapter a backward costs as much as a forward.
     saved = training_flops(full, 100)["update"] - training_flops(adapter, 100)["update"]
     assert saved == 100 * 2 * 2 * parameters
+    # Its adapter off, it is the reference, and goes over every token once before the update.
+    assert training_flops(adapter, 100)["score"] - training_flops(full, 100)["score"] == 100 * 2 * parameters
 
 
 def test_simulate(tmp_path: Path) -> None:
