@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,16 +97,24 @@ def when_opened(bucket: Bucket, gate: str) -> Bucket:
 
 
 class Reader:
-    """Reads published weights as a generator does; with ``ends`` it dies of it."""
+    """Reads published weights as a generator does; with ``ends`` it dies of it.
 
-    def __init__(self, ends: bool = False) -> None:
-        self.ends = ends
+    ``gate``: after the first bucket it makes the file ``gate``.half and waits until ``gate`` exists.
+    """
+
+    def __init__(self, ends: bool = False, gate: str = "") -> None:
+        self.ends, self.gate = ends, gate
 
     def read(self, weights: PublishedWeights, timeout_s: float = 60.0) -> float:
         if self.ends:
             os._exit(1)
-        buckets = checked_buckets(weights, timeout_s)
-        return sum(float(tensor.sum()) for bucket in buckets for _, tensor in unpack(weights.layout, bucket))
+        total = 0.0
+        for bucket in checked_buckets(weights, timeout_s):
+            total += sum(float(tensor.sum()) for _, tensor in unpack(weights.layout, bucket))
+            if self.gate and bucket.index == 0:
+                Path(f"{self.gate}.half").touch()
+                when_opened(bucket, self.gate)
+        return total
 
 
 def hide_nixl() -> None:
