@@ -21,8 +21,8 @@ import torch
 from ray.exceptions import RayError
 
 from actors.handles import Group
-from actors.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError, cause
-from beaver_ray.errors import first_line
+from actors.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError
+from beaver_ray.errors import cause, first_line
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
 TRANSPORT = "NIXL"

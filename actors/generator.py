@@ -38,10 +38,9 @@ from actors.waits import (
     WeightsUnreadableError,
     WorkerDiedError,
     all_here,
-    cause,
     fetch,
 )
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError, cause, first_line
 from beaver_ray.weights import Bucket, PublishedWeights, verify
 
 

@@ -25,11 +25,11 @@ from actors.waits import (
     WeightsMissingError,
     WeightsUnreadableError,
     WorkerDiedError,
-    cause,
     fetch,
     ready_now,
     wait_some,
 )
+from beaver_ray.errors import cause
 from beaver_ray.weights import PublishedWeights
 
 OUTSTANDING = 2  # calls waiting at each generator, so that its engine never waits for the driver
@@ -294,8 +294,8 @@ class Rollouts:
     def _send(self, worker: Worker) -> bool:
         """One more exchange with this generator; False where it would have nothing to do."""
         name = worker.handle.name
-        behind = self.weights is not None and worker.version < self.weights.version
-        if behind and self.unreadable:
+        weights = self.weights if self.weights and worker.version < self.weights.version else None
+        if weights and self.unreadable:
             return False
         schedule = self._evaluation[0] if self._evaluation else self.schedule
         samples = schedule.hand_out(name)
@@ -304,9 +304,8 @@ class Rollouts:
         in_flight = self._in_flight(worker)
         if not samples and not in_flight:
             return False
-        weights = None
-        if self.weights is not None and behind:
-            weights, worker.version = self.weights, self.weights.version
+        if weights:
+            worker.version = weights.version
         new = self._rows(samples) if samples else None
         chunk = min(self.chunk, in_flight)
         # Where weights may arrive in mid-flight a call must end now and then; otherwise its end is the work's own.

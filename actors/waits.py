@@ -44,11 +44,6 @@ class WeightsUnreadableError(WeightsMissingError):
     """They could not be read where they lie, because the policy is gone, or because this process cannot."""
 
 
-def cause(error: Exception) -> str:
-    """The last line of an error, which in another process's traceback is the error itself."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 

@@ -99,17 +99,20 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         if layout.adapter:
             self.adapter |= dict(views(layout, bucket.index, flat))
         else:
-            self._take_samples(views(layout, bucket.index, flat_tensor(bucket.data)))
+            for _ in self._sampling(views(layout, bucket.index, flat_tensor(bucket.data))):
+                continue
             self._load(views(layout, bucket.index, flat))
 
-    def _take_samples(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in weights:
-            if tensor.numel() and self._is_compared(name):
-                self.sampled[name] = (tensor.shape, tensor.dtype, digest(tensor))
+    def _sampling(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """``weights`` as they are, with the digests of those taken down that are compared after the update.
 
-    def _is_compared(self, name: str) -> bool:
-        """Everything is at the first update, which tells what can be; then a few at a time."""
-        return self.comparable is None or name in sample_names(self.comparable, self.version)
+        That is everything at the first update, which tells what can be compared; then a few at a time.
+        """
+        wanted = None if self.comparable is None else sample_names(self.comparable, self.version)
+        for name, tensor in weights:
+            if tensor.numel() and (wanted is None or name in wanted):
+                self.sampled[name] = (tensor.shape, tensor.dtype, digest(tensor))
+            yield name, tensor
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         loaded = cast("Any", self.model).load_weights(weights)
@@ -129,16 +132,10 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         assert self.adapter_info is not None
         base = get_model_loader(self.load_config).get_all_weights(self.model_config, self.model)  # type: ignore[attr-defined]
         dtype = cast("torch.dtype", self.model_config.dtype)
-        whole = merged(base, self.adapter, self.adapter_info, dtype)
-        self._load(self._sampling(whole))
+        self._load(self._sampling(merged(base, self.adapter, self.adapter_info, dtype)))
         self.adapter = {}
         # A tied head is neither in the folder nor the adapter's: where it has memory of its own, it stays as it was.
         self.expected = self.untied
-
-    def _sampling(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            self._take_samples([(name, tensor)])
-            yield name, tensor
 
     def finish_weight_update(self) -> None:
         if self.adapter:

@@ -17,3 +17,8 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of another library says in its first line, after the error's kind."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def cause(error: BaseException) -> str:
+    """The last line of an error, which in another process's traceback is the error itself."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -15,6 +15,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.score import ScoreModel, ScoreType, save_score_model
+from launch.bench.registry import Options
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 FIRST_WORD = 4
@@ -43,6 +44,11 @@ LARGER = Shape("10M", 320, 8, 10, 864, 1024)
 HALF_B = Shape("0.5B", 896, 24, 14, 4864, 151_936, key_value_heads=2, dtype="bfloat16")
 SEVEN_B = Shape("7B", 4096, 32, 32, 11_008, 32_000, tied=False, dtype="bfloat16")
 SHAPES = {shape.name: shape for shape in (SMALLER, LARGER, HALF_B, SEVEN_B)}
+
+
+def choose_shape(options: Options, usual: Shape) -> Shape:
+    """The shape that was asked for, else the tiny one where small, else the benchmark's ``usual`` one."""
+    return SHAPES[options.shape] if options.shape else TINY if options.small else usual
 
 
 def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0) -> Path:

@@ -25,7 +25,7 @@ from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
 from actors.waits import fetch
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
-from launch.bench.models import SHAPES, SMALLER, TINY, random_prompts, write_policy
+from launch.bench.models import SMALLER, choose_shape, random_prompts, write_policy
 from launch.bench.registry import Options
 from launch.bench.rollouts import TAIL, generator_spec, prompt_batch, tailed_lengths
 
@@ -64,7 +64,7 @@ def run(options: Options) -> Outcome:
     """Figures for 512 prompts, 64 at a time (16 and 4 where small; 1,024 and 256, longer answers, on a GPU)."""
     gpu = torch.cuda.is_available()
     count, batch, median = (16, 4, 2) if options.small else (1024, 256, 96) if gpu else (512, 64, 24)
-    shape = SHAPES[options.shape] if options.shape else TINY if options.small else SMALLER
+    shape = choose_shape(options, SMALLER)
     repetitions = options.repetitions or (1 if options.small else 7)
     prompts, lengths = random_prompts(count, shape), tailed_lengths(count, median, TAIL)
     tokens, threads = int(lengths.sum()), 1

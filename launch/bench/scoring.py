@@ -15,7 +15,7 @@ import pyarrow as pa
 from actors.scorer import Reference, Scorer
 from beaver_ray import experience
 from launch.bench.measure import Figure, Outcome, interleave, matmul_rate, medians
-from launch.bench.models import LARGER, SHAPES, TINY, matmul_parameters, random_prompts, write_workspace
+from launch.bench.models import LARGER, choose_shape, matmul_parameters, random_prompts, write_workspace
 from launch.bench.registry import Options
 
 BUDGET = 4096  # tokens of a micro-batch
@@ -24,7 +24,7 @@ BUDGET = 4096  # tokens of a micro-batch
 def run(options: Options) -> Outcome:
     """Figures for 256 sequences with answers of 128 tokens (8 of 6 where small)."""
     count, answer = (8, 6) if options.small else (256, 128)
-    shape = SHAPES[options.shape] if options.shape else TINY if options.small else LARGER
+    shape = choose_shape(options, LARGER)
     repetitions = options.repetitions or (1 if options.small else 5)
     threads = os.cpu_count() or 1
     prompts = random_prompts(count, shape)

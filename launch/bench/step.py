@@ -25,7 +25,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
 from launch.bench.iteration import PHASES, finish, our_config
 from launch.bench.measure import Figure, Outcome, matmul_rate, medians
-from launch.bench.models import LARGER, SEVEN_B, SHAPES, TINY, Shape, matmul_parameters, write_workspace
+from launch.bench.models import LARGER, SEVEN_B, Shape, choose_shape, matmul_parameters, write_workspace
 from launch.bench.registry import Options
 
 STEPS = 6
@@ -82,7 +82,7 @@ def generated(workspace: Path, options: Options) -> dict[str, Any]:
     """The configuration that bench iteration measures for its largest models; where there is a GPU, `on_one_gpu`."""
     gpu = torch.cuda.is_available()
     prompts, answer = (16, 6) if options.small else (256, 512) if gpu else (64, 128)
-    shape = SHAPES[options.shape] if options.shape else TINY if options.small else LARGER
+    shape = choose_shape(options, LARGER)
     write_workspace(workspace, shape, prompts * STEPS, answer)
     tree = our_config(workspace, prompts, answer, shape.dtype, STEPS)
     return on_one_gpu(tree, shape) if gpu else tree

@@ -16,7 +16,7 @@ import torch
 
 from actors.direct import put_bucket, trial_weights
 from actors.exchange import Exchange
-from actors.generator import GeneratorSpec, VllmGenerator, checked_buckets
+from actors.generator import VllmGenerator, checked_buckets
 from actors.waits import WeightsUnreadableError
 from beaver_ray import experience
 from beaver_ray.errors import UserError
@@ -122,28 +122,24 @@ def hide_nixl() -> None:
     sys.modules["nixl"] = sys.modules["nixl._api"] = None  # type: ignore[assignment]
 
 
-class BlindPublisher(Publisher):
-    """On a node without NIXL."""
+class Blind:
+    """What a role is on a node without NIXL."""
 
-    def __init__(self, buckets: int) -> None:
-        super().__init__(buckets)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         hide_nixl()
 
 
-class BlindReader(Reader):
-    """On a node without NIXL."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        hide_nixl()
+class BlindPublisher(Blind, Publisher):
+    """Cannot put weights on its device."""
 
 
-class BlindGenerator(VllmGenerator):
-    """On a node without NIXL."""
+class BlindReader(Blind, Reader):
+    """Cannot read weights on another's."""
 
-    def __init__(self, spec: GeneratorSpec) -> None:
-        super().__init__(spec)
-        hide_nixl()
+
+class BlindGenerator(Blind, VllmGenerator):
+    """Nor can this one."""
 
 
 class OverConfidentGenerator(BlindGenerator):
