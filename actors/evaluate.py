@@ -19,6 +19,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
+from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.small_world.world import SmallWorld
 
@@ -38,7 +39,7 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     # Judging needs no reference: with LoRA, where none is started, it stays so.
     reference = None if config.models.adapter_off_is_reference else config.models.policy
     models = config.models.model_copy(update={"policy": chosen, "reference": reference})
-    config = config.model_copy(update={"models": models})
+    config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:

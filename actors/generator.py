@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -41,7 +42,11 @@ from actors.waits import (
     fetch,
 )
 from beaver_ray.errors import UserError, cause, first_line
+from beaver_ray.models.folders import count_parameters
 from beaver_ray.weights import Bucket, PublishedWeights, verify
+
+VLLM_BESIDE = 3 * 2**30  # of a GPU, for CUDA's context, activations, sampling and CUDA graphs
+KV_CACHE_LEAST = 2**28
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class GeneratorSpec:
     seed: int = 0
     in_flight: Literal["recompute", "keep", "finish"] = "recompute"
     """What new weights do to sequences under way: compute their KV cache anew, keep it, or wait for their end."""
-    per_sample_seeds: bool = True
-    """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch."""
+    per_sample_seeds: bool | None = None
+    """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch. None: on a CPU; on a
+    GPU, where rounding depends on the batch all the same, vLLM would draw for one sequence after another."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens that end a response (none where empty); None takes those of the folder's generation config and
     tokenizer."""
@@ -73,6 +79,9 @@ class GeneratorSpec:
     """Memory for the KV cache of a worker on a CPU."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory for weights, activations and KV cache."""
+    shares_gpu: bool = False
+    """Whether other processes use the GPU too. vLLM, which takes whatever they do while it starts for its own doing,
+    is then told the size of its KV cache."""
     enable_prefix_caching: bool = True
     enforce_eager: bool | None = None
     """True: no torch.compile, no CUDA graphs. None: True on a CPU, where compiling takes 40 s."""
@@ -165,7 +174,8 @@ class VllmGenerator:
         self._broken: str | None = None
         self._load_s = 0.0  # spent on new weights since the last answer
         self._eos = spec.end_tokens()
-        self._engine = _start_engine(spec)
+        self._seeded = not torch.cuda.is_available() if spec.per_sample_seeds is None else spec.per_sample_seeds
+        self._engine = self._start()
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         if weights is not None:
             self.update_weights(weights)
@@ -261,6 +271,9 @@ class VllmGenerator:
         del self._engine
         cleanup_dist_env_and_memory()
 
+    def _start(self) -> Any:
+        return start_engine(self.spec, self._seeded)
+
     def _check_usable(self) -> None:
         if self._broken:
             raise RuntimeError(f"this generator cannot go on: {self._broken}")
@@ -302,7 +315,7 @@ class VllmGenerator:
         params = SamplingParams(
             temperature=spec.temperature,
             max_tokens=spec.longest_answer(prompt),
-            seed=sample_seed(spec.seed, prompt.sample_id) if spec.per_sample_seeds else None,
+            seed=sample_seed(spec.seed, prompt.sample_id) if self._seeded else None,
             stop_token_ids=list(self._eos),
             ignore_eos=True,  # stop_token_ids has them all
             logprobs=0,  # of the sampled token only
@@ -338,8 +351,27 @@ class VllmGenerator:
         }
 
 
-def _start_engine(spec: GeneratorSpec) -> Any:
-    """Import vLLM with the environment that an engine inside this process needs, and start it."""
+def shared_kv_cache_bytes(spec: GeneratorSpec) -> int:
+    """Bytes of the KV cache on a GPU that others use too: this generator's share, less its weights and what vLLM needs
+    beside them. UserError where hardly anything is left.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    weights = (count_parameters(Path(spec.model)) or 0) * (4 if spec.dtype == "float32" else 2)
+    room = int(spec.gpu_memory_utilization * total - weights - VLLM_BESIDE)
+    if room < KV_CACHE_LEAST:
+        part, needed = spec.gpu_memory_utilization * total / 2**30, (weights + VLLM_BESIDE) / 2**30
+        raise UserError(
+            f"a generator's part of a GPU, {part:.1f} GiB, leaves no room for a KV cache: weights and vLLM's own "
+            f"memory take {needed:.1f}; raise cluster.placement.rollout.gpus"
+        )
+    return room
+
+
+def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
+    """Import vLLM with the environment that an engine inside this process needs, and start it.
+
+    others: EngineArgs other than those of a run, for comparisons.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # Its warnings on a CPU are a page long, and a user can mend none of them.
@@ -367,31 +399,34 @@ def _start_engine(spec: GeneratorSpec) -> Any:
     if eager:
         # vLLM's sampler compiles a small function even then, which takes 2 to 4 s of the first step.
         torch.compiler.set_stance("force_eager")
-    args = EngineArgs(
+    kv_cache = shared_kv_cache_bytes(spec) if spec.shares_gpu else None
+    if on_cpu:
+        kv_cache = int(spec.kv_cache_gib * 2**30)
+    args: dict[str, Any] = dict(
         model=spec.model,
         skip_tokenizer_init=True,
         generation_config="vllm",  # no sampling defaults from the folder: the spec says them all
         trust_remote_code=spec.trust_remote_code,
         load_format="safetensors",  # never pickles
-        dtype=spec.dtype,  # type: ignore[arg-type]  # vLLM checks the name
+        dtype=spec.dtype,
         seed=spec.seed,
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.max_sequences,
         tensor_parallel_size=spec.tensor_parallel_size,
         # Workers beside this process, on its own machine: a generator does not span machines.
         distributed_executor_backend="mp" if spec.tensor_parallel_size > 1 else "uni",
-        kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if on_cpu else None,
+        kv_cache_memory_bytes=kv_cache,
         gpu_memory_utilization=spec.gpu_memory_utilization,
         enable_prefix_caching=spec.enable_prefix_caching,
         enforce_eager=eager,
         logprobs_mode="processed_logprobs",  # under the distribution that was sampled
         # On a CPU a seeded request whose prefill is cut into chunks fails in vLLM 0.26 to 0.32
         # ("CPU Generator does not use offset").
-        enable_chunked_prefill=False if on_cpu and spec.per_sample_seeds else None,
+        enable_chunked_prefill=False if on_cpu and seeded else None,
         # With asynchronous scheduling a step may be under way when weights change between two steps.
         async_scheduling=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-    return LLMEngine.from_engine_args(args)
+    return LLMEngine.from_engine_args(EngineArgs(**args | others))

@@ -111,7 +111,7 @@ class HFGenerator:
         spec = self.spec
         prompts = [self._waiting[sample_id].tokens for sample_id in sample_ids]
         limits = [spec.longest_answer(self._waiting[sample_id]) for sample_id in sample_ids]
-        if spec.per_sample_seeds:
+        if spec.per_sample_seeds is not False:
             generators = [torch.Generator().manual_seed(sample_seed(spec.seed, i)) for i in sample_ids]
         else:
             generators = [self._generator] * len(sample_ids)

@@ -162,6 +162,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
         tensor_parallel_size=max(1, int(config.cluster.of("rollout").gpus)),
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=GPU_SHARE * min(1.0, config.cluster.of("rollout").gpus or 1.0),
+        shares_gpu=0 < config.cluster.of("rollout").gpus < 1,
         trust_remote_code=config.models.trust_remote_code,
         threads=config.cluster.threads,
         load_timeout_s=config.cluster.step_timeout,

@@ -23,6 +23,7 @@ from actors.waits import WorkerDiedError
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
+from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, is_finished
 
@@ -39,6 +40,7 @@ def train(config: StageConfig) -> Path:
         return config.folder
     seed_everything(config.seed, config.cluster.threads)
     with RunFolder(config) as run:
+        config = on_this_machine(config)
         if isinstance(config, SupervisedConfig):
             _train_supervised(config, run)
         else:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import psutil
 
 from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError
+from beaver_ray.gpus import on_this_machine, visible_gpus
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.remote import is_remote
@@ -164,7 +164,8 @@ def plan(config: StageConfig, resources: Resources | None = None) -> Plan:
     resources: what to compare with; None looks at this machine, or at the Ray cluster that the
     configuration joins. Raises UserError where a model's folder is missing.
     """
-    resources = resources or find_resources(config)
+    if resources is None:
+        config, resources = on_this_machine(config), find_resources(config)
     models = {model: read_model(model) for _, _, model in _roles(config) if model is not None}
     roles = [_role_plan(config, role, name, model, models, resources) for role, name, model in _roles(config)]
     made = Plan(roles, resources)
@@ -394,7 +395,7 @@ def this_machine() -> Resources:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, int(text))
-    gpus = _nvidia_gpus()
+    gpus = visible_gpus()
     return Resources("this machine", memory / GIB, len(gpus), min(gpus, default=0.0))
 
 
@@ -417,18 +418,6 @@ def cluster_resources(address: str) -> Resources:
         0.0,
         total.get("CPU", 0.0),
     )
-
-
-def _nvidia_gpus() -> list[float]:
-    """Memory of each visible NVIDIA GPU in GiB; none where there is no driver."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return []
-    sizes = [float(line) / 1024 for line in answer.stdout.split()] if answer.returncode == 0 else []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return sizes if visible is None else sizes[: len([d for d in visible.split(",") if d.strip()])]
 
 
 def _count(number: int) -> str:

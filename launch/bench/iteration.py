@@ -1,8 +1,8 @@
 """A whole Safe PPO iteration: this system on Ray against the published loop, on the same models and prompts.
 
 Both sides start from the same random Llama folders, make answers of up to the same length (random weights end few of
-them early), use PTX, and make four optimizer steps in an iteration of 64 prompts: the published loop one for each
-micro-batch of 16, ours one for each of four minibatches. Ours is `beaver-ray train` with real actors; its steps are
+them early), use PTX, and make an optimizer step for each micro-batch of 16 prompts (the published loop) or each of four
+minibatches (ours): four each in an iteration of 64 prompts. Ours is `beaver-ray train` with real actors; its steps are
 read from metrics.jsonl. The two sides run in turns, never at once, each in processes of its own; the first iteration
 of each turn warms up.
 """
@@ -17,12 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
 from launch.bench.measure import Figure, Outcome, medians
-from launch.bench.models import LARGER, SMALLER, TINY, Shape, write_workspace
+from launch.bench.models import LARGER, SEVEN_B, SHAPES, SMALLER, TINY, Shape, write_workspace
 from launch.bench.registry import Options
 
 CASES: list[tuple[Shape, int, str]] = [
@@ -42,16 +43,37 @@ PLACEMENT = {
     "cost_critic": {"cpus": 0.25},
     "experience": {"cpus": 0.1},
 }
+GPU_PARTS = {
+    "rollout": 0.3,
+    "reward": 0.05,
+    "cost": 0.05,
+    "reference": 0.1,
+    "policy": 0.3,
+    "reward_critic": 0.15,
+    "cost_critic": 0.05,
+}
+"""Of one GPU that all roles share; they settle the memory of vLLM, the others take what they need."""
 Times = dict[str, list[float]]
 
 
 def run(options: Options) -> Outcome:
-    """Samples/s of both sides for 1M parameters with 32 new tokens and 10M with 128, in float32 and bfloat16."""
+    """Samples/s of both sides for 1M parameters with 32 new tokens and 10M with 128, in float32 and bfloat16.
+
+    With --shape, for that shape with 256 new tokens, where there is a GPU on it. The published loop works through its
+    prompts 16 at a time, whatever their number: there it is given fewer.
+    """
     cases = [(TINY, 6, "float32")] if options.small else CASES
     prompts, turns, steps = (16, 1, 2) if options.small else (64, 2, 5)
+    theirs = prompts
+    if options.shape:
+        shape = SHAPES[options.shape]
+        cases = [(shape, 6 if options.small else 256, shape.dtype)]
+    gpu = torch.cuda.is_available()
+    if gpu and not options.small:
+        prompts, theirs, turns, steps = 256, 32, 1, 3
     turns = options.repetitions or turns
     outcome = Outcome([], {"prompts": prompts, "turns": turns, "steps in a turn": steps})
-    outcome.settings["our overrides"] = list(options.overrides)
+    outcome.settings |= {"prompts of the published loop": theirs, "our overrides": list(options.overrides)}
     for shape, answer, dtype in cases:
         name = f"{shape.name}, {answer} tokens, {dtype}"
         if not options.wants(name):
@@ -59,11 +81,12 @@ def run(options: Options) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             workspace = write_workspace(Path(folder), shape, prompts * steps, answer)
             tree = our_config(workspace, prompts, answer, dtype, steps)
+            tree = on_one_gpu(tree, shape) if gpu else tree
             sides: dict[str, Times] = {"ours": {}, "published": {}}
             for turn in range(turns):
-                collect(sides["published"], run_published(workspace, prompts, answer, dtype, steps))
+                collect(sides["published"], run_published(workspace, theirs, answer, dtype, steps))
                 collect(sides["ours"], run_ours({**tree, "name": f"turn-{turn}"}, list(options.overrides)))
-        outcome.figures += case_figures(name, prompts, sides)
+        outcome.figures += case_figures(name, {"ours": prompts, "published": theirs}, sides)
         outcome.samples |= {f"{name}, {side}": times["time/step"] for side, times in sides.items()}
     return outcome
 
@@ -109,6 +132,15 @@ def our_config(workspace: Path, prompts: int, answer: int, dtype: str, steps: in
     }
 
 
+def on_one_gpu(tree: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """All roles of a configuration on one GPU, in bfloat16; a policy of 7B trains an adapter, which leaves it room."""
+    models = {**tree["models"], **({"lora_rank": 64, "lora_alpha": 64} if shape is SEVEN_B else {})}
+    engine = {"dtype": "bfloat16", "micro_batch_tokens": 16384, "gradient_checkpointing": True}
+    placement = {role: {"cpus": 1, "gpus": part, "group": "gpu"} for role, part in GPU_PARTS.items()}
+    cluster = {"threads": 1, "placement": {**placement, "experience": {"cpus": 1}}}
+    return {**tree, "models": models, "engine": engine, "cluster": cluster}
+
+
 def run_ours(tree: dict[str, Any], overrides: list[str]) -> list[dict[str, Any]]:
     """The steps of `beaver-ray train`, the first one left out."""
     path = Path(tree["workspace"]) / f"{tree['name']}.yaml"
@@ -121,7 +153,7 @@ def run_published(workspace: Path, prompts: int, answer: int, dtype: str, steps:
     """The iterations of the published loop in a process of its own, the first one left out."""
     command = [sys.executable, "-m", "launch.bench.published_loop", str(workspace), "--dtype", dtype]
     command += ["--prompts", str(prompts), "--iterations", str(steps), "--max-new-tokens", str(answer)]
-    command += ["--micro-batch", str(min(16, prompts // 4)), "--threads", str(os.cpu_count() or 1)]
+    command += ["--micro-batch", str(min(16, prompts // 2)), "--threads", str(os.cpu_count() or 1)]
     return [json.loads(line) for line in finish(command).splitlines()][1:]
 
 
@@ -145,10 +177,10 @@ def collect(times: Times, steps: list[dict[str, Any]]) -> None:
                 times.setdefault(key, []).append(value)
 
 
-def case_figures(name: str, prompts: int, sides: dict[str, Times]) -> list[Figure]:
+def case_figures(name: str, prompts: dict[str, int], sides: dict[str, Times]) -> list[Figure]:
     """Samples/s of both sides, their ratio, and where each side's time goes."""
     middle = {side: medians(times) for side, times in sides.items()}
-    rates = {side: prompts / m["time/step"] for side, m in middle.items()}
+    rates = {side: prompts[side] / m["time/step"] for side, m in middle.items()}
     figures = [
         Figure(f"{name}: ours", rates["ours"], "samples/s", rates["ours"] / rates["published"], "published loop"),
         Figure(f"{name}: published loop", rates["published"], "samples/s"),

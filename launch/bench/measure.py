@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -128,7 +131,8 @@ def matmul_rate(dtype: str, gpus: float, size: int = 2048) -> tuple[float, str]:
     torch.set_num_threads(os.cpu_count() or 1)
     if on_gpu:
         size *= 4
-    a = torch.ones(size, size, dtype=getattr(torch, dtype), device="cuda" if on_gpu else "cpu")
+    # A GPU multiplies random numbers more slowly than ones: it draws more power, and clocks lower.
+    a = torch.randn(size, size, device="cuda" if on_gpu else "cpu").to(getattr(torch, dtype))
     rates = []
     for _ in range(6):
         started = time.perf_counter()
@@ -138,6 +142,39 @@ def matmul_rate(dtype: str, gpus: float, size: int = 2048) -> tuple[float, str]:
         rates.append(2.0 * size**3 / (time.perf_counter() - started))
     where = f"{gpus:g} GPUs" if on_gpu else f"{torch.get_num_threads()} threads"
     return statistics.median(rates[1:]) * (gpus if on_gpu else 1.0), f"matrix product, {dtype}, {where}"
+
+
+@contextmanager
+def gpu_memory_peaks(every_s: float = 0.25) -> Iterator[dict[str, float]]:
+    """The most memory in GiB that processes of each Ray actor class held on the first GPU at a time, while it lasts.
+
+    Sampled with nvidia-smi; CUDA's context and what an allocator keeps without using it count. Empty without a GPU.
+    """
+    peaks: dict[str, float] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        query = ["nvidia-smi", "--id=0", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        while not over.wait(every_s):
+            now: dict[str, float] = {}
+            for line in subprocess.run(query, capture_output=True, text=True).stdout.splitlines():
+                pid, _, used = line.partition(",")
+                with suppress(psutil.NoSuchProcess, ValueError):  # it has just ended, or its memory is not told
+                    title = psutil.Process(int(pid)).cmdline()[0]
+                    name = title.removeprefix("ray::").partition(".")[0]
+                    now[name] = now.get(name, 0.0) + float(used) / 1024
+            for name, used_gib in now.items():
+                peaks[name] = max(peaks.get(name, 0.0), used_gib)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if shutil.which("nvidia-smi"):
+        watcher.start()
+    try:
+        yield peaks
+    finally:
+        over.set()
+        if watcher.ident:
+            watcher.join()
 
 
 def describe_machine() -> dict[str, Any]:

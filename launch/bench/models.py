@@ -33,6 +33,8 @@ class Shape:
     vocabulary: int
     key_value_heads: int | None = None
     """As many as heads where None."""
+    head_size: int | None = None
+    """hidden / heads where None."""
     tied: bool = True
     dtype: str = "float32"
 
@@ -40,10 +42,14 @@ class Shape:
 TINY = Shape("tiny", 64, 2, 2, 128, 128)
 SMALLER = Shape("1M", 128, 4, 4, 352, 1024)
 LARGER = Shape("10M", 320, 8, 10, 864, 1024)
-# For GPUs; the numbers are those of Qwen2 0.5B and Llama 2 7B.
+# For GPUs; the numbers are those of Qwen2 0.5B, Qwen2.5 1.5B, Qwen3 0.6B and 4B, and Llama 2 7B.
 HALF_B = Shape("0.5B", 896, 24, 14, 4864, 151_936, key_value_heads=2, dtype="bfloat16")
 SEVEN_B = Shape("7B", 4096, 32, 32, 11_008, 32_000, tied=False, dtype="bfloat16")
-SHAPES = {shape.name: shape for shape in (SMALLER, LARGER, HALF_B, SEVEN_B)}
+QWEN = {"vocabulary": 151_936, "key_value_heads": 8, "head_size": 128, "dtype": "bfloat16"}
+SIX_TENTHS_B = Shape("0.6B", 1024, 28, 16, 3072, **QWEN)  # type: ignore[arg-type]
+ONE_AND_A_HALF_B = Shape("1.5B", 1536, 28, 12, 8960, 151_936, key_value_heads=2, dtype="bfloat16")
+FOUR_B = Shape("4B", 2560, 36, 32, 9728, **QWEN)  # type: ignore[arg-type]
+SHAPES = {shape.name: shape for shape in (SMALLER, LARGER, HALF_B, SIX_TENTHS_B, ONE_AND_A_HALF_B, FOUR_B, SEVEN_B)}
 
 
 def choose_shape(options: Options, usual: Shape) -> Shape:
@@ -60,6 +66,7 @@ def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads or shape.heads,
+        head_dim=shape.head_size or shape.hidden // shape.heads,
         max_position_embeddings=positions,
         tie_word_embeddings=shape.tied,
         dtype=shape.dtype,

@@ -1,11 +1,12 @@
 """The published Safe RLHF (PPO-Lag) loop, written anew from its description: the other side of `iteration`.
 
-One process. For each micro-batch of 16 prompts: transformers' `generate` on the left-padded prompts, six separate
-padded forwards (policy, reference, reward, cost, reward critic, cost critic), rewards and costs with the KL on both
-sides, advantages in a loop over time, then one after another: multiplier, policy, reward critic, cost critic, and the
-policy again on demonstrations (PTX). As published, with PTX one optimizer step of the policy takes the mean of the two
-gradients. AdamW, betas 0.9 and 0.95, gradients clipped to norm 1. Scores are those of the last answer token; values
-are those of the state before each token. In bfloat16 the optimizer works on the bfloat16 weights themselves.
+One process, on the GPU where there is one. For each micro-batch of 16 prompts: transformers' `generate` on the
+left-padded prompts, six separate padded forwards (policy, reference, reward, cost, reward critic, cost critic), rewards
+and costs with the KL on both sides, advantages in a loop over time, then one after another: multiplier, policy, reward
+critic, cost critic, and the policy again on demonstrations (PTX). As published, with PTX one optimizer step of the
+policy takes the mean of the two gradients. AdamW, betas 0.9 and 0.95, gradients clipped to norm 1. Scores are those of
+the last answer token; values are those of the state before each token. In bfloat16 the optimizer works on the bfloat16
+weights themselves.
 
 The published code takes its masks from token ids; here they come from positions, which costs the same. Left out, to
 this side's advantage: DeepSpeed, distributed all-reduces, emptying of the allocator's cache, logging.
@@ -86,6 +87,7 @@ class PublishedLoop:
         self.reward, self.cost = reward, cost
         self.critics = {"reward": reward_critic, "cost": cost_critic}
         self.settings, self.pad, self.eos = settings, pad, eos
+        self.device = next(policy.parameters()).device
         self.log_multiplier = torch.tensor(settings.multiplier).log()
         self.costs: deque[float] = deque(maxlen=settings.cost_window)
         self.policy_optimizer = adamw(policy, settings.policy_rate)
@@ -124,8 +126,8 @@ class PublishedLoop:
         """Sequences [B, L] and their mask, and the length of the padded prompts."""
         self.policy.eval()
         longest = max(len(p) for p in prompts)
-        ids_BP = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts])
-        mask_BP = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids_BP = self._tensor([[self.pad] * (longest - len(p)) + p for p in prompts])
+        mask_BP = self._tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         ids_BL = self.policy.generate(
             input_ids=ids_BP,
             attention_mask=mask_BP,
@@ -146,7 +148,7 @@ class PublishedLoop:
         answer_BT = mask_BL[:, 1:].bool().clone()
         answer_BT[:, : prompt_length - 1] = False
         last_B = mask_BL.shape[1] - 1 - mask_BL.flip(-1).argmax(-1)
-        rows = torch.arange(len(ids_BL))
+        rows = torch.arange(len(ids_BL), device=self.device)
         return Rollout(
             ids_BL,
             mask_BL,
@@ -205,13 +207,16 @@ class PublishedLoop:
     def ptx_loss(self, ptx: list[tuple[list[int], list[int]]]) -> Tensor:
         """Cross-entropy of the demonstrations' answers, mean over tokens, right-padded."""
         longest = max(len(p) + len(a) for p, a in ptx)
-        ids = torch.tensor([p + a + [self.pad] * (longest - len(p) - len(a)) for p, a in ptx])
-        mask = torch.tensor([[1] * (len(p) + len(a)) + [0] * (longest - len(p) - len(a)) for p, a in ptx])
+        ids = self._tensor([p + a + [self.pad] * (longest - len(p) - len(a)) for p, a in ptx])
+        mask = self._tensor([[1] * (len(p) + len(a)) + [0] * (longest - len(p) - len(a)) for p, a in ptx])
         labels = ids.masked_fill(mask == 0, -100)
         for row, (prompt, _) in enumerate(ptx):
             labels[row, : len(prompt)] = -100
         logits = self.policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, device=self.device)
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:
@@ -251,7 +256,7 @@ def shape_scores(rollout: Rollout, settings: Settings) -> tuple[Tensor, Tensor]:
     """Per-token rewards and costs [B, L - 1]: the KL on both sides, the score at the last answer token, clamped."""
     kl_BT = settings.kl_coefficient * (rollout.logprobs_BT - rollout.reference_BT) * rollout.answer_BT
     last_B = rollout.answer_BT.shape[1] - 1 - rollout.answer_BT.long().flip(-1).argmax(-1)
-    rows = torch.arange(len(last_B))
+    rows = torch.arange(len(last_B), device=last_B.device)
     shaped = []
     for sign, scores_B in ((-1.0, rollout.reward_B), (1.0, rollout.cost_B)):
         signal = sign * kl_BT
@@ -263,12 +268,13 @@ def shape_scores(rollout: Rollout, settings: Settings) -> tuple[Tensor, Tensor]:
 def gae(values_BT: Tensor, rewards_BT: Tensor, answer_BT: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, L - 1] by a loop over time; both are only meant where `answer_BT` holds."""
     values, rewards = values_BT * answer_BT, rewards_BT * answer_BT
-    last = torch.zeros(len(values))
+    zero = values.new_zeros(len(values))
+    last = zero
     found = []
     length = values.shape[1]
     start = int(answer_BT.any(0).long().argmax())
     for t in reversed(range(start, length)):
-        following = values[:, t + 1] if t < length - 1 else torch.zeros(len(values))
+        following = values[:, t + 1] if t < length - 1 else zero
         delta = rewards[:, t] + settings.gamma * following - values[:, t]
         last = delta + settings.gamma * settings.gae_lambda * last
         found.append(last)
@@ -298,17 +304,21 @@ def load(folder: Path, dtype: torch.dtype, settings: Settings) -> PublishedLoop:
     """The loop over a workspace of `models.write_workspace`."""
     from transformers import AutoModelForCausalLM
 
+    from beaver_ray.models.loading import default_device
     from beaver_ray.models.score import load_score_model
     from launch.bench.models import EOS, PAD
 
     def policy() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype, use_safetensors=True)
+        return model.to(device)
 
-    scores = {
-        kind: load_score_model(str(folder / kind), kind, dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
-        for kind in ("reward", "cost")
-    }
-    critics = {kind: load_score_model(str(folder / kind), "critic", dtype) for kind in ("reward", "cost")}
+    def scorer(kind: Any, use: Any) -> nn.Module:
+        model: nn.Module = load_score_model(str(folder / kind), use, dtype)
+        return model.to(device)
+
+    device = default_device()
+    scores = {kind: scorer(kind, kind).eval().requires_grad_(False) for kind in ("reward", "cost")}
+    critics = {kind: scorer(kind, "critic") for kind in ("reward", "cost")}
     reference = policy().eval().requires_grad_(False)
     models = (policy(), reference, scores["reward"], scores["cost"], critics["reward"], critics["cost"])
     return PublishedLoop(*models, settings, PAD, EOS)

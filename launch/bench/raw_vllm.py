@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ import ray
 import torch
 
 from actors.cluster import RayHandle
-from actors.generator import GeneratorSpec, VllmGenerator
+from actors.generator import GeneratorSpec, VllmGenerator, start_engine
 from actors.handles import Group
 from actors.rollouts import Rollouts
 from actors.schedule import RolloutSchedule
 from actors.waits import fetch
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
-from launch.bench.models import SMALLER, choose_shape, random_prompts, write_policy
+from launch.bench.models import SEVEN_B, SMALLER, choose_shape, random_prompts, write_policy
 from launch.bench.registry import Options
 from launch.bench.rollouts import TAIL, generator_spec, prompt_batch, tailed_lengths
 
@@ -50,7 +52,7 @@ class RawEngine(VllmGenerator):
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
-                seed=index,
+                seed=index if self._seeded else None,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             self._engine.add_request(str(index), tokens_input(prompt), params)
@@ -59,41 +61,64 @@ class RawEngine(VllmGenerator):
             tokens += sum(len(o.outputs[0].token_ids) for o in self._engine.step() if o.finished)
         return time.perf_counter() - started, tokens
 
+    def at_once(self, sequences: int) -> None:
+        """At most so many sequences in flight from now on; no more than the engine was started for."""
+        self._engine.engine_core.engine_core.scheduler.max_num_running_reqs = sequences
+
+
+class RawAsyncEngine(RawEngine):
+    """With vLLM's asynchronous scheduling, which a run leaves off: weights change between two of its steps."""
+
+    def _start(self) -> Any:
+        return start_engine(self.spec, self._seeded, async_scheduling=True)
+
 
 def run(options: Options) -> Outcome:
-    """Figures for 512 prompts, 64 at a time (16 and 4 where small; 1,024 and 256, longer answers, on a GPU)."""
+    """Figures for 512 prompts, 64 at a time (16 and 4 where small; on a GPU 1,024, 64 to 512 at a time)."""
     gpu = torch.cuda.is_available()
-    count, batch, median = (16, 4, 2) if options.small else (1024, 256, 96) if gpu else (512, 64, 24)
+    count, median = (16, 2) if options.small else (1024, 96) if gpu else (512, 24)
+    sweep = (4,) if options.small else (64, 256, 512) if gpu else (64,)
     shape = choose_shape(options, SMALLER)
-    repetitions = options.repetitions or (1 if options.small else 7)
+    repetitions = options.repetitions or (1 if options.small else 2 if gpu else 7)
     prompts, lengths = random_prompts(count, shape), tailed_lengths(count, median, TAIL)
     tokens, threads = int(lengths.sum()), 1
-    with tempfile.TemporaryDirectory() as folder, local_ray(cpus=2, threads=threads):
+    # Three engines of 7B would leave no room for their caches.
+    kinds: dict[str, type] = {"raw": RawEngine}
+    kinds |= {"raw, asynchronous": RawAsyncEngine} if gpu and shape is not SEVEN_B else {}
+    outcome = Outcome([])
+    with tempfile.TemporaryDirectory() as folder, local_ray(cpus=3, threads=threads):
         model = write_policy(Path(folder), shape, positions=32 + int(lengths.max()))
-        spec = generator_spec(str(model), int(lengths.max()), batch, threads)
-        spec = replace(spec, dtype=shape.dtype, gpu_memory_utilization=0.4)
-        part = 0.5 if gpu else 0.0
-        raw: Any = ray.remote(num_cpus=1, num_gpus=part)(RawEngine).remote(spec)
-        # On one GPU the second engine measures what the first has left it.
-        fetch(raw.capacity.remote(), "start of raw vLLM", WAIT_S)
+        spec = generator_spec(str(model), int(lengths.max()), max(sweep), threads)
+        part = round(1.0 / (1 + len(kinds)), 4) if gpu else 0.0
+        spec = replace(spec, dtype=shape.dtype)
+        if gpu:
+            spec = replace(spec, gpu_memory_utilization=0.9 * part, shares_gpu=True)
+        raw: dict[str, Any] = {n: ray.remote(num_cpus=1, num_gpus=part)(kind).remote(spec) for n, kind in kinds.items()}
+        for name, actor in raw.items():
+            fetch(actor.capacity.remote(), f"start of {name}", WAIT_S)
         generators = start_generator(spec, part)
-        seconds = interleave(
-            {
-                "raw": lambda: generate_raw(raw, prompts, lengths),
-                "ours": lambda: generate_ours(generators, batch, prompts, lengths),
-            },
-            repetitions,
-            timed=float,
-        )
-    middle = medians(seconds)
-    ours, theirs = tokens / middle["ours"], tokens / middle["raw"]
-    figures = [
-        Figure("generator behind Ray", ours, "tokens/s", ours / theirs, "raw vLLM", Goal(0.9)),
-        Figure("raw vLLM", theirs, "tokens/s"),
-    ]
-    settings = {"model": shape.name, "dtype": shape.dtype, "prompts": count, "sequences at a time": batch}
-    settings |= {"threads": threads, "tokens": tokens, "longest answer": int(lengths.max()), "repetitions": repetitions}
-    return Outcome(figures, settings, seconds)
+        for sequences in sweep:
+            sides: dict[str, Callable[[], float]] = {}
+            for name, actor in raw.items():
+                fetch(actor.at_once.remote(sequences), name, WAIT_S)
+                sides[name] = partial(generate_raw, actor, prompts, lengths)
+            sides["ours"] = partial(generate_ours, generators, sequences, prompts, lengths)
+            seconds = interleave(sides, repetitions, timed=float)
+            suffix = f", {sequences} at a time" if len(sweep) > 1 else ""
+            outcome.samples |= {f"{name}{suffix}": values for name, values in seconds.items()}
+            rates = {name: tokens / middle for name, middle in medians(seconds).items()}
+            ours, against = rates.pop("ours"), rates["raw"]
+            goal = Goal(0.97 if gpu else 0.9)
+            outcome.figures.append(
+                Figure(f"generator behind Ray{suffix}", ours, "tokens/s", ours / against, "raw vLLM", goal)
+            )
+            for name, rate in rates.items():
+                named = f"raw vLLM{name.removeprefix('raw')}{suffix}"
+                outcome.figures.append(Figure(named, rate, "tokens/s", rate / against, "raw vLLM"))
+    outcome.settings |= {"model": shape.name, "dtype": shape.dtype, "prompts": count, "sequences at a time": sweep}
+    outcome.settings |= {"threads": threads, "tokens": tokens, "longest answer": int(lengths.max())}
+    outcome.settings |= {"repetitions": repetitions}
+    return outcome
 
 
 def generate_raw(engine: Any, prompts: list[list[int]], lengths: np.ndarray) -> float:

@@ -21,6 +21,8 @@ BENCHMARKS = {
     "rollouts": "vLLM against HF generate, lengths with a long tail",
     "scoring": "score model and reference over finished sequences, against a matrix product",
     "raw-vllm": "the generator behind Ray against vLLM alone",
+    "trainer": "the policy's update alone on long rows: tokens/s, MFU, memory",
+    "sync": "new weights into a real generator: ways, GB/s, and whether log-probs agree",
     "iteration": "a whole Safe PPO iteration against the published loop",
     "step": "shares of a step's phases, tokens/s, training against a matrix product",
     "simulate": "the scheduler alone, with engines that sleep",

@@ -23,23 +23,24 @@ from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import parse_config, read_yaml
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
-from launch.bench.iteration import PHASES, finish, our_config
-from launch.bench.measure import Figure, Outcome, matmul_rate, medians
-from launch.bench.models import LARGER, SEVEN_B, Shape, choose_shape, matmul_parameters, write_workspace
+from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
+from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
+from launch.bench.models import LARGER, choose_shape, matmul_parameters, write_workspace
 from launch.bench.registry import Options
+from launch.planning import plan
 
 STEPS = 6
 GB = 1e9
-GPU_PARTS = {
-    "rollout": 0.3,
-    "reward": 0.05,
-    "cost": 0.05,
-    "reference": 0.1,
-    "policy": 0.3,
-    "reward_critic": 0.15,
-    "cost_critic": 0.05,
+ACTORS = {
+    "rollout": "VllmGenerator",
+    "reward": "Scorer",
+    "cost": "Scorer",
+    "reference": "Reference",
+    "policy": "PolicyTrainer",
+    "reward_critic": "Critic",
+    "cost_critic": "Critic",
 }
-"""Of one GPU that all roles share; they settle the memory of vLLM, the others take what they need."""
+"""Role to the class of its process, by which Ray calls it."""
 
 
 def run(options: Options) -> Outcome:
@@ -66,7 +67,9 @@ def run(options: Options) -> Outcome:
             config = config.model_copy(update={"workspace": folder, "name": f"bench-step{len(outcome.samples)}"})
             path = workspace / f"{config.name}.yaml"
             path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-            finish_run(path)
+            with gpu_memory_peaks() as peaks:
+                finish_run(path)
+            outcome.figures += [replace(f, name=f"{f.name}{suffix}") for f in memory_figures(config, peaks)]
             rows = read_metrics(config.folder)[1:]
             outcome.figures += [replace(f, name=f"{f.name}{suffix}") for f in step_figures(config, rows)]
             outcome.samples[f"time/step{suffix}"] = [row["time/step"] for row in rows]
@@ -88,18 +91,26 @@ def generated(workspace: Path, options: Options) -> dict[str, Any]:
     return on_one_gpu(tree, shape) if gpu else tree
 
 
-def on_one_gpu(tree: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """All roles of a configuration on one GPU, in bfloat16; a policy of 7B trains an adapter, which leaves it room."""
-    models = {**tree["models"], **({"lora_rank": 64, "lora_alpha": 64} if shape is SEVEN_B else {})}
-    engine = {"dtype": "bfloat16", "micro_batch_tokens": 16384, "gradient_checkpointing": True}
-    placement = {role: {"cpus": 1, "gpus": part, "group": "gpu"} for role, part in GPU_PARTS.items()}
-    cluster = {"threads": 1, "placement": {**placement, "experience": {"cpus": 1}}}
-    return {**tree, "models": models, "engine": engine, "cluster": cluster}
-
-
 def finish_run(path: Path) -> None:
     """Run the training command over a configuration file."""
     finish([sys.executable, "-m", "launch", "train", str(path)])
+
+
+def memory_figures(config: SafePpoConfig, peaks: dict[str, float]) -> list[Figure]:
+    """GPU memory by role, each against the plan's estimate; none where there is no GPU.
+
+    peaks: GiB by actor class, of `gpu_memory_peaks`.
+    """
+    estimates: dict[str, float] = {}
+    for role in plan(config).roles:
+        kind = ACTORS.get(role.role)
+        if kind:
+            estimates[kind] = estimates.get(kind, 0.0) + role.gpu_gib * role.processes
+    return [
+        Figure(f"GPU memory, {kind}", peaks[kind], "GiB", peaks[kind] / estimate, "plan")
+        for kind, estimate in estimates.items()
+        if estimate and kind in peaks
+    ]
 
 
 def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figure]:

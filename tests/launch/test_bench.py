@@ -20,7 +20,7 @@ from beaver_ray.method.advantages import COST, REWARD, combine_advantages, gae, 
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights, value_loss
 from beaver_ray.method.multipliers import LogSgdMultiplier
 from launch.bench import published_loop
-from launch.bench.iteration import our_config
+from launch.bench.iteration import GPU_PARTS, on_one_gpu, our_config
 from launch.bench.measure import Figure, Goal, Outcome, interleave, medians, write_json
 from launch.bench.models import (
     BOS,
@@ -35,7 +35,7 @@ from launch.bench.models import (
 from launch.bench.published_loop import PublishedLoop, Settings
 from launch.bench.registry import BENCHMARKS, Options, run
 from launch.bench.rollouts import tailed_lengths
-from launch.bench.step import GPU_PARTS, on_one_gpu, training_flops
+from launch.bench.step import training_flops
 from launch.planning import Resources, plan
 
 

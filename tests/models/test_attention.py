@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from beaver_ray.models.attention import KERNEL, use_packed_attention
+from beaver_ray.models.attention import KERNEL, borders, use_packed_attention
 from beaver_ray.packing import pack
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -21,7 +21,7 @@ def llama(kv_heads: int = 4) -> LlamaForCausalLM:
 
 def loss_and_gradient(model: PreTrainedModel, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(1)
-    row = pack([rng.integers(0, 64, n) for n in lengths])
+    row = pack([rng.integers(0, 64, n) for n in lengths]).to(model.device)
     model.zero_grad()
     logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits
     logits.logsumexp(-1).square().sum().backward()
@@ -72,3 +72,22 @@ def test_models_that_look_through_a_window_stay_as_they_are() -> None:
     windowed = MistralForCausalLM(MistralConfig(**SHAPE, **heads, sliding_window=8))
     assert not use_packed_attention(windowed) and windowed.config._attn_implementation == "sdpa"
     assert use_packed_attention(MistralForCausalLM(MistralConfig(**SHAPE, **heads, sliding_window=None)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's FlashAttention needs a GPU")
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_flash_attention_on_a_gpu_is_no_further_from_float32_than_sdpa(kv_heads: int) -> None:
+    lengths = [5, 31, 2, 17, 16, 1, 9, 33, 130]
+    rounded = llama(kv_heads).bfloat16()
+    exact = loss_and_gradient(llama(kv_heads).bfloat16().float().cuda(), lengths)
+    plain = loss_and_gradient(rounded.cuda(), lengths)
+    assert use_packed_attention(rounded)
+    packed = loss_and_gradient(rounded, lengths)
+    for expected, sdpa, ours in zip(exact, plain, packed, strict=True):
+        assert (ours - expected).norm() < 1.1 * (sdpa - expected).norm()
+
+
+def test_borders_are_the_sequences() -> None:
+    positions = torch.cat([torch.arange(n) for n in (5, 3, 1, 4)])[None]
+    starts, longest = borders(positions)
+    assert starts.tolist() == [0, 5, 8, 9, 13] and starts.dtype == torch.int32 and longest == 5

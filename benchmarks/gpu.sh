@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in parts of under ten minutes, each with a time limit of its own.
+#
+#     bash benchmarks/gpu.sh FOLDER [PART ...]     # all parts, in this order, without any named
+#
+# A part writes FOLDER/PART.json and FOLDER/PART.log; one that fails or runs out of time leaves what it had measured,
+# and the next goes on. $PYTHON is the interpreter that has the packages; models and runs go to $TMPDIR.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+RUNS=${TMPDIR:-/tmp}/beaver-gpu
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+mkdir -p "$RUNS"
+
+# limited SECONDS NAME COMMAND...
+limited() {
+    local seconds=$1 name=$2 began=$SECONDS
+    shift 2
+    timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    echo "$name: exit $? after $((SECONDS - began)) s"
+    grep -vE '^\s*$' "$OUT/$name.log" | tail -n "${LINES_SHOWN:-40}"
+}
+bench() { # bench SECONDS NAME ARGUMENTS...
+    local seconds=$1 name=$2
+    shift 2
+    limited "$seconds" "$name" "$PYTHON" -m launch bench "$@" --out "$OUT/$name.json"
+}
+
+doctor() { limited 120 doctor "$PYTHON" -m launch doctor; }
+tests() { limited 120 tests "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/test_attention.py; }
+sync() { bench 300 sync sync; }
+small_world() {
+    limited 500 small_world "$PYTHON" -m launch pipeline configs/local/pipeline.yaml "workspace=$RUNS/small-world"
+    cp "$RUNS/small-world/safe_ppo/evaluation.json" "$OUT/small_world.json"
+    cp "$RUNS/small-world/safe_ppo/notes.log" "$OUT/small_world.notes.log"
+}
+chaos() {
+    limited 580 chaos "$PYTHON" benchmarks/gpu_chaos.py "$RUNS/small-world" --kills 10 --steps 40 --out "$OUT/chaos.json"
+    cp "$RUNS/small-world/gpu-chaos/notes.log" "$OUT/chaos.notes.log"
+}
+trainer() { bench 300 trainer trainer; }
+raw_vllm_05B() { bench 400 raw_vllm_05B raw-vllm --shape 0.5B; }
+step_05B() { bench 400 step_05B step --shape 0.5B --repetitions 2; }
+iteration_05B() { bench 300 iteration_05B iteration --shape 0.5B; }
+step_7B() { bench 500 step_7B step --shape 7B --repetitions 1; }
+raw_vllm_7B() { bench 400 raw_vllm_7B raw-vllm --shape 7B; }
+raw_vllm_15B() { bench 400 raw_vllm_15B raw-vllm --shape 1.5B; }
+
+if [ $# = 0 ]; then
+    set -- doctor tests sync trainer raw_vllm_05B step_05B iteration_05B step_7B raw_vllm_7B raw_vllm_15B small_world chaos
+fi
+for part in "$@"; do
+    "$part"
+done
