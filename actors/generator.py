@@ -385,6 +385,10 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if os.path.isdir(spec.model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if spec.dtype == "float32":
+        # vLLM's attention for float32 is written in Triton, which multiplies in TF32 unless told not to: log-probs
+        # were off by 8e-4.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     torch.set_num_threads(spec.threads)
 
     from vllm import EngineArgs, LLMEngine
@@ -399,9 +403,10 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
     if eager:
         # vLLM's sampler compiles a small function even then, which takes 2 to 4 s of the first step.
         torch.compiler.set_stance("force_eager")
-    kv_cache = shared_kv_cache_bytes(spec) if spec.shares_gpu else None
     if on_cpu:
-        kv_cache = int(spec.kv_cache_gib * 2**30)
+        kv_cache: int | None = int(spec.kv_cache_gib * 2**30)
+    else:
+        kv_cache = shared_kv_cache_bytes(spec) if spec.shares_gpu else None
     args: dict[str, Any] = dict(
         model=spec.model,
         skip_tokenizer_init=True,

@@ -52,13 +52,16 @@ def on_this_machine(config: Stage) -> Stage:
 
 
 def sharing_one_gpu(config: Stage) -> Stage:
-    """All roles but the experience builder on parts of one GPU, whatever the configuration says of GPUs."""
+    """All roles but the experience builder on parts of one GPU, whatever the configuration says of GPUs.
+
+    One worker each: NCCL refuses two ranks on one GPU, and a second generator there would only halve the cache.
+    """
     kinds = role_counts(config)
-    whole = sum(PARTS[kind] * count * config.cluster.of(kind).workers for kind, count in kinds.items())
+    whole = sum(PARTS[kind] * count for kind, count in kinds.items())
     placement: dict[str, Placement] = dict(config.cluster.placement)
     for kind in kinds:
         part = int(1e4 * PARTS[kind] / whole) / 1e4  # Ray counts in steps of 1/10000
-        placement[kind] = config.cluster.of(kind).model_copy(update={"gpus": part})
+        placement[kind] = config.cluster.of(kind).model_copy(update={"gpus": part, "workers": 1})
     cluster = config.cluster.model_copy(update={"placement": placement})
     placed: Stage = config.model_copy(update={"cluster": cluster})  # type: ignore[assignment]
     return placed

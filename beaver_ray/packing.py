@@ -195,9 +195,10 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
 
     `forward` gives what is compared, [1, T] or [1, T, K], from input ids and positions [1, T]; without it, the
     logits of a causal language model. Run once after loading, on every rank (five small forwards; token ids 0
-    to 9). Two things are measured, in units of the outputs' standard deviation: how the last two sequences of
-    a row change when only the first one's tokens do (nothing may, in any dtype), and how the row differs from
-    each sequence alone (rounding only; the wide limit leaves room for bfloat16).
+    to 9). Two things are measured, in units of the outputs' standard deviation: the most that an output of the last
+    two sequences of a row changes when only the first one's tokens do (nothing may, in any dtype), and how far the row
+    is from each sequence alone on the average (rounding only; the wide limit leaves room for dozens of layers in
+    bfloat16, where single outputs of 152,000 are off by more).
 
     Raises:
         UserError: the sequences see each other or the positions do not start again.
@@ -216,8 +217,8 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
     scale = alone.std()
     behind_first = slice(sequences[0].size, None)
     leak = ((packed - disturbed)[behind_first].abs().max() / scale).item()
-    deviation = ((packed - alone).abs().max() / scale).item()
-    if not (leak <= 1e-3 and deviation <= 0.1):  # a NaN fails too
+    deviation = ((packed - alone).square().mean().sqrt() / scale).item()
+    if not (leak <= 1e-3 and deviation <= 0.2):  # a NaN fails too
         raise UserError(
             f"{type(model).__name__} cannot train on packed rows: a sequence's outputs move by {leak:.1e} "
             f"standard deviations with its neighbour and by {deviation:.1e} against running alone; use a "

@@ -4,7 +4,8 @@
 #     bash benchmarks/gpu.sh FOLDER [PART ...]     # all parts, in this order, without any named
 #
 # A part writes FOLDER/PART.json and FOLDER/PART.log; one that fails or runs out of time leaves what it had measured,
-# and the next goes on. $PYTHON is the interpreter that has the packages; models and runs go to $TMPDIR.
+# and the next goes on. $PYTHON is the interpreter that has the packages; models and runs go to $TMPDIR, which should be
+# fast (/dev/shm). $LIMIT shortens every benchmark's time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,7 +27,7 @@ limited() {
 bench() { # bench SECONDS NAME ARGUMENTS...
     local seconds=$1 name=$2
     shift 2
-    limited "$seconds" "$name" "$PYTHON" -m launch bench "$@" --out "$OUT/$name.json"
+    limited "${LIMIT:-$seconds}" "$name" "$PYTHON" -m launch bench "$@" --out "$OUT/$name.json"
 }
 
 doctor() { limited 120 doctor "$PYTHON" -m launch doctor; }
@@ -41,7 +42,8 @@ chaos() {
     limited 580 chaos "$PYTHON" benchmarks/gpu_chaos.py "$RUNS/small-world" --kills 10 --steps 40 --out "$OUT/chaos.json"
     cp "$RUNS/small-world/gpu-chaos/notes.log" "$OUT/chaos.notes.log"
 }
-trainer() { bench 300 trainer trainer; }
+trainer_06B() { bench 200 trainer_06B trainer --case 0.6B; }
+trainer_4B() { bench 300 trainer_4B trainer --case 4B; }
 raw_vllm_05B() { bench 400 raw_vllm_05B raw-vllm --shape 0.5B; }
 step_05B() { bench 400 step_05B step --shape 0.5B --repetitions 2; }
 iteration_05B() { bench 300 iteration_05B iteration --shape 0.5B; }
@@ -50,7 +52,7 @@ raw_vllm_7B() { bench 400 raw_vllm_7B raw-vllm --shape 7B; }
 raw_vllm_15B() { bench 400 raw_vllm_15B raw-vllm --shape 1.5B; }
 
 if [ $# = 0 ]; then
-    set -- doctor tests sync trainer raw_vllm_05B step_05B iteration_05B step_7B raw_vllm_7B raw_vllm_15B small_world chaos
+    set -- doctor tests sync trainer_06B trainer_4B raw_vllm_05B step_05B iteration_05B step_7B raw_vllm_7B raw_vllm_15B small_world chaos
 fi
 for part in "$@"; do
     "$part"

@@ -45,9 +45,10 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
     with torch.no_grad():
         expected = base(**row).last_hidden_state.float()
         model.set_attn_implementation(KERNEL)
-        difference = (base(**row).last_hidden_state.float() - expected).abs().max() / expected.std()
+        difference = (base(**row).last_hidden_state.float() - expected).norm() / expected.norm()
     model.train(training)
-    if not difference <= (1e-4 if model.dtype == torch.float32 else 0.1):
+    # In bfloat16 dozens of layers of rounding add up; sequences that see each other differ by about 1.
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 0.2):
         model.set_attn_implementation("sdpa")
         return False
     return True

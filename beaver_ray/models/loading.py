@@ -56,11 +56,13 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
     Where its logits are plain products, its head can give log-probs without all of them at once.
     """
     check_model_folder(path, "policy")
-    model: PreTrainedModel = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    model: Any = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    model.to(default_device())
     use_packed_attention(model)
     check_packing(model)
     install_logprob_head(model)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:

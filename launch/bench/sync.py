@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from actors.generator import GeneratorSpec, VllmGenerator, start_engine
 from actors.handles import Group
 from actors.policy import PolicyTrainer, announce
 from beaver_ray import experience
+from beaver_ray.config import Placement
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.models import HALF_B, LARGER, TINY, Shape, random_prompts, write_policy
 from launch.bench.registry import Options
@@ -92,7 +92,7 @@ def run(options: Options) -> Outcome:
 def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> None:
     """Add the figures of one shape."""
     gpu = torch.cuda.is_available()
-    part = 0.25 if gpu else 0.0
+    part = 0.15 if gpu else 0.0
     model = write_policy(folder / "policy", shape)
     spec = GeneratorSpec(
         str(model),
@@ -109,9 +109,11 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
     )
     config = trainer_config(Case(shape, "PPO", 256), model, options)
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"learning_rate": 1e-4})})
+    config.cluster.placement["policy"] = Placement(gpus=part)
     policy = start(IpcPolicy, (config, 0, 1, True), part)
-    policy.run("setup", *policy.wait(policy.workers[0].call("rendezvous"), "rendezvous"))
     generator = start(VllmGenerator, (spec,), part)
+    ipc = start(IpcGenerator, (spec,), part) if gpu else None
+    policy.run("setup", *policy.wait(policy.workers[0].call("rendezvous"), "rendezvous"))
     generator.run("capacity")
     version = 0
     ways = ["object store"]
@@ -133,8 +135,7 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
             size = loaded["bytes"]
             differences.append(largest_difference(policy, generator, shape, version))
         add(outcome, f"{shape.name}, {shape.dtype}, {way}", seconds, size, differences)
-    if gpu:
-        ipc = start(IpcGenerator, (replace(spec, version=0),), part)
+    if ipc:
         ipc.run("capacity")
         seconds, differences = [], []
         for _ in range(options.repetitions or VERSIONS):

@@ -102,6 +102,7 @@ def measure(case: Case, folder: Path, options: Options, outcome: Outcome) -> Non
     tokens = rows * case.length / float(np.median(seconds[1:]))
     ratio = (tokens / case.published, "prime-rl on an H100, as published") if case.published else ()
     outcome.figures.append(Figure(case.name, tokens, "tokens/s", *ratio))
+    print(f"{case.name}: {tokens:,.0f} tokens/s", flush=True)
     reached = tokens * work_per_token(case, count_parameters(model))
     outcome.figures.append(Figure(f"{case.name}: work", reached / 1e12, "TFLOP/s", reached / PEAK, "peak (MFU)"))
     if torch.cuda.is_available():
