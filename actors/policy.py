@@ -6,6 +6,7 @@ reference.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -144,8 +145,10 @@ class PolicyTrainer(TrainingRank):
     def trial(self) -> PublishedWeights:
         """A version of one tensor on this rank's device, for generators to try whether they can read it there.
 
-        Raises WeightsUnreadableError where there is no room for the real ones.
+        Raises WeightsUnreadableError where there is no room for the real ones, or no NIXL: Ray is not asked then.
         """
+        if importlib.util.find_spec("nixl") is None:
+            raise WeightsUnreadableError("the package nixl is not installed at the policy")
         if self.engine.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.engine.device)
             try:

@@ -23,6 +23,10 @@ PARTS = {
 """Of one GPU that all roles share, relative to each other. A generator keeps to its part; the others take what they
 need, and their parts only say how many processes Ray puts on the GPU."""
 
+MICRO_BATCH_TOKENS = 16_384
+"""At least so many in one forward there: a recipe that asks for no GPU has micro-batches of a CPU's size, which leave a
+GPU waiting (measured on an H100: 6.6 optimizer steps/s of a reward model of 1M parameters)."""
+
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
@@ -55,6 +59,7 @@ def sharing_one_gpu(config: Stage) -> Stage:
     """All roles but the experience builder on parts of one GPU, whatever the configuration says of GPUs.
 
     One worker each: NCCL refuses two ranks on one GPU, and a second generator there would only halve the cache.
+    Micro-batches are of MICRO_BATCH_TOKENS at least.
     """
     kinds = role_counts(config)
     whole = sum(PARTS[kind] * count for kind, count in kinds.items())
@@ -63,7 +68,9 @@ def sharing_one_gpu(config: Stage) -> Stage:
         part = int(1e4 * PARTS[kind] / whole) / 1e4  # Ray counts in steps of 1/10000
         placement[kind] = config.cluster.of(kind).model_copy(update={"gpus": part, "workers": 1})
     cluster = config.cluster.model_copy(update={"placement": placement})
-    placed: Stage = config.model_copy(update={"cluster": cluster})  # type: ignore[assignment]
+    tokens = max(config.engine.micro_batch_tokens, MICRO_BATCH_TOKENS)
+    engine = config.engine.model_copy(update={"micro_batch_tokens": tokens})
+    placed: Stage = config.model_copy(update={"cluster": cluster, "engine": engine})  # type: ignore[assignment]
     return placed
 
 

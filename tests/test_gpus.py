@@ -1,0 +1,63 @@
+"""A run that asks for no GPU shares the one that the machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.cluster import make_bundles
+from beaver_ray import gpus
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.config_files import load_config
+from beaver_ray.gpus import on_this_machine, role_counts, sharing_one_gpu, visible_gpus
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_all_roles_share_one_gpu() -> None:
+    config = load_config(CONFIGS / "local" / "safe_ppo.yaml")
+    placed = sharing_one_gpu(config)
+    assert isinstance(placed, SafePpoConfig)
+    # rollout 6, policy 4, critics 2 each, scorers and reference 1 each: 17 parts.
+    expected = {"rollout": 6, "policy": 4, "reward_critic": 2, "cost_critic": 2, "reward": 1, "cost": 1, "reference": 1}
+    parts = {kind: placed.cluster.of(kind).gpus for kind in expected}
+    assert parts == {kind: pytest.approx(part / 17, abs=1e-4) for kind, part in expected.items()}
+    assert placed.cluster.of("experience").gpus == 0 and placed.cluster.of("rollout").cpus == 0.5
+    bundles = [b for kind in expected for b in make_bundles(kind, [placed.cluster.of(kind)])]
+    assert sum(bundle["GPU"] for bundle in bundles) <= 1.0
+    assert placed.engine.micro_batch_tokens == gpus.MICRO_BATCH_TOKENS and config.engine.micro_batch_tokens == 256
+    assert all(not config.cluster.of(kind).gpus for kind in expected), "the configuration itself has changed"
+
+
+def test_ranks_do_not_share_a_gpu() -> None:
+    config = load_config(CONFIGS / "local" / "sft.yaml", ["cluster.placement.trainer.workers=2"])
+    placed = sharing_one_gpu(config).cluster.of("trainer")
+    assert (placed.workers, placed.gpus) == (1, 1.0)
+
+
+def test_an_adapter_needs_no_reference() -> None:
+    config = load_config(CONFIGS / "local" / "safe_ppo.yaml", ["models.lora_rank=4", "models.shared_critic=true"])
+    assert dict(role_counts(config)) == {"rollout": 1, "policy": 1, "reward": 1, "cost": 1, "reward_critic": 1}
+
+
+def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A driver that says what an H100's says.
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 81559\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    local, big = CONFIGS / "local" / "safe_ppo.yaml", CONFIGS / "beaver-7b" / "safe_ppo.yaml"
+    assert visible_gpus() == [pytest.approx(79.65, abs=0.01)]
+    assert on_this_machine(load_config(local)).cluster.of("policy").gpus > 0
+    for config in (load_config(local, ["debug=true"]), load_config(big)):
+        assert on_this_machine(config) == config
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == [] and on_this_machine(load_config(local)) == load_config(local)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert on_this_machine(load_config(local)) == load_config(local)
