@@ -12,7 +12,8 @@ from typing import Any
 from actors.policy import announce
 from actors.recovery import Recovery
 from actors.roles import Roles
-from actors.rollouts import Collected, Rollouts, Supply
+from actors.rollouts import Collected, Rollouts
+from actors.sources import Supply
 from actors.tracing import Clock, StepTrace
 from actors.training_state import TrainingState
 from beaver_ray.config import SafePpoConfig

@@ -12,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ray.exceptions import RayTaskError
+
 from actors.cluster import Cluster
 from actors.handles import Group
 from actors.policy import announce
 from actors.roles import Roles, connect, start_roles
 from actors.rollouts import Rollouts
 from actors.training_state import TrainingState
-from actors.waits import WorkerDiedError
+from actors.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError
 from beaver_ray.checkpoints import Checkpoint
 from beaver_ray.config import SafePpoConfig
+from beaver_ray.errors import cause
 from beaver_ray.runs import RunFolder
 from beaver_ray.weights import PublishedWeights
 
@@ -75,7 +78,11 @@ class Recovery:
             rollouts.source = PolicyWeights(roles, cluster, run.note)
 
     def keep_going(self, action: Callable[[], None]) -> None:
-        """``action``, again from the last checkpoint whenever a process dies that it cannot do without."""
+        """``action``, again from the last checkpoint whenever a process dies that it cannot do without.
+
+        Where a rank has died, whatever comes out is its death: the other ranks fail in an exchange with it or wait for
+        it to the deadline, and their error may be known first, to somebody who waits for what is made of their answers.
+        """
         died: WorkerDiedError | None = None
         while True:
             try:
@@ -84,6 +91,11 @@ class Recovery:
                 return action()
             except WorkerDiedError as error:
                 died = error
+            except (RayTaskError, WeightsMissingError, WaitTimeoutError) as error:
+                dead = self._dead(list(self._trained().values())) if self.cluster else []
+                if not dead:
+                    raise
+                died = WorkerDiedError(f"{', '.join(dead)} died, and so it came to this: {cause(error)}")
 
     def save(self) -> None:
         """A checkpoint of the run as it is after a step: models as Hugging Face folders, and all that training needs.
@@ -104,18 +116,29 @@ class Recovery:
         if checkpoint := self.run.last_checkpoint():
             self._restore(checkpoint)
 
-    def survive(self, action: Callable[[bool], Result]) -> Result:
-        """What ``action`` returns; where a process without state died in it, once more with True after a restart.
+    def survive(self, action: Callable[[bool], Result], needs_trained: bool = True) -> Result:
+        """What ``action`` returns; where something died in it that can be had again, once more with True.
 
-        Other deaths, and a second one, come out as WorkerDiedError.
+        That are processes without state, which are restarted, and finished sequences that were lost with their node,
+        which are asked for again. Other deaths come out as WorkerDiedError, as does a rank's where ``needs_trained``.
         """
-        try:
-            return action(False)
-        except WorkerDiedError as error:
-            if self._dead(list(self._trained().values())):
-                raise
-            self._count(self._restart_stateless(error), error)
-        return action(True)
+        died: WorkerDiedError | None = None
+        mended = True
+        while True:
+            try:
+                if died is not None:
+                    mended = self._mend(died)
+                return action(died is not None)
+            except WorkerDiedError as error:
+                if not mended or (needs_trained and self._dead(list(self._trained().values()))):
+                    raise
+                died = error
+
+    def _mend(self, error: WorkerDiedError) -> bool:
+        """Restart what has died and ask again for what is lost; whether there was anything."""
+        restarted = self._restart_stateless(error)
+        self._count(restarted, error)
+        return self.rollouts.renew() or bool(restarted)
 
     def _roll_back(self, error: WorkerDiedError) -> None:
         """Put the run together as it was at the last checkpoint, or at its start."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,14 @@ from ray.exceptions import RayTaskError
 from actors.exchange import Exchange
 from actors.handles import Group, Handle
 from actors.schedule import RolloutSchedule
+from actors.sources import Source, Supply
 from actors.waits import (
     WeightsLostError,
     WeightsMissingError,
     WeightsUnreadableError,
     WorkerDiedError,
     fetch,
+    find_lost,
     ready_now,
     wait_some,
 )
@@ -53,7 +55,10 @@ class Chunk:
 
 @dataclass
 class Collected:
-    """What one step trains on: the `wanted` samples of these chunks, which may hold others too."""
+    """What one step trains on: the `wanted` samples of these chunks, which may hold others too.
+
+    Where some of them are lost before the step's weights are published, `Rollouts.renew` puts others in their place.
+    """
 
     chunks: list[Chunk]
     generated_tokens: int = 0
@@ -75,38 +80,6 @@ class Worker:
     """Samples in flight that belong to an evaluation."""
     to_drop: list[int] = field(default_factory=list)
     """Samples that it was at work on before a restart."""
-
-
-class Supply(Protocol):
-    """Where generators come from, and how many are wanted."""
-
-    def start(self) -> Handle:
-        """Begin to start one more generator; does not wait."""
-        ...
-
-    def stop(self, handle: Handle) -> None:
-        """End a generator and give its resources back."""
-        ...
-
-    def wanted(self) -> Any:
-        """A reference to the number of generators that somebody asked for, or to None."""
-        ...
-
-
-class Source(Protocol):
-    """Where weights come from."""
-
-    def gone(self) -> bool:
-        """Whether the policy has died, and its weights with it."""
-        ...
-
-    def detour(self) -> None:
-        """Let weights go through the object store from now on."""
-        ...
-
-    def publish_again(self, version: int) -> PublishedWeights:
-        """The policy's weights as they are, which are ``version``: only while it is at nothing else."""
-        ...
 
 
 class Rollouts:
@@ -141,6 +114,8 @@ class Rollouts:
         self.prompts: dict[int, tuple[pa.RecordBatch, int]] = {}
         """Where the prompt of each sample lies until the sample is trained on: a batch, and its row."""
         self.chunks: list[Chunk] = []
+        self._taken: tuple[int, Collected] | None = None
+        """The step that is being trained, and what it trains on."""
         self.paused = False
         """While a run is put together again nothing is served."""
         self.source: Source | None = None
@@ -178,7 +153,7 @@ class Rollouts:
             if self.schedule.generators[name].leaving:
                 schedule.retire(name)
         self.schedule, self.next_samples, self.weights, self._evaluation = schedule, next_samples, weights, None
-        self.unreadable = False
+        self.unreadable, self._taken = False, None
         self.prompts, self.chunks, self.generated_tokens = {}, [], 0
         self._remember(pending)
 
@@ -201,16 +176,43 @@ class Rollouts:
             # What was trained on is used up, what grew too old will come again in another chunk.
             chunk.wanted &= self.schedule.finished.keys()
         self.chunks = [chunk for chunk in self.chunks if chunk.wanted]
-        for sample in chosen:
-            del self.prompts[sample]
         now = time.perf_counter()
         used = [chunk for chunk in used if chunk.wanted]
         result = Collected(used, self.generated_tokens, now - self.since, self.load_s)
         self.generated_tokens, self.since, self.load_s = 0, now, 0.0
+        self._taken = step, result
         return result
+
+    def renew(self) -> bool:
+        """Ask again for finished sequences that are lost with the node that they lay on; whether there were any.
+
+        Until its weights are published a step's are among them: it then trains on what is finished first, as ever.
+        """
+        step, taken = self._taken or (0, Collected([]))
+        known = [*taken.chunks, *self.chunks]
+        lost = find_lost(list({chunk.sequences: None for chunk in known}), self.timeout_s)
+        if not lost:
+            return False
+        samples = sorted(sample for chunk in known if chunk.sequences in lost for sample in chunk.wanted)
+        self.note(f"{len(samples)} finished samples are lost with their node and asked for again")
+        if self._taken:
+            self.schedule.give_back()
+        self.schedule.lose(samples)
+        self.chunks = [chunk for chunk in known if chunk.sequences not in lost]
+        if self._taken:
+            again = self.take(step)
+            taken.chunks, taken.load_s = again.chunks, max(taken.load_s, again.load_s)
+            taken.generated_tokens += again.generated_tokens
+            taken.seconds += again.seconds
+            self._taken = step, taken
+        return True
 
     def publish(self, weights: PublishedWeights) -> None:
         """New weights: each generator loads them with its next call, and what they allow is started."""
+        for chunk in self._taken[1].chunks if self._taken else ():
+            for sample in chunk.wanted:
+                del self.prompts[sample]
+        self._taken = None
         self.weights, self.unreadable = weights, False
         self.schedule.publish(weights.version)
         if self.schedule.staleness:

@@ -48,6 +48,7 @@ class RolloutSchedule:
         self._again: deque[int] = deque()
         self._started = 0
         self._flying: Counter[int] = Counter()
+        self._taken: dict[int, int] = {}  # samples of the last step that was taken, with their version
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands after a step: what `load_state_dict` goes on from, as plain values.
@@ -184,11 +185,23 @@ class RolloutSchedule:
             raise RuntimeError(f"step {step} would train on a sample of version {oldest}, staleness {self.staleness}")
         # Only oversampling leaves finished samples that are too old for the next step.
         expired = last_chance[size:]
+        self._taken = {sample: self.finished[sample] for sample in chosen}
         for sample in (*chosen, *expired):
             del self.finished[sample]
         self._repeat(expired)
         self.trained = step
         return chosen
+
+    def give_back(self) -> None:
+        """Undo the last `take`, on whose samples nothing was trained: they are finished and wait for their step."""
+        self.finished = self._taken | self.finished
+        self._taken, self.trained = {}, self.trained - 1
+
+    def lose(self, samples: Sequence[int]) -> None:
+        """The answers of these finished samples are lost; they wait again in front of all others."""
+        for sample in samples:
+            del self.finished[sample]
+        self._repeat(samples)
 
     def publish(self, version: int) -> None:
         """Weights of this version are there for all generators."""

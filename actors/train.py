@@ -117,7 +117,10 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
             train_policy(config, roles, rollouts, recovery, trace, evaluate)
             recovery.save_models(run.folder / "final.part")
             if held_out:
-                write(run.folder, held_out.evaluate(roles, rollouts, config.total_steps(0) + 1))
+                # The models are saved: what is left to do needs no rank of theirs.
+                last = config.total_steps(0) + 1
+                judged = recovery.survive(lambda again: held_out.evaluate(roles, rollouts, last), needs_trained=False)
+                write(run.folder, judged)
 
         if config.resume:
             recovery.keep_going(recovery.resume)

@@ -19,7 +19,7 @@ from ray.util.state.exception import RayStateApiException
 from beaver_ray.errors import UserError
 
 _SECONDS_TO_ASK = 10
-_SECONDS_TO_DIE = 2.0  # the ranks of a group fail one after another when one of them has died
+_SECONDS_TO_DIE = 5.0  # the ranks of a group fail one after another when one of them has died
 _LOST = (RayActorError, ObjectLostError)
 POLL_S = 0.05
 
@@ -89,7 +89,12 @@ def _death(error: RayTaskError, refs: Sequence[Any]) -> Exception | None:
 
 
 def find_lost(refs: Sequence[Any], timeout_s: float) -> dict[Any, Exception]:
-    """Those of ``refs`` whose process is known, within that time, to have ended; with Ray's word of its end."""
+    """Those of ``refs`` of which it is known, within that time, that they will not come; with Ray's word of why.
+
+    Their process has ended, or the node that they lay on. What does come, comes to this process.
+    """
+    if not refs:
+        return {}
     ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s, fetch_local=False)
     lost: dict[Any, Exception] = {}
     for ref in ready:
@@ -97,7 +102,7 @@ def find_lost(refs: Sequence[Any], timeout_s: float) -> dict[Any, Exception]:
             ray.get(ref, timeout=timeout_s)
         except _LOST as error:
             lost[ref] = error
-        except RayTaskError:
+        except (RayTaskError, GetTimeoutError):
             continue
     return lost
 

@@ -153,11 +153,11 @@ class LightGenerator:
     """Obeys the generators' interface without a model: an answer is its own sample id, and takes a moment.
 
     ``fails``: every exchange with prompts raises. ``dies``: the process ends in the middle of its second exchange.
-    ``blind``: it cannot read weights that stay on another device.
+    ``blind``: it cannot read weights that stay on another device. ``tokens``: how often an answer says its id.
     """
 
-    def __init__(self, fails: bool = False, dies: bool = False, blind: bool = False) -> None:
-        self.fails, self.dies, self.blind = fails, dies, blind
+    def __init__(self, fails: bool = False, dies: bool = False, blind: bool = False, tokens: int = 1) -> None:
+        self.fails, self.dies, self.blind, self.tokens = fails, dies, blind, tokens
         self.version = self.calls = 0
         self.running: list[dict[str, Any]] = []
 
@@ -179,7 +179,8 @@ class LightGenerator:
         time.sleep(0.02)
         done, self.running = self.running[: request.min_finished], self.running[request.min_finished :]
         columns = {name: [row[name] for row in done] for name in ("sample_id", "weight_version")}
-        answers = experience.make_batch(columns | {"response_tokens": [[row["sample_id"]] for row in done]})
+        responses = [[row["sample_id"]] * self.tokens for row in done]
+        answers = experience.make_batch(columns | {"response_tokens": responses})
         ids, versions = columns.values()
         summary = {"sample_ids": ids, "versions": versions, "aborted": [], "generated_tokens": len(done)}
         summary["load_s"] = 0.0

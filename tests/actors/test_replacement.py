@@ -30,14 +30,14 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def generator(name: str, **behaviour: bool) -> RayHandle:
+def generator(name: str, **behaviour: Any) -> RayHandle:
     return RayHandle(name, ray.remote(num_cpus=0)(LightGenerator).remote(**behaviour))
 
 
 class Supply:
     """Starts generators that are as given, and counts them."""
 
-    def __init__(self, **behaviour: bool) -> None:
+    def __init__(self, **behaviour: Any) -> None:
         self.behaviour = behaviour
         self.started = 0
         self.stopped: list[str] = []

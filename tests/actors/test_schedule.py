@@ -29,6 +29,15 @@ class World:
         self.running[name] = {}
         self.schedule.join(name, self.capacity)
 
+    def take(self, step: int) -> tuple[list[int], dict[int, int]]:
+        """The step's samples, as soon as they are complete, and the versions of all that was finished then."""
+        for _ in range(100_000):
+            if self.schedule.complete(step):
+                break
+            self.move()
+        versions = dict(self.schedule.finished)
+        return self.schedule.take(step), versions
+
     def move(self) -> None:
         """One thing happens, at random."""
         while self.schedule.wants_samples:
@@ -69,22 +78,24 @@ class World:
     oversample=st.sampled_from([1.0, 1.3, 2.0]),
     capacity=st.integers(1, 8),
     coming=st.booleans(),
+    losing=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_sample_is_trained_once_and_none_is_too_old(
-    sizes: list[int], staleness: int, oversample: float, capacity: int, coming: bool, seed: int
+    sizes: list[int], staleness: int, oversample: float, capacity: int, coming: bool, losing: float, seed: int
 ) -> None:
     schedule = RolloutSchedule(len(sizes), staleness, oversample)
     world = World(schedule, sizes, seed, capacity, coming)
     trained: list[int] = []
     for step, size in enumerate(sizes, start=1):
-        for _ in range(100_000):
-            if schedule.complete(step):
-                break
-            world.move()
-        versions = dict(schedule.finished)
-        chosen = schedule.take(step)
+        chosen, versions = world.take(step)
+        while world.random.random() < losing:  # some answers prove to be lost, of this step and of later ones
+            for _ in range(world.random.randint(0, 20)):
+                world.move()
+            schedule.give_back()
+            schedule.lose(world.random.sample(list(schedule.finished), min(3, len(schedule.finished))))
+            chosen, versions = world.take(step)
         assert len(chosen) == size
         assert all(0 <= step - 1 - versions[sample] <= staleness for sample in chosen)
         trained += chosen
@@ -157,6 +168,21 @@ def test_a_lost_generators_samples_go_first_to_another() -> None:
     schedule.finish("b", [2, 3], [0, 0])
     assert schedule.leave("a") == [0, 1]
     assert schedule.hand_out("b") == [0, 1]
+
+
+def test_a_lost_answer_is_given_again_before_its_step_is_trained() -> None:
+    schedule = RolloutSchedule(steps=2)
+    schedule.join("a", 4)
+    schedule.draw([0, 1, 2])
+    schedule.hand_out("a")
+    schedule.finish("a", [0, 1, 2], [0, 0, 0])
+    assert schedule.take(1) == [0, 1, 2]
+    schedule.give_back()
+    schedule.lose([1])
+    assert not schedule.complete(1) and schedule.hand_out("a") == [1]
+    schedule.finish("a", [1], [0])
+    assert schedule.take(1) == [0, 2, 1] and schedule.repeated == 1
+    assert schedule.state_dict()["pending"] == []
 
 
 def test_prompts_are_shared_out_evenly() -> None:
