@@ -26,7 +26,7 @@ train: setup  ## the whole pipeline on the small world, with a report at the end
 test: lint  ## lint, then all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-chaos: setup  ## a run on three local nodes under 30 random kills of all its processes (10 to 20 minutes on 2 cores)
+chaos: setup  ## a run on three local nodes under 31 kills of all its processes (10 to 20 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 lint: setup  ## ruff, mypy and the rule that imports run one way
