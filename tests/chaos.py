@@ -165,7 +165,7 @@ class Chaos:
         gone = not all(psutil.pid_exists(pid) for pid in self.processes.values())
         if gone or time.monotonic() > self.looked_up + 10:
             self.processes, self.looked_up = self.alive(), time.monotonic()
-        return [pid for name, pid in sorted(self.processes.items()) if re.split(r"[-.]\d|-new", name)[0] in roles]
+        return [pid for name, pid in sorted(self.processes.items()) if role_of(name) in roles]
 
     def catch(self, kill: Kill) -> int | None:
         """A process of that role at that moment; None where there is none before patience is at an end."""
@@ -245,6 +245,11 @@ class Chaos:
             deck.pop()
         assert self.driver.returncode == 0, f"the run ended with {self.driver.returncode}"
         assert self.killed.total() == kills, f"the run was over after {self.killed.total()} kills"
+
+
+def role_of(name: str) -> str:
+    """The role of a process: policy of policy-1 and of policy-1.9f0c, which has taken its place."""
+    return re.split(r"-\d|-new|\.", name)[0]
 
 
 def doing(pid: int) -> str:

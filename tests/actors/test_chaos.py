@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tests.chaos import Kill, check, run_chaos, write_config
+from tests.chaos import Kill, check, role_of, run_chaos, write_config
 from tests.tiny_ppo import build_workspace, write_stage
 
 STEPS = 16
@@ -31,6 +31,20 @@ def build_talkative(folder: Path) -> Path:
     lines = (world / "prompts" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:32]
     (world / "prompts" / "few.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def test_the_role_of_a_process_is_known_when_it_was_started_anew() -> None:
+    names = [
+        "policy-0",
+        "policy-1.9f0c",
+        "reward",
+        "cost-harm.f0a1",
+        "critic-reward",
+        "rollout-new-3",
+        "experience.0abc",
+    ]
+    roles = ["policy", "policy", "reward", "cost-harm", "critic-reward", "rollout", "experience"]
+    assert [role_of(name) for name in names] == roles
 
 
 @pytest.mark.timeout(1200)
