@@ -42,6 +42,7 @@ from actors.waits import (
     fetch,
 )
 from beaver_ray.errors import UserError, cause, first_line
+from beaver_ray.models.checkpoint_names import checkpoint_names
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.weights import Bucket, PublishedWeights, verify
 
@@ -176,7 +177,6 @@ class VllmGenerator:
         self._eos = spec.end_tokens()
         self._seeded = not torch.cuda.is_available() if spec.per_sample_seeds is None else spec.per_sample_seeds
         self._engine = self._start()
-        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         if weights is not None:
             self.update_weights(weights)
 
@@ -272,7 +272,11 @@ class VllmGenerator:
         cleanup_dist_env_and_memory()
 
     def _start(self) -> Any:
-        return start_engine(self.spec, self._seeded)
+        # Before vLLM starts: it changes some of transformers' classes for its own use.
+        names = checkpoint_names(self.spec.model, self.spec.trust_remote_code)
+        engine = start_engine(self.spec, self._seeded)
+        engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": names}})
+        return engine
 
     def _check_usable(self) -> None:
         if self._broken:

@@ -28,9 +28,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from beaver_ray.models.checkpoint_names import CheckpointNames
 from beaver_ray.models.lora import merged
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, flat_tensor, views
 
@@ -41,7 +43,9 @@ Sample = tuple[torch.Size, torch.dtype, int]  # shape, dtype and digest of a ten
 
 @dataclass
 class PackedInitInfo(WeightTransferInitInfo):
-    """Nothing: every bucket comes with its bytes."""
+    """Every bucket comes with its bytes; what they hold is by the names of the model in memory."""
+
+    names: CheckpointNames
 
 
 @dataclass
@@ -66,8 +70,10 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.expected: set[str] = set()
-        self.untied: set[str] = set()
+        self.names = CheckpointNames((), None, {})
+        self.expected: list[set[str]] = []
+        leave_others_alone(model)
+        self.has_head = any(isinstance(module, ParallelLMHead) for module in model.modules())
         self.loaded: set[str] | None = set()
         self.sampled: dict[str, Sample] = {}
         self.comparable: set[str] | None = None  # names of parameters that are held as they come; known after the first
@@ -77,15 +83,16 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         self.version = 0
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
-        """Nothing to agree on."""
+        """Learn how the model's tensors are called in files."""
+        self.names = init_info.names
 
     def start_weight_update(self) -> None:
         # On CPU vLLM packs a tied head into memory of its own, so that it needs weights too and stays as it
         # was without them; elsewhere it is the embedding's own parameter.
-        tied_apart = self.device.type == "cpu"
-        self.expected = {name for name, _ in self.model.named_parameters(remove_duplicate=not tied_apart)}
+        self.expected = parameter_names(self.model, tied_apart=self.device.type == "cpu")
         self.loaded, self.sampled = set(), {}
-        self.untied = {name for name, _ in self.model.named_parameters()}
+        if self.device.type == "cpu":
+            forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
@@ -101,7 +108,9 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         else:
             for _ in self._sampling(views(layout, bucket.index, flat_tensor(bucket.data))):
                 continue
-            self._load(views(layout, bucket.index, flat))
+            # A few models of vLLM have no module for a head that is tied, and refuse its weights.
+            kept = ((n, t) for n, t in views(layout, bucket.index, flat) if self.has_head or n not in self.names.tied)
+            self._load(self.names.in_files(kept).items())
 
     def _sampling(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """``weights`` as they are, with the digests of those taken down that are compared after the update.
@@ -132,10 +141,18 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         assert self.adapter_info is not None
         base = get_model_loader(self.load_config).get_all_weights(self.model_config, self.model)  # type: ignore[attr-defined]
         dtype = cast("torch.dtype", self.model_config.dtype)
-        self._load(self._sampling(merged(base, self.adapter, self.adapter_info, dtype)))
+        adapter = self.names.adapter_in_files(self.adapter)
+        self._load(self._sampling(merged(self._with_head(base), adapter, self.adapter_info, dtype)))
         self.adapter = {}
-        # A tied head is neither in the folder nor the adapter's: where it has memory of its own, it stays as it was.
-        self.expected = self.untied
+
+    def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """A folder's weights, and a tied head, which files leave out, where vLLM has a module for it."""
+        tied = self.names.tied_in_files() if self.has_head else {}
+        for name, tensor in weights:
+            if name not in tied.values():
+                yield name, tensor
+            if name in tied:
+                yield tied[name], tensor
 
     def finish_weight_update(self) -> None:
         if self.adapter:
@@ -143,7 +160,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         finalize_layerwise_reload(self.model, self.model_config)
         # vLLM's own loader makes the same check, and leaves it out for quantized models as well.
         if self.loaded is not None and self.model_config.quantization is None:
-            missing = sorted(self.expected - self.loaded)
+            missing = sorted(min(names) for names in self.expected if not names & self.loaded)
             if missing:
                 raise RuntimeError(
                     f"a weight update left {len(missing)} parameters of the generator's model as they were: "
@@ -172,6 +189,42 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Abstract in vLLM 0.26; unused, since the trainer publishes to an object store."""
         raise NotImplementedError("the trainer publishes packed weights and sends none")
+
+
+def parameter_names(model: torch.nn.Module, tied_apart: bool) -> list[set[str]]:
+    """The names of each parameter: it has several where its module is in several places (a gate inside its experts).
+
+    ``tied_apart``: one that two modules share counts for each of them.
+    """
+    found: dict[Any, set[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            key = (id(module), name.rpartition(".")[2]) if tied_apart else id(parameter)
+            found.setdefault(key, set()).add(name)
+    return list(found.values())
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Let vLLM pack the experts of mixtures anew when their weights come.
+
+    On a CPU it packs them where it makes their kernel, and later on copies what is not packed to where the packed
+    experts lie (0.32), without a word.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def leave_others_alone(model: torch.nn.Module) -> None:
+    """Let transformers' models in this process go on.
+
+    Where vLLM runs a model by transformers' own code (GPT-NeoX, OLMo 2) it puts a call of its own into that class,
+    which fails on every instance that vLLM did not make.
+    """
+    for module in model.modules():
+        if "do_not_compile" in vars(module):
+            cast("Any", type(module)).do_not_compile = True
 
 
 def sample_names(comparable: set[str], version: int) -> set[str]:

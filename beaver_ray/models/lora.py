@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beaver_ray.errors import UserError
 from beaver_ray.weights import AdapterInfo
@@ -27,17 +27,22 @@ PREFIX = "base_model.model."
 def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> PeftModel:
     """Wrap a model so that only an adapter of all its linear layers but the head is trained.
 
-    The adapter has the model's dtype and the same initial weights for the same seed. Raises UserError for a model
-    whose layers keep their matrices transposed (GPT-2's).
+    Experts that lie together in one tensor and routers are no linear layers and stay as they are. The adapter has the
+    model's dtype and the same initial weights for the same seed. Raises UserError for a model whose layers keep their
+    matrices transposed (GPT-2's).
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    head = model.get_output_embeddings()
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise UserError(f"no LoRA for a model of type {model.config.model_type}; set models.lora_rank to 0")
     torch.manual_seed(seed)
-    # peft's type says int, its arithmetic is a float's.
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    # Layers by their whole names: by kind peft would wrap experts and routers too, some families' twice. Its type says
+    # int for alpha, its arithmetic is a float's.
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
 
 

@@ -65,7 +65,9 @@ class IpcGenerator(VllmGenerator):
     def _start(self) -> Any:
         from vllm.config import WeightTransferConfig
 
-        return start_engine(self.spec, self._seeded, weight_transfer_config=WeightTransferConfig(backend="ipc"))
+        engine = start_engine(self.spec, self._seeded, weight_transfer_config=WeightTransferConfig(backend="ipc"))
+        engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        return engine
 
     def load(self, update: dict[str, Any]) -> float:
         """Seconds of one update."""

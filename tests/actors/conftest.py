@@ -74,14 +74,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Pat
     return folder
 
 
-def make_prompts(count: int, first_id: int = 0, seed: int = 0, lengths: tuple[int, int] = (1, 40)) -> pa.RecordBatch:
+def make_prompts(
+    count: int, first_id: int = 0, seed: int = 0, lengths: tuple[int, int] = (1, 40), vocabulary: int = VOCABULARY
+) -> pa.RecordBatch:
     """Ragged random prompts; sample_id counts from `first_id`, prompt_id is sample_id + 10,000."""
     rng = np.random.default_rng(seed)
     rows = [
         {
             "sample_id": first_id + i,
             "prompt_id": first_id + i + 10_000,
-            "prompt_tokens": rng.integers(3, VOCABULARY, rng.integers(*lengths)).tolist(),
+            "prompt_tokens": rng.integers(3, vocabulary, rng.integers(*lengths)).tolist(),
         }
         for i in range(count)
     ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from beaver_ray.models.attention import KERNEL, borders, use_packed_attention
 from beaver_ray.packing import pack
@@ -91,3 +101,37 @@ def test_borders_are_the_sequences() -> None:
     positions = torch.cat([torch.arange(n) for n in (5, 3, 1, 4)])[None]
     starts, longest = borders(positions)
     assert starts.tolist() == [0, 5, 8, 9, 13] and starts.dtype == torch.int32 and longest == 5
+
+
+def test_capped_attention_is_not_left_uncapped() -> None:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    config = Gemma2Config(**SHAPE, **heads, attn_logit_softcapping=1.0, initializer_range=0.3)
+    model = Gemma2ForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.arange(1, 24)[None]
+    expected = model(ids).logits
+    model.set_attn_implementation("sdpa")
+    assert (model(ids).logits - expected).abs().max() > 0.01, "PyTorch's SDPA has no cap"
+    assert not use_packed_attention(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_model_that_masks_without_positions_is_given_a_mask() -> None:
+    torch.manual_seed(0)
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
+    model = OPTForCausalLM(OPTConfig(**shape, **heads, init_std=0.3)).eval()
+    sequences = [np.arange(4, 13), np.arange(20, 22), np.arange(30, 41)]
+    alone = torch.cat([model(torch.from_numpy(s)[None]).logits[0] for s in sequences])
+    row = pack(sequences)
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
+    assert (model(**inputs).logits[0] - alone).abs().max() > 0.1
+    assert not use_packed_attention(model)
+    torch.testing.assert_close(model(**inputs).logits[0], alone, atol=1e-4, rtol=1e-4)
+    # Padded batches and generation bring a mask or a cache of their own.
+    padded = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]])
+    generated = model.generate(padded, attention_mask=padded.clamp(max=1), max_new_tokens=5, do_sample=False)
+    for row_ids, start in ((generated[0], 2), (generated[1], 0)):
+        for end in range(5, 10):
+            assert row_ids[end] == model(row_ids[None, start:end]).logits[0, -1].argmax()
