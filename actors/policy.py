@@ -29,6 +29,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
 from beaver_ray.method.advantages import combine_advantages, normalize
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
+from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
@@ -184,7 +185,7 @@ class PolicyTrainer(TrainingRank):
             base = ((base_name(name), state.pop(name)) for name in list(state) if not is_adapter(name))
             state = dict(merged(base, {adapter_name(n): t for n, t in adapter.items()}, self.adapter))
             model = model.get_base_model()
-        model.save_pretrained(Path(folder), state_dict=state)
+        model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         self.tokenizer.save_pretrained(folder)
 
     def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:

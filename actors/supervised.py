@@ -31,6 +31,7 @@ from beaver_ray.method.losses import (
     reward_model_loss,
     token_wise_reward_model_loss,
 )
+from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.score import load_score_model, save_score_model
@@ -119,7 +120,7 @@ class SupervisedTrainer(TrainingRank):
             return
         model: Any = self.engine.module
         if self.config.stage == "sft":
-            model.save_pretrained(Path(folder), state_dict=state)
+            model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         else:
             save_score_model(model, state, Path(folder))
         self.tokenizer.save_pretrained(folder)

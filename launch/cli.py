@@ -122,7 +122,7 @@ def bench(
         typer.Option(metavar="1M|10M|0.5B|7B", help="scoring, raw-vllm, step: random model of this size."),
     ] = None,
 ) -> None:
-    """Measure the system: experience, weights, rollouts, scoring, raw-vllm, iteration, step, simulate."""
+    """Measure the system: experience, weights, rollouts, scoring, raw-vllm, iteration, step, families, simulate."""
     from launch.bench.registry import Options, run
 
     if size not in ("small", "full"):

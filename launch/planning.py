@@ -31,6 +31,7 @@ from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.remote import is_remote
 from beaver_ray.signals import critics, scorers
+from launch.compatibility import architecture_problem
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,6 +171,8 @@ def plan(config: StageConfig, resources: Resources | None = None) -> Plan:
     roles = [_role_plan(config, role, name, model, models, resources) for role, name, model in _roles(config)]
     made = Plan(roles, resources)
     problems = [*_length_problems(config, models), *_rank_problems(config, roles), *_room_problems(made)]
+    if impossible := architecture_problem(config):
+        problems.insert(0, impossible)
     return Plan(roles, resources, problems)
 
 

@@ -77,6 +77,13 @@ def checkpoint_names(folder: str, trust_remote_code: bool = False) -> Checkpoint
     return names
 
 
+def without_repeats(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's whole state without the tensors that only repeat another one, as files have it: with a head that is
+    tied some models of vLLM (Gemma 2) refuse a folder.
+    """
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+
+
 def model_skeleton(folder: str, trust_remote_code: bool = False) -> Any:
     """The language model of ``folder`` without weights; UserError where its configuration cannot be read."""
     try:

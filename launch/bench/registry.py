@@ -25,6 +25,7 @@ BENCHMARKS = {
     "sync": "new weights into a real generator: ways, GB/s, and whether log-probs agree",
     "iteration": "a whole Safe PPO iteration against the published loop",
     "step": "shares of a step's phases, tokens/s, training against a matrix product",
+    "families": "tiny models of every family from SFT to Safe PPO, on Ray and in debug mode",
     "simulate": "the scheduler alone, with engines that sleep",
 }
 """Name and what is measured; the module is the name with _ for -."""
