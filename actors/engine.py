@@ -70,7 +70,11 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
 
 class TrainingEngine:
-    """A model, its optimizer and the ranks that hold them."""
+    """A model, its optimizer and the ranks that hold them.
+
+    dropout: steps are taken with the dropout that the model's configuration asks for. Without, a forward of a step
+    computes what one in evaluation mode does.
+    """
 
     def __init__(
         self,
@@ -80,12 +84,15 @@ class TrainingEngine:
         engine: EngineConfig,
         total_steps: int,
         max_grad_norm: float = MAX_GRAD_NORM,
+        dropout: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.dropout = name, dropout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.optimizer_config, self.total_steps, self.steps_done = optimizer, total_steps, 0
         if engine.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if not dropout:
+            _clear_rates(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": optimizer.weight_decay},
@@ -114,7 +121,7 @@ class TrainingEngine:
         Returns the figures of all ranks together: ``loss``, the sums, the maxima, ``grad_norm``, ``learning_rate``.
         Raises NotFiniteError, and changes no weight on any rank, where the loss or its gradient is not finite.
         """
-        self.engine.train()
+        self._enter_training()
         terms: list[LossTerms] = []
         for index, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
@@ -142,6 +149,13 @@ class TrainingEngine:
             )
         self.steps_done += 1
         return {**figures, "grad_norm": norm, "learning_rate": rate}
+
+    def _enter_training(self) -> None:
+        self.engine.train()
+        if not self.dropout:
+            # All randomness asks for this flag: dropout, left-out layers, noise of routers. So does recomputing.
+            for module in self.module.modules():
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
 
     def full_state(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model whose name is ``wanted``, by its state_dict name; tied ones under each name.
@@ -275,6 +289,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _clear_rates(model: nn.Module) -> None:
+    """No dropout either in modules that have to be in training mode because they recompute their activations."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
 def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": zero_stage}
     if engine.offload != "none":
@@ -288,6 +310,9 @@ def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: floa
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": engine.dtype == "bfloat16"},
+        # In bfloat16 a sum of gradients, of micro-batches or of ranks, stands still at 256 times the next one.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -80,7 +80,9 @@ class SupervisedTrainer(TrainingRank):
         else:
             heads: Any = HEADS[config.stage]
             model = load_score_model(config.model, heads[0], dtype, config.trust_remote_code, heads)
-        self.engine = TrainingEngine(model, config.stage, config.optimizer, config.engine, self.steps)
+        self.engine = TrainingEngine(
+            model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
+        )
 
     def describe(self) -> tuple[int, list[str]]:
         """Optimizer steps in all, and what became of the data in one line each."""

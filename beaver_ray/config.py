@@ -296,6 +296,7 @@ class SupervisedConfig(RunConfig):
     template: Literal["auto", "chat", "beaver"] = _option("How a prompt is written for the model.", "auto")
     loss: Literal["sequence", "token"] = _option("Rewards: compare end scores, or every token's.", "sequence")
     regularization: float = _option("Weight of the mean squared score.", 0.001, ge=0)
+    dropout: bool = _option("Train with the dropout of the model's configuration; PPO always does without.", True)
     trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
     optimizer: OptimizerConfig = _option("Optimizer.", default_factory=OptimizerConfig)
     engine: EngineConfig = _option("Training engine.", default_factory=EngineConfig)

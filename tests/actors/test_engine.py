@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from actors.engine import LossTerms, TrainingEngine, learning_rate
 from beaver_ray.config import EngineConfig, OptimizerConfig
@@ -205,6 +205,27 @@ def test_bfloat16_loses_no_small_update_on_two_ranks(two_ranks: Ranks) -> None:
         np.testing.assert_allclose(weight, 0.99, atol=0.002)
 
 
+def gradient_of_many(rank: int, zero_stage: int, parts: int) -> float:
+    """Norm of the mean of 1,024 rows, cut into so many micro-batches over all ranks."""
+    rows = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1.5, (1024, 8))).to(torch.bfloat16)
+    model = nn.Linear(8, 1, bias=False, dtype=torch.bfloat16)
+    config = EngineConfig(dtype="bfloat16", zero_stage=zero_stage)  # type: ignore[arg-type]
+    engine = TrainingEngine(model, "test", RATE, config, STEPS, max_grad_norm=1e6)
+    mine = rows.chunk(parts)[rank :: engine.world]
+    return engine.step(mine, lambda part: LossTerms(engine.engine(part).float().sum() / len(rows)))["grad_norm"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bfloat16_gradients_of_many_micro_batches_are_those_of_one_batch(
+    one_rank: None, two_ranks: Ranks, zero_stage: int
+) -> None:
+    rows = np.random.default_rng(0).uniform(0.5, 1.5, (1024, 8))
+    norm = float(np.linalg.norm(rows.mean(axis=0)))
+    found = [gradient_of_many(0, zero_stage, parts) for parts in (1, 1024)]
+    found += two_ranks.run(gradient_of_many, zero_stage, 1024)
+    assert found == pytest.approx([norm] * 4, rel=4e-3)  # two neighbouring bfloat16 numbers
+
+
 def step_into_nan(rank: int, zero_stage: int, nan_rank: int) -> str:
     """One good step, then one whose second micro-batch is NaN on ``nan_rank`` only."""
     config = EngineConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
@@ -353,3 +374,33 @@ def test_learning_rate_by_hand() -> None:
     assert rates("linear", 1.0, 3) == pytest.approx([0.3, 0.6, 0.9])
     config = OptimizerConfig(learning_rate=1.2, schedule="cosine", warmup_fraction=0.0)
     assert learning_rate(config, 9, 3) == pytest.approx(0.0)
+
+
+def with_dropout(family: str) -> nn.Module:
+    """A model of a family that leaves out activations, in OPT also whole layers, wherever it can."""
+    torch.manual_seed(0)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "opt":
+        sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64}
+        return OPTForCausalLM(OPTConfig(**sizes, dropout=0.3, attention_dropout=0.3, layerdrop=0.5))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=192, attention_dropout=0.5))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_step_without_dropout_computes_what_an_evaluation_does(one_rank: None, family: str, recomputed: bool) -> None:
+    def losses_of(dropout: bool) -> tuple[float, float]:
+        model, rows = with_dropout(family), sequences(0)
+        with torch.no_grad():
+            expected = float(negative_logprobs(model.eval(), rows))
+        config = EngineConfig(gradient_checkpointing=recomputed)
+        engine = TrainingEngine(model, "test", RATE, config, STEPS, dropout=dropout)
+        figures = engine.step([0], lambda _: LossTerms(negative_logprobs(engine.engine, rows)))
+        return figures["loss"], expected
+
+    without, expected = losses_of(dropout=False)
+    assert without == pytest.approx(expected, rel=1e-6)
+    dropped, expected = losses_of(dropout=True)
+    assert abs(dropped - expected) > 1e-4 * expected, "the test is of a model with dropout"
