@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,7 @@ class Critic(TrainingRank):
         """
         rows = SequenceRows(batch)
         figures: list[dict[str, float]] = []
+        skipped = 0
         for epoch in range(self.config.ppo.epochs):
             seeds = (self.config.seed, step, epoch)
             for minibatch in minibatches(batch.num_rows, self.config.ppo.minibatches, seeds):
@@ -74,9 +74,10 @@ class Critic(TrainingRank):
                 tokens = int(rows.response_lengths[minibatch].sum())
                 total = len(minibatch) if reduction == "sequence" else tokens
                 micro_batches = self._micro_batches(rows, minibatch)
-                with suppress(NotFiniteError):  # which is counted, and said by the driver
+                try:
                     figures.append(self.engine.step(micro_batches, partial(self._loss, rows, total)))
-        skipped = self.config.ppo.epochs * self.config.ppo.minibatches - len(figures)
+                except NotFiniteError:
+                    skipped += 1  # and the driver says so
         metrics = {f"critic/{signal}/skipped_updates": float(skipped) for signal in self.signals}
         if not figures:
             return metrics

@@ -97,7 +97,10 @@ def token_column(batch: pa.RecordBatch, name: str, parts: list[tuple[list[int], 
 
 
 def minibatches(rows: int, count: int, seeds: tuple[int, ...]) -> list[np.ndarray]:
-    """``count`` equal parts of all rows, shuffled by ``seeds``; a single part is left in its order."""
+    """``count`` equal parts of all rows, shuffled by ``seeds``; a single part is left in its order.
+
+    Of fewer rows there are as many parts as rows.
+    """
     if count == 1:
         return [np.arange(rows)]
-    return np.array_split(np.random.default_rng(seeds).permutation(rows), count)
+    return np.array_split(np.random.default_rng(seeds).permutation(rows), min(rows, count))

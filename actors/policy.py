@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,13 @@ class PolicyTrainer(TrainingRank):
             advantages_T = normalize(advantages_T)
         rows = SequenceRows(batch)
         figures: list[dict[str, float]] = []
+        skipped = 0
         for epoch in range(ppo.epochs):
             for minibatch in minibatches(batch.num_rows, ppo.minibatches, (self.config.seed, step, epoch)):
-                with suppress(NotFiniteError):  # which is counted, and said by the driver
+                try:
                     figures.append(self._step(rows, minibatch, advantages_T))
-        skipped = ppo.epochs * ppo.minibatches - len(figures)
+                except NotFiniteError:
+                    skipped += 1  # and the driver says so
         metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
         if figures:
             metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)

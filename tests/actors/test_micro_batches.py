@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.micro_batches import SequenceRows, token_column
+from actors.micro_batches import SequenceRows, minibatches, token_column
 from actors.scorer import Reference
 from beaver_ray import experience
 from beaver_ray.models.loading import load_policy
@@ -78,6 +78,13 @@ def test_columns_and_targets_stay_with_their_tokens() -> None:
     assert column.column("sample_id").to_pylist() == [105, 102, 107]
     assert column.column("values/harm").to_pylist() == [numbers[5], numbers[2], numbers[7]]
     assert token_column(batch, "values/harm", []).num_rows == 0
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 4), (3, 4), (4, 4), (5, 4), (3, 1)])
+def test_no_minibatch_is_empty(rows: int, count: int) -> None:
+    parts = minibatches(rows, count, (7, 1, 0))
+    assert len(parts) == min(rows, count) and all(len(part) for part in parts)
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(rows))
 
 
 @pytest.mark.parametrize(("count", "world"), [(17, 1), (17, 2), (17, 3), (1, 3), (2, 5)])
