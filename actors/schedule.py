@@ -49,6 +49,7 @@ class RolloutSchedule:
         self._started = 0
         self._flying: Counter[int] = Counter()
         self._taken: dict[int, int] = {}  # samples of the last step that was taken, with their version
+        self._leaving: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands after a step: what `load_state_dict` goes on from, as plain values.
@@ -103,14 +104,17 @@ class RolloutSchedule:
     def join(self, generator: str, capacity: int) -> None:
         """A generator takes part from now on."""
         self.generators[generator] = GeneratorState(capacity)
+        self._leaving.discard(generator)
 
     def retire(self, generator: str) -> None:
         """A generator gets no more samples; those in flight are to be aborted."""
         self.generators[generator].leaving = True
+        self._leaving.add(generator)
 
     def leave(self, generator: str) -> list[int]:
         """A generator is gone; its samples, which are returned, wait again in front of all others."""
         state = self.generators.pop(generator)
+        self._leaving.discard(generator)
         self._flying -= Counter(state.in_flight.values())
         lost = list(state.in_flight)
         self._repeat(lost)
@@ -123,7 +127,7 @@ class RolloutSchedule:
         if state.leaving or not waiting:
             return []
         # An even share: no generator hoards prompts while another has none.
-        share = -(-(waiting + self._flying.total()) // len(self.generators))
+        share = -(-(waiting + self._flying.total()) // (len(self.generators) - len(self._leaving)))
         count = max(0, min(waiting, min(state.capacity, share) - len(state.in_flight)))
         samples = [self._again.popleft() for _ in range(min(count, len(self._again)))]
         fresh = [self._fresh.popleft() for _ in range(count - len(samples))]

@@ -193,6 +193,15 @@ def test_prompts_are_shared_out_evenly() -> None:
     assert [len(schedule.hand_out(name)) for name in "abc"] == [4, 4, 2]
 
 
+def test_who_leaves_has_no_share() -> None:
+    schedule = RolloutSchedule(steps=1)
+    for name in "abc":
+        schedule.join(name, 100)
+    schedule.draw(range(10))
+    schedule.retire("b")
+    assert [len(schedule.hand_out(name)) for name in "abc"] == [5, 0, 5]
+
+
 def test_a_sample_under_older_weights_than_promised_is_a_bug() -> None:
     schedule = RolloutSchedule(steps=2)
     schedule.join("a", 2)
