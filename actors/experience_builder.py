@@ -11,8 +11,12 @@ import pyarrow.parquet as pq
 
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
+from beaver_ray.errors import UserError
 from beaver_ray.method.advantages import COST, REWARD, Sign, explained_variance, gae, shape_rewards
 from beaver_ray.method.losses import LOG_RATIO_BOUND
+from beaver_ray.signals import critics, scorers
+
+NAMED = 5  # samples, of those that cannot be used, that a remark names
 
 
 class ExperienceBuilder:
@@ -27,37 +31,40 @@ class ExperienceBuilder:
         """The ``wanted`` samples of each chunk of finished sequences in one batch, by sample id."""
         return experience.concat(experience.select(c, ids) for c, ids in zip(chunks, wanted, strict=True))
 
-    def assemble(
-        self, wanted: list[list[int]], sequences: pa.RecordBatch, *scores: pa.RecordBatch
-    ) -> tuple[dict[str, Any], pa.RecordBatch]:
-        """The gathered ``sequences`` with their ``scores``: as many batches for each chunk, of which ``wanted`` count.
-
-        Returns the means of reward and costs, and the batch, by sample id.
+    def assemble(self, wanted: list[list[int]], sequences: pa.RecordBatch, *scores: pa.RecordBatch) -> pa.RecordBatch:
+        """The gathered ``sequences`` with their ``scores``, by sample id: as many batches for each chunk, of which
+        ``wanted`` count.
         """
         size = len(scores) // len(wanted)
         chunks = [experience.join(*scores[i : i + size]) for i in range(0, len(scores), size)]
-        batch = experience.join(sequences, self.gather(wanted, *chunks))
-        lengths = experience.lengths(batch, "response_tokens")
-        stats: dict[str, Any] = {
-            "samples": batch.num_rows,
-            "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
-            "reward/mean": float(experience.scalars(batch, "reward").mean()),
-            "rollout/response_tokens": float(lengths.mean()),
-            "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
-            "rollout/weight_version_mean": float(experience.flat(batch, "token_versions").mean()),
-            "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
-        }
-        for name, threshold in self.unsafe_above.items():
-            costs = experience.scalars(batch, f"cost/{name}")
-            stats[f"cost/{name}/mean"] = float(costs.mean())
-            stats[f"cost/{name}/violation_rate"] = float((costs > threshold).mean())
-        return stats, batch
+        return experience.join(sequences, self.gather(wanted, *chunks))
+
+    def usable(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[str]]:
+        """The rows whose numbers are all finite, and a line on each column that has others: of whom, and by whom.
+
+        Raises UserError where none is left.
+        """
+        bad = np.zeros(batch.num_rows, dtype=bool)
+        remarks = []
+        for name in batch.schema.names:
+            if name in ("reward", "rollout_logprobs", "reference_logprobs", "logprobs") or "/" in name:
+                here = experience.not_finite(batch, name)
+                bad |= here
+                if here.any():
+                    remarks.append(self._remark(batch, name, here))
+        if bad.all():
+            raise UserError(
+                f"no sample of the step can be trained on: {remarks[0]}. Mend that model, or where it was trained here "
+                f"lower its learning rate, and go on from a checkpoint with resume=true"
+            )
+        return batch.filter(pa.array(~bad)) if remarks else batch, remarks
 
     def advantages(
         self, groups: list[int], batch: pa.RecordBatch, *parts: pa.RecordBatch
-    ) -> tuple[tuple[dict[str, float], dict[str, list[float]]], pa.RecordBatch]:
+    ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
         """(figures, costs of every episode), and the batch with values, log-probs, advantages and returns.
 
+        Samples of which any number is not finite are left out; ``unusable`` of the figures says which, and why.
         Where experience may be stale the costs carry truncated importance weights, normalised to a mean of 1: their
         mean is then the cost of the policy as it is now (self-normalised importance sampling).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.
@@ -67,7 +74,8 @@ class ExperienceBuilder:
             experience.concat(p for p in parts[end - size : end] if p.num_rows)
             for size, end in zip(groups, ends, strict=True)
         ]
-        batch = experience.join(batch, *wholes)
+        drawn = batch.num_rows
+        batch, unusable = self.usable(experience.join(batch, *wholes))
         ppo = self.config.ppo
         lengths = experience.lengths(batch, "response_tokens")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -75,7 +83,9 @@ class ExperienceBuilder:
         trained = "logprobs" in batch.schema.names
         policy = experience.flat(batch, "logprobs").astype(np.float64) if trained else rollout
         kl = policy - experience.flat(batch, "reference_logprobs")
-        stats = {
+        stats = self._figures(batch) | {
+            "unusable": unusable,
+            "rollout/unusable_samples": float(drawn - batch.num_rows),
             "kl/reference": float(kl.sum() / batch.num_rows),
             "kl/rollout_train": float((rollout - policy).mean()),
             "kl/rollout_train_max": float(np.abs(rollout - policy).max()),
@@ -102,6 +112,47 @@ class ExperienceBuilder:
         """The step's experience as a Parquet file."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_batches([batch]), path)
+
+    def _figures(self, batch: pa.RecordBatch) -> dict[str, Any]:
+        """Sizes, the means of reward and costs, and what is known of the answers' making."""
+        lengths = experience.lengths(batch, "response_tokens")
+        stats: dict[str, Any] = {
+            "samples": batch.num_rows,
+            "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
+            "reward/mean": float(experience.scalars(batch, "reward").mean()),
+            "rollout/response_tokens": float(lengths.mean()),
+            "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
+            "rollout/weight_version_mean": float(experience.flat(batch, "token_versions").mean()),
+            "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
+        }
+        for name, threshold in self.unsafe_above.items():
+            costs = experience.scalars(batch, f"cost/{name}")
+            stats[f"cost/{name}/mean"] = float(costs.mean())
+            stats[f"cost/{name}/violation_rate"] = float((costs > threshold).mean())
+        return stats
+
+    def _remark(self, batch: pa.RecordBatch, name: str, bad: np.ndarray) -> str:
+        """Which samples have no finite ``name``, and who gave it."""
+        rows = np.flatnonzero(bad)
+        ids, prompts = (experience.scalars(batch, column)[rows[:NAMED]] for column in ("sample_id", "prompt_id"))
+        named = ", ".join(f"{i} (prompt {p})" for i, p in zip(ids, prompts, strict=True))
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        values = batch.column(name)[int(rows[0])].as_py()
+        value = next(v for v in (values if isinstance(values, list) else [values]) if not np.isfinite(v))
+        count = f"{len(rows)} of {batch.num_rows} sample(s) have no finite {name}"
+        return f"{count} but {value}, from {self._source(name)}: sample {named}{more}"
+
+    def _source(self, name: str) -> str:
+        """Who computes a column, with its folder or address where it has one."""
+        config, kind, signal = self.config, *name.partition("/")[::2]
+        if kind in ("reward", "cost"):
+            scorer = next(plan for plan in scorers(config) if name in plan.columns)
+            return f"the scorer {scorer.name} ({scorer.model})"
+        if kind == "values":
+            critic = next(plan for plan in critics(config) if signal in plan.signals)
+            return f"the critic of {signal} (started from {critic.model})"
+        reference = f"the reference ({config.models.reference or config.models.policy})"
+        return {"reference_logprobs": reference, "logprobs": "the policy"}.get(name, "the rollout generator")
 
     def _signals(self, batch: pa.RecordBatch) -> list[tuple[str, np.ndarray, Sign]]:
         """(signal, score of each row, sign of its KL term) of every critic."""

@@ -18,6 +18,7 @@ from actors.tracing import Clock, StepTrace
 from actors.training_state import TrainingState
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
+from beaver_ray.method.divergence import PERSISTS
 
 
 def train_policy(
@@ -58,10 +59,17 @@ def train_step(
     limits = {c.name: c.bound for c in config.constraints}
     with clock("generate"):
         collected = rollouts.take(step)
+    state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     with clock("score"):
         stats, costs, experience = recovery.survive(lambda again: build_experience(config, roles, collected, again))
+    for line in stats["unusable"]:
+        run.note(f"step {step}: {line}; the step is trained without")
+    if stats["samples"] < config.ppo.minibatches:
+        fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
+        run.note(f"step {step} has {fewer}: each makes one optimizer step")
+    warming_up = step <= config.ppo.critic_warmup_steps
     for name, multiplier in state.multipliers.items():
-        multiplier.update(costs[name], limits[name])
+        multiplier.update(costs[name], limits[name], hold=warming_up)
     values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
     with clock("train"):
         figures = update(config, roles, experience, values, step)
@@ -81,9 +89,11 @@ def train_step(
 
 
 def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) -> None:
-    """Say what looks like divergence; where guard.action is stop, raise it as UserError after a checkpoint."""
-    step = recovery.state.step
-    complaints = [f"step {step}: {complaint}" for complaint in recovery.state.guard.observe(metrics)]
+    """Say what looks like divergence; raise it as UserError after a checkpoint where guard.action is stop, and where
+    numbers that are not finite do not end.
+    """
+    step, guard = recovery.state.step, recovery.state.guard
+    complaints = [f"step {step}: {complaint}" for complaint in guard.observe(metrics)]
     for complaint in complaints:
         recovery.run.note(complaint)
     if complaints and config.guard.action == "stop":
@@ -91,6 +101,12 @@ def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) 
         raise UserError(
             f"{complaints[0]}; stopped with a checkpoint (guard.action=stop). Change what is wrong and go on with "
             f"resume=true, or let it run with guard.action=warn"
+        )
+    if trouble := guard.lasting():
+        recovery.save()
+        raise UserError(
+            f"step {step}: {trouble} for {PERSISTS} steps in a row, as was said above; stopped with a checkpoint. "
+            f"Mend the model that is named there, or lower its learning rate, and go on with resume=true"
         )
 
 
@@ -140,13 +156,13 @@ def build_experience(
     if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
         parts.append(roles.policy.call("logprobs", sequences))
     scores = [column for chunk in collected.chunks for column in chunk.columns]
-    stats, batch = builder.call("assemble", wanted, sequences, *scores, returns=2)
+    batch = builder.call("assemble", wanted, sequences, *scores)
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
     computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
     needs = [[sequences], [*scores, *flat]]
-    figures, costs = roles.experience.wait(computed, "building experience", needs)
-    return roles.experience.wait(stats, "building experience", needs) | figures, costs, experience
+    stats, costs = roles.experience.wait(computed, "building experience", needs)
+    return stats, costs, experience
 
 
 def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ class PromptStream:
         self.next_id += len(ids)
         self.prompt_of.update(zip(samples.tolist(), ids.tolist(), strict=True))
         return self.rows(samples.tolist())
+
+    def forget(self, samples: Iterable[int]) -> None:
+        """These samples are being trained on, and will not be asked for again."""
+        for sample in samples:
+            del self.prompt_of[sample]
 
     def rows(self, samples: list[int]) -> pa.RecordBatch:
         """These samples' prompts."""
@@ -66,7 +72,7 @@ class TrainingState:
         self.elapsed = 0.0
         """Seconds of all steps so far, with their evaluations and checkpoints."""
         self.multipliers = {c.name: make_multiplier(c.multiplier) for c in constraints}
-        self.guard = DivergenceGuard(self.config.guard.kl)
+        self.guard = DivergenceGuard(self.config.guard.kl, self.multipliers)
         self.prompts = PromptStream(self.config, self.dataset)
         rollout = self.config.rollout
         self.schedule = RolloutSchedule(self.config.total_steps(0), rollout.staleness, rollout.oversample)

@@ -98,6 +98,15 @@ def truncated(batch: pa.RecordBatch) -> np.ndarray:
     return np.array([reason == "length" for reason in batch.column("finish_reason").to_pylist()], dtype=bool)
 
 
+def not_finite(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Rows in which a column of numbers, or of lists of them, has NaN or infinity, bool [N]."""
+    if not pa.types.is_list(batch.schema.field(name).type):
+        return ~np.isfinite(scalars(batch, name))
+    bad_T = ~np.isfinite(flat(batch, name))
+    rows_T = np.repeat(np.arange(batch.num_rows), lengths(batch, name))
+    return np.bincount(rows_T, weights=bad_T, minlength=batch.num_rows) > 0
+
+
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
     """Batches of one schema under one another, sorted by ``sample_id``.
 

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 WINDOW = 20
 """Steps in a row that a cost may be above its limit; steps whose mean rewards are compared."""
 SPREADS = 2.0
 """A reward has fallen when it is so many standard deviations of the first steps' rewards below their mean."""
+PERSISTS = 3
+"""Steps in a row with numbers that are not finite, after which a run should not go on."""
+KL_PER_TOKEN = 2.0
+"""Nats to the reference that no policy worth training has: each token e^2 times as likely as there."""
+MISMATCH_PER_TOKEN = 0.1
+"""Nats between generator and trainer under the same weights, which differ by rounding alone."""
+CUT = 0.95
+"""Share of cut answers from which on the policy does not end its answers, or must not."""
 
 
 class DivergenceGuard:
-    """Tells what is wrong, if anything; ``kl`` is the highest mean KL to the reference, None for no limit."""
+    """Tells what is wrong, if anything.
 
-    def __init__(self, kl: float | None) -> None:
-        self.kl = kl
+    kl: highest mean KL to the reference, None for no limit of the user's. bounded: the costs that are constraints.
+    """
+
+    def __init__(self, kl: float | None, bounded: Collection[str]) -> None:
+        self.kl, self.bounded = kl, bounded
+        self.not_finite: dict[str, int] = {}
+        self.implausible: dict[str, int] = {}
+        """Steps in a row of each such trouble that there is now; a resumed run counts anew."""
         self.above: dict[str, int] = {}
         """Steps in a row in which each cost was above its limit."""
         self.first: list[float] = []
@@ -25,10 +40,18 @@ class DivergenceGuard:
     def observe(self, metrics: dict[str, float]) -> list[str]:
         """The complaints about one step, of which ``metrics`` has the keys of metrics.jsonl."""
         found = []
+        broken = []
         for key, count in metrics.items():
             if key.endswith("/skipped_updates") and count:
                 name = key.removesuffix("/skipped_updates")
                 found.append(f"{count:g} update(s) of the {name} were not finite and were passed over")
+                broken.append(f"updates of the {name} were not finite")
+        if metrics.get("rollout/unusable_samples"):
+            broken.append("samples had numbers that are not finite")  # which were named when they came
+        self.not_finite = {trouble: self.not_finite.get(trouble, 0) + 1 for trouble in broken}
+        implausible = self._implausible(metrics)
+        self.implausible = {trouble: self.implausible.get(trouble, 0) + 1 for trouble in implausible}
+        found += [text for trouble, text in implausible.items() if self.implausible[trouble] % WINDOW == 1]
         kl = metrics["kl/reference"]
         if self.kl is not None and not kl <= self.kl:
             found.append(f"the KL to the reference is {kl:.4g}, above guard.kl {self.kl:g}")
@@ -36,13 +59,37 @@ class DivergenceGuard:
         found += self._reward(metrics["reward/mean"])
         return found
 
+    def lasting(self) -> str | None:
+        """What has not been finite for PERSISTS steps in a row, if anything."""
+        return next((trouble for trouble, steps in self.not_finite.items() if steps >= PERSISTS), None)
+
+    def _implausible(self, metrics: dict[str, float]) -> dict[str, str]:
+        """What cannot be right in any run, whatever its limits: each trouble, and what is said of it."""
+        found = {}
+        kl, tokens = metrics["kl/reference"], metrics.get("rollout/response_tokens", math.inf)
+        if abs(kl / tokens) > KL_PER_TOKEN:
+            found["kl"] = (
+                f"the KL to the reference is {kl:.4g} nats over {tokens:.4g} tokens an answer, which cannot be right: "
+                f"either they are other models (see models.reference), or the policy is broken (lower "
+                f"policy.learning_rate, or raise ppo.kl_coefficient)"
+            )
+        mismatch = metrics.get("kl/rollout_train", 0.0)
+        if metrics.get("rollout/staleness_max") == 0 and abs(mismatch) > MISMATCH_PER_TOKEN:
+            found["mismatch"] = (
+                f"generator and trainer differ by {mismatch:.4g} nats a token under the same weights, which cannot be "
+                f"right: the generator does not compute what the policy does"
+            )
+        if (cut := metrics.get("rollout/truncated_fraction", 0.0)) >= CUT:
+            found["cut"] = (
+                f"{cut:.0%} of the answers were cut before their end, at {tokens:.4g} tokens: raise "
+                f"rollout.max_new_tokens, or see whether the policy has learnt to end an answer"
+            )
+        return found
+
     def _costs(self, metrics: dict[str, float]) -> list[str]:
         found = []
-        for key, limit in metrics.items():
-            if not key.endswith("/limit"):
-                continue
-            name = key.removeprefix("cost/").removesuffix("/limit")
-            mean = metrics[f"cost/{name}/mean"]
+        for name in self.bounded:
+            mean, limit = metrics[f"cost/{name}/mean"], metrics[f"cost/{name}/limit"]
             self.above[name] = self.above.get(name, 0) + 1 if mean > limit else 0
             if self.above[name] and self.above[name] % WINDOW == 0:
                 found.append(f"the cost {name} ({mean:.4g}) is above its limit {limit:g} for {self.above[name]} steps")

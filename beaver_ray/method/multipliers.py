@@ -119,9 +119,10 @@ class Multiplier(ABC):
     def _observe(self, mean_cost: float, gap: float, delayed: bool) -> None:
         """Advance the state by one step of the rule; while `delayed`, without moving lambda."""
 
-    def update(self, costs: Costs, limit: float) -> float:
+    def update(self, costs: Costs, limit: float, hold: bool = False) -> float:
         """Take one step on raw episode costs, once per rollout and before the policy's; return lambda.
 
+        With `hold`, for steps in which the policy stands still, lambda does too, though the window fills.
         A sequence of costs goes through the window; a single number is taken as J_C itself. Raises ValueError
         where a cost or the limit is not finite, before anything changes.
         """
@@ -135,7 +136,7 @@ class Multiplier(ABC):
         else:
             self.window.extend(given)
             mean_cost = self.window.mean()
-        self._observe(mean_cost, mean_cost - limit, delayed=self.updates < self.delay_steps)
+        self._observe(mean_cost, mean_cost - limit, delayed=hold or self.updates < self.delay_steps)
         self.updates += 1
         return self.value
 

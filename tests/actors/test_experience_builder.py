@@ -13,6 +13,7 @@ import pytest
 
 from actors.experience_builder import ExperienceBuilder
 from beaver_ray import experience
+from beaver_ray.errors import UserError
 from beaver_ray.method.advantages import combine_advantages
 from tests.actors.support import ppo_config, random_sequences, with_columns
 
@@ -62,14 +63,19 @@ def test_assemble_joins_chunks_that_came_in_any_order(tiny_world: Path) -> None:
     scores = [only(batch, *names).take(pa.array(rows[::-1])) for rows in chunks for names in columns]
     builder = ExperienceBuilder(config_of(tiny_world))
     ids = [sorted(batch.column("sample_id").to_pylist()[row] for row in rows) for rows in chunks]
-    stats, whole = builder.assemble(ids, builder.gather(ids, *parts), *scores)
+    whole = builder.assemble(ids, builder.gather(ids, *parts), *scores)
     assert whole.to_pylist() == batch.select(whole.schema.names).to_pylist()
-    data = batch.to_pylist()
     # Samples that another step trains on are left out.
     fewer = [ids[0][1:], [], ids[2]]
-    some = builder.assemble(fewer, builder.gather(fewer, *parts), *scores)[1]
+    some = builder.assemble(fewer, builder.gather(fewer, *parts), *scores)
     assert some.column("sample_id").to_pylist() == sorted(ids[0][1:] + ids[2])
-    assert stats["samples"] == 9
+
+
+def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
+    batch = scored(9)
+    stats, _ = run(batch, config_of(tiny_world))
+    data = batch.to_pylist()
+    assert stats["samples"] == 9 and stats["unusable"] == [] and stats["rollout/unusable_samples"] == 0
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
     assert stats["cost/harm/mean"] == pytest.approx(sum(row["cost/harm"] for row in data) / 9)
@@ -85,6 +91,8 @@ def test_advantages_by_hand(tiny_world: Path) -> None:
     batch = experience.make_batch(
         {
             "sample_id": [1, 2],
+            "weight_version": [0, 0],
+            "token_versions": [[0, 0], [0]],
             "prompt_tokens": [[5], [6]],
             "response_tokens": [[7, 2], [8]],
             "rollout_logprobs": [[-1.0, -2.0], [-1.0]],
@@ -122,6 +130,8 @@ def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> No
     batch = experience.make_batch(
         {
             "sample_id": [1, 2, 3],
+            "weight_version": [0, 0, 0],
+            "token_versions": [[0, 0], [0], [0]],
             "prompt_tokens": [[5], [6], [7]],
             "response_tokens": [[7, 2], [8], [9]],
             "rollout_logprobs": [[-1.0, -2.0], [-1.0], [-3.0]],
@@ -214,6 +224,40 @@ def test_figures(tiny_world: Path) -> None:
     values = experience.flat(whole, "values/bias").astype(np.float64)
     expected = 1 - np.var(returns - values) / np.var(returns)
     assert stats["critic/bias/explained_variance"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_number_that_is_not_finite_costs_its_sample(tiny_world: Path) -> None:
+    """Whatever column it stands in; the others are trained on as if the sample had never been drawn."""
+    batch = scored(9, seed=9)
+    config = config_of(tiny_world)
+    for name, source in {
+        "reward": "the scorer reward (",
+        "cost/bias": "the scorer cost-bias (m)",
+        "values/harm": "the critic of harm (started from m)",
+        "logprobs": "the policy",
+        "reference_logprobs": "the reference (",
+        "rollout_logprobs": "the rollout generator",
+    }.items():
+        for value in (math.nan, -math.inf):
+            column = batch.column(name).to_pylist()
+            if isinstance(column[0], list):
+                column[2], column[6] = [*column[2][:-1], value], [value, *column[6][1:]]
+            else:
+                column[2] = column[6] = value
+            spoilt = with_columns(batch.drop_columns([name]), **{name: column})
+            stats, whole = run(spoilt, config)
+            expected, clean = run(batch.take(pa.array([0, 1, 3, 4, 5, 7, 8])), config)
+            assert whole.select(clean.schema.names).equals(clean)
+            (remark,), unusable = stats.pop("unusable"), stats.pop("rollout/unusable_samples")
+            assert remark.startswith(f"2 of 9 sample(s) have no finite {name} but {value}, from {source}")
+            assert remark.endswith(": sample 102 (prompt 2), 106 (prompt 6)") and unusable == 2.0
+            assert stats == {key: pytest.approx(expected[key]) for key in stats}
+
+
+def test_without_any_usable_sample_the_scorer_is_named(tiny_world: Path) -> None:
+    batch = scored(3, reward=np.full(3, np.nan, dtype=np.float32))
+    with pytest.raises(UserError, match=r"no sample .*: 3 of 3 .* no finite reward but nan, from the scorer reward \("):
+        run(batch, config_of(tiny_world))
 
 
 def test_the_written_step_reads_back(tiny_world: Path, tmp_path: Path) -> None:

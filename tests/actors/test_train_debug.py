@@ -281,6 +281,8 @@ def test_critic_warm_up_leaves_the_policy_alone(
     assert all(torch.equal(policy[name], start[name]) for name in start)
     metrics = read_metrics(folder)
     assert "policy/loss" not in metrics[0] and "critic/harm/loss" in metrics[1]
+    assert [row["multiplier/harm"] for row in metrics] == [1.0, 1.0]
+    assert abs(metrics[0]["cost/harm/mean"] - 0.2) > 0.01, "the multiplier would have moved"
 
 
 def test_evaluate_judges_a_saved_policy(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:

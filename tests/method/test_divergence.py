@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from beaver_ray.method.divergence import WINDOW, DivergenceGuard
+from beaver_ray.method.divergence import PERSISTS, WINDOW, DivergenceGuard
 
 
 def metrics(reward: float = 0.0, kl: float = 0.1, cost: float = 0.0, **more: float) -> dict[str, float]:
@@ -14,12 +14,12 @@ def metrics(reward: float = 0.0, kl: float = 0.1, cost: float = 0.0, **more: flo
 
 
 def test_a_quiet_run_has_no_complaints() -> None:
-    guard = DivergenceGuard(kl=1.0)
+    guard = DivergenceGuard(1.0, ["harm"])
     assert [c for step in range(100) for c in guard.observe(metrics(reward=step % 2, cost=step % 2))] == []
 
 
 def test_updates_that_were_passed_over_are_said() -> None:
-    guard = DivergenceGuard(kl=None)
+    guard = DivergenceGuard(None, ["harm"])
     skipped = {"policy/skipped_updates": 2.0, "critic/harm/skipped_updates": 0.0, "critic/reward/skipped_updates": 1.0}
     assert guard.observe(metrics(**skipped)) == [
         "2 update(s) of the policy were not finite and were passed over",
@@ -28,15 +28,53 @@ def test_updates_that_were_passed_over_are_said() -> None:
 
 
 def test_kl_above_its_limit() -> None:
-    guard = DivergenceGuard(kl=2.0)
+    guard = DivergenceGuard(2.0, ["harm"])
     assert guard.observe(metrics(kl=2.0)) == []
     assert guard.observe(metrics(kl=2.5)) == ["the KL to the reference is 2.5, above guard.kl 2"]
     assert len(guard.observe(metrics(kl=math.nan))) == 1
-    assert DivergenceGuard(kl=None).observe(metrics(kl=1e9)) == []
+    assert DivergenceGuard(None, ["harm"]).observe(metrics(kl=1e9)) == []
+
+
+def test_what_cannot_be_right_is_said_without_any_limit() -> None:
+    guard = DivergenceGuard(None, ["harm"])
+    answers = {"rollout/response_tokens": 8.0, "rollout/truncated_fraction": 0.5, "rollout/staleness_max": 0.0}
+    right = answers | {"kl/rollout_train": 0.001}
+    assert guard.observe(metrics(kl=2.0, **right)) == []
+    (said,) = guard.observe(metrics(kl=47.0, **right))
+    assert said.startswith("the KL to the reference is 47 nats over 8 tokens an answer, which cannot be right")
+    # Once in so many steps of a row.
+    again = [step for step in range(2, 45) if guard.observe(metrics(kl=-47.0, **right))]
+    assert again == [1 + WINDOW, 1 + 2 * WINDOW]
+    assert guard.observe(metrics(**right)) == [] and len(guard.observe(metrics(kl=47.0, **right))) == 1
+    (said,) = guard.observe(metrics(**answers, **{"kl/rollout_train": 0.5}))
+    assert said.startswith("generator and trainer differ by 0.5 nats a token under the same weights")
+    stale = answers | {"kl/rollout_train": 0.5, "rollout/staleness_max": 1.0}
+    assert guard.observe(metrics(**stale)) == []
+    (said,) = guard.observe(metrics(**right | {"rollout/truncated_fraction": 1.0}))
+    assert said.startswith("100% of the answers were cut before their end, at 8 tokens")
+
+
+def test_numbers_that_are_not_finite_may_not_last() -> None:
+    guard = DivergenceGuard(None, [])
+    bad, skipped = {"rollout/unusable_samples": 1.0}, {"policy/skipped_updates": 1.0}
+    found = []
+    for more in ({}, bad, bad, skipped, bad, skipped, skipped, skipped, {}):
+        guard.observe(metrics(**more))
+        found.append(guard.lasting())
+    assert found == [None] * 7 + ["updates of the policy were not finite", None]
+    for _ in range(PERSISTS):
+        assert guard.lasting() is None and guard.observe(metrics(**bad)) == []
+    assert guard.lasting() == "samples had numbers that are not finite"
+
+
+def test_a_cost_that_is_only_measured_has_no_limit_to_keep() -> None:
+    guard = DivergenceGuard(None, ["leak"])
+    more = {"cost/leak/mean": 0.0, "cost/leak/limit": 0.5}
+    assert not any(guard.observe(metrics(cost=0.6, **more)) for _ in range(45))
 
 
 def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
-    guard = DivergenceGuard(kl=None)
+    guard = DivergenceGuard(None, ["harm"])
     said = [step for step in range(1, 46) if guard.observe(metrics(cost=0.6))]
     assert said == [WINDOW, 2 * WINDOW]
     assert guard.observe(metrics(cost=0.5)) == []
@@ -44,7 +82,7 @@ def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
 
 
 def test_a_fallen_reward() -> None:
-    guard = DivergenceGuard(kl=None)
+    guard = DivergenceGuard(None, ["harm"])
     # Rewards of 1 and 3 in turns: mean 2, standard deviation 1. A mean of the last window below 0 has fallen.
     for step in range(WINDOW):
         assert guard.observe(metrics(reward=1.0 + 2.0 * (step % 2))) == []
@@ -57,7 +95,7 @@ def test_a_fallen_reward() -> None:
 
 
 def test_a_resumed_guard_goes_on() -> None:
-    guard, other = DivergenceGuard(kl=None), DivergenceGuard(kl=None)
+    guard, other = DivergenceGuard(None, ["harm"]), DivergenceGuard(None, ["harm"])
 
     def observed(guard: DivergenceGuard, steps: range) -> list[Any]:
         return [guard.observe(metrics(reward=1.0 if step < WINDOW else -5.0, cost=0.6)) for step in steps]

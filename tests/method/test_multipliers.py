@@ -167,6 +167,15 @@ def test_no_step_during_the_delay_though_the_window_fills(rule):
     assert delayed.update([8.0], 0.0) == prompt.update(5.0, 0.0) > 1.0
 
 
+@pytest.mark.parametrize("rule", ["log_sgd", "pid", "projected"])
+def test_no_step_while_it_is_held_though_the_window_fills(rule):
+    held, free = (make_multiplier(settings_of(rule=rule, initial=1.0, window=4)) for _ in range(2))
+    assert [held.update([3.0, 5.0], 0.0, hold=True) for _ in range(2)] == [1.0, 1.0]
+    assert held.window.mean() == 4.0
+    free.window.extend([3.0, 5.0, 3.0, 5.0])
+    assert held.update([1.0], 0.0) == pytest.approx(free.update([1.0], 0.0)) != 1.0
+
+
 def test_without_a_window_each_update_stands_alone():
     multiplier = make_multiplier(settings_of(window=None))
     multiplier.update([1.0, 3.0], 0.0)
