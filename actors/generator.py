@@ -41,7 +41,8 @@ from actors.waits import (
     all_here,
     fetch,
 )
-from beaver_ray.errors import UserError, cause, first_line
+from beaver_ray.data.templates import Template, read_end_tokens
+from beaver_ray.errors import UserError, cause
 from beaver_ray.models.checkpoint_names import checkpoint_names
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.weights import Bucket, PublishedWeights, verify
@@ -71,8 +72,8 @@ class GeneratorSpec:
     """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch. None: on a CPU; on a
     GPU, where rounding depends on the batch all the same, vLLM would draw for one sequence after another."""
     eos_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a response (none where empty); None takes those of the folder's generation config and
-    tokenizer."""
+    """Tokens that end a response (none where empty); None takes those of the folder's chat template, generation config
+    and tokenizer."""
     version: int = 0
     """Version of the weights in the folder."""
     tensor_parallel_size: int = 1
@@ -104,28 +105,11 @@ class GeneratorSpec:
         return room if prompt.max_new_tokens is None else min(room, prompt.max_new_tokens)
 
 
-def read_eos_token_ids(folder: str, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """The tokens that end a response: the generation config's (or model config's) and the tokenizer's."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        try:
-            config: Any = GenerationConfig.from_pretrained(folder)
-        except OSError:  # a folder without generation_config.json
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of broken files transformers raises nearly anything
-        raise UserError(f"cannot read the EOS tokens of {folder}: {first_line(error)}") from None
-    found = config.eos_token_id
-    ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
-    ids = [token for token in ids if token is not None]
-    if not all(type(token) is int for token in ids):
-        raise UserError(f"{folder}: eos_token_id must be a token's number, or a list of them, not {found!r}")
-    if not ids:
-        raise UserError(
-            f"{folder}: neither generation config nor tokenizer names an EOS token; set eos_token_id in one"
-        )
-    return tuple(sorted(set(ids)))
+def read_eos_token_ids(folder: str, trust_remote_code: bool = False, template: Template = "auto") -> tuple[int, ...]:
+    """The tokens that end a response: what the template ends a turn with, the generation config's (or model config's)
+    and the tokenizer's.
+    """
+    return read_end_tokens(folder, template, trust_remote_code)
 
 
 def check_base(weights: PublishedWeights, model: str) -> None:

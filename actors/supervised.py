@@ -16,7 +16,8 @@ from actors.engine import LossTerms, TrainingEngine
 from actors.handles import Group
 from actors.ranks import TrainingRank
 from beaver_ray.config import SupervisedConfig
-from beaver_ray.data.mixing import load_mix, split
+from beaver_ray.data.mixing import held_out_too, load_mix, split
+from beaver_ray.data.templates import answer_form
 from beaver_ray.data.tokenized import (
     BatchSampler,
     LabelledPairDataset,
@@ -62,8 +63,10 @@ class SupervisedTrainer(TrainingRank):
         if config.eval:
             held_out, more = load_mix(config.eval)
             reports = reports | more
+            both = held_out_too(samples, held_out)
         else:
             samples, held_out = split(samples, config.eval_fraction, config.seed)
+            both = None
         make: Any = DATASETS[config.stage].build
         self.train_data = make(samples, self.tokenizer, config.max_tokens, config.template)
         self.eval_data = make(held_out, self.tokenizer, config.max_tokens, config.template)
@@ -72,6 +75,7 @@ class SupervisedTrainer(TrainingRank):
             f"{name} data: {len(data)} kept; {data.report.line()}"
             for name, data in (("training", self.train_data), ("held-out", self.eval_data))
         ]
+        self.notes += [both] if both else []
         self.sampler = BatchSampler(len(self.train_data), config.batch_size, config.seed)
         self.steps = max(1, math.ceil(config.epochs * self.sampler.batches_per_epoch))
         dtype = DTYPES[config.engine.dtype]
@@ -122,6 +126,7 @@ class SupervisedTrainer(TrainingRank):
             return
         model: Any = self.engine.module
         if self.config.stage == "sft":
+            _end_generation(model, answer_form(self.tokenizer, self.config.template).end)
             model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         else:
             save_score_model(model, state, Path(folder))
@@ -261,6 +266,15 @@ def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
 def final_name(config: SupervisedConfig) -> str:
     """Folder of the trained model under final/."""
     return "policy" if config.stage == "sft" else config.stage
+
+
+def _end_generation(model: Any, end: int) -> None:
+    """Let whoever generates with a saved model stop where its answers were taught to end."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        known = config.eos_token_id
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        config.eos_token_id = known if end in ends else [*ends, end] if ends else end
 
 
 def _evaluation(trainer: Group) -> dict[str, float]:

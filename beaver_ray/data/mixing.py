@@ -118,12 +118,26 @@ def split(samples: Sequence[RawSample], ratio: float, seed: int = 42) -> tuple[l
     keys = [prompt_key(sample) for sample in samples]
     distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2:
-        raise UserError(f"cannot hold out from {len(distinct)} distinct prompts: give at least two")
+        raise UserError(
+            f"cannot hold out from {len(distinct)} distinct prompts: give at least two, or held-out data under eval"
+        )
     count = min(max(1, math.floor(ratio * len(distinct) + 0.5)), len(distinct) - 1)
     order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(distinct))
     held_out = {distinct[index] for index in order[:count]}
     rest = [sample for sample, key in zip(samples, keys, strict=True) if key not in held_out]
     return rest, [sample for sample, key in zip(samples, keys, strict=True) if key in held_out]
+
+
+def held_out_too(samples: Sequence[RawSample], held_out: Sequence[RawSample]) -> str | None:
+    """A line about held-out prompts that are trained on as well; None where there are none.
+
+    White space around a turn makes no other prompt.
+    """
+    trained, kept = ({tuple(turn.strip() for turn in prompt_key(s)) for s in side} for side in (samples, held_out))
+    both = len(trained & kept)
+    if not both:
+        return None
+    return f"{both} of {len(kept)} held-out prompts are training prompts too; figures on them flatter the model"
 
 
 def prompt_key(sample: RawSample) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ never fatal; a source without a single good row is the user's error. Register a 
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import lzma
 import os
 import re
 import sys
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.data.splits import SUFFIXES, split_files
 from beaver_ray.errors import UserError, first_line
 
 
@@ -49,6 +50,12 @@ class DropReport:
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What is odd about what was kept, in words that follow a number."""
+
+    def remark(self, what: str) -> None:
+        """Count one more thing of which this is true."""
+        self.remarks[what] += 1
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count `count` rows as dropped for `reason`."""
@@ -58,6 +65,7 @@ class DropReport:
         """Add the counts of another report of the same stage."""
         self.kept += other.kept
         self.dropped.update(other.dropped)
+        self.remarks.update(other.remarks)
 
     def line(self) -> str:
         """`kept 90 of 100; dropped 10: 7 empty answer, 3 identical responses`."""
@@ -66,7 +74,7 @@ class DropReport:
         if total:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
             text += f"; dropped {total}: {reasons}"
-        return text
+        return text + "".join(f"; {count} {what}" for what, count in self.remarks.items())
 
 
 Reader = Callable[[dict[str, Any]], RawSample]
@@ -271,18 +279,16 @@ def prompts(row: dict[str, Any]) -> RawSample:
 
 # ---------------------------------------------------------------- files
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
-
 
 def read_source(name: str, path: str | None = None) -> tuple[list[RawSample], DropReport]:
     """All good samples of dataset `name`, in the order of the files.
 
     Args:
-        name: a registered name. With /train or /test at its end, only files of a folder that have that word
-            in their path are read.
-        path: a file, a folder of files, a folder written by `datasets.save_to_disk`, or a dataset name on the
-            Hugging Face hub; None means the dataset's home on the hub. `FILE#COLUMN` takes that column as the
-            prompt.
+        name: a registered name. Of a folder, as of the hub, it means one split (train, unless /test stands at its
+            end) and perhaps one subset.
+        path: a file, a folder of files (a clone of a dataset of the hub, for example), a folder written by
+            `datasets.save_to_disk`, or a dataset name on the Hugging Face hub; None means the dataset's home on the
+            hub. `FILE#COLUMN` takes that column as the prompt.
 
     Raises:
         UserError: nothing at `path`, no file that can be read, or no good row.
@@ -330,41 +336,45 @@ def _rows(source: Source, place: str, report: DropReport) -> Iterator[Any]:
     elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         yield from _saved_rows(source, path)
     elif path.is_dir():
-        wanted = source.split if source.name.endswith(f"/{source.split}") else None
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and file.name.endswith(SUFFIXES)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and (wanted is None or re.search(rf"(?<![a-z]){wanted}(?![a-z])", str(file.relative_to(path))))
-        )
-        if not files:
-            kind = f"'{wanted}' file" if wanted else "file"
-            raise UserError(f"no {kind} in folder {place}: it needs files ending in {', '.join(SUFFIXES)}")
-        for file in files:
-            yield from _file_rows(file, report)
+        for file in split_files(path, source.data_dir, source.split or "train", strict=source.hub is not None):
+            try:
+                yield from _file_rows(file, report)
+            except NoRowsError:  # a file about the data, as there are many kinds
+                report.remark(f"file without rows passed over ({file.relative_to(path)})")
     else:
         yield from _file_rows(path, report)
 
 
+class NoRowsError(UserError):
+    """A JSON file that holds no list of rows."""
+
+
 def _file_rows(path: Path, report: DropReport) -> Iterator[Any]:
+    kind = next((suffix.split(".")[1] for suffix in SUFFIXES if path.name.endswith(suffix)), None)
     try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
+        if kind == "jsonl":
+            _refuse_a_document(path)
             yield from _json_lines(path, report)
-        elif path.suffix == ".json":
+        elif kind == "json":
             yield from _json_rows(path, report)
-        elif path.suffix == ".csv":
+        elif kind == "csv":
             csv.field_size_limit(sys.maxsize)
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with _open_text(path) as file:
                 yield from csv.DictReader(file)
-        elif path.suffix == ".parquet":
+        elif kind == "parquet":
             yield from _parquet_rows(path)
         else:
             raise UserError(f"cannot read {path}: use a file ending in {', '.join(SUFFIXES)}")
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
         reason = first_line(error)
         raise UserError(f"cannot read {path}: {reason}; check that the file is whole and UTF-8") from error
+
+
+def _open_text(path: Path) -> Any:
+    """A text file, unpacked where it is packed."""
+    import fsspec
+
+    return fsspec.open(str(path.absolute()), "rt", compression="infer", encoding="utf-8-sig", newline="").open()
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -380,8 +390,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_lines(path: Path, report: DropReport) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
+    with _open_text(path) as file:
         for line in file:
             if not line.strip():
                 continue
@@ -393,10 +402,33 @@ def _json_lines(path: Path, report: DropReport) -> Iterator[Any]:
             yield row
 
 
+def _refuse_a_document(path: Path) -> None:
+    """UserError where a file of lines holds one JSON list or object instead, over one line or many."""
+    with _open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        if first.lstrip()[:1] not in ("[", "{"):
+            return
+        try:
+            if isinstance(json.loads(first), dict):
+                return
+        except (ValueError, RecursionError):
+            pass
+        try:
+            content = json.loads(first + file.read())
+        except (ValueError, RecursionError):
+            return
+    kind = "list" if isinstance(content, list) else "object"
+    raise UserError(
+        f"{path} holds one JSON {kind}, but a file ending in .jsonl has one object on each line: rename it to end in "
+        ".json, or write it so"
+    )
+
+
 def _json_rows(path: Path, report: DropReport) -> Iterator[Any]:
     """A list, an object with a list under "data" or lists by category, or one object a line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        with _open_text(path) as file:
+            content = json.loads(file.read())
     except json.JSONDecodeError:
         yield from _json_lines(path, report)
         return
@@ -413,7 +445,7 @@ def _listed_rows(content: Any, path: Path) -> Iterator[Any]:
     elif isinstance(content, list):
         yield from content
     else:
-        raise UserError(f"{path} holds no list of rows: write a JSON list, or one object a line")
+        raise NoRowsError(f"{path} holds no list of rows: write a JSON list, or one object a line")
 
 
 def _hub_rows(source: Source, place: str) -> Iterator[Any]:
@@ -437,7 +469,7 @@ def _saved_rows(source: Source, path: Path) -> Iterator[Any]:
         raise UserError(f"cannot load the dataset saved in {path}: {first_line(error)}; save it again") from error
     if isinstance(data, datasets.DatasetDict):
         split = source.split or "train"
-        if split not in data:
+        if split not in data and not (source.hub is None and len(data) == 1):
             raise UserError(f"{path} has no split '{split}': it has {', '.join(data)}")
-        data = data[split]
+        data = data[split] if split in data else next(iter(data.values()))
     yield from data

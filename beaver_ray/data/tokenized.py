@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import BadRow, DropReport, RawSample
-from beaver_ray.data.templates import Template, answer_tokens, prompt_tokens
+from beaver_ray.data.templates import Template, answer_form, answer_tokens, prompt_tokens, stops_inside
 from beaver_ray.errors import UserError
 
 
@@ -62,9 +62,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         notes.append("the tokenizer has no pad token; none is needed, training packs and masks by position")
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         notes.append("the pad token is the EOS token; masks go by position, so the end of an answer counts")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id == tokenizer.eos_token_id:
+    if tokenizer.unk_token_id == tokenizer.eos_token_id and _has_unknown_words(tokenizer):
         notes.append("the unknown token is the EOS token; a text ends where its first unknown word stands")
     return notes
+
+
+def _has_unknown_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether some text has no tokens of its own; never so where a tokenizer falls back on bytes."""
+    strange = tokenizer.encode("zq \u00fe\u4e00\u1f9b\U0001f9ab\U0010fffd", add_special_tokens=False)
+    return tokenizer.unk_token_id in strange
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
@@ -85,9 +91,12 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 class _Encoder:
     """Encodes prompts (each distinct one once) and whole sequences, and refuses what is too long."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int, report: DropReport
+    ) -> None:
         check_tokenizer(tokenizer)
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.tokenizer, self.template, self.max_length, self.report = tokenizer, template, max_length, report
+        self.form = answer_form(tokenizer, template)
         self.prompts: dict[tuple[str, ...], list[int]] = {}
 
     def prompt(self, sample: RawSample) -> list[int]:
@@ -99,10 +108,23 @@ class _Encoder:
     def sequence(self, sample: RawSample, answer: str | None) -> list[int]:
         if answer is None:
             raise BadRow("no answer")
-        tokens = self.prompt(sample) + answer_tokens(self.tokenizer, answer)
+        bare = self.form.bare(answer)
+        if not bare.strip() and answer.strip():
+            raise BadRow("answer that is nothing but its end")
+        tokens = self.prompt(sample) + answer_tokens(self.tokenizer, bare, self.template, self.form)
         if len(tokens) > self.max_length:
             raise BadRow(f"longer than {self.max_length} tokens")
         return tokens
+
+    def keep(self, sample: RawSample, *rows: list[int]) -> None:
+        """Count what is odd about the one or two answers in these rows, which are kept."""
+        start = len(self.prompt(sample))
+        for answer in (sample.answer, sample.other_answer)[: len(rows)]:
+            if answer is not None and self.form.ends(answer):
+                self.report.remark("answers had their end token already, which they do not get twice")
+        for row in rows:
+            if stops_inside(row[start:-1], self.form):
+                self.report.remark("answers hold a token in their middle that would end a rollout")
 
     def pair(self, sample: RawSample) -> tuple[list[int], list[int]]:
         if sample.answer is None or sample.other_answer is None:
@@ -116,9 +138,9 @@ class _Encoder:
 def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
     report.kept = kept
     if kept == 0:
+        longer = "data.max_prompt_tokens" if kind == "prompt" else "max_tokens (of a PPO stage rollout.max_new_tokens)"
         raise UserError(
-            f"no {kind} is left ({report.line()}): raise the length limit or use a dataset that has what "
-            "this stage needs"
+            f"no {kind} is left ({report.line()}): raise {longer}, or use a dataset that has what this stage needs"
         )
     return report
 
@@ -142,7 +164,8 @@ class PromptDataset:
         template: Template = "auto",
     ) -> PromptDataset:
         """Encode the prompts; repeated ones and those over `max_prompt_tokens` are dropped and counted."""
-        encoder, report = _Encoder(tokenizer, template, max_prompt_tokens), DropReport()
+        report = DropReport()
+        encoder = _Encoder(tokenizer, template, max_prompt_tokens, report)
         rows: dict[tuple[int, ...], None] = {}
         for sample in samples:
             tokens = tuple(encoder.prompt(sample))
@@ -157,7 +180,7 @@ class PromptDataset:
 
 @dataclass(frozen=True)
 class SupervisedDataset:
-    """Row i is a prompt of `prompt_length[i]` tokens, then the answer and EOS."""
+    """Row i is a prompt of `prompt_length[i]` tokens, then the answer and the token that ends it."""
 
     tokens: Ragged
     prompt_length: NDArray[np.int32]  # [N]
@@ -174,16 +197,19 @@ class SupervisedDataset:
         max_length: int,
         template: Template = "auto",
     ) -> SupervisedDataset:
-        """Encode prompt + answer + EOS of every sample; those over `max_length` tokens are dropped and
+        """Encode prompt + answer + its end of every sample; those over `max_length` tokens are dropped and
         counted."""
-        encoder, report = _Encoder(tokenizer, template, max_length), DropReport()
+        report = DropReport()
+        encoder = _Encoder(tokenizer, template, max_length, report)
         rows, prompt_lengths = [], []
         for sample in samples:
             try:
-                rows.append(encoder.sequence(sample, sample.answer))
+                tokens = encoder.sequence(sample, sample.answer)
             except BadRow as reason:
                 report.drop(str(reason))
                 continue
+            encoder.keep(sample, tokens)
+            rows.append(tokens)
             prompt_lengths.append(len(encoder.prompt(sample)))
         report = _finish(report, len(rows), "demonstration")
         return cls(Ragged(rows), np.array(prompt_lengths, dtype=np.int32), report)
@@ -211,7 +237,8 @@ class PreferenceDataset:
     ) -> PreferenceDataset:
         """Encode both answers of every sample that says which is better; too long pairs are dropped and
         counted."""
-        encoder, report = _Encoder(tokenizer, template, max_length), DropReport()
+        report = DropReport()
+        encoder = _Encoder(tokenizer, template, max_length, report)
         better, worse, prompt_lengths = [], [], []
         for sample in samples:
             try:
@@ -221,6 +248,7 @@ class PreferenceDataset:
             except BadRow as reason:
                 report.drop(str(reason))
                 continue
+            encoder.keep(sample, first, second)
             better.append(first if sample.better else second)
             worse.append(second if sample.better else first)
             prompt_lengths.append(len(encoder.prompt(sample)))
@@ -259,7 +287,8 @@ class SafetyPreferenceDataset:
     ) -> SafetyPreferenceDataset:
         """Encode both answers of every sample with all safety labels; too long or inconsistent ones are
         dropped."""
-        encoder, report = _Encoder(tokenizer, template, max_length), DropReport()
+        report = DropReport()
+        encoder = _Encoder(tokenizer, template, max_length, report)
         safer, unsafer, signs, better, prompt_lengths = [], [], [], [], []
         for sample in samples:
             try:
@@ -276,6 +305,7 @@ class SafetyPreferenceDataset:
             except BadRow as reason:
                 report.drop(str(reason))
                 continue
+            encoder.keep(sample, first, second)
             safer.append(first)
             unsafer.append(second)
             signs.append((sign_first, sign_second))

@@ -166,6 +166,20 @@ def test_csv_column_as_prompt(tmp_path: Path) -> None:
         read_source("prompts", f"{tmp_path / 'goals.csv'}#nothing")
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("content", [ALPACA, {"data": ALPACA}])
+def test_one_document_in_a_file_of_lines(tmp_path: Path, indent: int | None, content: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(content, indent=indent))
+    if indent is None and isinstance(content, dict):  # a line with an object, if not one of these
+        with pytest.raises(UserError, match="no field 'instruction'"):
+            read_source("alpaca", str(path))
+        return
+    with pytest.raises(UserError, match=r"a\.jsonl holds one JSON (list|object), .*rename it to end in \.json"):
+        read_source("alpaca", str(path))
+    assert len(read_source("alpaca", str(path.rename(tmp_path / "a.json")))[0]) == 2
+
+
 def test_folder_and_split(tmp_path: Path) -> None:
     for name, prompt in (("b/test.jsonl", "t"), ("a/train-0.jsonl", "r"), ("a/latest.jsonl", "l")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -177,7 +191,7 @@ def test_folder_and_split(tmp_path: Path) -> None:
     def inputs(name: str) -> list[Any]:
         return [sample.input for sample in read_source(name, str(tmp_path))[0]]
 
-    assert inputs("PKU-SafeRLHF") == ["l", "r", "t"]
+    assert inputs("PKU-SafeRLHF") == ["r"]
     assert inputs("PKU-SafeRLHF/train") == ["r"]
     assert inputs("PKU-Alignment/PKU-SafeRLHF-30K/test") == ["t"]
 

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from beaver_ray.data.templates import answer_tokens, prompt_text, prompt_tokens, resolve_template
+from beaver_ray.data.templates import (
+    answer_form,
+    answer_tokens,
+    prompt_text,
+    prompt_tokens,
+    read_end_tokens,
+    resolve_template,
+)
 from beaver_ray.errors import UserError
-from tests.data.conftest import CHATML
+from tests.data import conftest
+from tests.data.conftest import CHATML, SPECIAL, with_template
 
 
 def with_chat(tokenizer: PreTrainedTokenizerFast, template: str = CHATML) -> PreTrainedTokenizerFast:
@@ -82,3 +92,96 @@ def test_template_errors(llama_tokenizer: PreTrainedTokenizerFast) -> None:
         prompt_tokens(failing, "a", "chat")
     with pytest.raises(ValueError, match="odd number"):
         prompt_tokens(llama_tokenizer, ["a", "b"], "beaver")
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("LLAMA_3", "<|eot_id|>"),
+        ("GEMMA", "<end_of_turn>"),
+        ("PHI_3", "<|end|>"),
+        ("QWEN", "<|im_end|>"),
+        ("ZEPHYR", "<|endoftext|>"),
+        ("LLAMA_2", "<|endoftext|>"),
+        ("ALWAYS_ASKS", "<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("turns", [["q"], ["q", "a", "r"]])
+def test_a_row_is_what_the_template_writes_up_to_the_end_of_the_turn(
+    byte_tokenizer: PreTrainedTokenizerFast, name: str, end: str, turns: list[str]
+) -> None:
+    """The other implementation is the template itself, asked for the whole dialogue."""
+    tokenizer = with_template(byte_tokenizer, getattr(conftest, name))
+    roles = ("user", "assistant")
+    dialogue = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate([*turns, "Mix flour."])]
+    whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    cut = whole.index(end, whole.index("Mix flour.")) + len(end)
+    row = prompt_tokens(tokenizer, turns, "auto") + answer_tokens(tokenizer, "Mix flour.", "auto")
+    assert tokenizer.decode(row) == whole[:cut]
+    assert row[-1] == tokenizer.convert_tokens_to_ids(end)
+    # Rollouts end with it too, and with the tokenizer's EOS.
+    assert set(answer_form(tokenizer).stops) == {row[-1], tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("name", ["ALPACA", "GLM", "ALWAYS_ASKS"])
+def test_without_a_token_of_its_own_an_answer_ends_with_eos(byte_tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    # Where <|im_end|> is no token, nothing can stop there.
+    special = [token for token in SPECIAL if "im_" not in token]
+    tokenizer = with_template(byte_tokenizer, getattr(conftest, name), special)
+    assert answer_form(tokenizer).end == tokenizer.eos_token_id
+    assert answer_form(tokenizer, "beaver").end == tokenizer.eos_token_id
+
+
+def test_an_end_that_shows_once_another_turn_follows(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(byte_tokenizer, conftest.OPEN_END)
+    assert answer_form(tokenizer).end == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def write_folder(tokenizer: PreTrainedTokenizerFast, folder: Path, eos: object) -> str:
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 5}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return str(folder)
+
+
+def test_the_generation_config_has_a_say(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    # The next turn's opening ends an answer where, as GLM has it, the generation config says so.
+    tokenizer = with_template(byte_tokenizer, conftest.GLM)
+    user, eos = tokenizer.convert_tokens_to_ids("<|user|>"), tokenizer.eos_token_id
+    folder = write_folder(tokenizer, tmp_path / "glm", [eos, user])
+    assert answer_form(AutoTokenizer.from_pretrained(folder)).end == user
+    assert read_end_tokens(folder) == tuple(sorted({user, eos}))
+    # A template may end a turn with a token that the generation config forgets (Llama-3 base with a chat template).
+    tokenizer = with_template(byte_tokenizer, conftest.LLAMA_3)
+    eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    folder = write_folder(tokenizer, tmp_path / "llama", eos)
+    assert read_end_tokens(folder) == tuple(sorted({eot, eos}))
+    assert read_end_tokens(folder, "beaver") == (eos,)
+    # What no file says is nothing: the class of this model has a default, which here is some word.
+    (tmp_path / "llama" / "generation_config.json").unlink()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    assert read_end_tokens(folder) == tuple(sorted({eot, eos}))
+    with pytest.raises(UserError, match="eos_token_id must be a token's number"):
+        read_end_tokens(write_folder(tokenizer, tmp_path / "broken", ["x"]))
+
+
+@pytest.mark.parametrize("name", ["GEMMA", "LLAMA_2", "QWEN"])
+@pytest.mark.parametrize("written", ["{end}", "{end}\n", " {end}", "{eos}", "{end}{eos}"])
+def test_an_end_in_the_text_is_not_doubled(byte_tokenizer: PreTrainedTokenizerFast, name: str, written: str) -> None:
+    tokenizer = with_template(byte_tokenizer, getattr(conftest, name))
+    end = tokenizer.convert_ids_to_tokens(answer_form(tokenizer).end)
+    written = written.format(end=end, eos=tokenizer.eos_token)
+    expected = "Mix flour. " if name == "QWEN" and written.startswith(" ") else "Mix flour."
+    assert answer_tokens(tokenizer, f"Mix flour.{written}") == answer_tokens(tokenizer, expected)
+    # Nor in an earlier answer.
+    told = prompt_tokens(tokenizer, ["q", f"a{written.strip()}", "r"], "auto")
+    assert told == prompt_tokens(tokenizer, ["q", "a", "r"], "auto")
+    told = prompt_tokens(tokenizer, ["q", f"a{tokenizer.eos_token}", "r"], "beaver")
+    assert told == prompt_tokens(tokenizer, ["q", "a", "r"], "beaver")
+
+
+def test_a_cut_answer_has_no_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(byte_tokenizer, conftest.GEMMA)
+    assert answer_tokens(tokenizer, "Mix", ended=False) == answer_tokens(tokenizer, "Mix")[:-1]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from beaver_ray.data.sources import RawSample
-from beaver_ray.data.templates import answer_tokens, prompt_tokens
+from beaver_ray.data.templates import answer_form, answer_tokens, prompt_tokens
 from beaver_ray.data.tokenized import (
     BatchSampler,
     PreferenceDataset,
@@ -22,6 +22,7 @@ from beaver_ray.data.tokenized import (
     same_tokenizer,
 )
 from beaver_ray.errors import UserError
+from tests.data.conftest import GEMMA, with_template
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=8), max_size=12))
@@ -150,6 +151,42 @@ def test_tokenizer_checks(byte_tokenizer: PreTrainedTokenizerFast, llama_tokeniz
         check_tokenizer(none)
     with pytest.raises(UserError, match="no EOS"):
         SupervisedDataset.build([RawSample("a", "b")], none, 100)
+
+
+def test_ends_in_the_data_are_counted(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(byte_tokenizer, GEMMA)
+    end = answer_form(tokenizer).end
+    samples = [
+        RawSample("a", "b", "c", better=True),
+        RawSample("a", "b<end_of_turn>\n", "c<|endoftext|>", better=True),
+        RawSample("a", "b<|endoftext|>d", "c<end_of_turn>d<end_of_turn>", better=True),
+        RawSample("a", "b<end_of_turn>", "b", better=True),
+        RawSample("a", "<end_of_turn>", "b", better=True),
+    ]
+    data = PreferenceDataset.build(samples, tokenizer, 200)
+    assert [row[start:].tolist().count(end) for row, start in zip(data.worse, data.prompt_length, strict=True)] == [
+        1,
+        1,
+        2,
+    ]
+    assert all(row[-1] == end for row in [*data.better, *data.worse])
+    assert data.better[0].tolist() == data.better[1].tolist() and data.worse[0].tolist() == data.worse[1].tolist()
+    assert data.report.line() == (
+        "kept 3 of 5; dropped 2: 1 identical responses, 1 answer that is nothing but its end; "
+        "3 answers had their end token already, which they do not get twice; "
+        "2 answers hold a token in their middle that would end a rollout"
+    )
+    supervised = SupervisedDataset.build(samples, tokenizer, 200)
+    assert supervised.report.remarks.total() == 3  # of the first answers alone
+
+
+def test_unknown_words_are_remarked_on_where_there_are_any(
+    byte_tokenizer: PreTrainedTokenizerFast, llama_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bytes_only, words = copy.deepcopy(byte_tokenizer), copy.deepcopy(llama_tokenizer)
+    bytes_only.unk_token, words.eos_token = bytes_only.eos_token, words.unk_token
+    assert not any("unknown" in note for note in check_tokenizer(bytes_only))
+    assert any("unknown" in note for note in check_tokenizer(words))
 
 
 def test_same_tokenizer(byte_tokenizer: PreTrainedTokenizerFast, llama_tokenizer: PreTrainedTokenizerFast) -> None:
