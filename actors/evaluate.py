@@ -67,9 +67,9 @@ class HeldOut:
     def __init__(self, config: SafePpoConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
-        samples, _ = load_mix(config.evaluation.prompts)
+        self.samples, _ = load_mix(config.evaluation.prompts)
         limit = config.data.max_prompt_tokens
-        self.prompts = PromptDataset.build(samples, self.tokenizer, limit, config.data.template)
+        self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template)
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
 
     def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:

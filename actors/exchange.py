@@ -81,7 +81,8 @@ def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collec
         if not 0 < len(tokens) < max_model_len:
             raise UserError(
                 f"sample {sample_id}: its prompt has {len(tokens)} tokens, but must have 1 to "
-                f"{max_model_len - 1} (max_model_len {max_model_len} less one); shorten it or raise max_model_len"
+                f"{max_model_len - 1}, one less than a sequence may have; lower data.max_prompt_tokens to that, or, "
+                f"where the policy has more positions, raise rollout.max_new_tokens"
             )
         if sample_id in taken:
             raise ValueError(f"sample {sample_id} is in flight already; sample ids must be unique in a run")

@@ -1,13 +1,16 @@
 """A scorer that is somebody else's service: texts go out over HTTP, one score for each comes back.
 
-    POST URL   {"prompts": [TEXT, ...], "responses": [TEXT, ...]}   ->   {"scores": [NUMBER, ...]}
+    POST URL   {"prompts": [TEXT, ...], "responses": [TEXT, ...], "dialogues": [[MESSAGE, ...], ...]}
+    ->         {"scores": [NUMBER, ...]}
 
-A prompt is what the policy reads, with its template and special tokens, so that turns can be told apart; a response is
+A prompt is what the policy reads, with its template and special tokens; its dialogue is the same as messages
+{"role": "user" or "assistant", "content": TEXT}, for a service whose model has a template of its own. A response is
 without special tokens. At the start each scorer asks with no texts at all whether the service is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +22,9 @@ from urllib3 import Retry
 
 from actors.scorer import ScorerBase
 from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.readers import Dialogues, Reader
+from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.loading import load_tokenizer
 
@@ -41,24 +47,45 @@ class RemoteScorer(ScorerBase):
     """
 
     def __init__(
-        self, url: str, columns: dict[str, int], policy: str, timeout_s: float, trust_remote_code: bool = False
+        self,
+        url: str,
+        columns: dict[str, int],
+        policy: str,
+        timeout_s: float,
+        trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[str]] = (),
     ) -> None:
-        super().__init__(columns, load_tokenizer(policy, trust_remote_code))
+        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
+        super().__init__(columns, reader, Dialogues(reader, prompts))
+        self.sends_dialogues = bool(prompts)
         self.service = ScoringService(url, timeout_s)
         self.service.scores([], [])
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The service's scores [N, 1] of whole sequences."""
-        prompts = self._texts(batch, "prompt_tokens", skip_special_tokens=False)
-        responses = self._texts(batch, "response_tokens", skip_special_tokens=True)
+        tokens = experience.rows(batch, "prompt_tokens")
+        prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
+        dialogues = [_messages(self.dialogues.find(row)) for row in tokens] if self.sends_dialogues else []
+        # Labelled pairs have no reason: all of them are whole.
+        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
+        answers = zip(experience.rows(batch, "response_tokens"), whole.tolist(), strict=True)
+        responses = [self.reader.answer_text(answer, ended) for answer, ended in answers]
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            parts = [[texts[start : start + MOST_TEXTS] for start in starts] for texts in (prompts, responses)]
+            columns = (prompts, responses, dialogues)
+            parts = [[column[start : start + MOST_TEXTS] for start in starts] for column in columns]
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
 
-    def _texts(self, batch: pa.RecordBatch, column: str, **options: Any) -> list[str]:
-        return [str(self.tokenizer.decode(tokens, **options)) for tokens in experience.rows(batch, column)]
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """As any scorer; the prompts of the pairs are no prompts of the run."""
+        self.dialogues.add(load_mix(specs)[0])
+        return super().calibrate(column, specs, max_tokens)
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
 class ScoringService:
@@ -79,9 +106,12 @@ class ScoringService:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=again))
 
-    def scores(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """One score, float32, for each prompt with its response."""
-        body = {"prompts": prompts, "responses": responses}
+    def scores(
+        self, prompts: list[str], responses: list[str], dialogues: Sequence[list[dict[str, str]]] = ()
+    ) -> np.ndarray:
+        """One score, float32, for each prompt, which is this dialogue, with its response."""
+        body: dict[str, Any] = {"prompts": prompts, "responses": responses}
+        body |= {"dialogues": list(dialogues)} if dialogues else {}
         try:
             answer = self.session.post(self.url, json=body, timeout=self.silence_s, allow_redirects=False)
         except requests.RequestException as error:

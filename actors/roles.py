@@ -40,6 +40,8 @@ class Roles:
     """What the scorers were told: (scorer, column, calibration)."""
     late: list[Handle] = field(default_factory=list)
     """Generators that have found no room or have not started yet."""
+    notes: list[str] = field(default_factory=list)
+    """What should be known of how they were started, one line each."""
     direct: bool = False
     """Weights stay on the policy's device, where generators read them (`actors.direct`)."""
 
@@ -104,15 +106,17 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     budget, threads = config.engine.micro_batch_tokens, config.cluster.threads
     dtype, trust, policy = config.engine.dtype, config.models.trust_remote_code, config.models.policy
 
+    template, prompts = config.data.template, (config.data.prompts, config.evaluation.prompts)
+
     def workers(kind: str) -> range:
         return range(config.cluster.of(kind).workers if cluster else 1)
 
     def scorer(plan: ScorerPlan) -> Group:
         copies = len(workers(plan.kind))
         if is_remote(plan.model):
-            remote = (plan.model, plan.columns, policy, config.cluster.step_timeout, trust)
+            remote = (plan.model, plan.columns, policy, config.cluster.step_timeout, trust, template, prompts)
             return start(plan.name, RemoteScorer, [remote] * copies)
-        arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust)
+        arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust, template, prompts)
         return start(plan.name, Scorer, [arguments] * copies)
 
     reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
@@ -158,7 +162,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
         temperature=rollout.temperature,
         seed=config.seed,
         in_flight=rollout.in_flight,
-        eos_token_ids=read_eos_token_ids(policy, config.models.trust_remote_code),
+        eos_token_ids=read_eos_token_ids(policy, config.models.trust_remote_code, config.data.template),
         tensor_parallel_size=max(1, int(config.cluster.of("rollout").gpus)),
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=GPU_SHARE * min(1.0, config.cluster.of("rollout").gpus or 1.0),
@@ -177,7 +181,9 @@ def _calibrate(config: SafePpoConfig, roles: Roles) -> None:
             column = f"cost/{constraint.name}"
             name = next(plan.name for plan in scorers(config) if column in plan.columns)
             group = roles.scorers[name]
-            arguments = (column, constraint.calibration, longest, config.data.template)
-            fitted = group.wait(group.workers[0].call("calibrate", *arguments), "calibrating")
+            first = group.workers[0]
+            fitted = group.wait(first.call("calibrate", column, constraint.calibration, longest), "calibrating")
+            pairs = group.wait(first.call("labelled_pairs", column), "calibrating")
+            roles.notes.append(f"calibration of {constraint.name}: {pairs}")
             group.run("set_calibration", column, fitted)
             roles.calibrations.append((name, column, fitted))

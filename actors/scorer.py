@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from actors.micro_batches import SequenceRows, token_column
 from beaver_ray import experience
 from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.tokenized import SafetyPreferenceDataset, same_tokenizer
+from beaver_ray.data.readers import Dialogues, Reader, read_alike
+from beaver_ray.data.templates import Template
+from beaver_ray.data.tokenized import SafetyPreferenceDataset
 from beaver_ray.method.calibration import Calibration, fit_platt
 from beaver_ray.models.loading import DTYPES, default_device, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
@@ -22,12 +24,15 @@ from beaver_ray.models.score import ScoreType, load_score_model
 class ScorerBase(ABC):
     """Scores of each finished sequence: the reward, named costs, or both.
 
-    columns: which of the scores stands in each column. tokenizer: of the tokens that `end_scores` reads.
+    columns: which of the scores stands in each column. reader: of the tokens that `end_scores` reads. dialogues: what
+    the policy's prompts are, for whoever cannot read them as tokens.
     """
 
-    def __init__(self, columns: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.columns, self.tokenizer = columns, tokenizer
+    def __init__(self, columns: dict[str, int], reader: Reader, dialogues: Dialogues) -> None:
+        self.columns, self.reader, self.dialogues = columns, reader, dialogues
         self.calibrations: dict[str, Calibration] = {}
+        self.labelled: dict[str, str] = {}
+        """What became of the pairs that each column was calibrated on."""
 
     @abstractmethod
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
@@ -48,10 +53,11 @@ class ScorerBase(ABC):
             found[column] = scores.astype(np.float32)
         return experience.make_batch(found)
 
-    def calibrate(self, column: str, specs: list[str], max_tokens: int, template: str) -> dict[str, float]:
-        """Fit P(unsafe) on labelled pairs; from now on that probability is the cost in ``column``."""
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """Fit P(unsafe) on labelled pairs, read as rollouts are; from now on it is the cost in ``column``."""
         samples, _ = load_mix(specs)
-        data = SafetyPreferenceDataset.build(samples, self.tokenizer, max_tokens, template)  # type: ignore[arg-type]
+        data = SafetyPreferenceDataset.build(samples, self.reader.tokenizer, max_tokens, self.reader.template)
+        self.labelled[column] = data.report.line()
         sequences = [*data.safer, *data.unsafer]
         lengths = [*data.prompt_length, *data.prompt_length]
         unsafe = np.concatenate([data.sign_safer, data.sign_unsafer]) > 0
@@ -66,6 +72,10 @@ class ScorerBase(ABC):
         self.calibrations[column] = fitted
         return fitted.to_dict()
 
+    def labelled_pairs(self, column: str) -> str:
+        """How many pairs ``column`` was calibrated on, and what became of the others."""
+        return self.labelled[column]
+
     def set_calibration(self, column: str, figures: dict[str, float]) -> None:
         """Use a calibration of ``column`` that another worker has fitted."""
         self.calibrations[column] = Calibration.from_dict(figures)
@@ -74,7 +84,9 @@ class ScorerBase(ABC):
 class Scorer(ScorerBase):
     """A frozen score model, all whose heads score with one forward.
 
-    One whose tokenizer differs from the policy's reads the text again in its own tokens.
+    One that reads otherwise than the policy, in another tokenizer or by another template, is handed the dialogue and
+    writes it in its own. Whatever token ended an answer, it reads the one that answers ended with in its training.
+    template: the run's. prompts: lists of the data sets that the policy's prompts are of.
     """
 
     def __init__(
@@ -86,16 +98,19 @@ class Scorer(ScorerBase):
         token_budget: int,
         threads: int,
         trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[str]] = (),
     ) -> None:
         torch.set_num_threads(threads)
-        super().__init__(columns, load_tokenizer(model, trust_remote_code))
+        own = Reader.of_scorer(load_tokenizer(model, trust_remote_code), template)
+        self.policy = Reader(load_tokenizer(policy, trust_remote_code), template)
+        self.reads_tokens = read_alike(own, self.policy)
+        super().__init__(columns, own, Dialogues(self.policy, () if self.reads_tokens else prompts))
         self.token_budget = token_budget
         score_type: ScoreType = "reward" if "reward" in columns else "cost"
         self.device = default_device()
         self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code)
         self.model.to(self.device).eval().requires_grad_(False)
-        self.policy_tokenizer = load_tokenizer(policy, trust_remote_code)
-        self.reads_tokens = same_tokenizer(self.tokenizer, self.policy_tokenizer)
 
     @torch.no_grad()
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
@@ -109,29 +124,33 @@ class Scorer(ScorerBase):
         return scores_NH
 
     def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The same texts in this scorer's tokens, EOS appended only to answers that were ended."""
+        """The same dialogues as this scorer reads them, with its own end behind answers that were ended."""
+        ended = ~experience.truncated(batch)
         if self.reads_tokens:
-            return batch
-        own, policy = self.tokenizer, self.policy_tokenizer
-        prompts, responses = [], []
-        finished = batch.column("finish_reason").to_pylist()
-        for prompt, response, reason in zip(
-            experience.rows(batch, "prompt_tokens"),
-            experience.rows(batch, "response_tokens"),
-            finished,
-            strict=True,
-        ):
-            prompts.append(own.encode(policy.decode(prompt, skip_special_tokens=True)))
-            answer = own.encode(policy.decode(response, skip_special_tokens=True), add_special_tokens=False)
-            responses.append([*answer, own.eos_token_id] if reason == "stop" else answer or [own.eos_token_id])
+            return self._with_own_end(batch, ended)
+        prompts = [self.reader.prompt(self.dialogues.find(p)) for p in experience.rows(batch, "prompt_tokens")]
+        answers = zip(experience.rows(batch, "response_tokens"), ended.tolist(), strict=True)
+        texts = [(self.policy.answer_text(answer, whole), whole) for answer, whole in answers]
         return experience.make_batch(
             {
                 "sample_id": batch.column("sample_id"),
                 "prompt_tokens": prompts,
-                "response_tokens": responses,
-                "finish_reason": finished,
+                "response_tokens": [self.reader.answer(text, whole) for text, whole in texts],
+                "finish_reason": batch.column("finish_reason"),
             }
         )
+
+    def _with_own_end(self, batch: pa.RecordBatch, ended: np.ndarray) -> pa.RecordBatch:
+        """A rollout may end with any of several tokens (`AnswerForm.stops`); data end with one of them."""
+        lengths = experience.lengths(batch, "response_tokens")
+        tokens = experience.flat(batch, "response_tokens")
+        ends = np.cumsum(lengths)[ended] - 1
+        if (tokens[ends] == self.reader.form.end).all():
+            return batch
+        tokens = tokens.copy()
+        tokens[ends] = self.reader.form.end
+        place = batch.schema.get_field_index("response_tokens")
+        return batch.set_column(place, batch.schema.field(place), experience.ragged(tokens, lengths))
 
 
 class Reference:

@@ -21,7 +21,8 @@ from actors.tracing import StepTrace
 from actors.training_state import TrainingState
 from actors.waits import WorkerDiedError
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
-from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.mixing import held_out_too, load_mix
+from beaver_ray.data.readers import check_readers
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
@@ -88,6 +89,7 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
 
 def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     check_models(config)
+    check_readers(config)
     tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
     samples, reports = load_mix(config.data.prompts)
     limit = config.data.max_prompt_tokens
@@ -97,9 +99,13 @@ def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
     config = config.model_copy(update={"steps": config.total_steps(len(prompts)), "epochs": None})
     held_out = HeldOut(config) if config.evaluation.prompts else None
+    if held_out and (both := held_out_too(samples, held_out.samples)):
+        run.note(both)
     cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
     try:
         roles = start_surely(config, cluster, run.note)
+        for line in roles.notes:
+            run.note(line)
         if config.direct_weights:
             why = obstacle(roles.policy, roles.rollout)
             roles.direct = why is None

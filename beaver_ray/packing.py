@@ -122,8 +122,8 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
             raise ValueError(f"sequence {index} has {size} tokens")
         if size > token_budget:
             raise UserError(
-                f"sequence {index} has {size} tokens but a micro-batch holds at most {token_budget}: raise "
-                f"the token budget to {size} or more, or shorten the longest prompt plus response"
+                f"row {index} has {size} tokens but a micro-batch holds at most {token_budget}: raise "
+                f"engine.micro_batch_tokens to {size} or more, or shorten the longest prompt plus response"
             )
     if not sizes:
         return [[] for _ in range(ranks)]

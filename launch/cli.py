@@ -104,6 +104,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
         console = Console(width=160)
     console.print(made.table())
     made.check()
+    if isinstance(loaded, SafePpoConfig):
+        from beaver_ray.data.readers import check_readers
+
+        check_readers(loaded)
 
 
 @app.command()

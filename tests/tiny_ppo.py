@@ -35,7 +35,7 @@ def build_workspace(folder: Path, tied: bool = True) -> Path:
         tokenizer.save_pretrained(folder / name)
     scorer = Scorer(str(folder / "harm"), {"cost/harm": 0}, str(world / "model"), "float32", 512, 1)
     try:
-        scorer.calibrate("cost/harm", [CALIBRATION[0].replace("${workspace}", str(folder))], 64, "auto")
+        scorer.calibrate("cost/harm", [CALIBRATION[0].replace("${workspace}", str(folder))], 64)
     except UserError:
         # The random head ranks harm the wrong way round; the other way round it is right.
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from actors import remote_scorer
 from actors.remote_scorer import RETRIES, RemoteScorer, ScoringService
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.remote import ALLOWED_HOSTS, check_allowed
@@ -55,6 +58,36 @@ def test_texts_go_out_and_scores_come_back(service: Service, tiny_world: Path) -
     assert remote(service, tiny_world).score(batch.slice(0, 0)).num_rows == 0
 
 
+def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) -> None:
+    """Of prompts and of labelled pairs, where it is told of the run's prompts."""
+    specs = [f"prompts:3/-1:{tiny_world}/prompts/train.jsonl"]
+    samples, _ = load_mix(specs)
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    batch = experience.make_batch(
+        {
+            "sample_id": range(3),
+            "prompt_tokens": list(PromptDataset.build(samples, tokenizer, 64).prompts),
+            "response_tokens": [[7, 8, 2], [9, 2], [10]],
+            "finish_reason": ["stop", "stop", "length"],
+        }
+    )
+    model = str(tiny_world / "model")
+    told = RemoteScorer(service.url, {"cost/harm": 0}, model, 60.0, prompts=[specs])
+    told.score(batch)
+    sent = service.requests[-1]
+    assert sent["dialogues"] == [[{"role": "user", "content": sample.input}] for sample in samples]
+    assert sent["responses"] == [tokenizer.decode(tokens) for tokens in ([7, 8], [9], [10])]
+    service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]
+    pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
+    with contextlib.suppress(UserError):
+        told.calibrate("cost/harm", pairs, 64)
+    sent = service.requests[-1]
+    assert all(
+        f"USER: {dialogue[0]['content']} ASSISTANT:" in prompt
+        for dialogue, prompt in zip(sent["dialogues"], sent["prompts"], strict=True)
+    )
+
+
 def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world: Path) -> None:
     # The more words the less safe, by the service; the labels know nothing of that, so here it is told.
     labels = {}
@@ -65,7 +98,7 @@ def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world:
     service.score = lambda prompts, responses: [-1.0 if labels[r] else 1.0 for r in responses]
     scorer = remote(service, tiny_world)
     specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
-    figures = scorer.calibrate("cost/harm", specs, 64, "auto")
+    figures = scorer.calibrate("cost/harm", specs, 64)
     assert figures["accuracy"] == figures["sign_accuracy"] == 1.0
     service.score = lambda prompts, responses: [1.0 for _ in responses]
     probability = experience.scalars(scorer.score(random_sequences(3, seed=1)), "cost/harm")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.scorer import Reference, Scorer
 from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import SafetyPreferenceDataset
 from beaver_ray.errors import UserError
 from tests.actors.support import LiteralScoreModel, random_sequences, whole_sequences, write_score_folder
 
@@ -70,7 +74,7 @@ def test_a_column_is_calibrated_by_its_own_head(tiny_world: Path, tmp_path: Path
     specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
     shutil.copytree(tiny_world / "cost_model", tmp_path / "one")
     flip_to_positive(tmp_path / "one", tiny_world, specs)
-    expected = scorer(tmp_path / "one", tiny_world).calibrate("cost/harm", specs, 64, "auto")
+    expected = scorer(tmp_path / "one", tiny_world).calibrate("cost/harm", specs, 64)
     # The same head as the second of two.
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     state = load_file(tmp_path / "one" / "model.safetensors")
@@ -80,45 +84,136 @@ def test_a_column_is_calibrated_by_its_own_head(tiny_world: Path, tmp_path: Path
     settings = json.loads((tmp_path / "two" / "config.json").read_text()) | {"score_heads": ["reward", "cost"]}
     (tmp_path / "two" / "config.json").write_text(json.dumps(settings))
     two = scorer_of(tmp_path / "two", tiny_world, {"reward": 0, "cost/harm": 1})
-    assert two.calibrate("cost/harm", specs, 64, "auto") == pytest.approx(expected, rel=1e-5)
+    assert two.calibrate("cost/harm", specs, 64) == pytest.approx(expected, rel=1e-5)
     assert two.calibrations.keys() == {"cost/harm"}
 
 
 def test_a_sequence_longer_than_the_budget_is_refused(tiny_world: Path) -> None:
-    with pytest.raises(UserError, match="token budget"):
+    with pytest.raises(UserError, match=r"engine\.micro_batch_tokens"):
         scorer(tiny_world / "cost_model", tiny_world, budget=5).score(random_sequences(9))
 
 
-def test_another_tokenizer_reads_the_text_again(tiny_world: Path, tmp_path: Path) -> None:
-    """The same words under other ids: what the scorer reads is worked out from the words."""
-    folder = tmp_path / "scorer"
-    write_score_folder(folder, tiny_world / "model", 7, "cost")
-    vocabulary = AutoTokenizer.from_pretrained(tiny_world / "model").get_vocab()
-    last = len(vocabulary) - 1
-    ids = {word: last - i for word, i in vocabulary.items()}
+# Unlike the policy's in every place, of words that it has too.
+OWN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}ASSISTANT: {{ m['content'] }} USER: {% else %}"
+    "{{ m['content'] }} <s> {% endif %}{% endfor %}"
+)
+
+
+def foreign_folder(folder: Path, world: Path, template: str | None) -> dict[str, int]:
+    """A score model that has the policy's words under other ids, and its own template; returns its vocabulary."""
+    write_score_folder(folder, world / "model", 7, "cost")
+    vocabulary = AutoTokenizer.from_pretrained(world / "model").get_vocab()
+    ids = {word: len(vocabulary) - 1 - i for word, i in vocabulary.items()}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return ids
 
-    batch = random_sequences(15, seed=2, vocabulary=len(vocabulary))
+
+def asked(world: Path, rows: int) -> tuple[pa.RecordBatch, list[str]]:
+    """Random answers to prompts of the world's, and those prompts."""
+    batch = random_sequences(rows, seed=2, vocabulary=40)
+    lines = (world / "prompts" / "train.jsonl").read_text().splitlines()[:rows]
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokens = [tokenizer.encode(f"<s> USER: {p} ASSISTANT:", add_special_tokens=False) for p in prompts]
+    place = batch.schema.get_field_index("prompt_tokens")
+    field = batch.schema.field(place)
+    return batch.set_column(place, field, pa.array(tokens, type=field.type)), prompts
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("template", [OWN_TEMPLATE, None])
+def test_another_tokenizer_reads_the_dialogue_in_its_own_template(
+    tiny_world: Path, tmp_path: Path, template: str | None, told: bool
+) -> None:
+    """What it reads is worked out from the words; told or not which prompts there are."""
+    ids = foreign_folder(tmp_path / "scorer", tiny_world, template)
+    batch, prompts = asked(tiny_world, 15)
     assert {"stop", "length"} == set(batch.column("finish_reason").to_pylist())
+    specs = [[f"prompts:1:{tiny_world}/prompts/train.jsonl"], []] if told else []
+    found = Scorer(
+        str(tmp_path / "scorer"), {"cost/harm": 0}, str(tiny_world / "model"), "float32", 48, 1, prompts=specs
+    )
+    words = AutoTokenizer.from_pretrained(tiny_world / "model").convert_ids_to_tokens
     sequences = []
-    for row in batch.to_pylist():
+    for row, prompt in zip(batch.to_pylist(), prompts, strict=True):
         ended = row["finish_reason"] == "stop"
-        answer = row["response_tokens"][:-1] if ended else row["response_tokens"]
-        end = [ids["</s>"]] if ended or not answer else []
-        sequences.append([last - token for token in row["prompt_tokens"] + answer] + end)
-    found = experience.scalars(scorer(folder, tiny_world).score(batch), "cost/harm")
-    np.testing.assert_allclose(found, end_scores(folder, sequences), atol=1e-5)
+        answer = words(row["response_tokens"][:-1] if ended else row["response_tokens"])
+        if template:
+            text, end = ["ASSISTANT:", *prompt.split(), "USER:"], "<s>"
+        else:
+            text, end = ["BEGINNING", "OF", "CONVERSATION:", "USER:", *prompt.split(), "ASSISTANT:"], "</s>"
+        tail = [end] if ended or not answer else []
+        sequences.append([ids.get(word, ids["<unk>"]) for word in [*text, *answer, *tail]])
+    np.testing.assert_allclose(
+        experience.scalars(found.score(batch), "cost/harm"), end_scores(tmp_path / "scorer", sequences), atol=1e-5
+    )
+
+
+def test_another_template_with_the_same_tokenizer(tiny_world: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world / "cost_model", tmp_path / "scorer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "scorer")
+    tokenizer.chat_template = OWN_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    batch, prompts = asked(tiny_world, 5)
+    for row, prompt in zip(
+        scorer(tmp_path / "scorer", tiny_world).in_own_tokens(batch).to_pylist(), prompts, strict=True
+    ):
+        assert tokenizer.decode(row["prompt_tokens"]) == f"ASSISTANT: {prompt} USER:"
+        assert (row["response_tokens"][-1] == tokenizer.bos_token_id) == (row["finish_reason"] == "stop")
+
+
+def test_calibration_reads_what_rollouts_read(tiny_world: Path, tmp_path: Path) -> None:
+    foreign_folder(tmp_path / "scorer", tiny_world, OWN_TEMPLATE)
+    specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
+    reads = scorer(tmp_path / "scorer", tiny_world, budget=256)
+    scored: list[pa.RecordBatch] = []
+    reads.end_scores = lambda batch: (scored.append(batch), np.arange(batch.num_rows)[:, None] % 97.0)[1]  # type: ignore
+    with contextlib.suppress(UserError):  # whether these numbers tell safe from unsafe is all one
+        reads.calibrate("cost/harm", specs, 64)
+    policy = AutoTokenizer.from_pretrained(tiny_world / "model")
+    data = SafetyPreferenceDataset.build(load_mix(specs)[0], policy, 64)
+    rows, cuts = [*data.safer, *data.unsafer], [*data.prompt_length, *data.prompt_length]
+    rollouts = experience.make_batch(
+        {
+            "sample_id": np.arange(len(rows)),
+            "prompt_tokens": [row[:cut] for row, cut in zip(rows, cuts, strict=True)],
+            "response_tokens": [row[cut:] for row, cut in zip(rows, cuts, strict=True)],
+            "finish_reason": ["stop"] * len(rows),
+        }
+    )
+    assert whole_sequences(reads.in_own_tokens(rollouts)) == whole_sequences(scored[0])
+    assert reads.labelled_pairs("cost/harm").startswith(f"kept {len(data)} of {len(data)}")
+
+
+def test_whichever_token_ended_an_answer_its_own_end_is_read(tiny_world: Path) -> None:
+    batch = random_sequences(9, seed=1)
+    place = batch.schema.get_field_index("response_tokens")
+    field, rows = batch.schema.field(place), batch.to_pylist()
+    other = [[*r["response_tokens"][:-1], 5] if r["finish_reason"] == "stop" else r["response_tokens"] for r in rows]
+    reads = scorer(tiny_world / "cost_model", tiny_world)
+    ended_otherwise = batch.set_column(place, field, pa.array(other, type=field.type))
+    assert reads.score(ended_otherwise).equals(reads.score(batch))
+    assert reads.in_own_tokens(batch) is batch
+
+
+def test_a_prompt_that_nobody_knows(tiny_world: Path, tmp_path: Path) -> None:
+    foreign_folder(tmp_path / "scorer", tiny_world, OWN_TEMPLATE)
+    with pytest.raises(UserError, match="is of no data set that it was told of: name the data under"):
+        scorer(tmp_path / "scorer", tiny_world).score(random_sequences(3, seed=1))
 
 
 def flip_to_positive(folder: Path, world: Path, specs: list[str]) -> None:
     """A random cost model may rank either way round; the head's sign is turned where it is the wrong one."""
     try:
-        scorer(folder, world).calibrate("cost/harm", specs, 64, "auto")
+        scorer(folder, world).calibrate("cost/harm", specs, 64)
     except UserError:
         state = load_file(folder / "model.safetensors")
         state["score_head.weight"] *= -1
@@ -131,7 +226,7 @@ def test_calibration_turns_scores_into_probabilities(tiny_world: Path, tmp_path:
     specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
     flip_to_positive(folder, tiny_world, specs)
     first, second = scorer(folder, tiny_world), scorer(folder, tiny_world)
-    figures = first.calibrate("cost/harm", specs, 64, "auto")
+    figures = first.calibrate("cost/harm", specs, 64)
 
     # The labelled answers, read and scored by hand.
     tokenizer = AutoTokenizer.from_pretrained(folder)

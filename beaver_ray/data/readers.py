@@ -1,0 +1,172 @@
+"""Who reads a dialogue how: in which tokenizer and by which template.
+
+The policy's tokens mean nothing to a score model with another tokenizer, and the policy's template little to one that
+was trained with another. Such a scorer is handed the dialogue itself and writes it as it was trained to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.mixing import load_mix, prompt_key
+from beaver_ray.data.sources import RawSample
+from beaver_ray.data.templates import (
+    LATER,
+    USER,
+    AnswerForm,
+    Template,
+    adds_bos,
+    answer_form,
+    answer_tokens,
+    prompt_text,
+    prompt_tokens,
+    resolve_template,
+)
+from beaver_ray.data.tokenized import same_tokenizer
+from beaver_ray.errors import UserError
+from beaver_ray.models.folders import find_model
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.signals import critics
+
+MIDDLE = "zq4answer"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model's tokenizer and the template that it reads dialogues by."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+    @classmethod
+    def of_scorer(cls, tokenizer: PreTrainedTokenizerBase, template: Template) -> Reader:
+        """A score model reads by its own chat template, where the policy does so and it has one."""
+        return cls(tokenizer, "beaver" if template == "beaver" else "auto")
+
+    @property
+    def form(self) -> AnswerForm:
+        """How an answer ends."""
+        return answer_form(self.tokenizer, self.template)
+
+    def prompt(self, turns: Sequence[str]) -> list[int]:
+        """The tokens of a prompt."""
+        return prompt_tokens(self.tokenizer, list(turns), self.template)
+
+    def answer(self, text: str, ended: bool = True) -> list[int]:
+        """The tokens of an answer; never none, since scores need a token to stand at."""
+        return answer_tokens(self.tokenizer, text, self.template, ended=ended) or [self.form.end]
+
+    def answer_text(self, tokens: Sequence[int] | np.ndarray, ended: bool = True) -> str:
+        """An answer's text, without what ends it and what the template writes around it."""
+        form, ids = self.form, [int(token) for token in tokens]
+        text = self.tokenizer.decode(
+            ids[:-1] if ended else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        text = str(text).removeprefix(form.before)
+        return text.removesuffix(form.after) if ended else text
+
+
+def read_alike(first: Reader, second: Reader) -> bool:
+    """Whether both make the same tokens of the same dialogue, answers and their ends included."""
+    if not same_tokenizer(first.tokenizer, second.tokenizer):
+        return False
+    forms = [(r.form.end, r.form.before, r.form.after, r.form.strips) for r in (first, second)]
+    return forms[0] == forms[1] and all(
+        _tried(first, turns) == _tried(second, turns) for turns in ([USER], [USER, MIDDLE, LATER])
+    )
+
+
+def _tried(reader: Reader, turns: list[str]) -> list[int] | None:
+    try:
+        return reader.prompt(turns)
+    except UserError:  # a template that takes one turn only
+        return None
+
+
+class Dialogues:
+    """The dialogue of every prompt that a policy is asked, by the tokens that the policy reads."""
+
+    def __init__(self, policy: Reader, prompts: Iterable[Sequence[str]] = ()) -> None:
+        """prompts: lists of datasets (NAME[:PROPORTION[:PATH]]), as the run reads them."""
+        self.policy = policy
+        self.by_tokens: dict[bytes, tuple[str, ...]] = {}
+        for specs in prompts:
+            if specs:
+                self.add(load_mix(list(specs))[0])
+
+    def add(self, samples: Iterable[RawSample]) -> None:
+        """Know the prompts of these samples too."""
+        for turns in dict.fromkeys(prompt_key(sample) for sample in samples):
+            self.by_tokens.setdefault(_key(self.policy.prompt(turns)), turns)
+
+    def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
+        """The turns of a prompt.
+
+        Raises UserError for tokens of a prompt that is not known, and that no dialogue gives by the policy's template.
+        """
+        found = self.by_tokens.get(_key(tokens)) or _read_back(self.policy, [int(token) for token in tokens])
+        if found is None:
+            text = self.policy.tokenizer.decode([int(token) for token in tokens])
+            raise UserError(
+                f"a scorer reads dialogues in another tokenizer or template than the policy, and the prompt {text!r} "
+                "is of no data set that it was told of: name the data under data.prompts or evaluation.prompts"
+            )
+        return found
+
+
+def _key(tokens: Sequence[int] | np.ndarray) -> bytes:
+    return np.asarray(tokens, dtype=np.int32).tobytes()
+
+
+def _read_back(reader: Reader, tokens: list[int]) -> tuple[str, ...] | None:
+    """The turns whose prompt these tokens are; None where that cannot be told, or words are missing."""
+    if reader.tokenizer.unk_token_id in tokens and reader.tokenizer.unk_token_id != reader.form.end:
+        return None
+    try:
+        one = prompt_text(reader.tokenizer, USER, reader.template)
+        three = prompt_text(reader.tokenizer, [USER, MIDDLE, LATER], reader.template)
+    except UserError:
+        return None
+    start, _, end = one.partition(USER)
+    asked, _, rest = three.removeprefix(start).removeprefix(USER).partition(MIDDLE)
+    answered = rest.partition(LATER)[0]
+    beaver = resolve_template(reader.tokenizer, reader.template) == "beaver"
+    bos = beaver and adds_bos(reader.tokenizer) and tokens[:1] == [reader.tokenizer.bos_token_id]
+    text = str(reader.tokenizer.decode(tokens[bos:], clean_up_tokenization_spaces=False))
+    if not text.startswith(start) or not text.endswith(end) or len(text) < len(start) + len(end):
+        return None
+    turns, left = [], text[len(start) : len(text) - len(end)]
+    while asked and answered and asked in left:
+        question, left = left.split(asked, 1)
+        reply, found, left = left.partition(answered)
+        turns += [question, reply]
+        if not found:
+            return None
+    turns.append(left)
+    return tuple(turns) if reader.prompt(turns) == tokens else None
+
+
+def check_readers(config: SafePpoConfig) -> None:
+    """UserError where the reference or a critic, which read the policy's tokens, have another tokenizer.
+
+    What is yet to come from the hub is left to loading.
+    """
+    models, trust = config.models, config.models.trust_remote_code
+    parts = {} if models.adapter_off_is_reference else {"reference": models.reference or models.policy}
+    parts |= {plan.name: plan.model for plan in critics(config)}
+    others = {part: model for part, model in parts.items() if model != models.policy and find_model(model)}
+    if not others or not find_model(models.policy):
+        return
+    policy = load_tokenizer(models.policy, trust)
+    for part, model in others.items():
+        if not same_tokenizer(load_tokenizer(model, trust), policy):
+            option = "models.reference" if part == "reference" else "its start (models.reward_critic, critic)"
+            raise UserError(
+                f"{part}: the tokenizer in {model} is not that of the policy in {models.policy}, whose tokens the "
+                f"{part} reads; set {option} to a folder with the policy's tokenizer"
+            )
