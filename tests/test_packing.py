@@ -114,7 +114,7 @@ def test_plan_with_fewer_sequences_than_ranks() -> None:
 
 
 def test_plan_errors() -> None:
-    with pytest.raises(UserError, match="sequence 1 has 11 tokens"):
+    with pytest.raises(UserError, match="row 1 has 11 tokens"):
         plan_micro_batches([3, 11], 10, 1)
     with pytest.raises(ValueError, match="sequence 0 has 0 tokens"):
         plan_micro_batches([0], 10, 1)

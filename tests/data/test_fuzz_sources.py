@@ -182,7 +182,7 @@ def test_odd_specs(tmp_path: Path, name: str, amount: str, place: str, twice: bo
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     place = place.replace("FILE", str(tmp_path / "data" / "a.jsonl")).replace("FOLDER", str(tmp_path / "data"))
-    place = "." + place if place in ("/", ".") else place  # not all of the machine
+    place = f"{tmp_path}/{place}" if place in ("/", ".") else place  # not all of the machine
     spec = f"{name}:{amount}:{place}"
     accepted(lambda: load_mix([spec, spec] if twice else [spec]))
 
