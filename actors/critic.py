@@ -20,7 +20,9 @@ from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
 from beaver_ray.method.losses import token_weights, value_loss
 from beaver_ray.models.loading import DTYPES, load_tokenizer
+from beaver_ray.models.provenance import trained_with
 from beaver_ray.models.score import load_score_model, save_score_model
+from beaver_ray.packing import check_packing
 
 
 class Critic(TrainingRank):
@@ -43,6 +45,7 @@ class Critic(TrainingRank):
         model = load_score_model(self.model, "critic", DTYPES[config.engine.dtype], trust, self.signals)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, name, config.critic, config.engine, steps)
+        check_packing(self.engine.engine)
 
     @torch.no_grad()
     def values(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -92,7 +95,8 @@ class Critic(TrainingRank):
         state = self.engine.full_state_on_rank_0()
         if state is not None:
             model: Any = self.engine.module
-            save_score_model(model, state, Path(folder))
+            read_with = trained_with(self.tokenizer, self.config.data.template)
+            save_score_model(model, state, Path(folder), read_with)
             self.tokenizer.save_pretrained(folder)
 
     def _loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:

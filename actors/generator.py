@@ -368,6 +368,8 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # It would take precedence over kv_cache_gib.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # vLLM counts the positions of YaRN otherwise than we do; max_model_len is within ours (`context_length`).
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     if spec.tensor_parallel_size == 1:
         # A world of one process needs no address that other machines can reach.
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")

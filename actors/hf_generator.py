@@ -35,8 +35,8 @@ class HFGenerator:
         self.spec = spec
         self.version = spec.version
         self.device = default_device()
-        model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code)
-        self.model = model.to(self.device).eval()
+        model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code, self.device)
+        self.model = model.eval()
         self._eos = spec.end_tokens()
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)

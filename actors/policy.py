@@ -33,6 +33,7 @@ from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
+from beaver_ray.packing import check_packing
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
 
@@ -67,6 +68,7 @@ class PolicyTrainer(TrainingRank):
             model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
+        check_packing(self.engine.engine)
         tensors = [t for t in self.engine.full_shapes() if not self.adapter or is_adapter(t[0])]
         # What travels, by its name in the engine.
         self.names = {name: adapter_name(name) if self.adapter else name for name, _, _ in tensors}

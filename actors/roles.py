@@ -16,6 +16,7 @@ from actors.policy import PolicyTrainer
 from actors.remote_scorer import RemoteScorer
 from actors.scorer import Reference, Scorer
 from beaver_ray.config import GPU_SHARE, SafePpoConfig
+from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import ScorerPlan, critics, scorers
@@ -57,8 +58,11 @@ def role_kinds(config: SafePpoConfig) -> dict[str, str]:
     }
 
 
-def check_models(config: SafePpoConfig) -> None:
-    """UserError where a model that the run starts from is not there, or a service may not be sent its texts."""
+def check_models(config: SafePpoConfig) -> list[str]:
+    """What should be known of the run's models, one line each.
+
+    Raises UserError where one is not there or does not fit, or where a service may not be sent its texts.
+    """
     check_model_folder(config.models.policy, "policy")
     costs = {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
     for part, model in {"reward model": config.models.reward, **costs}.items():
@@ -66,6 +70,7 @@ def check_models(config: SafePpoConfig) -> None:
             check_allowed(model)
         else:
             check_model_folder(model, part)
+    return check_fit(config)
 
 
 def start_local(name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:

@@ -109,8 +109,8 @@ class Scorer(ScorerBase):
         self.token_budget = token_budget
         score_type: ScoreType = "reward" if "reward" in columns else "cost"
         self.device = default_device()
-        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code)
-        self.model.to(self.device).eval().requires_grad_(False)
+        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code, device=self.device)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
@@ -168,8 +168,8 @@ class Reference:
         torch.set_num_threads(threads)
         self.token_budget, self.temperature = token_budget, temperature
         self.device = default_device()
-        self.model = load_policy(model, DTYPES[dtype], trust_remote_code)
-        self.model.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        self.model = load_policy(model, DTYPES[dtype], trust_remote_code, self.device)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def logprobs(self, batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -35,9 +35,11 @@ from beaver_ray.method.losses import (
 from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
+from beaver_ray.models.provenance import trained_with
 from beaver_ray.models.score import load_score_model, save_score_model
-from beaver_ray.packing import PackedBatch, pack, plan_micro_batches, response_positions
+from beaver_ray.packing import PackedBatch, check_packing, pack, plan_micro_batches, response_positions
 from beaver_ray.runs import RunFolder
+from beaver_ray.signals import HEADS_OF_STAGE
 
 DATASETS: dict[str, type[SupervisedDataset] | type[PreferenceDataset] | type[SafetyPreferenceDataset]] = {
     "sft": SupervisedDataset,
@@ -45,7 +47,6 @@ DATASETS: dict[str, type[SupervisedDataset] | type[PreferenceDataset] | type[Saf
     "cost_model": SafetyPreferenceDataset,
     "score_model": LabelledPairDataset,
 }
-HEADS = {"reward_model": ("reward",), "cost_model": ("cost",), "score_model": ("reward", "cost")}
 
 
 class SupervisedTrainer(TrainingRank):
@@ -82,11 +83,12 @@ class SupervisedTrainer(TrainingRank):
         if config.stage == "sft":
             model: Any = load_policy(config.model, dtype, config.trust_remote_code)
         else:
-            heads: Any = HEADS[config.stage]
+            heads: Any = HEADS_OF_STAGE[config.stage]
             model = load_score_model(config.model, heads[0], dtype, config.trust_remote_code, heads)
         self.engine = TrainingEngine(
             model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
         )
+        check_packing(self.engine.engine)
 
     def describe(self) -> tuple[int, list[str]]:
         """Optimizer steps in all, and what became of the data in one line each."""
@@ -129,7 +131,8 @@ class SupervisedTrainer(TrainingRank):
             _end_generation(model, answer_form(self.tokenizer, self.config.template).end)
             model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         else:
-            save_score_model(model, state, Path(folder))
+            read_with = trained_with(self.tokenizer, self.config.template)
+            save_score_model(model, state, Path(folder), read_with)
         self.tokenizer.save_pretrained(folder)
 
     def _sides(self, data: Any) -> tuple[Any, ...]:

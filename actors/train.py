@@ -24,6 +24,7 @@ from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.data.mixing import held_out_too, load_mix
 from beaver_ray.data.readers import check_readers
 from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
+from beaver_ray.fit import check_fit
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, is_finished
@@ -60,6 +61,8 @@ def seed_everything(seed: int, threads: int) -> None:
 
 def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
     check_model_folder(config.model, "model")
+    for line in check_fit(config):
+        run.note(line)
     cluster = None if config.debug else Cluster(config.cluster, {"trainer": "trainer"})
     try:
         world = config.cluster.of("trainer").workers if cluster else 1
@@ -88,7 +91,8 @@ def _train_supervised(config: SupervisedConfig, run: RunFolder) -> None:
 
 
 def _train_policy(config: SafePpoConfig, run: RunFolder) -> None:
-    check_models(config)
+    for line in check_models(config):
+        run.note(line)
     check_readers(config)
     tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
     samples, reports = load_mix(config.data.prompts)

@@ -193,18 +193,19 @@ def _share_bins(bins: list[list[int]], sizes: list[int], micro_batches: int, ran
 def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> None:
     """Refuse a model that does not keep packed sequences apart.
 
-    `forward` gives what is compared, [1, T] or [1, T, K], from input ids and positions [1, T]; without it, the
-    logits of a causal language model. Run once after loading, on every rank (five small forwards; token ids 0
-    to 9). Two things are measured, in units of the outputs' standard deviation: the most that an output of the last
-    two sequences of a row changes when only the first one's tokens do (nothing may, in any dtype), and how far the row
-    is from each sequence alone on the average (rounding only; the wide limit leaves room for dozens of layers in
-    bfloat16, where single outputs of 152,000 are off by more).
+    `forward` gives what is compared, [1, T] or [1, T, K], from input ids and positions [1, T]; without it the model
+    itself does: scores, or a causal language model's logits. Run once where the model is going to run: on its device,
+    in its dtype and, where it is trained, inside its engine, on every rank. Another device may have another kernel.
+    Five small forwards, token ids 0 to 9. Two things are measured, in units of the outputs' standard deviation: the
+    most that an output of the last two sequences of a row changes when only the first one's tokens do (nothing may, in
+    any dtype), and how far the row is from each sequence alone on the average (rounding only; the wide limit leaves
+    room for dozens of layers in bfloat16, where single outputs of 152,000 are off by more).
 
     Raises:
         UserError: the sequences see each other or the positions do not start again.
     """
     device = next(model.parameters()).device
-    forward = forward or partial(_logits, model)
+    forward = forward or partial(_outputs, model)
     sequences: list[NDArray[np.int64]] = [np.arange(9), np.arange(5, 10), np.arange(3, 10)]
     training = model.training
     model.eval()
@@ -220,7 +221,7 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
     deviation = ((packed - alone).square().mean().sqrt() / scale).item()
     if not (leak <= 1e-3 and deviation <= 0.2):  # a NaN fails too
         raise UserError(
-            f"{type(model).__name__} cannot train on packed rows: a sequence's outputs move by {leak:.1e} "
+            f"{_name(model)} cannot train on packed rows: a sequence's outputs move by {leak:.1e} "
             f"standard deviations with its neighbour and by {deviation:.1e} against running alone; use a "
             "model family with plain attention such as Llama, Qwen, Mistral, Gemma or GPT-NeoX"
         )
@@ -232,6 +233,12 @@ def _packed_outputs(forward: Forward, sequences: Sequence[ArrayLike], device: to
     return forward(batch.input_ids, batch.position_ids)[0].float()
 
 
-def _logits(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-    return logits
+def _outputs(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    outputs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    found: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    return found
+
+
+def _name(model: torch.nn.Module) -> str:
+    """The model's class; of an engine the class of what it holds."""
+    return type(getattr(model, "module", model)).__name__

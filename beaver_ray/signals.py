@@ -15,6 +15,14 @@ from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_config
 
+HEADS_OF_STAGE: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "reward_model": ("reward",),
+    "cost_model": ("cost",),
+    "score_model": ("reward", "cost"),
+}
+_OTHER = "start from another model, or from a language model for fresh heads"
+
 
 @dataclass(frozen=True)
 class ScorerPlan:
@@ -38,13 +46,22 @@ class CriticPlan:
 
 
 def head_names(path: str) -> list[str]:
-    """Names of a score model's heads, from its config.json; empty where that names none (one head, or none)."""
+    """Names of a score model's heads, from its config.json; empty where that names none (one head, or none).
+
+    A model of the ``*ForSequenceClassification`` layout with several labels has a head for each.
+    """
     if not os.path.isfile(os.path.join(path, "config.json")):
         return []
-    heads = read_config(Path(path)).get("score_heads") or []
+    config = read_config(Path(path))
+    heads = config.get("score_heads") or []
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         raise UserError(f"{path}: score_heads in config.json must be a list of names")
-    return heads
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    if heads or not str(first).endswith("ForSequenceClassification"):
+        return heads
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # which transformers leaves out
+    return [str(label) for label in labels.values()] if isinstance(labels, dict) and len(labels) > 1 else []
 
 
 def head_of(signal: str, heads: Sequence[str]) -> int | None:
@@ -53,6 +70,28 @@ def head_of(signal: str, heads: Sequence[str]) -> int | None:
         if name in heads:
             return list(heads).index(name)
     return None
+
+
+def head_kind(path: str) -> str:
+    """What a folder says its only head is: "reward", "cost", or nothing."""
+    heads = head_names(path)
+    kind = read_config(Path(path)).get("score_type") if os.path.isfile(os.path.join(path, "config.json")) else None
+    if kind in ("reward", "cost") or not heads:
+        return str(kind) if kind in ("reward", "cost") else ""
+    return "reward" if heads[0] == "reward" else "cost"
+
+
+def check_start(signals: Sequence[str], model: str) -> None:
+    """UserError where a folder has heads, and none of them is one of these ``signals``: all would begin at random.
+
+    The only head of a folder is for the only signal, if it is of the same kind: reward or cost.
+    """
+    heads = head_names(model)
+    if len(heads) > 1 and all(head_of(signal, heads) is None for signal in signals):
+        raise UserError(f"{model} has no head for {' or '.join(signals)}, only {', '.join(heads)}; {_OTHER}")
+    kind = head_kind(model)
+    if len(heads) <= 1 and kind and all(kind != _kind(signal) for signal in signals):
+        raise UserError(f"{model} is a {kind} model, not one of {' and '.join(signals)}; {_OTHER}")
 
 
 def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
@@ -96,4 +135,12 @@ def _scorer(signal: str, name: str, kind: str, model: str) -> ScorerPlan:
         raise UserError(
             f"{model} has no head called {wanted}, only {', '.join(heads)}; give the folder of another model"
         )
+    if os.path.isfile(os.path.join(model, "config.json")) and read_config(Path(model)).get("score_type") == "critic":
+        raise UserError(f"{model} is a critic, whose values are no scores; give the folder of a {kind} model")
+    if len(heads) <= 1 and head_kind(model) not in ("", kind):
+        raise UserError(f"{model} is a {head_kind(model)} model; give the folder of a {kind} model for {signal}")
     return ScorerPlan(name, kind, model, {signal if signal == "reward" else f"cost/{signal}": head})
+
+
+def _kind(signal: str) -> str:
+    return "reward" if signal == "reward" else "cost"

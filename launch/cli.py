@@ -104,6 +104,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
         console = Console(width=160)
     console.print(made.table())
     made.check()
+    from beaver_ray.fit import check_fit
+
+    for line in check_fit(loaded):
+        print(line)
     if isinstance(loaded, SafePpoConfig):
         from beaver_ray.data.readers import check_readers
 

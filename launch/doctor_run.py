@@ -12,6 +12,8 @@ from typing import Any
 from beaver_ray.config import ClusterConfig, SafePpoConfig, StageConfig
 from beaver_ray.config_files import load_config, load_pipeline, read_yaml
 from beaver_ray.errors import UserError
+from beaver_ray.fit import check_weights, parts_of, token_notes
+from beaver_ray.models.folders import weight_files
 from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import critics
 from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
@@ -106,7 +108,7 @@ def score_models_of(config: SafePpoConfig) -> dict[str, str]:
 
 
 def models(config: StageConfig, made: Sequence[Path]) -> Finding:
-    """Every model is there and its safetensors are whole; those in folders of ``made`` may be yet to come."""
+    """Every model is there, whole and the one that its part needs; those in folders of ``made`` may be yet to come."""
     from safetensors import SafetensorError, safe_open
 
     from beaver_ray.models.loading import check_model_folder
@@ -123,7 +125,7 @@ def models(config: StageConfig, made: Sequence[Path]) -> Finding:
         if not folder.exists():
             unloaded += [] if _is_there(model) else [model]
             continue
-        files = sorted(folder.glob("*.safetensors"))
+        files = weight_files(folder)
         if not files:
             return Finding("fail", f"{part}: no safetensors in {folder}", "save the model again, as safetensors")
         for file in files:
@@ -132,6 +134,9 @@ def models(config: StageConfig, made: Sequence[Path]) -> Finding:
                     pass
             except SafetensorError as error:
                 return Finding("fail", f"{part}: {file} is not whole ({error})", "copy or save it again")
+    for needed in parts_of(config):
+        if Path(needed.model).exists():
+            check_weights(config, needed)
     if unloaded:
         line, load = f"{', '.join(unloaded)} must come from the hub", f"hf download {unloaded[0]}"
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
@@ -149,6 +154,7 @@ def tokenizers(config: StageConfig) -> Finding:
     trust = config.models.trust_remote_code if isinstance(config, SafePpoConfig) else config.trust_remote_code
     parts = models_of(config)
     loaded = {model: load_tokenizer(model, trust) for model in dict.fromkeys(parts.values())}
+    notes = token_notes(config, [part for part in parts_of(config) if part.model in loaded])
     if not isinstance(config, SafePpoConfig):
         return Finding("pass", f"{len(loaded[config.model].get_vocab())} tokens")
     policy = loaded[config.models.policy]
@@ -158,6 +164,8 @@ def tokenizers(config: StageConfig) -> Finding:
         line = f"not the policy's: {', '.join(f'{part} ({parts[part]})' for part in reading)}"
         return Finding("fail", line, "start these from models that have the policy's tokenizer")
     remark = f"; {', '.join(others)} read the answers' text with their own" if others else ""
+    if notes:
+        return Finding("warn", "; ".join(notes), "read it as it was trained: data.template, and the tokenizer's files")
     return Finding("pass", f"{len(policy.get_vocab())} tokens{remark}")
 
 

@@ -26,6 +26,7 @@ import psutil
 
 from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError
+from beaver_ray.fit import length_problems
 from beaver_ray.gpus import on_this_machine, visible_gpus
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
@@ -170,7 +171,7 @@ def plan(config: StageConfig, resources: Resources | None = None) -> Plan:
     models = {model: read_model(model) for _, _, model in _roles(config) if model is not None}
     roles = [_role_plan(config, role, name, model, models, resources) for role, name, model in _roles(config)]
     made = Plan(roles, resources)
-    problems = [*_length_problems(config, models), *_rank_problems(config, roles), *_room_problems(made)]
+    problems = [*length_problems(config, models), *_rank_problems(config, roles), *_room_problems(made)]
     if impossible := architecture_problem(config):
         problems.insert(0, impossible)
     return Plan(roles, resources, problems)
@@ -300,26 +301,6 @@ def logit_gib(facts: ModelFacts, engine: EngineConfig, on_gpu: bool, *, trained:
 
 
 # What stands against it
-
-
-def _length_problems(config: StageConfig, models: dict[str, ModelFacts]) -> list[str]:
-    if isinstance(config, SafePpoConfig):
-        prompt, answer = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-        longest = prompt + answer
-        what = f"data.max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
-    else:
-        longest, what = config.max_tokens, f"max_tokens {config.max_tokens}"
-    problems = [
-        f"{what} make sequences of {longest} tokens, but {model} has {facts.positions} positions; lower them"
-        for model, facts in models.items()
-        if facts.positions is not None and longest > facts.positions
-    ]
-    if longest > config.engine.micro_batch_tokens:
-        problems.append(
-            f"engine.micro_batch_tokens {config.engine.micro_batch_tokens} is less than the longest sequence "
-            f"of {longest} tokens ({what}); raise it to {longest} at least"
-        )
-    return problems
 
 
 def _rank_problems(config: StageConfig, roles: list[RolePlan]) -> list[str]:

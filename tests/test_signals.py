@@ -66,6 +66,34 @@ def test_a_missing_head_is_named(tmp_path: Path) -> None:
         scorers(config({"reward": critic}, {"name": "harm", "model": critic}))
 
 
+@pytest.mark.parametrize(
+    ("reward", "cost", "message"),
+    [
+        ({"score_type": "cost"}, {}, "is a cost model; give the folder of a reward model for reward"),
+        ({}, {"score_type": "reward"}, "is a reward model; give the folder of a cost model for harm"),
+        ({"score_heads": ["cost"]}, {}, "is a cost model; give"),
+        ({}, {"score_heads": ["reward"]}, "is a reward model; give"),
+        ({"score_type": "critic", "score_heads": ["reward"]}, {}, "is a critic, whose values are no scores"),
+        ({"score_type": "reward"}, {"score_type": "cost"}, None),
+        ({"score_type": "reward", "score_heads": ["helpfulness"]}, {"score_heads": ["harm"]}, None),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}, {}, None),
+        ({"architectures": ["LlamaForSequenceClassification"]}, {}, "has no head called reward, only LABEL_0, LABEL_1"),
+    ],
+)
+def test_a_score_model_is_what_its_role_needs(
+    tmp_path: Path, reward: dict[str, Any], cost: dict[str, Any], message: str | None
+) -> None:
+    for name, content in (("r", reward), ("c", cost)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    asked = config({"reward": str(tmp_path / "r")}, {"name": "harm", "model": str(tmp_path / "c")})
+    if message is None:
+        assert [plan.name for plan in scorers(asked)] == ["reward", "cost-harm"]
+        return
+    with pytest.raises(UserError, match=message):
+        scorers(asked)
+
+
 def test_critics_alone_and_shared() -> None:
     constraints = {"name": "harm", "model": "cost"}, {"name": "leak", "model": "cost", "critic": "start"}
     assert critics(config({"reward": "reward"}, *constraints)) == [

@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,23 @@ from typing import Any
 from beaver_ray.errors import UserError, first_line
 
 LARGEST_SIZE = 10**9
+INDEX = "model.safetensors.index.json"
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Where families write how many positions there are. Where several are there, the smallest counts.
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+# Kinds of rope scaling with which there are factor times as many positions as before. With others (longrope, llama3)
+# config.json says the scaled number, and so it does in the families of _SCALED_ALREADY.
+_LENGTHENING = ("yarn", "linear", "dynamic")
+_SCALED_ALREADY = ("gemma3", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -101,30 +118,79 @@ def read_model(model: str) -> ModelFacts:
         hidden=_size(shape, folder, "hidden_size", "n_embd"),
         layers=_size(shape, folder, "num_hidden_layers", "n_layer"),
         vocabulary=_size(shape, folder, "vocab_size"),
-        positions=_size(shape, folder, "max_position_embeddings"),
+        positions=positions_of(shape, folder),
         linear=linear,
         plain_logits=all(shape.get(name) in (None, 1) for name in _BEHIND_THE_HEAD),
     )
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in all tensors of a folder's safetensors files, from their headers; 0 where there are none."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    """Numbers in all tensors of a folder's weights, from their headers; 0 where there are none."""
+    return sum(math.prod(shape) for shape in read_shapes(folder).values())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model is loaded from; another copy of it beside them is none of them.
+
+    Raises UserError where one of the shards that the index names is not there.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} names no files of weights ({first_line(error)}); save the model again") from None
+    missing = [name for name in names if not os.path.isfile(folder / name)]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names; copy or save the model again")
+    return [folder / name for name in names]
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a folder's weights and its shape, from the files' headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
         try:
             with file.open("rb") as stream:
                 length = struct.unpack("<Q", stream.read(8))[0]
                 if length > file.stat().st_size:
                     raise ValueError
                 header = json.loads(stream.read(length))
-            shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
-            total += sum(math.prod(int(size) for size in shape) for shape in shapes)
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    shapes[name] = tuple(int(size) for size in entry["shape"])
         except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{file} is not a whole safetensors file; copy or save it again") from None
-    return total
+    return shapes
 
 
-def _size(shape: dict[str, Any], folder: Path, *names: str) -> int | None:
+def positions_of(shape: Mapping[str, Any], folder: Path) -> int | None:
+    """Most tokens of a sequence, by the configuration of a language model; None where it does not say.
+
+    With YaRN, and where rope scaling is linear or dynamic, that is the scaled length.
+    """
+    counts = [_size(shape, folder, name) for name in _POSITIONS]
+    positions = min((count for count in counts if count is not None), default=None)
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling")
+    if positions is None or not isinstance(rope, Mapping):
+        return positions
+    # Where kinds of layers differ, those with full attention see the whole sequence.
+    inner = rope.get("full_attention")
+    rope = inner if isinstance(inner, Mapping) else rope
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if not isinstance(factor, int | float) or not 1 <= factor <= LARGEST_SIZE:
+        return positions
+    if kind not in _LENGTHENING or shape.get("model_type") in _SCALED_ALREADY:
+        return positions
+    # A folder that names the original length may have written the scaled one into the other place, or not.
+    original = _size(rope, folder, "original_max_position_embeddings") or positions
+    return max(positions, int(original * factor))
+
+
+def _size(shape: Mapping[str, Any], folder: Path, *names: str) -> int | None:
     """The number under the first of the names that is there."""
     found = next(((name, shape[name]) for name in names if shape.get(name) is not None), None)
     if found is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +16,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.attention import use_packed_attention
-from beaver_ray.models.folders import find_model, read_config
+from beaver_ray.models.folders import find_model, positions_of, read_config
 from beaver_ray.models.logprobs import install_logprob_head
+from beaver_ray.models.tensors import check_loaded
 from beaver_ray.packing import check_packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,33 +55,46 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model in ``dtype`` with an attention kernel that keeps packed sequences apart.
+def load_policy(
+    path: str, dtype: torch.dtype, trust_remote_code: bool = False, device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model in ``dtype`` on ``device``, with an attention kernel that keeps packed sequences apart.
 
-    Where its logits are plain products, its head can give log-probs without all of them at once.
+    Where its logits are plain products, its head can give log-probs without all of them at once. Without a device it
+    is on its way into a training engine, and `check_packing` is left to whoever puts it there.
     """
     check_model_folder(path, "policy")
-    model: Any = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code)
-    model.to(default_device())
+    model: PreTrainedModel = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
     use_packed_attention(model)
-    check_packing(model)
-    install_logprob_head(model)
-    loaded: PreTrainedModel = model
-    return loaded
+    with without_flash(model):
+        install_logprob_head(model)
+    if device is not None:
+        check_packing(model)
+    return model
 
 
-def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A model of one of transformers' Auto classes, from safetensors alone; UserError where it cannot be loaded."""
+def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool, heads: Collection[str] = ()) -> Any:
+    """A model of one of transformers' Auto classes, from safetensors alone, all of whose tensors have a place in it.
+
+    heads: tensors of a score model's head, which are left for `score.load_score_model`. UserError where it cannot be
+    loaded.
+    """
     try:
-        return kind.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention_kernel(),
+            attn_implementation=attention_kernel(dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
+    check_loaded(path, model, info, heads)
+    return model
 
 
 def context_length(path: str, trust_remote_code: bool = False) -> int | None:
@@ -85,19 +103,35 @@ def context_length(path: str, trust_remote_code: bool = False) -> int | None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot read the configuration of the model in {path}: {first_line(error)}") from None
-    return getattr(config, "max_position_embeddings", None)
+    return positions_of(config.get_text_config().to_dict(), Path(path))
 
 
-def attention_kernel() -> str:
-    """FlashAttention where its package and a GPU are there, otherwise PyTorch's SDPA."""
-    if torch.cuda.is_available():
-        try:
-            import flash_attn  # noqa: F401
+@lru_cache
+def attention_kernel(dtype: torch.dtype) -> str:
+    """FlashAttention where its package and a GPU are there and it has the dtype, otherwise PyTorch's SDPA.
 
-            return "flash_attention_2"
-        except ImportError:
-            return "sdpa"
-    return "sdpa"
+    That it is there and cannot be used is said once a process.
+    """
+    if not torch.cuda.is_available() or not is_flash_attn_2_available():
+        return "sdpa"
+    if dtype == torch.float32:
+        print("FlashAttention has no float32: attention runs on SDPA; engine.dtype bfloat16 would use it", flush=True)
+        return "sdpa"
+    return "flash_attention_2"
+
+
+@contextmanager
+def without_flash(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that is still on the CPU run there: FlashAttention, which waits for its GPU, is off meanwhile."""
+    kernel = model.config._attn_implementation
+    waits = kernel == "flash_attention_2" and model.device.type == "cpu"
+    if waits:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if waits:
+            model.set_attn_implementation(kernel)
 
 
 def default_device() -> torch.device:

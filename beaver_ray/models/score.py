@@ -3,7 +3,9 @@
 On disk a score model is a Hugging Face folder whose weights are the trunk's under its usual prefix, plus
 ``score_head.weight`` [H, hidden] and ``score_head.bias`` [H]; its config.json adds ``score_type``, ``score_dim`` H,
 ``score_heads`` (their names) and, where scores are normalised, ``do_normalize``, ``mean`` and ``var``, lists where
-there are several heads. With one head that is the layout of the published Beaver models, which load as they are.
+there are several heads. With one head that is the layout of the published Beaver models, which load as they are, and
+so does transformers' own layout for ``*ForSequenceClassification``, whose head is ``score.weight``.
+``score_trained_with`` says which template and tokenizer a head has learnt to read (`provenance`).
 Sign convention: the higher the reward the better; a cost above 0 means unsafe.
 """
 
@@ -23,11 +25,14 @@ from transformers import AutoModel, PreTrainedModel
 
 from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
-from beaver_ray.models.folders import find_model, read_config
+from beaver_ray.models.folders import find_model, read_config, weight_files
 from beaver_ray.models.loading import check_model_folder, load_safely
+from beaver_ray.models.provenance import KEY
 from beaver_ray.packing import check_packing
-from beaver_ray.signals import head_names, head_of
+from beaver_ray.signals import check_start, head_kind, head_names, head_of
 
+HEADS = ("score_head.weight", "score_head.bias", "score.weight", "score.bias")
+"""Names of a score head's tensors in files, in our layout and in transformers' own."""
 ScoreType = Literal["reward", "cost", "critic"]
 
 
@@ -53,8 +58,10 @@ class ScoreModel(nn.Module):
         self.heads = tuple(heads) or (score_type,)
         self.mean = list(mean) or [0.0] * len(self.heads)
         self.var = list(var) or [1.0] * len(self.heads)
-        self.score_head = nn.Linear(trunk.config.hidden_size, len(self.heads), dtype=trunk.dtype)
-        nn.init.normal_(self.score_head.weight, std=getattr(trunk.config, "initializer_range", 0.02))
+        sizes = trunk.config.get_text_config()
+        self.tokens: int = sizes.vocab_size
+        self.score_head = nn.Linear(sizes.hidden_size, len(self.heads), dtype=trunk.dtype)
+        nn.init.normal_(self.score_head.weight, std=getattr(sizes, "initializer_range", 0.02))
         nn.init.zeros_(self.score_head.bias)
 
     @property
@@ -62,9 +69,11 @@ class ScoreModel(nn.Module):
         """Whether scores are anything but the head's own numbers."""
         return any((m, v) != (0.0, 1.0) for m, v in zip(self.mean, self.var, strict=True))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Tensor:
         """Scores [B, L, H] of every position, float32, normalised as the model's configuration says."""
-        hidden = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        # A policy whose vocabulary is padded further than the trunk's can sample numbers that stand for nothing.
+        input_ids = input_ids.clamp(max=self.tokens - 1)
+        hidden = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
         head = self.score_head
         scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
         if not self.normalizes:
@@ -86,36 +95,39 @@ def load_score_model(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     heads: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> ScoreModel:
     """A score model from its folder with the heads that it has there, or with the ``heads`` asked for.
 
     Of those asked for, the ones that the folder has (`signals.head_of`; its only one stands for the only one asked
     for) are taken over, the others are fresh: any language model's folder will do. Raises UserError where no heads
-    are asked for and the folder has none.
+    are asked for and the folder has none, and where it has heads but none of those asked for.
+
+    Without a ``device`` the model is on its way into a training engine, and `check_packing` is left to whoever puts it
+    there.
     """
     check_model_folder(path, f"{score_type} model")
-    trunk = load_safely(AutoModel, path, dtype, trust_remote_code)
+    trunk = load_safely(AutoModel, path, dtype, trust_remote_code, HEADS)
     folder = find_model(path)  # a hub's model is in the cache by now
     assert folder is not None
-    config, tensors = read_config(folder), _read_head(folder)
-    if not tensors and heads is None:
-        raise UserError(
-            f"{path} is a language model without a score head; train one with stage reward_model, cost_model or "
-            f"score_model"
-        )
-    saved = head_names(str(folder)) or [str(config.get("score_type", score_type))]
+    config, (weight, bias) = read_config(folder), _read_head(folder)
+    if weight is None and heads is None:
+        raise UserError(no_head(path))
+    if weight is not None and heads is not None:
+        check_start(heads, str(folder))
+    saved = head_names(str(folder)) or [head_kind(str(folder)) or "reward"]
     normalize = bool(config.get("do_normalize", False)) and score_type != "critic"
     mean = _numbers(config, "mean", path) if normalize else [0.0] * len(saved)
     var = _numbers(config, "var", path) if normalize else [1.0] * len(saved)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {"score_head.weight": (len(saved), trunk.config.hidden_size), "score_head.bias": (len(saved),)}
-    fits = shapes.items() <= expected.items() and "score_head.weight" in shapes
-    if tensors and not (fits and len(mean) == len(var) == len(saved)):
+    sizes = (len(saved), trunk.config.get_text_config().hidden_size)
+    fits = weight is None or (weight.shape == sizes and (bias is None or bias.shape == sizes[:1]))
+    if weight is not None and not (fits and len(mean) == len(var) == len(saved)):
         raise UserError(f"{path}: score_heads, mean and var in config.json do not fit the score heads in its weights")
-    names = list(heads or saved)
+    # The only head of a folder without a name is called by what it is loaded as.
+    names = list(heads or head_names(str(folder)) or [score_type])
     only = len(names) == len(saved) == 1
     # Where each head comes from; None for a fresh one.
-    sources = [(0 if only else head_of(name, saved)) if tensors else None for name in names]
+    sources = [None if weight is None else 0 if only else head_of(name, saved) for name in names]
     model = ScoreModel(
         trunk,
         score_type,
@@ -123,19 +135,34 @@ def load_score_model(
         mean=[0.0 if s is None else mean[s] for s in sources],
         var=[1.0 if s is None else var[s] for s in sources],
     )
-    use_packed_attention(trunk)
-    check_packing(model, model)
     with torch.no_grad():
         for row, source in enumerate(sources):
             if source is not None:
-                model.score_head.weight[row] = tensors["score_head.weight"][source]
-                if "score_head.bias" in tensors:
-                    model.score_head.bias[row] = tensors["score_head.bias"][source]
+                assert weight is not None
+                model.score_head.weight[row] = weight[source]
+                model.score_head.bias[row] = 0.0 if bias is None else bias[source]
+    if device is not None:
+        model.to(device)
+    use_packed_attention(trunk)
+    if device is not None:
+        check_packing(model)
     return model
 
 
-def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write ``model``'s configuration and the full ``state`` (of `ScoreModel.state_dict`'s names) as safetensors."""
+def no_head(path: str) -> str:
+    """What to say of a language model in the place of a score model."""
+    return (
+        f"{path} is a language model without a score head; train one with stage reward_model, cost_model or score_model"
+    )
+
+
+def save_score_model(
+    model: ScoreModel, state: dict[str, Tensor], folder: Path, trained_with: dict[str, str] | None = None
+) -> None:
+    """Write ``model``'s configuration and the full ``state`` (of `ScoreModel.state_dict`'s names) as safetensors.
+
+    trained_with: what it has learnt to read (`provenance.trained_with`); without, what its folder said of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     prefix = model.trunk.base_model_prefix
     named = {
@@ -148,6 +175,7 @@ def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: Path) 
     config.update(score_type=model.score_type, score_dim=len(model.heads), score_heads=list(model.heads))
     config.update(score_bias=True, do_normalize=model.normalizes)
     config.update(mean=model.mean if several else model.mean[0], var=model.var if several else model.var[0])
+    config.update({KEY: trained_with} if trained_with else {})
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -165,12 +193,13 @@ def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
     return numbers
 
 
-def _read_head(folder: Path) -> dict[str, Tensor]:
-    """The score head's tensors; empty where there is none."""
-    head: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
+    """(weight [H, hidden], bias [H]) of a score head; None for what is not there."""
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name.startswith("score_head."):
-                    head[name] = tensors.get_tensor(name)
-    return head
+            found |= {name: tensors.get_tensor(name) for name in HEADS if name in tensors.keys()}  # noqa: SIM118
+    if {"score_head.weight", "score.weight"} <= found.keys():
+        raise UserError(f"{folder} has two heads, score_head.weight and score.weight; save it again with one of them")
+    name = "score" if "score.weight" in found else "score_head"
+    return found.get(f"{name}.weight"), found.get(f"{name}.bias")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from actors.handles import Group, LocalHandle
 from actors.supervised import SupervisedTrainer, final_name, train_supervised
 from beaver_ray.config import SupervisedConfig
+from beaver_ray.errors import UserError
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder, read_metrics
 from tests.actors.support import LiteralScoreModel, Ranks, pad, write_score_folder
@@ -158,6 +160,25 @@ def test_losses_pair_by_pair(one_rank: None, tiny_world: Path, stage: str, loss:
     figures = trainer_of(config.model_copy(update=swapped)).train_step()
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+def test_packing_is_checked_where_the_model_runs(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its engine, so on its device and in its dtype; a family that mixes sequences is refused there."""
+    checked: list[Any] = []
+    monkeypatch.setattr("actors.supervised.check_packing", checked.append)
+    trainer = trainer_of(config_of(tiny_world, "sft"))
+    assert checked == [trainer.engine.engine]
+    monkeypatch.undo()
+    shutil.copytree(tiny_world / "model", tmp_path / "opt")
+    vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "opt"))
+    sizes: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_attention_heads": 2}
+    shape = OPTConfig(vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    OPTForCausalLM(shape).save_pretrained(tmp_path / "opt")
+    for stage in ("sft", "reward_model"):
+        with pytest.raises(UserError, match=r"(OPTForCausalLM|ScoreModel) cannot train on packed rows"):
+            trainer_of(config_of(tiny_world, stage, model=str(tmp_path / "opt")))
 
 
 def test_dropped_rows_are_noted(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:

@@ -90,13 +90,19 @@ def test_other_errors_keep_their_traceback(stage_file: StageFile, monkeypatch: p
         main(["plan", str(stage_file())])
 
 
-def test_plan(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "plan", stage_file(), "cluster.placement.policy.workers=2")
-    assert code == 0
-    for word in ("Plan for this machine", "rollout", "cost-harm", "critic-harm", "experience", "1k"):
+def test_plan(tiny_world: Path, stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {"policy": str(tiny_world / "model"), "reward": str(tiny_world / "reward_model")}
+    costs = [{"name": "harm", "model": str(tiny_world / "cost_model"), "limit": 0.0}]
+    path = stage_file(models=models, constraints=costs)
+    code, out, err = run(capsys, "plan", path, "cluster.placement.policy.workers=2")
+    assert code == 0 and err == ""
+    for word in ("Plan for this machine", "rollout", "cost-harm", "critic-harm", "experience", "k "):
         assert word in out
-    code, out, err = run(capsys, "plan", stage_file(), "rollout.max_new_tokens=500")
-    assert code == 2 and "rollout" in out and "64 positions" in err  # the table, and what is wrong with it
+    # The table, and what is wrong with it.
+    code, out, err = run(capsys, "plan", path, "rollout.max_new_tokens=500")
+    assert code == 2 and "rollout" in out and "512 positions" in err
+    code, out, err = run(capsys, "plan", path, f"models.reward={tiny_world / 'cost_model'}")
+    assert code == 2 and "is a cost model; give the folder of a reward model" in err
 
 
 def test_no_cluster_where_it_should_be(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -147,11 +148,24 @@ def test_models_and_tokenizers(tiny_world: Path, tmp_path: Path, monkeypatch: py
     assert models(broken, []).state == "fail" and f"reward: {weights} is not whole" in models(broken, []).line
     weights.unlink()
     assert f"reward: no safetensors in {copy}" in models(broken, []).line
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(tiny_world / "reward_model" / "model.safetensors", copy / "model-00001-of-00002.safetensors")
+    assert "lacks model-00002-of-00002.safetensors, which its model" in doctor.run(lambda: models(broken, [])).line
+    (copy / "model.safetensors.index.json").unlink()
+    # Whole, and not what the part needs.
+    swapped = ppo(tiny_world, models={"policy": str(tiny_world / "model"), "reward": str(tiny_world / "cost_model")})
+    assert "is a cost model; give the folder of a reward model" in doctor.run(lambda: models(swapped, [])).line
+    plain = ppo(tiny_world, models={"policy": str(tiny_world / "model"), "reward": str(tiny_world / "model")})
+    assert "reward: " in (line := doctor.run(lambda: models(plain, [])).line) and "without a score head" in line
 
     # A critic reads the policy's tokens, a scorer may read the text with its own.
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.add_tokens(["<one-more>"])
     tokenizer.save_pretrained(copy)
+    assert "('<one-more>'), but its embedding has" in doctor.run(lambda: tokenizers(broken)).line
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 8}))
     assert tokenizers(broken).line == f"not the policy's: critic-reward ({copy})"
     both = {"policy": str(tiny_world / "model"), "reward": str(copy), "reward_critic": str(tiny_world / "reward_model")}
     assert tokenizers(ppo(tiny_world, models=both)).line.endswith("reward read the answers' text with their own")

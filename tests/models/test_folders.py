@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beaver_ray.errors import UserError
-from beaver_ray.models.folders import ModelFacts, count_parameters, read_model
+from beaver_ray.models.folders import ModelFacts, count_parameters, read_model, read_shapes
 
 WriteModel = Callable[..., Path]
 
@@ -27,6 +28,55 @@ def test_parameters_are_counted_from_headers(tmp_path: Path, write_model: WriteM
     (tmp_path / "b" / "two.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0oops")
     with pytest.raises(UserError, match=r"two\.safetensors is not a whole safetensors file"):
         count_parameters(tmp_path / "b")
+
+
+def test_a_copy_beside_the_weights_is_not_counted(tmp_path: Path, write_model: WriteModel) -> None:
+    """Mistral's folders hold the same weights once more, in one file of another layout."""
+    folder = write_model(tmp_path / "a", {"x": [3, 4]})
+    save_file({"x": torch.zeros(3, 4)}, str(folder / "consolidated.safetensors"))
+    assert count_parameters(folder) == 12
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    save_file({"y": torch.zeros(5)}, str(folder / "model-00002-of-00002.safetensors"))
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert count_parameters(folder) == 17 and read_shapes(folder) == {"x": (3, 4), "y": (5,)}
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"a lacks model-00002-of-00002\.safetensors, which its model"):
+        count_parameters(folder)
+    for text in ("{", "[]", '{"weight_map": 3}', "{}"):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=r"index\.json names no files of weights"):
+            count_parameters(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({}, 4096),
+        ({"max_position_embeddings": None, "n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None, "max_seq_len": 2048}, 2048),
+        ({"max_position_embeddings": None, "max_sequence_length": 2048}, 2048),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None}, None),
+        # As Qwen2.5's card says to write it, and as DeepSeek writes it.
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, 16384),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 4096),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4}, "sliding_attention": {}}}, 16384),
+        # Already in the number of positions.
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 4096),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, 4096),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 4096),
+        ({"rope_scaling": None}, 4096),
+        ({"text_config": {"max_position_embeddings": 77}}, 77),
+    ],
+)
+def test_positions(tmp_path: Path, write_model: WriteModel, config: dict[str, Any], positions: int | None) -> None:
+    folder = write_model(tmp_path / "m", **{"max_position_embeddings": 4096, **config})
+    assert read_model(str(folder)).positions == positions
 
 
 @pytest.mark.parametrize("tied", [True, False])

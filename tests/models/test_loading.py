@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from beaver_ray.errors import UserError
-from beaver_ray.models.loading import check_model_folder, context_length, load_policy, load_tokenizer
+from beaver_ray.models import loading
+from beaver_ray.models.folders import read_model
+from beaver_ray.models.loading import (
+    attention_kernel,
+    check_model_folder,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    without_flash,
+)
+from beaver_ray.models.logprobs import install_logprob_head
+from tests.models.families import tiny_model
 
 
 def test_a_saved_policy_loads(tiny_world: Path) -> None:
@@ -32,6 +45,50 @@ def test_errors_say_what_is_missing(tiny_world: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_world / "model" / "config.json", tmp_path)
     with pytest.raises(UserError, match="cannot load the model in"):
         load_policy(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [({}, 64), ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256)],
+)
+def test_positions_of_a_model(tmp_path: Path, scaling: dict[str, Any], positions: int) -> None:
+    """The same number for the generator as for the plan, whatever the family calls it."""
+    tiny_model("llama").config.save_pretrained(tmp_path / "llama")
+    settings = json.loads((tmp_path / "llama" / "config.json").read_text()) | scaling
+    (tmp_path / "llama" / "config.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if k != "rope_parameters"})
+    )
+    assert context_length(str(tmp_path / "llama")) == read_model(str(tmp_path / "llama")).positions == positions
+    for family in ("gpt2", "gemma3"):
+        tiny_model(family).config.save_pretrained(tmp_path / family)
+        assert context_length(str(tmp_path / family)) == read_model(str(tmp_path / family)).positions == 64
+
+
+def test_flash_attention_is_used_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    for gpu, dtype, kernel in (
+        (False, torch.bfloat16, "sdpa"),
+        (True, torch.bfloat16, "flash_attention_2"),
+        (True, torch.float32, "sdpa"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        attention_kernel.cache_clear()
+        assert attention_kernel(dtype) == attention_kernel(dtype) == kernel
+    attention_kernel.cache_clear()
+    assert capsys.readouterr().out.count("FlashAttention has no float32: attention runs on SDPA") == 1
+
+
+def test_what_waits_for_flash_attention_runs_without_it_on_a_cpu(tiny_world: Path) -> None:
+    """As where its package is there: the model is loaded on a CPU, and its engine moves it to the GPU later."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(Exception, match=r"(?i)flash|kernels"):
+        install_logprob_head(model)
+    with without_flash(model):
+        assert model.config._attn_implementation == "sdpa" and install_logprob_head(model)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_a_tokenizer_needs_an_end(tiny_world: Path, tmp_path: Path) -> None:

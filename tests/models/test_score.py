@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from beaver_ray.errors import UserError
+from beaver_ray.models.folders import read_config
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.models.provenance import difference, trained_with
 from beaver_ray.models.score import ScoreModel, load_score_model, save_score_model
+from beaver_ray.signals import head_kind, head_names
 from tests.actors.support import LiteralScoreModel, write_score_folder
+from tests.models.families import tiny_model
 
 TOKENS = [5, 9, 14, 30, 2]
 
@@ -165,12 +171,103 @@ def test_heads_asked_for_are_taken_over_by_name(tiny_world: Path, tmp_path: Path
     assert model.heads == ("harm", "reward")
     torch.testing.assert_close(every_score(model), torch.stack([raw[1], raw[0]], dim=1), atol=1e-5, rtol=0)
     # The only head of a folder stands for the only one asked for, but not for one of several.
-    only = load_score_model(str(tiny_world / "reward_model"), "critic", torch.float32, heads=["harm"])
-    torch.testing.assert_close(scores(only), literal(tiny_world / "reward_model"), atol=1e-5, rtol=0)
+    only = load_score_model(str(tiny_world / "cost_model"), "critic", torch.float32, heads=["harm"])
+    torch.testing.assert_close(scores(only), literal(tiny_world / "cost_model"), atol=1e-5, rtol=0)
     torch.manual_seed(0)
     mixed = load_score_model(str(tiny_world / "reward_model"), "critic", torch.float32, heads=["reward", "harm"])
     torch.testing.assert_close(every_score(mixed)[:, 0], literal(tiny_world / "reward_model"), atol=1e-5, rtol=0)
     assert mixed.score_head.bias[1] == 0 and 0.005 < mixed.score_head.weight[1].std() < 0.05
+
+
+def test_heads_of_which_none_is_asked_for_are_not_thrown_away(tiny_world: Path, tmp_path: Path) -> None:
+    write_score_folder(tmp_path / "both", tiny_world / "model", 4, "reward", heads=("a", "b"))
+    for source, heads, said in (
+        (tiny_world / "reward_model", ["harm"], "is a reward model, not one of harm"),
+        (tiny_world / "cost_model", ["reward"], "is a cost model, not one of reward"),
+        (tmp_path / "both", ["reward", "cost"], "has no head for reward or cost, only a, b"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_score_model(str(source), "critic", torch.float32, heads=heads)
+
+
+def test_the_head_of_a_sequence_classifier(tiny_world: Path, tmp_path: Path) -> None:
+    """transformers' own layout: score.weight, read as a scorer and as a start, against transformers itself."""
+    folder = tmp_path / "m"
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_world / "model", num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        expected = [model.eval()(torch.tensor([TOKENS[: n + 1]])).logits[0, 0] for n in range(len(TOKENS))]
+    for score_type, heads in (
+        ("reward", None),
+        ("critic", ["reward"]),
+        ("cost", ["cost"]),
+        ("critic", ["reward", "x"]),
+    ):
+        loaded = load_score_model(str(folder), score_type, torch.float32, heads=heads)  # type: ignore[arg-type]
+        torch.testing.assert_close(scores(loaded), torch.stack(expected), atol=1e-5, rtol=0)
+    save_score_model(loaded, loaded.state_dict(), tmp_path / "ours")
+    again = load_score_model(str(tmp_path / "ours"), "critic", torch.float32)
+    assert torch.equal(every_score(again), every_score(loaded)) and again.heads == ("reward", "x")
+
+
+def test_a_classifier_of_several_labels_has_a_head_for_each(tiny_world: Path, tmp_path: Path) -> None:
+    labels = {0: "helpfulness", 1: "cost"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_world / "model", id2label=labels, dtype=torch.float32
+    )
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "m")
+    assert head_names(str(tmp_path / "m")) == ["helpfulness", "cost"]
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([TOKENS])).logits[0]
+    both = load_score_model(str(tmp_path / "m"), "cost", torch.float32)
+    torch.testing.assert_close(every_score(both)[-1], expected, atol=1e-5, rtol=0)
+    # Labels without names are two, which transformers does not write.
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_world / "model", num_labels=2)
+    other.save_pretrained(tmp_path / "plain")
+    assert head_names(str(tmp_path / "plain")) == ["LABEL_0", "LABEL_1"]
+
+
+def test_numbers_beyond_the_vocabulary_are_read(tiny_world: Path) -> None:
+    """A policy whose vocabulary is padded further samples them at times."""
+    model = load_score_model(str(tiny_world / "reward_model"), "reward", torch.float32)
+    rows = model.trunk.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        found = model.eval()(torch.tensor([[5, 9, rows + 40]]), torch.arange(3)[None])[0]
+        same = model(torch.tensor([[5, 9, 14]]), torch.arange(3)[None])[0]
+    assert torch.isfinite(found).all() and torch.equal(found[:2], same[:2])
+
+
+def test_a_score_model_says_what_it_was_trained_with(tiny_world: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    model = load_score_model(str(tiny_world / "model"), "reward", torch.float32, heads=["reward"])
+    save_score_model(model, model.state_dict(), tmp_path / "m", trained_with(tokenizer, "auto"))
+    config = read_config(tmp_path / "m")
+    assert difference(config, tokenizer, "auto") is None and difference({}, tokenizer, "auto") is None
+    template = config["score_trained_with"]["template"]
+    other = "beaver" if template == "chat" else "chat"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    said = difference(config, tokenizer, other)  # type: ignore[arg-type]
+    assert said == f"was trained with the {template} template, not {other}"
+    tokenizer.add_tokens(["<one-more>"])
+    said = difference(config, tokenizer, template)
+    assert said is not None and said.endswith("another tokenizer")
+    # Whoever goes on from it, without saying otherwise, keeps it.
+    again = load_score_model(str(tmp_path / "m"), "reward", torch.float32)
+    save_score_model(again, again.state_dict(), tmp_path / "again")
+    assert read_config(tmp_path / "again")["score_trained_with"] == config["score_trained_with"]
+
+
+def test_sizes_inside_a_text_config(tmp_path: Path) -> None:
+    """Gemma-3 of 4B and more is a model of images too; its sizes stand in text_config."""
+    tiny_model("gemma3", hidden_size=24).save_pretrained(tmp_path / "m")
+    model = load_score_model(str(tmp_path / "m"), "cost", torch.float32, heads=["cost"], device=torch.device("cpu"))
+    assert model.score_head.weight.shape == (1, 24)
+    save_score_model(model, model.state_dict(), tmp_path / "cost")
+    again = load_score_model(str(tmp_path / "cost"), "cost", torch.float32)
+    assert torch.equal(scores(again), scores(model)) and head_kind(str(tmp_path / "cost")) == "cost"
 
 
 def test_a_config_that_does_not_fit_the_heads(tiny_world: Path, tmp_path: Path) -> None:
