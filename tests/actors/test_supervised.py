@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from actors.handles import Group, LocalHandle
 from actors.supervised import SupervisedTrainer, final_name, train_supervised
@@ -171,14 +171,14 @@ def test_packing_is_checked_where_the_model_runs(
     trainer = trainer_of(config_of(tiny_world, "sft"))
     assert checked == [trainer.engine.engine]
     monkeypatch.undo()
-    shutil.copytree(tiny_world / "model", tmp_path / "opt")
-    vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "opt"))
-    sizes: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_attention_heads": 2}
-    shape = OPTConfig(vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=64, **sizes)
-    OPTForCausalLM(shape).save_pretrained(tmp_path / "opt")
+    shutil.copytree(tiny_world / "model", tmp_path / "recurrent")
+    vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "recurrent"))
+    sizes: dict[str, Any] = {"hidden_size": 32, "lru_width": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    shape = RecurrentGemmaConfig(vocab_size=vocabulary, num_hidden_layers=3, attention_window_size=64, **sizes)
+    RecurrentGemmaForCausalLM(shape).save_pretrained(tmp_path / "recurrent")
     for stage in ("sft", "reward_model"):
-        with pytest.raises(UserError, match=r"(OPTForCausalLM|ScoreModel) cannot train on packed rows"):
-            trainer_of(config_of(tiny_world, stage, model=str(tmp_path / "opt")))
+        with pytest.raises(UserError, match=r"(RecurrentGemmaForCausalLM|ScoreModel) cannot train on packed rows"):
+            trainer_of(config_of(tiny_world, stage, model=str(tmp_path / "recurrent")))
 
 
 def test_dropped_rows_are_noted(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
