@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.signals import scorers
 from beaver_ray.small_world.world import SmallWorld
 
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
@@ -71,6 +73,11 @@ class HeldOut:
         limit = config.data.max_prompt_tokens
         self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template)
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
+        names = [c.name for c in config.constraints] or ["harm"]
+        self.true_cost = "harm" if "harm" in names else names[0]
+        """The constraint that the world's cost is the truth of; it knows nothing of others."""
+        self.learned = [name for name in names if name != self.true_cost] if self.world else names
+        """Those that learned scorers judge."""
 
     def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
         """The evaluation's means as metrics of one step."""
@@ -88,20 +95,49 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        judge = (lambda chunk: []) if self.world else (lambda chunk: score(roles, chunk))
-        collected = rollouts.collect(batch, judge)
+        collected = rollouts.collect(batch, lambda chunk: self._judge(roles, chunk))
         chunks = []
         for chunk in collected.chunks:
-            parts = [chunk.sequences] if self.world else [chunk.sequences, *chunk.columns]
-            whole = experience.join(*roles.rollout.wait(parts, "evaluating"))
-            chunks.append(experience.select(whole, sorted(chunk.wanted)))
-        answers = experience.concat(chunks)
+            whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
+            chunks.append(experience.select(whole.select(self._columns()), sorted(chunk.wanted)))
+        answers, unusable = self._usable(experience.concat(chunks), rollouts.note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
-        unsafe_above = {} if self.world else dict.fromkeys(targets, 0.5)
+        unsafe_above = {name: 0.5 for name in targets if name in self.learned}
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
-        return {"judged_by": by, **summarize(samples, optimum, limits, targets, unsafe_above)}
+        if self.world and self.learned:
+            by += f" ({', '.join(self.learned)}: learned)"
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, unsafe_above)}
+
+    def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
+        """Scores of finished sequences, where the truth does not say all."""
+        if not self.world:
+            return score(roles, chunk)
+        columns = {f"cost/{name}" for name in self.learned}
+        plans = [plan for plan in scorers(self.config) if columns & plan.columns.keys()] if columns else []
+        return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
+
+    def _columns(self) -> list[str]:
+        """What is read of answers and their scores."""
+        scores = [f"cost/{c.name}" for c in self.config.constraints if c.name in self.learned]
+        scores += [] if self.world else ["reward"]
+        return ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason", *scores]
+
+    def _usable(self, answers: pa.RecordBatch, note: Callable[[str], None]) -> tuple[pa.RecordBatch, dict[str, int]]:
+        """The answers whose scores are finite, and the number of the others, if any; UserError where none is left."""
+        names = [name for name in self._columns() if name == "reward" or name.startswith("cost/")]
+        bad = {name: experience.not_finite(answers, name) for name in names}
+        lost = np.any(list(bad.values()), axis=0) if bad else np.zeros(answers.num_rows, dtype=bool)
+        if not lost.any():
+            return answers, {}
+        said = "; ".join(
+            f"{b.sum()} of {len(b)} held-out answers have no finite {n}" for n, b in bad.items() if b.any()
+        )
+        if lost.all():
+            raise UserError(f"nothing can be evaluated: {said}; mend the model that scores them")
+        note(f"{said}: the evaluation goes without them")
+        return answers.filter(pa.array(~lost)), {"unusable": int(lost.sum())}
 
     def _by_truth(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
         assert self.world is not None
@@ -111,18 +147,21 @@ class HeldOut:
         responses = self._texts(answers, "response_tokens")
         pairs = list(zip(prompts, responses, strict=True))
         rewards = [world.reward(p, r, bool(t)) for (p, r), t in zip(pairs, truncated, strict=True)]
-        names = [c.name for c in self.config.constraints] or ["harm"]
-        costs = np.array([world.cost(p, r) for p, r in pairs])
+        costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
+        costs[self.true_cost] = np.array([world.cost(p, r) for p, r in pairs])
+        order = [c.name for c in self.config.constraints] or [self.true_cost]
         samples = Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
             reward=np.array(rewards),
-            costs=dict.fromkeys(names[:1], costs),
+            costs={name: costs[name] for name in order},
             truncated=truncated,
             refusal=np.array([world.is_refusal(r) for r in responses]),
             adversarial=np.array([world.is_adversarial(p) for p in prompts]),
         )
-        rate = self.config.constraints[0].violation_rate if self.config.constraints else None
-        return samples, world.optimum(prompts, violation_rate=rate) if rate else None
+        rate = next((c.violation_rate for c in self.config.constraints if c.name == self.true_cost), None)
+        # What is best under constraints that the world knows nothing of is not known.
+        known = rate is not None and not self.learned
+        return samples, world.optimum(prompts, violation_rate=rate) if known else None
 
     def _by_scorers(self, answers: pa.RecordBatch) -> Samples:
         return Samples(
