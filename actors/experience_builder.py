@@ -39,22 +39,23 @@ class ExperienceBuilder:
         chunks = [experience.join(*scores[i : i + size]) for i in range(0, len(scores), size)]
         return experience.join(sequences, self.gather(wanted, *chunks))
 
-    def usable(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[str]]:
+    def usable(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[str, str]]:
         """The rows whose numbers are all finite, and a line on each column that has others: of whom, and by whom.
 
         Raises UserError where none is left.
         """
         bad = np.zeros(batch.num_rows, dtype=bool)
-        remarks = []
+        remarks: dict[str, str] = {}
         for name in batch.schema.names:
             if name in ("reward", "rollout_logprobs", "reference_logprobs", "logprobs") or "/" in name:
                 here = experience.not_finite(batch, name)
                 bad |= here
                 if here.any():
-                    remarks.append(self._remark(batch, name, here))
+                    remarks[name] = self._remark(batch, name, here)
         if bad.all():
+            first = next(iter(remarks.values()))
             raise UserError(
-                f"no sample of the step can be trained on: {remarks[0]}. Mend that model, or where it was trained here "
+                f"no sample of the step can be trained on: {first}. Mend that model, or where it was trained here "
                 f"lower its learning rate, and go on from a checkpoint with resume=true"
             )
         return batch.filter(pa.array(~bad)) if remarks else batch, remarks
@@ -64,7 +65,8 @@ class ExperienceBuilder:
     ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
         """(figures, costs of every episode), and the batch with values, log-probs, advantages and returns.
 
-        Samples of which any number is not finite are left out; ``unusable`` of the figures says which, and why.
+        Samples of which any number is not finite are left out; ``unusable`` of the figures says by column
+        which and why.
         Where experience may be stale the costs carry truncated importance weights, normalised to a mean of 1: their
         mean is then the cost of the policy as it is now (self-normalised importance sampling).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.

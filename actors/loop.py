@@ -62,8 +62,9 @@ def train_step(
     state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     with clock("score"):
         stats, costs, experience = recovery.survive(lambda again: build_experience(config, roles, collected, again))
-    for line in stats["unusable"]:
+    for line in stats["unusable"].values():
         run.note(f"step {step}: {line}; the step is trained without")
+    state.guard.miss(stats["unusable"])
     if stats["samples"] < config.ppo.minibatches:
         fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
         run.note(f"step {step} has {fewer}: each makes one optimizer step")

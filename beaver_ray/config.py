@@ -207,7 +207,7 @@ class PpoConfig(_Strict):
     )
     ptx_coefficient: float = _option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
     truncation_penalty: float = _option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
-    critic_warmup_steps: int = _option("First steps that train the critics alone.", 0, ge=0)
+    critic_warmup_steps: int = _option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
 
 
 class Placement(_Strict):
@@ -253,10 +253,11 @@ class EvaluationConfig(_Strict):
 
 
 class GuardConfig(_Strict):
-    """Divergence: what is not finite, KL above its limit, a cost above its limit or a fallen reward for long."""
+    """Divergence: what is not finite or cannot be right, KL or a cost above its limit, a fallen reward."""
 
     action: Literal["warn", "stop"] = _option(
-        "warn: pass over an update that is not finite, and go on; stop: end the run with a checkpoint.", "warn"
+        "warn: say it and go on (at most 3 steps where numbers are not finite); stop: end the run with a checkpoint.",
+        "warn",
     )
     kl: float | None = _option("Highest mean KL of an answer to the reference; null for none.", None, gt=0)
 

@@ -28,6 +28,7 @@ class DivergenceGuard:
 
     def __init__(self, kl: float | None, bounded: Collection[str]) -> None:
         self.kl, self.bounded = kl, bounded
+        self.missed: list[str] = []
         self.not_finite: dict[str, int] = {}
         self.implausible: dict[str, int] = {}
         """Steps in a row of each such trouble that there is now; a resumed run counts anew."""
@@ -36,6 +37,10 @@ class DivergenceGuard:
         self.first: list[float] = []
         self.last: list[float] = []
         """Mean rewards of the first and of the latest WINDOW steps."""
+
+    def miss(self, columns: Collection[str]) -> None:
+        """Samples of the step had no finite number in these columns; who says so has named them already."""
+        self.missed = list(columns)
 
     def observe(self, metrics: dict[str, float]) -> list[str]:
         """The complaints about one step, of which ``metrics`` has the keys of metrics.jsonl."""
@@ -46,8 +51,8 @@ class DivergenceGuard:
                 name = key.removesuffix("/skipped_updates")
                 found.append(f"{count:g} update(s) of the {name} were not finite and were passed over")
                 broken.append(f"updates of the {name} were not finite")
-        if metrics.get("rollout/unusable_samples"):
-            broken.append("samples had numbers that are not finite")  # which were named when they came
+        broken += [f"{column} of samples was not finite" for column in self.missed]
+        self.missed = []
         self.not_finite = {trouble: self.not_finite.get(trouble, 0) + 1 for trouble in broken}
         implausible = self._implausible(metrics)
         self.implausible = {trouble: self.implausible.get(trouble, 0) + 1 for trouble in implausible}

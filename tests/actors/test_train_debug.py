@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.evaluate import evaluate
+from actors.policy import PolicyTrainer
 from actors.train import train
+from actors.training_state import TrainingState
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
@@ -340,3 +343,109 @@ def test_lora_learns_and_leaves_a_merged_policy(
     # Judged by learned scorers, which need no reference.
     summary = json.loads(evaluate(config, str(final)).read_text())  # type: ignore[arg-type]
     assert summary["judged_by"].startswith("learned") and summary["reward"]["mean"] > rewards[0]
+
+
+def test_a_short_last_step_is_trained_and_said_also_after_resume(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 48 prompts, 45 a step: the second step has 3 for 5 minibatches.
+    changes = {"steps": 2, "rollout": {"prompts_per_step": 45}, "ppo": {"minibatches": 5}, "save_every": 1}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
+    states: list[TrainingState] = []
+    monkeypatch.setattr(TrainingState, "__init__", remembering(states, TrainingState.__init__))
+    update = PolicyTrainer.update
+
+    def break_off(self: PolicyTrainer, batch: Any, multipliers: dict[str, float], step: int) -> dict[str, float]:
+        if step == 2 and len(states) == 1:
+            raise KeyboardInterrupt
+        return update(self, batch, multipliers, step)
+
+    monkeypatch.setattr(PolicyTrainer, "update", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    folder = train(config.model_copy(update={"resume": True}))
+    assert [row["policy/skipped_updates"] for row in read_metrics(folder)] == [0.0, 0.0]
+    notes = (folder / "notes.log").read_text()
+    assert "step 2 has 3 sample(s), fewer than ppo.minibatches (5): each makes one optimizer step" in notes
+    # Nothing of what was trained on is remembered.
+    assert not states[-1].prompts.prompt_of
+
+
+def remembering(made: list[Any], start: Any) -> Any:
+    """An ``__init__`` that puts what it makes in a list."""
+
+    def init(self: Any, *args: Any) -> None:
+        made.append(self)
+        start(self, *args)
+
+    return init
+
+
+def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:
+    """The world's score model of a kind with NaN in the embedding of these words."""
+    shutil.copytree(world / kind, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tokens = load_tokenizer(str(folder)).encode(words, add_special_tokens=False)
+    tensors["model.embed_tokens.weight"][tokens] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_bad_sample_is_named_and_left_out_and_a_run_of_them_stops(
+    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = str(spoilt(tiny_world, tmp_path / "spoilt", "reward_model", "lock car"))
+    clean = str(tiny_world / "reward_model")
+    changes: dict[str, Any] = {"models": {"reward": reward, "reward_critic": clean}, "steps": 5, "save_every": 0}
+    changes |= {"rollout": {"prompts_per_step": 24}, "workspace": str(tmp_path), "trajectory_every": 1}
+    with pytest.raises(UserError, match=r"step 3: reward of samples was not finite for 3 steps in a row"):
+        train(ppo_config(tiny_world, **changes))
+    folder = tmp_path / "safe_ppo"
+    metrics = read_metrics(folder)
+    assert len(metrics) == 3 and [p.name for p in (folder / "checkpoints").iterdir()] == ["step_3"]
+    for step, row in enumerate(metrics, start=1):
+        table = pq.read_table(folder / "trajectories" / f"step_{step:06d}.parquet")
+        lost = row["rollout/unusable_samples"]
+        assert 0 < lost < 24 and table.num_rows == 24 - lost
+        assert row["policy/skipped_updates"] == row["critic/reward/skipped_updates"] == 0
+        assert math.isfinite(row["reward/mean"]) and math.isfinite(row["policy/loss"])
+        said = f"step {step}: {lost:g} of 24 sample(s) have no finite reward but nan, from the scorer reward ({reward})"
+        assert said in capsys.readouterr().out + (folder / "notes.log").read_text()
+
+
+def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """The world's cost is the truth of harm; another is judged by its own model, and what is best unknown."""
+    model = str(tiny_world / "cost_model")
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "world": f"{tiny_world}/world.json"}
+    constraints = [{"name": "leak", "model": model, "limit": 0.5}, {"name": "harm", "model": model, "limit": 0.25}]
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    summaries = {}
+    for name, changes in {
+        "both": {"evaluation": evaluation, "constraints": constraints},
+        "harm": {"evaluation": evaluation, "constraints": constraints[1:]},
+        "learned": {"evaluation": evaluation | {"world": None}, "constraints": constraints},
+    }.items():
+        config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
+        summaries[name] = json.loads(evaluate(config, policy).read_text())
+    both = summaries["both"]
+    assert both["judged_by"] == "true reward and cost of the small world (leak: learned)" and "optimum" not in both
+    assert both["cost/harm"] == summaries["harm"]["cost/harm"] and both["reward"] == summaries["harm"]["reward"]
+    assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
+    assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
+    assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_held_out_answers_without_a_finite_score_are_left_out(
+    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(spoilt(tiny_world, tmp_path / "spoilt", "cost_model", "lock"))
+    harm = {"name": "harm", "model": model, "limit": 0.0}
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), evaluation=evaluation, constraints=[harm])
+    summary = json.loads(evaluate(config, str(tiny_world / "model")).read_text())
+    lost = summary["unusable"]
+    assert 0 < lost < 16 and summary["samples"] == 16 - lost
+    assert (
+        f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
+        in capsys.readouterr().out
+    )

@@ -56,15 +56,17 @@ def test_what_cannot_be_right_is_said_without_any_limit() -> None:
 
 def test_numbers_that_are_not_finite_may_not_last() -> None:
     guard = DivergenceGuard(None, [])
-    bad, skipped = {"rollout/unusable_samples": 1.0}, {"policy/skipped_updates": 1.0}
     found = []
-    for more in ({}, bad, bad, skipped, bad, skipped, skipped, skipped, {}):
-        guard.observe(metrics(**more))
+    for bad in ("", "reward", "reward", "policy", "reward", "policy", "policy", "policy", ""):
+        guard.miss(["reward"] if bad == "reward" else [])
+        guard.observe(metrics(**({"policy/skipped_updates": 1.0} if bad == "policy" else {})))
         found.append(guard.lasting())
     assert found == [None] * 7 + ["updates of the policy were not finite", None]
     for _ in range(PERSISTS):
-        assert guard.lasting() is None and guard.observe(metrics(**bad)) == []
-    assert guard.lasting() == "samples had numbers that are not finite"
+        assert guard.lasting() is None
+        guard.miss(["cost/harm"])
+        assert guard.observe(metrics()) == []
+    assert guard.lasting() == "cost/harm of samples was not finite"
 
 
 def test_a_cost_that_is_only_measured_has_no_limit_to_keep() -> None:
