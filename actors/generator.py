@@ -157,6 +157,7 @@ class VllmGenerator:
         self._held: list[Prompt] = []  # prompts that wait for newer weights
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
+        self._loads = 0  # of new weights, which numbers of versions do not tell: a run that is rolled back repeats them
         self._load_s = 0.0  # spent on new weights since the last answer
         self._eos = spec.end_tokens()
         self._seeded = not torch.cuda.is_available() if spec.per_sample_seeds is None else spec.per_sample_seeds
@@ -221,7 +222,7 @@ class VllmGenerator:
         for sample_id, tokens in self._tokens_so_far().items():
             self._in_flight[sample_id].update(weights.version, tokens)
         self._broken = None
-        self.version = weights.version
+        self.version, self._loads = weights.version, self._loads + 1
         seconds = time.perf_counter() - started
         self._load_s += seconds
         return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
@@ -311,7 +312,7 @@ class VllmGenerator:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        salt = str(self.version) if spec.in_flight == "keep" else None
+        salt = str(self._loads) if spec.in_flight == "keep" else None
         self._engine.add_request(str(prompt.sample_id), tokens_input(prompt.tokens, cache_salt=salt), params)
         self._in_flight[prompt.sample_id] = InFlight(prompt.prompt_id, prompt.tokens, [(self.version, 0)])
 

@@ -195,6 +195,24 @@ def test_keeping_the_kv_cache(
     back_to_version_0(vllm_generator, model)
 
 
+def test_a_version_that_comes_again_is_not_the_old_one(
+    vllm_generator: VllmGenerator,
+    model: PreTrainedModel,
+    new_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that is rolled back trains its steps again: their versions have the numbers of others."""
+    monkeypatch.setattr(vllm_generator, "spec", replace(vllm_generator.spec, in_flight="keep"))
+    prompt = {"prompt_id": 0, "prompt_tokens": [9] * 60}
+    for sample, version_21 in ((90, model), (91, new_model)):
+        weights = pack(version_21.state_dict().items(), 21, 2**20)
+        rows = pa.RecordBatch.from_pylist([{"sample_id": sample, **prompt}], PROMPT_SCHEMA)
+        (row,) = vllm_generator.exchange(rows, Exchange(1, weights))[1].to_pylist()
+        expected = forward_logprobs(version_21, row, TEMPERATURE)
+        torch.testing.assert_close(torch.tensor(row["rollout_logprobs"]), expected, atol=1e-4, rtol=0)
+    back_to_version_0(vllm_generator, model)
+
+
 def test_finishing_under_the_old_weights(
     vllm_generator: VllmGenerator,
     model: PreTrainedModel,
