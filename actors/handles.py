@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,10 +61,10 @@ class Group:
 
         ``needs``: what the calls wait for themselves, what comes first first.
         """
-        what = f"{self.name} ({doing})"
+        what, started = f"{self.name} ({doing})", time.monotonic()
         if self.meanwhile is not None:
             self.meanwhile(references if isinstance(references, list) else [references], what, self.timeout_s)
-        return fetch(references, what, self.timeout_s, needs)
+        return fetch(references, what, self.timeout_s, needs, time.monotonic() - started)
 
     def run(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker and wait for all results."""

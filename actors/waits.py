@@ -19,6 +19,7 @@ from ray.util.state.exception import RayStateApiException
 from beaver_ray.errors import UserError
 
 _SECONDS_TO_ASK = 10
+_SECONDS_TO_COME = 1.0  # for an answer that is there, from another node
 _SECONDS_TO_DIE = 5.0  # the ranks of a group fail one after another when one of them has died
 _LOST = (RayActorError, ObjectLostError)
 POLL_S = 0.05
@@ -44,9 +45,10 @@ class WeightsUnreadableError(WeightsMissingError):
     """They could not be read where they lie, because the policy is gone, or because this process cannot."""
 
 
-def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = ()) -> Any:
+def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = (), waited_s: float = 0.0) -> Any:
     """The value of an object reference, or of a list of them; anything else is returned as it is.
 
+    ``waited_s``: how much of the time has gone by already.
     ``needs``: references that the answers wait for themselves, what comes first first. Raises WaitTimeoutError that
     names ``what``, the processes that did not answer and what they were doing at the deadline, WorkerDiedError where a
     process ended that an answer came or depended from, and the other side's UserError or WeightsMissingError.
@@ -55,7 +57,7 @@ def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]
     if not any(isinstance(ref, ray.ObjectRef) for ref in refs):
         return thing
     try:
-        return ray.get(thing, timeout=timeout_s)
+        return ray.get(thing, timeout=max(timeout_s - waited_s, min(timeout_s, _SECONDS_TO_COME)))
     except GetTimeoutError:
         _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         count = f"{len(late)} of {len(refs)} answers" if len(refs) > 1 else "the answer"

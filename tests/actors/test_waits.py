@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def test_fetch_at_its_deadline_names_who_was_silent_and_what_it_was_doing(sleepe
     assert "sleeper-1 (alive, node " in message and "was running" in message and "sleep for" in message
     assert "sleeper-0" not in message
     assert fetch(answers, "the same answers later", 30) == [0.0, 8.0]
+
+
+def test_what_is_served_meanwhile_takes_of_the_same_time(sleepers: list[Any]) -> None:
+    def serve(references: list[Any], what: str, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
+    handle = RayHandle("sleeper-0", sleepers[0])
+    group = Group("policy", [handle], 4.0, serve)
+    started = time.monotonic()
+    answer = handle.call("sleep", 10.0)
+    with pytest.raises(WaitTimeoutError, match=r"policy \(training\): the answer did not come within 4 s"):
+        group.wait(answer, "training")
+    assert time.monotonic() - started < 7.5
+    assert fetch(answer, "the same answer later", 30) == 10.0
 
 
 def test_wait_any(sleepers: list[Any]) -> None:
