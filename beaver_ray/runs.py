@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,8 +144,15 @@ class RunFolder:
         if self._tracker is None:
             import wandb
 
+            # A resumed run goes on under its id; offline both parts are synchronised into one.
+            known = self.folder / "wandb" / "run_id"
+            if not known.is_file():
+                known.parent.mkdir(exist_ok=True)
+                known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
             self._tracker = wandb.init(
                 project="beaver-ray",
+                id=known.read_text(encoding="utf-8").strip(),
+                resume="allow",
                 name=self._config.name,
                 dir=self.folder,
                 config=self._config.model_dump(mode="json"),

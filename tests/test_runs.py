@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_wandb_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with RunFolder(config(tmp_path, tracker="wandb")) as run:
         run.log(1, {"loss": 0.5})
     assert list((run.folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for name, steps in (("one", (1, 2)), ("one", (3,)), ("two", (1,))):
+        with RunFolder(config(tmp_path, tracker="wandb", resume=True).model_copy(update={"name": name})) as run:
+            for step in steps:
+                run.log(step, {"loss": 0.5})
+            ids.append(run._tracker.id)
+        time.sleep(1.0)  # its folders are named by the second
+    assert ids[0] == ids[1] != ids[2]
+    assert len(list((tmp_path / "one" / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
 
 
 def test_duration() -> None:
