@@ -5,9 +5,10 @@ line. Weights are counted from safetensors headers (or estimated from config.jso
 Estimates leave out memory fragmentation and what a data set takes; a small share of a machine should stay
 free.
 
-For P parameters on R ranks (Rajbhandari et al. 2020, "ZeRO", section 3): weights 2 or 4 bytes, gradients as
-many, AdamW's moments 8, and a float32 master copy 4 where weights are bfloat16 or ZeRO partitions them; with LoRA
-gradients, moments and master copy are the adapter's alone.
+For P parameters on R ranks (Rajbhandari et al. 2020, "ZeRO", section 3): weights 2 or 4 bytes, gradients 4
+(they add up in float32; in bfloat16 below ZeRO 2 one micro-batch's take 2 more), AdamW's moments 8, and a float32
+master copy 4 where weights are bfloat16 or ZeRO partitions them; with LoRA gradients, moments and master copy are the
+adapter's alone.
 ZeRO 1 divides moments and master copy by R, ZeRO 2 gradients too, ZeRO 3 weights too. Activations of a
 transformer layer are 17 numbers for each token and hidden unit (Korthikanti et al. 2022, equation 2, with
 attention computed in blocks).
@@ -258,7 +259,7 @@ def training_state_gib(
     zero = engine.zero_stage
     trained = parameters if trained is None else trained
     weights = parameters * size / (ranks if zero == 3 else 1)
-    gradients = trained * size / (ranks if zero >= 2 else 1)
+    gradients = trained * (4 / ranks if zero >= 2 else 4 if size == 4 else 6)
     master = 4 if size < 4 or zero > 0 else 0
     optimizer = trained * (master + 8) / (ranks if zero >= 1 else 1)
     beside, host = weights + gradients + optimizer, 0.0

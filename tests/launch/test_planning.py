@@ -39,10 +39,10 @@ def problem(path: Path, resources: Resources, *overrides: str) -> str:
     [
         # weights + gradients + master + moments, bytes of one parameter on one rank
         ("float32", 0, 1, 4 + 4 + 8),
-        ("bfloat16", 0, 1, 2 + 2 + 4 + 8),
+        ("bfloat16", 0, 1, 2 + 6 + 4 + 8),
         ("float32", 1, 4, 4 + 4 + 12 / 4),
-        ("bfloat16", 2, 4, 2 + (2 + 12) / 4),
-        ("bfloat16", 3, 8, 16 / 8),
+        ("bfloat16", 2, 4, 2 + (4 + 12) / 4),
+        ("bfloat16", 3, 8, 18 / 8),
     ],
 )
 def test_training_states(dtype: str, zero: int, ranks: int, each: float) -> None:
@@ -52,14 +52,14 @@ def test_training_states(dtype: str, zero: int, ranks: int, each: float) -> None
 
 def test_offload_moves_states_to_the_host() -> None:
     engine = EngineConfig(dtype="bfloat16", zero_stage=3, offload="optimizer")
-    assert training_state_gib(2**30, engine, 4) == (4 / 4, 12 / 4)
+    assert training_state_gib(2**30, engine, 4) == (6 / 4, 12 / 4)
     engine.offload = "all"
-    assert training_state_gib(2**30, engine, 4) == (2 / 4, 14 / 4)
+    assert training_state_gib(2**30, engine, 4) == (4 / 4, 14 / 4)
 
 
 def test_frozen_parameters_have_weights_alone() -> None:
     engine = EngineConfig(dtype="bfloat16", zero_stage=2)
-    assert training_state_gib(2**30, engine, 4, trained=2**20) == (2 + (2 + 12) / 4 / 2**10, 0.0)
+    assert training_state_gib(2**30, engine, 4, trained=2**20) == (2 + (4 + 12) / 4 / 2**10, 0.0)
     engine.offload = "optimizer"
     assert training_state_gib(2**30, engine, 4, trained=0) == (2.0, 0.0)
 
