@@ -1,0 +1,3 @@
+"""The machine."""
+
+import beaver_ray  # noqa: F401  (before DeepSpeed, which it silences)

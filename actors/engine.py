@@ -6,10 +6,10 @@ all ranks, so that how a batch is cut does not change its gradient.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -50,11 +50,13 @@ def join_ranks(rank: int, world: int, address: str, port: int) -> None:
     if dist.is_initialized():
         return
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for tensor-parallel inference, over a minute on a
     # new machine and impossible without a compiler. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    shown = sys.excepthook
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    # PyTorch would put "[rank0]:" before every line of an error's traceback, also where there is one process only.
+    sys.excepthook = shown
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

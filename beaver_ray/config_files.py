@@ -4,14 +4,16 @@
 is an error that suggests the near one. Strings may hold ``${workspace}``.
 
 Of YAML a configuration has text, numbers, true, false, null, lists and mappings; dates stay text, and tags are refused.
+What an option reads as text is text as it is written: ``name=23`` and ``name: 1.10`` are names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -115,6 +117,8 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> d
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         node: Any = tree
         *parents, last = key.strip().split(".")
+        if last in text_options() and isinstance(value, int | float):
+            value = text.strip()
         for part in parents:
             node = _child(node, part, override)
         if isinstance(node, list):
@@ -123,6 +127,22 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> d
             node[last] = value
         tree = _checked(tree, where)
     return tree
+
+
+@cache
+def text_options() -> frozenset[str]:
+    """Names of options whose value is text wherever they stand (a section of that name is none)."""
+    kinds: dict[str, set[Any]] = {}
+    models: list[Any] = [SafePpoConfig, SupervisedConfig, PipelineConfig]
+    for model in models:  # which grows on the way
+        for name, field in model.model_fields.items():
+            parts = {field.annotation, *get_args(field.annotation)} - {type(None)}
+            parts |= {part for inner in tuple(parts) for part in get_args(inner)}
+            sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
+            models += [section for section in sections if section not in models]
+            if not sections:
+                kinds.setdefault(name, set()).update({field.annotation, *get_args(field.annotation)} - {type(None)})
+    return frozenset(name for name, found in kinds.items() if str in found and found <= {str, str | None})
 
 
 def save_config(config: BaseModel, path: Path) -> None:
@@ -144,6 +164,9 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if items is None:
         return {prefix: node}
     return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+_NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -179,7 +202,9 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in text_options() and value.tag in _NUMBERS:
+                value.tag = "tag:yaml.org,2002:str"
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
@@ -257,7 +282,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> str
     """pydantic's first complaint as one line, with the near key for an unknown one."""
     first = error.errors(include_url=False)[0]
     location = list(first["loc"])
-    if location and location[0] in _STAGE_TAGS:
+    if len(location) > 1 and location[0] in _STAGE_TAGS:
         del location[0]  # which of the stages it was read as; "ppo" is also a section
     path = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

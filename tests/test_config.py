@@ -96,6 +96,26 @@ def test_one_line_for_what_is_wrong(override: str, parts: list[str]) -> None:
         assert part in message
 
 
+def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
+    for text in ("23", "1.10", "007", "true", "1e3", "0x10", "-5"):
+        assert safe_ppo(f"name={text}").name == text
+        assert safe_ppo(f"constraints.harm.model={text}").constraints[0].model == text
+    assert safe_ppo("cluster.placement.policy.group=3").cluster.of("policy").group == "3"
+    assert safe_ppo("seed=23").seed == 23 and safe_ppo("models.reference=null").models.reference is None
+    file = tmp_path / "f.yaml"
+    file.write_text("stage: sft\nname: 1.10\nworkspace: 2024\nmodel: 7\ntrain: [d]\nseed: 7\nepochs: 3\n")
+    config = load_config(file)
+    assert isinstance(config, SupervisedConfig)
+    assert (config.name, config.workspace, config.model, config.seed) == ("1.10", "2024", "7", 7)
+    assert config.folder == Path("2024/1.10")
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    (tmp_path / "p.yaml").write_text("stages: [{config: f.yaml, set: {name: 23}}]\nworkspace: 5\n")
+    _, (stage,) = load_pipeline(tmp_path / "p.yaml", [])
+    assert (stage.name, stage.workspace) == ("23", "5")
+    assert load_pipeline(tmp_path / "p.yaml", ["f.name=08"])[1][0].name == "08"
+
+
 def test_a_missing_key() -> None:
     tree = {key: value for key, value in SAFE_PPO.items() if key != "data"}
     with pytest.raises(UserError, match=r"f: data: Field required"):

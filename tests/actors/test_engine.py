@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.models import chunks, logprobs
 from beaver_ray.models.logprobs import install_logprob_head, response_logprobs
 from beaver_ray.packing import pack
-from tests.actors.support import Ranks, pad
+from tests.actors.support import Ranks, free_port, pad
 
 STEPS = 3
 # Losses of different size, without which Adam would hide whether gradients are clipped.
@@ -404,3 +406,14 @@ def test_a_step_without_dropout_computes_what_an_evaluation_does(one_rank: None,
     assert without == pytest.approx(expected, rel=1e-6)
     dropped, expected = losses_of(dropout=True)
     assert abs(dropped - expected) > 1e-4 * expected, "the test is of a model with dropout"
+
+
+def test_one_rank_says_nothing_and_keeps_tracebacks_plain() -> None:
+    code = (
+        "from actors.engine import join_ranks\n"
+        f"join_ranks(0, 1, '127.0.0.1', {free_port()})\n"
+        "raise RuntimeError('a mistake')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "accelerator" not in run.stdout + run.stderr
+    assert "[rank0]" not in run.stderr and run.stderr.strip().endswith("RuntimeError: a mistake")
