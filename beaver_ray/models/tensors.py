@@ -93,11 +93,14 @@ def _language_head(trunk: PreTrainedModel) -> set[str]:
 
 def _mend(missing: Collection[str], left: Collection[str]) -> str:
     """What to do, in a few words; where a wrapper's prefix alone is in the way, that is said."""
-    one = min(left, default="").split(".")
-    start = next((start for start in range(1, len(one)) if ".".join(one[start:]) in missing), 0)
-    prefix = "".join(f"{part}." for part in one[:start])
-    if prefix and all(name.startswith(prefix) for name in left):
-        return f"names begin with {prefix!r}: save the model from inside its wrapper, or rename its tensors"
+    parts = [name.split(".") for name in sorted(left)]
+    for one in parts:
+        start = next((start for start in range(1, len(one)) if ".".join(one[start:]) in missing), 0)
+        while start and any(other[:start] != one[:start] for other in parts):
+            start -= 1
+        if start:
+            prefix = "".join(f"{part}." for part in one[:start])
+            return f"names begin with {prefix!r}: save the model from inside its wrapper, or rename its tensors"
     return "give the config.json that belongs to these weights, or save the model again"
 
 

@@ -80,12 +80,19 @@ def test_flash_attention_is_used_where_it_can_be(
     assert capsys.readouterr().out.count("FlashAttention has no float32: attention runs on SDPA") == 1
 
 
-def test_what_waits_for_flash_attention_runs_without_it_on_a_cpu(tiny_world: Path) -> None:
+def test_what_waits_for_flash_attention_runs_without_it_on_a_cpu(
+    tiny_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where its package is there: the model is loaded on a CPU, and its engine moves it to the GPU later."""
     model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.config._attn_implementation = "flash_attention_2"
+
+    def switch(model: Any, kernel: str) -> None:  # transformers' own asks for the package
+        model.config._attn_implementation = kernel
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", switch)
+    switch(model, "flash_attention_2")
     with pytest.raises(Exception, match=r"(?i)flash|kernels"):
-        install_logprob_head(model)
+        model(input_ids=torch.arange(4)[None])
     with without_flash(model):
         assert model.config._attn_implementation == "sdpa" and install_logprob_head(model)
     assert model.config._attn_implementation == "flash_attention_2"
