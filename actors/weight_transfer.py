@@ -89,7 +89,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
     def start_weight_update(self) -> None:
         # On CPU vLLM packs a tied head into memory of its own, so that it needs weights too and stays as it
         # was without them; elsewhere it is the embedding's own parameter.
-        self.expected = parameter_names(self.model, tied_apart=self.device.type == "cpu")
+        self.expected = parameter_names(self.model, heads_apart=self.device.type == "cpu")
         self.loaded, self.sampled = set(), {}
         if self.device.type == "cpu":
             forget_expert_kernels(self.model)
@@ -191,16 +191,16 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         raise NotImplementedError("the trainer publishes packed weights and sends none")
 
 
-def parameter_names(model: torch.nn.Module, tied_apart: bool) -> list[set[str]]:
-    """The names of each parameter: it has several where its module is in several places (a gate inside its experts).
+def parameter_names(model: torch.nn.Module, heads_apart: bool) -> list[set[str]]:
+    """The names of each parameter: it has several where it is in several places (a gate inside its experts).
 
-    ``tied_apart``: one that two modules share counts for each of them.
+    ``heads_apart``: one that a head shares with the embeddings counts for each of them.
     """
     found: dict[Any, set[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            key = (id(module), name.rpartition(".")[2]) if tied_apart else id(parameter)
-            found.setdefault(key, set()).add(name)
+            apart = heads_apart and isinstance(module, ParallelLMHead)
+            found.setdefault((id(parameter), apart), set()).add(name)
     return list(found.values())
 
 
