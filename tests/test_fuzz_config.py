@@ -169,7 +169,7 @@ def test_what_once_got_through(tmp_path: Path, text: str, parts: str) -> None:
 def test_an_override_of_a_stage_that_a_pipeline_lacks(tmp_path: Path) -> None:
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(TREES[-1]))
     (tmp_path / "p.yaml").write_text("stages: [{config: ppo.yaml}]\nworkspace: w\n")
-    with pytest.raises(UserError, match="p.yaml: unknown key sft; "):
+    with pytest.raises(UserError, match=r"p\.yaml: unknown key sft; "):
         load_pipeline(tmp_path / "p.yaml", ["sft.epochs=1"])
 
 
