@@ -93,13 +93,13 @@ def packed_attention(
     if attention_mask is not None or position_ids is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
-    if flash_fits(query, dropout):
+    if flash_fits(query, value, dropout):
         starts, longest = borders(position_ids)
         causal: Any = {"scale": scaling, "window_size": (-1, 0), **GROUPED_HEADS}
         q, k, v = rows
         attended: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
         return attended[None], None
-    output = torch.empty_like(rows[0])
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # values may be of another width
     # PyTorch's backward on a CPU takes three times as long in bfloat16.
     dtype = torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
     for count, longest, from_T, to_T in groups(position_ids):
@@ -118,10 +118,10 @@ def packed_attention(
     return output[None], None
 
 
-def flash_fits(query: Tensor, dropout: float) -> bool:
-    """Whether PyTorch's FlashAttention can take this query [1, heads, T, D]."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and not dropout and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+def flash_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether PyTorch's FlashAttention can take this query [1, heads, T, D] and value."""
+    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.is_cuda and half and not dropout and width == value.shape[-1] and width % 8 == 0 and width <= 256
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_differ
 from tests.actors.light_roles import when_opened
 
 TEMPERATURE = 0.7
-MODEL_LEN, NEW_TOKENS = 96, 32
+MODEL_LEN, NEW_TOKENS = 192, 32  # more than the 128 tokens of a block of the KV cache on a CPU
 
 Generator = VllmGenerator | HFGenerator
 
@@ -176,7 +176,7 @@ def test_keeping_the_kv_cache(
     """With in_flight: keep the new weights go on over the old ones' keys and values, which no new prompt sees."""
     monkeypatch.setattr(vllm_generator, "spec", replace(vllm_generator.spec, in_flight="keep"))
     three_tokens_in(vllm_generator)
-    shared = pa.RecordBatch.from_pylist([{"sample_id": 90, "prompt_id": 0, "prompt_tokens": [9] * 60}], PROMPT_SCHEMA)
+    shared = pa.RecordBatch.from_pylist([{"sample_id": 90, "prompt_id": 0, "prompt_tokens": [9] * 150}], PROMPT_SCHEMA)
     weights = pack(new_model.state_dict().items(), 1, 2**20)
     _, late = vllm_generator.exchange(shared, Exchange(99, weights))
     rows = {row["sample_id"]: row for row in late.to_pylist()}
@@ -203,7 +203,7 @@ def test_a_version_that_comes_again_is_not_the_old_one(
 ) -> None:
     """A run that is rolled back trains its steps again: their versions have the numbers of others."""
     monkeypatch.setattr(vllm_generator, "spec", replace(vllm_generator.spec, in_flight="keep"))
-    prompt = {"prompt_id": 0, "prompt_tokens": [9] * 60}
+    prompt = {"prompt_id": 0, "prompt_tokens": [9] * 150}
     for sample, version_21 in ((90, model), (91, new_model)):
         weights = pack(version_21.state_dict().items(), 21, 2**20)
         rows = pa.RecordBatch.from_pylist([{"sample_id": sample, **prompt}], PROMPT_SCHEMA)
