@@ -163,6 +163,22 @@ def test_all_roles_on_one_gpu(workspace: Path) -> None:
     assert training_flops(adapter, 100)["score"] - training_flops(full, 100)["score"] == 100 * 2 * parameters
 
 
+def test_trainer(tmp_path: Path) -> None:
+    found = values(measured("trainer", tmp_path))
+    # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm, and the tied table; 6 operations
+    # for each on a token, 4 under LoRA, and 6 * 2 layers * 2 heads * 32 * 64 tokens of attention.
+    parameters, attention = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 128 * 64, 6 * 2 * 2 * 32 * 64
+    for name, passes in (("tiny, PPO, 64", 6), ("tiny, SFT, LoRA 2, 64", 4)):
+        assert found[f"{name}: work"] / found[name] * 1e12 == pytest.approx(passes * parameters + attention)
+
+
+def test_sync(tmp_path: Path) -> None:
+    result = measured("sync", tmp_path)
+    assert {"tiny, float32, object store", "tiny, float32, direct"} <= set(result["samples"])
+    differences = [f for f in result["figures"] if "log-probs" in f["name"]]
+    assert len(differences) == 2 and all(f["met"] for f in differences)
+
+
 def test_simulate(tmp_path: Path) -> None:
     result = measured("simulate", tmp_path)
     assert {"generation alone", "2 generators: step, training 1 times generation"} <= set(result["samples"])
@@ -171,7 +187,7 @@ def test_simulate(tmp_path: Path) -> None:
 def test_unknown_names_and_sizes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no benchmark is called 'weight'; did you mean 'weights'"):
         run(["weight"], tmp_path / "out.json", Options())
-    with pytest.raises(UserError, match=r"--shape must be one of 1M, 10M, 0\.5B, 7B, not '8B'"):
+    with pytest.raises(UserError, match=r"--shape must be one of 1M, 10M, 0\.5B, 0\.6B, 1\.5B, 4B, 7B, not '8B'"):
         run(["step"], tmp_path / "out.json", Options(shape="8B"))
     assert not list(tmp_path.iterdir())
     assert all((Path(published_loop.__file__).parent / f"{n.replace('-', '_')}.py").is_file() for n in BENCHMARKS)
