@@ -403,7 +403,6 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
         skip_tokenizer_init=True,
         generation_config="vllm",  # no sampling defaults from the folder: the spec says them all
         trust_remote_code=spec.trust_remote_code,
-        load_format="safetensors",  # never pickles
         dtype=spec.dtype,
         seed=spec.seed,
         max_model_len=spec.max_model_len,
@@ -425,4 +424,4 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-    return LLMEngine.from_engine_args(EngineArgs(**args | others))
+    return LLMEngine.from_engine_args(EngineArgs(load_format="safetensors", **args | others))  # never pickles

@@ -30,7 +30,8 @@ def run(options: Options) -> Outcome:
     prompts = random_prompts(count, shape)
     answers = random_prompts(count, shape, (answer, answer), seed=1)
     ids = list(range(count))
-    batch = experience.make_batch({"sample_id": ids, "prompt_tokens": prompts, "response_tokens": answers})
+    columns = {"sample_id": ids, "prompt_tokens": prompts, "response_tokens": answers}
+    batch = experience.make_batch({**columns, "finish_reason": ["length"] * count})
     with tempfile.TemporaryDirectory() as folder:
         workspace = write_workspace(Path(folder), shape, count, answer)
         policy, score = workspace / "policy", workspace / "score"
@@ -39,8 +40,7 @@ def run(options: Options) -> Outcome:
             "score model": 2.0 * matmul_parameters(score, head=False) * tokens,
             "reference": 2.0 * ((matmul_parameters(policy) - head) * tokens + head * count * answer),
         }
-        columns = {"reward": 0, "cost/harm": 1}
-        scorer = Scorer(str(score), columns, str(policy), shape.dtype, BUDGET, threads, False)
+        scorer = Scorer(str(score), {"reward": 0, "cost/harm": 1}, str(policy), shape.dtype, BUDGET, threads, False)
         reference = Reference(str(policy), shape.dtype, BUDGET, 1.0, threads, False)
         sides = {"score model": lambda: scorer.score(batch), "reference": lambda: reference.logprobs(batch)}
         seconds = interleave(sides, repetitions)
