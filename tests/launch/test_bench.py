@@ -165,8 +165,8 @@ def test_all_roles_on_one_gpu(workspace: Path) -> None:
 
 def test_trainer(tmp_path: Path) -> None:
     found = values(measured("trainer", tmp_path))
-    # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm and the tied table. For each and a
-    # token 6 operations, 4 under LoRA, and 6 * 2 layers * 2 heads * 32 * 64 tokens of attention.
+    # Two layers of four 64 x 64 and three 64 x 128 matrices and two norms, a last norm and the tied table. For each and
+    # a token 6 operations, 4 under LoRA, and 6 * 2 layers * 2 heads * 32 * 64 tokens of attention.
     parameters, attention = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 128 * 64, 6 * 2 * 2 * 32 * 64
     for name, passes in (("tiny, PPO, 64", 6), ("tiny, SFT, LoRA 2, 64", 4)):
         assert found[f"{name}: work"] / found[name] * 1e12 == pytest.approx(passes * parameters + attention)
