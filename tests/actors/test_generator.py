@@ -116,7 +116,7 @@ def test_a_prompt_that_cannot_be_generated_from_is_refused(generator: Generator)
         {"sample_id": 1, "prompt_id": 1, "prompt_tokens": [5]},
         {"sample_id": 2, "prompt_id": 2, "prompt_tokens": [5] * MODEL_LEN},
     ]
-    with pytest.raises(UserError, match="sample 2: its prompt has 96 tokens, but must have 1 to 95"):
+    with pytest.raises(UserError, match="sample 2: its prompt has 192 tokens, but must have 1 to 191"):
         generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))
     rows[1]["prompt_tokens"] = []
     with pytest.raises(UserError, match="sample 2: its prompt has 0 tokens"):
