@@ -155,7 +155,8 @@ def gpu_memory_peaks(every_s: float = 0.25) -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         query = ["nvidia-smi", "--id=0", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-        while not over.wait(every_s):
+        while not over.is_set():
+            time.sleep(every_s)
             now: dict[str, float] = {}
             for line in subprocess.run(query, capture_output=True, text=True).stdout.splitlines():
                 pid, _, used = line.partition(",")
