@@ -345,7 +345,7 @@ def shared_kv_cache_bytes(spec: GeneratorSpec) -> int:
     beside them. UserError where hardly anything is left.
     """
     total = torch.cuda.get_device_properties(0).total_memory
-    weights = (count_parameters(Path(spec.model)) or 0) * (4 if spec.dtype == "float32" else 2)
+    weights = count_parameters(Path(spec.model)) * (4 if spec.dtype == "float32" else 2)
     room = int(spec.gpu_memory_utilization * total - weights - VLLM_BESIDE)
     if room < KV_CACHE_LEAST:
         part, needed = spec.gpu_memory_utilization * total / 2**30, (weights + VLLM_BESIDE) / 2**30

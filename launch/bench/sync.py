@@ -33,7 +33,7 @@ from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.models import HALF_B, LARGER, TINY, Shape, random_prompts, write_policy
 from launch.bench.registry import Options
 from launch.bench.rollouts import prompt_batch
-from launch.bench.trainer import Case, trainer_config
+from launch.bench.trainer import Case, made_up, trainer_config
 
 VERSIONS = 5
 WAIT_S = 300.0
@@ -128,7 +128,7 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
         seconds, differences, size = [], [], 0
         for _ in range(options.repetitions or (1 if options.small else VERSIONS)):
             version += 1
-            policy.run("update", random_experience(shape, version), {}, version)
+            policy.run("update", made_up(shape, 16, 64, seed=version), {}, version)
             # Its weights are ready before the clock starts.
             weights = announce(policy, version, way == "direct")
             policy.run("layout")
@@ -142,7 +142,7 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
         seconds, differences = [], []
         for _ in range(options.repetitions or VERSIONS):
             version += 1
-            policy.run("update", random_experience(shape, version), {}, version)
+            policy.run("update", made_up(shape, 16, 64, seed=version), {}, version)
             (handles,) = policy.run("handles")
             seconds += ipc.run("load", handles)
             differences.append(largest_difference(policy, ipc, shape, version))
@@ -164,23 +164,6 @@ def start(role: type, arguments: tuple[Any, ...], gpus: float) -> Group:
     """One worker of a role in an actor."""
     actor: Any = ray.remote(num_cpus=1, num_gpus=gpus)(role).remote(*arguments)
     return Group(role.__name__, [RayHandle(role.__name__, actor)], WAIT_S)
-
-
-def random_experience(shape: Shape, seed: int) -> Any:
-    """Sequences with advantages that mean nothing, to move every weight."""
-    rng = np.random.default_rng(seed)
-    responses = random_prompts(16, shape, (48, 48), seed=seed)
-    logprobs = [np.full(len(r), -np.log(shape.vocabulary), dtype=np.float32) for r in responses]
-    return experience.make_batch(
-        {
-            "sample_id": np.arange(16),
-            "prompt_tokens": random_prompts(16, shape, seed=seed + 1),
-            "response_tokens": responses,
-            "rollout_logprobs": logprobs,
-            "logprobs": logprobs,
-            "advantages/reward": [rng.standard_normal(len(r)).astype(np.float32) for r in responses],
-        }
-    )
 
 
 def largest_difference(policy: Group, generator: Group, shape: Shape, seed: int) -> float:

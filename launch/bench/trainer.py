@@ -129,15 +129,15 @@ def trainer_config(case: Case, model: Path, options: Options) -> SafePpoConfig:
     return config
 
 
-def made_up(shape: Shape, rows: int, length: int) -> Any:
+def made_up(shape: Shape, rows: int, length: int, seed: int = 0) -> Any:
     """Experience of so many sequences of random tokens, with random advantages."""
-    rng = np.random.default_rng(0)
-    responses = random_prompts(rows, shape, (length - PROMPT, length - PROMPT))
+    rng = np.random.default_rng(seed)
+    responses = random_prompts(rows, shape, (length - PROMPT, length - PROMPT), seed=seed)
     logprobs = [np.full(len(r), -np.log(shape.vocabulary), dtype=np.float32) for r in responses]
     return experience.make_batch(
         {
             "sample_id": np.arange(rows),
-            "prompt_tokens": random_prompts(rows, shape, (PROMPT, PROMPT), seed=1),
+            "prompt_tokens": random_prompts(rows, shape, (PROMPT, PROMPT), seed=seed + 1),
             "response_tokens": responses,
             "rollout_logprobs": logprobs,
             "logprobs": logprobs,
