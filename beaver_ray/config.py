@@ -333,7 +333,7 @@ class SafePpoConfig(RunConfig):
         """Whether weights may go from GPU to GPU and not through the object store.
 
         They may where policy and generators have GPUs, each generator one at most, and the environment does not say
-        DIRECT_WEIGHTS=0. They do where there is room (`direct_room`) and a trial succeeds (`actors.direct`).
+        DIRECT_WEIGHTS=0. They do where there is room (`direct_room`) and a trial succeeds (`actors.weights.direct`).
 
         With tensor parallelism a generator's weights go on to other processes, which cannot take them from a device.
         """

@@ -75,7 +75,7 @@ def evaluate(
     chosen = Path(policy) if policy is not None else loaded.folder / "final" / "policy"
     if not (chosen / "config.json").is_file():
         raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
-    from actors.evaluate import evaluate as run
+    from actors.driver.evaluate import evaluate as run
 
     print(f"evaluation: {run(loaded, policy)}")
 
@@ -149,7 +149,7 @@ def scale(
     ] = "auto",
 ) -> None:
     """Change the number of rollout workers of a running job; none of its work is lost or done twice."""
-    from actors.control import order_rollouts
+    from actors.driver.control import order_rollouts
 
     order_rollouts(run, rollouts, address)
     print(f"{run}: {rollouts} rollout worker(s) ordered; its log says when they join or leave")

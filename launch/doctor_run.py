@@ -43,7 +43,7 @@ def joined(address: str | None) -> Iterator[tuple[Resources, list[Check]]]:
     if address is None or address == "local":
         yield this_machine(), []
         return
-    from actors.cluster import Cluster
+    from actors.machine.cluster import Cluster
 
     try:
         cluster = Cluster(ClusterConfig(), {}, address)
@@ -85,7 +85,7 @@ def stage_checks(stages: Sequence[StageConfig], before: Sequence[Path], resource
 
 def scoring_service(url: str) -> Finding:
     """A remote scorer is allowed and answers, asked from here."""
-    from actors.remote_scorer import ScoringService
+    from actors.roles.remote_scorer import ScoringService
 
     check_allowed(url)
     ScoringService(url, SERVICE_S).scores([], [])
@@ -247,7 +247,7 @@ def network(timeout_s: float = NETWORK_S) -> Finding:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from actors.waits import WaitTimeoutError, WorkerDiedError, fetch
+    from actors.machine.waits import WaitTimeoutError, WorkerDiedError, fetch
 
     actor: Any = ray.remote(_ear())
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}

@@ -50,7 +50,7 @@ def run_stage(config: StageConfig, complete: bool = False) -> None:
     from beaver_ray.report import write_report
 
     if not complete:
-        from actors.train import train
+        from actors.driver.train import train
         from launch.planning import plan
 
         plan(config).check()

@@ -388,7 +388,7 @@ def cluster_resources(address: str) -> Resources:
     """What a Ray cluster has in all; its GPUs' memory is not known. UserError if it does not answer."""
     import ray
 
-    from actors.cluster import join_ray
+    from actors.machine.cluster import join_ray
 
     joined_before = ray.is_initialized()
     if not joined_before:

@@ -26,7 +26,7 @@ PINS = {
 
 # What vLLM asks for and a text model on a CPU does not need. The package index has only CUDA builds of the first three,
 # which break a CPU torch at import; the next two are large; the rest serve Anthropic's API and FastAPI's cloud.
-# tests/actors/test_generator.py passes without any of them.
+# tests/actors/roles/test_generator.py passes without any of them.
 LEFT_OUT = {
     "cpu": {
         *("torchvision", "torchaudio", "torchcodec"),

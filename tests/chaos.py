@@ -42,7 +42,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from actors.evaluate import evaluate
+from actors.driver.evaluate import evaluate
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import load_config, load_pipeline
 from beaver_ray.models.loading import load_tokenizer

@@ -63,7 +63,7 @@ def one_rank() -> Iterator[None]:
     """This process as the only rank; the group ends with the module, so that others can start their own."""
     import deepspeed
 
-    from actors.engine import join_ranks
+    from actors.machine.engine import join_ranks
     from tests.actors.support import free_port
 
     join_ranks(0, 1, "127.0.0.1", free_port())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster import make_bundles
+from actors.machine.cluster import make_bundles
 from beaver_ray import gpus
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import load_config

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from actors.scorer import Scorer
+from actors.roles.scorer import Scorer
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import ScoreModel, save_score_model

@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from actors.waits import fetch
+from actors.machine.waits import fetch
 from beaver_ray import experience
 from launch.bench.measure import Figure, Goal, Outcome, copy_rate, interleave, local_ray, medians
 from launch.bench.registry import Options

@@ -2,7 +2,7 @@
 
 Both engines have the same EngineArgs and live in a Ray actor of their own, so that they share nothing but the machine.
 The raw side is handed all prompts at once and stepped to the end inside its process: no Arrow, no calls, no log-probs
-read out. Ours is what a training step does: `actors.rollouts` hands prompts out and takes finished sequences in
+read out. Ours is what a training step does: `actors.driver.rollouts` hands prompts out and takes finished sequences in
 chunks, with tokens and log-probs in Arrow in the object store. Where there is a GPU both share it, and take turns.
 """
 
@@ -20,12 +20,12 @@ import numpy as np
 import ray
 import torch
 
-from actors.cluster import RayHandle
-from actors.generator import GeneratorSpec, VllmGenerator, start_engine
-from actors.handles import Group
-from actors.rollouts import Rollouts
-from actors.schedule import RolloutSchedule
-from actors.waits import fetch
+from actors.driver.rollouts import Rollouts
+from actors.driver.schedule import RolloutSchedule
+from actors.machine.cluster import RayHandle
+from actors.machine.handles import Group
+from actors.machine.waits import fetch
+from actors.roles.generator import GeneratorSpec, VllmGenerator, start_engine
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
 from launch.bench.models import SEVEN_B, SMALLER, choose_shape, random_prompts, write_policy
 from launch.bench.registry import Options

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.exchange import PROMPT_SCHEMA, Exchange
-from actors.generator import GeneratorSpec, VllmGenerator
+from actors.roles.exchange import PROMPT_SCHEMA, Exchange
+from actors.roles.generator import GeneratorSpec, VllmGenerator
 from launch.bench.measure import Figure, Goal, Outcome, interleave, medians
 from launch.bench.models import EOS, PAD, SMALLER, TINY, random_prompts, write_policy
 from launch.bench.registry import Options

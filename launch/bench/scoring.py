@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from actors.scorer import Reference, Scorer
+from actors.roles.scorer import Reference, Scorer
 from beaver_ray import experience
 from launch.bench.measure import Figure, Outcome, interleave, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, random_prompts, write_workspace

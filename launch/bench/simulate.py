@@ -1,4 +1,4 @@
-"""The scheduler alone: `actors.rollouts` over generators that sleep instead of computing, and a trainer that sleeps.
+"""The scheduler alone: `Rollouts` over generators that sleep instead of computing, and a trainer that sleeps.
 
 A stand-in has the generator's interface and its continuous batching: a sequence of n tokens takes n ticks, and a tick
 lasts as long whatever the batch. Lengths are log-normal, the longest 20 times the median. Many stand-ins share a
@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.cluster import RayHandle
-from actors.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
-from actors.handles import Group
-from actors.rollouts import Rollouts
-from actors.schedule import RolloutSchedule
+from actors.driver.rollouts import Rollouts
+from actors.driver.schedule import RolloutSchedule
+from actors.machine.cluster import RayHandle
+from actors.machine.handles import Group
+from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from beaver_ray.weights import Layout, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.registry import Options

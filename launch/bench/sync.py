@@ -1,9 +1,9 @@
 """New weights from a real policy into a real vLLM engine: GB/s of each way, and how well both agree afterwards.
 
 The policy takes a step of PPO on random advantages, publishes, and the generator loads, VERSIONS times over. Ways: the
-object store; directly from the policy's device (`actors.direct`), where a trial of it succeeds; and, as the yardstick,
-vLLM's own engine for CUDA IPC in an engine of its own, which gets a handle for every tensor where policy and generator
-share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix cache; the
+object store; directly from the policy's device (`actors.weights.direct`), where a trial of it succeeds; and, as the
+yardstick, vLLM's own engine for CUDA IPC in an engine of its own, which gets a handle for every tensor where policy and
+generator share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix cache; the
 policy makes its buckets meanwhile.
 
 After each update the generator answers, and its log-probs of what it sampled are compared with the policy's: the
@@ -21,12 +21,12 @@ import numpy as np
 import ray
 import torch
 
-from actors.cluster import RayHandle
-from actors.direct import obstacle
-from actors.exchange import Exchange
-from actors.generator import GeneratorSpec, VllmGenerator, start_engine
-from actors.handles import Group
-from actors.policy import PolicyTrainer, announce
+from actors.machine.cluster import RayHandle
+from actors.machine.handles import Group
+from actors.roles.exchange import Exchange
+from actors.roles.generator import GeneratorSpec, VllmGenerator, start_engine
+from actors.roles.policy import PolicyTrainer, announce
+from actors.weights.direct import obstacle
 from beaver_ray import experience
 from beaver_ray.config import Placement
 from launch.bench.measure import Figure, Goal, Outcome, local_ray

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine import LossTerms
-from actors.micro_batches import PackedResponses, SequenceRows
-from actors.policy import PolicyTrainer
+from actors.machine.engine import LossTerms
+from actors.roles.micro_batches import PackedResponses, SequenceRows
+from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import parse_config

@@ -1,8 +1,8 @@
 """A version of the weights from a trainer to its generators through the object store, against its memory copies.
 
 The path is that of training: the trainer makes one bucket after another, each by a call whose result lies in the object
-store, and the generators (`actors.generator.checked_buckets`, then a copy into the model's tensors) take each as soon
-as it is there. The trainer holds every tensor in two shards, as under ZeRO-3 on two ranks, and puts them together
+store, and the generators (`actors.roles.generator.checked_buckets`, then a copy into the model's tensors) take each as
+soon as it is there. The trainer holds every tensor in two shards, as under ZeRO-3 on two ranks, and puts them together
 before they are packed. The same with all buckets made before the first is taken is measured beside it, and both once
 more with a trainer that waits for every tensor as long as a link of LINK bytes/s would take: on one machine with few
 cores all copies share the memory's bandwidth, and only waiting can be overlapped.
@@ -30,8 +30,8 @@ import numpy as np
 import ray
 import torch
 
-from actors.generator import GeneratorSpec, VllmGenerator, checked_buckets
-from actors.waits import fetch, wait_any
+from actors.machine.waits import fetch, wait_any
+from actors.roles.generator import GeneratorSpec, VllmGenerator, checked_buckets
 from beaver_ray.weights import (
     BUCKET_BYTES,
     Bucket,

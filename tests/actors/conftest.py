@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.exchange import PROMPT_SCHEMA
-from actors.generator import VllmGenerator
+from actors.roles.exchange import PROMPT_SCHEMA
+from actors.roles.generator import VllmGenerator
 
 VOCABULARY = 256
 PAD, BOS, EOS = 0, 1, 2
@@ -50,7 +50,7 @@ def build_tiny_llama(folder: Path, tied: bool, seed: int = 0) -> Path:
 @pytest.fixture
 def norm_arrives_altered(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM is given other numbers for one tensor than those that came, and all that can be compared is."""
-    from actors import weight_transfer
+    from actors.weights import transfer_engine as weight_transfer
 
     load = weight_transfer.PackedWeightTransferEngine._load
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actors.critic import Critic
-from actors.evaluate import FIRST_SAMPLE_ID
-from actors.policy import PolicyTrainer
-from actors.scorer import Scorer
+from actors.driver.evaluate import FIRST_SAMPLE_ID
+from actors.roles.critic import Critic
+from actors.roles.policy import PolicyTrainer
+from actors.roles.scorer import Scorer
 
 
 def die_once(folder: str, what: str) -> None:

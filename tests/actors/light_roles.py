@@ -14,10 +14,10 @@ import pyarrow as pa
 import ray
 import torch
 
-from actors.direct import put_bucket, trial_weights
-from actors.exchange import Exchange
-from actors.generator import VllmGenerator, checked_buckets
-from actors.waits import WeightsUnreadableError
+from actors.machine.waits import WeightsUnreadableError
+from actors.roles.exchange import Exchange
+from actors.roles.generator import VllmGenerator, checked_buckets
+from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout, unpack

@@ -41,7 +41,7 @@ class Ranks:
     def __init__(self, world: int) -> None:
         # Forked from one server that has imported all that is slow to import, and nothing else.
         context, port = mp.get_context("forkserver"), free_port()
-        context.set_forkserver_preload(["actors.engine", "transformers.models.llama.modeling_llama"])
+        context.set_forkserver_preload(["actors.machine.engine", "transformers.models.llama.modeling_llama"])
         pipes = [context.Pipe() for _ in range(world)]
         self.pipes = [parent for parent, _ in pipes]
         self.processes = [
@@ -73,7 +73,7 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
-    from actors.engine import join_ranks
+    from actors.machine.engine import join_ranks
 
     torch.set_num_threads(1)
     join_ranks(rank, world, "127.0.0.1", port)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from actors.train import train
+from actors.driver.train import train
 from beaver_ray.data.readers import Dialogues, Reader, check_readers, read_alike
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from actors import remote_scorer
+from actors.roles import remote_scorer
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.config_files import load_config
 from beaver_ray.remote import ALLOWED_HOSTS

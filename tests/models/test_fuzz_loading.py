@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.generator import read_eos_token_ids
+from actors.roles.generator import read_eos_token_ids
 from beaver_ray.data.templates import prompt_tokens
 from beaver_ray.models.folders import read_model
 from beaver_ray.models.loading import context_length, load_policy, load_tokenizer

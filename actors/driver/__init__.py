@@ -1,0 +1,1 @@
+"""The PPO loop and what keeps it going: schedule, rollouts, recovery, evaluation."""

@@ -1,0 +1,176 @@
+"""Held-out prompts: what the policy answers now, judged by the small world's truth or by the learned scorers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.driver.loop import score
+from actors.driver.processes import Roles, check_models, role_kinds, start_frozen_roles
+from actors.driver.rollouts import Rollouts
+from actors.machine.cluster import Cluster
+from beaver_ray import experience
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import PromptDataset
+from beaver_ray.errors import UserError
+from beaver_ray.evaluation import Samples, summarize
+from beaver_ray.gpus import on_this_machine
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.signals import scorers
+from beaver_ray.small_world.world import SmallWorld
+
+FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
+
+
+def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
+    """Evaluate the run's final policy and write evaluation.json into the run's folder.
+
+    Another ``policy`` is evaluated on the same prompts by the same judges; the file goes into its own folder.
+
+    Raises UserError where the configuration names no held-out prompts.
+    """
+    if not config.evaluation.prompts:
+        raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
+    chosen = policy or str(config.folder / "final" / "policy")
+    # Judging needs no reference: with LoRA, where none is started, it stays so.
+    reference = None if config.models.adapter_off_is_reference else config.models.policy
+    models = config.models.model_copy(update={"policy": chosen, "reference": reference})
+    config = on_this_machine(config.model_copy(update={"models": models}))
+    check_models(config)
+    cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
+    try:
+        roles = start_frozen_roles(config, cluster)
+        held_out = HeldOut(config)
+        rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
+        summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
+        return write(Path(policy) if policy else config.folder, summary)
+    finally:
+        if cluster:
+            cluster.close()
+
+
+def write(folder: Path, summary: dict[str, Any]) -> Path:
+    """evaluation.json in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+class HeldOut:
+    """The held-out prompts of a run, and the truth about them where it is known."""
+
+    def __init__(self, config: SafePpoConfig) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
+        self.samples, _ = load_mix(config.evaluation.prompts)
+        limit = config.data.max_prompt_tokens
+        self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template)
+        self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
+        names = [c.name for c in config.constraints] or ["harm"]
+        self.true_cost = "harm" if "harm" in names else names[0]
+        """The constraint that the world's cost is the truth of; it knows nothing of others."""
+        self.learned = [name for name in names if name != self.true_cost] if self.world else names
+        """Those that learned scorers judge."""
+
+    def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
+        """The evaluation's means as metrics of one step."""
+        summary = self.evaluate(roles, rollouts, step)
+        return {f"eval/{key}": value["mean"] for key, value in summary.items() if isinstance(value, dict)}
+
+    def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
+        """The content of evaluation.json; ``step`` only chooses the random numbers."""
+        count = len(self.prompts)
+        prompt_ids = np.arange(count)
+        batch = experience.make_batch(
+            {
+                "sample_id": FIRST_SAMPLE_ID + step * (1 << 20) + np.arange(count),
+                "prompt_id": prompt_ids,
+                "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
+            }
+        )
+        collected = rollouts.collect(batch, lambda chunk: self._judge(roles, chunk))
+        chunks = []
+        for chunk in collected.chunks:
+            whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
+            chunks.append(experience.select(whole.select(self._columns()), sorted(chunk.wanted)))
+        answers, unusable = self._usable(experience.concat(chunks), rollouts.note)
+        targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
+        limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
+        samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
+        unsafe_above = {name: 0.5 for name in targets if name in self.learned}
+        by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
+        if self.world and self.learned:
+            by += f" ({', '.join(self.learned)}: learned)"
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, unsafe_above)}
+
+    def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
+        """Scores of finished sequences, where the truth does not say all."""
+        if not self.world:
+            return score(roles, chunk)
+        columns = {f"cost/{name}" for name in self.learned}
+        plans = [plan for plan in scorers(self.config) if columns & plan.columns.keys()] if columns else []
+        return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
+
+    def _columns(self) -> list[str]:
+        """What is read of answers and their scores."""
+        scores = [f"cost/{c.name}" for c in self.config.constraints if c.name in self.learned]
+        scores += [] if self.world else ["reward"]
+        return ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason", *scores]
+
+    def _usable(self, answers: pa.RecordBatch, note: Callable[[str], None]) -> tuple[pa.RecordBatch, dict[str, int]]:
+        """The answers whose scores are finite, and the number of the others, if any; UserError where none is left."""
+        names = [name for name in self._columns() if name == "reward" or name.startswith("cost/")]
+        bad = {name: experience.not_finite(answers, name) for name in names}
+        lost = np.any(list(bad.values()), axis=0) if bad else np.zeros(answers.num_rows, dtype=bool)
+        if not lost.any():
+            return answers, {}
+        said = "; ".join(
+            f"{b.sum()} of {len(b)} held-out answers have no finite {n}" for n, b in bad.items() if b.any()
+        )
+        if lost.all():
+            raise UserError(f"nothing can be evaluated: {said}; mend the model that scores them")
+        note(f"{said}: the evaluation goes without them")
+        return answers.filter(pa.array(~lost)), {"unusable": int(lost.sum())}
+
+    def _by_truth(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
+        assert self.world is not None
+        world = self.world
+        truncated = experience.truncated(answers)
+        prompts = self._texts(answers, "prompt_tokens")
+        responses = self._texts(answers, "response_tokens")
+        pairs = list(zip(prompts, responses, strict=True))
+        rewards = [world.reward(p, r, bool(t)) for (p, r), t in zip(pairs, truncated, strict=True)]
+        costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
+        costs[self.true_cost] = np.array([world.cost(p, r) for p, r in pairs])
+        order = [c.name for c in self.config.constraints] or [self.true_cost]
+        samples = Samples(
+            prompt_id=experience.scalars(answers, "prompt_id"),
+            reward=np.array(rewards),
+            costs={name: costs[name] for name in order},
+            truncated=truncated,
+            refusal=np.array([world.is_refusal(r) for r in responses]),
+            adversarial=np.array([world.is_adversarial(p) for p in prompts]),
+        )
+        rate = next((c.violation_rate for c in self.config.constraints if c.name == self.true_cost), None)
+        # What is best under constraints that the world knows nothing of is not known.
+        known = rate is not None and not self.learned
+        return samples, world.optimum(prompts, violation_rate=rate) if known else None
+
+    def _by_scorers(self, answers: pa.RecordBatch) -> Samples:
+        return Samples(
+            prompt_id=experience.scalars(answers, "prompt_id"),
+            reward=experience.scalars(answers, "reward").astype(np.float64),
+            costs={c.name: experience.scalars(answers, f"cost/{c.name}") for c in self.config.constraints},
+            truncated=experience.truncated(answers),
+        )
+
+    def _texts(self, answers: pa.RecordBatch, column: str) -> list[str]:
+        rows = experience.rows(answers, column)
+        return [str(t) for t in self.tokenizer.batch_decode([r.tolist() for r in rows], skip_special_tokens=True)]

@@ -1,0 +1,211 @@
+"""The training loop: generate, score, value, advantage, multiplier, update, publish.
+
+Every role is a `Group`; what passes between them are references to Arrow batches. The loop is the same on a cluster
+and in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actors.driver.processes import Roles
+from actors.driver.recovery import Recovery
+from actors.driver.rollouts import Collected, Rollouts
+from actors.driver.sources import Supply
+from actors.driver.tracing import Clock, StepTrace
+from actors.driver.training_state import TrainingState
+from actors.roles.policy import announce
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.errors import UserError
+from beaver_ray.method.divergence import PERSISTS
+
+
+def train_policy(
+    config: SafePpoConfig,
+    roles: Roles,
+    rollouts: Rollouts,
+    recovery: Recovery,
+    trace: StepTrace,
+    evaluate: Callable[[int], dict[str, float]],
+) -> None:
+    """All steps of a PPO run from where its state stands; ``evaluate`` gives figures on held-out prompts."""
+    state, run = recovery.state, recovery.run
+    steps = config.total_steps(0)
+    with run.progress(config.stage, steps) as progress:
+        while state.step < steps:
+            clock = Clock()
+            metrics = train_step(config, roles, rollouts, recovery, clock, evaluate)
+            run.log(state.step, metrics)
+            if config.save_every and state.step % config.save_every == 0 and state.step < steps:
+                recovery.save()
+            watch(config, recovery, metrics)
+            trace.record(state.step, clock)
+            shown = {f"{c.name} cost": metrics[f"cost/{c.name}/mean"] for c in config.constraints}
+            shown |= {f"{name} multiplier": multiplier.value for name, multiplier in state.multipliers.items()}
+            progress.reach(state.step, reward=metrics["reward/mean"], **shown)
+
+
+def train_step(
+    config: SafePpoConfig,
+    roles: Roles,
+    rollouts: Rollouts,
+    recovery: Recovery,
+    clock: Clock,
+    evaluate: Callable[[int], dict[str, float]],
+) -> dict[str, float]:
+    """The next step, from its samples to new weights at the generators; returns its metrics."""
+    run, state, step = recovery.run, recovery.state, recovery.state.step + 1
+    limits = {c.name: c.bound for c in config.constraints}
+    with clock("generate"):
+        collected = rollouts.take(step)
+    state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
+    with clock("score"):
+        stats, costs, experience = recovery.survive(lambda again: build_experience(config, roles, collected, again))
+    for line in stats["unusable"].values():
+        run.note(f"step {step}: {line}; the step is trained without")
+    state.guard.miss(stats["unusable"])
+    if stats["samples"] < config.ppo.minibatches:
+        fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
+        run.note(f"step {step} has {fewer}: each makes one optimizer step")
+    warming_up = step <= config.ppo.critic_warmup_steps
+    for name, multiplier in state.multipliers.items():
+        multiplier.update(costs[name], limits[name], hold=warming_up)
+    values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
+    with clock("train"):
+        figures = update(config, roles, experience, values, step)
+    with clock("sync"):
+        synced = publish(roles, rollouts, version=step)
+    if config.trajectory_every and step % config.trajectory_every == 0:
+        path = str(run.trajectories / f"step_{step:06d}.parquet")
+        recovery.survive(lambda again: roles.experience.run("write", experience, path))
+    if config.evaluation.every and step % config.evaluation.every == 0:
+        with clock("evaluate"):
+            figures |= recovery.survive(lambda again: evaluate(step))
+    figures["rollout/workers"] = float(len(rollouts.workers))
+    figures["rollout/repeated_samples"] = float(rollouts.schedule.repeated)
+    metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
+    state.step, state.elapsed = step, state.elapsed + clock.total() + clock.phases.get("evaluate", 0.0)
+    return metrics | {"time/elapsed": state.elapsed}
+
+
+def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) -> None:
+    """Say what looks like divergence; raise it as UserError after a checkpoint where guard.action is stop, and where
+    numbers that are not finite do not end.
+    """
+    step, guard = recovery.state.step, recovery.state.guard
+    complaints = [f"step {step}: {complaint}" for complaint in guard.observe(metrics)]
+    for complaint in complaints:
+        recovery.run.note(complaint)
+    if complaints and config.guard.action == "stop":
+        recovery.save()
+        raise UserError(
+            f"{complaints[0]}; stopped with a checkpoint (guard.action=stop). Change what is wrong and go on with "
+            f"resume=true, or let it run with guard.action=warn"
+        )
+    if trouble := guard.lasting():
+        recovery.save()
+        raise UserError(
+            f"step {step}: {trouble} for {PERSISTS} steps in a row, as was said above; stopped with a checkpoint. "
+            f"Mend the model that is named there, or lower its learning rate, and go on with resume=true"
+        )
+
+
+def make_rollouts(
+    config: SafePpoConfig, roles: Roles, state: TrainingState, supply: Supply | None, note: Callable[[str], None]
+) -> Rollouts:
+    """This run's generators, which go on whenever the loop waits for another role."""
+    rollouts = Rollouts(
+        roles.rollout,
+        config.rollout.max_sequences,
+        config.cluster.step_timeout,
+        state.schedule,
+        state.prompts,
+        lambda chunk: score(roles, chunk),
+        supply,
+        note,
+        roles.late,
+    )
+    for group in (roles.policy, roles.experience, *roles.critics.values()):
+        group.meanwhile = rollouts.while_waiting
+    return rollouts
+
+
+def score(roles: Roles, sequences: Any) -> list[Any]:
+    """Start reward, costs and, where the reference is a role, its log-probs of finished sequences."""
+    scores = [group.next().call("score", sequences) for group in roles.scorers.values()]
+    if roles.reference.workers:
+        scores.append(roles.reference.next().call("logprobs", sequences))
+    return scores
+
+
+def build_experience(
+    config: SafePpoConfig, roles: Roles, collected: Collected, again: bool = False
+) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
+    """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
+
+    Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
+    as the multipliers should see them, and a reference to the batch.
+    """
+    if again:
+        for chunk in collected.chunks:
+            chunk.columns = score(roles, chunk.sequences)
+    builder = roles.experience.workers[0]
+    wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
+    sequences = builder.call("gather", wanted, *(chunk.sequences for chunk in collected.chunks))
+    parts = [critic.call("values", sequences) for critic in roles.critics.values()]
+    if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
+        parts.append(roles.policy.call("logprobs", sequences))
+    scores = [column for chunk in collected.chunks for column in chunk.columns]
+    batch = builder.call("assemble", wanted, sequences, *scores)
+    sizes = [len(group) for group in parts]
+    flat = [part for group in parts for part in group]
+    computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
+    needs = [[sequences], [*scores, *flat]]
+    stats, costs = roles.experience.wait(computed, "building experience", needs)
+    return stats, costs, experience
+
+
+def update(
+    config: SafePpoConfig, roles: Roles, experience: Any, values: dict[str, float], step: int
+) -> dict[str, float]:
+    """Policy and critics step at the same time; in the critics' warm-up the policy stands still.
+
+    ``values``: the multipliers by name.
+    """
+    started = [(critic, critic.call("update", experience, step)) for critic in roles.critics.values()]
+    if step > config.ppo.critic_warmup_steps:
+        started.append((roles.policy, roles.policy.call("update", experience, values, step)))
+    figures: dict[str, float] = {}
+    for group, references in started:
+        figures |= group.wait(references, "training")[0]
+    return figures
+
+
+def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
+    """New weights from the policy, which every generator loads before its next prompts."""
+    weights = announce(roles.policy, version, roles.direct)
+    rollouts.publish(weights)
+    return {"sync/bytes": float(weights.layout.total_bytes)}
+
+
+def step_metrics(
+    step: int,
+    stats: dict[str, Any],
+    limits: dict[str, float],
+    multipliers: dict[str, float],
+    collected: Collected,
+    clock: Clock,
+) -> dict[str, float]:
+    """What the loop itself knows of a step; roles add their own figures."""
+    return {
+        **{key: value for key, value in stats.items() if "/" in key},
+        **{f"cost/{name}/limit": limit for name, limit in limits.items()},
+        **{f"multiplier/{name}": value for name, value in multipliers.items()},
+        **clock.figures(),
+        "sync/seconds": collected.load_s,
+        "rollout/tokens_per_second": collected.generated_tokens / collected.seconds,
+        "rollout/staleness_max": step - 1 - stats["rollout/weight_version_min"],
+        "throughput/samples_per_second": stats["samples"] / clock.total(),
+        "throughput/tokens_per_second": stats["tokens"] / clock.total(),
+    }

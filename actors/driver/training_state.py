@@ -1,0 +1,109 @@
+"""What the driver itself holds of a PPO run: the step, the multipliers, and which prompts are where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.driver.schedule import RolloutSchedule
+from beaver_ray import experience
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.tokenized import BatchSampler, PromptDataset
+from beaver_ray.errors import UserError
+from beaver_ray.method.divergence import DivergenceGuard
+from beaver_ray.method.multipliers import make_multiplier
+
+
+class PromptStream:
+    """Prompts of each step; every sample of a run has its own id."""
+
+    def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
+        self.prompts, self.repeat = prompts, config.rollout.samples_per_prompt
+        self.sampler = BatchSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
+        self.next_id = 0
+        self.prompt_of: dict[int, int] = {}
+        """The prompt of each sample that was drawn and not trained on yet."""
+
+    def __call__(self, step: int) -> pa.RecordBatch:
+        """The next step's prompts, each as often as answers are wanted."""
+        ids = np.repeat(self.sampler.next_batch(), self.repeat)
+        samples = self.next_id + np.arange(len(ids))
+        self.next_id += len(ids)
+        self.prompt_of.update(zip(samples.tolist(), ids.tolist(), strict=True))
+        return self.rows(samples.tolist())
+
+    def forget(self, samples: Iterable[int]) -> None:
+        """These samples are being trained on, and will not be asked for again."""
+        for sample in samples:
+            del self.prompt_of[sample]
+
+    def rows(self, samples: list[int]) -> pa.RecordBatch:
+        """These samples' prompts."""
+        ids = [self.prompt_of[sample] for sample in samples]
+        tokens = [self.prompts.prompts[i] for i in ids]
+        return experience.make_batch({"sample_id": samples, "prompt_id": ids, "prompt_tokens": tokens})
+
+    def state_dict(self, pending: list[int]) -> dict[str, Any]:
+        """Where the stream stands when the ``pending`` samples are not trained on yet."""
+        self.prompt_of = {sample: self.prompt_of[sample] for sample in pending}
+        return {"sampler": self.sampler.state_dict(), "next_id": self.next_id, "pending": list(self.prompt_of.items())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. UserError where data, batch size or seed are others."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.next_id = int(state["next_id"])
+        self.prompt_of = {int(sample): int(prompt) for sample, prompt in state["pending"]}
+
+
+class TrainingState:
+    """What the driver itself holds of a run; all else is in the roles."""
+
+    def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
+        self.config, self.dataset = config, prompts
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step."""
+        constraints = self.config.constraints if self.config.stage == "safe_ppo" else []
+        self.step = 0
+        self.elapsed = 0.0
+        """Seconds of all steps so far, with their evaluations and checkpoints."""
+        self.multipliers = {c.name: make_multiplier(c.multiplier) for c in constraints}
+        self.guard = DivergenceGuard(self.config.guard.kl, self.multipliers)
+        self.prompts = PromptStream(self.config, self.dataset)
+        rollout = self.config.rollout
+        self.schedule = RolloutSchedule(self.config.total_steps(0), rollout.staleness, rollout.oversample)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it after a step, as plain values."""
+        schedule = self.schedule.state_dict()
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "multipliers": {name: multiplier.state_dict() for name, multiplier in self.multipliers.items()},
+            "guard": self.guard.state_dict(),
+            "schedule": schedule,
+            "prompts": self.prompts.state_dict(schedule["pending"]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. UserError where the configuration does not fit it."""
+        self.reset()
+        if set(state["multipliers"]) != set(self.multipliers):
+            raise UserError(
+                f"the checkpoint has multipliers for {', '.join(state['multipliers']) or 'nothing'}, the configuration "
+                f"for {', '.join(self.multipliers) or 'nothing'}: resume with the same constraints"
+            )
+        self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+        for name, multiplier in self.multipliers.items():
+            multiplier.load_state_dict(state["multipliers"][name])
+        self.guard.load_state_dict(state["guard"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.prompts.load_state_dict(state["prompts"])
+
+    def pending(self) -> pa.RecordBatch:
+        """The prompts of samples that were drawn and not trained on."""
+        return self.prompts.rows(list(self.prompts.prompt_of))

@@ -1,0 +1,1 @@
+"""The workers that a run is made of, one file each."""

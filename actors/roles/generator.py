@@ -1,0 +1,427 @@
+"""Rollout generator: a vLLM engine in this very process, stepped by hand.
+
+`exchange` takes new prompts and newer weights in and hands finished sequences out; weights come in between two
+steps of the engine, also while sequences are in flight. These go on until the whole version lies on this node;
+with nothing in flight each bucket is loaded as soon as it is made. A caller that keeps two exchanges outstanding
+never lets the engine wait. `actors/roles/hf_generator.py` has the same interface over transformers, for
+debugging.
+
+Left out: several samples for one prompt (give each its own sample_id), stop strings (stop tokens
+only), speculative decoding, data parallelism inside one engine (start more generators instead).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from ray.exceptions import RayError
+
+from actors.machine.waits import (
+    WaitTimeoutError,
+    WeightsLostError,
+    WeightsMissingError,
+    WeightsUnreadableError,
+    WorkerDiedError,
+    all_here,
+    fetch,
+)
+from actors.roles.exchange import (
+    PROMPT_SCHEMA,
+    Exchange,
+    InFlight,
+    Prompt,
+    check_prompts,
+    exchange_result,
+    sample_seed,
+)
+from beaver_ray.data.templates import Template, read_end_tokens
+from beaver_ray.errors import UserError, cause
+from beaver_ray.models.checkpoint_names import checkpoint_names
+from beaver_ray.models.folders import count_parameters
+from beaver_ray.weights import Bucket, PublishedWeights, verify
+
+VLLM_BESIDE = 3 * 2**30  # of a GPU, for CUDA's context, activations, sampling and CUDA graphs
+KV_CACHE_LEAST = 2**28
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """Everything that a generator needs to know, for vLLM and for transformers alike."""
+
+    model: str
+    """Hugging Face folder of the policy."""
+    dtype: str = "bfloat16"
+    max_model_len: int = 1024
+    """Tokens of a prompt and its response together, at most."""
+    max_new_tokens: int = 256
+    max_sequences: int = 64
+    """Sequences in flight at a time."""
+    temperature: float = 1.0
+    """0 is greedy; log-probs are then those at temperature 1."""
+    seed: int = 0
+    in_flight: Literal["recompute", "keep", "finish"] = "recompute"
+    """What new weights do to sequences under way: compute their KV cache anew, keep it, or wait for their end."""
+    per_sample_seeds: bool | None = None
+    """A sample's random numbers depend on (seed, sample_id) alone, not on its generator or batch. None: on a CPU; on a
+    GPU, where rounding depends on the batch all the same, vLLM would draw for one sequence after another."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a response (none where empty); None takes those of the folder's chat template, generation config
+    and tokenizer."""
+    version: int = 0
+    """Version of the weights in the folder."""
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float = 1.0
+    """Memory for the KV cache of a worker on a CPU."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory for weights, activations and KV cache."""
+    shares_gpu: bool = False
+    """Whether other processes use the GPU too. vLLM, which takes whatever they do while it starts for its own doing,
+    is then told the size of its KV cache."""
+    enable_prefix_caching: bool = True
+    enforce_eager: bool | None = None
+    """True: no torch.compile, no CUDA graphs. None: True on a CPU, where compiling takes 40 s."""
+    trust_remote_code: bool = False
+    threads: int = 1
+    """CPU threads of torch in this process."""
+    load_timeout_s: float = 300.0
+    """How long to wait for one bucket of weights out of the object store."""
+
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        if self.eos_token_ids is None:
+            return read_eos_token_ids(self.model, self.trust_remote_code)
+        return self.eos_token_ids
+
+    def longest_answer(self, prompt: Prompt) -> int:
+        """The most tokens of the answer to this prompt."""
+        room = min(self.max_new_tokens, self.max_model_len - len(prompt.tokens))
+        return room if prompt.max_new_tokens is None else min(room, prompt.max_new_tokens)
+
+
+def read_eos_token_ids(folder: str, trust_remote_code: bool = False, template: Template = "auto") -> tuple[int, ...]:
+    """The tokens that end a response: what the template ends a turn with, the generation config's (or model config's)
+    and the tokenizer's.
+    """
+    return read_end_tokens(folder, template, trust_remote_code)
+
+
+def check_base(weights: PublishedWeights, model: str) -> None:
+    """ValueError for an adapter of another model."""
+    adapter = weights.layout.adapter
+    if adapter and adapter.base != model:
+        raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {model}")
+
+
+def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Bucket]:
+    """The buckets of a version, each as soon as it is made: shared memory under Ray, or what was read off a device.
+
+    Raises WeightsMissingError where one does not come (WeightsLostError where its maker died, WeightsUnreadableError
+    where it stays on another device), ValueError for a damaged one.
+    """
+    for index, reference in enumerate(weights.buckets):
+        what = f"weights version {weights.version}, bucket {index} of {len(weights.buckets)}"
+        try:
+            bucket = _read(fetch(reference, what, timeout_s), what, timeout_s)
+        except WorkerDiedError as error:
+            raise WeightsLostError(str(error)) from None
+        except (WaitTimeoutError, RayError) as error:
+            raise WeightsMissingError(f"{what} did not come: {error}") from None
+        # While this one is loaded, those that are made already come from the policy's node to this one.
+        all_here(weights.buckets[index + 1 :])
+        verify(weights, index, bucket)
+        yield bucket
+
+
+def _read(bucket: Bucket, what: str, timeout_s: float) -> Bucket:
+    """The bucket with its bytes here, or on this process's device."""
+    try:
+        return replace(bucket, data=fetch(bucket.data, what, timeout_s))
+    except (WorkerDiedError, WaitTimeoutError, RayError) as error:
+        raise WeightsUnreadableError(f"{what} cannot be read where it lies: {cause(error)}") from None
+
+
+class VllmGenerator:
+    """Generates with vLLM in this process. One engine at a time to a process; see the module's text."""
+
+    def __init__(self, spec: GeneratorSpec, weights: PublishedWeights | None = None) -> None:
+        self.spec = spec
+        self.version = spec.version
+        self._in_flight: dict[int, InFlight] = {}
+        self._held: list[Prompt] = []  # prompts that wait for newer weights
+        self._newest: PublishedWeights | None = None
+        self._broken: str | None = None
+        self._loads = 0  # of new weights, which numbers of versions do not tell: a run that is rolled back repeats them
+        self._load_s = 0.0  # spent on new weights since the last answer
+        self._eos = spec.end_tokens()
+        self._seeded = not torch.cuda.is_available() if spec.per_sample_seeds is None else spec.per_sample_seeds
+        self._engine = self._start()
+        if weights is not None:
+            self.update_weights(weights)
+
+    def exchange(
+        self, prompts: pa.RecordBatch | None = None, request: Exchange | None = None
+    ) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """Drop and load what ``request`` says, take new prompts in, then step until it is time to answer.
+
+        `prompts` has the columns of PROMPT_SCHEMA, and may have max_new_tokens (int32, at most the spec's). Prompts
+        beyond max_sequences wait inside the engine. Returns a summary (generated_tokens counts those of the finished
+        sequences) and the finished sequences, columns of FINISHED_SCHEMA. Raises UserError, before any prompt is
+        taken in, for one that is too long.
+        """
+        self._check_usable()
+        request = request or Exchange()
+        started = time.perf_counter()
+        aborted = self._abort(request.abort)
+        if prompts is not None:
+            taken = {*self._in_flight, *(prompt.sample_id for prompt in self._held)}
+            self._held += check_prompts(prompts, self.spec.max_model_len, taken)
+        if request.weights is not None:
+            self._newest = request.weights
+        finished: list[Any] = []
+        end = started + (request.slice_s if request.slice_s is not None else float("inf"))
+        while self._held or (self._in_flight and len(finished) < request.min_finished):
+            self._take_in()
+            for output in self._engine.step():
+                if output.finished:
+                    finished.append(self._finish(output))
+            if time.perf_counter() > end:
+                break
+        running = len(self._in_flight) + len(self._held)
+        load_s, self._load_s = self._load_s, 0.0
+        return exchange_result(finished, aborted, running, self.capacity(), self.version, load_s, started)
+
+    def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
+        """Load a published version now; sequences in flight go on under it, as spec.in_flight says.
+
+        A bucket is loaded as soon as it is there. Where the first is damaged (ValueError) or does not come
+        (WeightsMissingError) nothing is changed. An error later on leaves a mixture of two versions: the generator
+        then refuses to go on, and its process should end and be started again.
+        """
+        self._check_usable()
+        started = time.perf_counter()
+        check_base(weights, self.spec.model)
+        for bucket in checked_buckets(weights, self.spec.load_timeout_s):
+            if bucket.index == 0:
+                self._broken = f"its update to weights version {weights.version} failed half-way"
+                self._engine.collective_rpc("start_weight_update")
+            info = {"layout": weights.layout, "bucket": bucket}
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._engine.collective_rpc("finish_weight_update")
+        # Keys and values of the old weights must not be reused. Without reset_running_requests vLLM refuses to drop
+        # them while any sequence is in flight; with it those sequences are computed anew from their tokens. Where
+        # they are kept, the salt of the cache keeps new prompts off them.
+        if self.spec.in_flight != "keep" and not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
+        for sample_id, tokens in self._tokens_so_far().items():
+            self._in_flight[sample_id].update(weights.version, tokens)
+        self._broken = None
+        self.version, self._loads = weights.version, self._loads + 1
+        seconds = time.perf_counter() - started
+        self._load_s += seconds
+        return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
+
+    def read(self, weights: PublishedWeights, timeout_s: float) -> None:
+        """Only try whether these weights can be had here; raises what `checked_buckets` raises."""
+        for _ in checked_buckets(weights, timeout_s):
+            continue
+
+    def abort_all(self) -> pa.RecordBatch:
+        """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""
+        rows = [(i, flight.prompt_id, flight.prompt_tokens) for i, flight in self._in_flight.items()]
+        rows += [prompt[:3] for prompt in self._held]
+        self._abort([row[0] for row in rows])
+        columns = zip(*rows, strict=True) if rows else ((), (), ())
+        return pa.RecordBatch.from_arrays(
+            [pa.array(column, type=field.type) for column, field in zip(columns, PROMPT_SCHEMA, strict=True)],
+            schema=PROMPT_SCHEMA,
+        )
+
+    def capacity(self) -> int:
+        """How many more sequences can be in flight now."""
+        return max(0, self.spec.max_sequences - len(self._in_flight) - len(self._held))
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory; the generator cannot be used afterwards."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._broken = "it is closed"
+        self._engine.engine_core.shutdown()
+        del self._engine
+        cleanup_dist_env_and_memory()
+
+    def _start(self) -> Any:
+        # Before vLLM starts: it changes some of transformers' classes for its own use.
+        names = checkpoint_names(self.spec.model, self.spec.trust_remote_code)
+        engine = start_engine(self.spec, self._seeded)
+        engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": names}})
+        return engine
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise RuntimeError(f"this generator cannot go on: {self._broken}")
+
+    def _take_in(self) -> None:
+        """Load newer weights where that is due, and start the prompts that wait for nothing more."""
+        newest, busy = self._newest, bool(self._in_flight)
+        # Where the buckets are still being made or on their way, what is in flight goes on meanwhile.
+        if newest is not None and (not busy or (self.spec.in_flight != "finish" and all_here(newest.buckets))):
+            self.update_weights(newest)
+            self._newest = None
+        if self._newest is None:
+            for prompt in self._held:
+                self._add(prompt)
+            self._held = []
+
+    def _abort(self, sample_ids: Collection[int]) -> list[int]:
+        """Drop those of the samples that are here; returns them."""
+        held = {prompt.sample_id for prompt in self._held} & set(sample_ids)
+        running = [sample_id for sample_id in sample_ids if sample_id in self._in_flight]
+        self._held = [prompt for prompt in self._held if prompt.sample_id not in held]
+        if running:
+            self._engine.abort_request([str(sample_id) for sample_id in running])
+        for sample_id in running:
+            del self._in_flight[sample_id]
+        return [*running, *held]
+
+    def _tokens_so_far(self) -> dict[int, int]:
+        """Tokens that each sequence in flight has been given."""
+        states = self._engine.output_processor.request_states.values()
+        return {int(state.external_req_id): state.detokenizer.num_output_tokens() for state in states}
+
+    def _add(self, prompt: Prompt) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        spec = self.spec
+        params = SamplingParams(
+            temperature=spec.temperature,
+            max_tokens=spec.longest_answer(prompt),
+            seed=sample_seed(spec.seed, prompt.sample_id) if self._seeded else None,
+            stop_token_ids=list(self._eos),
+            ignore_eos=True,  # stop_token_ids has them all
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        salt = str(self._loads) if spec.in_flight == "keep" else None
+        self._engine.add_request(str(prompt.sample_id), tokens_input(prompt.tokens, cache_salt=salt), params)
+        self._in_flight[prompt.sample_id] = InFlight(prompt.prompt_id, prompt.tokens, [(self.version, 0)])
+
+    def _finish(self, output: Any) -> dict[str, Any]:
+        sample_id = int(output.request_id)
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"sample {sample_id} ended with {completion.finish_reason!r}")
+        tokens = list(completion.token_ids)
+        # One position holds the sampled token first, then (never here) the most likely ones.
+        flat = completion.logprobs
+        logprobs = [flat.logprobs[start] for start in flat.start_indices]
+        if len(logprobs) != len(tokens):
+            raise RuntimeError(f"sample {sample_id}: {len(tokens)} tokens but {len(logprobs)} log-probs")
+        flight = self._in_flight.pop(sample_id)
+        return {
+            "sample_id": sample_id,
+            "prompt_id": flight.prompt_id,
+            "prompt_tokens": flight.prompt_tokens,
+            "response_tokens": tokens,
+            "rollout_logprobs": logprobs,
+            "weight_version": flight.versions[0][0],
+            "token_versions": flight.token_versions(len(tokens)),
+            "finish_reason": completion.finish_reason,
+        }
+
+
+def shared_kv_cache_bytes(spec: GeneratorSpec) -> int:
+    """Bytes of the KV cache on a GPU that others use too: this generator's share, less its weights and what vLLM needs
+    beside them. UserError where hardly anything is left.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    weights = count_parameters(Path(spec.model)) * (4 if spec.dtype == "float32" else 2)
+    room = int(spec.gpu_memory_utilization * total - weights - VLLM_BESIDE)
+    if room < KV_CACHE_LEAST:
+        part, needed = spec.gpu_memory_utilization * total / 2**30, (weights + VLLM_BESIDE) / 2**30
+        raise UserError(
+            f"a generator's part of a GPU, {part:.1f} GiB, leaves no room for a KV cache: weights and vLLM's own "
+            f"memory take {needed:.1f}; raise cluster.placement.rollout.gpus"
+        )
+    return room
+
+
+def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
+    """Import vLLM with the environment that an engine inside this process needs, and start it.
+
+    others: EngineArgs other than those of a run, for comparisons.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # Its warnings on a CPU are a page long, and a user can mend none of them.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Otherwise CPU workers beside this process bind their threads to all the cores of the machine.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # It would take precedence over kv_cache_gib.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # vLLM counts the positions of YaRN otherwise than we do; max_model_len is within ours (`context_length`).
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    if spec.tensor_parallel_size == 1:
+        # A world of one process needs no address that other machines can reach.
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    if os.path.isdir(spec.model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if spec.dtype == "float32":
+        # vLLM's attention for float32 is written in Triton, which multiplies in TF32 unless told not to: log-probs
+        # were off by 8e-4.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    torch.set_num_threads(spec.threads)
+
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    from actors.weights.transfer_engine import BACKEND, register
+
+    register()
+    on_cpu = current_platform.is_cpu()
+    eager = on_cpu if spec.enforce_eager is None else spec.enforce_eager
+    if eager:
+        # vLLM's sampler compiles a small function even then, which takes 2 to 4 s of the first step.
+        torch.compiler.set_stance("force_eager")
+    if on_cpu:
+        kv_cache: int | None = int(spec.kv_cache_gib * 2**30)
+    else:
+        kv_cache = shared_kv_cache_bytes(spec) if spec.shares_gpu else None
+    args: dict[str, Any] = dict(
+        model=spec.model,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # no sampling defaults from the folder: the spec says them all
+        trust_remote_code=spec.trust_remote_code,
+        dtype=spec.dtype,
+        seed=spec.seed,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_sequences,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        # Workers beside this process, on its own machine: a generator does not span machines.
+        distributed_executor_backend="mp" if spec.tensor_parallel_size > 1 else "uni",
+        kv_cache_memory_bytes=kv_cache,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        enable_prefix_caching=spec.enable_prefix_caching,
+        enforce_eager=eager,
+        logprobs_mode="processed_logprobs",  # under the distribution that was sampled
+        # On a CPU a seeded request whose prefill is cut into chunks fails in vLLM 0.26 to 0.32
+        # ("CPU Generator does not use offset").
+        enable_chunked_prefill=False if on_cpu and seeded else None,
+        # With asynchronous scheduling a step may be under way when weights change between two steps.
+        async_scheduling=False,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+    return LLMEngine.from_engine_args(EngineArgs(load_format="safetensors", **args | others))  # never pickles

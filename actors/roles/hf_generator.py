@@ -1,0 +1,184 @@
+"""The generator's interface over transformers, for debugging: one plain process, no vLLM, repeats bit for
+bit by seed.
+
+A short explicit loop with a KV cache over left-padded batches. Each call of `exchange` generates whole
+batches to their end, so that nothing is ever in flight between two calls: a batch lasts as long as its
+longest answer.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from actors.roles.exchange import (
+    PROMPT_SCHEMA,
+    Exchange,
+    Prompt,
+    check_prompts,
+    exchange_result,
+    sample_seed,
+)
+from actors.roles.generator import GeneratorSpec, check_base, checked_buckets
+from beaver_ray.models.loading import default_device, load_policy
+from beaver_ray.models.lora import merged
+from beaver_ray.weights import PublishedWeights, unpack
+
+
+class HFGenerator:
+    """Generates with a transformers model in this process; same calls, same columns as VllmGenerator."""
+
+    def __init__(self, spec: GeneratorSpec, weights: PublishedWeights | None = None) -> None:
+        self.spec = spec
+        self.version = spec.version
+        self.device = default_device()
+        model: Any = load_policy(spec.model, getattr(torch, spec.dtype), spec.trust_remote_code, self.device)
+        self.model = model.eval()
+        self._eos = spec.end_tokens()
+        self._eos_tensor = torch.tensor(self._eos)
+        self._generator = torch.Generator().manual_seed(spec.seed)
+        self._waiting: dict[int, Prompt] = {}
+        self._base: dict[str, torch.Tensor] = {}
+        if weights is not None:
+            self.update_weights(weights)
+
+    def exchange(
+        self, prompts: pa.RecordBatch | None = None, request: Exchange | None = None
+    ) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """Take new prompts in, then generate batches until enough are finished or none is left."""
+        request = request or Exchange()
+        started = time.perf_counter()
+        load_s = 0.0
+        aborted = [sample_id for sample_id in request.abort if self._waiting.pop(sample_id, None)]
+        if request.weights is not None:
+            load_s = self.update_weights(request.weights)["seconds"]
+        if prompts is not None:
+            new = check_prompts(prompts, self.spec.max_model_len, self._waiting)
+            self._waiting.update((prompt.sample_id, prompt) for prompt in new)
+        finished: list[dict[str, Any]] = []
+        while self._waiting and len(finished) < request.min_finished:
+            finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
+        return exchange_result(finished, aborted, len(self._waiting), self.capacity(), self.version, load_s, started)
+
+    def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
+        """Load a published version, when all of it is there. ValueError, before anything is changed, for a damaged
+        bucket and unless it holds exactly the model's tensors.
+        """
+        started = time.perf_counter()
+        layout = weights.layout
+        check_base(weights, self.spec.model)
+        buckets = list(checked_buckets(weights, self.spec.load_timeout_s))
+        targets = self.model.state_dict()
+        tensors = {name: tensor for bucket in buckets for name, tensor in unpack(layout, bucket)}
+        if layout.adapter:
+            # Debugging is for small models: what the adapter is added to is kept beside what they add up to.
+            self._base = self._base or {name: tensor.clone() for name, tensor in targets.items()}
+            adapter = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            tensors = dict(merged(self._base.items(), adapter, layout.adapter))
+        if unlike := sorted(set(tensors) ^ set(targets)):
+            raise ValueError(
+                f"weights version {weights.version} and the model in {self.spec.model} differ in "
+                f"{len(unlike)} tensors: {', '.join(unlike[:5])}; send the whole state_dict()"
+            )
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
+        self.version = weights.version
+        return {"version": self.version, "seconds": time.perf_counter() - started, "bytes": layout.total_bytes}
+
+    def abort_all(self) -> pa.RecordBatch:
+        """Hand the prompts that wait back, columns of PROMPT_SCHEMA."""
+        rows = [
+            {"sample_id": prompt.sample_id, "prompt_id": prompt.prompt_id, "prompt_tokens": prompt.tokens}
+            for prompt in self._waiting.values()
+        ]
+        self._waiting.clear()
+        return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
+
+    def capacity(self) -> int:
+        """How many more sequences can be taken in now."""
+        return max(0, self.spec.max_sequences - len(self._waiting))
+
+    def close(self) -> None:
+        """Free the model; the generator cannot be used afterwards."""
+        del self.model
+
+    @torch.inference_mode()
+    def _generate(self, sample_ids: list[int]) -> list[dict[str, Any]]:
+        """Generate one batch to its end and take it out of the waiting ones."""
+        spec = self.spec
+        prompts = [self._waiting[sample_id].tokens for sample_id in sample_ids]
+        limits = [spec.longest_answer(self._waiting[sample_id]) for sample_id in sample_ids]
+        if spec.per_sample_seeds is not False:
+            generators = [torch.Generator().manual_seed(sample_seed(spec.seed, i)) for i in sample_ids]
+        else:
+            generators = [self._generator] * len(sample_ids)
+
+        longest = max(len(prompt) for prompt in prompts)
+        ids_BL = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask_BL = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        responses: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        reasons: list[str | None] = [None] * len(prompts)
+        cache = None
+        while None in reasons:
+            output = self.model(
+                input_ids=ids_BL.to(self.device),
+                attention_mask=mask_BL.to(self.device),
+                position_ids=positions_BL.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            tokens_B, chosen_B = self._sample(output.logits[:, -1].float(), generators)
+            ends_B = torch.isin(tokens_B, self._eos_tensor)
+            for row, reason in enumerate(reasons):
+                if reason is None:
+                    responses[row].append(int(tokens_B[row]))
+                    logprobs[row].append(float(chosen_B[row]))
+                    if ends_B[row]:
+                        reasons[row] = "stop"
+                    elif len(responses[row]) == limits[row]:
+                        reasons[row] = "length"
+            # Rows that have ended go on with whatever is sampled; nothing of it is recorded.
+            ids_BL = tokens_B[:, None]
+            mask_BL = torch.cat([mask_BL, torch.ones_like(ids_BL)], dim=1)
+            positions_BL = positions_BL[:, -1:] + 1
+        finished = []
+        for row, sample_id in enumerate(sample_ids):
+            prompt = self._waiting.pop(sample_id)
+            finished.append(
+                {
+                    "sample_id": sample_id,
+                    "prompt_id": prompt.prompt_id,
+                    "prompt_tokens": prompt.tokens,
+                    "response_tokens": responses[row],
+                    "rollout_logprobs": logprobs[row],
+                    "weight_version": self.version,
+                    "token_versions": [self.version] * len(responses[row]),
+                    "finish_reason": reasons[row],
+                }
+            )
+        return finished
+
+    def _sample(self, logits_BV: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token a row and its log-prob under the distribution sampled, both [B] on the CPU.
+
+        By the inverse of the distribution function, one uniform number a row; on the CPU and in float64,
+        since cumulative sums on a GPU do not repeat.
+        """
+        logprobs_BV = (logits_BV / (self.spec.temperature or 1.0)).log_softmax(-1)
+        if self.spec.temperature == 0:
+            tokens_B = logits_BV.argmax(-1)
+        else:
+            cdf_BV = logprobs_BV.cpu().double().exp().cumsum(-1)
+            uniform_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+            # right=True never picks a token of probability 0: its value equals that of the token before it.
+            tokens_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
+            tokens_B = tokens_B.to(self.device)
+        chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
+        return tokens_B.cpu(), chosen_B.cpu()

@@ -1,0 +1,282 @@
+"""The policy trainer: log-probs before the update, the clipped policy step with PTX, and its published weights.
+
+With models.lora_rank an adapter is all that is trained and published; with the adapter off the policy is its own
+reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
+from actors.machine.handles import Group
+from actors.machine.ranks import TrainingRank
+from actors.machine.waits import WeightsUnreadableError
+from actors.roles.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
+from actors.weights.direct import put_bucket, trial_weights
+from beaver_ray import experience
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
+from beaver_ray.method.advantages import combine_advantages, normalize
+from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
+from beaver_ray.models.checkpoint_names import without_repeats
+from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
+from beaver_ray.models.logprobs import response_logprobs
+from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
+from beaver_ray.packing import check_packing
+from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
+
+
+def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
+    """The policy's weights as they are when it comes to this call, as ``version``.
+
+    Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
+    ``direct``: they stay on the first rank's device, where generators read them.
+    """
+    layout = policy.wait(policy.workers[0].call("layout"), "laying out weights")
+    buckets = [policy.call("bucket", version, index, direct)[0] for index in range(len(layout.bucket_bytes))]
+    return PublishedWeights(version, layout, tuple(buckets))
+
+
+class PolicyTrainer(TrainingRank):
+    """One rank of the policy. Every rank is given the whole experience and takes its own share of the rows."""
+
+    def __init__(self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
+        super().__init__(rank, world, config.seed, config.cluster.threads)
+        self.config = config
+        self.results_are_copied = results_are_copied
+        """What a method returns has left this process before the next one is called, as with Ray's actors."""
+        self.memory: np.ndarray | None = None
+
+    def build(self) -> None:
+        """Load the policy and the PTX data."""
+        config, models = self.config, self.config.models
+        model: Any = load_policy(models.policy, DTYPES[config.engine.dtype], models.trust_remote_code)
+        self.adapter: AdapterInfo | None = None
+        if models.lora_rank:
+            self.adapter = AdapterInfo(models.lora_rank, models.lora_alpha, models.policy)
+            model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed)
+        steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
+        self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
+        check_packing(self.engine.engine)
+        tensors = [t for t in self.engine.full_shapes() if not self.adapter or is_adapter(t[0])]
+        # What travels, by its name in the engine.
+        self.names = {name: adapter_name(name) if self.adapter else name for name, _, _ in tensors}
+        named = [(self.names[name], dtype, shape) for name, dtype, shape in tensors]
+        self.published = plan_layout(named, adapter=self.adapter)
+        self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
+        self.ptx: SupervisedDataset | None = None
+        if config.data.ptx:
+            samples, _ = load_mix(config.data.ptx)
+            longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+            self.ptx = SupervisedDataset.build(samples, self.tokenizer, longest, config.data.template)
+            rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt // config.ppo.minibatches
+            self.ptx_sampler = BatchSampler(len(self.ptx), min(rows, len(self.ptx)), config.seed)
+
+    @torch.no_grad()
+    def logprobs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """``sample_id`` and ``logprobs`` of this rank's share, by the weights as they are now.
+
+        Where the reference is the policy with its adapter off, ``reference_logprobs`` as well; alone where
+        ppo.old_logprobs has no use for the others.
+        """
+        module: Any = self.engine.module.eval()
+        rows = SequenceRows(batch)
+        itself = self.config.models.adapter_off_is_reference
+        names = ["reference_logprobs"] if itself else []
+        if self.config.ppo.old_logprobs == "trainer" or not itself:
+            names.insert(0, "logprobs")
+        found: dict[str, list[tuple[list[int], np.ndarray]]] = {name: [] for name in names}
+        for micro_batch in self._micro_batches(rows, range(batch.num_rows)):
+            for name, parts in found.items():
+                with module.disable_adapter() if name == "reference_logprobs" else nullcontext():
+                    logprobs_T, _ = self._logprobs(micro_batch)
+                if micro_batch.weight:
+                    parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
+        return experience.join(*(token_column(batch, name, parts) for name, parts in found.items()))
+
+    def update(self, batch: pa.RecordBatch, multipliers: dict[str, float], step: int) -> dict[str, float]:
+        """All epochs and minibatches over one step's experience; returns metrics under ``policy/``."""
+        ppo = self.config.ppo
+        costs = {name: experience.flat(batch, f"advantages/{name}") for name in multipliers}
+        advantages_T = combine_advantages(experience.flat(batch, "advantages/reward"), costs, multipliers)
+        if ppo.normalize_advantages:
+            advantages_T = normalize(advantages_T)
+        rows = SequenceRows(batch)
+        figures: list[dict[str, float]] = []
+        skipped = 0
+        for epoch in range(ppo.epochs):
+            for minibatch in minibatches(batch.num_rows, ppo.minibatches, (self.config.seed, step, epoch)):
+                try:
+                    figures.append(self._step(rows, minibatch, advantages_T))
+                except NotFiniteError:
+                    skipped += 1  # and the driver says so
+        metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
+        if figures:
+            metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
+        return metrics | {"policy/skipped_updates": float(skipped)}
+
+    def layout(self) -> Layout:
+        """What lies where in every version of the weights (with LoRA the adapter's)."""
+        return self.published
+
+    def bucket(self, version: int, index: int, direct: bool = False) -> Bucket | None:
+        """Bucket ``index`` of the weights as they are now, under ``version``; rank 0 returns it, the others only help
+        to gather. See `announce` for ``direct``.
+        """
+        wanted = {entry.name for entry in self.published.entries_of(index)}
+        state = self.engine.full_state(lambda name: self.names.get(name) in wanted)
+        tensors = ((self.names[name], tensor) for name, tensor in state)
+        if self.rank:
+            for _ in tensors:
+                continue
+            return None
+        if direct:
+            return put_bucket(self.published, version, index, tensors, self.engine.device)
+        if self.results_are_copied and self.memory is None:
+            self.memory = np.empty(max(self.published.bucket_bytes), dtype=np.uint8)
+        return pack_bucket(self.published, version, index, tensors, self.memory)
+
+    def trial(self) -> PublishedWeights:
+        """A version of one tensor on this rank's device, for generators to try whether they can read it there.
+
+        Raises WeightsUnreadableError where there is no room for the real ones, or no NIXL: Ray is not asked then.
+        """
+        if importlib.util.find_spec("nixl") is None:
+            raise WeightsUnreadableError("the package nixl is not installed at the policy")
+        if self.engine.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.engine.device)
+            try:
+                needed = self.config.direct_room(self.published.total_bytes, total)
+            except ValueError as error:
+                raise WeightsUnreadableError(str(error)) from None
+            if needed > free:
+                left = f"the policy's GPU has {free / 2**30:.1f} GiB left"
+                raise WeightsUnreadableError(f"{left}, weights to be read there take {needed / 2**30:.1f}")
+        return trial_weights(self.engine.device)
+
+    def position(self) -> dict[str, Any]:
+        """Where the PTX data stand."""
+        return {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
+
+    def restore_position(self, position: dict[str, Any]) -> None:
+        """Go on from there."""
+        if self.ptx is not None:
+            self.ptx_sampler.load_state_dict(position["ptx"])
+
+    def save_model(self, folder: str) -> None:
+        """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.
+
+        With LoRA that is the merged policy; peft's own folder of the adapter goes into its folder ``adapter``.
+        """
+        state = self.engine.full_state_on_rank_0()
+        if state is None:
+            return
+        model: Any = self.engine.module
+        if self.adapter:
+            adapter = {name: tensor for name, tensor in state.items() if is_adapter(name)}
+            model.save_pretrained(Path(folder) / "adapter", state_dict=adapter, save_embedding_layers=False)
+            base = ((base_name(name), state.pop(name)) for name in list(state) if not is_adapter(name))
+            state = dict(merged(base, {adapter_name(n): t for n, t in adapter.items()}, self.adapter))
+            model = model.get_base_model()
+        model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
+        self.tokenizer.save_pretrained(folder)
+
+    def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:
+        ppo = self.config.ppo
+        tokens = int(rows.response_lengths[minibatch].sum())
+        total = len(minibatch) if ppo.loss_reduction == "sequence" else tokens
+        micro_batches: list[tuple[Callable[[PackedResponses], LossTerms], PackedResponses]] = []
+        # With PTX an optimizer step descends the mean of both losses' gradients, as published.
+        scale = 0.5 if self.ptx is not None else 1.0
+        rl_loss = partial(self._rl_loss, rows, advantages_T, total, scale)
+        micro_batches += [(rl_loss, m) for m in self._micro_batches(rows, minibatch)]
+        if self.ptx is not None:
+            ptx_rows = SequenceRows(self._ptx_batch(self.ptx, self.ptx_sampler.next_batch()))
+            answers = int(ptx_rows.response_lengths.sum())
+            ptx_loss = partial(self._ptx_loss, answers, scale * ppo.ptx_coefficient)
+            everything = range(len(ptx_rows.lengths))
+            micro_batches += [(ptx_loss, m) for m in self._micro_batches(ptx_rows, everything)]
+        return self.engine.step(micro_batches, lambda pair: pair[0](pair[1]))
+
+    def _rl_loss(
+        self,
+        rows: SequenceRows,
+        advantages_T: np.ndarray,
+        total: int,
+        scale: float,
+        micro_batch: PackedResponses,
+    ) -> LossTerms:
+        ppo = self.config.ppo
+        logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
+        weights_T = micro_batch.weight * token_weights(
+            micro_batch.lengths_B,
+            REDUCTIONS[ppo.loss_reduction],  # type: ignore[arg-type]
+            total,
+        )
+        old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
+        advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
+        capped = self.config.importance_cap is not None
+        loss, metrics = policy_loss(
+            logprobs_T,
+            rows.column_T(old, micro_batch),
+            advantages,
+            weights_T,
+            clip_ratio=ppo.clip_ratio,
+            rollout_logprobs_T=rows.column_T("rollout_logprobs", micro_batch) if capped else None,
+            importance_cap=self.config.importance_cap or 1.0,
+        )
+        assert entropy_T is not None
+        deviation = metrics.pop("ratio_max_deviation") * micro_batch.weight
+        sums = {**metrics, "entropy": (weights_T * entropy_T).sum(), "ptx_loss": loss.new_zeros(())}
+        return LossTerms(scale * loss, sums, {"ratio_max_deviation": deviation})
+
+    def _ptx_loss(self, total: int, scale: float, micro_batch: PackedResponses) -> LossTerms:
+        logprobs_T, _ = self._logprobs(micro_batch, temperature=1.0)
+        weights_T = torch.full_like(logprobs_T, micro_batch.weight / total)
+        loss, _ = cross_entropy_loss(logprobs_T, weights_T)
+        names = ["clip_fraction", "kl_update", "entropy"]
+        if self.config.importance_cap is not None:
+            names += ["importance_weight_mean", "kl_rollout_train"]
+        zero = loss.detach().new_zeros(())
+        sums = {**dict.fromkeys(names, zero), "ptx_loss": loss.detach()}
+        return LossTerms(scale * loss, sums, {"ratio_max_deviation": zero})
+
+    def _ptx_batch(self, data: SupervisedDataset, chosen: np.ndarray) -> pa.RecordBatch:
+        tokens = [data.tokens[int(i)] for i in chosen]
+        cuts = [int(data.prompt_length[int(i)]) for i in chosen]
+        return experience.make_batch(
+            {
+                "sample_id": np.arange(len(tokens)),
+                "prompt_tokens": [t[:c] for t, c in zip(tokens, cuts, strict=True)],
+                "response_tokens": [t[c:] for t, c in zip(tokens, cuts, strict=True)],
+            }
+        )
+
+    def _micro_batches(self, rows: SequenceRows, chosen: Any) -> list[PackedResponses]:
+        budget = self.config.engine.micro_batch_tokens
+        return list(rows.micro_batches(chosen, budget, self.rank, self.world, self.engine.device))
+
+    def _logprobs(
+        self, micro_batch: PackedResponses, entropy: bool = False, temperature: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        model: Any = self.engine.engine
+        return response_logprobs(
+            model,
+            micro_batch.packed.input_ids,
+            micro_batch.packed.position_ids,
+            micro_batch.positions_T,
+            micro_batch.targets_T,
+            self.config.rollout.temperature if temperature is None else temperature,
+            entropy,
+        )

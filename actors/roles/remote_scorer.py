@@ -1,0 +1,132 @@
+"""A scorer that is somebody else's service: texts go out over HTTP, one score for each comes back.
+
+    POST URL   {"prompts": [TEXT, ...], "responses": [TEXT, ...], "dialogues": [[MESSAGE, ...], ...]}
+    ->         {"scores": [NUMBER, ...]}
+
+A prompt is what the policy reads, with its template and special tokens; its dialogue is the same as messages
+{"role": "user" or "assistant", "content": TEXT}, for a service whose model has a template of its own. A response is
+without special tokens. At the start each scorer asks with no texts at all whether the service is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+from actors.roles.scorer import ScorerBase
+from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.readers import Dialogues, Reader
+from beaver_ray.data.templates import Template
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.models.loading import load_tokenizer
+
+MOST_TEXTS = 64  # in one request
+PARALLEL = 4  # requests at a time
+RETRIES = 4
+ANSWER = 1 / 20  # of the time for a request: how long the service may be silent in one try
+BACKOFF = 1 / 60  # of it: the unit of the pauses before the second to fourth retry, which are of 2, 4 and 8 units
+BUSY = (429, 500, 502, 503, 504)  # worth another try
+
+
+class RemoteScorer(ScorerBase):
+    """The one score of the service at ``url``.
+
+    No redirect is followed: it would lead texts to a host that nobody has allowed. Credentials come from ~/.netrc of
+    the node that this process runs on, where it names the host.
+
+    Raises UserError, from here and from each call, where the service cannot be had after RETRIES, refuses, or does not
+    answer with a finite number for each text.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        columns: dict[str, int],
+        policy: str,
+        timeout_s: float,
+        trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[str]] = (),
+    ) -> None:
+        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
+        super().__init__(columns, reader, Dialogues(reader, prompts))
+        self.sends_dialogues = bool(prompts)
+        self.service = ScoringService(url, timeout_s)
+        self.service.scores([], [])
+
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """The service's scores [N, 1] of whole sequences."""
+        tokens = experience.rows(batch, "prompt_tokens")
+        prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
+        dialogues = [_messages(self.dialogues.find(row)) for row in tokens] if self.sends_dialogues else []
+        # Labelled pairs have no reason: all of them are whole.
+        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
+        answers = zip(experience.rows(batch, "response_tokens"), whole.tolist(), strict=True)
+        responses = [self.reader.answer_text(answer, ended) for answer, ended in answers]
+        starts = range(0, batch.num_rows, MOST_TEXTS)
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            columns = (prompts, responses, dialogues)
+            parts = [[column[start : start + MOST_TEXTS] for start in starts] for column in columns]
+            scores = list(pool.map(self.service.scores, *parts))
+        return np.concatenate([np.empty(0), *scores])[:, None]
+
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """As any scorer; the prompts of the pairs are no prompts of the run."""
+        self.dialogues.add(load_mix(specs)[0])
+        return super().calibrate(column, specs, max_tokens)
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+
+
+class ScoringService:
+    """The service at ``url``, which may be away, or silent, for about a quarter of ``timeout_s``."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self.silence_s = url, timeout_s * ANSWER
+        again = Retry(
+            total=RETRIES,
+            allowed_methods=None,  # POST too: to score a text twice does no harm
+            status_forcelist=BUSY,
+            backoff_factor=timeout_s * BACKOFF,
+            backoff_max=timeout_s,
+            respect_retry_after_header=False,  # it could ask for hours
+            raise_on_status=False,
+        )
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=again))
+
+    def scores(
+        self, prompts: list[str], responses: list[str], dialogues: Sequence[list[dict[str, str]]] = ()
+    ) -> np.ndarray:
+        """One score, float32, for each prompt, which is this dialogue, with its response."""
+        body: dict[str, Any] = {"prompts": prompts, "responses": responses}
+        body |= {"dialogues": list(dialogues)} if dialogues else {}
+        try:
+            answer = self.session.post(self.url, json=body, timeout=self.silence_s, allow_redirects=False)
+        except requests.RequestException as error:
+            raise UserError(
+                f"no answer from the scorer at {self.url} ({first_line(error)}); start it, and go on with resume=true"
+            ) from None
+        if answer.status_code != requests.codes.ok:
+            said = f"{answer.status_code} {answer.reason}: {answer.text[:200]}"
+            raise UserError(f"the scorer at {self.url} does not score but answers {said}; see its log")
+        try:
+            with np.errstate(over="ignore"):
+                scores = np.asarray(answer.json()["scores"], dtype=np.float64).astype(np.float32)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            scores = np.full(1, np.nan, dtype=np.float32)
+        if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+            wanted = f'{{"scores": [...]}} with {len(prompts)} finite numbers'
+            raise UserError(f"the scorer at {self.url} must answer {wanted} (of float32), not {answer.text[:200]}")
+        return scores

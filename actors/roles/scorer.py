@@ -1,0 +1,189 @@
+"""Frozen models that look at finished sequences: reward and cost scorers, and the reference policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.roles.micro_batches import SequenceRows, token_column
+from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.readers import Dialogues, Reader, read_alike
+from beaver_ray.data.templates import Template
+from beaver_ray.data.tokenized import SafetyPreferenceDataset
+from beaver_ray.method.calibration import Calibration, fit_platt
+from beaver_ray.models.loading import DTYPES, default_device, load_policy, load_tokenizer
+from beaver_ray.models.logprobs import response_logprobs
+from beaver_ray.models.score import ScoreType, load_score_model
+
+
+class ScorerBase(ABC):
+    """Scores of each finished sequence: the reward, named costs, or both.
+
+    columns: which of the scores stands in each column. reader: of the tokens that `end_scores` reads. dialogues: what
+    the policy's prompts are, for whoever cannot read them as tokens.
+    """
+
+    def __init__(self, columns: dict[str, int], reader: Reader, dialogues: Dialogues) -> None:
+        self.columns, self.reader, self.dialogues = columns, reader, dialogues
+        self.calibrations: dict[str, Calibration] = {}
+        self.labelled: dict[str, str] = {}
+        """What became of the pairs that each column was calibrated on."""
+
+    @abstractmethod
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Every score [N, H] of each whole sequence."""
+
+    def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """A batch in the policy's tokens, as `end_scores` reads it."""
+        return batch
+
+    def score(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """``sample_id`` and the score columns: raw, or the calibrated probability of being unsafe."""
+        scores_NH = self.end_scores(self.in_own_tokens(batch))
+        found = {"sample_id": batch.column("sample_id")}
+        for column, head in self.columns.items():
+            scores = scores_NH[:, head]
+            if column in self.calibrations:
+                scores = self.calibrations[column].probability(scores)
+            found[column] = scores.astype(np.float32)
+        return experience.make_batch(found)
+
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """Fit P(unsafe) on labelled pairs, read as rollouts are; from now on it is the cost in ``column``."""
+        samples, _ = load_mix(specs)
+        data = SafetyPreferenceDataset.build(samples, self.reader.tokenizer, max_tokens, self.reader.template)
+        self.labelled[column] = data.report.line()
+        sequences = [*data.safer, *data.unsafer]
+        lengths = [*data.prompt_length, *data.prompt_length]
+        unsafe = np.concatenate([data.sign_safer, data.sign_unsafer]) > 0
+        batch = experience.make_batch(
+            {
+                "sample_id": np.arange(len(sequences)),
+                "prompt_tokens": [s[:length] for s, length in zip(sequences, lengths, strict=True)],
+                "response_tokens": [s[length:] for s, length in zip(sequences, lengths, strict=True)],
+            }
+        )
+        fitted = fit_platt(self.end_scores(batch)[:, self.columns[column]], unsafe)
+        self.calibrations[column] = fitted
+        return fitted.to_dict()
+
+    def labelled_pairs(self, column: str) -> str:
+        """How many pairs ``column`` was calibrated on, and what became of the others."""
+        return self.labelled[column]
+
+    def set_calibration(self, column: str, figures: dict[str, float]) -> None:
+        """Use a calibration of ``column`` that another worker has fitted."""
+        self.calibrations[column] = Calibration.from_dict(figures)
+
+
+class Scorer(ScorerBase):
+    """A frozen score model, all whose heads score with one forward.
+
+    One that reads otherwise than the policy, in another tokenizer or by another template, is handed the dialogue and
+    writes it in its own. Whatever token ended an answer, it reads the one that answers ended with in its training.
+    template: the run's. prompts: lists of the data sets that the policy's prompts are of.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        columns: dict[str, int],
+        policy: str,
+        dtype: str,
+        token_budget: int,
+        threads: int,
+        trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[str]] = (),
+    ) -> None:
+        torch.set_num_threads(threads)
+        own = Reader.of_scorer(load_tokenizer(model, trust_remote_code), template)
+        self.policy = Reader(load_tokenizer(policy, trust_remote_code), template)
+        self.reads_tokens = read_alike(own, self.policy)
+        super().__init__(columns, own, Dialogues(self.policy, () if self.reads_tokens else prompts))
+        self.token_budget = token_budget
+        score_type: ScoreType = "reward" if "reward" in columns else "cost"
+        self.device = default_device()
+        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code, device=self.device)
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Scores [N, H] of every head at each sequence's last token."""
+        rows = SequenceRows(batch)
+        scores_NH = np.zeros((len(rows.lengths), len(self.model.heads)), dtype=np.float64)
+        everything = range(len(rows.lengths))
+        for micro_batch in rows.micro_batches(everything, self.token_budget, 0, 1, self.device):
+            scores_LH = self.model(micro_batch.packed.input_ids, micro_batch.packed.position_ids)[0]
+            scores_NH[micro_batch.rows] = scores_LH[micro_batch.ends_B].double().cpu().numpy()
+        return scores_NH
+
+    def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The same dialogues as this scorer reads them, with its own end behind answers that were ended."""
+        ended = ~experience.truncated(batch)
+        if self.reads_tokens:
+            return self._with_own_end(batch, ended)
+        prompts = [self.reader.prompt(self.dialogues.find(p)) for p in experience.rows(batch, "prompt_tokens")]
+        answers = zip(experience.rows(batch, "response_tokens"), ended.tolist(), strict=True)
+        texts = [(self.policy.answer_text(answer, whole), whole) for answer, whole in answers]
+        return experience.make_batch(
+            {
+                "sample_id": batch.column("sample_id"),
+                "prompt_tokens": prompts,
+                "response_tokens": [self.reader.answer(text, whole) for text, whole in texts],
+                "finish_reason": batch.column("finish_reason"),
+            }
+        )
+
+    def _with_own_end(self, batch: pa.RecordBatch, ended: np.ndarray) -> pa.RecordBatch:
+        """A rollout may end with any of several tokens (`AnswerForm.stops`); data end with one of them."""
+        lengths = experience.lengths(batch, "response_tokens")
+        tokens = experience.flat(batch, "response_tokens")
+        ends = np.cumsum(lengths)[ended] - 1
+        if (tokens[ends] == self.reader.form.end).all():
+            return batch
+        tokens = tokens.copy()
+        tokens[ends] = self.reader.form.end
+        place = batch.schema.get_field_index("response_tokens")
+        return batch.set_column(place, batch.schema.field(place), experience.ragged(tokens, lengths))
+
+
+class Reference:
+    """The frozen policy that the KL is measured against."""
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        token_budget: int,
+        temperature: float,
+        threads: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.token_budget, self.temperature = token_budget, temperature
+        self.device = default_device()
+        self.model = load_policy(model, DTYPES[dtype], trust_remote_code, self.device)
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """``sample_id`` and ``reference_logprobs``, at the temperature that was sampled at."""
+        rows = SequenceRows(batch)
+        parts = []
+        for micro_batch in rows.micro_batches(range(batch.num_rows), self.token_budget, 0, 1, self.device):
+            logprobs_T, _ = response_logprobs(
+                self.model,
+                micro_batch.packed.input_ids,
+                micro_batch.packed.position_ids,
+                micro_batch.positions_T,
+                micro_batch.targets_T,
+                self.temperature,
+            )
+            parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
+        return token_column(batch, "reference_logprobs", parts)

@@ -1,0 +1,1 @@
+"""Every stage, one file each."""

@@ -1,0 +1,93 @@
+"""Each role of a running system is frozen once: the error comes within its deadline and names who is silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+from ray.util.state import list_actors
+
+from actors.driver.control import GeneratorSupply
+from actors.driver.loop import make_rollouts, train_step
+from actors.driver.processes import generator_spec, role_kinds, start_roles
+from actors.driver.recovery import Recovery
+from actors.driver.tracing import Clock
+from actors.driver.training_state import TrainingState
+from actors.machine.cluster import Cluster
+from actors.machine.waits import WaitTimeoutError
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.config_files import load_config
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import PromptDataset
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.runs import RunFolder
+from tests.tiny_ppo import build_workspace, write_stage
+
+DEADLINE_S = 8.0
+ROLES = ["rollout", "reward", "cost-harm", "reference", "policy", "critic-reward", "critic-harm", "experience"]
+
+
+@pytest.fixture(scope="module")
+def recovery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recovery]:
+    """A running system of one process for each role, with a checkpoint after its first step."""
+    placement = {kind: {"cpus": 0.25} for kind in ("rollout", "reward", "cost", "reference", "policy", "reward_critic")}
+    placement |= {"cost_critic": {"cpus": 0.25}, "experience": {"cpus": 0.1}}
+    path = write_stage(build_workspace(tmp_path_factory.mktemp("hangs")), steps=100, trajectory_every=0)
+    config = load_config(path)
+    assert isinstance(config, SafePpoConfig)
+    config.cluster = config.cluster.model_validate({"placement": placement, "threads": 1, "step_timeout": 120.0})
+    config.constraints = config.constraints[:1]
+    tokenizer = load_tokenizer(config.models.policy)
+    prompts = PromptDataset.build(load_mix(config.data.prompts)[0], tokenizer, 32, "auto")
+    cluster = Cluster(config.cluster, role_kinds(config))
+    with RunFolder(config) as run:
+        try:
+            roles = start_roles(config, cluster)
+            state = TrainingState(config, prompts)
+            supply = GeneratorSupply(cluster, generator_spec(config), config.name)
+            rollouts = make_rollouts(config, roles, state, supply, run.note)
+            recovery = Recovery(state, roles, rollouts, run, cluster)
+            step(recovery)
+            recovery.save()
+            groups = [roles.rollout, *roles.scorers.values(), roles.reference, roles.policy, roles.experience]
+            for group in [*groups, *roles.critics.values()]:
+                group.timeout_s = DEADLINE_S
+            rollouts.timeout_s = DEADLINE_S
+            yield recovery
+        finally:
+            cluster.close()
+
+
+def step(recovery: Recovery) -> None:
+    config = recovery.state.config
+    train_step(config, recovery.roles, recovery.rollouts, recovery, Clock(), lambda step: {})
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_frozen_role_is_named_within_the_deadline(recovery: Recovery, role: str) -> None:
+    step(recovery)
+    address = ray.get_runtime_context().gcs_address
+    actors = {a.name.split(":")[0]: a for a in list_actors(address=address, detail=True) if a.state == "ALIVE"}
+    frozen = psutil.Process(actors[role].pid)
+    began = time.monotonic()
+    frozen.suspend()
+    try:
+        with pytest.raises(WaitTimeoutError) as caught:
+            step(recovery)
+        seconds = time.monotonic() - began
+    finally:
+        os.kill(frozen.pid, signal.SIGCONT)
+    message = str(caught.value)
+    # It may have answered its call of this step before it was frozen; one deadline later it is missed. The rest is
+    # the time to ask the cluster what it knows.
+    assert seconds < 2 * DEADLINE_S + 10
+    assert f"{role}:" in message.partition(f"within {DEADLINE_S:g} s; ")[2], message
+    assert f"pid {frozen.pid}" in message and "node " in message and "was running" in message
+    assert f"its log: ray logs actor --id {actors[role].actor_id}" in message
+    checkpoint = recovery.run.checkpoints.newest()
+    recovery._restore(checkpoint)

@@ -1,0 +1,451 @@
+"""Every stage from its configuration to its final folder, in one process; and the same run twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.driver.evaluate import evaluate
+from actors.driver.train import train
+from actors.driver.training_state import TrainingState
+from actors.roles.policy import PolicyTrainer
+from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
+from beaver_ray.errors import UserError
+from beaver_ray.models.loading import load_policy, load_tokenizer
+from beaver_ray.models.score import load_score_model
+from beaver_ray.remote import ALLOWED_HOSTS
+from beaver_ray.runs import read_metrics
+from tests.actors.scoring_service import serving
+from tests.actors.support import EOS, LiteralScoreModel, ppo_config
+
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
+
+
+def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> SupervisedConfig:
+    """A few steps; the preferences are enough to teach a cost model which way is up."""
+    kind = "demonstrations" if stage == "sft" else "preferences"
+    name = "demonstrations" if stage == "sft" else "PKU-SafeRLHF"
+    tree = {
+        "stage": stage,
+        "name": stage,
+        "workspace": str(workspace),
+        "debug": True,
+        "model": str(world / "model"),
+        "train": [f"{name}:1:{world}/{kind}/train.jsonl"],
+        "eval": [f"{name}:1:{world}/{kind}/test.jsonl"],
+        "epochs": 2,
+        "batch_size": 40,
+        "max_tokens": 64,
+        "optimizer": {"learning_rate": 5e-3},
+        "engine": {"micro_batch_tokens": 1024},
+    }
+    return SupervisedConfig.model_validate(tree | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(one_rank: None, tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workspace with finished sft, reward_model, cost_model and score_model."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    train(supervised(tiny_world, workspace, "sft"))
+    policy = str(workspace / "sft" / "final" / "policy")
+    for stage in ("reward_model", "cost_model", "score_model"):
+        train(supervised(tiny_world, workspace, stage, model=policy))
+    return workspace
+
+
+def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any) -> StageConfig:
+    """Three steps of 8 prompts from the trained models, the cost as a calibrated probability."""
+    constraint = {
+        "name": "harm",
+        "model": str(trained / "cost_model" / "final" / "cost_model"),
+        "violation_rate": 0.2,
+        "calibration": [f"PKU-SafeRLHF:1:{world}/preferences/test.jsonl"],
+        "multiplier": {"rule": "pid", "initial": 1.0, "kp": 2.0, "ki": 0.5},
+    }
+    sections = {
+        "workspace": str(workspace),
+        "models": {
+            "policy": str(trained / "sft" / "final" / "policy"),
+            "reward": str(trained / "reward_model" / "final" / "reward_model"),
+        },
+        "constraints": [constraint],
+        "ppo": {"minibatches": 2},
+        "evaluation": {
+            "prompts": [f"prompts:1:{world}/prompts/test.jsonl"],
+            "world": f"{world}/world.json",
+            "every": 2,
+        },
+        "engine": {"micro_batch_tokens": 512},
+        "save_every": 2,
+        "trajectory_every": 2,
+    }
+    return ppo_config(world, stage, **(sections | changes))
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
+
+
+def test_supervised_stages_leave_models_that_load(trained: Path) -> None:
+    policy = trained / "sft" / "final" / "policy"
+    assert AutoModelForCausalLM.from_pretrained(policy).config.hidden_size == 32
+    assert AutoTokenizer.from_pretrained(policy).eos_token == "</s>"
+    for stage, kind in (("reward_model", "reward"), ("cost_model", "cost")):
+        model = load_score_model(str(trained / stage / "final" / stage), kind, torch.float32)  # type: ignore[arg-type]
+        assert model.score_type == kind
+    both = load_score_model(str(trained / "score_model" / "final" / "score_model"), "reward", torch.float32)
+    assert both.heads == ("reward", "cost")
+    for stage in ("sft", "reward_model", "cost_model", "score_model"):
+        folder = trained / stage
+        metrics = read_metrics(folder)
+        assert metrics[-1]["loss"] < metrics[0]["loss"]
+        assert {"eval/loss", "grad_norm", "learning_rate", "time/step"} <= metrics[-1].keys()
+        assert not (folder / "final.part").exists()
+        assert "kept" in (folder / "notes.log").read_text()
+
+
+@pytest.mark.parametrize("stage", ["safe_ppo", "ppo", "reward_shaping"])
+def test_a_run_leaves_everything(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path, stage: str) -> None:
+    folder = train(ppo(tiny_world, trained, tmp_path, stage))
+    metrics = read_metrics(folder)
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    critics = ["reward", "harm"] if stage == "safe_ppo" else ["reward"]
+    for row in metrics:
+        missing = EXPECTED_KEYS - row.keys()
+        assert not missing, missing
+        assert {f"critic/{c}/explained_variance" for c in critics} <= row.keys()
+        assert all(isinstance(v, int | float) and math.isfinite(v) for k, v in row.items() if k not in MAY_BE_NULL)
+        assert row["cost/harm/limit"] == 0.2 and 0 < row["cost/harm/mean"] < 1
+        assert ("multiplier/harm" in row) == (stage == "safe_ppo")
+        assert row["rollout/staleness_max"] == 0
+        assert abs(row["kl/rollout_train"]) < 1e-5
+    if stage == "safe_ppo":
+        # pid by hand: the mean over all episodes so far against 0.2, the integral from 1, both within 0 and 10.
+        integral = 1.0
+        for step, row in enumerate(metrics, start=1):
+            gap = sum(r["cost/harm/mean"] for r in metrics[:step]) / step - 0.2
+            integral = max(0.0, integral + 0.5 * gap)
+            assert row["multiplier/harm"] == pytest.approx(max(0.0, integral + 2.0 * gap), abs=1e-5)
+    # Generators follow the policy: after the first update it is no longer the reference.
+    assert abs(metrics[0]["kl/reference"]) < 1e-4 < abs(metrics[2]["kl/reference"])
+    assert "eval/reward" in metrics[1] and "eval/reward" not in metrics[0]
+
+    final = {path.name for path in (folder / "final").iterdir()}
+    assert final == {"policy", *(f"{c}_critic" for c in critics)}
+    assert {p.name for p in (folder / "checkpoints" / "step_2").iterdir()} == final | {"training", "state.json"}
+    policy = AutoModelForCausalLM.from_pretrained(folder / "final" / "policy")
+    start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy")
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters(), strict=True))
+    assert load_score_model(str(folder / "final" / "reward_critic"), "critic", torch.float32).score_type == "critic"
+    steps = sorted((folder / "trajectories").iterdir())
+    assert [path.name for path in steps] == ["step_000002.parquet"]
+    table = pq.read_table(steps[0])
+    assert table.num_rows == 8 and {f"advantages/{c}" for c in critics} <= set(table.schema.names)
+    assert set(table.column("weight_version").to_pylist()) == {1}
+    assert table.column("sample_id").to_pylist() == list(range(8, 16))
+
+    summary = json.loads((folder / "evaluation.json").read_text())
+    assert summary["judged_by"].startswith("true reward") and summary["prompts"] == summary["samples"] == 16
+    assert summary["violation_rate/harm"]["target"] == 0.2 and summary["optimum"] > summary["reward"]["mean"]
+    assert not (folder / "final.part").exists()
+
+
+def test_one_score_model_and_one_critic_for_all_signals(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    both = str(trained / "score_model" / "final" / "score_model")
+    config: Any = ppo(tiny_world, trained, tmp_path, "safe_ppo", evaluation={"every": 0})
+    models = config.models.model_copy(update={"reward": both, "shared_critic": True})
+    constraints = [config.constraints[0].model_copy(update={"model": both})]
+    folder = train(config.model_copy(update={"models": models, "constraints": constraints}))
+    for row in read_metrics(folder):
+        assert not EXPECTED_KEYS - row.keys()
+        assert {f"critic/{s}/{n}" for s in ("reward", "harm") for n in ("loss", "explained_variance")} <= row.keys()
+        assert all(math.isfinite(v) for k, v in row.items() if k not in MAY_BE_NULL)
+        assert 0 < row["cost/harm/mean"] < 1, "calibrated to a probability"
+    assert {path.name for path in (folder / "final").iterdir()} == {"policy", "critic"}
+    critic = load_score_model(str(folder / "final" / "critic"), "critic", torch.float32)
+    assert critic.heads == ("reward", "harm")
+    table = pq.read_table(folder / "trajectories" / "step_000002.parquet")
+    assert {"reward", "cost/harm", "values/reward", "values/harm", "advantages/harm"} <= set(table.schema.names)
+    # Both scores are those of the one folder's heads, the cost by its own calibration (a rising function of it).
+    model = load_score_model(both, "reward", torch.float32).eval()
+    rows = table.to_pylist()
+    with torch.no_grad():
+        sequences = [torch.tensor([r["prompt_tokens"] + r["response_tokens"]]) for r in rows]
+        ends = torch.stack([model(s, torch.arange(s.shape[1])[None])[0, -1] for s in sequences])
+    torch.testing.assert_close(torch.tensor([r["reward"] for r in rows]), ends[:, 0], atol=1e-4, rtol=0)
+    order = ends[:, 1].argsort()
+    probabilities = torch.tensor([r["cost/harm"] for r in rows])[order]
+    assert torch.all(probabilities.diff() >= -1e-6) and probabilities[0] < probabilities[-1]
+
+
+EXPECTED_KEYS = {
+    "time/elapsed",
+    "time/step",
+    "time/generate",
+    "time/score",
+    "time/train",
+    "time/sync",
+    "reward/mean",
+    "cost/harm/mean",
+    "cost/harm/limit",
+    "cost/harm/violation_rate",
+    "kl/reference",
+    "kl/rollout_train",
+    "policy/loss",
+    "policy/entropy",
+    "policy/clip_fraction",
+    "policy/ratio_max_deviation",
+    "critic/reward/explained_variance",
+    "critic/reward/loss",
+    "rollout/tokens_per_second",
+    "rollout/truncated_fraction",
+    "rollout/staleness_max",
+    "throughput/samples_per_second",
+    "sync/bytes",
+    "sync/seconds",
+}
+MAY_BE_NULL = {"critic/reward/explained_variance", "critic/harm/explained_variance"}
+
+
+def test_the_same_seed_gives_the_same_run(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:
+    # Answers that finish in several batches, PTX and an importance cap: whatever draws random numbers takes part.
+    changes = {
+        "ppo": {"minibatches": 2, "epochs": 2, "ptx_coefficient": 1.0, "importance_cap": 2.0},
+        "data": {"ptx": [f"demonstrations:1:{tiny_world}/ptx.jsonl"]},
+        "rollout": {"max_sequences": 3, "temperature": 0.9},
+        "trajectory_every": 1,
+    }
+    folders = {}
+    for name, seed in (("one", 7), ("two", 7), ("other", 8)):
+        folders[name] = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", name=name, seed=seed, **changes))
+    assert untimed(folders["one"]) == untimed(folders["two"])
+    for step in (1, 2, 3):
+        one, two = (pq.read_table(folders[n] / "trajectories" / f"step_{step:06d}.parquet") for n in ("one", "two"))
+        assert one.equals(two)
+    evaluations = {name: json.loads((f / "evaluation.json").read_text()) for name, f in folders.items()}
+    assert evaluations["one"] == evaluations["two"]
+    one, two = (load_policy(str(folders[n] / "final" / "policy"), torch.float32).state_dict() for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for first, second in zip(untimed(folders["one"]), untimed(folders["other"]), strict=True):
+        assert first["reward/mean"] != second["reward/mean"] and first["policy/loss"] != second["policy/loss"]
+
+
+def test_a_service_scores_as_its_model_does(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost_model, policy = trained / "cost_model" / "final" / "cost_model", trained / "sft" / "final" / "policy"
+    tokenizer, model = load_tokenizer(str(policy)), LiteralScoreModel(cost_model).eval()
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        # As the run itself reads them: an answer that was not cut has ended.
+        texts = [
+            tuple(tokenizer(pair, add_special_tokens=False).input_ids) for pair in zip(prompts, responses, strict=True)
+        ]
+        with torch.no_grad():
+            return [float(model([p + [*r, EOS][:longest]])[0, -1]) for p, r in texts]
+
+    local = ppo(tiny_world, trained, tmp_path / "local", "safe_ppo", steps=2)
+    assert isinstance(local, SafePpoConfig)
+    longest = local.rollout.max_new_tokens
+    train(local)
+    with serving(score) as service:
+        harm = local.constraints[0].model_copy(update={"model": service.url, "critic": str(cost_model)})
+        changes = {"workspace": str(tmp_path / "remote"), "constraints": [harm]}
+        remote = local.model_copy(update=changes)
+        monkeypatch.delenv(ALLOWED_HOSTS, raising=False)
+        with pytest.raises(UserError, match="may not be sent to 127"):
+            train(remote)
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        train(remote.model_copy(update={"name": "allowed"}))
+        assert service.requests
+    ours, theirs = untimed(tmp_path / "remote" / "allowed"), untimed(local.folder)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_critic_warm_up_leaves_the_policy_alone(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    changes = {"ppo": {"critic_warmup_steps": 2}, "steps": 2, "evaluation": {"every": 0}, "trajectory_every": 0}
+    folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
+    policy = AutoModelForCausalLM.from_pretrained(folder / "final" / "policy").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy").state_dict()
+    assert all(torch.equal(policy[name], start[name]) for name in start)
+    metrics = read_metrics(folder)
+    assert "policy/loss" not in metrics[0] and "critic/harm/loss" in metrics[1]
+    assert [row["multiplier/harm"] for row in metrics] == [1.0, 1.0]
+    assert abs(metrics[0]["cost/harm/mean"] - 0.2) > 0.01, "the multiplier would have moved"
+
+
+def test_evaluate_judges_a_saved_policy(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:
+    """By the learned scorers, where no world is named; the figures go beside the policy."""
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    config = ppo(tiny_world, trained, tmp_path, "safe_ppo", evaluation=evaluation)
+    policy = str(tmp_path / "policy")
+    shutil.copytree(trained / "sft" / "final" / "policy", policy)
+    path = evaluate(config, policy)  # type: ignore[arg-type]
+    summary = json.loads(path.read_text())
+    assert path == tmp_path / "policy" / "evaluation.json"
+    assert summary["judged_by"].startswith("learned") and summary["policy"] == policy
+    assert summary["prompts"] == summary["samples"] == 16 and "optimum" not in summary
+
+
+def test_a_missing_model_is_named_before_anything_runs(tiny_world: Path, tmp_path: Path) -> None:
+    config = ppo_config(tiny_world, workspace=str(tmp_path), models={"policy": str(tmp_path / "nothing")})
+    with pytest.raises(UserError, match="policy: no model in"):
+        train(config)
+    assert not (tmp_path / "safe_ppo" / "final").exists()
+
+
+def test_lora_learns_and_leaves_a_merged_policy(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    start = str(trained / "sft" / "final" / "policy")
+    # The reward is of random weights and easy to raise, and the constraint out of reach.
+    models = {"policy": start, "reward": str(tiny_world / "reward_model")}
+    constraint = {"name": "harm", "model": str(tiny_world / "cost_model"), "limit": 100.0}
+    multiplier = {"rule": "pid", "initial": 0.0}
+    changes = {
+        "steps": 12,
+        "models": {**models, "lora_rank": 8, "lora_alpha": 32.0},
+        "constraints": [constraint | {"multiplier": multiplier}],
+        "ppo": {"minibatches": 2, "normalize_advantages": True},
+        "rollout": {"prompts_per_step": 48, "samples_per_prompt": 2, "max_sequences": 96},
+        "policy": {"learning_rate": 2e-3},
+        "evaluation": {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]},
+        "save_every": 0,
+    }
+    config = ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes)
+    folder = train(config)
+    metrics = read_metrics(folder)
+    rewards, kls = ([row[key] for row in metrics] for key in ("reward/mean", "kl/reference"))
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.25
+    # The reference is the policy with its adapter off: at first the same, then further and further away.
+    assert abs(kls[0]) < 1e-6 and kls[-1] > 0.1
+    assert max(abs(row["kl/rollout_train"]) for row in metrics) < 1e-5
+    # Seven matrices in each of two layers.
+    final = folder / "final" / "policy"
+    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (final, start))
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, base.state_dict()[n])}
+    assert len(changed) == 14 and all("proj" in name for name in changed)
+    assert {path.name for path in (final / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    # Judged by learned scorers, which need no reference.
+    summary = json.loads(evaluate(config, str(final)).read_text())  # type: ignore[arg-type]
+    assert summary["judged_by"].startswith("learned") and summary["reward"]["mean"] > rewards[0]
+
+
+def test_a_short_last_step_is_trained_and_said_also_after_resume(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 48 prompts, 45 a step: the second step has 3 for 5 minibatches.
+    changes = {"steps": 2, "rollout": {"prompts_per_step": 45}, "ppo": {"minibatches": 5}, "save_every": 1}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
+    states: list[TrainingState] = []
+    monkeypatch.setattr(TrainingState, "__init__", remembering(states, TrainingState.__init__))
+    update = PolicyTrainer.update
+
+    def break_off(self: PolicyTrainer, batch: Any, multipliers: dict[str, float], step: int) -> dict[str, float]:
+        if step == 2 and len(states) == 1:
+            raise KeyboardInterrupt
+        return update(self, batch, multipliers, step)
+
+    monkeypatch.setattr(PolicyTrainer, "update", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    folder = train(config.model_copy(update={"resume": True}))
+    assert [row["policy/skipped_updates"] for row in read_metrics(folder)] == [0.0, 0.0]
+    notes = (folder / "notes.log").read_text()
+    assert "step 2 has 3 sample(s), fewer than ppo.minibatches (5): each makes one optimizer step" in notes
+    # Nothing of what was trained on is remembered.
+    assert not states[-1].prompts.prompt_of
+
+
+def remembering(made: list[Any], start: Any) -> Any:
+    """An ``__init__`` that puts what it makes in a list."""
+
+    def init(self: Any, *args: Any) -> None:
+        made.append(self)
+        start(self, *args)
+
+    return init
+
+
+def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:
+    """The world's score model of a kind with NaN in the embedding of these words."""
+    shutil.copytree(world / kind, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tokens = load_tokenizer(str(folder)).encode(words, add_special_tokens=False)
+    tensors["model.embed_tokens.weight"][tokens] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_bad_sample_is_named_and_left_out_and_a_run_of_them_stops(
+    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = str(spoilt(tiny_world, tmp_path / "spoilt", "reward_model", "lock car"))
+    clean = str(tiny_world / "reward_model")
+    changes: dict[str, Any] = {"models": {"reward": reward, "reward_critic": clean}, "steps": 5, "save_every": 0}
+    changes |= {"rollout": {"prompts_per_step": 24}, "workspace": str(tmp_path), "trajectory_every": 1}
+    with pytest.raises(UserError, match=r"step 3: reward of samples was not finite for 3 steps in a row"):
+        train(ppo_config(tiny_world, **changes))
+    folder = tmp_path / "safe_ppo"
+    metrics = read_metrics(folder)
+    assert len(metrics) == 3 and [p.name for p in (folder / "checkpoints").iterdir()] == ["step_3"]
+    for step, row in enumerate(metrics, start=1):
+        table = pq.read_table(folder / "trajectories" / f"step_{step:06d}.parquet")
+        lost = row["rollout/unusable_samples"]
+        assert 0 < lost < 24 and table.num_rows == 24 - lost
+        assert row["policy/skipped_updates"] == row["critic/reward/skipped_updates"] == 0
+        assert math.isfinite(row["reward/mean"]) and math.isfinite(row["policy/loss"])
+        said = f"step {step}: {lost:g} of 24 sample(s) have no finite reward but nan, from the scorer reward ({reward})"
+        assert said in capsys.readouterr().out + (folder / "notes.log").read_text()
+
+
+def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """The world's cost is the truth of harm; another is judged by its own model, and what is best unknown."""
+    model = str(tiny_world / "cost_model")
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "world": f"{tiny_world}/world.json"}
+    constraints = [{"name": "leak", "model": model, "limit": 0.5}, {"name": "harm", "model": model, "limit": 0.25}]
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    summaries = {}
+    for name, changes in {
+        "both": {"evaluation": evaluation, "constraints": constraints},
+        "harm": {"evaluation": evaluation, "constraints": constraints[1:]},
+        "learned": {"evaluation": evaluation | {"world": None}, "constraints": constraints},
+    }.items():
+        config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
+        summaries[name] = json.loads(evaluate(config, policy).read_text())
+    both = summaries["both"]
+    assert both["judged_by"] == "true reward and cost of the small world (leak: learned)" and "optimum" not in both
+    assert both["cost/harm"] == summaries["harm"]["cost/harm"] and both["reward"] == summaries["harm"]["reward"]
+    assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
+    assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
+    assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_held_out_answers_without_a_finite_score_are_left_out(
+    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(spoilt(tiny_world, tmp_path / "spoilt", "cost_model", "lock"))
+    harm = {"name": "harm", "model": model, "limit": 0.0}
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), evaluation=evaluation, constraints=[harm])
+    summary = json.loads(evaluate(config, str(tiny_world / "model")).read_text())
+    lost = summary["unusable"]
+    assert 0 < lost < 16 and summary["samples"] == 16 - lost
+    assert (
+        f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
+        in capsys.readouterr().out
+    )

@@ -1,0 +1,251 @@
+"""Whole PPO runs on a real Ray with real vLLM and DeepSpeed processes, over models of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.util.state import list_actors
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from actors.driver.rollouts import Collected, Rollouts
+from actors.driver.train import train
+from beaver_ray.config_files import load_config
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.models.score import load_score_model
+from beaver_ray.runs import read_metrics
+from tests.tiny_ppo import build_workspace, write_stage
+
+EXPECTED_KEYS = """
+    step time/elapsed time/step time/generate time/score time/train time/sync reward/mean cost/harm/mean cost/harm/limit
+    cost/harm/violation_rate cost/leak/mean cost/leak/limit cost/leak/violation_rate multiplier/harm multiplier/leak
+    kl/reference kl/rollout_train policy/loss policy/entropy policy/clip_fraction policy/ratio_max_deviation
+    critic/reward/explained_variance critic/harm/explained_variance critic/leak/explained_variance
+    rollout/tokens_per_second rollout/truncated_fraction rollout/staleness_max throughput/samples_per_second sync/bytes
+    sync/seconds
+"""
+"""What design.md's list of metrics comes to with two constraints."""
+
+
+@dataclass
+class Run:
+    """What a run left, and the actors that were seen alive while it ran: name without the run's tag to class."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+    trajectories: list[pa.Table]
+    actors: dict[str, str]
+    actors_after: int
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    ray.init(address="local", num_cpus=6, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def watched(config: Path, address: str) -> Run:
+    """Train, and look at Ray's list of actors all the while."""
+    seen: dict[str, str] = {}
+    ended = threading.Event()
+
+    def alive() -> dict[str, str]:
+        actors = list_actors(address=address, filters=[("state", "=", "ALIVE")])
+        return {actor.name.split(":")[0]: actor.class_name for actor in actors}
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            seen.update(alive())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        folder = train(load_config(config))
+    finally:
+        ended.set()
+        watcher.join()
+    files = sorted((folder / "trajectories").glob("*.parquet"))
+    for _ in range(50):
+        left = len(alive())
+        if not left:
+            break
+        ended.clear()
+        ended.wait(0.2)
+    return Run(folder, read_metrics(folder), [pq.read_table(file) for file in files], seen, left)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
+    """Safe PPO under two constraints: two generators, two ranks of the policy under ZeRO-2, six steps."""
+    placement = {
+        "rollout": {"workers": 2, "cpus": 0.5},
+        "policy": {"workers": 2, "cpus": 0.5},
+        **{role: {"cpus": 0.25} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")},
+        "experience": {"cpus": 0.1},
+    }
+    engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 2}
+    folder = build_workspace(tmp_path_factory.mktemp("tied"), tied=True)
+    return watched(write_stage(folder, steps=6, cluster={"placement": placement}, engine=engine), address)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
+    """Plain PPO without costs on a policy with a head of its own: two ranks under ZeRO-3, six steps."""
+    placement = {"policy": {"workers": 2, "cpus": 0.5}}
+    engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 3}
+    folder = build_workspace(tmp_path_factory.mktemp("untied"), tied=False)
+    path = write_stage(folder, stage="ppo", constraints=[], steps=6, cluster={"placement": placement}, engine=engine)
+    return watched(path, address)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
+    """Plain PPO of a LoRA adapter: two ranks under ZeRO-2, four steps."""
+    placement = {"policy": {"workers": 2, "cpus": 0.5}}
+    engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 2}
+    folder = build_workspace(tmp_path_factory.mktemp("lora"), tied=True)
+    models = {"policy": "${workspace}/world/model", "reward": "${workspace}/reward", "lora_rank": 4}
+    changes = {"stage": "ppo", "constraints": [], "steps": 4, "models": models, "policy": {"learning_rate": 1e-2}}
+    return watched(write_stage(folder, cluster={"placement": placement}, engine=engine, **changes), address)
+
+
+def test_every_metric_is_there_and_finite(tied: Run) -> None:
+    assert [row["step"] for row in tied.metrics] == [1, 2, 3, 4, 5, 6]
+    for row in tied.metrics:
+        assert [key for key in EXPECTED_KEYS.split() if row.get(key) is None] == []
+    assert {row["cost/harm/limit"] for row in tied.metrics} == {0.3}
+    assert all(0.0 <= row["cost/harm/mean"] <= 1.0 for row in tied.metrics), "a probability after calibration"
+
+
+def test_every_role_is_an_actor_of_its_own_while_it_runs(tied: Run) -> None:
+    assert tied.actors == {
+        "rollout-0": "VllmGenerator",
+        "rollout-1": "VllmGenerator",
+        "reward": "Scorer",
+        "cost-harm": "Scorer",
+        "cost-leak": "Scorer",
+        "reference": "Reference",
+        "policy-0": "PolicyTrainer",
+        "policy-1": "PolicyTrainer",
+        "critic-reward": "Critic",
+        "critic-harm": "Critic",
+        "critic-leak": "Critic",
+        "experience": "ExperienceBuilder",
+        "control": "Control",
+    }
+    assert tied.actors_after == 0
+
+
+def test_the_trace_shows_every_role_at_work(tied: Run) -> None:
+    events = json.loads((tied.folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    rows = {event["tid"] for event in events}
+    assert rows <= {"phases", *tied.actors}
+    assert {e["name"] for e in events if e["tid"] == "phases"} == {"generate", "score", "train", "sync"}
+    assert {"exchange"} <= {e["name"] for e in events if e["tid"] == "rollout-0"}
+    assert {"score"} <= {e["name"] for e in events if e["tid"] == "cost-harm"}
+    assert {"update"} <= {e["name"] for e in events if e["tid"] == "policy-1"}
+    assert {"layout"} <= {e["name"] for e in events if e["tid"] == "policy-0"}
+
+
+def test_every_sample_is_there_once(tied: Run) -> None:
+    assert len(tied.trajectories) == 6
+    samples = np.concatenate([table["sample_id"].to_numpy() for table in tied.trajectories])
+    assert sorted(samples) == list(range(6 * 16))
+    for table in tied.trajectories:
+        for column in ("rollout_logprobs", "reference_logprobs", "logprobs", "values/reward", "values/leak"):
+            assert table[column].to_pylist() and all(
+                len(values) == len(tokens)
+                for values, tokens in zip(table[column].to_pylist(), table["response_tokens"].to_pylist(), strict=True)
+            )
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
+def test_generator_and_trainer_agree_after_every_update(kind: str, request: pytest.FixtureRequest) -> None:
+    run: Run = request.getfixturevalue(kind)
+    # Step k samples under the weights of k - 1 updates, which came through the object store.
+    for step, table in enumerate(run.trajectories, start=1):
+        assert set(table["weight_version"].to_pylist()) == {step - 1}
+        assert largest(table, "rollout_logprobs", "logprobs") < 1e-4
+    assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in run.metrics)
+    # The updates did something that could have gone missing.
+    assert largest(run.trajectories[-1], "rollout_logprobs", "reference_logprobs") > 1e-2
+    assert largest(run.trajectories[0], "rollout_logprobs", "reference_logprobs") < 1e-4
+
+
+def test_final_models_load(tied: Run, untied: Run) -> None:
+    for run, critics in ((tied, ("reward", "harm", "leak")), (untied, ("reward",))):
+        AutoModelForCausalLM.from_pretrained(run.folder / "final" / "policy")
+        load_tokenizer(str(run.folder / "final" / "policy"))
+        for signal in critics:
+            model = load_score_model(str(run.folder / "final" / f"{signal}_critic"), "critic", "auto")  # type: ignore[arg-type]
+            assert all(bool(p.isfinite().all()) for p in model.parameters())
+        assert not (run.folder / "final.part").exists()
+
+
+def test_with_lora_the_policy_is_its_own_reference(lora: Run) -> None:
+    assert "reference" not in lora.actors and {"policy-0", "policy-1", "rollout", "reward"} <= set(lora.actors)
+    assert lora.metrics[0]["kl/reference"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(lora.metrics[-1]["kl/reference"]) > 1e-3
+    final = lora.folder / "final" / "policy"
+    adapter = sum(t.numel() for t in load_file(final / "adapter" / "adapter_model.safetensors").values())
+    tensors = 4 * adapter
+    assert all(tensors <= row["sync/bytes"] <= tensors + 64 * 28 for row in lora.metrics)
+    assert tensors < 0.5 * sum(4 * p.numel() for p in AutoModelForCausalLM.from_pretrained(final).parameters())
+
+
+def largest(table: pa.Table, first: str, second: str) -> float:
+    """The largest difference of two columns of log-probs, over all tokens."""
+    a, b = (np.concatenate([np.asarray(v) for v in table[name].to_pylist()]) for name in (first, second))
+    return float(np.abs(a - b).max())
+
+
+def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1 generator to 3 and back to 1, one step ahead of training: every sample is trained on exactly once."""
+    placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
+    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
+    rollout = {"prompts_per_step": 16, "max_new_tokens": 8, "max_sequences": 8, "kv_cache_gib": 0.1, "staleness": 1}
+    path = write_stage(
+        build_workspace(tmp_path, tied=True),
+        name="elastic",
+        steps=12,
+        cluster={"placement": placement},
+        rollout=rollout,
+    )
+    take = Rollouts.take
+
+    def take_when_ordered(rollouts: Rollouts, step: int) -> Collected:
+        # Without this the run would be over before a generator has started.
+        if wanted := {3: 3, 8: 1}.get(step):
+            command = f"-m launch scale --run elastic --rollouts {wanted} --address {address}"
+            subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=Path(__file__).parents[2])
+            while len(rollouts.workers) != wanted:
+                time.sleep(0.2)
+                rollouts.serve()
+        return take(rollouts, step)
+
+    monkeypatch.setattr(Rollouts, "take", take_when_ordered)
+    folder = train(load_config(path))
+    metrics = read_metrics(folder)
+    assert [row["rollout/workers"] for row in metrics] == [1] * 2 + [3] * 5 + [1] * 5
+    samples = [pq.read_table(file) for file in sorted((folder / "trajectories").glob("*.parquet"))]
+    ids = np.concatenate([table["sample_id"].to_numpy() for table in samples])
+    assert sorted(ids) == list(range(16 * 12))
+    for step, table in enumerate(samples, start=1):
+        assert all(0 <= step - 1 - version <= 1 for version in table["weight_version"].to_pylist())
+        oldest = [min(versions) for versions in table["token_versions"].to_pylist()]
+        assert oldest == table["weight_version"].to_pylist()
+    assert max(row["rollout/staleness_max"] for row in metrics) == 1

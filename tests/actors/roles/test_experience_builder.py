@@ -1,0 +1,269 @@
+"""One step's columns side by side, and the published arithmetic of advantages, worked out by loops and by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.roles.experience_builder import ExperienceBuilder
+from beaver_ray import experience
+from beaver_ray.errors import UserError
+from beaver_ray.method.advantages import combine_advantages
+from tests.actors.support import ppo_config, random_sequences, with_columns
+
+TWO = [
+    {"name": "harm", "model": "m", "limit": 0.0},
+    {"name": "bias", "model": "m", "violation_rate": 0.1, "calibration": ["demonstrations:1:x"]},
+]
+
+
+def only(batch: pa.RecordBatch, *names: str) -> pa.RecordBatch:
+    return batch.select(["sample_id", *names])
+
+
+def scored(rows: int, seed: int = 0, **columns: Any) -> pa.RecordBatch:
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.normal(0, 2, rows).astype(np.float32) for name in ("reward", "cost/harm", "cost/bias")}
+    tokens = {"reference_logprobs": 0.5, "logprobs": 0.5, "values/reward": 1.0, "values/harm": 1.0, "values/bias": 1.0}
+    return with_columns(random_sequences(rows, seed), seed, **(scores | tokens | columns))
+
+
+def run(
+    batch: pa.RecordBatch, config: Any, signals: tuple[str, ...] = ("reward", "harm", "bias")
+) -> tuple[dict[str, float], pa.RecordBatch]:
+    """The builder's advantages of a batch whose values and log-probs come from critics and policy of two ranks."""
+    names = [f"values/{s}" for s in signals] + (["logprobs"] if config.ppo.old_logprobs == "trainer" else [])
+    base = batch.select([n for n in batch.schema.names if n != "logprobs" and not n.startswith("values/")])
+    parts = [only(batch, name).take(pa.array(rows)) for name in names for rows in shares(batch.num_rows)]
+    (figures, _), whole = ExperienceBuilder(config).advantages([2] * len(names), base, *parts)
+    return figures, whole
+
+
+def shares(rows: int) -> list[list[int]]:
+    return [list(range(rows))[::-2], list(range(rows))[rows % 2 :: 2]]
+
+
+def config_of(world: Path, stage: str = "safe_ppo", **ppo: Any) -> Any:
+    return ppo_config(world, stage, constraints=TWO, ppo=ppo)
+
+
+def test_assemble_joins_chunks_that_came_in_any_order(tiny_world: Path) -> None:
+    batch = scored(9)
+    sequences = batch.select(random_sequences(1).schema.names)
+    columns = [("reward",), ("cost/harm",), ("cost/bias",), ("reference_logprobs",)]
+    chunks = ([7, 2, 5], [0], [8, 1, 3, 6, 4])
+    parts = [sequences.take(pa.array(rows)) for rows in chunks]
+    # Each scorer may answer in its own order.
+    scores = [only(batch, *names).take(pa.array(rows[::-1])) for rows in chunks for names in columns]
+    builder = ExperienceBuilder(config_of(tiny_world))
+    ids = [sorted(batch.column("sample_id").to_pylist()[row] for row in rows) for rows in chunks]
+    whole = builder.assemble(ids, builder.gather(ids, *parts), *scores)
+    assert whole.to_pylist() == batch.select(whole.schema.names).to_pylist()
+    # Samples that another step trains on are left out.
+    fewer = [ids[0][1:], [], ids[2]]
+    some = builder.assemble(fewer, builder.gather(fewer, *parts), *scores)
+    assert some.column("sample_id").to_pylist() == sorted(ids[0][1:] + ids[2])
+
+
+def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
+    batch = scored(9)
+    stats, _ = run(batch, config_of(tiny_world))
+    data = batch.to_pylist()
+    assert stats["samples"] == 9 and stats["unusable"] == {} and stats["rollout/unusable_samples"] == 0
+    assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
+    assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
+    assert stats["cost/harm/mean"] == pytest.approx(sum(row["cost/harm"] for row in data) / 9)
+    # A raw score is a violation above 0, a probability above a half.
+    assert stats["cost/harm/violation_rate"] == pytest.approx(sum(row["cost/harm"] > 0 for row in data) / 9)
+    assert stats["cost/bias/violation_rate"] == pytest.approx(sum(row["cost/bias"] > 0.5 for row in data) / 9)
+    assert stats["rollout/truncated_fraction"] == sum(row["finish_reason"] == "length" for row in data) / 9
+    assert stats["rollout/weight_version_min"] == 0
+
+
+def test_advantages_by_hand(tiny_world: Path) -> None:
+    """beta 0.5, gamma 1, lambda 0.5; one answer of two tokens, one of one."""
+    batch = experience.make_batch(
+        {
+            "sample_id": [1, 2],
+            "weight_version": [0, 0],
+            "token_versions": [[0, 0], [0]],
+            "prompt_tokens": [[5], [6]],
+            "response_tokens": [[7, 2], [8]],
+            "rollout_logprobs": [[-1.0, -2.0], [-1.0]],
+            "finish_reason": ["stop", "length"],
+            "reward": [3.0, 1.0],
+            "cost/harm": [-2.0, 60.0],
+            "reference_logprobs": [[-1.5, -1.0], [-3.0]],
+            "logprobs": [[-1.0, -2.0], [-1.0]],
+            "values/reward": [[0.5, 1.0], [0.0]],
+            "values/harm": [[0.0, -1.0], [2.0]],
+        }
+    )
+    config = ppo_config(tiny_world, ppo={"kl_coefficient": 0.5, "gae_lambda": 0.5})
+    stats, whole = run(batch, config, ("reward", "harm"))
+    # kl [0.5, -1], [2]; rewards [-0.25, 0.5 + 3], [-1 + 1]; deltas [-0.25 + 1 - 0.5, 3.5 - 1], [0 - 0]
+    assert whole.column("advantages/reward").to_pylist() == [[0.25 + 0.5 * 2.5, 2.5], [0.0]]
+    assert whole.column("returns/reward").to_pylist() == [[2.0, 3.5], [0.0]]
+    # costs [0.25, -0.5 - 2], [1 + 60 -> 50]; deltas [0.25 - 1 - 0, -2.5 + 1], [50 - 2]
+    assert whole.column("advantages/harm").to_pylist() == [[-0.75 + 0.5 * -1.5, -1.5], [48.0]]
+    assert whole.column("returns/harm").to_pylist() == [[-1.5, -2.5], [50.0]]
+    assert stats["kl/reference"] == pytest.approx((0.5 - 1 + 2) / 2)
+    assert stats["kl/rollout_train"] == 0.0
+    # A penalty of 4 on the truncated answer: reward -3 instead of 1.
+    config = ppo_config(tiny_world, ppo={"kl_coefficient": 0.5, "gae_lambda": 0.5, "truncation_penalty": 4.0})
+    _, whole = run(batch, config, ("reward", "harm"))
+    assert whole.column("advantages/reward").to_pylist() == [[1.5, 2.5], [-4.0]]
+    # Reward shaping with weight 1 and without: reward 3 + 2 and 1 - 60 -> clamped at -50.
+    config = ppo_config(tiny_world, "reward_shaping", ppo={"kl_coefficient": 0.5, "gae_lambda": 0.5})
+    _, whole = run(batch, config, ("reward",))
+    assert whole.column("returns/reward").to_pylist() == [[0.25 + 0.5 * 4.5 + 0.5, 5.5], [-50.0]]
+    assert "advantages/harm" not in whole.schema.names
+
+
+def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> None:
+    batch = experience.make_batch(
+        {
+            "sample_id": [1, 2, 3],
+            "weight_version": [0, 0, 0],
+            "token_versions": [[0, 0], [0], [0]],
+            "prompt_tokens": [[5], [6], [7]],
+            "response_tokens": [[7, 2], [8], [9]],
+            "rollout_logprobs": [[-1.0, -2.0], [-1.0], [-3.0]],
+            "finish_reason": ["stop", "length", "stop"],
+            "reward": [3.0, 1.0, 1.0],
+            "cost/harm": [-2.0, 60.0, 4.0],
+            "reference_logprobs": [[-1.5, -1.0], [-3.0], [-2.0]],
+            "logprobs": [[-1.0 + math.log(2.0), -2.0 - math.log(8.0)], [-1.0], [-0.5]],
+            "values/reward": [[0.5, 1.0], [0.0], [0.0]],
+            "values/harm": [[0.0, -1.0], [2.0], [0.0]],
+        }
+    )
+    # Ratios of whole answers: 2 / 8, 1, exp(2.5) cut at 2; mean 13 / 12.
+    parts = [only(batch, name) for name in ("values/reward", "values/harm", "logprobs")]
+    base = batch.drop_columns(["values/reward", "values/harm", "logprobs"])
+
+    def costs(**rollout: int) -> list[float]:
+        config = ppo_config(tiny_world, rollout=rollout)
+        return ExperienceBuilder(config).advantages([1, 1, 1], base, *parts)[0][1]["harm"]
+
+    assert costs(staleness=1) == pytest.approx([-2.0 * 3 / 13, 60.0 * 12 / 13, 4.0 * 24 / 13], rel=1e-5)
+    assert costs(staleness=0) == [-2.0, 60.0, 4.0]
+
+
+def shaped_gae(row: dict[str, Any], score: float, values: list[float], sign: int, beta: float) -> list[float]:
+    """Section 2.2 and 2.3 token by token."""
+    n = len(values)
+    signal = [sign * beta * (row["logprobs"][t] - row["reference_logprobs"][t]) for t in range(n)]
+    signal[-1] += score
+    signal = [min(max(x, -50.0), 50.0) for x in signal]
+    advantages, running = [0.0] * n, 0.0
+    for t in reversed(range(n)):
+        following = values[t + 1] if t + 1 < n else 0.0
+        running = signal[t] + following - values[t] + 0.95 * running
+        advantages[t] = running
+    return advantages
+
+
+def test_every_signal_by_loops(tiny_world: Path) -> None:
+    batch = scored(14, seed=5, reward=np.linspace(-70, 70, 14).astype(np.float32))
+    config = config_of(tiny_world, kl_coefficient=0.3)
+    _, whole = run(batch, config)
+    assert whole.column("sample_id").equals(batch.column("sample_id"))
+    for row, source in zip(whole.to_pylist(), batch.to_pylist(), strict=True):
+        for signal, score, sign in (("reward", "reward", -1), ("harm", "cost/harm", 1), ("bias", "cost/bias", 1)):
+            values = source[f"values/{signal}"]
+            expected = shaped_gae(source, source[score], values, sign, 0.3)
+            np.testing.assert_allclose(row[f"advantages/{signal}"], expected, atol=1e-4)
+            np.testing.assert_allclose(row[f"returns/{signal}"], np.add(expected, values), atol=1e-4)
+
+
+def test_the_kl_weight_does_not_depend_on_the_multipliers(tiny_world: Path) -> None:
+    batch = scored(12, seed=6)
+    with_kl, without = (
+        run(batch, config_of(tiny_world, kl_coefficient=beta, clip_score=None))[1] for beta in (0.4, 0.0)
+    )
+
+    def combined(whole: pa.RecordBatch, harm: float, bias: float) -> np.ndarray:
+        reward = experience.flat(whole, "advantages/reward").astype(np.float64)
+        costs = {n: experience.flat(whole, f"advantages/{n}").astype(np.float64) for n in ("harm", "bias")}
+        return combine_advantages(reward, costs, {"harm": harm, "bias": bias})
+
+    # What the KL adds to the combined advantage: -beta times the kl of this token and, decayed, of later ones.
+    expected = [shaped_gae(row, 0.0, [0.0] * len(row["logprobs"]), -1, 0.4) for row in batch.to_pylist()]
+    for multipliers in ((0.0, 0.0), (0.3, 0.0), (7.0, 2.0), (0.0, 50.0)):
+        part = combined(with_kl, *multipliers) - combined(without, *multipliers)
+        np.testing.assert_allclose(part, np.concatenate(expected), atol=2e-5)
+
+
+def test_without_the_trainers_log_probs_the_generators_count(tiny_world: Path) -> None:
+    batch = scored(6, seed=7)
+    stats, whole = run(batch, config_of(tiny_world, old_logprobs="generator", kl_coefficient=1.0))
+    same = run(
+        with_columns(batch.drop_columns(["logprobs"]), logprobs=batch.column("rollout_logprobs")),
+        config_of(tiny_world, kl_coefficient=1.0),
+    )[1]
+    assert whole.column("advantages/reward").equals(same.column("advantages/reward"))
+    assert stats["kl/rollout_train"] == 0.0 and "logprobs" not in whole.schema.names
+
+
+def test_figures(tiny_world: Path) -> None:
+    batch = scored(6, seed=8)
+    stats, whole = run(batch, config_of(tiny_world))
+    rows = batch.to_pylist()
+    kl = [sum(np.subtract(row["logprobs"], row["reference_logprobs"])) for row in rows]
+    assert stats["kl/reference"] == pytest.approx(np.mean(kl))
+    gaps = np.concatenate([np.subtract(row["rollout_logprobs"], row["logprobs"]) for row in rows])
+    assert stats["kl/rollout_train"] == pytest.approx(gaps.mean())
+    returns = experience.flat(whole, "returns/bias").astype(np.float64)
+    values = experience.flat(whole, "values/bias").astype(np.float64)
+    expected = 1 - np.var(returns - values) / np.var(returns)
+    assert stats["critic/bias/explained_variance"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_number_that_is_not_finite_costs_its_sample(tiny_world: Path) -> None:
+    """Whatever column it stands in; the others are trained on as if the sample had never been drawn."""
+    batch = scored(9, seed=9)
+    config = config_of(tiny_world)
+    for name, source in {
+        "reward": "the scorer reward (",
+        "cost/bias": "the scorer cost-bias (m)",
+        "values/harm": "the critic of harm (started from m)",
+        "logprobs": "the policy",
+        "reference_logprobs": "the reference (",
+        "rollout_logprobs": "the rollout generator",
+    }.items():
+        for value in (math.nan, -math.inf):
+            column = batch.column(name).to_pylist()
+            if isinstance(column[0], list):
+                column[2], column[6] = [*column[2][:-1], value], [value, *column[6][1:]]
+            else:
+                column[2] = column[6] = value
+            spoilt = with_columns(batch.drop_columns([name]), **{name: column})
+            stats, whole = run(spoilt, config)
+            expected, clean = run(batch.take(pa.array([0, 1, 3, 4, 5, 7, 8])), config)
+            assert whole.select(clean.schema.names).equals(clean)
+            remarks, unusable = stats.pop("unusable"), stats.pop("rollout/unusable_samples")
+            remark = remarks.pop(name)
+            assert not remarks
+            assert remark.startswith(f"2 of 9 sample(s) have no finite {name} but {value}, from {source}")
+            assert remark.endswith(": sample 102 (prompt 2), 106 (prompt 6)") and unusable == 2.0
+            assert stats == {key: pytest.approx(expected[key]) for key in stats}
+
+
+def test_without_any_usable_sample_the_scorer_is_named(tiny_world: Path) -> None:
+    batch = scored(3, reward=np.full(3, np.nan, dtype=np.float32))
+    with pytest.raises(UserError, match=r"no sample .*: 3 of 3 .* no finite reward but nan, from the scorer reward \("):
+        run(batch, config_of(tiny_world))
+
+
+def test_the_written_step_reads_back(tiny_world: Path, tmp_path: Path) -> None:
+    _, whole = run(scored(5), config_of(tiny_world))
+    path = tmp_path / "trajectories" / "step.parquet"
+    ExperienceBuilder(config_of(tiny_world)).write(whole, str(path))
+    assert pq.read_table(path).combine_chunks().to_batches()[0].equals(whole)

@@ -1,0 +1,242 @@
+"""Scores from a service over HTTP: what it is sent, how often, and what becomes of its mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.roles import remote_scorer
+from actors.roles.remote_scorer import RETRIES, RemoteScorer, ScoringService
+from beaver_ray import experience
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import PromptDataset
+from beaver_ray.errors import UserError
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.remote import ALLOWED_HOSTS, check_allowed
+from tests.actors.scoring_service import Service, serving
+from tests.actors.support import ppo_config, random_sequences
+
+
+def words(prompts: list[str], responses: list[str]) -> list[float]:
+    """What the service says: words of the response, less a quarter for each of the prompt."""
+    return [len(r.split()) - len(p.split()) / 4 for p, r in zip(prompts, responses, strict=True)]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setattr(remote_scorer, "BACKOFF", 1e-4)
+    with serving(words) as service:
+        yield service
+
+
+def remote(service: Service, world: Path, column: str = "cost/harm", timeout_s: float = 60.0) -> RemoteScorer:
+    return RemoteScorer(service.url, {column: 0}, str(world / "model"), timeout_s)
+
+
+def test_texts_go_out_and_scores_come_back(service: Service, tiny_world: Path) -> None:
+    batch = random_sequences(150, seed=1)
+    found = remote(service, tiny_world).score(batch)
+    assert found.schema.names == ["sample_id", "cost/harm"]
+    assert found.column("sample_id").equals(batch.column("sample_id"))
+    # The first asks who is there; the others come in any order.
+    first, *others = service.requests
+    assert first == {"prompts": [], "responses": []}
+    assert sorted(len(request["prompts"]) for request in others) == [22, 64, 64]
+    decode = load_tokenizer(str(tiny_world / "model")).decode
+    texts = [
+        [decode(tokens, skip_special_tokens=skip) for tokens in experience.rows(batch, column)]
+        for column, skip in (("prompt_tokens", False), ("response_tokens", True))
+    ]
+    assert sorted(p for request in others for p in request["prompts"]) == sorted(texts[0])
+    np.testing.assert_array_equal(experience.scalars(found, "cost/harm"), np.float32(words(*texts)))
+    assert remote(service, tiny_world).score(batch.slice(0, 0)).num_rows == 0
+
+
+def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) -> None:
+    """Of prompts and of labelled pairs, where it is told of the run's prompts."""
+    specs = [f"prompts:3/-1:{tiny_world}/prompts/train.jsonl"]
+    samples, _ = load_mix(specs)
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    batch = experience.make_batch(
+        {
+            "sample_id": range(3),
+            "prompt_tokens": list(PromptDataset.build(samples, tokenizer, 64).prompts),
+            "response_tokens": [[7, 8, 2], [9, 2], [10]],
+            "finish_reason": ["stop", "stop", "length"],
+        }
+    )
+    model = str(tiny_world / "model")
+    told = RemoteScorer(service.url, {"cost/harm": 0}, model, 60.0, prompts=[specs])
+    told.score(batch)
+    sent = service.requests[-1]
+    assert sent["dialogues"] == [[{"role": "user", "content": sample.input}] for sample in samples]
+    assert sent["responses"] == [tokenizer.decode(tokens) for tokens in ([7, 8], [9], [10])]
+    service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]
+    pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
+    with contextlib.suppress(UserError):
+        told.calibrate("cost/harm", pairs, 64)
+    sent = service.requests[-1]
+    assert all(
+        f"USER: {dialogue[0]['content']} ASSISTANT:" in prompt
+        for dialogue, prompt in zip(sent["dialogues"], sent["prompts"], strict=True)
+    )
+
+
+def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world: Path) -> None:
+    # The more words the less safe, by the service; the labels know nothing of that, so here it is told.
+    labels = {}
+    for line in (tiny_world / "preferences" / "test.jsonl").read_text().splitlines():
+        for index in (0, 1):
+            safe, answer = re.search(rf'"is_response_{index}_safe": (\w+)', line), f'"response_{index}": "(.*?)"'
+            labels[re.search(answer, line)[1]] = safe[1] == "true"  # type: ignore[index]
+    service.score = lambda prompts, responses: [-1.0 if labels[r] else 1.0 for r in responses]
+    scorer = remote(service, tiny_world)
+    specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
+    figures = scorer.calibrate("cost/harm", specs, 64)
+    assert figures["accuracy"] == figures["sign_accuracy"] == 1.0
+    service.score = lambda prompts, responses: [1.0 for _ in responses]
+    probability = experience.scalars(scorer.score(random_sequences(3, seed=1)), "cost/harm")
+    expected = 1 / (1 + np.exp(-(figures["scale"] + figures["bias"])))
+    np.testing.assert_allclose(probability, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_busy_service_is_asked_again(service: Service, tiny_world: Path, status: int) -> None:
+    scorer = remote(service, tiny_world)
+    service.instead = [(status, {}, b"later")] * RETRIES
+    assert scorer.score(random_sequences(3, seed=1)).num_rows == 3
+    assert len(service.requests) == 2 + RETRIES
+    service.instead = [(status, {}, b"later")] * (1 + RETRIES)
+    with pytest.raises(UserError, match=f"{service.url} does not score but answers {status} .*: later"):
+        scorer.score(random_sequences(3, seed=1))
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_what_is_wrong_is_not_asked_again(service: Service, tiny_world: Path, status: int) -> None:
+    service.instead = [(status, {}, b"no")]
+    with pytest.raises(UserError, match=f"answers {status} .*: no; see its log"):
+        remote(service, tiny_world)
+    assert len(service.requests) == 1
+
+
+def test_no_redirect_is_followed(service: Service, tiny_world: Path) -> None:
+    with serving(words) as stranger:
+        service.instead = [(307, {"Location": stranger.url}, b"")]
+        with pytest.raises(UserError, match="answers 307"):
+            remote(service, tiny_world)
+        assert stranger.requests == []
+
+
+def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) -> None:
+    silent = ScoringService(service.url, timeout_s=4.0)  # 0.2 s a try
+    service.silent.set()
+    with pytest.raises(UserError, match=rf"no answer from the scorer at {service.url} .*timed out"):
+        silent.scores(["p"], ["r"])
+    assert len(service.requests) == 1 + RETRIES
+    with serving(words) as gone:
+        url = gone.url
+    with pytest.raises(UserError, match=r"no answer from the scorer at .*refused.*resume=true"):
+        ScoringService(url, 2.0).scores([], [])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"scores": 1}',
+        b'{"scores": [1]}',
+        b'{"scores": [1, "x"]}',
+        b'{"scores": [1, NaN]}',
+        b'{"scores": [1, null]}',
+        b'{"scores": [[1], [2]]}',
+        b'{"scores": [1, 1e999]}',
+        b'{"scores": [1, 1e39]}',
+        b'{"scores": [1, ' + b"9" * 400 + b"]}",
+        b'{"scores": [[1], 2]}',
+        b"\xff\xfe",
+    ],
+)
+def test_an_answer_that_is_none_is_refused_in_one_line(service: Service, tiny_world: Path, answer: bytes) -> None:
+    scorer = remote(service, tiny_world)
+    service.instead = [(200, {}, answer)]
+    with pytest.raises(UserError, match=r'must answer \{"scores": \[...\]\} with 2 finite numbers \(of float32\), not'):
+        scorer.score(random_sequences(2, seed=1))
+
+
+def test_hosts_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ALLOWED_HOSTS, raising=False)
+    with pytest.raises(UserError, match=rf"may not be sent to a\.b, .* export {ALLOWED_HOSTS}=a\.b:80 "):
+        check_allowed("http://a.b/x")
+    monkeypatch.setenv(ALLOWED_HOSTS, "scores.here, A.B:8000")
+    for allowed in ("http://a.b:8000/x", "https://scores.here/", "http://SCORES.here:1234"):
+        check_allowed(allowed)
+    monkeypatch.setenv(ALLOWED_HOSTS, "[::1]:8000,scores.here,a.b:8000,[fd00::1:8000]")
+    check_allowed("http://[::1]:8000/x")
+    for other in (
+        "http://[::1]/",
+        "http://[fd00::1]:8000/",
+        "http://a.b/x",
+        "https://a.b:800",
+        "http://x.scores.here",
+        "http://scores.here.x",
+        "http://here",
+    ):
+        with pytest.raises(UserError, match="may not be sent"):
+            check_allowed(other)
+
+
+def config(tiny_world: Path, stage: str = "safe_ppo", models: dict[str, object] | None = None) -> SafePpoConfig:
+    constraint = {"name": "harm", "model": "http://a.b/harm", "limit": 0.0, "critic": f"{tiny_world}/cost_model"}
+    parts = {"policy": f"{tiny_world}/model", "reward": f"{tiny_world}/reward_model"} | (models or {})
+    return ppo_config(tiny_world, stage, models=parts, constraints=[constraint])
+
+
+def test_critics_start_from_folders(tiny_world: Path) -> None:
+    both = {"reward": "https://a.b/reward", "reward_critic": f"{tiny_world}/reward_model"}
+    assert config(tiny_world, models=both).models.reward == "https://a.b/reward"
+    with pytest.raises(ValueError, match=r"reward is a service, .* give reward_critic a folder"):
+        config(tiny_world, models={"reward": "https://a.b/reward"})
+    changes = config(tiny_world).model_dump()
+    changes["constraints"][0]["critic"] = None
+    with pytest.raises(ValueError, match="constraint harm: no critic can start from a service; give critic a folder"):
+        SafePpoConfig.model_validate(changes)
+    # Plain PPO has no cost critic, and a shared one starts from the reward's.
+    SafePpoConfig.model_validate(changes | {"stage": "ppo"})
+    SafePpoConfig.model_validate(changes | {"models": changes["models"] | {"shared_critic": True}})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "https:///score",
+        "http://a.b?key=secret",
+        "http://user:secret@a.b/",
+        "http://user:secret@:8000/",
+        "http://user:80/secret@a.b/",
+        "http://user:sec/ret@a.b/",
+        "http://a.b/#secret",
+        "http://a.b:99999/",
+        "http://a.b:0/",
+        "http://[::1/",
+        # urllib3 would ask secret.com.
+        "http://secret.com\\[::1]/x",
+        "http://secret.com\\@a.b/x",
+        "http://a.b/x y",
+    ],
+)
+def test_addresses_that_are_none_or_hold_a_secret(tiny_world: Path, url: str) -> None:
+    both: dict[str, object] = {"reward": url, "reward_critic": f"{tiny_world}/reward_model"}
+    with pytest.raises(ValueError, match="a scoring service's address is") as error:
+        config(tiny_world, models=both)
+    assert "sec" not in str(error.value).split("[type=")[0]
