@@ -1,6 +1,6 @@
-"""Every option of every stage: typed, strict, one line of help each.
+"""The options that stages share: typed, strict, one line of help each. What is a stage's own stands in its file.
 
-`config_files` reads them from YAML. Nothing heavy is imported here: the command line reads this module first.
+Nothing heavy is imported here: the command line reads this module first.
 """
 
 from __future__ import annotations
@@ -11,26 +11,13 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from beaver_ray.remote import check_address, is_remote
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
-ROLES = (
-    "rollout",
-    "reward",
-    "cost",
-    "reference",
-    "policy",
-    "reward_critic",
-    "cost_critic",
-    "experience",
-    "trainer",
-)
-
-
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
 DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU
@@ -46,7 +33,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-def _option(text: str, default: Any = ..., **more: Any) -> Any:
+def option(text: str, default: Any = ..., **more: Any) -> Any:
     """A field with its line of help."""
     return Field(description=text, **more) if "default_factory" in more else Field(default, description=text, **more)
 
@@ -54,36 +41,36 @@ def _option(text: str, default: Any = ..., **more: Any) -> Any:
 class OptimizerConfig(_Strict):
     """AdamW and its schedule."""
 
-    learning_rate: float = _option("Peak learning rate.", 1e-5, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = _option("Learning rate after the warm-up.", "cosine")
-    warmup_fraction: float = _option("Share of the steps in which the rate rises from 0.", 0.03, ge=0, le=1)
-    weight_decay: float = _option("Weight decay; biases and norms are exempt.", 0.0, ge=0)
+    learning_rate: float = option("Peak learning rate.", 1e-5, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = option("Learning rate after the warm-up.", "cosine")
+    warmup_fraction: float = option("Share of the steps in which the rate rises from 0.", 0.03, ge=0, le=1)
+    weight_decay: float = option("Weight decay; biases and norms are exempt.", 0.0, ge=0)
 
 
 class EngineConfig(_Strict):
     """How trained models are held and stepped (DeepSpeed)."""
 
-    dtype: Literal["float32", "bfloat16"] = _option("Dtype of the forward and backward pass.", "float32")
-    zero_stage: Literal[0, 1, 2, 3] = _option("DeepSpeed ZeRO stage.", 0)
-    offload: Literal["none", "optimizer", "all"] = _option("What ZeRO keeps in host memory.", "none")
-    micro_batch_tokens: int = _option("Most tokens in one forward and backward of a rank.", 4096, gt=0)
-    gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", False)
+    dtype: Literal["float32", "bfloat16"] = option("Dtype of the forward and backward pass.", "float32")
+    zero_stage: Literal[0, 1, 2, 3] = option("DeepSpeed ZeRO stage.", 0)
+    offload: Literal["none", "optimizer", "all"] = option("What ZeRO keeps in host memory.", "none")
+    micro_batch_tokens: int = option("Most tokens in one forward and backward of a rank.", 4096, gt=0)
+    gradient_checkpointing: bool = option("Recompute activations in the backward pass.", False)
 
 
 class MultiplierConfig(_Strict):
     """How one constraint's Lagrange multiplier moves."""
 
-    rule: Literal["log_sgd", "pid", "projected"] = _option(
+    rule: Literal["log_sgd", "pid", "projected"] = option(
         "log_sgd is the published rule; pid and projected are bounded and do not wind up.", "pid"
     )
-    initial: float = _option("Start value.", 1.0, ge=0)
-    learning_rate: float = _option("Step size of log_sgd and projected.", 0.1, gt=0)
-    max: float | None = _option("Upper bound; null for none (log_sgd only).", 10.0, gt=0)
-    window: int = _option("Episodes whose mean cost is compared with the limit.", 512, gt=0)
-    delay_steps: int = _option("Steps before the first change.", 0, ge=0)
-    kp: float = _option("pid: proportional gain.", 1.0, ge=0)
-    ki: float = _option("pid: integral gain.", 0.1, ge=0)
-    kd: float = _option("pid: derivative gain.", 0.0, ge=0)
+    initial: float = option("Start value.", 1.0, ge=0)
+    learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
+    max: float | None = option("Upper bound; null for none (log_sgd only).", 10.0, gt=0)
+    window: int = option("Episodes whose mean cost is compared with the limit.", 512, gt=0)
+    delay_steps: int = option("Steps before the first change.", 0, ge=0)
+    kp: float = option("pid: proportional gain.", 1.0, ge=0)
+    ki: float = option("pid: integral gain.", 0.1, ge=0)
+    kd: float = option("pid: derivative gain.", 0.0, ge=0)
 
     @model_validator(mode="after")
     def _bounded(self) -> MultiplierConfig:
@@ -99,15 +86,15 @@ class MultiplierConfig(_Strict):
 class ConstraintConfig(_Strict):
     """One bounded cost: its scorer, critic, limit and multiplier."""
 
-    name: str = _option("Name in metrics and columns, for example harm.")
-    model: str = _option("Folder of the cost model (a score above 0 means unsafe), or address of a scoring service.")
-    critic: str | None = _option("Folder that the cost critic starts from; null for the cost model.", None)
-    limit: float | None = _option("Highest mean cost, in units of the cost model's score.", None)
-    violation_rate: float | None = _option(
+    name: str = option("Name in metrics and columns, for example harm.")
+    model: str = option("Folder of the cost model (a score above 0 means unsafe), or address of a scoring service.")
+    critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
+    limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
+    violation_rate: float | None = option(
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
-    calibration: list[str] = _option("Held-out labelled pairs, for violation_rate.", default_factory=list)
-    multiplier: MultiplierConfig = _option(
+    calibration: list[str] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
+    multiplier: MultiplierConfig = option(
         "Multiplier rule; with reward_shaping its initial value stays.", default_factory=MultiplierConfig
     )
 
@@ -134,14 +121,14 @@ class ConstraintConfig(_Strict):
 class PolicyModels(_Strict):
     """The models of a PPO run; costs stand under constraints."""
 
-    policy: str = _option("Folder of the policy to train.")
-    reward: str = _option("Folder of the reward model, or address of a scoring service.")
-    reference: str | None = _option("Folder of the frozen reference; null for the policy's start.", None)
-    reward_critic: str | None = _option("Folder the reward critic starts from; null for the reward model.", None)
-    lora_rank: int = _option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
-    lora_alpha: float = _option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
-    shared_critic: bool = _option("One critic, from reward_critic, with a head for each signal.", False)
-    trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
+    policy: str = option("Folder of the policy to train.")
+    reward: str = option("Folder of the reward model, or address of a scoring service.")
+    reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
+    reward_critic: str | None = option("Folder the reward critic starts from; null for the reward model.", None)
+    lora_rank: int = option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
+    lora_alpha: float = option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
+    shared_critic: bool = option("One critic, from reward_critic, with a head for each signal.", False)
+    trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
 
     @model_validator(mode="after")
     def _critic_starts_from_a_folder(self) -> PolicyModels:
@@ -160,84 +147,76 @@ class PolicyModels(_Strict):
 class PromptData(_Strict):
     """Where prompts and PTX texts come from (NAME[:PROPORTION[:PATH]])."""
 
-    prompts: list[str] = _option("Training prompts.", min_length=1)
-    ptx: list[str] = _option(
+    prompts: list[str] = option("Training prompts.", min_length=1)
+    ptx: list[str] = option(
         "Demonstrations mixed into the policy's loss; see ppo.ptx_coefficient.", default_factory=list
     )
-    template: Literal["auto", "chat", "beaver"] = _option("How a prompt is written for the model.", "auto")
-    max_prompt_tokens: int = _option("Longer prompts are dropped, with a count.", 512, gt=0)
+    template: Literal["auto", "chat", "beaver"] = option("How a prompt is written for the model.", "auto")
+    max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
 
 
 class RolloutConfig(_Strict):
     """Generation."""
 
-    prompts_per_step: int = _option("Prompts in one training step.", 128, gt=0)
-    samples_per_prompt: int = _option("Answers for each prompt.", 1, gt=0)
-    max_new_tokens: int = _option("Longest answer.", 512, gt=0)
-    temperature: float = _option("Sampling temperature.", 1.0, gt=0)
-    max_sequences: int = _option("Sequences in flight in one generator.", 256, gt=0)
-    kv_cache_gib: float = _option("KV cache of a generator on a CPU.", 1.0, gt=0)
-    staleness: int = _option("Versions that generation may run ahead of training; 0 is synchronous.", 0, ge=0)
-    in_flight: Literal["recompute", "keep", "finish"] = _option(
+    prompts_per_step: int = option("Prompts in one training step.", 128, gt=0)
+    samples_per_prompt: int = option("Answers for each prompt.", 1, gt=0)
+    max_new_tokens: int = option("Longest answer.", 512, gt=0)
+    temperature: float = option("Sampling temperature.", 1.0, gt=0)
+    max_sequences: int = option("Sequences in flight in one generator.", 256, gt=0)
+    kv_cache_gib: float = option("KV cache of a generator on a CPU.", 1.0, gt=0)
+    staleness: int = option("Versions that generation may run ahead of training; 0 is synchronous.", 0, ge=0)
+    in_flight: Literal["recompute", "keep", "finish"] = option(
         "Sequences under way when weights arrive: recompute their KV cache, keep it, or finish them first.", "recompute"
     )
-    oversample: float = _option("Answers started for each one trained on; the slowest are aborted.", 1.0, ge=1)
+    oversample: float = option("Answers started for each one trained on; the slowest are aborted.", 1.0, ge=1)
 
 
 class PpoConfig(_Strict):
     """The policy-gradient method."""
 
-    epochs: int = _option("Passes over one step's experience.", 1, gt=0)
-    minibatches: int = _option("Optimizer steps in one pass.", 1, gt=0)
-    gamma: float = _option("Discount.", 1.0, gt=0, le=1)
-    gae_lambda: float = _option("Lambda of generalised advantage estimation.", 0.95, ge=0, le=1)
-    kl_coefficient: float = _option("Weight of the KL to the reference, per token.", 0.02, ge=0)
-    clip_ratio: float = _option("Clipping of the policy ratio.", 0.2, gt=0)
-    clip_value: float | None = _option("Clipping of the value update; null for none.", 5.0, gt=0)
-    clip_score: float | None = _option("Each token's reward and cost, KL included, is clamped to this.", 50.0, gt=0)
-    normalize_advantages: bool = _option("Whiten the combined advantage over the step's tokens.", False)
-    loss_reduction: Literal["sequence", "token"] = _option(
+    epochs: int = option("Passes over one step's experience.", 1, gt=0)
+    minibatches: int = option("Optimizer steps in one pass.", 1, gt=0)
+    gamma: float = option("Discount.", 1.0, gt=0, le=1)
+    gae_lambda: float = option("Lambda of generalised advantage estimation.", 0.95, ge=0, le=1)
+    kl_coefficient: float = option("Weight of the KL to the reference, per token.", 0.02, ge=0)
+    clip_ratio: float = option("Clipping of the policy ratio.", 0.2, gt=0)
+    clip_value: float | None = option("Clipping of the value update; null for none.", 5.0, gt=0)
+    clip_score: float | None = option("Each token's reward and cost, KL included, is clamped to this.", 50.0, gt=0)
+    normalize_advantages: bool = option("Whiten the combined advantage over the step's tokens.", False)
+    loss_reduction: Literal["sequence", "token"] = option(
         "sequence: mean of each answer's mean; token: mean over all tokens.", "sequence"
     )
-    old_logprobs: Literal["trainer", "generator"] = _option(
+    old_logprobs: Literal["trainer", "generator"] = option(
         "Old log-probs: recomputed by the trainer, or the generator's own.", "trainer"
     )
-    importance_cap: float | None = _option(
+    importance_cap: float | None = option(
         "Truncated importance weights trainer/generator, capped here; null: 2 with staleness, else none.", None, gt=0
     )
-    ptx_coefficient: float = _option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
-    truncation_penalty: float = _option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
-    critic_warmup_steps: int = _option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
+    ptx_coefficient: float = option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
+    truncation_penalty: float = option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
+    critic_warmup_steps: int = option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
 
 
 class Placement(_Strict):
     """What one role takes of the cluster."""
 
-    workers: int = _option("Processes (data-parallel ranks, or independent workers).", 1, gt=0, le=10_000)
-    cpus: float = _option("CPUs of each.", 1.0, ge=0, le=10_000)
-    gpus: float = _option("GPUs of each; fractions share a GPU.", 0.0, ge=0, le=10_000)
-    group: str | None = _option("Roles that name the same group share its bundles; null for an own group.", None)
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = _option(
+    workers: int = option("Processes (data-parallel ranks, or independent workers).", 1, gt=0, le=10_000)
+    cpus: float = option("CPUs of each.", 1.0, ge=0, le=10_000)
+    gpus: float = option("GPUs of each; fractions share a GPU.", 0.0, ge=0, le=10_000)
+    group: str | None = option("Roles that name the same group share its bundles; null for an own group.", None)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
         "Ray's placement strategy of the group.", "PACK"
     )
-    labels: dict[str, str] = _option("Ray node labels that its nodes must have.", default_factory=dict)
+    labels: dict[str, str] = option("Ray node labels that its nodes must have.", default_factory=dict)
 
 
 class ClusterConfig(_Strict):
     """Where roles run and how long anything may take."""
 
-    placement: dict[str, Placement] = _option("Role to resources.", default_factory=dict)
-    threads: int = _option("CPU threads of each process.", 1, gt=0, le=10_000)
-    start_timeout: float = _option("Seconds for all roles to start.", 900, gt=0, le=1e7)
-    step_timeout: float = _option("Seconds for any one answer of a role.", 1800, gt=0, le=1e7)
-
-    @field_validator("placement")
-    @classmethod
-    def _known_roles(cls, placement: dict[str, Placement]) -> dict[str, Placement]:
-        for role in placement:
-            if role not in ROLES:
-                raise ValueError(f"unknown role {role!r}{near(role, ROLES)}")
-        return placement
+    placement: dict[str, Placement] = option("Role to resources.", default_factory=dict)
+    threads: int = option("CPU threads of each process.", 1, gt=0, le=10_000)
+    start_timeout: float = option("Seconds for all roles to start.", 900, gt=0, le=1e7)
+    step_timeout: float = option("Seconds for any one answer of a role.", 1800, gt=0, le=1e7)
 
     def of(self, role: str) -> Placement:
         """The role's placement, default where the configuration is silent."""
@@ -247,35 +226,37 @@ class ClusterConfig(_Strict):
 class EvaluationConfig(_Strict):
     """Held-out prompts, and the truth where it is known."""
 
-    prompts: list[str] = _option("Held-out prompts (NAME[:PROPORTION[:PATH]]).", default_factory=list)
-    world: str | None = _option("world.json of a small world: evaluate by its true reward and cost.", None)
-    every: int = _option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
+    prompts: list[str] = option("Held-out prompts (NAME[:PROPORTION[:PATH]]).", default_factory=list)
+    world: str | None = option("world.json of a small world: evaluate by its true reward and cost.", None)
+    every: int = option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
 
 
 class GuardConfig(_Strict):
     """Divergence: what is not finite or cannot be right, KL or a cost above its limit, a fallen reward."""
 
-    action: Literal["warn", "stop"] = _option(
+    action: Literal["warn", "stop"] = option(
         "warn: say it and go on (at most 3 steps where numbers are not finite); stop: end the run with a checkpoint.",
         "warn",
     )
-    kl: float | None = _option("Highest mean KL of an answer to the reference; null for none.", None, gt=0)
+    kl: float | None = option("Highest mean KL of an answer to the reference; null for none.", None, gt=0)
 
 
 class RunConfig(_Strict):
     """What every stage has."""
 
-    workspace: str = _option("Folder of runs; strings may refer to it as ${workspace}.", "runs")
-    name: str = _option("The run's folder is workspace/name.", min_length=1)
-    seed: int = _option("Seeds everything.", 42, ge=0, lt=2**32)
-    debug: bool = _option("One process, no Ray, HF generation: breakpoint() works, runs repeat bit for bit.", False)
-    tracker: Literal["none", "wandb", "tensorboard"] = _option(
+    stage: str = option("What to do.")
+    workspace: str = option("Folder of runs; strings may refer to it as ${workspace}.", "runs")
+    name: str = option("The run's folder is workspace/name.", min_length=1)
+    seed: int = option("Seeds everything.", 42, ge=0, lt=2**32)
+    debug: bool = option("One process, no Ray, HF generation: breakpoint() works, runs repeat bit for bit.", False)
+    tracker: Literal["none", "wandb", "tensorboard"] = option(
         "Besides metrics.jsonl; wandb is offline unless WANDB_MODE says else.", "none"
     )
-    cluster: ClusterConfig = _option("Roles on Ray.", default_factory=ClusterConfig)
-    save_every: int = _option("Write a checkpoint every so many steps; 0 for none.", 100, ge=0)
-    keep_checkpoints: int = _option("The newest so many stay.", 3, gt=0)
-    resume: bool = _option("Go on from the run's newest checkpoint, where there is one.", False)
+    cluster: ClusterConfig = option("Roles on Ray.", default_factory=ClusterConfig)
+    engine: EngineConfig = option("Engine of all models but the generators'.", default_factory=EngineConfig)
+    save_every: int = option("Write a checkpoint every so many steps; 0 for none.", 100, ge=0)
+    keep_checkpoints: int = option("The newest so many stay.", 3, gt=0)
+    resume: bool = option("Go on from the run's newest checkpoint, where there is one.", False)
 
     @property
     def folder(self) -> Path:
@@ -283,43 +264,49 @@ class RunConfig(_Strict):
         return Path(self.workspace) / self.name
 
 
-class SupervisedConfig(RunConfig):
-    """SFT, and training of a reward model, a cost model, or both on one trunk (score_model)."""
+class TrainerConfig(RunConfig):
+    """What stages share that train one model on a data set."""
 
-    stage: Literal["sft", "reward_model", "cost_model", "score_model"] = _option("What to train.")
-    model: str = _option("Folder of the model to start from.")
-    train: list[str] = _option("Training data (NAME[:PROPORTION[:PATH]]).", min_length=1)
-    eval: list[str] = _option("Held-out data; empty for a split of the training data.", default_factory=list)
-    eval_fraction: float = _option("Share held out of the training data where eval is empty.", 0.05, gt=0, lt=1)
-    epochs: float = _option("Passes over the data; fractions allowed.", 2, gt=0, le=1e6)
-    batch_size: int = _option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)
-    max_tokens: int = _option("Longer examples are dropped, with a count.", 512, gt=0)
-    template: Literal["auto", "chat", "beaver"] = _option("How a prompt is written for the model.", "auto")
-    loss: Literal["sequence", "token"] = _option("Rewards: compare end scores, or every token's.", "sequence")
-    regularization: float = _option("Weight of the mean squared score.", 0.001, ge=0)
-    dropout: bool = _option("Train with the dropout of the model's configuration; PPO always does without.", True)
-    trust_remote_code: bool = _option("Run Python code that a model folder brings along.", False)
-    optimizer: OptimizerConfig = _option("Optimizer.", default_factory=OptimizerConfig)
-    engine: EngineConfig = _option("Training engine.", default_factory=EngineConfig)
+    model: str = option("Folder of the model to start from.")
+    train: list[str] = option("Training data (NAME[:PROPORTION[:PATH]]).", min_length=1)
+    eval: list[str] = option("Held-out data; empty for a split of the training data.", default_factory=list)
+    eval_fraction: float = option("Share held out of the training data where eval is empty.", 0.05, gt=0, lt=1)
+    epochs: float = option("Passes over the data; fractions allowed.", 2, gt=0, le=1e6)
+    batch_size: int = option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)
+    max_tokens: int = option("Longer examples are dropped, with a count.", 512, gt=0)
+    template: Literal["auto", "chat", "beaver"] = option("How a prompt is written for the model.", "auto")
+    dropout: bool = option("Train with the dropout of the model's configuration; PPO always does without.", True)
+    trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
+    optimizer: OptimizerConfig = option("Optimizer.", default_factory=OptimizerConfig)
+
+
+class SupervisedConfig(TrainerConfig):
+    """What sft, reward_model, cost_model and score_model share."""
+
+    loss: Literal["sequence", "token"] = option("Rewards: compare end scores, or every token's.", "sequence")
+    regularization: float = option("Weight of the mean squared score.", 0.001, ge=0)
 
 
 class SafePpoConfig(RunConfig):
-    """PPO, PPO with fixed cost weights, and PPO under constraints."""
+    """What ppo, reward_shaping and safe_ppo share."""
 
-    stage: Literal["ppo", "reward_shaping", "safe_ppo"] = _option("Which method.")
-    steps: int | None = _option("Training steps; or give epochs.", None, gt=0)
-    epochs: float | None = _option("Passes over the prompts; or give steps.", None, gt=0, le=1e6)
-    models: PolicyModels = _option("Models.")
-    constraints: list[ConstraintConfig] = _option("Named costs; plain ppo measures them only.", default_factory=list)
-    data: PromptData = _option("Data.")
-    rollout: RolloutConfig = _option("Generation.", default_factory=RolloutConfig)
-    ppo: PpoConfig = _option("The method.", default_factory=PpoConfig)
-    policy: OptimizerConfig = _option("The policy's optimizer.", default_factory=OptimizerConfig)
-    critic: OptimizerConfig = _option("The critics' optimizers.", default_factory=OptimizerConfig)
-    engine: EngineConfig = _option("Training engine of the policy and the critics.", default_factory=EngineConfig)
-    evaluation: EvaluationConfig = _option("Evaluation.", default_factory=EvaluationConfig)
-    guard: GuardConfig = _option("What counts as divergence.", default_factory=GuardConfig)
-    trajectory_every: int = _option(
+    needs_constraints: ClassVar[bool] = True
+    """Whether there is nothing to do without a constraint."""
+    has_cost_critics: ClassVar[bool] = True
+    """Whether each constraint has a critic of its own, or a head of the shared one."""
+
+    steps: int | None = option("Training steps; or give epochs.", None, gt=0)
+    epochs: float | None = option("Passes over the prompts; or give steps.", None, gt=0, le=1e6)
+    models: PolicyModels = option("Models.")
+    constraints: list[ConstraintConfig] = option("Named costs; plain ppo measures them only.", default_factory=list)
+    data: PromptData = option("Data.")
+    rollout: RolloutConfig = option("Generation.", default_factory=RolloutConfig)
+    ppo: PpoConfig = option("The method.", default_factory=PpoConfig)
+    policy: OptimizerConfig = option("The policy's optimizer.", default_factory=OptimizerConfig)
+    critic: OptimizerConfig = option("The critics' optimizers.", default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = option("Evaluation.", default_factory=EvaluationConfig)
+    guard: GuardConfig = option("What counts as divergence.", default_factory=GuardConfig)
+    trajectory_every: int = option(
         "Write a step's experience to trajectories/ every so many steps; 0 for never.", 10, ge=0
     )
 
@@ -370,7 +357,7 @@ class SafePpoConfig(RunConfig):
         names = [c.name for c in self.constraints]
         if len(set(names)) < len(names):
             raise ValueError(f"constraints must have different names, not {names}")
-        if self.stage != "ppo" and not names:
+        if self.needs_constraints and not names:
             raise ValueError(f"stage {self.stage} needs at least one entry under constraints (or use stage: ppo)")
         if (self.ppo.ptx_coefficient > 0) != bool(self.data.ptx):
             raise ValueError("data.ptx and ppo.ptx_coefficient go together: set both or neither")
@@ -380,7 +367,7 @@ class SafePpoConfig(RunConfig):
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
-        for c in self.constraints if self.stage == "safe_ppo" and not self.models.shared_critic else []:
+        for c in self.constraints if self.has_cost_critics and not self.models.shared_critic else []:
             if is_remote(c.model) and c.critic is None:
                 raise ValueError(f"constraint {c.name}: no critic can start from a service; give critic a folder")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -392,17 +379,14 @@ class SafePpoConfig(RunConfig):
 class PipelineStage(_Strict):
     """One stage of a pipeline."""
 
-    config: str = _option("Configuration file, relative to the pipeline's.")
-    set: dict[str, Any] = _option("Dotted overrides for this stage.", default_factory=dict)
+    config: str = option("Configuration file, relative to the pipeline's.")
+    set: dict[str, Any] = option("Dotted overrides for this stage.", default_factory=dict)
 
 
 class PipelineConfig(_Strict):
     """Stages in order, each feeding the next."""
 
-    workspace: str = _option("Folder that all stages write to; they refer to it as ${workspace}.")
-    resume: bool = _option("Go on with a stage that was broken off.", False)
-    world: dict[str, Any] | None = _option("Build a small world in workspace/world first, with these options.", None)
-    stages: list[PipelineStage] = _option("Stages in order.", min_length=1)
-
-
-StageConfig = SupervisedConfig | SafePpoConfig
+    workspace: str = option("Folder that all stages write to; they refer to it as ${workspace}.")
+    resume: bool = option("Go on with a stage that was broken off.", False)
+    world: dict[str, Any] | None = option("Build a small world in workspace/world first, with these options.", None)
+    stages: list[PipelineStage] = option("Stages in order.", min_length=1)

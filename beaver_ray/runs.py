@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from beaver_ray.checkpoints import Checkpoint, Checkpoints
 from beaver_ray.config import RunConfig
-from beaver_ray.config_files import other_settings, save_config
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.yaml_files import other_settings, save_config
 
 SECONDS_BETWEEN_LINES = 10.0
 LARGEST_FIGURE = 1e300

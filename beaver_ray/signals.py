@@ -15,12 +15,6 @@ from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_config
 
-HEADS_OF_STAGE: dict[str, tuple[str, ...]] = {
-    "sft": (),
-    "reward_model": ("reward",),
-    "cost_model": ("cost",),
-    "score_model": ("reward", "cost"),
-}
 _OTHER = "start from another model, or from a language model for fresh heads"
 
 
@@ -113,7 +107,7 @@ def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
 def critics(config: SafePpoConfig) -> list[CriticPlan]:
     """The critics of a run: one for each signal, or one for all of them."""
     models = config.models
-    constraints = config.constraints if config.stage == "safe_ppo" else []
+    constraints = config.constraints if config.has_cost_critics else []
     reward_critic = models.reward_critic or models.reward
     if models.shared_critic:
         signals = ("reward", *(c.name for c in constraints))

@@ -20,10 +20,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import load_config
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
+from launch.config_files import load_run
 
 BLUE, RED, GREEN, GREY = "#1f5fa8", "#b8432f", "#3c7d4f", "#666666"
 
@@ -41,8 +41,8 @@ def main() -> None:
 def draw(run: Path, target: Path) -> None:
     """Write the picture; raises UserError where the folder is not that of a PPO run with a constraint."""
     rows = read_metrics(run)
-    config = load_config(run / "config.yaml")
-    if not isinstance(config, SafePpoConfig) or not config.constraints or not rows:
+    config = load_run(run)
+    if not isinstance(config, PolicyStage) or not config.constraints or not rows:
         raise UserError(f"{run} is not a run with a constraint: give the folder of a safe_ppo run that has steps")
     constraint = config.constraints[0]
     name = constraint.name

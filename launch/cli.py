@@ -11,9 +11,10 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from beaver_ray.config import PipelineConfig, SafePpoConfig, SupervisedConfig
-from beaver_ray.config_files import load_config
+from actors.stages import stages
+from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from launch.config_files import load_config, load_run
 
 app = typer.Typer(
     name="beaver-ray",
@@ -28,22 +29,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes by dotted names: rollout.temperature=0.7"),
 ]
-STAGES: dict[str, type[BaseModel]] = {
-    **dict.fromkeys(("sft", "reward_model", "cost_model", "score_model"), SupervisedConfig),
-    **dict.fromkeys(("ppo", "reward_shaping", "safe_ppo"), SafePpoConfig),
-    "pipeline": PipelineConfig,
-}
+CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig}
 
 
-@app.command()
+@app.command(help=f"Run one stage: {', '.join(stages())}.")
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train one stage: sft, reward_model, cost_model, score_model, ppo, reward_shaping or safe_ppo."""
+    """Run one stage, with its report."""
     loaded = load_config(config, overrides)
-    from launch.pipeline import headlines, run_stage
+    from launch.pipeline import run_stage
 
     run_stage(loaded)
     print(f"report: {loaded.folder / 'report.html'}")
-    for line in headlines([loaded]):
+    for line in loaded.headlines():
         print(line)
 
 
@@ -67,17 +64,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a policy on the held-out prompts of a PPO stage's configuration."""
-    loaded = load_config(config, overrides)
-    if not isinstance(loaded, SafePpoConfig):
-        raise UserError(f"{config}: only PPO stages can be evaluated, not {loaded.stage}")
-    if not loaded.evaluation.prompts:
-        raise UserError(f"{config}: evaluation.prompts is empty; name held-out prompts there")
-    chosen = Path(policy) if policy is not None else loaded.folder / "final" / "policy"
-    if not (chosen / "config.json").is_file():
-        raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
-    from actors.driver.evaluate import evaluate as run
-
-    print(f"evaluation: {run(loaded, policy)}")
+    print(f"evaluation: {load_config(config, overrides).evaluate(policy)}")
 
 
 @app.command()
@@ -85,9 +72,9 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of a run.")],
 ) -> None:
     """Write report.html: one file that opens offline."""
-    from beaver_ray.report import write_report
+    from beaver_ray.report.page import write_report
 
-    print(f"report: {write_report(run_folder)}")
+    print(f"report: {write_report(load_run(run_folder), run_folder)}")
 
 
 @app.command()
@@ -104,14 +91,11 @@ def plan(config: Config, overrides: Overrides = None) -> None:
         console = Console(width=160)
     console.print(made.table())
     made.check()
-    from beaver_ray.fit import check_fit
+    from beaver_ray.fit import check_fit, check_tokenizers
 
     for line in check_fit(loaded):
         print(line)
-    if isinstance(loaded, SafePpoConfig):
-        from beaver_ray.data.readers import check_readers
-
-        check_readers(loaded)
+    check_tokenizers(loaded)
 
 
 @app.command()
@@ -192,11 +176,11 @@ def doctor(
 
 
 @app.command()
-def options(stage: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
+def options(stage: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(CONFIGURATIONS))]) -> None:
     """List every option of a stage with its default and its line of help."""
-    if stage not in STAGES:
-        raise UserError(f"no stage is called {stage!r}; known: {', '.join(STAGES)}")
-    rows = leaves(STAGES[stage])
+    if stage not in CONFIGURATIONS:
+        raise UserError(f"no stage is called {stage!r}; known: {', '.join(CONFIGURATIONS)}")
+    rows = leaves(CONFIGURATIONS[stage])
     width = max(len(path) for path, _ in rows)
     for path, field in rows:
         print(f"{path:<{width}}  {field.description} [{type_name(field.annotation)}{_default(field)}]")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.config import SafePpoConfig, StageConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import find_model, read_config
+from beaver_ray.stage import Stage
 
 TRIED = frozenset(
     "gemma2 gemma3_text gpt2 gpt_neox llama mistral mixtral olmo2 opt phi3 qwen2 qwen2_moe qwen3 qwen3_moe".split()  # noqa: SIM905
@@ -21,21 +21,21 @@ TRANSPOSED = "gpt2"
 HEADLESS = "gemma2"
 
 
-def architecture_problem(config: StageConfig) -> str | None:
-    """What stands against training the policy (or an SFT model) of this architecture; None where nothing is known."""
-    if isinstance(config, SafePpoConfig):
-        model, trust, lora = config.models.policy, config.models.trust_remote_code, config.models.lora_rank > 0
-    elif config.stage == "sft":
-        model, trust, lora = config.model, config.trust_remote_code, False
-    else:
+def architecture_problem(stage: Stage) -> str | None:
+    """What stands against training a language model of this architecture; None where nothing is known."""
+    specs = stage.roles()
+    trained = next((s for s in specs if s.training is not None and s.logits), None)
+    if trained is None or trained.training is None:
         return None
+    model, lora = trained.models[0].folder, trained.training.lora_rank > 0
+    in_vllm = any(spec.kv_cache_gib is not None for spec in specs)
     folder = find_model(model)
     kind = read_config(folder).get("model_type") if folder else None
     if folder is None or kind is None:
         return None
     if lora and kind == TRANSPOSED:
-        return f"{model}: no LoRA for a model of type {kind}; set models.lora_rank to 0"
-    if kind == HEADLESS and isinstance(config, SafePpoConfig) and not config.debug and _has_head(folder):
+        return f"{model}: no LoRA for a model of type {kind}; set its lora_rank to 0"
+    if kind == HEADLESS and in_vllm and _has_head(folder):
         return (
             f"{model} holds lm_head.weight, a second copy of its embeddings with which vLLM refuses a model of type "
             f"{kind}; save it anew with save_pretrained"
@@ -43,7 +43,7 @@ def architecture_problem(config: StageConfig) -> str | None:
     if kind in TRIED:
         return None
     try:
-        return _problem_of(str(folder), trust, in_vllm=isinstance(config, SafePpoConfig) and not config.debug)
+        return _problem_of(str(folder), stage.trusts_code, in_vllm)
     except UserError as error:
         return str(error)
 

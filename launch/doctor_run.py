@@ -9,21 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.config import ClusterConfig, SafePpoConfig, StageConfig
-from beaver_ray.config_files import load_config, load_pipeline, read_yaml
+from beaver_ray.config import ClusterConfig
 from beaver_ray.errors import UserError
-from beaver_ray.fit import check_weights, parts_of, token_notes
+from beaver_ray.fit import check_weights, models_of, token_notes
 from beaver_ray.models.folders import weight_files
-from beaver_ray.remote import check_allowed, is_remote
-from beaver_ray.signals import critics
+from beaver_ray.remote import check_allowed
+from beaver_ray.stage import Stage
+from beaver_ray.yaml_files import read_yaml
+from launch.config_files import load_config, load_pipeline
 from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
-from launch.planning import DTYPE_BYTES, Resources, cluster_resources, plan, read_model, this_machine
+from launch.planning import Resources, cluster_resources, plan, this_machine
 
 NETWORK_S, CONNECT_S, SERVICE_S = 45.0, 5.0, 30.0
 SHOWN = 4
 
 
-def read_stages(config: Path, overrides: Sequence[str]) -> tuple[list[StageConfig], list[Path]]:
+def read_stages(config: Path, overrides: Sequence[str]) -> tuple[list[Stage], list[Path]]:
     """(CONFIG's stage, or the stages of the pipeline that it is; folders that the pipeline makes before them).
 
     Raises UserError for what is wrong in them.
@@ -59,7 +60,7 @@ def joined(address: str | None) -> Iterator[tuple[Resources, list[Check]]]:
 # A run
 
 
-def stage_checks(stages: Sequence[StageConfig], before: Sequence[Path], resources: Resources) -> list[Check]:
+def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Resources) -> list[Check]:
     """What these stages need, in their order: what an earlier one writes is there for the next.
 
     before: folders that are made before the first.
@@ -68,19 +69,24 @@ def stage_checks(stages: Sequence[StageConfig], before: Sequence[Path], resource
     made = list(before)
     for stage in stages:
         checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
-        missing = [model for model in models_of(stage).values() if not _is_there(model)]
+        missing = [model for model in _folders(stage) if not _is_there(model)]
         if not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
-        if not missing and isinstance(stage, SafePpoConfig) and not stage.debug:
+        if not missing and not stage.debug and stage.store_bytes():
             checks.append((f"{stage.name}: object store", partial(object_store, stage, *_largest_store(resources))))
         # The plan knows no sizes of models that are yet to be loaded from the hub, but the GPUs that they get.
         if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
-        if isinstance(stage, SafePpoConfig):
-            remote = {part: model for part, model in score_models_of(stage).items() if is_remote(model)}
-            checks += [(f"{stage.name}: {part}", partial(scoring_service, url)) for part, url in remote.items()]
+        for role in stage.roles():
+            if role.service is not None:
+                checks.append((f"{stage.name}: {role.name}", partial(scoring_service, role.service)))
         made.append(stage.folder)
     return checks
+
+
+def _folders(stage: Stage) -> dict[str, str]:
+    """Every model of the stage, by folder or hub name, and the first part that it is for."""
+    return {use.folder: use.part for use in reversed(models_of(stage))}
 
 
 def scoring_service(url: str) -> Finding:
@@ -92,30 +98,14 @@ def scoring_service(url: str) -> Finding:
     return Finding("pass", f"{url} answers")
 
 
-def models_of(config: StageConfig) -> dict[str, str]:
-    """Part of the stage to the model folder, or hub name, that it starts from."""
-    if not isinstance(config, SafePpoConfig):
-        return {"model": config.model}
-    models = config.models
-    parts = {"policy": models.policy, "reference": models.reference or models.policy}
-    parts |= {part: model for part, model in score_models_of(config).items() if not is_remote(model)}
-    return parts | {critic.name: critic.model for critic in critics(config)}
-
-
-def score_models_of(config: SafePpoConfig) -> dict[str, str]:
-    """Signal of the run to the folder, hub name or service that scores it."""
-    return {"reward": config.models.reward} | {f"cost-{c.name}": c.model for c in config.constraints}
-
-
-def models(config: StageConfig, made: Sequence[Path]) -> Finding:
+def models(stage: Stage, made: Sequence[Path]) -> Finding:
     """Every model is there, whole and the one that its part needs; those in folders of ``made`` may be yet to come."""
     from safetensors import SafetensorError, safe_open
 
     from beaver_ray.models.loading import check_model_folder
 
     later, unloaded = [], []
-    parts = models_of(config)
-    wanted = {model: next(p for p, m in parts.items() if m == model) for model in parts.values()}
+    wanted = _folders(stage)
     for model, part in wanted.items():
         folder = Path(model)
         if not folder.exists() and _is_inside(model, made):
@@ -134,9 +124,9 @@ def models(config: StageConfig, made: Sequence[Path]) -> Finding:
                     pass
             except SafetensorError as error:
                 return Finding("fail", f"{part}: {file} is not whole ({error})", "copy or save it again")
-    for needed in parts_of(config):
-        if Path(needed.model).exists():
-            check_weights(config, needed)
+    for use in models_of(stage):
+        if Path(use.folder).exists():
+            check_weights(stage, use)
     if unloaded:
         line, load = f"{', '.join(unloaded)} must come from the hub", f"hf download {unloaded[0]}"
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
@@ -146,54 +136,39 @@ def models(config: StageConfig, made: Sequence[Path]) -> Finding:
     return Finding("pass", count + (f"; yet to come from an earlier stage: {', '.join(later)}" if later else ""))
 
 
-def tokenizers(config: StageConfig) -> Finding:
+def tokenizers(stage: Stage) -> Finding:
     """Every tokenizer loads; the reference's and the critics' are the policy's, as they read its tokens."""
     from beaver_ray.data.tokenized import same_tokenizer
     from beaver_ray.models.loading import load_tokenizer
 
-    trust = config.models.trust_remote_code if isinstance(config, SafePpoConfig) else config.trust_remote_code
-    parts = models_of(config)
-    loaded = {model: load_tokenizer(model, trust) for model in dict.fromkeys(parts.values())}
-    notes = token_notes(config, [part for part in parts_of(config) if part.model in loaded])
-    if not isinstance(config, SafePpoConfig):
-        return Finding("pass", f"{len(loaded[config.model].get_vocab())} tokens")
-    policy = loaded[config.models.policy]
-    others = [part for part, model in parts.items() if not same_tokenizer(loaded[model], policy)]
-    reading = [part for part in others if part.startswith(("critic", "reference"))]
-    if reading:
-        line = f"not the policy's: {', '.join(f'{part} ({parts[part]})' for part in reading)}"
+    uses = models_of(stage)
+    loaded = {model: load_tokenizer(model, stage.trusts_code) for model in dict.fromkeys(use.folder for use in uses)}
+    notes = token_notes(stage, uses)
+    first = loaded[uses[0].folder]
+    different = {use.part: use for use in uses if not same_tokenizer(loaded[use.folder], first)}
+    if reading := [use for use in different.values() if use.tokens_of is not None]:
+        line = f"not the policy's: {', '.join(f'{use.part} ({use.folder})' for use in reading)}"
         return Finding("fail", line, "start these from models that have the policy's tokenizer")
-    remark = f"; {', '.join(others)} read the answers' text with their own" if others else ""
+    remark = f"; {', '.join(different)} read the answers' text with their own" if different else ""
     if notes:
         return Finding("warn", "; ".join(notes), "read it as it was trained: data.template, and the tokenizer's files")
-    return Finding("pass", f"{len(policy.get_vocab())} tokens{remark}")
+    return Finding("pass", f"{len(first.get_vocab())} tokens{remark}")
 
 
-def room(config: StageConfig, resources: Resources) -> Finding:
+def room(stage: Stage, resources: Resources) -> Finding:
     """The plan against what there is."""
-    made = plan(config, resources)
+    made = plan(stage, resources)
     if made.problems:
         return Finding("fail", made.problems[0], "beaver-ray plan shows every role")
     gpus = f", {made.gpus:g} GPUs" if made.gpus else ""
     return Finding("pass", f"{made.cpus:g} CPUs{gpus}, {made.host_gib:.1f} GiB of memory on {resources.name}")
 
 
-def step_gib(config: SafePpoConfig) -> float:
-    """What one step has in the object store: experience, as parts and joined, and the versions of the weights."""
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    signals = 1 + (len(config.constraints) if config.stage == "safe_ppo" else 0)
-    columns = 5 + 3 * signals  # tokens, versions and three log-probs; values, advantages and returns
-    tokens = config.data.max_prompt_tokens + columns * config.rollout.max_new_tokens
-    facts = read_model(config.models.policy)
-    numbers = config.models.lora_rank * (facts.linear or 0) if config.models.lora_rank else facts.parameters or 0
-    weights = numbers * DTYPE_BYTES[config.engine.dtype] * (config.rollout.staleness + 2)
-    return (2 * 4 * samples * tokens + weights) / GIB
-
-
-def object_store(config: SafePpoConfig, largest_gib: float, where: str) -> Finding:
+def object_store(stage: Stage, largest_gib: float, where: str) -> Finding:
     """The object store of the largest node, where the policy may publish, against a step."""
-    line = f"a step needs about {step_gib(config):.2f} GiB, {where} has {largest_gib:.1f}"
-    if step_gib(config) <= largest_gib:
+    needed = stage.store_bytes() / GIB
+    line = f"a step needs about {needed:.2f} GiB, {where} has {largest_gib:.1f}"
+    if needed <= largest_gib:
         return Finding("pass", line)
     mend = "ray start --object-store-memory=BYTES, and more /dev/shm"
     return Finding("warn", f"{line}; Ray would use its disk", mend)

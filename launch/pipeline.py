@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from beaver_ray.config import SafePpoConfig, StageConfig
-from beaver_ray.config_files import load_config, load_pipeline
 from beaver_ray.errors import UserError
-from beaver_ray.runs import has_started, is_finished, read_evaluation, read_metrics
+from beaver_ray.runs import has_started, is_finished
+from beaver_ray.stage import Stage
+from launch.config_files import load_pipeline, load_run
 
 
 def run_pipeline(path: Path, overrides: list[str]) -> Path:
@@ -37,17 +37,17 @@ def run_pipeline(path: Path, overrides: list[str]) -> Path:
         run_stage(stage, done)
     report = stages[-1].folder / "report.html"
     print(f"report: {report}")
-    for line in headlines(stages):
+    for line in next(filter(None, (stage.headlines() for stage in reversed(stages))), []):
         print(line)
     return report
 
 
-def run_stage(config: StageConfig, complete: bool = False) -> None:
+def run_stage(config: Stage, complete: bool = False) -> None:
     """Train one stage after checking that it fits, and write its report.
 
     Of a complete stage only a missing report is made up for.
     """
-    from beaver_ray.report import write_report
+    from beaver_ray.report.page import write_report
 
     if not complete:
         from actors.driver.train import train
@@ -56,7 +56,7 @@ def run_stage(config: StageConfig, complete: bool = False) -> None:
         plan(config).check()
         train(config)
     if not complete or not (config.folder / "report.html").is_file():
-        write_report(config.folder)
+        write_report(config, config.folder)
 
 
 def build_world(folder: Path, options: dict[str, Any]) -> None:
@@ -97,36 +97,7 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
     record.write_text(text, encoding="utf-8")
 
 
-def headlines(stages: list[StageConfig]) -> list[str]:
-    """How good, how safe and how fast the last PPO stage is, one line each."""
-    ppo = [stage for stage in stages if isinstance(stage, SafePpoConfig)]
-    if not ppo:
-        return []
-    config, lines = ppo[-1], []
-    evaluation = read_evaluation(config.folder)
-    if "share_of_optimum" in evaluation:
-        lines.append(f"reward as a share of the constrained optimum: {_figure(evaluation['share_of_optimum'], '.1%')}")
-    elif "reward" in evaluation:
-        lines.append(f"held-out reward: {_figure(evaluation['reward'], '.4g')}")
-    for constraint in config.constraints:
-        rate = evaluation.get(f"violation_rate/{constraint.name}")
-        if rate is not None:
-            target = rate.get("target", constraint.violation_rate)
-            against = "no target" if target is None else f"target {target:.1%}"
-            lines.append(f"violation rate of {constraint.name}: {_figure(rate, '.1%')}, {against}")
-    rows = read_metrics(config.folder)
-    speeds = [row["throughput/samples_per_second"] for row in rows if row.get("throughput/samples_per_second")]
-    if speeds:
-        lines.append(f"samples per second: {sorted(speeds)[len(speeds) // 2]:.3g}")
-    return lines
-
-
-def _figure(figure: dict[str, Any], form: str) -> str:
-    interval = "" if figure["low"] is None else f", 95 % interval {figure['low']:{form}} to {figure['high']:{form}}"
-    return f"{figure['mean']:{form}} (n = {figure['n']}{interval})"
-
-
-def _is_complete(config: StageConfig) -> bool:
+def _is_complete(config: Stage) -> bool:
     """Whether the stage has run to its end as configured now; UserError where its folder is in the way."""
     folder = config.folder
     if not has_started(folder):
@@ -137,12 +108,12 @@ def _is_complete(config: StageConfig) -> bool:
             return False
         raise UserError(f"{folder} holds a run that was broken off: go on with resume=true, or {advice}")
     asked = config.model_copy(update={"resume": False})
-    if not (folder / "config.yaml").is_file() or load_config(folder / "config.yaml") != asked:
+    if not (folder / "config.yaml").is_file() or load_run(folder) != asked:
         raise UserError(f"{folder} holds a finished run of another configuration: {advice}")
     return True
 
 
-def _check_order(stages: list[StageConfig], complete: list[bool]) -> None:
+def _check_order(stages: list[Stage], complete: list[bool]) -> None:
     folders = [stage.folder for stage in stages]
     for number, stage in enumerate(stages):
         if stage.folder in folders[:number]:

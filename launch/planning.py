@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +26,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from beaver_ray.config import GPU_SHARE, EngineConfig, SafePpoConfig, StageConfig
+from beaver_ray.config import GPU_SHARE, EngineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.fit import length_problems
 from beaver_ray.gpus import on_this_machine, visible_gpus
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, read_model
-from beaver_ray.remote import is_remote
-from beaver_ray.signals import critics, scorers
+from beaver_ray.stage import RoleSpec, Stage
 from launch.compatibility import architecture_problem
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS_PER_LAYER = 17
 LOGIT_COPIES = 3  # where all are made at once: logits, their log-softmax and its gradient, in float32
-TRAINED = ("policy", "reward_critic", "cost_critic", "trainer")
 
 
 @dataclass(frozen=True)
@@ -161,88 +160,78 @@ class Plan:
         return table
 
 
-def plan(config: StageConfig, resources: Resources | None = None) -> Plan:
+def plan(stage: Stage, resources: Resources | None = None) -> Plan:
     """What the run takes; ``check`` of the result refuses what cannot fit.
 
     resources: what to compare with; None looks at this machine, or at the Ray cluster that the
     configuration joins. Raises UserError where a model's folder is missing.
     """
     if resources is None:
-        config, resources = on_this_machine(config), find_resources(config)
-    models = {model: read_model(model) for _, _, model in _roles(config) if model is not None}
-    roles = [_role_plan(config, role, name, model, models, resources) for role, name, model in _roles(config)]
+        stage, resources = on_this_machine(stage), find_resources(stage)
+    specs = stage.roles()
+    models = {use.folder: read_model(use.folder) for spec in specs for use in spec.models}
+    roles = [_role_plan(stage, spec, models, resources, number == 0) for number, spec in enumerate(specs)]
     made = Plan(roles, resources)
-    problems = [*length_problems(config, models), *_rank_problems(config, roles), *_room_problems(made)]
-    if impossible := architecture_problem(config):
+    problems = [*length_problems(stage, models), *_rank_problems(stage, specs), *_room_problems(made)]
+    if impossible := architecture_problem(stage):
         problems.insert(0, impossible)
     return Plan(roles, resources, problems)
 
 
-def _roles(config: StageConfig) -> list[tuple[str, str, str | None]]:
-    """(role, name in the plan, model folder or None for a role without a model) of every part of the stage."""
-    if not isinstance(config, SafePpoConfig):
-        return [("trainer", "trainer", config.model)]
-    models = config.models
-    return [
-        ("rollout", "rollout", models.policy),
-        *((scorer.kind, scorer.name, None if is_remote(scorer.model) else scorer.model) for scorer in scorers(config)),
-        *([] if models.adapter_off_is_reference else [("reference", "reference", models.reference or models.policy)]),
-        ("policy", "policy", models.policy),
-        *((critic.kind, critic.name, critic.model) for critic in critics(config)),
-        ("experience", "experience", None),
-    ]
-
-
 def _role_plan(
-    config: StageConfig,
-    role: str,
-    name: str,
-    model: str | None,
-    models: dict[str, ModelFacts],
-    resources: Resources,
+    stage: Stage, spec: RoleSpec, models: dict[str, ModelFacts], resources: Resources, first: bool
 ) -> RolePlan:
-    placement = config.cluster.of(role)
+    """The plan of one role; in debug mode all are in one process, which the ``first`` accounts for."""
+    placement = stage.cluster.of(spec.kind)
+    model = spec.models[0].folder if spec.models else None
     facts = models[model] if model is not None else ModelFacts(0, 0, 0, 0)
-    on_gpu = placement.gpus > 0 and not config.debug
+    on_gpu = placement.gpus > 0 and not stage.debug
+    weights = (facts.parameters or 0) * DTYPE_BYTES[stage.engine.dtype] / GIB
     needs, host = 0.0, BASE_GIB
-    if role in TRAINED:
-        parameters, trained = facts.parameters or 0, None
-        if role == "policy" and isinstance(config, SafePpoConfig) and config.models.lora_rank:
-            trained = config.models.lora_rank * (facts.linear or 0)
-            parameters += trained
-        states, offloaded = training_state_gib(parameters, config.engine, placement.workers, trained)
-        needs = states + activation_gib(facts, config.engine, trained=True)
-        if role == "policy" or config.stage == "sft":
-            needs += logit_gib(facts, config.engine, on_gpu, trained=True, head=trained is None)
-        if role == "policy" and isinstance(config, SafePpoConfig) and config.direct_weights:
-            published = (parameters if trained is None else trained) * DTYPE_BYTES[config.engine.dtype]
-            with suppress(ValueError):  # without room there they go through the object store
-                needs += config.direct_room(published, resources.gpu_gib * GIB) / GIB
+    if spec.training is not None:
+        needs, offloaded = _training_gib(stage, spec, facts, placement.workers, on_gpu, resources)
         host += offloaded
-    elif role == "rollout" and isinstance(config, SafePpoConfig) and not config.debug:
+    elif spec.kv_cache_gib is not None:
         host = VLLM_BASE_GIB + 0.5  # buckets of weights on their way in
-        weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
-        gpu_share = GPU_SHARE * resources.gpu_gib * placement.gpus
-        needs = gpu_share if on_gpu else weights + config.rollout.kv_cache_gib
+        needs = GPU_SHARE * resources.gpu_gib * placement.gpus if on_gpu else weights + spec.kv_cache_gib
     elif model is not None:
-        weights = (facts.parameters or 0) * DTYPE_BYTES[config.engine.dtype] / GIB
-        needs = weights + activation_gib(facts, config.engine, trained=False)
-        if role == "reference":
-            needs += logit_gib(facts, config.engine, on_gpu, trained=False, head=False)
-    if config.debug:  # all roles in one process
-        host = BASE_GIB if role in ("rollout", "trainer") else 0.0
+        needs = weights + activation_gib(facts, stage.engine, trained=False)
+        if spec.logits:
+            needs += logit_gib(facts, stage.engine, on_gpu, trained=False, head=False)
+    if stage.debug:
+        host = BASE_GIB if first else 0.0
     return RolePlan(
-        role=role,
-        name=name,
-        processes=1 if config.debug else placement.workers,
-        group="this process" if config.debug else placement.group or name,
-        cpus=0.0 if config.debug else placement.cpus,
-        gpus=0.0 if config.debug else placement.gpus,
+        role=spec.kind,
+        name=spec.name,
+        processes=1 if stage.debug else placement.workers,
+        group="this process" if stage.debug else placement.group or spec.name,
+        cpus=0.0 if stage.debug else placement.cpus,
+        gpus=0.0 if stage.debug else placement.gpus,
         model=model,
         parameters=facts.parameters if model is not None else None,
         host_gib=host + (0.0 if on_gpu else needs),
         gpu_gib=needs if on_gpu else 0.0,
     )
+
+
+def _training_gib(
+    stage: Stage, spec: RoleSpec, facts: ModelFacts, ranks: int, on_gpu: bool, resources: Resources
+) -> tuple[float, float]:
+    """What one rank of a trained role needs in GiB: (on the device, offloaded to the host)."""
+    training, parameters, adapter = spec.training, facts.parameters or 0, None
+    assert training is not None
+    if training.lora_rank:
+        adapter = training.lora_rank * (facts.linear or 0)
+        parameters += adapter
+    states, offloaded = training_state_gib(parameters, stage.engine, ranks, adapter)
+    needs = states + activation_gib(facts, stage.engine, trained=True)
+    if spec.logits:
+        needs += logit_gib(facts, stage.engine, on_gpu, trained=True, head=adapter is None)
+    if training.publishes is not None:
+        published = (parameters if adapter is None else adapter) * DTYPE_BYTES[stage.engine.dtype]
+        with suppress(ValueError):  # without room there they go through the object store
+            needs += training.publishes(published, resources.gpu_gib * GIB) / GIB
+    return needs, offloaded
 
 
 # Estimates
@@ -304,22 +293,21 @@ def logit_gib(facts: ModelFacts, engine: EngineConfig, on_gpu: bool, *, trained:
 # What stands against it
 
 
-def _rank_problems(config: StageConfig, roles: list[RolePlan]) -> list[str]:
-    if isinstance(config, SafePpoConfig):
-        samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        minibatch = samples // config.ppo.minibatches
-        what = f"a minibatch of {minibatch} samples (a step has {samples} in {config.ppo.minibatches})"
-    else:
-        minibatch, what = config.batch_size, f"a batch of {config.batch_size} (batch_size)"
-    problems = [
-        f"{what} cannot be dealt to {r.processes} ranks of {r.name}; make it larger, or lower "
-        f"cluster.placement.{r.role}.workers"
-        for r in roles
-        if r.role in TRAINED and r.processes > minibatch
-    ]
-    gpus = config.cluster.of("rollout").gpus
-    if gpus > 1 and gpus != int(gpus):
-        problems.append(f"cluster.placement.rollout.gpus is {gpus:g}; a generator on several GPUs needs whole ones")
+def _rank_problems(stage: Stage, specs: Sequence[RoleSpec]) -> list[str]:
+    problems = []
+    for spec in specs:
+        placement = stage.cluster.of(spec.kind)
+        ranks, training = 1 if stage.debug else placement.workers, spec.training
+        if training is not None and ranks > training.rows:
+            problems.append(
+                f"{training.rows_are} cannot be dealt to {ranks} ranks of {spec.name}; make it larger, or lower "
+                f"cluster.placement.{spec.kind}.workers"
+            )
+        if spec.kv_cache_gib is not None and placement.gpus > 1 and placement.gpus != int(placement.gpus):
+            problems.append(
+                f"cluster.placement.{spec.kind}.gpus is {placement.gpus:g}; "
+                f"a generator on several GPUs needs whole ones"
+            )
     return problems
 
 
@@ -366,10 +354,10 @@ def _room_problems(made: Plan) -> list[str]:
 # What there is
 
 
-def find_resources(config: StageConfig) -> Resources:
+def find_resources(stage: Stage) -> Resources:
     """This machine's resources, or those of the Ray cluster that the run would join."""
     address = os.environ.get("RAY_ADDRESS")
-    if config.debug or address in (None, "local"):
+    if stage.debug or address in (None, "local"):
         return this_machine()
     return cluster_resources(str(address))
 

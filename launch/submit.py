@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beaver_ray.config import DIRECT_WEIGHTS
-from beaver_ray.config_files import load_config, load_pipeline, read_yaml
 from beaver_ray.errors import UserError
 from beaver_ray.remote import ALLOWED_HOSTS
+from beaver_ray.yaml_files import read_yaml
+from launch.config_files import load_config, load_pipeline
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

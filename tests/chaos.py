@@ -43,11 +43,11 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from actors.driver.evaluate import evaluate
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import load_config, load_pipeline
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import is_finished, read_metrics
 from beaver_ray.small_world.world import SmallWorld
+from launch.config_files import load_config, load_pipeline
 from launch.pipeline import build_world, run_stage
 
 ROOT = Path(__file__).parents[1]
@@ -334,7 +334,7 @@ def main() -> None:
     world = options.folder.resolve() / "world" / "world.json"
     rate = harmful(folder, SmallWorld.load(world), options.steps - options.steps // 5)
     judged = load_config(config, ["debug=true", f"evaluation.world={world}"])
-    assert isinstance(judged, SafePpoConfig)
+    assert isinstance(judged, PolicyStage)
     summary = json.loads(evaluate(judged).read_text(encoding="utf-8"))
     final = summary["violation_rate/harm"]
     print(

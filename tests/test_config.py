@@ -9,10 +9,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from beaver_ray.config import PipelineConfig, SafePpoConfig, SupervisedConfig
-from beaver_ray.config_files import load_config, load_pipeline, parse_config, save_config
+from actors.driver.policy_stage import PolicyStage
+from actors.driver.trainer_stage import TrainerStage
+from actors.stages import stages
+from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.yaml_files import save_config
 from launch.cli import leaves
+from launch.config_files import load_config, load_pipeline, parse_config
 
 SAFE_PPO: dict[str, Any] = {
     "name": "one",
@@ -25,9 +29,9 @@ SAFE_PPO: dict[str, Any] = {
 }
 
 
-def safe_ppo(*overrides: str) -> SafePpoConfig:
+def safe_ppo(*overrides: str) -> PolicyStage:
     config = parse_config(SAFE_PPO, list(overrides), "f.yaml")
-    assert isinstance(config, SafePpoConfig)
+    assert isinstance(config, PolicyStage)
     return config
 
 
@@ -41,8 +45,8 @@ def error(*overrides: str) -> str:
 
 def test_the_stage_decides_the_kind() -> None:
     tree = {"name": "a", "stage": "sft", "model": "m", "train": ["d"]}
-    assert isinstance(parse_config(tree, [], "f"), SupervisedConfig)
-    assert isinstance(safe_ppo(), SafePpoConfig)
+    assert isinstance(parse_config(tree, [], "f"), TrainerStage)
+    assert isinstance(safe_ppo(), PolicyStage)
     assert "stage must be one of" in error("stage=spo")
 
 
@@ -105,7 +109,7 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text("stage: sft\nname: 1.10\nworkspace: 2024\nmodel: 7\ntrain: [d]\nseed: 7\nepochs: 3\n")
     config = load_config(file)
-    assert isinstance(config, SupervisedConfig)
+    assert isinstance(config, TrainerStage)
     assert (config.name, config.workspace, config.model, config.seed) == ("1.10", "2024", "7", 7)
     assert config.folder == Path("2024/1.10")
     save_config(config, tmp_path / "again.yaml")
@@ -202,7 +206,7 @@ def test_pipeline(tmp_path: Path) -> None:
     pipeline, stages = load_pipeline(path, ["safe_ppo.steps=20", "workspace=v", "world.seed=2", "sft.name=warm"])
     assert pipeline.world == {"seed": 2}
     sft, ppo = stages
-    assert isinstance(sft, SupervisedConfig) and isinstance(ppo, SafePpoConfig)
+    assert isinstance(sft, TrainerStage) and isinstance(ppo, PolicyStage)
     assert (sft.epochs, sft.model, sft.folder) == (1, "v/world/model", Path("v/warm"))
     assert (ppo.steps, ppo.models.policy) == (20, "v/sft/final/policy")
 
@@ -229,7 +233,7 @@ def test_assignment_is_checked_too() -> None:
         safe_ppo().rollout.temperature = -1
 
 
-@pytest.mark.parametrize("model", [SafePpoConfig, SupervisedConfig, PipelineConfig])
+@pytest.mark.parametrize("model", [*stages().values(), PipelineConfig])
 def test_every_field_has_a_line_of_help(model: type[BaseModel]) -> None:
     for path, field in leaves(model):
         assert field.description, path
@@ -237,13 +241,13 @@ def test_every_field_has_a_line_of_help(model: type[BaseModel]) -> None:
 
 
 def test_configuration_stays_small() -> None:
-    paths = [path for path, _ in leaves(SafePpoConfig)]
+    paths = [path for path, _ in leaves(stages()["safe_ppo"])]
     assert {"constraints.NAME.multiplier.kp", "cluster.placement.ROLE.workers", "steps"} <= set(paths)
     assert len(paths) == len(set(paths)) <= 90
 
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = "('torch', 'ray', 'vllm', 'transformers', 'numpy', 'pyarrow')"
-    code = f"import sys, beaver_ray.config; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, launch.cli; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "[]\n"

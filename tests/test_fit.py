@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from beaver_ray.config import SafePpoConfig, SupervisedConfig
+from actors.driver.policy_stage import PolicyStage
+from actors.driver.trainer_stage import TrainerStage
+from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.provenance import trained_with
 
 
-def ppo(world: Path, **models: Any) -> SafePpoConfig:
+def ppo(world: Path, **models: Any) -> PolicyStage:
     """Safe PPO on the tiny world, with other models for some of its parts."""
     cost = models.pop("cost", world / "cost_model")
     parts = {"policy": world / "model", "reward": world / "reward_model", **models}
@@ -34,13 +36,11 @@ def ppo(world: Path, **models: Any) -> SafePpoConfig:
         "data": {"prompts": ["p"], "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 8, "max_new_tokens": 8},
     }
-    return SafePpoConfig.model_validate(tree)
+    return stages()[tree["stage"]].model_validate(tree)
 
 
-def supervised(stage: str, model: Path, **changes: Any) -> SupervisedConfig:
-    return SupervisedConfig.model_validate(
-        {"stage": stage, "name": "x", "model": str(model), "train": ["d"], **changes}
-    )
+def supervised(stage: str, model: Path, **changes: Any) -> TrainerStage:
+    return stages()[stage].model_validate({"stage": stage, "name": "x", "model": str(model), "train": ["d"], **changes})
 
 
 def refused(config: Any) -> str:

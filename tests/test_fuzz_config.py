@@ -12,11 +12,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from beaver_ray.config import SafePpoConfig, SupervisedConfig
-from beaver_ray.config_files import load_config, load_pipeline, parse_config, save_config
+from actors.driver.policy_stage import PolicyStage
+from actors.stages import stages
 from beaver_ray.errors import UserError
+from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.cli import leaves
+from launch.config_files import load_config, load_pipeline, parse_config
 from tests.fuzzing import accepted, damaged, dates, mutated, scalars, values
 
 SUPERVISED: dict[str, Any] = {"name": "one", "model": "m", "train": ["d"]}
@@ -45,7 +47,7 @@ PIPELINE: dict[str, Any] = {
     "world": {"seed": 1, "pairs": 100},
     "stages": [{"config": "sft.yaml", "set": {"epochs": 1, "optimizer.schedule": "linear"}}, {"config": "ppo.yaml"}],
 }
-KEYS = [path for model in (SafePpoConfig, SupervisedConfig) for path, _ in leaves(model)]
+KEYS = [path for model in stages().values() for path, _ in leaves(model)]
 
 files = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -185,7 +187,7 @@ def test_an_override_does_not_reach_through_an_alias(tmp_path: Path) -> None:
     shared = "stage: safe_ppo\npolicy: &one {learning_rate: 1.0e-4}\ncritic: *one\n"
     (tmp_path / "f.yaml").write_text(tree + shared)
     config = load_config(tmp_path / "f.yaml", ["policy.learning_rate=0.5"])
-    assert isinstance(config, SafePpoConfig)
+    assert isinstance(config, PolicyStage)
     assert (config.policy.learning_rate, config.critic.learning_rate) == (0.5, 1e-4)
 
 

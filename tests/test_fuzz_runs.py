@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beaver_ray.errors import UserError
-from beaver_ray.report import write_report
 from beaver_ray.runs import read_evaluation, read_metrics
 from tests.fuzzing import accepted, damaged, mutated, scalars
-from tests.test_report import make_ppo_run
+from tests.test_report import make_ppo_run, report
 
 ROW: dict[str, Any] = {"step": 1, "reward/mean": 0.5, "kl/reference": None, "time/elapsed": 2.0, "time/train": 1.0}
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 20, "target": 0.1}
@@ -72,7 +71,7 @@ def test_reports_of_broken_runs(tmp_path: Path, whole: Path, data: st.DataObject
         (folder / name).write_bytes(data.draw(changed[name]))
     file = data.draw(st.sampled_from(files))
     file.write_bytes(data.draw(damaged(file.read_bytes())))
-    accepted(lambda: write_report(folder))
+    accepted(lambda: report(folder))
 
 
 @pytest.mark.parametrize("line", ["3", "[1]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', '{"step": 1, "a": NaN}'])

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from beaver_ray.config_files import parse_config
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.experience import make_batch
-from beaver_ray.report import write_report
+from beaver_ray.report.page import write_report
 from beaver_ray.runs import RunFolder
+from launch.config_files import load_run, parse_config
 
 WORDS = ["<pad>", "how", "to", "fix", "the", "lock", "oil", "<script>alert(1)</script>", "&amp;", "</s>"]
 
@@ -102,6 +102,11 @@ def make_ppo_run(workspace: Path, steps: int = 120) -> Path:
     return run.folder
 
 
+def report(folder: Path) -> Path:
+    """The report of the run in a folder."""
+    return write_report(load_run(folder), folder)
+
+
 def make_supervised_run(workspace: Path) -> Path:
     config = parse_config(
         {"workspace": str(workspace), "name": "cost", "stage": "cost_model", "model": "m", "train": ["d"]},
@@ -160,7 +165,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def ppo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_ppo_run(tmp_path_factory.mktemp("runs"))
-    assert write_report(folder) == folder / "report.html"
+    assert report(folder) == folder / "report.html"
     return folder
 
 
@@ -216,7 +221,7 @@ def test_notes_and_configuration(ppo_run: Path) -> None:
 
 
 def test_supervised_run(tmp_path: Path) -> None:
-    page = Page(write_report(make_supervised_run(tmp_path)))
+    page = Page(report(make_supervised_run(tmp_path)))
     text = " ".join(page.text)
     assert page.tags.count("svg") == 5
     assert "Accuracy 87.5% held out" in text and "Tokens/s 1.23e+04" not in text
@@ -229,14 +234,15 @@ def test_a_run_of_one_step_with_few_figures(tmp_path: Path) -> None:
         (folder / file).unlink()
     row = {"step": 1, "reward/mean": 2.0, "cost/harm/mean": None, "time/train": 1.0, "time/sync": 0.5}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    page = Page(write_report(folder))
+    page = Page(report(folder))
     assert page.tags.count("svg") == 2
     assert "Reward 2 training, one step" in " ".join(page.text)
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run in"):
-        write_report(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("")
+        report(tmp_path)
+    folder = make_supervised_run(tmp_path)
+    (folder / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no logged step yet"):
-        write_report(tmp_path)
+        report(folder)

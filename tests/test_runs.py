@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
+from actors.driver.trainer_stage import TrainerStage
+from actors.stages import stages
 from beaver_ray import runs
-from beaver_ray.config import SupervisedConfig
-from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder, duration, has_started, is_finished, read_metrics
+from launch.config_files import load_config
 
 
-def config(workspace: Path, **more: Any) -> SupervisedConfig:
-    return SupervisedConfig(workspace=str(workspace), name="one", stage="sft", model="m", train=["d"], **more)
+def config(workspace: Path, **more: Any) -> TrainerStage:
+    return stages()["sft"](workspace=str(workspace), name="one", stage="sft", model="m", train=["d"], **more)
 
 
 def test_config_is_kept_as_it_can_be_read_back(tmp_path: Path) -> None:

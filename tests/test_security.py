@@ -17,12 +17,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from beaver_ray.config_files import load_config, load_pipeline
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_model
 from beaver_ray.models.loading import check_model_folder, load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder
+from launch.config_files import load_config, load_pipeline
 from tests.actors.support import write_score_folder
 
 ROOT = Path(__file__).parents[1]

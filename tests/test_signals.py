@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from beaver_ray.config import SafePpoConfig
+from actors.driver.policy_stage import PolicyStage
+from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.signals import CriticPlan, ScorerPlan, critics, head_names, head_of, scorers
 
@@ -19,7 +20,7 @@ def folder(path: Path, *heads: str) -> str:
     return str(path)
 
 
-def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "safe_ppo") -> SafePpoConfig:
+def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "safe_ppo") -> PolicyStage:
     tree = {
         "stage": stage,
         "name": "run",
@@ -28,7 +29,7 @@ def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "s
         "constraints": [{"limit": 0.0, **constraint} for constraint in constraints],
         "data": {"prompts": ["p"]},
     }
-    return SafePpoConfig.model_validate(tree)
+    return stages()[tree["stage"]].model_validate(tree)
 
 
 def test_the_head_of_a_signal() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from actors.driver.loop import score
-from actors.driver.processes import Roles, check_models, role_kinds, start_frozen_roles
+from actors.driver.policy_stage import PolicyStage
+from actors.driver.processes import Roles, check_models, start_frozen_roles
 from actors.driver.rollouts import Rollouts
 from actors.machine.cluster import Cluster
 from beaver_ray import experience
@@ -28,7 +29,7 @@ from beaver_ray.small_world.world import SmallWorld
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
 
 
-def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
+def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
     """Evaluate the run's final policy and write evaluation.json into the run's folder.
 
     Another ``policy`` is evaluated on the same prompts by the same judges; the file goes into its own folder.
@@ -43,7 +44,7 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     models = config.models.model_copy(update={"policy": chosen, "reference": reference})
     config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
-    cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
+    cluster = None if config.debug else Cluster(config.cluster, {role.name: role.kind for role in config.roles()})
     try:
         roles = start_frozen_roles(config, cluster)
         held_out = HeldOut(config)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.driver.policy_stage import PolicyStage
 from actors.machine.cluster import Cluster
 from actors.machine.handles import Group, Handle, LocalHandle
-from actors.roles.critic import Critic
-from actors.roles.experience_builder import ExperienceBuilder
-from actors.roles.generator import GeneratorSpec, VllmGenerator, read_eos_token_ids
-from actors.roles.hf_generator import HFGenerator
-from actors.roles.policy import PolicyTrainer
-from actors.roles.remote_scorer import RemoteScorer
-from actors.roles.scorer import Reference, Scorer
-from beaver_ray.config import GPU_SHARE, SafePpoConfig
+from actors.roles.generator import GeneratorSpec, read_eos_token_ids
+from beaver_ray.config import GPU_SHARE, ClusterConfig, SafePpoConfig
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.remote import check_allowed, is_remote
-from beaver_ray.signals import ScorerPlan, critics, scorers
-
-Start = Callable[[str, type, Sequence[tuple[Any, ...]]], Group]
+from beaver_ray.signals import scorers
+from beaver_ray.stage import RoleSpec
 
 
 @dataclass
@@ -47,18 +41,7 @@ class Roles:
     """Weights stay on the policy's device, where generators read them (`actors.weights.direct`)."""
 
 
-def role_kinds(config: SafePpoConfig) -> dict[str, str]:
-    """Every role of the run by its name, with the kind that names it under cluster.placement."""
-    kinds = {"rollout": "rollout", **{plan.name: plan.kind for plan in scorers(config)}}
-    kinds |= {} if config.models.adapter_off_is_reference else {"reference": "reference"}
-    return kinds | {
-        "policy": "policy",
-        **{plan.name: plan.kind for plan in critics(config)},
-        "experience": "experience",
-    }
-
-
-def check_models(config: SafePpoConfig) -> list[str]:
+def check_models(config: PolicyStage) -> list[str]:
     """What should be known of the run's models, one line each.
 
     Raises UserError where one is not there or does not fit, or where a service may not be sent its texts.
@@ -73,68 +56,46 @@ def check_models(config: SafePpoConfig) -> list[str]:
     return check_fit(config)
 
 
-def start_local(name: str, role: type, arguments: Sequence[tuple[Any, ...]]) -> Group:
-    """All workers of a role in this process."""
-    return Group(name, [LocalHandle(name, role(*args)) for args in arguments], timeout_s=0.0)
+def start_role(role: RoleSpec, config: ClusterConfig, cluster: Cluster | None) -> Group:
+    """All workers of a role, on ``cluster`` or, where that is None, one in this process."""
+    world = config.of(role.kind).workers if cluster else 1
+    arguments = [role.arguments(rank, world) for rank in range(world)]
+    if cluster:
+        return cluster.start(role.name, role.worker_class(), arguments)
+    make = role.worker_class()
+    return Group(role.name, [LocalHandle(role.name, make(*each)) for each in arguments], timeout_s=0.0)
 
 
-def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
+def start_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
     """Start every role, on ``cluster`` or, where that is None, in this process."""
-    start: Start = cluster.start if cluster else start_local
-
     # The constructors run side by side: all are started before any is waited for.
-    roles = _start_frozen(config, cluster)
-    world = config.cluster.of("policy").workers if cluster else 1
-    in_ray = cluster is not None
-    roles.policy = start("policy", PolicyTrainer, [(config, rank, world, in_ray) for rank in range(world)])
-    for plan in critics(config):
-        world = config.cluster.of(plan.kind).workers if cluster else 1
-        arguments = [(config, plan.signals, plan.model, rank, world) for rank in range(world)]
-        roles.critics[plan.folder] = start(plan.name, Critic, arguments)
-    roles.experience = start("experience", ExperienceBuilder, [(config,)])
+    roles = _start(stage, stage.roles(), cluster)
     _wait_started(roles, cluster, grows=True)
     connect([roles.policy, *roles.critics.values()])
-    _calibrate(config, roles)
+    _calibrate(stage, roles)
     return roles
 
 
-def start_frozen_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
+def start_frozen_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
     """Only what an evaluation needs: generators, scorers and the reference."""
-    roles = _start_frozen(config, cluster)
+    frozen = [role for role in stage.roles() if role.training is None and role.name != "experience"]
+    roles = _start(stage, frozen, cluster)
     _wait_started(roles, cluster)
-    _calibrate(config, roles)
+    _calibrate(stage, roles)
     return roles
 
 
-def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
-    start: Start = cluster.start if cluster else start_local
-    budget, threads = config.engine.micro_batch_tokens, config.cluster.threads
-    dtype, trust, policy = config.engine.dtype, config.models.trust_remote_code, config.models.policy
-
-    template, prompts = config.data.template, (config.data.prompts, config.evaluation.prompts)
-
-    def workers(kind: str) -> range:
-        return range(config.cluster.of(kind).workers if cluster else 1)
-
-    def scorer(plan: ScorerPlan) -> Group:
-        copies = len(workers(plan.kind))
-        if is_remote(plan.model):
-            remote = (plan.model, plan.columns, policy, config.cluster.step_timeout, trust, template, prompts)
-            return start(plan.name, RemoteScorer, [remote] * copies)
-        arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust, template, prompts)
-        return start(plan.name, Scorer, [arguments] * copies)
-
-    reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
-    generator = VllmGenerator if cluster else HFGenerator
+def _start(stage: PolicyStage, specs: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
+    groups = {spec.name: start_role(spec, stage.cluster, cluster) for spec in specs}
+    trained = {spec.training.folder: groups.pop(spec.name) for spec in specs if spec.training is not None}
     nobody = Group("none", [], 0.0)
-    needed = not config.models.adapter_off_is_reference
     return Roles(
-        rollout=start("rollout", generator, [(generator_spec(config),) for _ in workers("rollout")]),
-        scorers={plan.name: scorer(plan) for plan in scorers(config)},
-        reference=start("reference", Reference, [reference] * len(workers("reference"))) if needed else nobody,
-        policy=nobody,
-        critics={},
-        experience=nobody,
+        rollout=groups.pop("rollout"),
+        reference=groups.pop("reference", nobody),
+        experience=groups.pop("experience", nobody),
+        policy=trained.pop("policy", nobody),
+        critics=trained,
+        scorers=groups,
     )
 
 

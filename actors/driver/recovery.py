@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from ray.exceptions import RayTaskError
 
+from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, connect, start_roles
 from actors.driver.rollouts import Rollouts
 from actors.driver.training_state import TrainingState
@@ -22,7 +23,6 @@ from actors.machine.handles import Group
 from actors.machine.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError
 from actors.roles.policy import announce
 from beaver_ray.checkpoints import Checkpoint
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import cause
 from beaver_ray.runs import RunFolder
 from beaver_ray.weights import PublishedWeights
@@ -32,16 +32,16 @@ FAILURES = 3  # so many in a row, with no new step in between, end the run
 Result = TypeVar("Result")
 
 
-def start_surely(config: SafePpoConfig, cluster: Cluster | None, note: Callable[[str], None]) -> Roles:
+def start_surely(stage: PolicyStage, cluster: Cluster | None, note: Callable[[str], None]) -> Roles:
     """Every role, started anew where one dies before all are ready; the FAILURES-th time its error comes out."""
     for _ in range(FAILURES - 1):
         try:
-            return start_roles(config, cluster)
+            return start_roles(stage, cluster)
         except WorkerDiedError as error:
             note(f"all processes are started anew: {error}")
             assert cluster is not None
             cluster.clear()
-    return start_roles(config, cluster)
+    return start_roles(stage, cluster)
 
 
 class PolicyWeights:

@@ -29,6 +29,7 @@ from beaver_ray.errors import UserError
 
 MicroBatch = TypeVar("MicroBatch")
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm, as published
+MOST_IN_A_BUCKET = 250_000_000  # gradients that ZeRO sends at a time, in float32
 PLAIN_TYPES = [ZeroStageEnum, LossScaler, fragment_address]  # what DeepSpeed's files hold besides tensors
 
 
@@ -107,7 +108,9 @@ class TrainingEngine:
         # Stage 0 in bfloat16 would keep no float32 copy of the weights and lose small updates; stage 1 does.
         self.zero_stage = max(1, engine.zero_stage) if engine.dtype == "bfloat16" else engine.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adam, config=_deepspeed_config(engine, self.zero_stage, max_grad_norm)
+            model=model,
+            optimizer=adam,
+            config=_deepspeed_config(engine, self.zero_stage, max_grad_norm, sum(p.numel() for p in trained)),
         )
         self.files = self.engine.checkpoint_engine = CheckpointFiles()
         self.device = self.engine.device
@@ -299,8 +302,10 @@ def _clear_rates(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": zero_stage}
+def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: float, trained: int) -> dict[str, Any]:
+    """trained: parameters that have gradients."""
+    # A bucket of gradients is allocated whole, 2 GB by DeepSpeed's default however small the model.
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": min(trained, MOST_IN_A_BUCKET)}
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if engine.offload == "all":

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import (
@@ -29,9 +28,6 @@ from beaver_ray.data.templates import (
 )
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
-from beaver_ray.models.folders import find_model
-from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.signals import critics
 
 MIDDLE = "zq4answer"
 
@@ -149,24 +145,3 @@ def _read_back(reader: Reader, tokens: list[int]) -> tuple[str, ...] | None:
             return None
     turns.append(left)
     return tuple(turns) if reader.prompt(turns) == tokens else None
-
-
-def check_readers(config: SafePpoConfig) -> None:
-    """UserError where the reference or a critic, which read the policy's tokens, have another tokenizer.
-
-    What is yet to come from the hub is left to loading.
-    """
-    models, trust = config.models, config.models.trust_remote_code
-    parts = {} if models.adapter_off_is_reference else {"reference": models.reference or models.policy}
-    parts |= {plan.name: plan.model for plan in critics(config)}
-    others = {part: model for part, model in parts.items() if model != models.policy and find_model(model)}
-    if not others or not find_model(models.policy):
-        return
-    policy = load_tokenizer(models.policy, trust)
-    for part, model in others.items():
-        if not same_tokenizer(load_tokenizer(model, trust), policy):
-            option = "models.reference" if part == "reference" else "its start (models.reward_critic, critic)"
-            raise UserError(
-                f"{part}: the tokenizer in {model} is not that of the policy in {models.policy}, whose tokens the "
-                f"{part} reads; set {option} to a folder with the policy's tokenizer"
-            )

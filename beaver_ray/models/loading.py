@@ -137,3 +137,12 @@ def without_flash(model: PreTrainedModel) -> Iterator[None]:
 def default_device() -> torch.device:
     """The first visible GPU, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def end_generation(model: Any, end: int) -> None:
+    """Let whoever generates with a saved model stop where its answers were taught to end."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        known = config.eos_token_id
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        config.eos_token_id = known if end in ends else [*ends, end] if ends else end

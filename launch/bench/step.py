@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import yaml
 
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import parse_config, read_yaml
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
+from beaver_ray.yaml_files import read_yaml
 from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
 from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, write_workspace
 from launch.bench.registry import Options
+from launch.config_files import parse_config
 from launch.planning import plan
 
 STEPS = 6
@@ -61,7 +62,7 @@ def run(options: Options) -> Outcome:
         for suffix, change in runs.items():
             where = str(options.config or "generated configuration")
             config = parse_config(tree, [*change, *options.overrides], where)
-            if not isinstance(config, SafePpoConfig):
+            if not isinstance(config, PolicyStage):
                 raise UserError(f"{options.config}: bench step takes a PPO stage, not {config.stage}")
             # Models and data are read from where the configuration says, the run goes to a folder that is deleted.
             config = config.model_copy(update={"workspace": folder, "name": f"bench-step{len(outcome.samples)}"})
@@ -96,7 +97,7 @@ def finish_run(path: Path) -> None:
     finish([sys.executable, "-m", "launch", "train", str(path)])
 
 
-def memory_figures(config: SafePpoConfig, peaks: dict[str, float]) -> list[Figure]:
+def memory_figures(config: PolicyStage, peaks: dict[str, float]) -> list[Figure]:
     """GPU memory by role, each against the plan's estimate; none where there is no GPU.
 
     peaks: GiB by actor class, of `gpu_memory_peaks`.
@@ -113,7 +114,7 @@ def memory_figures(config: SafePpoConfig, peaks: dict[str, float]) -> list[Figur
     ]
 
 
-def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figure]:
+def step_figures(config: PolicyStage, rows: list[dict[str, Any]]) -> list[Figure]:
     """From the metrics of the measured steps."""
     keys = sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)})
     m = medians({key: [row[key] for row in rows if row.get(key) is not None] or [0.0] for key in keys})
@@ -138,7 +139,7 @@ def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figu
     return figures
 
 
-def training_flops(config: SafePpoConfig, tokens: float) -> dict[str, float]:
+def training_flops(config: PolicyStage, tokens: float) -> dict[str, float]:
     """Floating-point operations of phase train ("update") and of the trained models' forwards in phase score.
 
     tokens: prompt and answer tokens of a step. PTX is taken to be as long.
@@ -162,7 +163,7 @@ def training_flops(config: SafePpoConfig, tokens: float) -> dict[str, float]:
     }
 
 
-def training_gpus(config: SafePpoConfig) -> float:
+def training_gpus(config: PolicyStage) -> float:
     """GPUs of the training roles."""
     placement = config.cluster.placement
     kinds = ("policy", "reward_critic", *(("cost_critic",) if config.stage == "safe_ppo" else ()))

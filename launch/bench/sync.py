@@ -3,8 +3,8 @@
 The policy takes a step of PPO on random advantages, publishes, and the generator loads, VERSIONS times over. Ways: the
 object store; directly from the policy's device (`actors.weights.direct`), where a trial of it succeeds; and, as the
 yardstick, vLLM's own engine for CUDA IPC in an engine of its own, which gets a handle for every tensor where policy and
-generator share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix cache; the
-policy makes its buckets meanwhile.
+generator share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix
+cache; the policy makes its buckets meanwhile.
 
 After each update the generator answers, and its log-probs of what it sampled are compared with the policy's: the
 largest difference of any token. Rounding differs by kernels and by batch; in float32 the goal is 1e-4.

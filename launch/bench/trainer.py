@@ -28,13 +28,13 @@ from actors.roles.micro_batches import PackedResponses, SequenceRows
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import parse_config
 from beaver_ray.method.losses import cross_entropy_loss
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.logprobs import response_logprobs
 from launch.bench.measure import Figure, Outcome, matmul_rate
 from launch.bench.models import FOUR_B, SIX_TENTHS_B, TINY, Shape, random_prompts, write_policy
 from launch.bench.registry import Options
+from launch.config_files import parse_config
 
 TOKENS = 65_536
 PEAK = 989e12

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from actors.driver.policy_stage import PolicyStage
+from actors.stages import stages
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.weights import PublishedWeights
 
 EOS = 2
@@ -120,7 +121,7 @@ def write_score_folder(
             shutil.copy(source / name, folder / name)
 
 
-def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> SafePpoConfig:
+def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> PolicyStage:
     """A PPO stage on the tiny world with one constraint, harm; sections are merged into it."""
     tree: dict[str, Any] = {
         "stage": stage,
@@ -138,7 +139,7 @@ def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> SafePpo
     }
     for name, value in sections.items():
         tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
-    return SafePpoConfig.model_validate(tree)
+    return stages()[tree["stage"]].model_validate(tree)
 
 
 def random_sequences(rows: int, seed: int = 0, vocabulary: int = 128) -> pa.RecordBatch:

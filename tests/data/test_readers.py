@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.driver.train import train
-from beaver_ray.data.readers import Dialogues, Reader, check_readers, read_alike
+from beaver_ray.data.readers import Dialogues, Reader, read_alike
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
+from beaver_ray.fit import check_tokenizers
 from tests.actors.support import ppo_config
 from tests.data import conftest
 from tests.data.conftest import with_template
@@ -59,7 +60,7 @@ def test_who_reads_alike(byte_tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_who_reads_the_policys_tokens_has_its_tokenizer(tiny_world: Path, tmp_path: Path) -> None:
-    check_readers(ppo_config(tiny_world))
+    check_tokenizers(ppo_config(tiny_world))
     other = tmp_path / "other"
     shutil.copytree(tiny_world / "model", other)
     tokenizer = AutoTokenizer.from_pretrained(other)
@@ -71,4 +72,4 @@ def test_who_reads_the_policys_tokens_has_its_tokenizer(tiny_world: Path, tmp_pa
         with pytest.raises(UserError, match=f"{name}: the tokenizer in {other} is not that of the policy"):
             train(config)
         assert not (tmp_path / part / "safe_ppo" / "metrics.jsonl").read_text()
-    check_readers(ppo_config(tiny_world, models={**models, "lora_rank": 2}))
+    check_tokenizers(ppo_config(tiny_world, models={**models, "lora_rank": 2}))

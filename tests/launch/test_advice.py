@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import STAGES, leaves
+from launch.cli import CONFIGURATIONS, leaves
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {re.sub(r"(NAME|ROLE)\.", "", path) for model in set(STAGES.values()) for path, _ in leaves(model)}
+OPTIONS = {re.sub(r"(NAME|ROLE)\.", "", path) for model in set(CONFIGURATIONS.values()) for path, _ in leaves(model)}
 # An option, a section, or the end of either, as "ppo.minibatches", "cluster.placement" or "gpus" is.
 KNOWN = {
     ".".join(parts[start:end])

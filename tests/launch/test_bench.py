@@ -13,8 +13,7 @@ import pytest
 import ray
 import torch
 
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import parse_config
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.errors import UserError
 from beaver_ray.method.advantages import COST, REWARD, combine_advantages, gae, shape_rewards
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights, value_loss
@@ -36,6 +35,7 @@ from launch.bench.published_loop import PublishedLoop, Settings
 from launch.bench.registry import BENCHMARKS, Options, run
 from launch.bench.rollouts import tailed_lengths
 from launch.bench.step import training_flops
+from launch.config_files import parse_config
 from launch.planning import Resources, plan
 
 
@@ -149,7 +149,7 @@ def test_all_roles_on_one_gpu(workspace: Path) -> None:
     h200 = Resources("one H200", memory_gib=128, gpus=1, gpu_gib=139, cpus=16)
     tree = our_config(workspace, 16, 6, "bfloat16", 2)
     configs = [parse_config(on_one_gpu(tree, shape), [], shape.name) for shape in (HALF_B, SEVEN_B)]
-    full, adapter = [config for config in configs if isinstance(config, SafePpoConfig)]
+    full, adapter = [config for config in configs if isinstance(config, PolicyStage)]
     for config in (full, adapter):
         made = plan(config, h200)
         assert {role.group for role in made.roles if role.gpus} == {"gpu"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from beaver_ray.config_files import load_config
 from beaver_ray.runs import RunFolder
 from launch.__main__ import main
+from launch.config_files import load_config
 
 StageFile = Callable[..., Path]
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "pandas", "matplotlib", "numpy", "rich", "pyarrow")
@@ -64,7 +64,7 @@ def test_as_a_program() -> None:
         (["evaluate", "FILE", "evaluation.prompts=[p]", "--policy", "/gone"], "no model in /gone"),
         (["pipeline", "FILE"], "stages"),
         (["report", "/nowhere"], "no run in /nowhere"),
-        (["options", "sfd"], "no stage is called 'sfd'; known: sft"),
+        (["options", "sfd"], "no stage is called 'sfd'; known: cost_model"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(
 
 
 def test_supervised_stages_are_not_evaluated(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "only PPO stages can be evaluated" in run(capsys, "evaluate", stage_file("sft"))[2]
+    assert "stage sft trains no policy on prompts" in run(capsys, "evaluate", stage_file("sft"))[2]
 
 
 def test_other_errors_keep_their_traceback(stage_file: StageFile, monkeypatch: pytest.MonkeyPatch) -> None:

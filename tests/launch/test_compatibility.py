@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import CpmAntConfig, MambaConfig, PretrainedConfig, StableLmConfig
 
-from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_config
 from launch.bench.family_models import FAMILIES, write_family
 from launch.compatibility import TRIED, architecture_problem
+from launch.config_files import load_config
 from launch.planning import Resources, plan
 
 StageFile = Callable[..., Path]

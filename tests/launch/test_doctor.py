@@ -13,13 +13,14 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles import remote_scorer
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import load_config
+from actors.stages import stages
 from beaver_ray.remote import ALLOWED_HOSTS
 from launch import doctor
+from launch.config_files import load_config
 from launch.doctor import dashboard, disk, packages, shared_memory, token, torch_build
-from launch.doctor_run import connections, models, object_store, read_stages, room, stage_checks, step_gib, tokenizers
+from launch.doctor_run import connections, models, object_store, read_stages, room, stage_checks, tokenizers
 from launch.planning import Resources, plan
 from tests.actors.scoring_service import serving
 from tests.launch.test_cli import run
@@ -120,7 +121,7 @@ def test_dashboard(ip: str | None, state: str) -> None:
     assert found.line.endswith({"127.0.0.1": "on this machine alone", "0.0.0.0": "0.0.0.0", None: "closed"}[ip])
 
 
-def ppo(world: Path, **changes: Any) -> SafePpoConfig:
+def ppo(world: Path, **changes: Any) -> PolicyStage:
     """Safe PPO over the tiny world's models."""
     tree: dict[str, Any] = {
         "stage": "safe_ppo",
@@ -132,7 +133,7 @@ def ppo(world: Path, **changes: Any) -> SafePpoConfig:
         "data": {"prompts": ["p"], "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 8, "max_new_tokens": 8},
     }
-    return SafePpoConfig.model_validate(tree | changes)
+    return stages()[(tree | changes)["stage"]].model_validate(tree | changes)
 
 
 def test_models_and_tokenizers(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,10 +230,10 @@ def test_object_store(stage_file: StageFile) -> None:
     # 8 samples of 32 prompt tokens and 32 new ones, each new one in 5 columns and 3 for each of 2 signals, 4 bytes a
     # number, kept twice; 1,000 parameters of 4 bytes in two versions, with staleness 1 in three.
     config = load_config(stage_file())
-    assert isinstance(config, SafePpoConfig)
-    assert step_gib(config) * 2**30 == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 2)
+    assert isinstance(config, PolicyStage)
+    assert config.store_bytes() == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 2)
     config.rollout.staleness = 1
-    assert step_gib(config) * 2**30 == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 3)
+    assert config.store_bytes() == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 3)
     assert object_store(config, 1.0, "Ray's store here").state == "pass"
     assert object_store(config, 1e-6, "Ray's store here").state == "warn"
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from beaver_ray.config import StageConfig
-from beaver_ray.config_files import load_pipeline
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder
-from launch.pipeline import build_world, headlines, run_pipeline
+from beaver_ray.stage import Stage
+from launch.config_files import load_pipeline
+from launch.pipeline import build_world, run_pipeline
 
 StageFile = Callable[..., Path]
 FIGURE = {"low": 0.8, "high": 0.9, "n": 400}
@@ -34,7 +34,7 @@ def pipeline(stage_file: StageFile, tmp_path: Path) -> Path:
     return path
 
 
-def finish(config: StageConfig, **figures: float) -> None:
+def finish(config: Stage, **figures: float) -> None:
     """Leave what a finished run leaves."""
     with RunFolder(config) as run:
         run.log(1, {"loss": 0.5, "reward/mean": 1.0, **figures})
@@ -133,7 +133,7 @@ def test_bad_worlds(options: dict[str, Any], message: str, tmp_path: Path) -> No
 
 def test_headlines_leave_out_what_is_not_known(pipeline: Path) -> None:
     _, stages = load_pipeline(pipeline)
-    assert headlines(stages[:1]) == []
+    assert stages[0].headlines() == []
     with RunFolder(stages[-1]) as run:
         run.log(1, {"reward/mean": 1.0})
-    assert headlines(stages) == []
+    assert stages[-1].headlines() == []

@@ -9,9 +9,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beaver_ray.config import DIRECT_WEIGHTS, EngineConfig
-from beaver_ray.config_files import load_config
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import ModelFacts, read_model
+from launch.config_files import load_config
 from launch.planning import (
     GIB,
     Resources,

@@ -7,10 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-import actors.driver.processes
 from actors.driver.train import train
-from beaver_ray.config_files import load_config
 from beaver_ray.runs import read_metrics
+from launch.config_files import load_config
 from tests.actors.dying_roles import DyingCritic, DyingPolicy, DyingScorer
 from tests.tiny_ppo import build_workspace, write_stage
 
@@ -20,7 +19,7 @@ STEPS = 6
 @pytest.mark.timeout(600)
 def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for role in (DyingPolicy, DyingCritic, DyingScorer):
-        monkeypatch.setattr(actors.driver.processes, role.__base__.__name__, role)  # type: ignore[union-attr]
+        monkeypatch.setattr(f"{role.__base__.__module__}.{role.__base__.__name__}", role)  # type: ignore[union-attr]
     placement = {kind: {"cpus": 0.1} for kind in ("rollout", "reward", "reference", "experience")}
     placement |= {kind: {"cpus": 0.1, "workers": 2} for kind in ("policy", "reward_critic")}
     path = write_stage(

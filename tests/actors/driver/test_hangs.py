@@ -14,18 +14,18 @@ from ray.util.state import list_actors
 
 from actors.driver.control import GeneratorSupply
 from actors.driver.loop import make_rollouts, train_step
-from actors.driver.processes import generator_spec, role_kinds, start_roles
+from actors.driver.policy_stage import PolicyStage
+from actors.driver.processes import generator_spec, start_roles
 from actors.driver.recovery import Recovery
 from actors.driver.tracing import Clock
 from actors.driver.training_state import TrainingState
 from actors.machine.cluster import Cluster
 from actors.machine.waits import WaitTimeoutError
-from beaver_ray.config import SafePpoConfig
-from beaver_ray.config_files import load_config
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
+from launch.config_files import load_config
 from tests.tiny_ppo import build_workspace, write_stage
 
 DEADLINE_S = 8.0
@@ -39,12 +39,12 @@ def recovery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recovery]:
     placement |= {"cost_critic": {"cpus": 0.25}, "experience": {"cpus": 0.1}}
     path = write_stage(build_workspace(tmp_path_factory.mktemp("hangs")), steps=100, trajectory_every=0)
     config = load_config(path)
-    assert isinstance(config, SafePpoConfig)
+    assert isinstance(config, PolicyStage)
     config.cluster = config.cluster.model_validate({"placement": placement, "threads": 1, "step_timeout": 120.0})
     config.constraints = config.constraints[:1]
     tokenizer = load_tokenizer(config.models.policy)
     prompts = PromptDataset.build(load_mix(config.data.prompts)[0], tokenizer, 32, "auto")
-    cluster = Cluster(config.cluster, role_kinds(config))
+    cluster = Cluster(config.cluster, {role.name: role.kind for role in config.roles()})
     with RunFolder(config) as run:
         try:
             roles = start_roles(config, cluster)

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from actors.driver.train import train
+from actors.driver.trainer_stage import TrainerStage
 from actors.machine import engine
-from beaver_ray.config import StageConfig, SupervisedConfig
+from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder, read_metrics
+from beaver_ray.stage import Stage
 from tests.actors.support import ppo_config
 from tests.test_checkpoints import files_of_at_most
 
@@ -25,7 +27,7 @@ STEPS = 6
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
 
 
-def config(world: Path, workspace: Path, name: str, **changes: Any) -> StageConfig:
+def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
     """Every random number, schedule and window is used."""
     constraint = {"name": "harm", "model": str(world / "cost_model"), "limit": 0.0}
     multiplier = {"rule": "pid", "initial": 0.5, "kp": 0.3, "ki": 0.1, "kd": 0.2, "window": 20, "max": 5.0}
@@ -50,7 +52,7 @@ def config(world: Path, workspace: Path, name: str, **changes: Any) -> StageConf
     return ppo_config(world, **(sections | changes))
 
 
-def die_at(stage: StageConfig, moment: str, step: int) -> None:
+def die_at(stage: Stage, moment: str, step: int) -> None:
     """Train in this process and end it by SIGKILL at that moment of that step."""
     log, write = RunFolder.log, engine.CheckpointFiles.save
 
@@ -71,7 +73,7 @@ def die_at(stage: StageConfig, moment: str, step: int) -> None:
     train(stage)
 
 
-def killed(stage: StageConfig, moment: str, step: int) -> None:
+def killed(stage: Stage, moment: str, step: int) -> None:
     """The stage's folder as a kill has left it, ``step`` being the newest checkpoint."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["actors.machine.engine", "transformers.models.llama.modeling_llama"])
@@ -143,7 +145,7 @@ def test_other_settings_are_said(tiny_world: Path, tmp_path: Path, one_rank: Non
 
 
 def test_a_resumed_supervised_stage_is_the_whole_stage(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
-    def stage(name: str) -> SupervisedConfig:
+    def stage(name: str) -> TrainerStage:
         tree = {
             "stage": "reward_model",
             "name": name,
@@ -157,7 +159,7 @@ def test_a_resumed_supervised_stage_is_the_whole_stage(one_rank: None, tiny_worl
             "save_every": 2,
             "engine": {"micro_batch_tokens": 1024},
         }
-        return SupervisedConfig.model_validate(tree)
+        return stages()[tree["stage"]].model_validate(tree)
 
     killed(stage("run"), "step", 2)
     folder = train(stage("run").model_copy(update={"resume": True}))

@@ -15,22 +15,25 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.evaluate import evaluate
+from actors.driver.policy_stage import PolicyStage
 from actors.driver.train import train
+from actors.driver.trainer_stage import TrainerStage
 from actors.driver.training_state import TrainingState
 from actors.roles.policy import PolicyTrainer
-from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
+from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.remote import ALLOWED_HOSTS
 from beaver_ray.runs import read_metrics
+from beaver_ray.stage import Stage
 from tests.actors.scoring_service import serving
 from tests.actors.support import EOS, LiteralScoreModel, ppo_config
 
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
 
 
-def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> SupervisedConfig:
+def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> TrainerStage:
     """A few steps; the preferences are enough to teach a cost model which way is up."""
     kind = "demonstrations" if stage == "sft" else "preferences"
     name = "demonstrations" if stage == "sft" else "PKU-SafeRLHF"
@@ -48,7 +51,7 @@ def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> Supe
         "optimizer": {"learning_rate": 5e-3},
         "engine": {"micro_batch_tokens": 1024},
     }
-    return SupervisedConfig.model_validate(tree | changes)
+    return stages()[(tree | changes)["stage"]].model_validate(tree | changes)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def trained(one_rank: None, tiny_world: Path, tmp_path_factory: pytest.TempPathF
     return workspace
 
 
-def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any) -> StageConfig:
+def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any) -> Stage:
     """Three steps of 8 prompts from the trained models, the cost as a calibrated probability."""
     constraint = {
         "name": "harm",
@@ -256,7 +259,7 @@ def test_a_service_scores_as_its_model_does(
             return [float(model([p + [*r, EOS][:longest]])[0, -1]) for p, r in texts]
 
     local = ppo(tiny_world, trained, tmp_path / "local", "safe_ppo", steps=2)
-    assert isinstance(local, SafePpoConfig)
+    assert isinstance(local, PolicyStage)
     longest = local.rollout.max_new_tokens
     train(local)
     with serving(score) as service:

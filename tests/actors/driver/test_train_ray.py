@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from actors.driver.rollouts import Collected, Rollouts
 from actors.driver.train import train
-from beaver_ray.config_files import load_config
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
+from launch.config_files import load_config
 from tests.tiny_ppo import build_workspace, write_stage
 
 EXPECTED_KEYS = """

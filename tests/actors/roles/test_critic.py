@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles.critic import Critic
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from tests.actors.support import (
     LiteralScoreModel,
@@ -31,7 +31,7 @@ from tests.actors.support import (
 )
 
 
-def critic_of(config: SafePpoConfig, folder: Path, *signals: str, rank: int = 0, world: int = 1) -> Critic:
+def critic_of(config: PolicyStage, folder: Path, *signals: str, rank: int = 0, world: int = 1) -> Critic:
     critic = Critic(config, signals or ("harm",), str(folder), rank, world)
     critic.setup("127.0.0.1", 0)  # the ranks have met already
     return critic
@@ -201,7 +201,7 @@ def test_a_shared_critic_is_saved_and_goes_on(one_rank: None, tiny_world: Path, 
     np.testing.assert_allclose(experience.flat(alone, "values/harm"), experience.flat(after, "values/harm"), atol=1e-6)
 
 
-def update_on(rank: int, config: SafePpoConfig, world: int, folder: Path, batch: pa.RecordBatch) -> dict[str, Any]:
+def update_on(rank: int, config: PolicyStage, world: int, folder: Path, batch: pa.RecordBatch) -> dict[str, Any]:
     critic = critic_of(config, folder, "harm", rank=rank, world=world)
     values = critic.values(batch)
     figures = [critic.update(batch, step) for step in (1, 2)]

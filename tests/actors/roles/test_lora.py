@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.lora import add_adapter
 from beaver_ray.weights import PublishedWeights, unpack
@@ -32,12 +32,12 @@ from tests.actors.support import (
 RANK, ALPHA = 4, 16.0
 
 
-def lora_config(world: Path, **sections: Any) -> SafePpoConfig:
+def lora_config(world: Path, **sections: Any) -> PolicyStage:
     models = {"lora_rank": RANK, "lora_alpha": ALPHA, **sections.pop("models", {})}
     return ppo_config(world, models=models, **sections)
 
 
-def trainer_of(config: SafePpoConfig, rank: int = 0, world: int = 1) -> PolicyTrainer:
+def trainer_of(config: PolicyStage, rank: int = 0, world: int = 1) -> PolicyTrainer:
     trainer = PolicyTrainer(config, rank, world)
     trainer.setup("127.0.0.1", 0)  # the ranks have met already
     return trainer
@@ -151,7 +151,7 @@ def test_published_and_saved(one_rank: None, tiny_world: Path, tmp_path: Path) -
     assert sum(not torch.equal(saved[name], start[name]) for name in start) == 14
 
 
-def adapter_after_updates(rank: int, config: SafePpoConfig, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
+def adapter_after_updates(rank: int, config: PolicyStage, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
     trainer = trainer_of(config, rank, world)
     figures = [trainer.update(batch, {"harm": 0.7}, step) for step in (1, 2, 3)]
     published = published_by(trainer, 3)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.micro_batches import minibatches
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.weights import plan_layout, unpack, verify
 from tests.actors.support import (
     Ranks,
@@ -34,7 +34,7 @@ from tests.actors.support import (
 SIGNALS = ("reward", "harm")
 
 
-def trainer_of(config: SafePpoConfig, rank: int = 0, world: int = 1) -> PolicyTrainer:
+def trainer_of(config: PolicyStage, rank: int = 0, world: int = 1) -> PolicyTrainer:
     trainer = PolicyTrainer(config, rank, world)
     trainer.setup("127.0.0.1", 0)  # the ranks have met already
     return trainer
@@ -316,7 +316,7 @@ def test_published_weights_and_saved_folder_are_the_policy(one_rank: None, tiny_
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "</s>"
 
 
-def update_on(rank: int, config: SafePpoConfig, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
+def update_on(rank: int, config: PolicyStage, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
     """Log-probs, two updates and the weights after them; rank 0 also sees that they are what is published."""
     trainer = trainer_of(config, rank, world)
     logprobs = trainer.logprobs(batch)

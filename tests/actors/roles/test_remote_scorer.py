@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles import remote_scorer
 from actors.roles.remote_scorer import RETRIES, RemoteScorer, ScoringService
+from actors.stages import stages
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
@@ -195,7 +196,7 @@ def test_hosts_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
             check_allowed(other)
 
 
-def config(tiny_world: Path, stage: str = "safe_ppo", models: dict[str, object] | None = None) -> SafePpoConfig:
+def config(tiny_world: Path, stage: str = "safe_ppo", models: dict[str, object] | None = None) -> PolicyStage:
     constraint = {"name": "harm", "model": "http://a.b/harm", "limit": 0.0, "critic": f"{tiny_world}/cost_model"}
     parts = {"policy": f"{tiny_world}/model", "reward": f"{tiny_world}/reward_model"} | (models or {})
     return ppo_config(tiny_world, stage, models=parts, constraints=[constraint])
@@ -209,10 +210,10 @@ def test_critics_start_from_folders(tiny_world: Path) -> None:
     changes = config(tiny_world).model_dump()
     changes["constraints"][0]["critic"] = None
     with pytest.raises(ValueError, match="constraint harm: no critic can start from a service; give critic a folder"):
-        SafePpoConfig.model_validate(changes)
+        stages()["safe_ppo"].model_validate(changes)
     # Plain PPO has no cost critic, and a shared one starts from the reward's.
-    SafePpoConfig.model_validate(changes | {"stage": "ppo"})
-    SafePpoConfig.model_validate(changes | {"models": changes["models"] | {"shared_critic": True}})
+    stages()["safe_ppo"].model_validate(changes | {"stage": "ppo"})
+    stages()["safe_ppo"].model_validate(changes | {"models": changes["models"] | {"shared_critic": True}})
 
 
 @pytest.mark.parametrize(

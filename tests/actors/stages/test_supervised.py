@@ -13,9 +13,11 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+from actors.driver import train_on_data
+from actors.driver.trainer_stage import TrainerStage
 from actors.machine.handles import Group, LocalHandle
-from actors.roles.supervised import SupervisedTrainer, final_name, train_supervised
-from beaver_ray.config import SupervisedConfig
+from actors.roles.trainer import Trainer
+from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder, read_metrics
@@ -29,7 +31,7 @@ DATA = {
 }
 
 
-def config_of(world: Path, stage: str, **changes: Any) -> SupervisedConfig:
+def config_of(world: Path, stage: str, **changes: Any) -> TrainerStage:
     """The whole training data in one step of small micro-batches, unless changed; score models start with a head."""
     model = {"sft": "model"}.get(stage, stage)
     if stage == "score_model" and not (world / model).exists():
@@ -48,11 +50,11 @@ def config_of(world: Path, stage: str, **changes: Any) -> SupervisedConfig:
         "engine": {"micro_batch_tokens": 128},
         "regularization": 0.01,
     }
-    return SupervisedConfig.model_validate(tree | changes)
+    return stages()[(tree | changes)["stage"]].model_validate(tree | changes)
 
 
-def trainer_of(config: SupervisedConfig, rank: int = 0, world: int = 1) -> SupervisedTrainer:
-    trainer = SupervisedTrainer(config, rank, world)
+def trainer_of(config: TrainerStage, rank: int = 0, world: int = 1) -> Trainer:
+    trainer = Trainer(config, rank, world)
     trainer.setup("127.0.0.1", 0)  # the ranks have met already
     return trainer
 
@@ -167,7 +169,7 @@ def test_packing_is_checked_where_the_model_runs(
 ) -> None:
     """In its engine, so on its device and in its dtype; a family that mixes sequences is refused there."""
     checked: list[Any] = []
-    monkeypatch.setattr("actors.roles.supervised.check_packing", checked.append)
+    monkeypatch.setattr("actors.roles.trainer.check_packing", checked.append)
     trainer = trainer_of(config_of(tiny_world, "sft"))
     assert checked == [trainer.engine.engine]
     monkeypatch.undo()
@@ -206,7 +208,7 @@ def test_held_out_prompts_are_not_trained_on(one_rank: None, tiny_world: Path) -
     assert len(trainer.eval_data) + len(trainer.train_data) == 160
 
 
-def train_on(rank: int, config: SupervisedConfig, world: int) -> dict[str, Any]:
+def train_on(rank: int, config: TrainerStage, world: int) -> dict[str, Any]:
     trainer = trainer_of(config, rank, world)
     figures = [trainer.train_step() for _ in range(3)]
     held_out = trainer.evaluate()
@@ -248,7 +250,7 @@ def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp
     config = config_of(tiny_world, stage, workspace=str(tmp_path), epochs=2, batch_size=40)
     trainer = trainer_of(config)
     with RunFolder(config) as run:
-        train_supervised(config, Group("trainer", [LocalHandle("trainer", trainer)], 1.0), run, resume=False)
+        train_on_data._train(config, Group("trainer", [LocalHandle("trainer", trainer)], 1.0), run, resume=False)
     metrics = read_metrics(tmp_path / stage)
     steps = 2 * (4 if stage == "sft" else 6)
     assert [row["step"] for row in metrics] == list(range(1, steps + 1))
@@ -257,7 +259,7 @@ def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     if stage != "sft":
         assert 0 <= metrics[-1]["accuracy_sign"] <= 1 and "eval/accuracy_sign" in metrics[-1]
-    folder = tmp_path / stage / "final.part" / final_name(config)
+    folder = tmp_path / stage / "final.part" / config.trained
     module = trainer.engine.module
     if stage == "sft":
         saved: Any = AutoModelForCausalLM.from_pretrained(folder)

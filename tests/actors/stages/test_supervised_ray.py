@@ -8,22 +8,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-import actors.driver.train
 from actors.driver.train import train
-from actors.roles.supervised import SupervisedTrainer
-from beaver_ray.config import SupervisedConfig
+from actors.driver.trainer_stage import TrainerStage
+from actors.roles.trainer import Trainer
+from actors.stages import stages
 from beaver_ray.runs import RunFolder, read_metrics
 from tests.actors.driver.test_resume import assert_same
 
 
-class Dying(SupervisedTrainer):
+class Dying(Trainer):
     """Its process ends in the first step."""
 
     def train_step(self) -> dict[str, float]:
         os._exit(1)
 
 
-def stage(world: Path, workspace: Path, name: str) -> SupervisedConfig:
+def stage(world: Path, workspace: Path, name: str) -> TrainerStage:
     tree = {
         "stage": "reward_model",
         "name": name,
@@ -37,7 +37,7 @@ def stage(world: Path, workspace: Path, name: str) -> SupervisedConfig:
         "engine": {"micro_batch_tokens": 1024, "zero_stage": 2},
         "cluster": {"placement": {"trainer": {"workers": 2, "cpus": 0.5}}},
     }
-    return SupervisedConfig.model_validate(tree)
+    return stages()[tree["stage"]].model_validate(tree)
 
 
 @pytest.mark.timeout(600)
@@ -71,6 +71,6 @@ def test_a_dead_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(
 def test_what_dies_again_and_again_ends_the_stage(
     tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actors.driver.train, "SupervisedTrainer", Dying)
+    monkeypatch.setattr("actors.roles.trainer.Trainer", Dying)
     with pytest.raises(RuntimeError, match=r"3 deaths with no new step in between: .*trainer"):
         train(stage(tiny_world, tmp_path, "dying"))

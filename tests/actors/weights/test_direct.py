@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 
+from actors.driver.policy_stage import PolicyStage
 from actors.driver.train import train
 from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
@@ -19,10 +20,10 @@ from actors.machine.waits import WeightsUnreadableError, fetch
 from actors.roles.generator import VllmGenerator
 from actors.roles.policy import announce
 from actors.weights.direct import obstacle
-from beaver_ray.config import DIRECT_WEIGHTS, SafePpoConfig
-from beaver_ray.config_files import load_config
+from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
+from launch.config_files import load_config
 from tests.actors.light_roles import (
     BlindGenerator,
     BlindPublisher,
@@ -110,7 +111,7 @@ def test_when_weights_go_direct(
     monkeypatch.delenv(DIRECT_WEIGHTS, raising=False)
     placement = {"policy": {"gpus": policy_gpus}, "rollout": {"gpus": rollout_gpus}}
     config = ppo_config(tiny_world, debug=debug, cluster={"placement": placement})
-    assert isinstance(config, SafePpoConfig) and config.direct_weights == expected
+    assert isinstance(config, PolicyStage) and config.direct_weights == expected
     monkeypatch.setenv(DIRECT_WEIGHTS, "0")
     assert not config.direct_weights
 
@@ -118,7 +119,7 @@ def test_when_weights_go_direct(
 def test_room_for_direct_weights_by_hand(tiny_world: Path) -> None:
     placement = {"policy": {"gpus": 0.5}, "rollout": {"gpus": 0.5}}
     config = ppo_config(tiny_world, cluster={"placement": placement}, rollout={"staleness": 1})
-    assert isinstance(config, SafePpoConfig)
+    assert isinstance(config, PolicyStage)
     assert config.direct_room(10 * 2**30, 240 * 2**30) == 30 * 2**30  # three versions, a quarter of half a GPU
     with pytest.raises(ValueError, match=r"33.0 GiB of weights .* more than 25% of the 120.0 GiB of GPU"):
         config.direct_room(11 * 2**30, 240 * 2**30)
@@ -155,8 +156,8 @@ def test_a_policy_that_cannot_put_weights_on_its_device_sends_them() -> None:
 def test_a_run_whose_weights_go_direct_where_they_can(
     generator: type, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(SafePpoConfig, "direct_weights", property(lambda self: True))
-    monkeypatch.setattr("actors.driver.processes.VllmGenerator", generator)
+    monkeypatch.setattr(PolicyStage, "direct_weights", property(lambda self: True))
+    monkeypatch.setattr("actors.roles.generator.VllmGenerator", generator)
     monkeypatch.setattr("actors.driver.control.VllmGenerator", generator)
     taken: list[PublishedWeights] = []
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.driver.policy_stage import PolicyStage
 from actors.roles.exchange import Exchange
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
 from beaver_ray.weights import PublishedWeights
 from tests.actors.conftest import largest_difference, make_prompts, three_tokens_in
 from tests.actors.roles.test_lora import RANK, lora_config, trainer_of, with_advantages
@@ -30,7 +30,7 @@ TRAINERS: dict[str, PolicyTrainer] = {}
 """What each rank's process keeps from one call to the next."""
 
 
-def start_trainer(rank: int, config: SafePpoConfig) -> None:
+def start_trainer(rank: int, config: PolicyStage) -> None:
     TRAINERS["policy"] = trainer_of(config, rank, 2)
 
 

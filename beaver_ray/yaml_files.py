@@ -1,24 +1,25 @@
-"""Configurations from YAML files and dotted overrides; whatever is wrong in either gets one line.
+"""YAML files and dotted overrides to trees of plain values; whatever is wrong in either gets one line.
 
 ``rollout.temperature=0.7`` changes a key, ``constraints.harm.limit=-3`` an entry of a list by its name. An unknown key
 is an error that suggests the near one. Strings may hold ``${workspace}``.
 
 Of YAML a configuration has text, numbers, true, false, null, lists and mappings; dates stay text, and tags are refused.
-What an option reads as text is text as it is written: ``name=23`` and ``name: 1.10`` are names.
+What an option reads as text (``texts``, see `text_options`) is text as it is written: ``name=23`` and ``name: 1.10``
+are names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from functools import cache
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from beaver_ray.config import PipelineConfig, SafePpoConfig, StageConfig, SupervisedConfig, near
+from beaver_ray.config import near
 from beaver_ray.errors import UserError
 
 MOST_VALUES = 100_000
@@ -28,73 +29,16 @@ LARGEST_INTEGER = 2**63 - 1
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # A URL with a user name or password in it.
 _CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
-_STAGE: TypeAdapter[StageConfig] = TypeAdapter(Annotated[StageConfig, Field(discriminator="stage")])
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> StageConfig:
-    """The stage's configuration from a YAML file and ``key=value`` overrides.
-
-    Raises UserError, one line, for anything that is wrong in either.
-    """
-    return parse_config(read_yaml(path), overrides or [], str(path))
-
-
-def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> StageConfig:
-    """The stage's configuration from an already read tree; ``where`` names its origin in errors."""
-    tree = apply_overrides(tree, overrides, where)
-    workspace = str(tree.get("workspace", "runs"))
-    if "${" in workspace:
-        raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
-    tree = _interpolate(tree, {"workspace": workspace}, where)
-    try:
-        return _STAGE.validate_python(tree)
-    except ValidationError as error:
-        model = SupervisedConfig if str(tree.get("stage")) in _SUPERVISED else SafePpoConfig
-        raise UserError(_one_line(error, model, where)) from None
-
-
-def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple[PipelineConfig, list[StageConfig]]:
-    """A pipeline and its stages' configurations, all checked before anything runs.
-
-    An override whose first word is a stage's name (``safe_ppo.steps=20``) goes to that stage, any other to
-    the pipeline itself.
-    """
-    tree = read_yaml(path)
-    entries = tree.get("stages")
-    names = (
-        [Path(str(e.get("config", ""))).stem for e in entries if isinstance(e, dict)]
-        if isinstance(entries, list)
-        else []
-    )
-    to_stage: dict[str, list[str]] = {name: [] for name in names}
-    own: list[str] = []
-    for override in overrides or []:
-        first, _, rest = override.partition(".")
-        if first in to_stage and "=" in rest:
-            to_stage[first].append(rest)
-        else:
-            own.append(override)
-    try:
-        pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path)))
-    except ValidationError as error:
-        raise UserError(_one_line(error, PipelineConfig, str(path))) from None
-    stages = []
-    for entry in pipeline.stages:
-        file = Path(path).parent / entry.config
-        settings = [f"{key}={_as_yaml(value)}" for key, value in entry.set.items()]
-        own = [f"workspace={_as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
-        stages.append(load_config(file, [*own, *settings, *to_stage.get(file.stem, [])]))
-    return pipeline, stages
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, texts: frozenset[str] = frozenset()) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=partial(_Loader, texts=texts))  # type: ignore[arg-type]
     except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -104,7 +48,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
+def apply_overrides(
+    tree: dict[str, Any], overrides: list[str], where: str, texts: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """A checked copy of the tree with ``a.b.c=value`` applied; a list entry is meant by its number or its ``name``."""
     tree = _checked(tree, where)
     for override in overrides:
@@ -112,12 +58,12 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> d
         if not equals or not key.strip():
             raise UserError(f"override {override!r} must look like key=value")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = yaml.load(text, Loader=partial(_Loader, texts=texts))  # type: ignore[arg-type]
         except _NOT_YAML:
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         node: Any = tree
         *parents, last = key.strip().split(".")
-        if last in text_options() and isinstance(value, int | float):
+        if last in texts and isinstance(value, int | float):
             value = text.strip()
         for part in parents:
             node = _child(node, part, override)
@@ -129,11 +75,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], where: str) -> d
     return tree
 
 
-@cache
-def text_options() -> frozenset[str]:
-    """Names of options whose value is text wherever they stand (a section of that name is none)."""
+def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
+    """Names of options whose value is text wherever they stand in these (a section of that name is none)."""
     kinds: dict[str, set[Any]] = {}
-    models: list[Any] = [SafePpoConfig, SupervisedConfig, PipelineConfig]
+    models: list[Any] = list(configurations)
     for model in models:  # which grows on the way
         for name, field in model.model_fields.items():
             parts = {field.annotation, *get_args(field.annotation)} - {type(None)}
@@ -177,8 +122,9 @@ class _Loader(yaml.SafeLoader):
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, texts: frozenset[str]) -> None:
         super().__init__(text)
+        self.texts = texts
         self.levels = self.values = 0
         self.sizes: dict[int, int] = {}  # values in each finished node
 
@@ -203,7 +149,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in text_options() and value.tag in _NUMBERS:
+            if isinstance(key, yaml.ScalarNode) and key.value in self.texts and value.tag in _NUMBERS:
                 value.tag = "tag:yaml.org,2002:str"
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
@@ -258,11 +204,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     raise UserError(f"override {override!r}: no entry {part!r} in the list; it has {', '.join(known) or 'none'}")
 
 
-def _interpolate(node: Any, values: dict[str, str], where: str) -> Any:
+def interpolate(node: Any, values: dict[str, str], where: str) -> Any:
+    """The tree with every ${NAME} in its strings replaced. UserError for a name that is none of ``values``."""
     if isinstance(node, dict):
-        return {key: _interpolate(value, values, where) for key, value in node.items()}
+        return {key: interpolate(value, values, where) for key, value in node.items()}
     if isinstance(node, list):
-        return [_interpolate(value, values, where) for value in node]
+        return [interpolate(value, values, where) for value in node]
     if not isinstance(node, str):
         return node
 
@@ -274,33 +221,26 @@ def _interpolate(node: Any, values: dict[str, str], where: str) -> Any:
     return re.sub(r"\$\{([^}]*)\}", replace, node)
 
 
-def _as_yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A plain value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
-def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
+def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """pydantic's first complaint as one line, with the near key for an unknown one."""
     first = error.errors(include_url=False)[0]
     location = list(first["loc"])
-    if len(location) > 1 and location[0] in _STAGE_TAGS:
-        del location[0]  # which of the stages it was read as; "ppo" is also a section
     path = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, list(location[:-1]))
         return f"{where}: unknown key {path}{near(str(location[-1]), known)}{more}"
-    if first["type"].startswith("union_tag"):
-        return f"{where}: stage must be one of {', '.join(sorted(_STAGE_TAGS))}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     short = isinstance(given, str | int | float | bool) and first["type"] != "value_error"
     shown = f", not {_brief(given)}" if short else ""
     prefix = f"{where}: {path}: " if path else f"{where}: "
     return f"{prefix}{message}{shown}{more}"
-
-
-_SUPERVISED = {"sft", "reward_model", "cost_model", "score_model"}
-_STAGE_TAGS = _SUPERVISED | {"ppo", "reward_shaping", "safe_ppo"}
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:

@@ -1,0 +1,222 @@
+"""What ppo, reward_shaping and safe_ppo share: their roles, their run, their report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.errors import UserError
+from beaver_ray.remote import is_remote
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.runs import RunFolder
+    from beaver_ray.signals import CriticPlan, ScorerPlan
+
+# Parts of a GPU that all roles share. A generator's is the share of memory that its engine is given.
+GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class PolicyStage(SafePpoConfig, Stage):
+    """A policy trained on prompts with PPO, its answers scored by models or services."""
+
+    kinds: ClassVar[tuple[str, ...]] = (
+        "rollout",
+        "reward",
+        "cost",
+        "reference",
+        "policy",
+        "reward_critic",
+        "cost_critic",
+        "experience",
+    )
+
+    def roles(self) -> list[RoleSpec]:
+        """Generators, scorers, reference, policy, critics and the experience builder."""
+        from beaver_ray.signals import critics, scorers
+
+        return [
+            self._generator(),
+            *(self._scorer(plan) for plan in scorers(self)),
+            *([] if self.models.adapter_off_is_reference else [self._reference()]),
+            self._policy(),
+            *(self._critic(plan) for plan in critics(self)),
+            RoleSpec(
+                "experience",
+                "experience",
+                "actors.roles.experience_builder:ExperienceBuilder",
+                lambda rank, world: (self,),
+                gpu_part=0,
+            ),
+        ]
+
+    def run(self, run: RunFolder) -> None:
+        """Train the policy, save it with its critics, and evaluate it where there are held-out prompts."""
+        from actors.driver.train_on_prompts import train_on_prompts
+
+        train_on_prompts(self, run)
+
+    def evaluate(self, policy: str | None) -> Path:
+        """Evaluate the run's final policy, or another one, on the held-out prompts."""
+        if not self.evaluation.prompts:
+            raise UserError(f"{self.name}: evaluation.prompts is empty; name held-out prompts there")
+        chosen = Path(policy) if policy is not None else self.folder / "final" / "policy"
+        if not (chosen / "config.json").is_file():
+            raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
+        from actors.driver.evaluate import evaluate
+
+        return evaluate(self, policy)
+
+    def lengths(self) -> Lengths:
+        """Of a prompt and its answer."""
+        prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
+        options = f"data.max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
+        return Lengths(prompt + answer, options, "lower them")
+
+    @property
+    def prompt_template(self) -> Literal["auto", "chat", "beaver"]:
+        """How prompts are written for the policy."""
+        return self.data.template
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code in a model's folder may run."""
+        return self.models.trust_remote_code
+
+    def store_bytes(self) -> float:
+        """Experience, as parts and joined, and the versions of the weights that may be read at one time."""
+        from beaver_ray.models.folders import read_model
+
+        signals = 1 + (len(self.constraints) if self.has_cost_critics else 0)
+        columns = 5 + 3 * signals  # tokens, versions and three log-probs; values, advantages and returns
+        tokens = self.data.max_prompt_tokens + columns * self.rollout.max_new_tokens
+        facts = read_model(self.models.policy)
+        numbers = self.models.lora_rank * (facts.linear or 0) if self.models.lora_rank else facts.parameters or 0
+        weights = numbers * DTYPE_BYTES[self.engine.dtype] * (self.rollout.staleness + 2)
+        return 2 * 4 * self._samples * tokens + weights
+
+    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
+        """Reward, costs against limits, multipliers, KL, timings."""
+        from beaver_ray.report.policy import ppo_charts
+
+        return ppo_charts(metrics, self)
+
+    def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
+        """How good, how safe, how fast."""
+        from beaver_ray.report.policy import ppo_cards
+
+        return ppo_cards(metrics, evaluation, self)
+
+    def headlines(self) -> list[str]:
+        """How good, how safe and how fast the run was."""
+        from beaver_ray.report.policy import ppo_headlines
+
+        return ppo_headlines(self)
+
+    def trajectories(self) -> Trajectories:
+        """With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score."""
+        above = {c.name: 0.0 if c.violation_rate is None else 0.5 for c in self.constraints}
+        return Trajectories(self.models.policy, above)
+
+    # Roles
+
+    @property
+    def _samples(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    def _generator(self) -> RoleSpec:
+        def arguments(rank: int, world: int) -> tuple[Any, ...]:
+            from actors.driver.processes import generator_spec
+
+            return (generator_spec(self),)
+
+        policy = ModelUse("policy", self.models.policy)
+        worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
+        cache = None if self.debug else self.rollout.kv_cache_gib
+        return RoleSpec("rollout", "rollout", worker, arguments, (policy,), kv_cache_gib=cache, gpu_part=GENERATOR_PART)
+
+    def _scorer(self, plan: ScorerPlan) -> RoleSpec:
+        models, trust = self.models, self.models.trust_remote_code
+        prompts = (self.data.prompts, self.evaluation.prompts)
+        if is_remote(plan.model):
+            remote = (
+                plan.model,
+                plan.columns,
+                models.policy,
+                self.cluster.step_timeout,
+                trust,
+                self.data.template,
+                prompts,
+            )
+            worker = "actors.roles.remote_scorer:RemoteScorer"
+            return RoleSpec(plan.name, plan.kind, worker, lambda rank, world: remote, service=plan.model, gpu_part=0)
+        engine = self.engine
+        arguments = (
+            plan.model,
+            plan.columns,
+            models.policy,
+            engine.dtype,
+            engine.micro_batch_tokens,
+            self.cluster.threads,
+            trust,
+            self.data.template,
+            prompts,
+        )
+        use = ModelUse(plan.name, plan.model, tuple(c.removeprefix("cost/") for c in plan.columns), scores=True)
+        return RoleSpec(plan.name, plan.kind, "actors.roles.scorer:Scorer", lambda rank, world: arguments, (use,))
+
+    def _reference(self) -> RoleSpec:
+        models, engine = self.models, self.engine
+        folder = models.reference or models.policy
+        arguments = (
+            folder,
+            engine.dtype,
+            engine.micro_batch_tokens,
+            self.rollout.temperature,
+            self.cluster.threads,
+            models.trust_remote_code,
+        )
+        use = ModelUse("reference", folder, tokens_of=models.policy, mend="models.reference")
+        worker = "actors.roles.scorer:Reference"
+        return RoleSpec("reference", "reference", worker, lambda rank, world: arguments, (use,), logits=True)
+
+    def _policy(self) -> RoleSpec:
+        training = Training(
+            "policy",
+            **self._minibatch(),
+            lora_rank=self.models.lora_rank,
+            publishes=self.direct_room if self.direct_weights else None,
+        )
+        return RoleSpec(
+            "policy",
+            "policy",
+            "actors.roles.policy:PolicyTrainer",
+            lambda rank, world: (self, rank, world, not self.debug),
+            (ModelUse("policy", self.models.policy),),
+            training,
+            logits=True,
+            gpu_part=POLICY_PART,
+        )
+
+    def _critic(self, plan: CriticPlan) -> RoleSpec:
+        start = "its start (models.reward_critic, critic)"
+        use = ModelUse(plan.name, plan.model, plan.signals, tokens_of=self.models.policy, mend=start)
+        return RoleSpec(
+            plan.name,
+            plan.kind,
+            "actors.roles.critic:Critic",
+            lambda rank, world: (self, plan.signals, plan.model, rank, world),
+            (use,),
+            Training(plan.folder, **self._minibatch()),
+            gpu_part=CRITIC_PART,
+        )
+
+    def _minibatch(self) -> dict[str, Any]:
+        rows = self._samples // self.ppo.minibatches
+        step = f"a step has {self._samples} in {self.ppo.minibatches}"
+        return {"rows": rows, "rows_are": f"a minibatch of {rows} samples ({step})"}

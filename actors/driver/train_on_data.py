@@ -1,0 +1,104 @@
+"""Stages that train one model on a data set: the trainer's ranks, the steps, and what follows when a rank dies."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from actors.driver.processes import connect, start_role
+from actors.driver.recovery import FAILURES
+from actors.driver.trainer_stage import TrainerStage
+from actors.machine.cluster import Cluster
+from actors.machine.handles import Group
+from actors.machine.waits import WorkerDiedError
+from beaver_ray.fit import check_fit
+from beaver_ray.models.loading import check_model_folder
+from beaver_ray.runs import RunFolder
+
+
+def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
+    """Train the stage's model; its ranks start anew, from the last checkpoint, where one dies."""
+    check_model_folder(stage.model, "model")
+    for line in check_fit(stage):
+        run.note(line)
+    roles = stage.roles()
+    cluster = None if stage.debug else Cluster(stage.cluster, {role.name: role.kind for role in roles})
+    try:
+        trainer = start_role(roles[0], stage.cluster, cluster)
+        resume, deaths, furthest = stage.resume, 0, 0
+        while True:
+            try:
+                if cluster:
+                    cluster.wait_started([trainer])
+                connect([trainer])
+                return _train(stage, trainer, run, resume)
+            except WorkerDiedError as error:
+                # Steps that are only repeated are no progress.
+                deaths, furthest = 1 if run.furthest > furthest else deaths + 1, run.furthest
+                if deaths == FAILURES:
+                    raise RuntimeError(f"{deaths} deaths with no new step in between: {error}") from None
+                run.note(f"the trainer is started anew: {error}")
+                # All ranks: the others may be stuck in an exchange with the one that is gone.
+                assert cluster is not None
+                cluster.restart(trainer, list(trainer.workers))
+                resume = True
+    finally:
+        if cluster:
+            cluster.close()
+
+
+def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) -> None:
+    """All steps, an evaluation after each epoch and at the end, and the saved model.
+
+    With ``resume`` it goes on from the newest checkpoint, where there is one.
+    """
+    steps, notes = trainer.run("describe")[0]
+    for note in notes:
+        run.note(note)
+    began = time.perf_counter()
+    epoch_steps = max(1, math.ceil(steps / stage.epochs))
+    done, began = _resume(trainer, run, began) if resume else (0, began)
+    with run.progress(stage.stage, steps) as progress:
+        progress.done = done
+        for step in range(done + 1, steps + 1):
+            started = time.perf_counter()
+            figures = trainer.run("train_step")[0]
+            seconds = time.perf_counter() - started
+            tokens = figures.pop("tokens")
+            metrics = {_rename(name): value for name, value in figures.items()}
+            if step % epoch_steps == 0 or step == steps:
+                metrics |= _evaluation(trainer)
+            metrics |= {
+                "time/elapsed": time.perf_counter() - began,
+                "time/step": seconds,
+                "throughput/tokens_per_second": tokens / seconds,
+            }
+            run.log(step, metrics)
+            if stage.save_every and step % stage.save_every == 0 and step < steps:
+                state = {"step": step, "elapsed": metrics["time/elapsed"], "metrics_bytes": run.metrics_bytes()}
+                with run.checkpoints.writing(step, state) as folder:
+                    trainer.run("save_state", str(folder / "training"))
+            progress.advance(loss=metrics["loss"])
+    trainer.run("save", str(run.folder / "final.part" / stage.trained))
+    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
+
+
+def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
+    """Go on from the newest checkpoint: the steps that are done, and when the run would have begun without a break."""
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        return 0, began
+    state = checkpoint.state()
+    trainer.run("load_state", str(checkpoint.folder / "training"))
+    run.rewind(state["metrics_bytes"])
+    return checkpoint.step, began - state["elapsed"]
+
+
+def _evaluation(trainer: Group) -> dict[str, float]:
+    shares: Sequence[dict[str, float]] = trainer.run("evaluate")
+    return {f"eval/{_rename(name)}": sum(s[name] for s in shares) for name in shares[0]}
+
+
+def _rename(name: str) -> str:
+    return "accuracy_sign" if name == "sign_accuracy" else name

@@ -1,0 +1,71 @@
+"""Stages that train a policy on prompts: data, roles, loop, saved models, evaluation."""
+
+from __future__ import annotations
+
+from actors.driver.control import GeneratorSupply
+from actors.driver.evaluate import HeldOut, write
+from actors.driver.loop import make_rollouts, train_policy
+from actors.driver.policy_stage import PolicyStage
+from actors.driver.processes import check_models, generator_spec
+from actors.driver.recovery import Recovery, start_surely
+from actors.driver.tracing import StepTrace
+from actors.driver.training_state import TrainingState
+from actors.machine.cluster import Cluster
+from actors.weights.direct import obstacle
+from beaver_ray.data.mixing import held_out_too, load_mix
+from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
+from beaver_ray.fit import check_tokenizers
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.runs import RunFolder
+
+
+def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
+    """Train the policy through all steps, save it and its critics, and evaluate it on the held-out prompts."""
+    for line in check_models(stage):
+        run.note(line)
+    check_tokenizers(stage)
+    tokenizer = load_tokenizer(stage.models.policy, stage.models.trust_remote_code)
+    samples, reports = load_mix(stage.data.prompts)
+    limit = stage.data.max_prompt_tokens
+    prompts = PromptDataset.build(samples, tokenizer, limit, stage.data.template)
+    for line in [*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items())]:
+        run.note(line)
+    run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
+    stage = stage.model_copy(update={"steps": stage.total_steps(len(prompts)), "epochs": None})
+    held_out = HeldOut(stage) if stage.evaluation.prompts else None
+    if held_out and (both := held_out_too(samples, held_out.samples)):
+        run.note(both)
+    cluster = None if stage.debug else Cluster(stage.cluster, {role.name: role.kind for role in stage.roles()})
+    try:
+        roles = start_surely(stage, cluster, run.note)
+        for line in roles.notes:
+            run.note(line)
+        if stage.direct_weights:
+            why = obstacle(roles.policy, roles.rollout)
+            roles.direct = why is None
+            run.note("weights go from GPU to GPU" if why is None else f"weights go through the object store: {why}")
+        supply = GeneratorSupply(cluster, generator_spec(stage), stage.name) if cluster else None
+        state = TrainingState(stage, prompts)
+        rollouts = make_rollouts(stage, roles, state, supply, run.note)
+        recovery = Recovery(state, roles, rollouts, run, cluster)
+        trace = StepTrace(run.folder / "trace.json", stage.total_steps(0))
+
+        def evaluate(step: int) -> dict[str, float]:
+            return held_out.figures(roles, rollouts, step) if held_out else {}
+
+        def whole_run() -> None:
+            train_policy(stage, roles, rollouts, recovery, trace, evaluate)
+            recovery.save_models(run.folder / "final.part")
+            if held_out:
+                # The models are saved: what is left to do needs no rank of theirs.
+                last = stage.total_steps(0) + 1
+                judged = recovery.survive(lambda again: held_out.evaluate(roles, rollouts, last), needs_trained=False)
+                write(run.folder, judged)
+
+        if stage.resume:
+            recovery.keep_going(recovery.resume)
+        recovery.keep_going(whole_run)
+        trace.close()
+    finally:
+        if cluster:
+            cluster.close()

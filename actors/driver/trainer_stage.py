@@ -1,0 +1,119 @@
+"""What stages share that train one model on a data set: the trainer's role, the run, the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from beaver_ray.config import SupervisedConfig, TrainerConfig
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from actors.machine.engine import LossTerms
+    from actors.roles.trainer import Rows, Trainer
+    from beaver_ray.data.tokenized import Ragged
+    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.runs import RunFolder
+
+
+class TrainerStage(TrainerConfig, Stage):
+    """One model trained on a data set. Its methods from `dataset` on are called in the trainer's process."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("trainer",)
+    trained: ClassVar[str]
+    """Name of the trained model's folder under final/."""
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Of a score model; none of a language model."""
+    pairs: ClassVar[bool] = True
+    """Whether a row is two sequences, which are read in one forward pass."""
+
+    def roles(self) -> list[RoleSpec]:
+        """The trainer alone."""
+        training = Training(self.trained, self.batch_size, f"a batch of {self.batch_size} (batch_size)")
+        return [
+            RoleSpec(
+                "trainer",
+                "trainer",
+                "actors.roles.trainer:Trainer",
+                lambda rank, world: (self, rank, world),
+                (ModelUse("model", self.model, self.heads),),
+                training,
+                logits=not self.heads,
+            )
+        ]
+
+    def run(self, run: RunFolder) -> None:
+        """Train, evaluate after each epoch and at the end, and save the model."""
+        from actors.driver.train_on_data import train_on_data
+
+        train_on_data(self, run)
+
+    def lengths(self) -> Lengths:
+        """Of an example."""
+        return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it", 2 if self.pairs else 1)
+
+    @property
+    def prompt_template(self) -> Literal["auto", "chat", "beaver"]:
+        """How prompts are written for the model."""
+        return self.template
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code in the model's folder may run."""
+        return self.trust_remote_code
+
+    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
+        """Losses, accuracies, learning rate, throughput."""
+        from beaver_ray.report.supervised import supervised_charts
+
+        return supervised_charts(metrics)
+
+    def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
+        """The last held-out figures, else recent ones of the training."""
+        from beaver_ray.report.supervised import supervised_cards
+
+        return supervised_cards(metrics)
+
+    def dataset(self) -> Any:
+        """The class of its data sets (`beaver_ray.data.tokenized`)."""
+        raise NotImplementedError
+
+    def sequences(self, data: Any) -> tuple[Ragged, ...]:
+        """The sequences of each row: one, or the two of a pair."""
+        raise NotImplementedError
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model to train: a language model, or a score model with `heads`."""
+        if not self.heads:
+            from beaver_ray.models.loading import load_policy
+
+            return load_policy(self.model, dtype, self.trust_remote_code)
+        from beaver_ray.models.score import load_score_model
+
+        first: Any = self.heads[0]
+        return load_score_model(self.model, first, dtype, self.trust_remote_code, self.heads)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Whatever must be known before the first step; called once on all ranks."""
+
+    def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
+        """Loss and metrics of ``rows``, a micro-batch of ``batch``; see `actors.roles.trainer.TrainerTask`."""
+        raise NotImplementedError
+
+    def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the model as a Hugging Face folder."""
+        raise NotImplementedError
+
+
+class ScoreModelStage(SupervisedConfig, TrainerStage):
+    """A score model trained on pairs of answers."""
+
+    def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the score model, and what it was trained to read with."""
+        from actors.roles.score_losses import save_scores
+
+        save_scores(trainer, state, folder)

@@ -1,0 +1,149 @@
+"""One rank that trains one model on a data set; what is trained, and by which loss, the stage says (`TrainerTask`)."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.machine.engine import LossTerms, TrainingEngine
+from actors.machine.ranks import TrainingRank
+from beaver_ray.config import TrainerConfig
+from beaver_ray.data.mixing import held_out_too, load_mix, split
+from beaver_ray.data.tokenized import BatchSampler, Ragged
+from beaver_ray.models.loading import DTYPES, load_tokenizer
+from beaver_ray.packing import check_packing, plan_micro_batches
+
+Rows = np.ndarray
+"""Numbers of rows of a data set."""
+
+
+class TrainerTask(Protocol):
+    """What a stage tells the trainer."""
+
+    def dataset(self) -> Any:
+        """The class of its data sets (`beaver_ray.data.tokenized`)."""
+        ...
+
+    def sequences(self, data: Any) -> tuple[Ragged, ...]:
+        """The sequences of each row: one, or the two of a pair."""
+        ...
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model to train."""
+        ...
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Whatever must be known before the first step; called once on all ranks."""
+        ...
+
+    def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
+        """Loss and metrics of ``rows``, which are a micro-batch of ``batch``, as their part of the batch's mean.
+
+        ``weight`` is 0 where the micro-batch only keeps the ranks in step.
+        """
+        ...
+
+    def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the model as a Hugging Face folder; on rank 0 alone, with every tensor in host memory."""
+        ...
+
+
+class Trainer(TrainingRank):
+    """One rank. All ranks read the same data and draw the same batches, and each takes its share of them.
+
+    config: the stage, which is a `TrainerTask` as well.
+    """
+
+    def __init__(self, config: Any, rank: int, world: int) -> None:
+        super().__init__(rank, world, config.seed, config.cluster.threads)
+        self.config: TrainerConfig = config
+        self.task: TrainerTask = config
+
+    def build(self) -> None:
+        """Load model and data."""
+        config = self.config
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        samples, reports = load_mix(config.train)
+        if config.eval:
+            held_out, more = load_mix(config.eval)
+            reports = reports | more
+            both = held_out_too(samples, held_out)
+        else:
+            samples, held_out = split(samples, config.eval_fraction, config.seed)
+            both = None
+        make: Any = self.task.dataset().build
+        self.train_data = make(samples, self.tokenizer, config.max_tokens, config.template)
+        self.eval_data = make(held_out, self.tokenizer, config.max_tokens, config.template)
+        self.notes = [f"{spec}: {report.line()}" for spec, report in reports.items()]
+        self.notes += [
+            f"{name} data: {len(data)} kept; {data.report.line()}"
+            for name, data in (("training", self.train_data), ("held-out", self.eval_data))
+        ]
+        self.notes += [both] if both else []
+        self.sampler = BatchSampler(len(self.train_data), config.batch_size, config.seed)
+        self.steps = max(1, math.ceil(config.epochs * self.sampler.batches_per_epoch))
+        model = self.task.load(DTYPES[config.engine.dtype])
+        self.engine = TrainingEngine(
+            model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
+        )
+        check_packing(self.engine.engine)
+        self.task.prepare(self)
+
+    def describe(self) -> tuple[int, list[str]]:
+        """Optimizer steps in all, and what became of the data in one line each."""
+        return self.steps, self.notes
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the next global batch."""
+        batch = self.sampler.next_batch()
+        micro_batches = self.micro_batches(self.train_data, batch)
+        figures = self.engine.step(micro_batches, partial(self._loss, self.train_data, batch))
+        return {**figures, "tokens": float(self._lengths(self.train_data, batch).sum())}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the held-out data, over this rank's share; weights add up over ranks."""
+        self.engine.module.eval()
+        everything = np.arange(len(self.eval_data))
+        totals: dict[str, float] = {}
+        for members in self.micro_batches(self.eval_data, everything):
+            term = self._loss(self.eval_data, everything, members)
+            for name, value in {"loss": term.loss, **term.sums}.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
+
+    def position(self) -> dict[str, Any]:
+        """Which batch of the training data comes next."""
+        return {"train": self.sampler.state_dict()}
+
+    def restore_position(self, position: dict[str, Any]) -> None:
+        """Draw the batches from the one that `position` named."""
+        self.sampler.load_state_dict(position["train"])
+
+    def save_model(self, folder: str) -> None:
+        """Write model and tokenizer as a Hugging Face folder; all ranks must call it."""
+        state = self.engine.full_state_on_rank_0()
+        if state is None:
+            return
+        self.task.save(self, state, Path(folder))
+        self.tokenizer.save_pretrained(folder)
+
+    def micro_batches(self, data: Any, rows: Rows) -> list[tuple[Rows, float]]:
+        """This rank's micro-batches of ``rows`` with their weight: 0 where one only keeps ranks in step."""
+        budget = self.config.engine.micro_batch_tokens
+        plan = plan_micro_batches(self._lengths(data, rows).tolist(), budget, self.world)[self.rank]
+        return [(rows[members], 1.0) if members else (rows[:1], 0.0) for members in plan]
+
+    def _lengths(self, data: Any, rows: Rows) -> np.ndarray:
+        """Tokens of each row, both sequences of a pair together."""
+        return np.sum([side.lengths[rows] for side in self.task.sequences(data)], axis=0)
+
+    def _loss(self, data: Any, batch: Rows, members: tuple[Rows, float]) -> LossTerms:
+        rows, weight = members
+        return self.task.batch_loss(self, data, batch, rows, weight)

@@ -1,0 +1,17 @@
+"""PPO: the reward alone is maximised; costs, where constraints name any, are measured."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from actors.driver.policy_stage import PolicyStage
+from beaver_ray.config import option
+
+
+class Ppo(PolicyStage):
+    """Options of stage ppo."""
+
+    needs_constraints: ClassVar[bool] = False
+    has_cost_critics: ClassVar[bool] = False
+
+    stage: Literal["ppo"] = option("PPO without constraints.")

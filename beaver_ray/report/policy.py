@@ -1,0 +1,179 @@
+"""Charts and headline cards of runs that train a policy on prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from beaver_ray.config import SafePpoConfig
+from beaver_ray.report.charts import (
+    Card,
+    Chart,
+    Panel,
+    Series,
+    State,
+    drawable,
+    interval,
+    recent,
+    recently,
+    running_cards,
+)
+from beaver_ray.runs import read_evaluation, read_metrics
+
+PHASES = ("generate", "score", "train", "sync")
+
+
+def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Chart]:
+    """The figures of a PPO run, without those that nothing was measured for."""
+    names = [c.name for c in config.constraints]
+    signals = ["reward", *names]
+
+    def lines(*keys: tuple[str, str]) -> list[Series]:
+        return [Series(label, metrics[key]) for key, label in keys if key in metrics]
+
+    phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")} - {"step", "elapsed"}
+    order = [*PHASES, *sorted(phases.difference(PHASES, ("evaluate", "save")))]
+    charts = [
+        Chart("Reward", "Mean score of the reward model.", [Panel("reward", lines(("reward/mean", "reward")))]),
+        *(_cost_chart(metrics, config, name) for name in names),
+        Chart(
+            "Multipliers",
+            "How much a unit of cost counts against a unit of reward.",
+            [Panel("multiplier", lines(*((f"multiplier/{n}", n) for n in names)))],
+        ),
+        Chart(
+            "KL divergence",
+            "From the reference, and between what the generator and the trainer compute.",
+            [
+                Panel("to reference", lines(("kl/reference", "KL to the reference"))),
+                Panel("vs. trainer", lines(("kl/rollout_train", "KL rollout to trainer"))),
+            ],
+        ),
+        Chart(
+            "Policy",
+            "Entropy of the policy, and the share of tokens whose ratio was clipped.",
+            [
+                Panel("entropy", lines(("policy/entropy", "entropy"))),
+                Panel("clip fraction", lines(("policy/clip_fraction", "clip fraction"))),
+            ],
+        ),
+        Chart(
+            "Critics",
+            "Explained variance of the returns: 1 is a perfect critic, 0 a constant one.",
+            [Panel("explained variance", lines(*((f"critic/{s}/explained_variance", s) for s in signals)))],
+        ),
+        Chart(
+            "Time of a step",
+            "Seconds by phase, on top of one another.",
+            [Panel("seconds", lines(*((f"time/{p}", p) for p in order)), stacked=True)],
+        ),
+        Chart(
+            "Throughput",
+            "Samples through the whole step, and generated tokens.",
+            [
+                Panel("samples/s", lines(("throughput/samples_per_second", "samples/s"))),
+                Panel("tokens/s", lines(("rollout/tokens_per_second", "generated tokens/s"))),
+            ],
+        ),
+        Chart(
+            "Rollouts",
+            "Share of answers cut off at the longest length, and the oldest weights among a step's samples.",
+            [
+                Panel("truncated", lines(("rollout/truncated_fraction", "truncated"))),
+                Panel("versions", lines(("rollout/staleness_max", "staleness"))),
+            ],
+        ),
+    ]
+    shown = tuple(f"eval/{kind}" for kind in ("reward", "share_of_optimum", "cost/", "violation_rate/"))
+    held_out = [Panel(key.removeprefix("eval/"), lines((key, key))) for key in metrics if key.startswith(shown)]
+    charts.append(Chart("Held-out prompts", "Evaluations during training.", held_out))
+    return drawable(charts)
+
+
+def _cost_chart(metrics: dict[str, np.ndarray], config: SafePpoConfig, name: str) -> Chart:
+    constraint = next(c for c in config.constraints if c.name == name)
+    cost, rate = [], []
+    if f"cost/{name}/mean" in metrics:
+        cost.append(Series(name, metrics[f"cost/{name}/mean"]))
+        if f"cost/{name}/limit" in metrics:
+            cost.append(Series("limit", metrics[f"cost/{name}/limit"], dashed=True))
+    if f"cost/{name}/violation_rate" in metrics:
+        rate.append(Series("violation rate", metrics[f"cost/{name}/violation_rate"]))
+        if constraint.violation_rate is not None:
+            target = np.full(len(metrics["step"]), constraint.violation_rate)
+            rate.append(Series("target", target, dashed=True))
+    caption = "Mean cost against its limit, and the share of unsafe answers."
+    return Chart(f"Cost: {name}", caption, [Panel("mean cost", cost), Panel("violation rate", rate)])
+
+
+def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config: SafePpoConfig) -> list[Card]:
+    """What a reader wants to know first: how good, how safe, how fast."""
+    cards: list[Card] = []
+    if "share_of_optimum" in evaluation:
+        share = evaluation["share_of_optimum"]
+        remark = f"reward {evaluation['reward']['mean']:.3g} of {evaluation['optimum']:.3g}"
+        remark = f"{interval(share, '.1%')} · {remark}"
+        cards.append(Card("Share of the optimum", f"{share['mean']:.1%}", remark, ""))
+    elif "reward" in evaluation:
+        reward = evaluation["reward"]
+        cards.append(Card("Held-out reward", f"{reward['mean']:.3g}", interval(reward, ".3g"), ""))
+    elif "reward/mean" in metrics:
+        cards.append(Card("Reward", f"{recent(metrics['reward/mean']):.3g}", recently(metrics), ""))
+    for constraint in config.constraints:
+        cards += _constraint_cards(metrics, evaluation, constraint.name, constraint.violation_rate, constraint.limit)
+    return cards + running_cards(metrics, ("throughput/samples_per_second", "Samples/s"))
+
+
+def _constraint_cards(
+    metrics: dict[str, np.ndarray],
+    evaluation: dict[str, Any],
+    name: str,
+    target: float | None,
+    limit: float | None,
+) -> list[Card]:
+    cards: list[Card] = []
+    rate, cost = f"cost/{name}/violation_rate", f"cost/{name}/mean"
+    kinds = [(f"violation_rate/{name}", rate, "target", target, "Violation rate", ".1%")]
+    if limit is not None:
+        kinds.append((f"cost/{name}", cost, "limit", limit, "Mean cost", ".3g"))
+    for key, metric, word, configured, title, form in kinds:
+        if key in evaluation:
+            figure = evaluation[key]
+            value, remark, bound = figure["mean"], interval(figure, form), figure.get(word, configured)
+        elif metric in metrics and np.isfinite(metrics[metric]).any():
+            value, remark, bound = recent(metrics[metric]), recently(metrics), configured
+        else:
+            continue
+        if bound is not None:
+            remark = f"{word} {bound:{form}} · {remark}"
+        state: State = "" if bound is None else "good" if value <= bound else "bad"
+        cards.append(Card(f"{title}: {name}", f"{value:{form}}", remark, state))
+    return cards
+
+
+def ppo_headlines(config: SafePpoConfig) -> list[str]:
+    """How good, how safe and how fast a finished run was, one line each."""
+    lines = []
+    evaluation = read_evaluation(config.folder)
+    if "share_of_optimum" in evaluation:
+        share = _with_interval(evaluation["share_of_optimum"], ".1%")
+        lines.append(f"reward as a share of the constrained optimum: {share}")
+    elif "reward" in evaluation:
+        lines.append(f"held-out reward: {_with_interval(evaluation['reward'], '.4g')}")
+    for constraint in config.constraints:
+        rate = evaluation.get(f"violation_rate/{constraint.name}")
+        if rate is not None:
+            target = rate.get("target", constraint.violation_rate)
+            against = "no target" if target is None else f"target {target:.1%}"
+            lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}, {against}")
+    rows = read_metrics(config.folder)
+    speeds = [row["throughput/samples_per_second"] for row in rows if row.get("throughput/samples_per_second")]
+    if speeds:
+        lines.append(f"samples per second: {sorted(speeds)[len(speeds) // 2]:.3g}")
+    return lines
+
+
+def _with_interval(figure: dict[str, Any], form: str) -> str:
+    interval = "" if figure["low"] is None else f", 95 % interval {figure['low']:{form}} to {figure['high']:{form}}"
+    return f"{figure['mean']:{form}} (n = {figure['n']}{interval})"
