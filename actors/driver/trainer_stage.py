@@ -33,7 +33,8 @@ class TrainerStage(TrainerConfig, Stage):
 
     def roles(self) -> list[RoleSpec]:
         """The trainer alone."""
-        training = Training(self.trained, self.batch_size, f"a batch of {self.batch_size} (batch_size)")
+        batch = f"a batch of {self.batch_size} (batch_size)"
+        training = Training(self.trained, self.batch_size, batch, self.adapter_rank)
         return [
             RoleSpec(
                 "trainer",
@@ -45,6 +46,11 @@ class TrainerStage(TrainerConfig, Stage):
                 logits=not self.heads,
             )
         ]
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the LoRA adapter that is trained alone; 0 where all parameters are."""
+        return 0
 
     def run(self, run: RunFolder) -> None:
         """Train, evaluate after each epoch and at the end, and save the model."""
@@ -97,8 +103,9 @@ class TrainerStage(TrainerConfig, Stage):
         first: Any = self.heads[0]
         return load_score_model(self.model, first, dtype, self.trust_remote_code, self.heads)
 
-    def prepare(self, trainer: Trainer) -> None:
-        """Whatever must be known before the first step; called once on all ranks."""
+    def prepare(self, trainer: Trainer) -> Any:
+        """Whatever must be known before the first step, kept as `Trainer.prepared`; called once on all ranks."""
+        return None
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Loss and metrics of ``rows``, a micro-batch of ``batch``; see `actors.roles.trainer.TrainerTask`."""

@@ -32,7 +32,8 @@ from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weig
 from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
-from beaver_ray.models.lora import adapter_name, add_adapter, base_name, is_adapter, merged
+from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
+from beaver_ray.models.saving import save_merged
 from beaver_ray.packing import check_packing
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
@@ -184,12 +185,9 @@ class PolicyTrainer(TrainingRank):
             return
         model: Any = self.engine.module
         if self.adapter:
-            adapter = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-            model.save_pretrained(Path(folder) / "adapter", state_dict=adapter, save_embedding_layers=False)
-            base = ((base_name(name), state.pop(name)) for name in list(state) if not is_adapter(name))
-            state = dict(merged(base, {adapter_name(n): t for n, t in adapter.items()}, self.adapter))
-            model = model.get_base_model()
-        model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
+            save_merged(model, state, self.adapter, Path(folder))
+        else:
+            model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         self.tokenizer.save_pretrained(folder)
 
     def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:

@@ -38,8 +38,8 @@ class TrainerTask(Protocol):
         """The model to train."""
         ...
 
-    def prepare(self, trainer: Trainer) -> None:
-        """Whatever must be known before the first step; called once on all ranks."""
+    def prepare(self, trainer: Trainer) -> Any:
+        """Whatever must be known before the first step, kept as `Trainer.prepared`; called once on all ranks."""
         ...
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
@@ -93,7 +93,7 @@ class Trainer(TrainingRank):
             model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
         )
         check_packing(self.engine.engine)
-        self.task.prepare(self)
+        self.prepared = self.task.prepare(self)
 
     def describe(self) -> tuple[int, list[str]]:
         """Optimizer steps in all, and what became of the data in one line each."""

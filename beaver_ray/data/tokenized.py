@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,6 +219,9 @@ class SupervisedDataset:
 class PreferenceDataset:
     """Pairs of sequences on one prompt: the more helpful answer and the less helpful one."""
 
+    label: ClassVar[Literal["better", "safer"]] = "better"
+    """The label that says which answer of a sample is the better one."""
+
     better: Ragged
     worse: Ragged
     prompt_length: NDArray[np.int32]  # [N]
@@ -235,25 +238,31 @@ class PreferenceDataset:
         max_length: int,
         template: Template = "auto",
     ) -> PreferenceDataset:
-        """Encode both answers of every sample that says which is better; too long pairs are dropped and
-        counted."""
+        """Encode both answers of every sample that has the label; too long pairs are dropped and counted."""
         report = DropReport()
         encoder = _Encoder(tokenizer, template, max_length, report)
         better, worse, prompt_lengths = [], [], []
         for sample in samples:
             try:
                 first, second = encoder.pair(sample)
-                if sample.better is None:
-                    raise BadRow("no label which answer is better")
+                if (preferred := getattr(sample, cls.label)) is None:
+                    raise BadRow(f"no label which answer is {cls.label}")
             except BadRow as reason:
                 report.drop(str(reason))
                 continue
             encoder.keep(sample, first, second)
-            better.append(first if sample.better else second)
-            worse.append(second if sample.better else first)
+            better.append(first if preferred else second)
+            worse.append(second if preferred else first)
             prompt_lengths.append(len(encoder.prompt(sample)))
         report = _finish(report, len(better), "preference pair")
         return cls(Ragged(better), Ragged(worse), np.array(prompt_lengths, dtype=np.int32), report)
+
+
+@dataclass(frozen=True)
+class SaferPreferenceDataset(PreferenceDataset):
+    """Pairs in which the better answer is the less harmful one."""
+
+    label: ClassVar[Literal["better", "safer"]] = "safer"
 
 
 @dataclass(frozen=True)

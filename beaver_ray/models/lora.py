@@ -38,7 +38,7 @@ def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> PeftModel:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
     if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise UserError(f"no LoRA for a model of type {model.config.model_type}; set models.lora_rank to 0")
+        raise UserError(f"no LoRA for a model of type {model.config.model_type}; set lora_rank to 0")
     torch.manual_seed(seed)
     # Layers by their whole names: by kind peft would wrap experts and routers too, some families' twice. Its type says
     # int for alpha, its arithmetic is a float's.
