@@ -16,7 +16,7 @@ from beaver_ray.fit import check_weights, parts_of, token_notes
 from beaver_ray.models.folders import weight_files
 from beaver_ray.remote import check_allowed, is_remote
 from beaver_ray.signals import critics
-from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
+from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 from launch.planning import DTYPE_BYTES, Resources, cluster_resources, plan, read_model, this_machine
 
 NETWORK_S, CONNECT_S, SERVICE_S = 45.0, 5.0, 30.0

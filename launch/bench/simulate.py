@@ -27,7 +27,7 @@ from actors.machine.handles import Group
 from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from beaver_ray.weights import Layout, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.bench.rollouts import TAIL, tailed_lengths
 
 WAIT_S = 300.0

@@ -26,7 +26,7 @@ from beaver_ray.runs import read_metrics
 from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
 from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, write_workspace
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.planning import plan
 
 STEPS = 6

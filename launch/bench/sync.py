@@ -3,8 +3,8 @@
 The policy takes a step of PPO on random advantages, publishes, and the generator loads, VERSIONS times over. Ways: the
 object store; directly from the policy's device (`actors.weights.direct`), where a trial of it succeeds; and, as the
 yardstick, vLLM's own engine for CUDA IPC in an engine of its own, which gets a handle for every tensor where policy and
-generator share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix cache; the
-policy makes its buckets meanwhile.
+generator share a GPU. The time is that of the generator's update, from the first bucket to the reset of its prefix
+cache; the policy makes its buckets meanwhile.
 
 After each update the generator answers, and its log-probs of what it sampled are compared with the policy's: the
 largest difference of any token. Rounding differs by kernels and by batch; in float32 the goal is 1e-4.
@@ -31,7 +31,7 @@ from beaver_ray import experience
 from beaver_ray.config import Placement
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.models import HALF_B, LARGER, TINY, Shape, random_prompts, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.bench.rollouts import prompt_batch
 from launch.bench.trainer import Case, made_up, trainer_config
 

@@ -32,8 +32,9 @@ from launch.bench.models import (
     read_prompts,
     write_workspace,
 )
+from launch.bench.options import Options
 from launch.bench.published_loop import PublishedLoop, Settings
-from launch.bench.registry import BENCHMARKS, Options, run
+from launch.bench.registry import BENCHMARKS, run
 from launch.bench.rollouts import tailed_lengths
 from launch.bench.step import training_flops
 from launch.planning import Resources, plan
