@@ -77,13 +77,8 @@ class SleepingGenerator:
 
     def _answer(self, finished: list[tuple[int, int, int]]) -> tuple[dict[str, Any], pa.RecordBatch]:
         summary = {
-            "finished": len(finished),
-            "running": len(self.running),
-            "free": self.capacity - len(self.running),
             "generated_tokens": sum(length for _, length, _ in finished),
-            "busy_s": 0.0,
             "load_s": 0.0,
-            "weight_version": self.version,
             "sample_ids": [sample for sample, _, _ in finished],
             "versions": [version for _, _, version in finished],
             "aborted": [],
