@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-Z = NormalDist().inv_cdf(0.975)
+UPPER = 0.975  # the quantile at which a 95 % interval ends
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def mean_interval(values: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "low": None, "high": None, "n": len(values)}
     # Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
     error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals**2))) / len(values)
-    half = _student_quantile(clusters - 1) * error
+    half = float(stats.t.ppf(UPPER, clusters - 1)) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
 
@@ -112,29 +112,17 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share seen in ``n`` independent samples (Wilson 1927)."""
-    scale = 1 + Z**2 / n
-    center = (share + Z**2 / (2 * n)) / scale
-    half = Z / scale * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # scipy's binomtest(...).proportion_ci takes whole numbers only, and an effective number of samples is none.
+    z = float(stats.norm.ppf(UPPER))
+    scale = 1 + z**2 / n
+    center = (share + z**2 / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, center - half), min(1.0, center + half)
 
 
 def _cluster_sums(values: np.ndarray, cluster: np.ndarray) -> np.ndarray:
     _, index = np.unique(cluster, return_inverse=True)
     return np.bincount(index, weights=values.astype(np.float64))
-
-
-def _student_quantile(df: int) -> float:
-    """The 0.975 quantile of Student's t (Abramowitz and Stegun 26.7.5), less than 1 % off."""
-    if df <= 2:
-        return {1: 12.706205, 2: 4.302653}[df]
-    z = Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df ** (power + 1) for power, term in enumerate(terms))
 
 
 def _check(samples: Samples) -> None:
