@@ -13,9 +13,6 @@ from torch import Tensor
 from beaver_ray import experience
 from beaver_ray.packing import PackedBatch, pack, plan_micro_batches, response_positions
 
-REDUCTIONS = {"sequence": "sequence_mean", "token": "token_mean"}
-"""What ppo.loss_reduction is called among the losses."""
-
 
 @dataclass(frozen=True)
 class PackedResponses:

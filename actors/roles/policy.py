@@ -21,7 +21,7 @@ from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.handles import Group
 from actors.machine.ranks import TrainingRank
 from actors.machine.waits import WeightsUnreadableError
-from actors.roles.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
+from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
@@ -219,11 +219,7 @@ class PolicyTrainer(TrainingRank):
     ) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
-        weights_T = micro_batch.weight * token_weights(
-            micro_batch.lengths_B,
-            REDUCTIONS[ppo.loss_reduction],  # type: ignore[arg-type]
-            total,
-        )
+        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, ppo.loss_reduction, total)
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
         capped = self.config.importance_cap is not None

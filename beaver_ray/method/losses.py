@@ -25,23 +25,21 @@ Metrics = dict[str, Tensor]
 LOG_RATIO_BOUND = 20.0
 
 
-def token_weights(
-    lengths_B: Tensor, reduction: Literal["sequence_mean", "token_mean"], total: int | None = None
-) -> Tensor:
+def token_weights(lengths_B: Tensor, reduction: Literal["sequence", "token"], total: int | None = None) -> Tensor:
     """Weights of the tokens of B sequences laid end to end, float32, on the device of `lengths_B`.
 
-    "sequence_mean" is the published reduction: the mean over the tokens of each sequence, then the mean over
-    sequences. "token_mean" weighs all tokens alike. `total` is the number of sequences (or tokens) in the
+    "sequence" is the published reduction: the mean over the tokens of each sequence, then the mean over
+    sequences. "token" weighs all tokens alike. `total` is the number of sequences (or tokens) in the
     whole optimizer step; None stands for those given here. Raises ValueError on a sequence without tokens.
     """
     if torch.any(lengths_B <= 0):
         raise ValueError("every sequence needs at least one token")
-    if reduction == "sequence_mean":
+    if reduction == "sequence":
         weights_B = 1.0 / (lengths_B.to(torch.float64) * (total or len(lengths_B)))
-    elif reduction == "token_mean":
+    elif reduction == "token":
         weights_B = torch.full_like(lengths_B, 1.0 / (total or int(lengths_B.sum())), dtype=torch.float64)
     else:
-        raise ValueError(f"unknown reduction {reduction!r}; one of sequence_mean, token_mean")
+        raise ValueError(f"unknown reduction {reduction!r}; one of sequence, token")
     return torch.repeat_interleave(weights_B, lengths_B).to(torch.float32)
 
 

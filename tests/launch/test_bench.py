@@ -294,7 +294,7 @@ def test_published_losses_are_those_of_the_method(loop: PublishedLoop) -> None:
         shaped = shape_rewards(scores, kl.copy(), offsets, settings.kl_coefficient, settings.clip_score, sign)
         advantages[name], returns[name] = gae(shaped, old_values[name].numpy().astype(np.float64), offsets, 1.0, 0.95)
     combined = combine_advantages(advantages["reward"], {"harm": advantages["cost"]}, {"harm": multiplier.value})
-    weights = token_weights(lengths, "sequence_mean")
+    weights = token_weights(lengths, "sequence")
     expected, metrics = policy_loss(old_policy, old, torch.from_numpy(combined), weights, clip_ratio=0.2)
     assert metrics["clip_fraction"] > 0
     assert losses["policy"] == pytest.approx(float(expected), abs=1e-5)
