@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.driver.loop import score
-from actors.driver.processes import Roles, check_models, role_kinds, start_frozen_roles
+from actors.driver.processes import Roles, check_models, judging_kinds, start_judging_roles
 from actors.driver.rollouts import Rollouts
 from actors.machine.cluster import Cluster
 from beaver_ray import experience
@@ -38,14 +37,13 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
     if not config.evaluation.prompts:
         raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
     chosen = policy or str(config.folder / "final" / "policy")
-    # Judging needs no reference: with LoRA, where none is started, it stays so.
-    reference = None if config.models.adapter_off_is_reference else config.models.policy
-    models = config.models.model_copy(update={"policy": chosen, "reference": reference})
+    # Judging needs no reference; the configuration's need not fit the policy that is chosen here.
+    models = config.models.model_copy(update={"policy": chosen, "reference": None})
     config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
-    cluster = None if config.debug else Cluster(config.cluster, role_kinds(config))
+    cluster = None if config.debug else Cluster(config.cluster, judging_kinds(config))
     try:
-        roles = start_frozen_roles(config, cluster)
+        roles = start_judging_roles(config, cluster)
         held_out = HeldOut(config)
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
@@ -111,11 +109,8 @@ class HeldOut:
         return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, unsafe_above)}
 
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
-        """Scores of finished sequences, where the truth does not say all."""
-        if not self.world:
-            return score(roles, chunk)
-        columns = {f"cost/{name}" for name in self.learned}
-        plans = [plan for plan in scorers(self.config) if columns & plan.columns.keys()] if columns else []
+        """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
+        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
         return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
 
     def _columns(self) -> list[str]:

@@ -28,7 +28,7 @@ Start = Callable[[str, type, Sequence[tuple[Any, ...]]], Group]
 class Roles:
     """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in.
 
-    An evaluation has no training roles; ``reference`` has no workers where the policy is its own reference.
+    An evaluation has generators and scorers alone; ``reference`` has no workers there, and where the policy is its own.
     """
 
     rollout: Group
@@ -47,11 +47,17 @@ class Roles:
     """Weights stay on the policy's device, where generators read them (`actors.weights.direct`)."""
 
 
+def judging_kinds(config: SafePpoConfig) -> dict[str, str]:
+    """Every role of an evaluation by its name, with the kind that names it under cluster.placement."""
+    return {"rollout": "rollout", **{plan.name: plan.kind for plan in scorers(config)}}
+
+
 def role_kinds(config: SafePpoConfig) -> dict[str, str]:
-    """Every role of the run by its name, with the kind that names it under cluster.placement."""
-    kinds = {"rollout": "rollout", **{plan.name: plan.kind for plan in scorers(config)}}
-    kinds |= {} if config.models.adapter_off_is_reference else {"reference": "reference"}
-    return kinds | {
+    """Every role of the run by its name, with its kind."""
+    reference = {} if config.models.adapter_off_is_reference else {"reference": "reference"}
+    return {
+        **judging_kinds(config),
+        **reference,
         "policy": "policy",
         **{plan.name: plan.kind for plan in critics(config)},
         "experience": "experience",
@@ -83,7 +89,13 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     start: Start = cluster.start if cluster else start_local
 
     # The constructors run side by side: all are started before any is waited for.
-    roles = _start_frozen(config, cluster)
+    roles = _start_judging(config, cluster)
+    models, temperature = config.models, config.rollout.temperature
+    if not models.adapter_off_is_reference:
+        budget, threads = config.engine.micro_batch_tokens, config.cluster.threads
+        frozen = (models.reference or models.policy, config.engine.dtype, budget, temperature, threads)
+        workers = config.cluster.of("reference").workers if cluster else 1
+        roles.reference = start("reference", Reference, [(*frozen, models.trust_remote_code)] * workers)
     world = config.cluster.of("policy").workers if cluster else 1
     in_ray = cluster is not None
     roles.policy = start("policy", PolicyTrainer, [(config, rank, world, in_ray) for rank in range(world)])
@@ -98,15 +110,15 @@ def start_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     return roles
 
 
-def start_frozen_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
-    """Only what an evaluation needs: generators, scorers and the reference."""
-    roles = _start_frozen(config, cluster)
+def start_judging_roles(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
+    """Only what an evaluation needs: generators and scorers."""
+    roles = _start_judging(config, cluster)
     _wait_started(roles, cluster)
     _calibrate(config, roles)
     return roles
 
 
-def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
+def _start_judging(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
     start: Start = cluster.start if cluster else start_local
     budget, threads = config.engine.micro_batch_tokens, config.cluster.threads
     dtype, trust, policy = config.engine.dtype, config.models.trust_remote_code, config.models.policy
@@ -124,14 +136,12 @@ def _start_frozen(config: SafePpoConfig, cluster: Cluster | None) -> Roles:
         arguments = (plan.model, plan.columns, policy, dtype, budget, threads, trust, template, prompts)
         return start(plan.name, Scorer, [arguments] * copies)
 
-    reference = (config.models.reference or policy, dtype, budget, config.rollout.temperature, threads, trust)
     generator = VllmGenerator if cluster else HFGenerator
     nobody = Group("none", [], 0.0)
-    needed = not config.models.adapter_off_is_reference
     return Roles(
         rollout=start("rollout", generator, [(generator_spec(config),) for _ in workers("rollout")]),
         scorers={plan.name: scorer(plan) for plan in scorers(config)},
-        reference=start("reference", Reference, [reference] * len(workers("reference"))) if needed else nobody,
+        reference=nobody,
         policy=nobody,
         critics={},
         experience=nobody,

@@ -8,16 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.evaluate import evaluate
+from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
+from actors.driver.processes import judging_kinds
 from actors.driver.train import train
 from actors.driver.training_state import TrainingState
 from actors.roles.policy import PolicyTrainer
+from actors.roles.scorer import Reference
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
@@ -433,6 +436,33 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_judging_needs_no_reference(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    logprobs = Reference.logprobs
+
+    def watched(self: Reference, batch: pa.RecordBatch) -> pa.RecordBatch:
+        read.extend(batch.column("sample_id").to_pylist())
+        return logprobs(self, batch)
+
+    monkeypatch.setattr(Reference, "logprobs", watched)
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "every": 1}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=2, evaluation=evaluation)
+    folder = train(config)
+    assert all("eval/reward" in row for row in read_metrics(folder))
+    assert read and max(read) < FIRST_SAMPLE_ID, "the reference reads what is trained on, and no held-out answer"
+    trained = json.loads((folder / "evaluation.json").read_text())
+
+    def started(*arguments: Any) -> None:
+        raise AssertionError("a reference is started")
+
+    monkeypatch.setattr(Reference, "__init__", started)
+    assert not any("reference" in name for name in judging_kinds(config))
+    again = json.loads(evaluate(config).read_text())
+    assert again["judged_by"] == trained["judged_by"] == "learned reward and cost models"
 
 
 def test_held_out_answers_without_a_finite_score_are_left_out(
