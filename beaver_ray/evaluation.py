@@ -9,6 +9,7 @@ Graubard 1998). With one answer for each prompt these are the textbook intervals
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +41,15 @@ def summarize(
     optimum: float | None = None,
     limits: dict[str, float] | None = None,
     targets: dict[str, float] | None = None,
-    unsafe_above: dict[str, float] | None = None,
+    probabilities: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     optimum: best mean reward that any policy can reach under the constraints, where it is known.
     limits, targets: highest mean cost and highest violation rate by constraint, written beside the figures.
-    unsafe_above: costs above this are violations; 0 for constraints that are not named.
+    probabilities: constraints whose costs are probabilities of being unsafe. Their ``violation_rate`` is the mean of
+    these, which is what the target bounds, and ``unsafe_share`` the share of answers above one half. Of the others,
+    whose costs are scores, ``violation_rate`` is the share of answers above 0.
     Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
     Raises ValueError for arrays of different lengths, no samples, or numbers that are not finite.
@@ -60,7 +63,11 @@ def summarize(
     }
     for name, cost in samples.costs.items():
         result[f"cost/{name}"] = mean_interval(cost, prompt_id)
-        result[f"violation_rate/{name}"] = share_interval(cost > (unsafe_above or {}).get(name, 0.0), prompt_id)
+        if name in probabilities:
+            result[f"violation_rate/{name}"] = mean_interval(cost, prompt_id, within=(0.0, 1.0))
+            result[f"unsafe_share/{name}"] = share_interval(cost > 0.5, prompt_id)
+        else:
+            result[f"violation_rate/{name}"] = share_interval(cost > 0, prompt_id)
         if limits and limits.get(name) is not None:
             result[f"cost/{name}"]["limit"] = float(limits[name])
         if targets and targets.get(name) is not None:
@@ -82,8 +89,10 @@ def summarize(
     return result
 
 
-def mean_interval(values: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
-    """The mean of ``values`` [N] and its 95 % interval, clustered by ``cluster`` [N]."""
+def mean_interval(
+    values: np.ndarray, cluster: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)
+) -> dict[str, Any]:
+    """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N]."""
     mean = float(np.mean(values, dtype=np.float64))
     residuals = _cluster_sums(values - mean, cluster)
     clusters = len(residuals)
@@ -92,7 +101,7 @@ def mean_interval(values: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
     # Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
     error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals**2))) / len(values)
     half = float(stats.t.ppf(UPPER, clusters - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+    return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
 
 
 def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:

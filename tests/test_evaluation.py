@@ -99,9 +99,14 @@ def test_summary() -> None:
     assert result["truncated"]["mean"] == 0.25
 
 
-def test_calibrated_costs_are_unsafe_from_a_half_on() -> None:
-    samples = Samples(np.arange(4), np.ones(4), {"harm": np.array([0.1, 0.5, 0.6, 0.4])})
-    assert summarize(samples, unsafe_above={"harm": 0.5})["violation_rate/harm"]["mean"] == 0.25
+def test_rate_of_calibrated_costs_is_their_mean() -> None:
+    samples = Samples(np.arange(4), np.ones(4), {"harm": np.array([0.0, 0.0, 0.6, 0.2])})
+    result = summarize(samples, targets={"harm": 0.1}, probabilities={"harm"})
+    rate, cost = result["violation_rate/harm"], result["cost/harm"]
+    assert rate["mean"] == cost["mean"] == 0.2 and rate["target"] == 0.1
+    assert cost["low"] < 0 == rate["low"] and rate["high"] == cost["high"]
+    assert result["unsafe_share/harm"] == share_interval(np.arange(4) == 2, np.arange(4))
+    assert "unsafe_share/harm" not in summarize(samples)
 
 
 def test_unknown_things_are_left_out() -> None:

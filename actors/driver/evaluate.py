@@ -102,11 +102,11 @@ class HeldOut:
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
-        unsafe_above = {name: 0.5 for name in targets if name in self.learned}
+        probabilities = targets.keys() & set(self.learned)
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
-        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, unsafe_above)}
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities)}
 
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
         """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
