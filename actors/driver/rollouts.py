@@ -64,7 +64,7 @@ class Collected:
     generated_tokens: int = 0
     seconds: float = 0.0
     load_s: float = 0.0
-    """The longest that a generator spent on new weights, waiting for them included."""
+    """The longest that a generator spent on new weights since the step before, waiting for their buckets included."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ CASES: list[tuple[Shape, int, str]] = [
     (LARGER, 128, "float32"),
     (LARGER, 128, "bfloat16"),
 ]
-PHASES = ("generate", "score", "train", "sync")
+PHASES = ("generate", "score", "train", "publish")
 PLACEMENT = {
     "rollout": {"workers": 2, "cpus": 0.5},
     "reward": {"cpus": 0.1},

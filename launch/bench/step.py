@@ -125,8 +125,8 @@ def step_figures(config: SafePpoConfig, rows: list[dict[str, Any]]) -> list[Figu
         Figure("generation", m["rollout/tokens_per_second"], "tokens/s"),
         Figure("whole step", m["throughput/tokens_per_second"], "tokens/s"),
     ]
-    if m["sync/seconds"]:  # few steps may have had no time to load anything
-        figures.append(Figure("sync", m["sync/bytes"] / m["sync/seconds"] / GB, "GB/s"))
+    if m["time/sync"]:  # few steps may have had no time to load anything
+        figures.append(Figure("sync", m["sync/bytes"] / m["time/sync"] / GB, "GB/s"))
     tokens = m["throughput/tokens_per_second"] * step
     work = training_flops(config, tokens)
     rate, what = matmul_rate(config.engine.dtype, training_gpus(config))

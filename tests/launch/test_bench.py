@@ -139,7 +139,7 @@ def test_step(tmp_path: Path) -> None:
     result = measured("step", tmp_path)
     found = values(result)
     for k in (0, 1):
-        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "sync"))
+        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "publish"))
         assert 0 < phases <= 1.01 * found[f"step, staleness {k}"]
     ahead = next(f for f in result["figures"] if f["name"] == "step ahead")
     assert ahead["value"] == found["step, staleness 1"]

@@ -19,6 +19,7 @@ from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
 from actors.driver.processes import judging_kinds
 from actors.driver.train import train
 from actors.driver.training_state import TrainingState
+from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference
 from beaver_ray.config import SafePpoConfig, StageConfig, SupervisedConfig
@@ -27,10 +28,11 @@ from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.remote import ALLOWED_HOSTS
 from beaver_ray.runs import read_metrics
+from beaver_ray.weights import PublishedWeights
 from tests.actors.scoring_service import serving
 from tests.actors.support import EOS, LiteralScoreModel, ppo_config
 
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
 
 def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> SupervisedConfig:
@@ -198,6 +200,7 @@ EXPECTED_KEYS = {
     "time/generate",
     "time/score",
     "time/train",
+    "time/publish",
     "time/sync",
     "reward/mean",
     "cost/harm/mean",
@@ -216,7 +219,6 @@ EXPECTED_KEYS = {
     "rollout/staleness_max",
     "throughput/samples_per_second",
     "sync/bytes",
-    "sync/seconds",
 }
 MAY_BE_NULL = {"critic/reward/explained_variance", "critic/harm/explained_variance"}
 
@@ -436,6 +438,24 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_sync_is_the_generators_time(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[float] = []
+    update_weights = HFGenerator.update_weights
+
+    def watched(self: HFGenerator, weights: PublishedWeights) -> dict[str, Any]:
+        result = update_weights(self, weights)
+        loaded.append(result["seconds"])
+        return result
+
+    monkeypatch.setattr(HFGenerator, "update_weights", watched)
+    metrics = read_metrics(train(ppo_config(tiny_world, workspace=str(tmp_path))))
+    # A version is taken in with the prompts of the step after it.
+    assert loaded and [row["time/sync"] for row in metrics][-2:] == loaded[-2:]
+    assert all(0 < row["time/sync"] < row["time/generate"] for row in metrics[-2:])
 
 
 def test_judging_needs_no_reference(
