@@ -54,7 +54,10 @@ class Calibration:
 
 
 def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
-    """Fit the sigmoid by maximum likelihood with smoothed targets (Platt 1999; Lin, Lin, Weng 2007).
+    """Fit the sigmoid by maximum likelihood with smoothed targets: Platt scaling.
+
+    Platt, "Probabilistic outputs for support vector machines", 1999; with the numerically safe loss of Lin, Lin and
+    Weng 2007 (https://doi.org/10.1007/s10994-007-5018-6).
 
     Smoothing (targets (n1 + 1) / (n1 + 2) and 1 / (n0 + 2)) keeps the fit finite where scores separate the
     classes perfectly. Raises UserError on too few samples, on one class only, on scores that are not finite,
@@ -132,7 +135,10 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
 
 
 def _expected_calibration_error(probability_N: FloatArray, unsafe_N: BoolArray) -> float:
-    """Mean over equal-width bins, weighted by their counts, of |mean probability - share of unsafe|."""
+    """Mean over equal-width bins, weighted by their counts, of |mean probability - share of unsafe|.
+
+    Eq. 3 of https://arxiv.org/abs/1706.04599.
+    """
     bins_N = np.minimum((probability_N * ECE_BINS).astype(np.int64), ECE_BINS - 1)
     gap_K = np.bincount(bins_N, weights=probability_N - unsafe_N, minlength=ECE_BINS)
     return float(np.abs(gap_K).sum() / len(probability_N))

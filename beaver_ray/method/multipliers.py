@@ -122,7 +122,7 @@ class Multiplier(ABC):
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain numbers, strings, lists and dicts."""
+        """The state for a checkpoint, as plain numbers, strings, lists and dicts."""
         return {
             "rule": self.rule,
             "updates": self.updates,
@@ -131,7 +131,7 @@ class Multiplier(ABC):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`, under this object's settings. UserError on another rule's state."""
+        """Restore the state from `state_dict`; settings stay this object's. UserError on another rule's state."""
         if saved["rule"] != self.rule:
             raise UserError(
                 f"the checkpoint's multiplier follows rule {saved['rule']}, "
@@ -149,10 +149,10 @@ class Multiplier(ABC):
 
 
 class LogSgdMultiplier(Multiplier):
-    """Published (Safe RLHF eq. 31): log lambda <- log lambda + lr * lambda * (J_C - d), at most log max.
+    """Published, eq. 31 of https://arxiv.org/abs/2310.12773: log lambda <- log lambda + lr * lambda * (J_C - d).
 
-    There is no floor: a large negative gap sends lambda so low that it does not come back. For comparison,
-    not for use.
+    It is kept at most log max, but has no floor: a large negative gap sends lambda so low that it does not come
+    back. For comparison, not for use.
     """
 
     rule = "log_sgd"
@@ -195,7 +195,7 @@ class LogSgdMultiplier(Multiplier):
 
 
 class PidMultiplier(Multiplier):
-    """PID control (Stooke, Achiam, Abbeel 2020, algorithm 2), bounded in [0, max], without wind-up.
+    """PID control, algorithm 2 of https://arxiv.org/abs/2007.03964, bounded in [0, max], without wind-up.
 
     With Delta = J_C - d: lambda = clip(I + kp * Delta + kd * max(0, rise of the filtered J_C), 0, max). The
     integral term I starts at `initial`, stays in [0, max], and does not grow while lambda is already at its
