@@ -17,7 +17,7 @@ from beaver_ray.signals import HEADS_OF_STAGE, check_start, critics, scorers
 
 @dataclass(frozen=True)
 class Part:
-    """What a stage needs a model for."""
+    """A model that a stage starts from: its role, its folder, the signals of its heads."""
 
     name: str
     model: str

@@ -54,7 +54,7 @@ def evaluate(config: SafePpoConfig, policy: str | None = None) -> Path:
 
 
 def write(folder: Path, summary: dict[str, Any]) -> Path:
-    """evaluation.json in ``folder``."""
+    """Write ``summary`` as evaluation.json into ``folder``; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ class HeldOut:
         return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
 
     def _columns(self) -> list[str]:
-        """What is read of answers and their scores."""
+        """Names of the columns that the evaluation reads: answers, and scores by learned models."""
         scores = [f"cost/{c.name}" for c in self.config.constraints if c.name in self.learned]
         scores += [] if self.world else ["reward"]
         return ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason", *scores]

@@ -164,7 +164,7 @@ def connect(groups: Sequence[Group]) -> None:
 
 
 def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
-    """The generator's side of the configuration."""
+    """The generators' settings from the configuration."""
     rollout, policy = config.rollout, config.models.policy
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     limit = context_length(policy, config.models.trust_remote_code)

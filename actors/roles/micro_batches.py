@@ -57,7 +57,7 @@ class SequenceRows:
             yield self.pack(members or [int(chosen[0])], 1.0 if members else 0.0, device)
 
     def pack(self, rows: list[int], weight: float, device: torch.device) -> PackedResponses:
-        """These rows in one packed row."""
+        """Pack these sequences into one row on ``device``."""
         packed = pack([np.concatenate([self.prompts[r], self.responses[r]]) for r in rows])
         positions = response_positions([len(self.prompts[r]) for r in rows], [len(self.responses[r]) for r in rows])
         return PackedResponses(

@@ -38,7 +38,7 @@ from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pa
 
 
 def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
-    """The policy's weights as they are when it comes to this call, as ``version``.
+    """Publish the policy's weights, as they are when it comes to this call, as ``version``.
 
     Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
     ``direct``: they stay on the first rank's device, where generators read them.
@@ -166,11 +166,11 @@ class PolicyTrainer(TrainingRank):
         return trial_weights(self.engine.device)
 
     def position(self) -> dict[str, Any]:
-        """Where the PTX data stand."""
+        """The position in the PTX data, for a checkpoint."""
         return {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the position in the PTX data."""
         if self.ptx is not None:
             self.ptx_sampler.load_state_dict(position["ptx"])
 

@@ -114,11 +114,11 @@ class SupervisedTrainer(TrainingRank):
         return totals
 
     def position(self) -> dict[str, Any]:
-        """Where the training data stand."""
+        """The position in the training data, for a checkpoint."""
         return {"train": self.sampler.state_dict()}
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the position in the training data."""
         self.sampler.load_state_dict(position["train"])
 
     def save_model(self, folder: str) -> None:
@@ -256,7 +256,7 @@ def train_supervised(config: SupervisedConfig, trainer: Group, run: RunFolder, r
 
 
 def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
-    """Go on from the newest checkpoint: the steps that are done, and when the run would have begun without a break."""
+    """Restore the newest checkpoint; returns its step, and the start time that makes elapsed time go on."""
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         return 0, began

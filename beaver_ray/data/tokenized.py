@@ -373,7 +373,7 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore the position from `state_dict`.
 
         Raises:
             UserError: the data, the batch size or the seed are not those of the checkpoint.
