@@ -22,13 +22,13 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete one."""
+    """A complete checkpoint: its step and its folder."""
 
     step: int
     folder: Path
 
     def state(self) -> dict[str, Any]:
-        """The driver's part."""
+        """The driver's state, from state.json."""
         state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return state
 
@@ -40,7 +40,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def complete(self) -> list[Checkpoint]:
-        """All complete ones, oldest first."""
+        """All complete checkpoints, oldest first."""
         found = []
         for path in self.folder.glob("step_*"):
             number = path.name.removeprefix("step_")
@@ -49,7 +49,7 @@ class Checkpoints:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest(self) -> Checkpoint | None:
-        """The one to go on from."""
+        """The newest complete checkpoint; None where there is none."""
         return next(reversed(self.complete()), None)
 
     @contextmanager
@@ -86,14 +86,14 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """No longer complete from the first moment on."""
+    """Delete a checkpoint; it is renamed first, so that a half-deleted one is never taken for complete."""
     going = folder.with_name(f"{folder.name}.old.part")
     folder.rename(going)
     shutil.rmtree(going)
 
 
 def _to_disk(path: Path) -> None:
-    """A rename may reach the disk before what was written earlier."""
+    """fsync, since a rename may reach the disk before what was written earlier."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,13 +9,14 @@ Graubard 1998). With one answer for each prompt these are the textbook intervals
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-Z = NormalDist().inv_cdf(0.975)
+UPPER = 0.975  # the quantile at which a 95 % interval ends
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ def summarize(
     optimum: float | None = None,
     limits: dict[str, float] | None = None,
     targets: dict[str, float] | None = None,
-    unsafe_above: dict[str, float] | None = None,
+    probabilities: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     optimum: best mean reward that any policy can reach under the constraints, where it is known.
     limits, targets: highest mean cost and highest violation rate by constraint, written beside the figures.
-    unsafe_above: costs above this are violations; 0 for constraints that are not named.
+    probabilities: constraints whose costs are probabilities of being unsafe. Their ``violation_rate`` is the mean of
+    these, which is what the target bounds, and ``unsafe_share`` the share of answers above one half. Of the others,
+    whose costs are scores, ``violation_rate`` is the share of answers above 0.
     Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
     Raises ValueError for arrays of different lengths, no samples, or numbers that are not finite.
@@ -60,7 +63,11 @@ def summarize(
     }
     for name, cost in samples.costs.items():
         result[f"cost/{name}"] = mean_interval(cost, prompt_id)
-        result[f"violation_rate/{name}"] = share_interval(cost > (unsafe_above or {}).get(name, 0.0), prompt_id)
+        if name in probabilities:
+            result[f"violation_rate/{name}"] = mean_interval(cost, prompt_id, within=(0.0, 1.0))
+            result[f"unsafe_share/{name}"] = share_interval(cost > 0.5, prompt_id)
+        else:
+            result[f"violation_rate/{name}"] = share_interval(cost > 0, prompt_id)
         if limits and limits.get(name) is not None:
             result[f"cost/{name}"]["limit"] = float(limits[name])
         if targets and targets.get(name) is not None:
@@ -82,8 +89,10 @@ def summarize(
     return result
 
 
-def mean_interval(values: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
-    """The mean of ``values`` [N] and its 95 % interval, clustered by ``cluster`` [N]."""
+def mean_interval(
+    values: np.ndarray, cluster: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)
+) -> dict[str, Any]:
+    """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N]."""
     mean = float(np.mean(values, dtype=np.float64))
     residuals = _cluster_sums(values - mean, cluster)
     clusters = len(residuals)
@@ -91,8 +100,8 @@ def mean_interval(values: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "low": None, "high": None, "n": len(values)}
     # Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
     error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals**2))) / len(values)
-    half = _student_quantile(clusters - 1) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+    half = float(stats.t.ppf(UPPER, clusters - 1)) * error
+    return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
 
 
 def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
@@ -112,29 +121,17 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share seen in ``n`` independent samples (Wilson 1927)."""
-    scale = 1 + Z**2 / n
-    center = (share + Z**2 / (2 * n)) / scale
-    half = Z / scale * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # scipy's binomtest(...).proportion_ci takes whole numbers only, and an effective number of samples is none.
+    z = float(stats.norm.ppf(UPPER))
+    scale = 1 + z**2 / n
+    center = (share + z**2 / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, center - half), min(1.0, center + half)
 
 
 def _cluster_sums(values: np.ndarray, cluster: np.ndarray) -> np.ndarray:
     _, index = np.unique(cluster, return_inverse=True)
     return np.bincount(index, weights=values.astype(np.float64))
-
-
-def _student_quantile(df: int) -> float:
-    """The 0.975 quantile of Student's t (Abramowitz and Stegun 26.7.5), less than 1 % off."""
-    if df <= 2:
-        return {1: 12.706205, 2: 4.302653}[df]
-    z = Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df ** (power + 1) for power, term in enumerate(terms))
 
 
 def _check(samples: Samples) -> None:

@@ -108,7 +108,7 @@ def not_finite(batch: pa.RecordBatch, name: str) -> np.ndarray:
 
 
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
-    """Batches of one schema under one another, sorted by ``sample_id``.
+    """Batches of one schema concatenated, sorted by ``sample_id``.
 
     Sequences arrive in the order in which they finish, which no two runs repeat; sorted, a step's experience does
     not depend on it.

@@ -84,7 +84,7 @@ class RunFolder:
         self._metrics.seek(0, os.SEEK_END)
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """What to resume from, said in the notes; None where the run starts anew, all its figures forgotten."""
+        """The checkpoint to resume from, with a note; None, with metrics.jsonl emptied, where the run starts anew."""
         checkpoint = self.checkpoints.newest()
         if checkpoint is None:
             self.rewind(0)
@@ -191,7 +191,7 @@ class Progress:
             self._print_line()
 
     def reach(self, done: int, /, **figures: float | str) -> None:
-        """So many pieces are done, perhaps fewer than before."""
+        """Set the number of finished pieces, which a rollback makes smaller."""
         self.advance(done - self.done, **figures)
 
     def close(self) -> None:
@@ -255,7 +255,7 @@ class _Evaluation(BaseModel):
         if "share_of_optimum" in self.model_fields_set and (self.share_of_optimum is None or self.optimum is None):
             raise ValueError("share_of_optimum needs figures, and an optimum")
         for key, value in self.__pydantic_extra__.items():
-            if key.startswith(("cost/", "violation_rate/")) and not isinstance(value, _Figure):
+            if key.startswith(("cost/", "violation_rate/", "unsafe_share/")) and not isinstance(value, _Figure):
                 raise ValueError(f"{key} has no figures")
         return self
 

@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -148,23 +147,6 @@ def pack_bucket(
         _copy_in(tensor, flat[entry.offset : end])
         used = end
     return Bucket(version, index, data, checksum_of(data))
-
-
-def pack(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    version: int,
-    bucket_bytes: int = BUCKET_BYTES,
-    adapter: AdapterInfo | None = None,
-) -> PublishedWeights:
-    """A whole version at once, for tensors that are all at hand; each bucket in fresh memory."""
-    given = list(tensors)
-    layout = plan_layout([(name, t.dtype, tuple(t.shape)) for name, t in given], bucket_bytes, adapter)
-    rest = iter(given)
-    buckets = [
-        pack_bucket(layout, version, index, islice(rest, len(layout.entries_of(index))))
-        for index in range(len(layout.bucket_bytes))
-    ]
-    return PublishedWeights(version, layout, tuple(buckets))
 
 
 def verify(weights: PublishedWeights, index: int, bucket: Bucket) -> None:

@@ -116,7 +116,8 @@ def bench(
 ) -> None:
     """Measure the system: experience, weights, rollouts, scoring, raw-vllm, trainer, sync, iteration, step, families,
     simulate."""
-    from launch.bench.registry import Options, run
+    from launch.bench.options import Options
+    from launch.bench.registry import run
 
     if size not in ("small", "full"):
         raise UserError(f"--size must be small or full, not {size!r}")

@@ -13,33 +13,17 @@ import shutil
 import socket
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from beaver_ray.errors import UserError
+from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-GIB = 2.0**30
 STYLES = {"pass": "green", "warn": "yellow", "fail": "red"}
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # where Ray listens unless it is told otherwise
-# Ray's defaults: its object store takes this share of the memory, at most so many bytes, and it stops taking work on a
-# node whose disk is fuller than this.
-STORE_SHARE, STORE_MOST, DISK_FULL = 0.3, 200e9, 0.95
+DISK_FULL = 0.95  # Ray stops taking work on a node whose disk is fuller than this, unless it is told otherwise
 LITTLE_DISK_GIB = 10.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, in one line, and how to mend it where it did not pass."""
-
-    state: Literal["pass", "warn", "fail"]
-    line: str
-    mend: str = ""
-
-
-Check = tuple[str, Callable[[], Finding]]
 
 
 def examine(config: Path | None, overrides: Sequence[str], address: str | None) -> int:

@@ -17,7 +17,7 @@ from beaver_ray.remote import check_allowed
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
-from launch.doctor import GIB, STORE_MOST, STORE_SHARE, Check, Finding
+from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 from launch.planning import Resources, cluster_resources, plan, this_machine
 
 NETWORK_S, CONNECT_S, SERVICE_S = 45.0, 5.0, 30.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from beaver_ray.evaluation import Samples, mean_interval, share_interval, summarize
+from beaver_ray.evaluation import Samples, mean_interval, share_interval, summarize, wilson
 
 
 @pytest.mark.parametrize("n", [5, 12, 400])
@@ -14,8 +14,8 @@ def test_mean_of_single_answers_has_students_interval(n: int) -> None:
     figure = mean_interval(values, np.arange(n))
     assert figure == {
         "mean": values.mean(),
-        "low": pytest.approx(low, rel=5e-3),
-        "high": pytest.approx(high, rel=5e-3),
+        "low": pytest.approx(low, rel=1e-12),
+        "high": pytest.approx(high, rel=1e-12),
         "n": n,
     }
 
@@ -24,7 +24,7 @@ def test_student_quantile_of_few_prompts() -> None:
     for n in (2, 3, 4):
         values = np.arange(n, dtype=float)
         low, _ = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
-        assert mean_interval(values, np.arange(n))["low"] == pytest.approx(low, rel=0.02)
+        assert mean_interval(values, np.arange(n))["low"] == pytest.approx(low, rel=1e-12)
 
 
 def test_equal_clusters_are_as_their_means() -> None:
@@ -34,7 +34,7 @@ def test_equal_clusters_are_as_their_means() -> None:
     means = values.mean(axis=1)
     low, high = stats.t.interval(0.95, 49, loc=means.mean(), scale=stats.sem(means))
     figure = mean_interval(values.ravel(), np.repeat(np.arange(50), 4))
-    assert (figure["low"], figure["high"]) == pytest.approx((low, high), rel=1e-5)
+    assert (figure["low"], figure["high"]) == pytest.approx((low, high), rel=1e-12)
     assert figure["n"] == 200
 
 
@@ -60,6 +60,11 @@ def test_share_of_single_answers_is_wilsons(hits: int, n: int) -> None:
     figure = share_interval(np.arange(n) < hits, np.arange(n))
     assert (figure["mean"], figure["n"]) == (hits / n, n)
     assert (figure["low"], figure["high"]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_between_whole_numbers_of_samples() -> None:
+    (low, high), (real_low, real_high), (more_low, more_high) = (wilson(0.25, n) for n in (40, 41.7, 44))
+    assert low < real_low < more_low < 0.25 < more_high < real_high < high
 
 
 def test_answers_that_only_repeat_their_prompt_count_once() -> None:
@@ -94,9 +99,14 @@ def test_summary() -> None:
     assert result["truncated"]["mean"] == 0.25
 
 
-def test_calibrated_costs_are_unsafe_from_a_half_on() -> None:
-    samples = Samples(np.arange(4), np.ones(4), {"harm": np.array([0.1, 0.5, 0.6, 0.4])})
-    assert summarize(samples, unsafe_above={"harm": 0.5})["violation_rate/harm"]["mean"] == 0.25
+def test_rate_of_calibrated_costs_is_their_mean() -> None:
+    samples = Samples(np.arange(4), np.ones(4), {"harm": np.array([0.0, 0.0, 0.6, 0.2])})
+    result = summarize(samples, targets={"harm": 0.1}, probabilities={"harm"})
+    rate, cost = result["violation_rate/harm"], result["cost/harm"]
+    assert rate["mean"] == cost["mean"] == 0.2 and rate["target"] == 0.1
+    assert cost["low"] < 0 == rate["low"] and rate["high"] == cost["high"]
+    assert result["unsafe_share/harm"] == share_interval(np.arange(4) == 2, np.arange(4))
+    assert "unsafe_share/harm" not in summarize(samples)
 
 
 def test_unknown_things_are_left_out() -> None:

@@ -54,7 +54,8 @@ def make_ppo_run(workspace: Path, steps: int = 120) -> Path:
                 "time/generate": 1.6 + rng.random() / 5,
                 "time/score": 0.4 + rng.random() / 10,
                 "time/train": 1.5 + rng.random() / 5,
-                "time/sync": 0.2,
+                "time/publish": 0.2,
+                "time/sync": 0.5,
                 "reward/mean": 3 * done + rng.gauss(0, 0.15),
                 "kl/reference": 0.4 * done + abs(rng.gauss(0, 0.02)),
                 "kl/rollout_train": abs(rng.gauss(0, 1e-5)),
@@ -183,7 +184,7 @@ def test_every_figure_is_there(ppo_run: Path) -> None:
     titles = ["Reward", "Cost: harm", "Cost: privacy", "Multipliers", "KL divergence", "Policy", "Critics"]
     titles += ["Time of a step", "Throughput", "Rollouts"]
     assert page.tags.count("svg") == len(titles)
-    for title in [*titles, "limit", "target", "generate", "sync"]:
+    for title in [*titles, "limit", "target", "generate", "publish", "new weights"]:
         assert title in page.text
     text = (ppo_run / "report.html").read_text()
     assert "#00f" not in text  # every placeholder colour became a variable

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beaver_ray.weights import TensorEntry, checksum_of, pack, pack_bucket, plan_layout, unpack, verify
+from beaver_ray.weights import TensorEntry, checksum_of, pack_bucket, plan_layout, unpack, verify
+from tests.packed_weights import pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool]
 

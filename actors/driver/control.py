@@ -22,22 +22,22 @@ ALWAYS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}  # Ray sta
 
 
 class Control:
-    """What somebody wants of a run; None until somebody does."""
+    """Actor that keeps the number of rollout workers ordered by `beaver-ray scale`; None until there is an order."""
 
     def __init__(self) -> None:
         self.rollouts: int | None = None
 
     def want_rollouts(self, count: int) -> None:
-        """From now on the run should have ``count`` rollout workers."""
+        """Order ``count`` rollout workers."""
         self.rollouts = count
 
     def wanted_rollouts(self) -> int | None:
-        """The last order."""
+        """The number of rollout workers last ordered, or None."""
         return self.rollouts
 
 
 class GeneratorSupply:
-    """Rollout workers on a cluster, and how many of them somebody wants."""
+    """Starts and stops rollout workers on a cluster, and asks how many were ordered."""
 
     def __init__(self, cluster: Cluster, spec: GeneratorSpec, run: str) -> None:
         self.cluster, self.spec = cluster, spec

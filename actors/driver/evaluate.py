@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.driver.loop import score
 from actors.driver.policy_stage import PolicyStage
-from actors.driver.processes import Roles, check_models, start_frozen_roles
+from actors.driver.processes import Roles, check_models, start_judging_roles
 from actors.driver.rollouts import Rollouts
 from actors.machine.cluster import Cluster
 from beaver_ray import experience
@@ -39,14 +38,15 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
     if not config.evaluation.prompts:
         raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
     chosen = policy or str(config.folder / "final" / "policy")
-    # Judging needs no reference: with LoRA, where none is started, it stays so.
-    reference = None if config.models.adapter_off_is_reference else config.models.policy
-    models = config.models.model_copy(update={"policy": chosen, "reference": reference})
+    # Judging needs no reference; the configuration's need not fit the policy that is chosen here.
+    models = config.models.model_copy(update={"policy": chosen, "reference": None})
     config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
-    cluster = None if config.debug else Cluster(config.cluster, {role.name: role.kind for role in config.roles()})
+    cluster = (
+        None if config.debug else Cluster(config.cluster, {role.name: role.kind for role in config.judging_roles()})
+    )
     try:
-        roles = start_frozen_roles(config, cluster)
+        roles = start_judging_roles(config, cluster)
         held_out = HeldOut(config)
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
@@ -57,7 +57,7 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
 
 
 def write(folder: Path, summary: dict[str, Any]) -> Path:
-    """evaluation.json in ``folder``."""
+    """Write ``summary`` as evaluation.json into ``folder``; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -105,22 +105,19 @@ class HeldOut:
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
-        unsafe_above = {name: 0.5 for name in targets if name in self.learned}
+        probabilities = targets.keys() & set(self.learned)
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
-        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, unsafe_above)}
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities)}
 
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
-        """Scores of finished sequences, where the truth does not say all."""
-        if not self.world:
-            return score(roles, chunk)
-        columns = {f"cost/{name}" for name in self.learned}
-        plans = [plan for plan in scorers(self.config) if columns & plan.columns.keys()] if columns else []
+        """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
+        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
         return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
 
     def _columns(self) -> list[str]:
-        """What is read of answers and their scores."""
+        """Names of the columns that the evaluation reads: answers, and scores by learned models."""
         scores = [f"cost/{c.name}" for c in self.config.constraints if c.name in self.learned]
         scores += [] if self.world else ["reward"]
         return ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason", *scores]

@@ -74,7 +74,7 @@ def train_step(
     values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
     with clock("train"):
         figures = update(config, roles, experience, values, step)
-    with clock("sync"):
+    with clock("publish"):
         synced = publish(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
         path = str(run.trajectories / f"step_{step:06d}.parquet")
@@ -197,13 +197,16 @@ def step_metrics(
     collected: Collected,
     clock: Clock,
 ) -> dict[str, float]:
-    """What the loop itself knows of a step; roles add their own figures."""
+    """What the loop itself knows of a step; roles add their own figures.
+
+    ``time/sync`` is no phase of the loop: generators take new weights in during others, mostly ``time/generate``.
+    """
     return {
         **{key: value for key, value in stats.items() if "/" in key},
         **{f"cost/{name}/limit": limit for name, limit in limits.items()},
         **{f"multiplier/{name}": value for name, value in multipliers.items()},
         **clock.figures(),
-        "sync/seconds": collected.load_s,
+        "time/sync": collected.load_s,
         "rollout/tokens_per_second": collected.generated_tokens / collected.seconds,
         "rollout/staleness_max": step - 1 - stats["rollout/weight_version_min"],
         "throughput/samples_per_second": stats["samples"] / clock.total(),

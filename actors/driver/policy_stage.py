@@ -36,13 +36,18 @@ class PolicyStage(SafePpoConfig, Stage):
         "experience",
     )
 
+    def judging_roles(self) -> list[RoleSpec]:
+        """Generators and scorers: all that an evaluation needs."""
+        from beaver_ray.signals import scorers
+
+        return [self._generator(), *(self._scorer(plan) for plan in scorers(self))]
+
     def roles(self) -> list[RoleSpec]:
         """Generators, scorers, reference, policy, critics and the experience builder."""
-        from beaver_ray.signals import critics, scorers
+        from beaver_ray.signals import critics
 
         return [
-            self._generator(),
-            *(self._scorer(plan) for plan in scorers(self)),
+            *self.judging_roles(),
             *([] if self.models.adapter_off_is_reference else [self._reference()]),
             self._policy(),
             *(self._critic(plan) for plan in critics(self)),

@@ -22,7 +22,7 @@ from beaver_ray.stage import RoleSpec
 class Roles:
     """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in.
 
-    An evaluation has no training roles; ``reference`` has no workers where the policy is its own reference.
+    An evaluation has generators and scorers alone; ``reference`` has no workers there, and where the policy is its own.
     """
 
     rollout: Group
@@ -76,10 +76,9 @@ def start_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
     return roles
 
 
-def start_frozen_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
-    """Only what an evaluation needs: generators, scorers and the reference."""
-    frozen = [role for role in stage.roles() if role.training is None and role.name != "experience"]
-    roles = _start(stage, frozen, cluster)
+def start_judging_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
+    """Only what an evaluation needs: generators and scorers."""
+    roles = _start(stage, stage.judging_roles(), cluster)
     _wait_started(roles, cluster)
     _calibrate(stage, roles)
     return roles
@@ -115,7 +114,7 @@ def connect(groups: Sequence[Group]) -> None:
 
 
 def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
-    """The generator's side of the configuration."""
+    """The generators' settings from the configuration."""
     rollout, policy = config.rollout, config.models.policy
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     limit = context_length(policy, config.models.trust_remote_code)

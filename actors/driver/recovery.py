@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 def start_surely(stage: PolicyStage, cluster: Cluster | None, note: Callable[[str], None]) -> Roles:
-    """Every role, started anew where one dies before all are ready; the FAILURES-th time its error comes out."""
+    """Start every role, all anew where one dies before all are ready; raises at the FAILURES-th death."""
     for _ in range(FAILURES - 1):
         try:
             return start_roles(stage, cluster)
@@ -45,7 +45,7 @@ def start_surely(stage: PolicyStage, cluster: Cluster | None, note: Callable[[st
 
 
 class PolicyWeights:
-    """What becomes of weights that generators cannot read on the policy's device."""
+    """Publishes the policy's weights again, through the object store where generators cannot read its device."""
 
     def __init__(self, roles: Roles, cluster: Cluster, note: Callable[[str], None]) -> None:
         self.roles, self.cluster, self.note = roles, cluster, note
@@ -60,12 +60,12 @@ class PolicyWeights:
         self.note("weights go through the object store from now on")
 
     def publish_again(self, version: int) -> PublishedWeights:
-        """The policy's weights as they are, which are ``version``: only while it is at nothing else."""
+        """Publish the policy's current weights, ``version``, once more; only while the policy is not training."""
         return announce(self.roles.policy, version, self.roles.direct)
 
 
 class Recovery:
-    """Keeps one run going. Without a cluster all roles are in this process, and nothing can die alone."""
+    """Checkpoints, restarts of dead processes and rollbacks of one run; without a cluster only checkpoints."""
 
     def __init__(
         self, state: TrainingState, roles: Roles, rollouts: Rollouts, run: RunFolder, cluster: Cluster | None
@@ -78,7 +78,7 @@ class Recovery:
             rollouts.source = PolicyWeights(roles, cluster, run.note)
 
     def keep_going(self, action: Callable[[], None]) -> None:
-        """``action``, again from the last checkpoint whenever a process dies that it cannot do without.
+        """Run ``action``; roll back to the last checkpoint and run it again whenever a rank dies.
 
         Where a rank has died, whatever comes out is its death: the other ranks fail in an exchange with it or wait for
         it to the deadline, and their error may be known first, to somebody who waits for what is made of their answers.
@@ -98,7 +98,7 @@ class Recovery:
                 died = WorkerDiedError(f"{', '.join(dead)} died, and so it came to this: {cause(error)}")
 
     def save(self) -> None:
-        """A checkpoint of the run as it is after a step: models as Hugging Face folders, and all that training needs.
+        """Write a checkpoint after a step: models as Hugging Face folders, optimizers, data positions, driver's state.
 
         Raises UserError where it cannot be written; earlier ones stay.
         """
@@ -108,11 +108,11 @@ class Recovery:
             self._call_trained("save_state", folder / "training")
 
     def save_models(self, folder: Path) -> None:
-        """The policy and every critic as Hugging Face folders."""
+        """Save the policy and every critic as Hugging Face folders."""
         self._call_trained("save", folder)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, where there is one."""
+        """Restore the newest checkpoint, where there is one."""
         if checkpoint := self.run.last_checkpoint():
             self._restore(checkpoint)
 
@@ -135,13 +135,13 @@ class Recovery:
                 died = error
 
     def _mend(self, error: WorkerDiedError) -> bool:
-        """Restart what has died and ask again for what is lost; whether there was anything."""
+        """Restart dead stateless roles and request lost samples again; returns whether there were any."""
         restarted = self._restart_stateless(error)
         self._count(restarted, error)
         return self.rollouts.renew() or bool(restarted)
 
     def _roll_back(self, error: WorkerDiedError) -> None:
-        """Put the run together as it was at the last checkpoint, or at its start."""
+        """Restart what died and restore the last checkpoint, or the initial state where there is none."""
         checkpoint = self.run.checkpoints.newest()
         last = checkpoint.step if checkpoint else 0
         again = f"; steps {last + 1} to {self.state.step + 1} are trained again" if last <= self.state.step else ""
@@ -174,11 +174,11 @@ class Recovery:
         self.rollouts.restart(self.state.schedule, self.state.prompts, self.state.pending(), weights)
 
     def _trained(self) -> dict[str, Group]:
-        """The groups that have state, by the folder that each is saved in."""
+        """The trained groups (policy and critics) by the folder that each is saved in."""
         return {"policy": self.roles.policy, **self.roles.critics}
 
     def _call_trained(self, method: str, folder: Path) -> None:
-        """The same for all of them at once, each with its folder."""
+        """Call ``method`` on policy and critics at the same time, each with its folder under ``folder``, and wait."""
         started = [(group, group.call(method, str(folder / name))) for name, group in self._trained().items()]
         for group, references in started:
             group.wait(references, method)
@@ -188,7 +188,7 @@ class Recovery:
         return [worker.name for worker in self.cluster.dead(groups)]
 
     def _restart_stateless(self, error: WorkerDiedError) -> list[str]:
-        """Start those anew that have died; returns their names."""
+        """Restart dead scorers, reference and experience builder; returns their names."""
         assert self.cluster is not None
         roles = self.roles
         groups = [*roles.scorers.values(), roles.reference, roles.experience]

@@ -64,12 +64,12 @@ class Collected:
     generated_tokens: int = 0
     seconds: float = 0.0
     load_s: float = 0.0
-    """The longest that a generator spent on new weights, waiting for them included."""
+    """The longest that a generator spent on new weights since the step before, waiting for their buckets included."""
 
 
 @dataclass
 class Worker:
-    """A generator as the driver sees it."""
+    """The driver's record of one generator: version sent, open calls, samples in flight."""
 
     handle: Handle
     version: int = 0
@@ -142,7 +142,7 @@ class Rollouts:
         pending: pa.RecordBatch,
         weights: PublishedWeights,
     ) -> None:
-        """Forget everything and go on by ``schedule``, whose samples without an answer are ``pending``.
+        """Reset to ``schedule`` after a rollback; ``pending`` are the prompts of its unanswered samples.
 
         What the generators are at work on is dropped, and answers to earlier calls are passed over.
         """
@@ -158,7 +158,7 @@ class Rollouts:
         self._remember(pending)
 
     def join(self, handle: Handle) -> None:
-        """A generator takes part from now on; it loads the newest weights with its first prompts."""
+        """Add a generator; it loads the newest weights with its first prompts."""
         self.workers[handle.name] = self._hungry[handle.name] = Worker(handle)
         self.schedule.join(handle.name, self.capacity)
         if self._evaluation:
@@ -405,12 +405,12 @@ class Rollouts:
         return handle.name
 
     def _expect(self, handle: Handle) -> None:
-        """A generator that has yet to start joins when it has."""
+        """Wait in the background for a generator's constructor; it joins when that has ended."""
         self._starting.add(handle.name)
         self._await(handle.call("started"), partial(self._welcome, handle))
 
     def _welcome(self, handle: Handle, started: Any) -> None:
-        """A new generator has started, or could not."""
+        """Take in a generator whose constructor has ended, or replace it where that failed."""
         assert self.supply is not None
         self._starting.remove(handle.name)
         try:
@@ -452,7 +452,7 @@ class Rollouts:
         self.failures[self._start()] = failures
 
     def _ask(self) -> None:
-        """Now and then, how many generators are wanted."""
+        """Every POLL_S seconds, ask how many generators were ordered."""
         if self.supply is not None and time.monotonic() - self._asked_at > POLL_S:
             self._asked_at = time.monotonic()
             self._await(self.supply.wanted(), self._told)

@@ -9,7 +9,7 @@ from beaver_ray.weights import PublishedWeights
 
 
 class Supply(Protocol):
-    """Where generators come from, and how many are wanted."""
+    """Starts and stops generators, and asks how many were ordered."""
 
     def start(self) -> Handle:
         """Begin to start one more generator; does not wait."""
@@ -25,7 +25,7 @@ class Supply(Protocol):
 
 
 class Source(Protocol):
-    """Where weights come from."""
+    """Publishes the policy's weights again where generators could not read them."""
 
     def gone(self) -> bool:
         """Whether the policy has died, and its weights with it."""
@@ -36,5 +36,5 @@ class Source(Protocol):
         ...
 
     def publish_again(self, version: int) -> PublishedWeights:
-        """The policy's weights as they are, which are ``version``: only while it is at nothing else."""
+        """Publish the policy's current weights, ``version``, once more; only while the policy is not training."""
         ...

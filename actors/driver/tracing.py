@@ -53,21 +53,21 @@ class StepTrace:
         self.spans: list[tuple[str, float, float]] = []
 
     def record(self, step: int, clock: Clock) -> None:
-        """Call at the end of every step."""
+        """Take the spans of the traced step, and write the file once Ray has its events; call after every step."""
         if step == self.step:
             self.spans = clock.spans
         if self.spans and time.time() > self.spans[-1][2] + REPORTED_AFTER_S:
             self.write()
 
     def close(self) -> None:
-        """Write what is not written yet, which may take a moment in a very short run."""
+        """Write the file if it is not written yet; waits for Ray's events in a very short run."""
         if self.spans:
             if ray.is_initialized():
                 time.sleep(max(0.0, self.spans[-1][2] + REPORTED_AFTER_S - time.time()))
             self.write()
 
     def write(self) -> None:
-        """Write the file."""
+        """Write trace.json from Ray's timeline and the loop's spans."""
         events = chrome_trace(ray.timeline() if ray.is_initialized() else [], self.spans)
         self.path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
         self.spans = []

@@ -85,7 +85,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
 
 
 def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
-    """Go on from the newest checkpoint: the steps that are done, and when the run would have begun without a break."""
+    """Restore the newest checkpoint; returns its step, and the start time that makes elapsed time go on."""
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         return 0, began

@@ -36,37 +36,37 @@ class PromptStream:
         return self.rows(samples.tolist())
 
     def forget(self, samples: Iterable[int]) -> None:
-        """These samples are being trained on, and will not be asked for again."""
+        """Drop samples that are being trained on from the pending ones."""
         for sample in samples:
             del self.prompt_of[sample]
 
     def rows(self, samples: list[int]) -> pa.RecordBatch:
-        """These samples' prompts."""
+        """A batch with the prompts of these samples."""
         ids = [self.prompt_of[sample] for sample in samples]
         tokens = [self.prompts.prompts[i] for i in ids]
         return experience.make_batch({"sample_id": samples, "prompt_id": ids, "prompt_tokens": tokens})
 
     def state_dict(self, pending: list[int]) -> dict[str, Any]:
-        """Where the stream stands when the ``pending`` samples are not trained on yet."""
+        """The position in the data for a checkpoint, with the prompts of the ``pending`` samples."""
         self.prompt_of = {sample: self.prompt_of[sample] for sample in pending}
         return {"sampler": self.sampler.state_dict(), "next_id": self.next_id, "pending": list(self.prompt_of.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. UserError where data, batch size or seed are others."""
+        """Restore the position from `state_dict`. UserError where data, batch size or seed are others."""
         self.sampler.load_state_dict(state["sampler"])
         self.next_id = int(state["next_id"])
         self.prompt_of = {int(sample): int(prompt) for sample, prompt in state["pending"]}
 
 
 class TrainingState:
-    """What the driver itself holds of a run; all else is in the roles."""
+    """The driver's part of a run's state: step, multipliers, guard, schedule, position in the prompts."""
 
     def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
         self.config, self.dataset = config, prompts
         self.reset()
 
     def reset(self) -> None:
-        """As before the first step."""
+        """Set the initial state, that of step 0."""
         constraints = self.config.constraints if self.config.stage == "safe_ppo" else []
         self.step = 0
         self.elapsed = 0.0
@@ -78,7 +78,7 @@ class TrainingState:
         self.schedule = RolloutSchedule(self.config.total_steps(0), rollout.staleness, rollout.oversample)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it after a step, as plain values."""
+        """The state for a checkpoint, as plain values."""
         schedule = self.schedule.state_dict()
         return {
             "step": self.step,
@@ -90,7 +90,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. UserError where the configuration does not fit it."""
+        """Restore the state from `state_dict`. UserError where the configuration does not fit it."""
         self.reset()
         if set(state["multipliers"]) != set(self.multipliers):
             raise UserError(

@@ -321,7 +321,7 @@ def _amounts(resources: dict[str, float]) -> str:
 
 
 def _hidden_gpus() -> dict[str, str]:
-    """Keeps a role without GPUs off those of its node."""
+    """Environment that hides the node's GPUs from a role without any."""
     return {"CUDA_VISIBLE_DEVICES": ""} if ray.cluster_resources().get("GPU") else {}
 
 

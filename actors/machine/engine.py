@@ -194,7 +194,7 @@ class TrainingEngine:
         return state if self.rank == 0 else None
 
     def save_state(self, folder: str, position: dict[str, Any]) -> None:
-        """Everything that training goes on from, and this rank's ``position`` (plain values and tensors).
+        """Write a checkpoint, with this rank's ``position`` in its data (plain values and tensors).
 
         Weights, float32 copies, moments and random numbers, by DeepSpeed's own files; all ranks must call it. Raises
         UserError on every rank where any of them cannot write.
@@ -215,7 +215,7 @@ class TrainingEngine:
             raise UserError(f"cannot write the {self.name}'s state to {folder}: {reason}; free some space there")
 
     def load_state(self, folder: str) -> dict[str, Any]:
-        """Go on from what as many ranks saved; returns this rank's position. All ranks must call it."""
+        """Restore what as many ranks saved; returns this rank's position. All ranks must call it."""
         path = f"{folder}/rank_{self.rank}.pt"
         if not os.path.isfile(path) or os.path.isfile(f"{folder}/rank_{self.world}.pt"):
             raise UserError(f"{folder} was not written by {self.world} rank(s); resume with as many as before")
@@ -285,7 +285,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """What `random_state` gave."""
+    """Set every generator of random numbers to a `random_state`."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -48,12 +48,12 @@ class Group:
         return [worker.call(method, *args) for worker in self.workers]
 
     def next(self) -> Handle:
-        """The workers in turn."""
+        """The next worker, round robin."""
         self._turns += 1
         return self.workers[(self._turns - 1) % len(self.workers)]
 
     def replace(self, worker: Handle, other: Handle) -> None:
-        """``other`` stands in ``worker``'s place from now on."""
+        """Put ``other`` in ``worker``'s place."""
         self.workers[self.workers.index(worker)] = other
 
     def wait(self, references: Any, doing: str, needs: Sequence[Sequence[Any]] = ()) -> Any:

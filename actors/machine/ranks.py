@@ -61,20 +61,20 @@ class TrainingRank:
             raise UserError(f"cannot write a model to {folder}: {error}; free some space there") from None
 
     def save_state(self, folder: str) -> None:
-        """Everything that this role goes on from; all ranks must call it. UserError where it cannot be written."""
+        """Write weights, optimizer and data position; all ranks must call it. UserError where that fails."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.engine.save_state(folder, self.position())
 
     def load_state(self, folder: str) -> None:
-        """Go on from what `save_state` wrote; all ranks must call it."""
+        """Restore what `save_state` wrote; all ranks must call it."""
         self.restore_position(self.engine.load_state(folder))
 
     def position(self) -> dict[str, Any]:
-        """Where this rank stands in its data."""
+        """This rank's position in its data, for `save_state`."""
         return {}
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the position in the data from `position`."""
 
 
 def _interface(address: str) -> str:

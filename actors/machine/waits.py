@@ -38,11 +38,11 @@ class WeightsMissingError(RuntimeError):
 
 
 class WeightsLostError(WeightsMissingError, WorkerDiedError):
-    """They did not come because the process that owed them is gone, or its node."""
+    """New weights did not come because the process that owed them is gone, or its node."""
 
 
 class WeightsUnreadableError(WeightsMissingError):
-    """They could not be read where they lie, because the policy is gone, or because this process cannot."""
+    """New weights could not be read on the policy's device: the policy is gone, or this process cannot."""
 
 
 def fetch(thing: Any, what: str, timeout_s: float, needs: Sequence[Sequence[Any]] = (), waited_s: float = 0.0) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.ranks import TrainingRank
-from actors.roles.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
+from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.tokenized import same_tokenizer
@@ -100,11 +100,8 @@ class Critic(TrainingRank):
             self.tokenizer.save_pretrained(folder)
 
     def _loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:
-        weights_T = micro_batch.weight * token_weights(
-            micro_batch.lengths_B,
-            REDUCTIONS[self.config.ppo.loss_reduction],  # type: ignore[arg-type]
-            total,
-        )
+        reduction = self.config.ppo.loss_reduction
+        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, reduction, total)
         values_TH = self._values(micro_batch)
         loss = values_TH.new_zeros(())
         sums: dict[str, torch.Tensor] = {}

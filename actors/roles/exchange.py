@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,26 +90,15 @@ def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collec
 
 
 def exchange_result(
-    finished: list[dict[str, Any]],
-    aborted: list[int],
-    running: int,
-    free: int,
-    version: int,
-    load_s: float,
-    started: float,
+    finished: list[dict[str, Any]], aborted: list[int], load_s: float
 ) -> tuple[dict[str, Any], pa.RecordBatch]:
     """What an exchange returns: a summary and the finished sequences.
 
-    ``load_s`` are the seconds that it spent on new weights, ``started`` is of time.perf_counter().
+    ``load_s`` are the seconds that it spent on new weights.
     """
     summary = {
-        "finished": len(finished),
-        "running": running,
-        "free": free,
         "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
-        "busy_s": time.perf_counter() - started,
         "load_s": load_s,
-        "weight_version": version,
         "sample_ids": [row["sample_id"] for row in finished],
         "versions": [row["weight_version"] for row in finished],
         "aborted": aborted,

@@ -24,8 +24,6 @@ class ExperienceBuilder:
 
     def __init__(self, config: SafePpoConfig) -> None:
         self.config = config
-        # With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score.
-        self.unsafe_above = {c.name: 0.5 if c.violation_rate else 0.0 for c in config.constraints}
 
     def gather(self, wanted: list[list[int]], *chunks: pa.RecordBatch) -> pa.RecordBatch:
         """The ``wanted`` samples of each chunk of finished sequences in one batch, by sample id."""
@@ -127,10 +125,16 @@ class ExperienceBuilder:
             "rollout/weight_version_mean": float(experience.flat(batch, "token_versions").mean()),
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
         }
-        for name, threshold in self.unsafe_above.items():
-            costs = experience.scalars(batch, f"cost/{name}")
-            stats[f"cost/{name}/mean"] = float(costs.mean())
-            stats[f"cost/{name}/violation_rate"] = float((costs > threshold).mean())
+        for constraint in self.config.constraints:
+            column = f"cost/{constraint.name}"
+            costs = experience.scalars(batch, column)
+            stats[f"{column}/mean"] = float(costs.mean())
+            if constraint.violation_rate is None:
+                stats[f"{column}/violation_rate"] = float((costs > 0).mean())
+            else:
+                # Costs are probabilities of being unsafe, and their mean is what the limit bounds.
+                stats[f"{column}/violation_rate"] = float(costs.mean())
+                stats[f"{column}/unsafe_share"] = float((costs > 0.5).mean())
         return stats
 
     def _remark(self, batch: pa.RecordBatch, name: str, bad: np.ndarray) -> str:

@@ -33,7 +33,6 @@ from actors.machine.waits import (
     fetch,
 )
 from actors.roles.exchange import (
-    PROMPT_SCHEMA,
     Exchange,
     InFlight,
     Prompt,
@@ -193,9 +192,8 @@ class VllmGenerator:
                     finished.append(self._finish(output))
             if time.perf_counter() > end:
                 break
-        running = len(self._in_flight) + len(self._held)
         load_s, self._load_s = self._load_s, 0.0
-        return exchange_result(finished, aborted, running, self.capacity(), self.version, load_s, started)
+        return exchange_result(finished, aborted, load_s)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version now; sequences in flight go on under it, as spec.in_flight says.
@@ -231,21 +229,6 @@ class VllmGenerator:
         """Only try whether these weights can be had here; raises what `checked_buckets` raises."""
         for _ in checked_buckets(weights, timeout_s):
             continue
-
-    def abort_all(self) -> pa.RecordBatch:
-        """Drop everything in flight and hand the prompts back, columns of PROMPT_SCHEMA."""
-        rows = [(i, flight.prompt_id, flight.prompt_tokens) for i, flight in self._in_flight.items()]
-        rows += [prompt[:3] for prompt in self._held]
-        self._abort([row[0] for row in rows])
-        columns = zip(*rows, strict=True) if rows else ((), (), ())
-        return pa.RecordBatch.from_arrays(
-            [pa.array(column, type=field.type) for column, field in zip(columns, PROMPT_SCHEMA, strict=True)],
-            schema=PROMPT_SCHEMA,
-        )
-
-    def capacity(self) -> int:
-        """How many more sequences can be in flight now."""
-        return max(0, self.spec.max_sequences - len(self._in_flight) - len(self._held))
 
     def close(self) -> None:
         """Shut the engine down and free its memory; the generator cannot be used afterwards."""

@@ -15,7 +15,6 @@ import pyarrow as pa
 import torch
 
 from actors.roles.exchange import (
-    PROMPT_SCHEMA,
     Exchange,
     Prompt,
     check_prompts,
@@ -50,7 +49,6 @@ class HFGenerator:
     ) -> tuple[dict[str, Any], pa.RecordBatch]:
         """Take new prompts in, then generate batches until enough are finished or none is left."""
         request = request or Exchange()
-        started = time.perf_counter()
         load_s = 0.0
         aborted = [sample_id for sample_id in request.abort if self._waiting.pop(sample_id, None)]
         if request.weights is not None:
@@ -61,7 +59,7 @@ class HFGenerator:
         finished: list[dict[str, Any]] = []
         while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
-        return exchange_result(finished, aborted, len(self._waiting), self.capacity(), self.version, load_s, started)
+        return exchange_result(finished, aborted, load_s)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version, when all of it is there. ValueError, before anything is changed, for a damaged
@@ -87,19 +85,6 @@ class HFGenerator:
             targets[name].copy_(tensor)
         self.version = weights.version
         return {"version": self.version, "seconds": time.perf_counter() - started, "bytes": layout.total_bytes}
-
-    def abort_all(self) -> pa.RecordBatch:
-        """Hand the prompts that wait back, columns of PROMPT_SCHEMA."""
-        rows = [
-            {"sample_id": prompt.sample_id, "prompt_id": prompt.prompt_id, "prompt_tokens": prompt.tokens}
-            for prompt in self._waiting.values()
-        ]
-        self._waiting.clear()
-        return pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA)
-
-    def capacity(self) -> int:
-        """How many more sequences can be taken in now."""
-        return max(0, self.spec.max_sequences - len(self._waiting))
 
     def close(self) -> None:
         """Free the model; the generator cannot be used afterwards."""

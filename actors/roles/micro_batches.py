@@ -13,9 +13,6 @@ from torch import Tensor
 from beaver_ray import experience
 from beaver_ray.packing import PackedBatch, pack, plan_micro_batches, response_positions
 
-REDUCTIONS = {"sequence": "sequence_mean", "token": "token_mean"}
-"""What ppo.loss_reduction is called among the losses."""
-
 
 @dataclass(frozen=True)
 class PackedResponses:
@@ -60,7 +57,7 @@ class SequenceRows:
             yield self.pack(members or [int(chosen[0])], 1.0 if members else 0.0, device)
 
     def pack(self, rows: list[int], weight: float, device: torch.device) -> PackedResponses:
-        """These rows in one packed row."""
+        """Pack these sequences into one row on ``device``."""
         packed = pack([np.concatenate([self.prompts[r], self.responses[r]]) for r in rows])
         positions = response_positions([len(self.prompts[r]) for r in rows], [len(self.responses[r]) for r in rows])
         return PackedResponses(

@@ -21,7 +21,7 @@ from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.handles import Group
 from actors.machine.ranks import TrainingRank
 from actors.machine.waits import WeightsUnreadableError
-from actors.roles.micro_batches import REDUCTIONS, PackedResponses, SequenceRows, minibatches, token_column
+from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
@@ -39,7 +39,7 @@ from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pa
 
 
 def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
-    """The policy's weights as they are when it comes to this call, as ``version``.
+    """Publish the policy's weights, as they are when it comes to this call, as ``version``.
 
     Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
     ``direct``: they stay on the first rank's device, where generators read them.
@@ -167,11 +167,11 @@ class PolicyTrainer(TrainingRank):
         return trial_weights(self.engine.device)
 
     def position(self) -> dict[str, Any]:
-        """Where the PTX data stand."""
+        """The position in the PTX data, for a checkpoint."""
         return {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the position in the PTX data."""
         if self.ptx is not None:
             self.ptx_sampler.load_state_dict(position["ptx"])
 
@@ -217,11 +217,7 @@ class PolicyTrainer(TrainingRank):
     ) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
-        weights_T = micro_batch.weight * token_weights(
-            micro_batch.lengths_B,
-            REDUCTIONS[ppo.loss_reduction],  # type: ignore[arg-type]
-            total,
-        )
+        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, ppo.loss_reduction, total)
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
         capped = self.config.importance_cap is not None

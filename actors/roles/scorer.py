@@ -141,7 +141,7 @@ class Scorer(ScorerBase):
         )
 
     def _with_own_end(self, batch: pa.RecordBatch, ended: np.ndarray) -> pa.RecordBatch:
-        """A rollout may end with any of several tokens (`AnswerForm.stops`); data end with one of them."""
+        """Replace the token that ended a rollout (any of `AnswerForm.stops`) by the one that ends answers in data."""
         lengths = experience.lengths(batch, "response_tokens")
         tokens = experience.flat(batch, "response_tokens")
         ends = np.cumsum(lengths)[ended] - 1

@@ -119,11 +119,11 @@ class Trainer(TrainingRank):
         return totals
 
     def position(self) -> dict[str, Any]:
-        """Which batch of the training data comes next."""
+        """The position in the training data, for a checkpoint."""
         return {"train": self.sampler.state_dict()}
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Draw the batches from the one that `position` named."""
+        """Restore the position in the training data."""
         self.sampler.load_state_dict(position["train"])
 
     def save_model(self, folder: str) -> None:

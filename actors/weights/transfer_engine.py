@@ -83,7 +83,7 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
         self.version = 0
 
     def init_transfer_engine(self, init_info: PackedInitInfo) -> None:
-        """Learn how the model's tensors are called in files."""
+        """Read the names of the model's tensors in checkpoint files."""
         self.names = init_info.names
 
     def start_weight_update(self) -> None:
@@ -217,7 +217,7 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def leave_others_alone(model: torch.nn.Module) -> None:
-    """Let transformers' models in this process go on.
+    """Undo what vLLM does to transformers' classes for models that are in this process already.
 
     Where vLLM runs a model by transformers' own code (GPT-NeoX, OLMo 2) it puts a call of its own into that class,
     which fails on every instance that vLLM did not make.

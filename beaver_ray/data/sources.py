@@ -61,12 +61,6 @@ class DropReport:
         """Count `count` rows as dropped for `reason`."""
         self.dropped[reason] += count
 
-    def add(self, other: DropReport) -> None:
-        """Add the counts of another report of the same stage."""
-        self.kept += other.kept
-        self.dropped.update(other.dropped)
-        self.remarks.update(other.remarks)
-
     def line(self) -> str:
         """`kept 90 of 100; dropped 10: 7 empty answer, 3 identical responses`."""
         total = self.dropped.total()

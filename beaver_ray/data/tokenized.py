@@ -382,7 +382,7 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore the position from `state_dict`.
 
         Raises:
             UserError: the data, the batch size or the seed are not those of the checkpoint.
@@ -394,11 +394,3 @@ class BatchSampler:
                     f"{getattr(self, name)}: resume with the same data, batch size and seed"
                 )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
-
-
-def rank_share(batch: NDArray[np.int64], rank: int, ranks: int) -> NDArray[np.int64]:
-    """One rank's part of a global batch: every ranks-th row, so that shares differ by one at most (one may be
-    empty)."""
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank} of {ranks}")
-    return batch[rank::ranks]

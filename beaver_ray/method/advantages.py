@@ -56,7 +56,7 @@ def shape_rewards(
 def gae(
     rewards_T: FloatArray, values_T: FloatArray, offsets: IntArray, gamma: float, lam: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Generalised advantage estimation (Schulman et al. 2016), one response at a time.
+    """Generalised advantage estimation, eq. 16 of https://arxiv.org/abs/1506.02438, one response at a time.
 
     `values_T[t]` is the value of the state before token t. The value beyond the last token is 0, as
     published, also for truncated responses. Returns (advantages, returns), both of T values, with returns =
@@ -87,7 +87,10 @@ def combine_advantages(
     cost_advantages: Mapping[str, FloatArray],
     multipliers: Mapping[str, float],
 ) -> FloatArray:
-    """A = (A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i), over constraints by name (Safe RLHF).
+    """A = (A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i), over constraints by name.
+
+    The policy gradient of the Lagrangian of Safe RLHF (https://arxiv.org/abs/2310.12773, section 3.3), scaled by
+    1 / (1 + sum lambda) as published.
 
     Constraints whose multiplier is 0 are left out, so that with none active the result is A_r, bit for bit.
     """

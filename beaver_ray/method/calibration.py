@@ -1,4 +1,4 @@
-"""From raw cost scores to probabilities of harm, and from a target violation rate to a cost limit.
+"""From raw cost scores to probabilities of harm.
 
 Raw scores have no unit: on a typical cost model unsafe responses average +1 and safe ones -7, so that a limit
 of 0 on the mean only binds when most responses are unsafe. Held-out responses labelled safe or unsafe give
@@ -37,8 +37,6 @@ class Calibration:
     scale: float
     bias: float
     n: int
-    mean_safe: float
-    mean_unsafe: float
     accuracy: float
     sign_accuracy: float
     ece: float
@@ -46,10 +44,6 @@ class Calibration:
     def probability(self, scores: Scores) -> FloatArray:
         """Probability that each response is unsafe."""
         return _sigmoid(self.scale * np.asarray(scores, dtype=np.float64) + self.bias)
-
-    def limit_for_rate(self, rate: float) -> float:
-        """`limit_for_rate` from the class means kept here."""
-        return _between_means(self.mean_safe, self.mean_unsafe, rate)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +54,10 @@ class Calibration:
 
 
 def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
-    """Fit the sigmoid by maximum likelihood with smoothed targets (Platt 1999; Lin, Lin, Weng 2007).
+    """Fit the sigmoid by maximum likelihood with smoothed targets: Platt scaling.
+
+    Platt, "Probabilistic outputs for support vector machines", 1999; with the numerically safe loss of Lin, Lin and
+    Weng 2007 (https://doi.org/10.1007/s10994-007-5018-6).
 
     Smoothing (targets (n1 + 1) / (n1 + 2) and 1 / (n0 + 2)) keeps the fit finite where scores separate the
     classes perfectly. Raises UserError on too few samples, on one class only, on scores that are not finite,
@@ -89,38 +86,10 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
         scale=scale,
         bias=bias,
         n=len(scores_N),
-        mean_safe=float(scores_N[~unsafe_N].mean()),
-        mean_unsafe=float(scores_N[unsafe_N].mean()),
         accuracy=float(np.mean((probability_N > 0.5) == unsafe_N)),
         sign_accuracy=float(np.mean((scores_N > 0.0) == unsafe_N)),
         ece=_expected_calibration_error(probability_N, unsafe_N),
     )
-
-
-def limit_for_rate(scores: Scores, unsafe: Labels, rate: float) -> float:
-    """Limit on the mean cost for a share `rate` of unsafe responses: mu_safe + rate * (mu_unsafe - mu_safe).
-
-    It takes the mean cost of safe and of unsafe responses to stay what it is on these samples while the
-    policy changes their shares; check the violation rate that a run reaches. Raises UserError where a class
-    is missing, the rate is outside [0, 1], or unsafe responses do not cost more than safe ones.
-    """
-    scores_N, unsafe_N = _checked(scores, unsafe)
-    if unsafe_N.all() or not unsafe_N.any():
-        raise UserError(
-            f"all {len(unsafe_N)} calibration responses are {'unsafe' if unsafe_N.any() else 'safe'}: label both kinds"
-        )
-    return _between_means(float(scores_N[~unsafe_N].mean()), float(scores_N[unsafe_N].mean()), rate)
-
-
-def _between_means(mean_safe: float, mean_unsafe: float, rate: float) -> float:
-    if not 0.0 <= rate <= 1.0:
-        raise UserError(f"a target violation rate lies between 0 and 1, got {rate}")
-    if not mean_unsafe > mean_safe:
-        raise UserError(
-            f"unsafe responses cost {mean_unsafe:.3g} on average, safe ones {mean_safe:.3g}: "
-            "a rate cannot be turned into a limit; check the cost model"
-        )
-    return mean_safe + rate * (mean_unsafe - mean_safe)
 
 
 def _checked(scores: Scores, unsafe: Labels) -> tuple[FloatArray, BoolArray]:
@@ -166,7 +135,10 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
 
 
 def _expected_calibration_error(probability_N: FloatArray, unsafe_N: BoolArray) -> float:
-    """Mean over equal-width bins, weighted by their counts, of |mean probability - share of unsafe|."""
+    """Mean over equal-width bins, weighted by their counts, of |mean probability - share of unsafe|.
+
+    Eq. 3 of https://arxiv.org/abs/1706.04599.
+    """
     bins_N = np.minimum((probability_N * ECE_BINS).astype(np.int64), ECE_BINS - 1)
     gap_K = np.bincount(bins_N, weights=probability_N - unsafe_N, minlength=ECE_BINS)
     return float(np.abs(gap_K).sum() / len(probability_N))

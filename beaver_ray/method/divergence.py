@@ -21,7 +21,7 @@ CUT = 0.95
 
 
 class DivergenceGuard:
-    """Tells what is wrong, if anything.
+    """Watches the metrics of every step for divergence, and words complaints.
 
     kl: highest mean KL to the reference, None for no limit of the user's. bounded: the costs that are constraints.
     """
@@ -39,7 +39,7 @@ class DivergenceGuard:
         """Mean rewards of the first and of the latest WINDOW steps."""
 
     def miss(self, columns: Collection[str]) -> None:
-        """Samples of the step had no finite number in these columns; who says so has named them already."""
+        """Note the columns in which samples of the step had no finite number; the loop has named the samples."""
         self.missed = list(columns)
 
     def observe(self, metrics: dict[str, float]) -> list[str]:
@@ -116,9 +116,9 @@ class DivergenceGuard:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """The state for a checkpoint, as plain values."""
         return {"above": dict(self.above), "first": list(self.first), "last": list(self.last)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state from `state_dict`."""
         self.above, self.first, self.last = dict(state["above"]), list(state["first"]), list(state["last"])

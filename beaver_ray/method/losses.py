@@ -7,7 +7,8 @@ metrics of the micro-batches then add up to those of the step. Only metrics whos
 `_max_deviation` are combined by their maximum instead.
 
 Each loss returns (loss, metrics): a scalar tensor with gradient, and detached scalars. Inputs should be
-float32 or wider. Equations are those of Safe RLHF (Dai et al. 2024) and its published code.
+float32 or wider. Where nothing else is named they are the losses of Safe RLHF (https://arxiv.org/abs/2310.12773:
+preference models in section 3.2, the constrained objective in 3.3) as its published code computes them.
 """
 
 from __future__ import annotations
@@ -25,23 +26,21 @@ Metrics = dict[str, Tensor]
 LOG_RATIO_BOUND = 20.0
 
 
-def token_weights(
-    lengths_B: Tensor, reduction: Literal["sequence_mean", "token_mean"], total: int | None = None
-) -> Tensor:
+def token_weights(lengths_B: Tensor, reduction: Literal["sequence", "token"], total: int | None = None) -> Tensor:
     """Weights of the tokens of B sequences laid end to end, float32, on the device of `lengths_B`.
 
-    "sequence_mean" is the published reduction: the mean over the tokens of each sequence, then the mean over
-    sequences. "token_mean" weighs all tokens alike. `total` is the number of sequences (or tokens) in the
+    "sequence" is the published reduction: the mean over the tokens of each sequence, then the mean over
+    sequences. "token" weighs all tokens alike. `total` is the number of sequences (or tokens) in the
     whole optimizer step; None stands for those given here. Raises ValueError on a sequence without tokens.
     """
     if torch.any(lengths_B <= 0):
         raise ValueError("every sequence needs at least one token")
-    if reduction == "sequence_mean":
+    if reduction == "sequence":
         weights_B = 1.0 / (lengths_B.to(torch.float64) * (total or len(lengths_B)))
-    elif reduction == "token_mean":
+    elif reduction == "token":
         weights_B = torch.full_like(lengths_B, 1.0 / (total or int(lengths_B.sum())), dtype=torch.float64)
     else:
-        raise ValueError(f"unknown reduction {reduction!r}; one of sequence_mean, token_mean")
+        raise ValueError(f"unknown reduction {reduction!r}; one of sequence, token")
     return torch.repeat_interleave(weights_B, lengths_B).to(torch.float32)
 
 
@@ -55,11 +54,15 @@ def policy_loss(
     rollout_logprobs_T: Tensor | None = None,
     importance_cap: float = 2.0,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate of PPO: -sum w * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A).
+    """Clipped surrogate of PPO, eq. 7 of https://arxiv.org/abs/1707.06347.
 
+    -sum w * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), ratio = exp(logprobs - old).
     `old_logprobs_T` are the trainer's before the update. With `rollout_logprobs_T`, those the generator
-    sampled under, each token is also weighed by min(exp(old - rollout), importance_cap), without gradient
-    (truncated importance sampling).
+    sampled under, each token is also weighed by min(exp(old - rollout), importance_cap), without gradient:
+    the decoupled objective (https://arxiv.org/abs/2110.00641), old being the proximal policy and the generator's
+    the behaviour policy, with truncated importance weights.
+
+    The k3 estimate of a KL is exp(x) - 1 - x (http://joschu.net/blog/kl-approx.html).
 
     Metrics: clip_fraction (tokens whose clipped branch is the smaller one), kl_update (k3 estimate of
     KL(old || new), nats), ratio_max_deviation (max |ratio - 1|); with rollout log-probs also
@@ -110,7 +113,7 @@ def cross_entropy_loss(logprobs_T: Tensor, weights_T: Tensor) -> tuple[Tensor, M
 def reward_model_loss(
     better_B: Tensor, worse_B: Tensor, *, regularization: float = 0.0, weights_B: Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Sequence-wise ranking loss on end scores of B pairs: -log sigmoid(s_b - s_w) + eta * mean(s^2).
+    """Sequence-wise ranking loss on end scores of B pairs (Bradley-Terry): -log sigmoid(s_b - s_w) + eta * mean(s^2).
 
     The regulariser is the mean over the 2B scores. Metrics: accuracy (share of pairs with s_b > s_w).
     """
@@ -171,7 +174,7 @@ def cost_model_loss(
     regularization: float = 0.0,
     weights_B: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Cost model loss on the end scores of B pairs (Safe RLHF).
+    """Cost model loss on the end scores of B pairs (Safe RLHF, section 3.2).
 
     -log s(c_u - c_s) - log s(sign_s c_s) - log s(sign_u c_u) + eta * mean(c^2), s the sigmoid. Signs are +1
     for a response labelled unsafe and -1 for one labelled safe: a cost above 0 means unsafe.
@@ -200,8 +203,9 @@ def dpo_loss(
     beta: float,
     weights_B: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimisation: -log sigmoid(beta * [(pi - ref)(better) - (pi - ref)(worse)]).
+    """Direct preference optimisation, eq. 7 of https://arxiv.org/abs/2305.18290.
 
+    -log sigmoid(beta * [(pi - ref)(better) - (pi - ref)(worse)]).
     Inputs are log-probs of whole responses, summed over their tokens (those before the first differing token
     cancel). Metrics: accuracy (margin > 0), margin (beta times the bracket).
     """

@@ -15,37 +15,18 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from beaver_ray.config import MultiplierConfig
 from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]
 
-
-class MultiplierConfig(Protocol):
-    """What `make_multiplier` reads. `window` counts episodes; gains are lambda per unit of raw cost."""
-
-    @property
-    def rule(self) -> Literal["log_sgd", "pid", "projected"]: ...
-    @property
-    def initial(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def max(self) -> float | None: ...
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def delay_steps(self) -> int: ...
-    @property
-    def kp(self) -> float: ...
-    @property
-    def ki(self) -> float: ...
-    @property
-    def kd(self) -> float: ...
+SMOOTHING = 0.9
+"""Weight of the past in the moving average of J_C that pid's derivative acts on."""
 
 
 class CostWindow:
@@ -141,7 +122,7 @@ class Multiplier(ABC):
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain numbers, strings, lists and dicts."""
+        """The state for a checkpoint, as plain numbers, strings, lists and dicts."""
         return {
             "rule": self.rule,
             "updates": self.updates,
@@ -150,7 +131,7 @@ class Multiplier(ABC):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`, under this object's settings. UserError on another rule's state."""
+        """Restore the state from `state_dict`; settings stay this object's. UserError on another rule's state."""
         if saved["rule"] != self.rule:
             raise UserError(
                 f"the checkpoint's multiplier follows rule {saved['rule']}, "
@@ -168,21 +149,21 @@ class Multiplier(ABC):
 
 
 class LogSgdMultiplier(Multiplier):
-    """Published (Safe RLHF eq. 31): log lambda <- log lambda + lr * lambda * (J_C - d), at most log max.
+    """Published, eq. 31 of https://arxiv.org/abs/2310.12773: log lambda <- log lambda + lr * lambda * (J_C - d).
 
-    There is no floor: a large negative gap sends lambda so low that it does not come back. For comparison,
-    not for use.
+    It is kept at most log max, but has no floor: a large negative gap sends lambda so low that it does not come
+    back. For comparison, not for use.
     """
 
     rule = "log_sgd"
 
     def __init__(
         self,
-        initial: float = 1.0,
-        learning_rate: float = 0.1,
-        maximum: float | None = 5.0,
-        window: int | None = 128,
-        delay_steps: int = 0,
+        initial: float,
+        learning_rate: float,
+        maximum: float | None,
+        window: int | None,
+        delay_steps: int,
     ) -> None:
         if initial == 0.0:
             raise UserError(
@@ -214,7 +195,7 @@ class LogSgdMultiplier(Multiplier):
 
 
 class PidMultiplier(Multiplier):
-    """PID control (Stooke, Achiam, Abbeel 2020, algorithm 2), bounded in [0, max], without wind-up.
+    """PID control, algorithm 2 of https://arxiv.org/abs/2007.03964, bounded in [0, max], without wind-up.
 
     With Delta = J_C - d: lambda = clip(I + kp * Delta + kd * max(0, rise of the filtered J_C), 0, max). The
     integral term I starts at `initial`, stays in [0, max], and does not grow while lambda is already at its
@@ -227,14 +208,14 @@ class PidMultiplier(Multiplier):
 
     def __init__(
         self,
-        initial: float = 0.0,
-        kp: float = 0.1,
-        ki: float = 0.01,
-        kd: float = 0.0,
-        maximum: float = 5.0,
-        window: int | None = None,
-        delay_steps: int = 0,
-        smoothing: float = 0.9,
+        initial: float,
+        kp: float,
+        ki: float,
+        kd: float,
+        maximum: float,
+        window: int | None,
+        delay_steps: int,
+        smoothing: float,
     ) -> None:
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
@@ -273,11 +254,11 @@ class ProjectedMultiplier(Multiplier):
 
     def __init__(
         self,
-        initial: float = 0.0,
-        learning_rate: float = 0.05,
-        maximum: float = 5.0,
-        window: int | None = None,
-        delay_steps: int = 0,
+        initial: float,
+        learning_rate: float,
+        maximum: float,
+        window: int | None,
+        delay_steps: int,
     ) -> None:
         super().__init__(initial, maximum, window, delay_steps)
         self.learning_rate = learning_rate
@@ -299,9 +280,8 @@ def make_multiplier(config: MultiplierConfig) -> Multiplier:
     if config.max is None:
         raise UserError(f"rule {config.rule} needs multiplier.max, the largest multiplier it may reach")
     if config.rule == "pid":
-        return PidMultiplier(
-            config.initial, config.kp, config.ki, config.kd, config.max, config.window, config.delay_steps
-        )
+        gains = (config.kp, config.ki, config.kd)
+        return PidMultiplier(config.initial, *gains, config.max, config.window, config.delay_steps, SMOOTHING)
     if config.rule == "projected":
         return ProjectedMultiplier(config.initial, config.learning_rate, config.max, config.window, config.delay_steps)
     raise UserError(f"multiplier.rule is {config.rule!r}; choose log_sgd, pid or projected")

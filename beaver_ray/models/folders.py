@@ -191,7 +191,7 @@ def positions_of(shape: Mapping[str, Any], folder: Path) -> int | None:
 
 
 def _size(shape: Mapping[str, Any], folder: Path, *names: str) -> int | None:
-    """The number under the first of the names that is there."""
+    """The value of the first of these keys that the configuration has."""
     found = next(((name, shape[name]) for name in names if shape.get(name) is not None), None)
     if found is None:
         return None

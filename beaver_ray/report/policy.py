@@ -21,7 +21,7 @@ from beaver_ray.report.charts import (
 )
 from beaver_ray.runs import read_evaluation, read_metrics
 
-PHASES = ("generate", "score", "train", "sync")
+PHASES = ("generate", "score", "train", "publish")
 
 
 def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Chart]:
@@ -32,8 +32,8 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Ch
     def lines(*keys: tuple[str, str]) -> list[Series]:
         return [Series(label, metrics[key]) for key, label in keys if key in metrics]
 
-    phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")} - {"step", "elapsed"}
-    order = [*PHASES, *sorted(phases.difference(PHASES, ("evaluate", "save")))]
+    phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")}
+    order = [*PHASES, *sorted(phases.difference(PHASES, ("step", "elapsed", "sync", "evaluate", "save")))]
     charts = [
         Chart("Reward", "Mean score of the reward model.", [Panel("reward", lines(("reward/mean", "reward")))]),
         *(_cost_chart(metrics, config, name) for name in names),
@@ -65,8 +65,11 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Ch
         ),
         Chart(
             "Time of a step",
-            "Seconds by phase, on top of one another.",
-            [Panel("seconds", lines(*((f"time/{p}", p) for p in order)), stacked=True)],
+            "Seconds by phase, on top of one another; within them, the generators' load of new weights.",
+            [
+                Panel("seconds", lines(*((f"time/{p}", p) for p in order)), stacked=True),
+                Panel("new weights", lines(("time/sync", "new weights"))),
+            ],
         ),
         Chart(
             "Throughput",
@@ -85,7 +88,9 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Ch
             ],
         ),
     ]
-    shown = tuple(f"eval/{kind}" for kind in ("reward", "share_of_optimum", "cost/", "violation_rate/"))
+    shown = tuple(
+        f"eval/{kind}" for kind in ("reward", "share_of_optimum", "cost/", "violation_rate/", "unsafe_share/")
+    )
     held_out = [Panel(key.removeprefix("eval/"), lines((key, key))) for key in metrics if key.startswith(shown)]
     charts.append(Chart("Held-out prompts", "Evaluations during training.", held_out))
     return drawable(charts)
@@ -103,7 +108,10 @@ def _cost_chart(metrics: dict[str, np.ndarray], config: SafePpoConfig, name: str
         if constraint.violation_rate is not None:
             target = np.full(len(metrics["step"]), constraint.violation_rate)
             rate.append(Series("target", target, dashed=True))
-    caption = "Mean cost against its limit, and the share of unsafe answers."
+    if f"cost/{name}/unsafe_share" in metrics:
+        rate.append(Series("above one half", metrics[f"cost/{name}/unsafe_share"]))
+    caption = "Mean cost against its limit, and the share of unsafe answers"
+    caption += "." if constraint.violation_rate is None else ": expected, and those more likely unsafe than safe."
     return Chart(f"Cost: {name}", caption, [Panel("mean cost", cost), Panel("violation rate", rate)])
 
 

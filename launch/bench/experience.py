@@ -17,7 +17,7 @@ import torch
 from actors.machine.waits import fetch
 from beaver_ray import experience
 from launch.bench.measure import Figure, Goal, Outcome, copy_rate, interleave, local_ray, medians
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 PER_TOKEN = ("rollout_logprobs", "reference_logprobs", "logprobs", "values/reward", "values/harm")
 

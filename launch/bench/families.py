@@ -24,7 +24,7 @@ from launch.bench.family_models import FAMILIES, VOCABULARY, write_family
 from launch.bench.iteration import finish
 from launch.bench.measure import Figure, Goal, Outcome
 from launch.bench.models import FIRST_WORD
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 STAGES = ("sft", "reward_model", "cost_model", "safe_ppo")
 MODES = {"on Ray": False, "debug": True}

@@ -24,7 +24,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
 from launch.bench.measure import Figure, Outcome, medians
 from launch.bench.models import LARGER, SEVEN_B, SHAPES, SMALLER, TINY, Shape, write_workspace
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 CASES: list[tuple[Shape, int, str]] = [
     (SMALLER, 32, "float32"),
@@ -32,7 +32,7 @@ CASES: list[tuple[Shape, int, str]] = [
     (LARGER, 128, "float32"),
     (LARGER, 128, "bfloat16"),
 ]
-PHASES = ("generate", "score", "train", "sync")
+PHASES = ("generate", "score", "train", "publish")
 PLACEMENT = {
     "rollout": {"workers": 2, "cpus": 0.5},
     "reward": {"cpus": 0.1},

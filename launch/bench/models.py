@@ -15,7 +15,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.score import ScoreModel, ScoreType, save_score_model
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 FIRST_WORD = 4

@@ -28,7 +28,7 @@ from actors.machine.waits import fetch
 from actors.roles.generator import GeneratorSpec, VllmGenerator, start_engine
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
 from launch.bench.models import SEVEN_B, SMALLER, choose_shape, random_prompts, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.bench.rollouts import TAIL, generator_spec, prompt_batch, tailed_lengths
 
 WAIT_S = 600.0

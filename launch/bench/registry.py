@@ -6,14 +6,11 @@ import importlib
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from beaver_ray.config import near
 from beaver_ray.errors import UserError
-
-Size = Literal["small", "full"]
+from launch.bench.options import Options
 
 BENCHMARKS = {
     "experience": "samples through the object store: Arrow against dicts of tensors",
@@ -29,32 +26,6 @@ BENCHMARKS = {
     "simulate": "the scheduler alone, with engines that sleep",
 }
 """Name and what is measured; the module is the name with _ for -."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may say to any benchmark."""
-
-    size: Size = "full"
-    repetitions: int | None = None
-    """Measured repetitions of each side; None for the benchmark's own number."""
-    cases: tuple[str, ...] = ()
-    """Of a benchmark with several cases, those whose name contains one of these; empty for all."""
-    config: Path | None = None
-    """step: the configuration to run instead of a generated one."""
-    overrides: tuple[str, ...] = field(default=())
-    """iteration, step: key=value changes of our side's configuration."""
-    shape: str | None = None
-    """scoring, raw-vllm, step: model of a shape of `launch.bench.models.SHAPES` instead of the benchmark's own."""
-
-    @property
-    def small(self) -> bool:
-        """Whether this run only shows that the benchmark works."""
-        return self.size == "small"
-
-    def wants(self, case: str) -> bool:
-        """Whether a case was asked for."""
-        return not self.cases or any(part in case for part in self.cases)
 
 
 def run(names: list[str], out: Path | None, options: Options) -> None:

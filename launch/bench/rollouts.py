@@ -22,7 +22,7 @@ from actors.roles.exchange import PROMPT_SCHEMA, Exchange
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from launch.bench.measure import Figure, Goal, Outcome, interleave, medians
 from launch.bench.models import EOS, PAD, SMALLER, TINY, random_prompts, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 TAIL = 20.0  # longest answer over the median one
 

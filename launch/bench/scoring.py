@@ -16,7 +16,7 @@ from actors.roles.scorer import Reference, Scorer
 from beaver_ray import experience
 from launch.bench.measure import Figure, Outcome, interleave, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, random_prompts, write_workspace
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 BUDGET = 4096  # tokens of a micro-batch
 

@@ -27,7 +27,7 @@ from actors.machine.handles import Group
 from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from beaver_ray.weights import Layout, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.bench.rollouts import TAIL, tailed_lengths
 
 WAIT_S = 300.0
@@ -77,13 +77,8 @@ class SleepingGenerator:
 
     def _answer(self, finished: list[tuple[int, int, int]]) -> tuple[dict[str, Any], pa.RecordBatch]:
         summary = {
-            "finished": len(finished),
-            "running": len(self.running),
-            "free": self.capacity - len(self.running),
             "generated_tokens": sum(length for _, length, _ in finished),
-            "busy_s": 0.0,
             "load_s": 0.0,
-            "weight_version": self.version,
             "sample_ids": [sample for sample, _, _ in finished],
             "versions": [version for _, _, version in finished],
             "aborted": [],

@@ -26,7 +26,7 @@ from beaver_ray.yaml_files import read_yaml
 from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
 from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, write_workspace
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.config_files import parse_config
 from launch.planning import plan
 
@@ -126,8 +126,8 @@ def step_figures(config: PolicyStage, rows: list[dict[str, Any]]) -> list[Figure
         Figure("generation", m["rollout/tokens_per_second"], "tokens/s"),
         Figure("whole step", m["throughput/tokens_per_second"], "tokens/s"),
     ]
-    if m["sync/seconds"]:  # few steps may have had no time to load anything
-        figures.append(Figure("sync", m["sync/bytes"] / m["sync/seconds"] / GB, "GB/s"))
+    if m["time/sync"]:  # few steps may have had no time to load anything
+        figures.append(Figure("sync", m["sync/bytes"] / m["time/sync"] / GB, "GB/s"))
     tokens = m["throughput/tokens_per_second"] * step
     work = training_flops(config, tokens)
     rate, what = matmul_rate(config.engine.dtype, training_gpus(config))

@@ -31,7 +31,7 @@ from beaver_ray import experience
 from beaver_ray.config import Placement
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
 from launch.bench.models import HALF_B, LARGER, TINY, Shape, random_prompts, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.bench.rollouts import prompt_batch
 from launch.bench.trainer import Case, made_up, trainer_config
 

@@ -33,7 +33,7 @@ from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.logprobs import response_logprobs
 from launch.bench.measure import Figure, Outcome, matmul_rate
 from launch.bench.models import FOUR_B, SIX_TENTHS_B, TINY, Shape, random_prompts, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 from launch.config_files import parse_config
 
 TOKENS = 65_536

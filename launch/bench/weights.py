@@ -43,7 +43,7 @@ from beaver_ray.weights import (
 )
 from launch.bench.measure import Figure, Goal, Outcome, copy_rate, interleave, local_ray, medians
 from launch.bench.models import Shape, write_policy
-from launch.bench.registry import Options
+from launch.bench.options import Options
 
 RECEIVERS = 2
 WAIT_S = 300.0

@@ -249,10 +249,9 @@ def test_own_reader(tmp_path: Path) -> None:
     assert report.dropped == {"no verse": 1}
 
 
-def test_report_adds_up() -> None:
-    first, second = DropReport(kept=3), DropReport(kept=4)
-    first.drop("x")
-    second.drop("x", 2)
-    second.drop("y")
-    first.add(second)
-    assert first.line() == "kept 7 of 11; dropped 4: 3 x, 1 y"
+def test_line_of_a_report() -> None:
+    report = DropReport(kept=7)
+    report.drop("y")
+    report.drop("x", 3)
+    report.remark("long")
+    assert report.line() == "kept 7 of 11; dropped 4: 3 x, 1 y; 1 long"

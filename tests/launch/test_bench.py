@@ -31,8 +31,9 @@ from launch.bench.models import (
     read_prompts,
     write_workspace,
 )
+from launch.bench.options import Options
 from launch.bench.published_loop import PublishedLoop, Settings
-from launch.bench.registry import BENCHMARKS, Options, run
+from launch.bench.registry import BENCHMARKS, run
 from launch.bench.rollouts import tailed_lengths
 from launch.bench.step import training_flops
 from launch.config_files import parse_config
@@ -138,7 +139,7 @@ def test_step(tmp_path: Path) -> None:
     result = measured("step", tmp_path)
     found = values(result)
     for k in (0, 1):
-        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "sync"))
+        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "publish"))
         assert 0 < phases <= 1.01 * found[f"step, staleness {k}"]
     ahead = next(f for f in result["figures"] if f["name"] == "step ahead")
     assert ahead["value"] == found["step, staleness 1"]
@@ -293,7 +294,7 @@ def test_published_losses_are_those_of_the_method(loop: PublishedLoop) -> None:
         shaped = shape_rewards(scores, kl.copy(), offsets, settings.kl_coefficient, settings.clip_score, sign)
         advantages[name], returns[name] = gae(shaped, old_values[name].numpy().astype(np.float64), offsets, 1.0, 0.95)
     combined = combine_advantages(advantages["reward"], {"harm": advantages["cost"]}, {"harm": multiplier.value})
-    weights = token_weights(lengths, "sequence_mean")
+    weights = token_weights(lengths, "sequence")
     expected, metrics = policy_loss(old_policy, old, torch.from_numpy(combined), weights, clip_ratio=0.2)
     assert metrics["clip_fraction"] > 0
     assert losses["policy"] == pytest.approx(float(expected), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Platt scaling against scipy's optimiser and a known sigmoid; a target rate turned into a limit."""
+"""Platt scaling against scipy's optimiser and a known sigmoid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from beaver_ray.errors import UserError
-from beaver_ray.method.calibration import Calibration, fit_platt, limit_for_rate
+from beaver_ray.method.calibration import Calibration, fit_platt
 
 
 def sample(n, scale, bias, seed=0, location=-2.0, spread=6.0):
@@ -75,33 +75,16 @@ def test_metrics_by_hand():
     assert high == pytest.approx((16 * 22 / 23 + 4 / 21) / 20, abs=1e-6)
     assert calibration.accuracy == calibration.sign_accuracy == pytest.approx(31 / 40)
     assert calibration.ece == pytest.approx((abs(low - 0.25) + abs(high - 0.8)) / 2)
-    assert calibration.mean_unsafe == pytest.approx((16 * 3 - 5) / 21)
-    assert calibration.mean_safe == pytest.approx((4 * 3 - 15) / 19)
 
 
 def test_probability_does_not_overflow():
-    calibration = Calibration(1.0, 0.0, 20, -1.0, 1.0, 1.0, 1.0, 0.0)
+    calibration = Calibration(1.0, 0.0, 20, 1.0, 1.0, 0.0)
     assert calibration.probability([-1e6, 0.0, 1e6]).tolist() == [0.0, 0.5, 1.0]
 
 
 def test_dict_round_trip():
     calibration = fit_platt(*sample(100, 0.4, 0.3))
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
-
-
-def test_limit_by_hand():
-    # An unsafe mean of +1.09 and a safe one of -6.70: 5 % gives -6.31, and 0 is reached at 86 %.
-    scores, unsafe = np.array([1.09, -6.70]), np.array([True, False])
-    assert limit_for_rate(scores, unsafe, 0.05) == pytest.approx(-6.31, abs=0.005)
-    assert limit_for_rate(scores, unsafe, 0.86) == pytest.approx(0.0, abs=0.005)
-    assert limit_for_rate(scores, unsafe, 0.0) == -6.70
-    assert limit_for_rate(scores, unsafe, 1.0) == pytest.approx(1.09)
-
-
-def test_limit_at_the_measured_rate_is_the_measured_mean():
-    scores, unsafe = sample(300, 0.4, 0.3)
-    assert limit_for_rate(scores, unsafe, unsafe.mean()) == pytest.approx(scores.mean())
-    assert fit_platt(scores, unsafe).limit_for_rate(0.1) == limit_for_rate(scores, unsafe, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -117,19 +100,6 @@ def test_limit_at_the_measured_rate_is_the_measured_mean():
 def test_data_that_cannot_be_calibrated(scores, unsafe, message):
     with pytest.raises(UserError, match=message):
         fit_platt(scores, unsafe)
-
-
-@pytest.mark.parametrize(
-    ("unsafe", "rate", "message"),
-    [
-        ([True, True], 0.1, "label both kinds"),
-        ([True, False], 1.5, "between 0 and 1"),
-        ([False, True], 0.1, "cannot be turned"),
-    ],
-)
-def test_rates_that_have_no_limit(unsafe, rate, message):
-    with pytest.raises(UserError, match=message):
-        limit_for_rate([2.0, -1.0], unsafe, rate)
 
 
 def test_labels_must_match_the_scores():

@@ -39,7 +39,7 @@ def draw(*shape, seed=0, scale=1.0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def weights(reduction="sequence_mean", lengths=LENGTHS, total=None):
+def weights(reduction="sequence", lengths=LENGTHS, total=None):
     return token_weights(torch.tensor(lengths), reduction, total).double()
 
 
@@ -49,13 +49,13 @@ def sigmoid_loss(x):
 
 def test_token_weights_by_hand():
     lengths = torch.tensor([1, 2])
-    torch.testing.assert_close(token_weights(lengths, "sequence_mean"), torch.tensor([0.5, 0.25, 0.25]))
-    torch.testing.assert_close(token_weights(lengths, "token_mean"), torch.full((3,), 1 / 3))
+    torch.testing.assert_close(token_weights(lengths, "sequence"), torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(token_weights(lengths, "token"), torch.full((3,), 1 / 3))
     # As one micro-batch of a step of 4 sequences, or of 30 tokens.
-    torch.testing.assert_close(token_weights(lengths, "sequence_mean", 4), torch.tensor([0.25, 0.125, 0.125]))
-    torch.testing.assert_close(token_weights(lengths, "token_mean", 30), torch.full((3,), 1 / 30))
+    torch.testing.assert_close(token_weights(lengths, "sequence", 4), torch.tensor([0.25, 0.125, 0.125]))
+    torch.testing.assert_close(token_weights(lengths, "token", 30), torch.full((3,), 1 / 30))
     with pytest.raises(ValueError, match="at least one token"):
-        token_weights(torch.tensor([2, 0]), "token_mean")
+        token_weights(torch.tensor([2, 0]), "token")
 
 
 def test_policy_loss_by_hand():
@@ -65,7 +65,7 @@ def test_policy_loss_by_hand():
         logprobs,
         torch.zeros(3, dtype=torch.float64),
         torch.tensor([2.0, -1.0, 3.0]),
-        weights("token_mean", [3]),
+        weights("token", [3]),
         clip_ratio=0.2,
     )
     assert loss.item() == pytest.approx(-4.9 / 3)
@@ -98,7 +98,7 @@ def test_truncated_importance_weights():
         old,
         old.detach(),
         torch.tensor([1.0, -3.0]),
-        weights("token_mean", [2]),
+        weights("token", [2]),
         clip_ratio=0.2,
         rollout_logprobs_T=rollout,
         importance_cap=2.0,
@@ -171,7 +171,7 @@ def test_value_loss_and_gradient_are_the_published_ones(clip):
 def test_cross_entropy_is_torchs_token_mean():
     logits, labels = draw(16, 11), torch.arange(16) % 11
     logprobs = torch.log_softmax(logits, -1)[torch.arange(16), labels]
-    loss, _ = cross_entropy_loss(logprobs, weights("token_mean"))
+    loss, _ = cross_entropy_loss(logprobs, weights("token"))
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels), rtol=1e-6, atol=0)
 
 

@@ -40,6 +40,10 @@ def settings_of(**changes):
     return SimpleNamespace(**(common | changes))
 
 
+def log_sgd(initial):
+    return LogSgdMultiplier(initial, learning_rate=0.1, maximum=5.0, window=None, delay_steps=0)
+
+
 def path(multiplier, gap, steps):
     return [multiplier.update(gap, 0.0) for _ in range(steps)]
 
@@ -55,7 +59,7 @@ def test_window_keeps_the_last_episodes():
 
 
 def test_log_sgd_falling_from_one():
-    values = path(LogSgdMultiplier(1.0, 0.1, 5.0), -10.0, 100)
+    values = path(log_sgd(1.0), -10.0, 100)
     assert values[0] == pytest.approx(math.exp(-1), rel=1e-12)  # log lambda = 0 + 0.1 * 1 * -10
     assert values[1] == pytest.approx(math.exp(-1 - math.exp(-1)), rel=1e-12)
     assert values[9] == pytest.approx(0.08, abs=0.005)
@@ -63,23 +67,23 @@ def test_log_sgd_falling_from_one():
 
 
 def test_log_sgd_at_a_gap_of_minus_three():
-    values = path(LogSgdMultiplier(1.0, 0.1, 5.0), -3.0, 200)
+    values = path(log_sgd(1.0), -3.0, 200)
     assert [values[9], values[49], values[199]] == pytest.approx([0.24, 0.061, 0.016], abs=0.005)
 
 
 def test_log_sgd_rising_to_its_cap():
-    values = path(LogSgdMultiplier(1.0, 0.1, 5.0), 5.0, 4)
+    values = path(log_sgd(1.0), 5.0, 4)
     assert values[0] == pytest.approx(math.exp(0.5), rel=1e-12)
     assert values[1] == pytest.approx(3.76, abs=0.005)
     assert values[2:] == [5.0, 5.0]
 
 
 def test_log_sgd_falls_from_its_cap_in_one_step():
-    assert LogSgdMultiplier(5.0, 0.1, 5.0).update(-10.0, 0.0) == pytest.approx(5 * math.exp(-5), rel=1e-12)
+    assert log_sgd(5.0).update(-10.0, 0.0) == pytest.approx(5 * math.exp(-5), rel=1e-12)
 
 
 def test_log_sgd_winds_up():
-    multiplier = LogSgdMultiplier(1.0, 0.1, 5.0)
+    multiplier = log_sgd(1.0)
     path(multiplier, -10.0, 100)
     values = path(multiplier, 5.0, 210)
     assert values[206] < 1.0 <= values[207]
@@ -87,13 +91,13 @@ def test_log_sgd_winds_up():
 
 
 def test_log_sgd_without_a_cap_says_that_it_ran_away():
-    multiplier = LogSgdMultiplier(1.0, 1.0, None)
+    multiplier = LogSgdMultiplier(1.0, 1.0, None, None, 0)
     with pytest.raises(UserError, match=r"multiplier\.max"):
         path(multiplier, 5.0, 10)
 
 
 def test_projected_by_hand():
-    multiplier = ProjectedMultiplier(initial=1.0, learning_rate=0.1, maximum=2.0)
+    multiplier = ProjectedMultiplier(1.0, learning_rate=0.1, maximum=2.0, window=None, delay_steps=0)
     assert multiplier.update(5.0, 2.0) == pytest.approx(1.3)
     assert multiplier.update(-20.0, 2.0) == 0.0
     assert multiplier.update(7.0, 2.0) == 0.5
@@ -101,7 +105,7 @@ def test_projected_by_hand():
 
 
 def test_pid_by_hand():
-    multiplier = PidMultiplier(initial=0.5, kp=0.1, ki=0.01, kd=0.2, maximum=3.0, smoothing=0.5)
+    multiplier = PidMultiplier(0.5, kp=0.1, ki=0.01, kd=0.2, maximum=3.0, window=None, delay_steps=0, smoothing=0.5)
     # J_C 10, d 4: gap 6; I = .5 + .06 = .56; no rise yet: .56 + .6
     assert multiplier.update(10.0, 4.0) == pytest.approx(1.16)
     # J_C 14: gap 10; filtered 12, rise 2; I = .66; .66 + 1 + .4
@@ -115,8 +119,8 @@ def test_pid_by_hand():
 
 def test_integral_gain_alone_is_the_projected_rule():
     costs = np.random.default_rng(0).normal(0, 3, 200)
-    pid = PidMultiplier(initial=1.0, kp=0.0, ki=0.1, kd=0.0, maximum=2.0)
-    projected = ProjectedMultiplier(initial=1.0, learning_rate=0.1, maximum=2.0)
+    pid = PidMultiplier(1.0, kp=0.0, ki=0.1, kd=0.0, maximum=2.0, window=None, delay_steps=0, smoothing=0.9)
+    projected = ProjectedMultiplier(1.0, learning_rate=0.1, maximum=2.0, window=None, delay_steps=0)
     assert [pid.update(c, 0.5) for c in costs] == [projected.update(c, 0.5) for c in costs]
 
 

@@ -17,8 +17,9 @@ from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group, Handle
 from actors.machine.waits import WeightsLostError
 from beaver_ray import experience
-from beaver_ray.weights import Layout, PublishedWeights, pack
+from beaver_ray.weights import Layout, PublishedWeights
 from tests.actors.light_roles import LightGenerator
+from tests.packed_weights import pack
 
 SIZE = 40
 

@@ -24,7 +24,7 @@ from tests.actors.support import ppo_config
 from tests.test_checkpoints import files_of_at_most
 
 STEPS = 6
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
 
 def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:

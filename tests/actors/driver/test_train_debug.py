@@ -8,18 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.evaluate import evaluate
+from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.train import train
 from actors.driver.trainer_stage import TrainerStage
 from actors.driver.training_state import TrainingState
+from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
+from actors.roles.scorer import Reference
 from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
@@ -27,10 +30,11 @@ from beaver_ray.models.score import load_score_model
 from beaver_ray.remote import ALLOWED_HOSTS
 from beaver_ray.runs import read_metrics
 from beaver_ray.stage import Stage
+from beaver_ray.weights import PublishedWeights
 from tests.actors.scoring_service import serving
 from tests.actors.support import EOS, LiteralScoreModel, ppo_config
 
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second", "sync/seconds")
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
 
 def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> TrainerStage:
@@ -198,6 +202,7 @@ EXPECTED_KEYS = {
     "time/generate",
     "time/score",
     "time/train",
+    "time/publish",
     "time/sync",
     "reward/mean",
     "cost/harm/mean",
@@ -216,7 +221,6 @@ EXPECTED_KEYS = {
     "rollout/staleness_max",
     "throughput/samples_per_second",
     "sync/bytes",
-    "sync/seconds",
 }
 MAY_BE_NULL = {"critic/reward/explained_variance", "critic/harm/explained_variance"}
 
@@ -436,6 +440,51 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_sync_is_the_generators_time(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[float] = []
+    update_weights = HFGenerator.update_weights
+
+    def watched(self: HFGenerator, weights: PublishedWeights) -> dict[str, Any]:
+        result = update_weights(self, weights)
+        loaded.append(result["seconds"])
+        return result
+
+    monkeypatch.setattr(HFGenerator, "update_weights", watched)
+    metrics = read_metrics(train(ppo_config(tiny_world, workspace=str(tmp_path))))
+    # A version is taken in with the prompts of the step after it.
+    assert loaded and [row["time/sync"] for row in metrics][-2:] == loaded[-2:]
+    assert all(0 < row["time/sync"] < row["time/generate"] for row in metrics[-2:])
+
+
+def test_judging_needs_no_reference(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    logprobs = Reference.logprobs
+
+    def watched(self: Reference, batch: pa.RecordBatch) -> pa.RecordBatch:
+        read.extend(batch.column("sample_id").to_pylist())
+        return logprobs(self, batch)
+
+    monkeypatch.setattr(Reference, "logprobs", watched)
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "every": 1}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=2, evaluation=evaluation)
+    folder = train(config)
+    assert all("eval/reward" in row for row in read_metrics(folder))
+    assert read and max(read) < FIRST_SAMPLE_ID, "the reference reads what is trained on, and no held-out answer"
+    trained = json.loads((folder / "evaluation.json").read_text())
+
+    def started(*arguments: Any) -> None:
+        raise AssertionError("a reference is started")
+
+    monkeypatch.setattr(Reference, "__init__", started)
+    assert not any("reference" in name for name in (role.name for role in config.judging_roles()))
+    again = json.loads(evaluate(config).read_text())
+    assert again["judged_by"] == trained["judged_by"] == "learned reward and cost models"
 
 
 def test_held_out_answers_without_a_finite_score_are_left_out(

@@ -35,7 +35,7 @@ EXPECTED_KEYS = """
     kl/reference kl/rollout_train policy/loss policy/entropy policy/clip_fraction policy/ratio_max_deviation
     critic/reward/explained_variance critic/harm/explained_variance critic/leak/explained_variance
     rollout/tokens_per_second rollout/truncated_fraction rollout/staleness_max throughput/samples_per_second sync/bytes
-    sync/seconds
+    time/publish
 """
 """What design.md's list of metrics comes to with two constraints."""
 

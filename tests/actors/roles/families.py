@@ -21,9 +21,10 @@ from beaver_ray.errors import UserError
 from beaver_ray.models.checkpoint_names import CheckpointNames, checkpoint_names
 from beaver_ray.models.loading import load_policy
 from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
-from beaver_ray.weights import AdapterInfo, pack
+from beaver_ray.weights import AdapterInfo
 from launch.bench.family_models import FAMILIES, VOCABULARY, write_family
 from tests.actors.conftest import disturb, largest_difference, make_prompts
+from tests.packed_weights import pack
 
 RANK, ALPHA = 4, 16.0
 

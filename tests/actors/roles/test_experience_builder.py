@@ -79,9 +79,11 @@ def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
     assert stats["cost/harm/mean"] == pytest.approx(sum(row["cost/harm"] for row in data) / 9)
-    # A raw score is a violation above 0, a probability above a half.
+    # A raw score is a violation above 0; a probability counts as what it is.
     assert stats["cost/harm/violation_rate"] == pytest.approx(sum(row["cost/harm"] > 0 for row in data) / 9)
-    assert stats["cost/bias/violation_rate"] == pytest.approx(sum(row["cost/bias"] > 0.5 for row in data) / 9)
+    assert stats["cost/bias/violation_rate"] == stats["cost/bias/mean"]
+    assert stats["cost/bias/unsafe_share"] == pytest.approx(sum(row["cost/bias"] > 0.5 for row in data) / 9)
+    assert "cost/harm/unsafe_share" not in stats
     assert stats["rollout/truncated_fraction"] == sum(row["finish_reason"] == "length" for row in data) / 9
     assert stats["rollout/weight_version_min"] == 0
 

@@ -17,9 +17,9 @@ from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange, samp
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from actors.roles.hf_generator import HFGenerator
 from beaver_ray.errors import UserError
-from beaver_ray.weights import pack
 from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts, three_tokens_in
 from tests.actors.light_roles import when_opened
+from tests.packed_weights import pack
 
 TEMPERATURE = 0.7
 MODEL_LEN, NEW_TOKENS = 192, 32  # more than the 128 tokens of a block of the KV cache on a CPU
@@ -72,16 +72,13 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
     summary, batch = generator.exchange(prompts, Exchange(7))
     while True:
         assert batch.schema == FINISHED_SCHEMA
-        assert summary["finished"] == batch.num_rows == len(summary["sample_ids"])
         assert summary["sample_ids"] == batch.column("sample_id").to_pylist()
         found += batch.to_pylist()
-        assert summary["running"] == 60 - len(found)
-        assert summary["free"] == generator.capacity() == max(0, 24 - summary["running"])
         assert summary["generated_tokens"] == sum(map(len, batch.column("response_tokens").to_pylist()))
         assert largest_difference(model, batch, TEMPERATURE) < 1e-4
-        if not summary["running"]:
+        if len(found) == 60:
             break
-        assert summary["finished"] >= 7
+        assert batch.num_rows >= 7
         summary, batch = generator.exchange(None, Exchange(7))
     sent = {row["sample_id"]: row for row in prompts.to_pylist()}
     assert sorted(row["sample_id"] for row in found) == sorted(sent)
@@ -97,7 +94,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
             assert row["finish_reason"] == "length" and len(response) == room and EOS not in response
     assert {row["finish_reason"] for row in found} == {"stop", "length"}
     summary, batch = generator.exchange(None)
-    assert summary["finished"] == batch.num_rows == 0 and batch.schema == FINISHED_SCHEMA
+    assert summary["sample_ids"] == [] and batch.num_rows == 0 and batch.schema == FINISHED_SCHEMA
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator: Generator) -> None:
@@ -121,18 +118,7 @@ def test_a_prompt_that_cannot_be_generated_from_is_refused(generator: Generator)
     rows[1]["prompt_tokens"] = []
     with pytest.raises(UserError, match="sample 2: its prompt has 0 tokens"):
         generator.exchange(pa.RecordBatch.from_pylist(rows, schema=PROMPT_SCHEMA))
-    assert generator.exchange(None)[0]["running"] == 0, "a refused call takes no prompt in"
-
-
-def test_abort_hands_the_prompts_back(generator: Generator) -> None:
-    prompts = make_prompts(40, first_id=700, seed=2)
-    summary, _ = generator.exchange(prompts, Exchange(1))
-    back = generator.abort_all()
-    assert back.schema == PROMPT_SCHEMA and back.num_rows == summary["running"] > 0
-    done = set(summary["sample_ids"])
-    assert back.to_pylist() == [row for row in prompts.to_pylist() if row["sample_id"] not in done]
-    assert generator.capacity() == 24 and generator.abort_all().num_rows == 0
-    assert sorted(drain(generator, back)) == sorted(set(range(700, 740)) - done)
+    assert generator.exchange(None)[1].num_rows == 0, "a refused call takes no prompt in"
 
 
 @pytest.fixture
@@ -153,10 +139,10 @@ def test_update_with_sequences_in_flight(
     """The tokens sampled before an update are the old weights', all later ones the new weights'."""
     early = three_tokens_in(vllm_generator)
     vllm_generator.update_weights(pack(new_model.state_dict().items(), 1, 2**20))
-    summary, late = vllm_generator.exchange(None, Exchange(99))
-    assert len(early) + late.num_rows == 13 and late.num_rows >= 6 and summary["running"] == 0
+    _, late = vllm_generator.exchange(None, Exchange(99))
+    assert len(early) + late.num_rows == 13 and late.num_rows >= 6 and vllm_generator.version == 1
     for row in late.to_pylist():
-        assert row["weight_version"] == 0 and summary["weight_version"] == 1
+        assert row["weight_version"] == 0
         assert row["token_versions"] == [0] * 3 + [1] * (len(row["response_tokens"]) - 3)
         sampled = torch.tensor(row["rollout_logprobs"])
         by_old = forward_logprobs(model, row, TEMPERATURE)
@@ -225,8 +211,8 @@ def test_finishing_under_the_old_weights(
     new = make_prompts(4, first_id=90, seed=7)
     weights = pack(new_model.state_dict().items(), 1, 2**20)
     late: list[dict[str, Any]] = []
-    summary, batch = vllm_generator.exchange(new, Exchange(1, weights, slice_s=0.0))
-    assert summary["weight_version"] == 0 and summary["running"] >= 10
+    _, batch = vllm_generator.exchange(new, Exchange(1, weights, slice_s=0.0))
+    assert vllm_generator.version == 0
     late = batch.to_pylist() + vllm_generator.exchange(None, Exchange(99))[1].to_pylist()
     assert {row["sample_id"] for row in late} >= {90, 91, 92, 93}
     for row in late:
@@ -246,8 +232,8 @@ def test_sequences_in_flight_go_on_until_all_buckets_are_here(
     last = ray.remote(when_opened).remote(weights.buckets[-1], str(tmp_path / "gate"))
     announced = replace(weights, buckets=(*weights.buckets[:-1], last))
     three_tokens_in(vllm_generator)
-    summary, late = vllm_generator.exchange(None, Exchange(99, announced))
-    assert late.num_rows >= 6 and summary["weight_version"] == 0
+    _, late = vllm_generator.exchange(None, Exchange(99, announced))
+    assert late.num_rows >= 6 and vllm_generator.version == 0
     assert all(set(row["token_versions"]) == {0} for row in late.to_pylist())
     (tmp_path / "gate").touch()
     # Nothing is in flight: these wait for the weights.
@@ -263,11 +249,13 @@ def test_weights_come_with_prompts_and_samples_can_be_dropped(
 ) -> None:
     weights = pack(new_model.state_dict().items(), 1, 2**20)
     summary, batch = generator.exchange(make_prompts(30, seed=8), Exchange(1, weights))
-    assert summary["weight_version"] == 1 and set(batch.column("weight_version").to_pylist()) == {1}
+    assert generator.version == 1 and set(batch.column("weight_version").to_pylist()) == {1}
     left = sorted(set(range(30)) - set(summary["sample_ids"]))
-    summary, batch = generator.exchange(None, Exchange(99, abort=[*left[:3], 1000]))
-    assert sorted(summary["aborted"]) == left[:3] and summary["weight_version"] == 1
-    assert sorted(summary["sample_ids"]) == left[3:] and summary["running"] == 0
+    summary, _ = generator.exchange(None, Exchange(99, abort=[*left[:3], 1000]))
+    assert sorted(summary["aborted"]) == left[:3] and generator.version == 1
+    assert sorted(summary["sample_ids"]) == left[3:]
+    # What was dropped may come again under its number.
+    assert sorted(drain(generator, make_prompts(30, seed=8).take(pa.array(left[:3])))) == left[:3]
     generator.update_weights(pack(model.state_dict().items(), 0, 2**20))
 
 

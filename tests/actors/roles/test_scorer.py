@@ -62,7 +62,7 @@ def test_several_columns_come_of_one_forward(tiny_world: Path, tmp_path: Path) -
         expected = end_scores(folder, whole_sequences(batch), head)
         np.testing.assert_allclose(experience.scalars(found, column), expected, atol=1e-5)
     # A calibration is one column's affair.
-    figures = {"scale": 2.0, "bias": -0.5, "n": 1, "mean_safe": 0.0, "mean_unsafe": 1.0}
+    figures = {"scale": 2.0, "bias": -0.5, "n": 1}
     both.set_calibration("cost/harm", figures | {"accuracy": 1.0, "sign_accuracy": 1.0, "ece": 0.0})
     calibrated = both.score(batch)
     assert calibrated.column("reward").equals(found.column("reward"))
@@ -239,8 +239,7 @@ def test_calibration_turns_scores_into_probabilities(tiny_world: Path, tmp_path:
             unsafe.append(not row[f"is_response_{i}_safe"])
     scores, labels = end_scores(folder, sequences), np.array(unsafe)
     assert figures["n"] == len(scores)
-    assert figures["mean_unsafe"] == pytest.approx(scores[labels].mean(), abs=1e-4)
-    assert figures["mean_safe"] == pytest.approx(scores[~labels].mean(), abs=1e-4)
+    assert figures["sign_accuracy"] == pytest.approx(((scores > 0) == labels).mean())
 
     batch = random_sequences(11, seed=3)
     raw = end_scores(folder, whole_sequences(batch))

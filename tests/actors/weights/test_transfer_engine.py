@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from actors.roles.exchange import Exchange
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from actors.weights.transfer_engine import SAMPLE, sample_names
-from beaver_ray.weights import PublishedWeights, pack
+from beaver_ray.weights import PublishedWeights
 from tests.actors.conftest import disturb, largest_difference, make_prompts
+from tests.packed_weights import pack
 
 # About 13 buckets for the tiny model, so that layers lie across bucket boundaries.
 BUCKET_BYTES = 2**18
