@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from beaver_ray.remote import check_address, is_remote
+from beaver_ray.score_sources import score_source
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
@@ -87,7 +87,9 @@ class ConstraintConfig(_Strict):
     """One bounded cost: its scorer, critic, limit and multiplier."""
 
     name: str = option("Name in metrics and columns, for example harm.")
-    model: str = option("Folder of the cost model (a score above 0 means unsafe), or address of a scoring service.")
+    model: str = option(
+        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION."
+    )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
     violation_rate: float | None = option(
@@ -113,8 +115,7 @@ class ConstraintConfig(_Strict):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:
             raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
-        if is_remote(self.model):
-            check_address(self.model)
+        score_source(self.model)
         return self
 
 
@@ -122,7 +123,7 @@ class PolicyModels(_Strict):
     """The models of a PPO run; costs stand under constraints."""
 
     policy: str = option("Folder of the policy to train.")
-    reward: str = option("Folder of the reward model, or address of a scoring service.")
+    reward: str = option("Folder of the reward model, a service's address, or python:FILE.py:FUNCTION.")
     reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = option("Folder the reward critic starts from; null for the reward model.", None)
     lora_rank: int = option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
@@ -132,10 +133,8 @@ class PolicyModels(_Strict):
 
     @model_validator(mode="after")
     def _critic_starts_from_a_folder(self) -> PolicyModels:
-        if is_remote(self.reward):
-            check_address(self.reward)
-            if self.reward_critic is None:
-                raise ValueError("reward is a service, which no critic can start from; give reward_critic a folder")
+        if not score_source(self.reward).starts_critics and self.reward_critic is None:
+            raise ValueError(f"no critic can start from {self.reward}; give reward_critic a folder")
         return self
 
     @property
@@ -368,8 +367,8 @@ class SafePpoConfig(RunConfig):
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
         for c in self.constraints if self.has_cost_critics and not self.models.shared_critic else []:
-            if is_remote(c.model) and c.critic is None:
-                raise ValueError(f"constraint {c.name}: no critic can start from a service; give critic a folder")
+            if not score_source(c.model).starts_critics and c.critic is None:
+                raise ValueError(f"constraint {c.name}: no critic can start from {c.model}; give critic a folder")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if samples % self.ppo.minibatches:
             raise ValueError(f"{samples} samples in a step cannot be cut into {self.ppo.minibatches} minibatches")

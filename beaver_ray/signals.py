@@ -14,13 +14,16 @@ from pathlib import Path
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_config
+from beaver_ray.score_sources import score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
 
 
 @dataclass(frozen=True)
 class ScorerPlan:
-    """One score model: its role's name, the key of its placement, its folder, and a head for each column it gives."""
+    """One source of scores: its role's name, the key of its placement, what the configuration calls it, and the number
+    of its score for each column that it gives.
+    """
 
     name: str
     kind: str
@@ -89,18 +92,22 @@ def check_start(signals: Sequence[str], model: str) -> None:
 
 
 def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
-    """The scorers of a run, the reward's first; signals whose model is one folder with several heads share a scorer.
+    """The scorers of a run, the reward's first.
+
+    Signals whose source is one folder with several heads, or one function, share a scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
     plans = [_scorer("reward", "reward", "reward", config.models.reward)]
     for constraint in config.constraints:
         plan = _scorer(constraint.name, f"cost-{constraint.name}", "cost", constraint.model)
-        shared = next((p for p in plans if p.model == plan.model and len(head_names(p.model)) > 1), None)
-        if shared is None:
-            plans.append(plan)
+        same = next((p for p in plans if p.model == plan.model), None)
+        if same is not None and score_source(plan.model).names_signals:
+            same.columns[f"cost/{constraint.name}"] = len(same.columns)
+        elif same is not None and len(head_names(plan.model)) > 1:
+            same.columns.update(plan.columns)
         else:
-            shared.columns.update(plan.columns)
+            plans.append(plan)
     return plans
 
 

@@ -16,6 +16,7 @@ from pydantic import model_validator
 
 from beaver_ray.config import RunConfig, near
 from beaver_ray.errors import UserError
+from beaver_ray.score_sources import ScoreSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,8 +76,8 @@ class RoleSpec:
     """It makes logits over the vocabulary, and not values or scores alone."""
     kv_cache_gib: float | None = None
     """Of a vLLM engine: its key-value cache on a CPU; on a GPU it takes what it is given."""
-    service: str | None = None
-    """Address of somebody else's service that it asks."""
+    source: ScoreSource | None = None
+    """Where a scorer's scores come from."""
     gpu_part: int = 1
     """Its part of a GPU that all roles share, relative to the others'; 0 of a role that holds no model."""
 

@@ -13,8 +13,7 @@ from beaver_ray.config import ClusterConfig
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_weights, models_of, token_notes
 from beaver_ray.models.folders import weight_files
-from beaver_ray.remote import check_allowed
-from beaver_ray.stage import Stage
+from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
 from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
@@ -78,8 +77,8 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
         for role in stage.roles():
-            if role.service is not None:
-                checks.append((f"{stage.name}: {role.name}", partial(scoring_service, role.service)))
+            if role.source is not None and role.source.folder is None:
+                checks.append((f"{stage.name}: {role.name}", partial(score_source, role)))
         made.append(stage.folder)
     return checks
 
@@ -89,13 +88,12 @@ def _folders(stage: Stage) -> dict[str, str]:
     return {use.folder: use.part for use in reversed(models_of(stage))}
 
 
-def scoring_service(url: str) -> Finding:
-    """A remote scorer is allowed and answers, asked from here."""
-    from actors.roles.remote_scorer import ScoringService
-
-    check_allowed(url)
-    ScoringService(url, SERVICE_S).scores([], [])
-    return Finding("pass", f"{url} answers")
+def score_source(role: RoleSpec) -> Finding:
+    """A service or a function may be asked for scores, and is there, tried from here."""
+    assert role.source is not None
+    role.source.check(role.name)
+    worker: Any = role.worker_class()
+    return Finding("pass", worker.try_out(role.source.text, SERVICE_S))
 
 
 def models(stage: Stage, made: Sequence[Path]) -> Finding:

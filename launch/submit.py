@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.errors import UserError
-from beaver_ray.remote import ALLOWED_HOSTS
+from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
-from beaver_ray.remote import is_remote
+from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
 
 if TYPE_CHECKING:
@@ -146,34 +146,28 @@ class PolicyStage(SafePpoConfig, Stage):
         return RoleSpec("rollout", "rollout", worker, arguments, (policy,), kv_cache_gib=cache, gpu_part=GENERATOR_PART)
 
     def _scorer(self, plan: ScorerPlan) -> RoleSpec:
-        models, trust = self.models, self.models.trust_remote_code
-        prompts = (self.data.prompts, self.evaluation.prompts)
-        if is_remote(plan.model):
-            remote = (
-                plan.model,
-                plan.columns,
-                models.policy,
-                self.cluster.step_timeout,
-                trust,
-                self.data.template,
-                prompts,
-            )
-            worker = "actors.roles.remote_scorer:RemoteScorer"
-            return RoleSpec(plan.name, plan.kind, worker, lambda rank, world: remote, service=plan.model, gpu_part=0)
-        engine = self.engine
-        arguments = (
-            plan.model,
-            plan.columns,
-            models.policy,
-            engine.dtype,
-            engine.micro_batch_tokens,
-            self.cluster.threads,
-            trust,
-            self.data.template,
-            prompts,
+        source = score_source(plan.model)
+        setting = ScorerSetting(
+            policy=self.models.policy,
+            dtype=self.engine.dtype,
+            token_budget=self.engine.micro_batch_tokens,
+            threads=self.cluster.threads,
+            trust_remote_code=self.models.trust_remote_code,
+            template=self.data.template,
+            prompts=(self.data.prompts, self.evaluation.prompts),
+            timeout_s=self.cluster.step_timeout,
         )
-        use = ModelUse(plan.name, plan.model, tuple(c.removeprefix("cost/") for c in plan.columns), scores=True)
-        return RoleSpec(plan.name, plan.kind, "actors.roles.scorer:Scorer", lambda rank, world: arguments, (use,))
+        signals = tuple(column.removeprefix("cost/") for column in plan.columns)
+        folder = source.folder
+        return RoleSpec(
+            plan.name,
+            plan.kind,
+            source.worker,
+            lambda rank, world: source.arguments(plan.columns, setting),
+            () if folder is None else (ModelUse(plan.name, folder, signals, scores=True),),
+            source=source,
+            gpu_part=0 if folder is None else 1,
+        )
 
     def _reference(self) -> RoleSpec:
         models, engine = self.models, self.engine

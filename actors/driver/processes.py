@@ -13,7 +13,7 @@ from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from beaver_ray.config import GPU_SHARE, ClusterConfig, SafePpoConfig
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
-from beaver_ray.remote import check_allowed, is_remote
+from beaver_ray.score_sources import score_source
 from beaver_ray.signals import scorers
 from beaver_ray.stage import RoleSpec
 
@@ -44,15 +44,14 @@ class Roles:
 def check_models(config: PolicyStage) -> list[str]:
     """What should be known of the run's models, one line each.
 
-    Raises UserError where one is not there or does not fit, or where a service may not be sent its texts.
+    Raises UserError where one is not there or does not fit, and where a service may not be sent texts, or a function
+    not be run.
     """
     check_model_folder(config.models.policy, "policy")
-    costs = {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
-    for part, model in {"reward model": config.models.reward, **costs}.items():
-        if is_remote(model):
-            check_allowed(model)
-        else:
-            check_model_folder(model, part)
+    sources = {"reward model": config.models.reward}
+    sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
+    for part, text in sources.items():
+        score_source(text).check(part)
     return check_fit(config)
 
 

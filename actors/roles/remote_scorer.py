@@ -62,6 +62,12 @@ class RemoteScorer(ScorerBase):
         self.service = ScoringService(url, timeout_s)
         self.service.scores([], [])
 
+    @staticmethod
+    def try_out(url: str, timeout_s: float) -> str:
+        """A line that says that the service answers. UserError where it does not."""
+        ScoringService(url, timeout_s).scores([], [])
+        return f"{url} answers"
+
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The service's scores [N, 1] of whole sequences."""
         tokens = experience.rows(batch, "prompt_tokens")

@@ -6,8 +6,9 @@ was trained with another. Such a scorer is handed the dialogue itself and writes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -91,14 +92,19 @@ class Dialogues:
         """prompts: lists of datasets (NAME[:PROPORTION[:PATH]]), as the run reads them."""
         self.policy = policy
         self.by_tokens: dict[bytes, tuple[str, ...]] = {}
+        self.fields: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        """What else the first row of each prompt says."""
         for specs in prompts:
             if specs:
                 self.add(load_mix(list(specs))[0])
 
     def add(self, samples: Iterable[RawSample]) -> None:
         """Know the prompts of these samples too."""
-        for turns in dict.fromkeys(prompt_key(sample) for sample in samples):
-            self.by_tokens.setdefault(_key(self.policy.prompt(turns)), turns)
+        for sample in samples:
+            turns = prompt_key(sample)
+            if turns not in self.fields:
+                self.fields[turns] = sample.fields
+                self.by_tokens.setdefault(_key(self.policy.prompt(turns)), turns)
 
     def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The turns of a prompt.

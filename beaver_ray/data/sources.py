@@ -18,7 +18,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class RawSample:
     safer: bool | None = None  # `answer` is less harmful than `other_answer`
     is_safe: bool | None = None
     is_other_safe: bool | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    """What else the row of a prompt says (category, answer, ...), for functions that score."""
 
 
 class BadRow(ValueError):
@@ -264,11 +266,12 @@ def demonstrations(row: dict[str, Any]) -> RawSample:
 
 @reader("prompts")
 def prompts(row: dict[str, Any]) -> RawSample:
-    """prompt or instruction (a string or an odd list of turns)."""
+    """prompt or instruction (a string or an odd list of turns); further fields are kept beside it."""
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise BadRow("no field 'prompt' or 'instruction'")
-    return RawSample(input=_prompt(row.get(name), name))
+    rest = {key: value for key, value in row.items() if key != name}
+    return RawSample(input=_prompt(row.get(name), name), fields=rest)
 
 
 # ---------------------------------------------------------------- files

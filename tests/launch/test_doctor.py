@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from actors.driver.policy_stage import PolicyStage
 from actors.roles import remote_scorer
 from actors.stages import stages
-from beaver_ray.remote import ALLOWED_HOSTS
+from beaver_ray.score_sources import ALLOWED_HOSTS
 from launch import doctor
 from launch.config_files import load_config
 from launch.doctor import dashboard, disk, packages, shared_memory, token, torch_build

@@ -27,8 +27,8 @@ from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
-from beaver_ray.remote import ALLOWED_HOSTS
 from beaver_ray.runs import read_metrics
+from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.stage import Stage
 from beaver_ray.weights import PublishedWeights
 from tests.actors.scoring_service import serving

@@ -19,7 +19,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.remote import ALLOWED_HOSTS, check_allowed
+from beaver_ray.score_sources import ALLOWED_HOSTS, check_allowed
 from tests.actors.scoring_service import Service, serving
 from tests.actors.support import ppo_config, random_sequences
 
@@ -205,14 +205,14 @@ def config(tiny_world: Path, stage: str = "safe_ppo", models: dict[str, object] 
 def test_critics_start_from_folders(tiny_world: Path) -> None:
     both = {"reward": "https://a.b/reward", "reward_critic": f"{tiny_world}/reward_model"}
     assert config(tiny_world, models=both).models.reward == "https://a.b/reward"
-    with pytest.raises(ValueError, match=r"reward is a service, .* give reward_critic a folder"):
+    with pytest.raises(ValueError, match=r"no critic can start from .*; give reward_critic a folder"):
         config(tiny_world, models={"reward": "https://a.b/reward"})
     changes = config(tiny_world).model_dump()
     changes["constraints"][0]["critic"] = None
-    with pytest.raises(ValueError, match="constraint harm: no critic can start from a service; give critic a folder"):
+    with pytest.raises(ValueError, match=r"constraint harm: no critic can start from .*; give critic a folder"):
         stages()["safe_ppo"].model_validate(changes)
     # Plain PPO has no cost critic, and a shared one starts from the reward's.
-    stages()["safe_ppo"].model_validate(changes | {"stage": "ppo"})
+    stages()["ppo"].model_validate(changes | {"stage": "ppo"})
     stages()["safe_ppo"].model_validate(changes | {"models": changes["models"] | {"shared_critic": True}})
 
 

@@ -1,0 +1,157 @@
+"""A scorer that is a Python function of the user's own.
+
+    def FUNCTION(prompts: list[str], responses: list[str], **fields: list) -> list[float] | dict[str, list[float]]
+
+A prompt is the last thing that the user said, a response the answer's text. Further fields of the prompts' rows come
+as keywords, each a list with one entry for each prompt (None where a row has no such field): those that the function
+names, or all of them where it takes any keyword. ``dialogues`` is one of them: each prompt's turns, user and assistant
+by turns. The function returns a number for each response or, where it gives several signals, such a list for each of
+their names (reward, names of constraints).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.roles.scorer import ScorerBase
+from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.readers import Dialogues, Reader
+from beaver_ray.data.templates import Template
+from beaver_ray.errors import UserError
+from beaver_ray.models.loading import load_tokenizer
+
+GIVEN = ("prompts", "responses")
+
+
+class FunctionScorer(ScorerBase):
+    """The scores that a function gives.
+
+    source: what the configuration calls it. code, file: the text of its file, and where that lies. prompts: lists of
+    the data sets that the policy's prompts are of.
+
+    Raises UserError, from here and from each call, where the function cannot be loaded, wants a field that no prompt
+    has, raises, or does not return a finite number for each response.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        code: str,
+        file: str,
+        columns: dict[str, int],
+        policy: str,
+        trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[str]] = (),
+    ) -> None:
+        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
+        super().__init__(columns, reader, Dialogues(reader, prompts))
+        self.source = source
+        self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
+        self.function = _load(source, code, file)
+        known = {name for row in self.dialogues.fields.values() for name in row}
+        self.fields = _wanted(source, self.function, known)
+
+    @staticmethod
+    def try_out(source: str, timeout_s: float) -> str:
+        """A line that says that the function is there; it is not called."""
+        return f"{source} is there"
+
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """The function's scores [N, H], in the order of the columns' numbers."""
+        dialogues = [self.dialogues.find(row) for row in experience.rows(batch, "prompt_tokens")]
+        # Labelled pairs have no reason: all of them are whole.
+        cut = "finish_reason" in batch.schema.names
+        whole = ~experience.truncated(batch) if cut else np.ones(len(dialogues), bool)
+        answers = zip(experience.rows(batch, "response_tokens"), whole.tolist(), strict=True)
+        responses = [self.reader.answer_text(answer, ended) for answer, ended in answers]
+        if not dialogues:
+            return np.zeros((0, len(self.signals)))
+        try:
+            return self._checked(self._call(dialogues, responses), len(dialogues))
+        except Exception as error:  # of whatever kind the user's own code raises
+            raise UserError(f"{self.source}: {self._blame(batch, dialogues, responses)}{_last_line(error)}") from None
+
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """As any scorer; the prompts of the pairs are no prompts of the run."""
+        self.dialogues.add(load_mix(specs)[0])
+        return super().calibrate(column, specs, max_tokens)
+
+    def _call(self, dialogues: Sequence[Sequence[str]], responses: list[str]) -> Any:
+        rows = [{"dialogues": list(turns), **self.dialogues.fields.get(tuple(turns), {})} for turns in dialogues]
+        fields = {name: [row.get(name) for row in rows] for name in self.fields}
+        return self.function([turns[-1] for turns in dialogues], responses, **fields)
+
+    def _checked(self, returned: Any, count: int) -> np.ndarray:
+        """The returned numbers [N, H]; ValueError where they are not what is wanted."""
+        if not isinstance(returned, dict):
+            if len(self.signals) > 1:
+                raise ValueError(f"it is to return a dict with lists called {', '.join(self.signals)}")
+            returned = {self.signals[0]: returned}
+        scores_NH = np.zeros((count, len(self.signals)))
+        for head, name in enumerate(self.signals):
+            if name not in returned:
+                raise ValueError(
+                    f"it returns nothing called {name!r}, only {', '.join(map(str, returned)) or 'nothing'}"
+                )
+            scores = np.asarray(returned[name], dtype=np.float64)
+            if scores.shape != (count,):
+                raise ValueError(f"it returns {scores.size} numbers of {name} for {count} response(s)")
+            if not np.isfinite(scores).all():
+                raise ValueError(f"it returns {scores[~np.isfinite(scores)][0]} of {name}")
+            scores_NH[:, head] = scores
+        return scores_NH
+
+    def _blame(self, batch: pa.RecordBatch, dialogues: Sequence[Sequence[str]], responses: list[str]) -> str:
+        """The first row with which it fails alone, named; empty where each row alone goes well."""
+        for row in range(len(dialogues)):
+            try:
+                self._checked(self._call(dialogues[row : row + 1], responses[row : row + 1]), 1)
+            except Exception:
+                return f"prompt {dialogues[row][-1]!r:.100}, response {responses[row]!r:.100}: "
+        return ""
+
+
+def _load(source: str, code: str, file: str) -> Any:
+    """The function of a file's text, whose neighbours it can import."""
+    folder = str(Path(file).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = ModuleType(Path(file).stem)
+    module.__file__ = file
+    sys.modules.setdefault(module.__name__, module)
+    try:
+        exec(compile(code, file, "exec"), module.__dict__)
+    except Exception as error:
+        raise UserError(f"{source}: {file} cannot be loaded: {_last_line(error)}") from None
+    return module.__dict__[source.rpartition(":")[2]]
+
+
+def _wanted(source: str, function: Any, known: set[str]) -> list[str]:
+    """Names of the fields that the function is given."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD]
+    required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    known = {*known, "dialogues"}
+    if missing := sorted(required - known - {*GIVEN}):
+        raise UserError(
+            f"{source}: it wants {', '.join(missing)}, which no prompt has; fields of the prompts' rows: "
+            f"{', '.join(sorted(known - {'dialogues'})) or 'none'}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return sorted(known)
+    return [name for name in names if name in known]
+
+
+def _last_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__

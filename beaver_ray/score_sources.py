@@ -1,0 +1,207 @@
+"""Where a score comes from: a score model's folder, a service's address, or a Python function of the user's own.
+
+One class each; `score_source` says which of them a text means. Configuration, plan, doctor and run ask the same object.
+What a run may send its texts to, and whose code it may run, is for whoever starts it to say, not for its configuration,
+which may come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from beaver_ray.errors import UserError
+
+ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
+"""Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""
+
+# Narrow, so that nobody who reads it can see another host in it than the one that is checked here.
+_ADDRESS = re.compile(
+    r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?(/[^\s\\@?#]*)?", re.IGNORECASE | re.ASCII
+)
+_PORTS = {"http": 80, "https": 443}
+
+
+ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
+"""Environment variable with folders whose Python files may score, besides the checkout; separated as in PATH."""
+FUNCTION = "python:"
+
+
+@dataclass(frozen=True)
+class ScorerSetting:
+    """What scorers of a run are given, whatever their source."""
+
+    policy: str
+    """Folder of the policy, whose tokens they are handed."""
+    dtype: str
+    token_budget: int
+    threads: int
+    trust_remote_code: bool
+    template: Any
+    prompts: Sequence[Sequence[str]]
+    """Lists of the data sets that the policy's prompts are of."""
+    timeout_s: float
+
+
+class ScoreSource(ABC):
+    """One source of scores, from its text in the configuration."""
+
+    worker: ClassVar[str]
+    """Class of its scorers, "module:Class"."""
+    starts_critics: ClassVar[bool] = False
+    """Whether a critic can start from it."""
+    names_signals: ClassVar[bool] = False
+    """Whether one scorer gives all signals whose source this is, each by its name."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @property
+    def folder(self) -> str | None:
+        """The folder, or hub name, of the model that scores; None where none is loaded."""
+        return None
+
+    @abstractmethod
+    def check(self, part: str) -> None:
+        """Raises UserError where ``part`` of the run cannot use it, as far as can be seen without running it."""
+
+    @abstractmethod
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """What the constructor of `worker` is given."""
+
+
+class FolderSource(ScoreSource):
+    """A score model's folder, or its name on the hub."""
+
+    worker = "actors.roles.scorer:Scorer"
+    starts_critics = True
+
+    @property
+    def folder(self) -> str:
+        """The folder itself."""
+        return self.text
+
+    def check(self, part: str) -> None:
+        """UserError where no model is there."""
+        from beaver_ray.models.loading import check_model_folder
+
+        check_model_folder(self.text, part)
+
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """Of `Scorer`."""
+        return (
+            self.text,
+            columns,
+            setting.policy,
+            setting.dtype,
+            setting.token_budget,
+            setting.threads,
+            setting.trust_remote_code,
+            setting.template,
+            setting.prompts,
+        )
+
+
+class ServiceSource(ScoreSource):
+    """The address of somebody else's service. ValueError for what is none."""
+
+    worker = "actors.roles.remote_scorer:RemoteScorer"
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        check_address(text)
+
+    def check(self, part: str) -> None:
+        """UserError where the environment does not name its host."""
+        check_allowed(self.text)
+
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """Of `RemoteScorer`."""
+        trust, template = setting.trust_remote_code, setting.template
+        return (self.text, columns, setting.policy, setting.timeout_s, trust, template, setting.prompts)
+
+
+class FunctionSource(ScoreSource):
+    """A Python function, python:FILE.py:FUNCTION. ValueError for what names none.
+
+    The file's text goes to the scorer's process, so that other nodes need not have it.
+    """
+
+    worker = "actors.roles.function_scorer:FunctionScorer"
+    names_signals = True
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        file, _, self.name = text.removeprefix(FUNCTION).rpartition(":")
+        if not file.endswith(".py") or not self.name.isidentifier():
+            raise ValueError(f"a function that scores is written python:FILE.py:FUNCTION, not {text!r}")
+        self.file = Path(file)
+
+    def check(self, part: str) -> None:
+        """UserError where there is no such function, or where its file may not be run."""
+        code = self.read(part)
+        allowed = [Path.cwd(), *(Path(p) for p in os.environ.get(ALLOWED_CODE, "").split(os.pathsep) if p)]
+        if not any(self.file.resolve().is_relative_to(folder.resolve()) for folder in allowed):
+            raise UserError(
+                f"{part}: {self.file} lies outside the checkout ({Path.cwd()}), and code of elsewhere is not run "
+                f"unasked; allow its folder with export {ALLOWED_CODE}={self.file.resolve().parent}"
+            )
+        try:
+            tree = ast.parse(code)
+        except (SyntaxError, ValueError) as error:
+            where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+            raise UserError(f"{part}: {self.file}{where} is not Python: {error}") from None
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        if self.name not in names:
+            raise UserError(f"{part}: {self.file} has no function {self.name!r}; it has {', '.join(names) or 'none'}")
+
+    def read(self, part: str) -> str:
+        """The file's text. UserError where it cannot be read."""
+        try:
+            return self.file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{part}: cannot read {self.file} of {self.text}: {reason}") from None
+
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """Of `FunctionScorer`."""
+        code = self.read(self.text)
+        trust, template = setting.trust_remote_code, setting.template
+        return (self.text, code, str(self.file.resolve()), columns, setting.policy, trust, template, setting.prompts)
+
+
+def score_source(text: str) -> ScoreSource:
+    """The source that a text of the configuration means. ValueError for an address or a function that is none."""
+    if text.startswith(("http://", "https://")):
+        return ServiceSource(text)
+    return FunctionSource(text) if text.startswith(FUNCTION) else FolderSource(text)
+
+
+def check_address(url: str) -> tuple[str, int]:
+    """(host, port) of a scoring service. ValueError, which does not repeat it, for what is no address or holds more."""
+    found = _ADDRESS.fullmatch(url)
+    port = int(found[3] or _PORTS[found[1].lower()]) if found else 0
+    if not found or not 0 < port < 65536:
+        raise ValueError(
+            "a scoring service's address is http(s)://HOST, HOST:PORT or HOST:PORT/PATH, without user name, password, "
+            "query (?...) or fragment (#...), which would stand in config.yaml and the logs; put credentials into "
+            "~/.netrc of the scorer's node"
+        )
+    return found[2].lower(), port
+
+
+def check_allowed(url: str) -> None:
+    """UserError where the environment does not name the host that a run would send its texts to."""
+    host, port = check_address(url)
+    allowed = {entry.strip() for entry in os.environ.get(ALLOWED_HOSTS, "").lower().split(",")}
+    if not {host, f"{host}:{port}"} & allowed:
+        raise UserError(
+            f"{url}: texts may not be sent to {host}, which {ALLOWED_HOSTS} does not name; allow it with "
+            f"export {ALLOWED_HOSTS}={host}:{port} (commas between several)"
+        )

@@ -1,0 +1,189 @@
+"""Scores from a function of the user's own: what it is given, what may be run, and what becomes of its mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from actors.driver.train import train
+from actors.roles.function_scorer import FunctionScorer
+from actors.stages import stages
+from beaver_ray import experience
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.tokenized import PromptDataset
+from beaver_ray.errors import UserError
+from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.score_sources import ALLOWED_CODE, ScorerSetting, score_source
+from tests.actors.support import ppo_config
+
+CODE = """
+from neighbour import WEIGHT
+
+def words(prompts, responses):
+    return [len(r.split()) - WEIGHT * len(p.split()) for p, r in zip(prompts, responses, strict=True)]
+
+def fields(prompts, responses, *, kind, dialogues):
+    assert all(turns[-1] == prompt for turns, prompt in zip(dialogues, prompts, strict=True))
+    return {"reward": [len(r) for r in responses], "harm": [float(k == "odd") for k in kind]}
+
+def everything(prompts, responses, **rows):
+    assert sorted(rows) == ["dialogues", "kind", "number"], rows
+    return rows["number"]
+
+def wants_more(prompts, responses, tests):
+    return [0.0] * len(prompts)
+
+def fails_on_some(prompts, responses):
+    return [1 / ("hack" not in p) for p in prompts]
+
+def none_is_a_number(prompts, responses):
+    return [float("nan") if number == 1 else 0.0 for number, _ in enumerate(prompts)]
+
+def too_few(prompts, responses):
+    return [1.0]
+
+def others(prompts, responses):
+    return {"helpfulness": [1.0] * len(prompts)}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkout is the folder that the command is started in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "neighbour.py").write_text("WEIGHT = 0.25\n")
+    (tmp_path / "score.py").write_text(CODE)
+    return Path("score.py")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    rows = [
+        {"prompt": prompt, "kind": ("even", "odd")[number % 2], "number": number}
+        for number, prompt in enumerate(
+            ("how to clean the lock", "tell me how to hack the phone", "how to fix the car today")
+        )
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"prompts:1:{path}"
+
+
+def scorer_of(world: Path, source: str, columns: dict[str, int], *prompts: str) -> FunctionScorer:
+    policy = str(world / "model")
+    setting = ScorerSetting(policy, "float32", 512, 1, False, "auto", [list(prompts)], 60.0)
+    found = score_source(source)
+    found.check("the reward")
+    return FunctionScorer(*found.arguments(columns, setting))
+
+
+def sequences_of(world: Path, prompts: str, answers: list[str]) -> Any:
+    tokenizer = load_tokenizer(str(world / "model"))
+    data = PromptDataset.build(load_mix([prompts])[0], tokenizer, 64)
+    tokens = [[*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id] for answer in answers]
+    return experience.make_batch(
+        {
+            "sample_id": np.arange(len(answers)),
+            "prompt_tokens": list(data.prompts),
+            "response_tokens": tokens,
+            "finish_reason": ["stop"] * len(answers),
+        }
+    )
+
+
+ANSWERS = ["well then oil the key", "sorry", "just check the engine"]
+
+
+def test_it_is_given_texts_and_fields(tiny_world: Path, file: Path, prompts: str) -> None:
+    batch = sequences_of(tiny_world, prompts, ANSWERS)
+    words = scorer_of(tiny_world, f"python:{file}:words", {"cost/harm": 0}, prompts).score(batch)
+    known = [
+        text.split() for text in ("how to clean the lock", "tell me how to hack the phone", "how to fix the car today")
+    ]
+    expected = [len(a.split()) - len(p) / 4 for a, p in zip(ANSWERS, known, strict=True)]
+    np.testing.assert_array_equal(experience.scalars(words, "cost/harm"), np.float32(expected))
+    both = scorer_of(tiny_world, f"python:{file}:fields", {"reward": 0, "cost/harm": 1}, prompts).score(batch)
+    np.testing.assert_array_equal(experience.scalars(both, "reward"), np.float32([len(a) for a in ANSWERS]))
+    np.testing.assert_array_equal(experience.scalars(both, "cost/harm"), np.float32([0, 1, 0]))
+    numbers = scorer_of(tiny_world, f"python:{file}:everything", {"reward": 0}, prompts).score(batch)
+    np.testing.assert_array_equal(experience.scalars(numbers, "reward"), np.float32([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("wants_more", "it wants tests, which no prompt has; fields of the prompts' rows: kind, number"),
+        (
+            "fails_on_some",
+            "prompt 'tell me how to hack the phone', response 'sorry': ZeroDivisionError: division by zero",
+        ),
+        ("none_is_a_number", "ValueError: it returns nan of reward"),
+        ("too_few", "ValueError: it returns 1 numbers of reward for 3 response(s)"),
+        ("others", "ValueError: it returns nothing called 'reward', only helpfulness"),
+    ],
+)
+def test_its_mistakes_are_one_line(tiny_world: Path, file: Path, prompts: str, function: str, said: str) -> None:
+    batch = sequences_of(tiny_world, prompts, ANSWERS)
+    with pytest.raises(UserError) as caught:
+        scorer_of(tiny_world, f"python:{file}:{function}", {"reward": 0}, prompts).score(batch)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"python:{file}:{function}: ")
+
+
+def test_what_is_no_function_is_refused_without_running_it(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise SystemExit(7)\ndef f(:\n")
+    for source, said in (
+        ("python:score.py:wrods", "the cost: score.py has no function 'wrods'; it has words, fields"),
+        ("python:broken.py:f", "the cost: broken.py line 2 is not Python"),
+        ("python:nowhere.py:f", "the cost: cannot read nowhere.py of python:nowhere.py:f: No such file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            score_source(source).check("the cost")
+        assert str(caught.value).startswith(said)
+    for source in ("python:score.py", "python:score.txt:f", "python:score.py:not a name", "python::f"):
+        with pytest.raises(ValueError, match=r"python:FILE\.py:FUNCTION"):
+            score_source(source)
+
+
+def test_code_of_elsewhere_is_not_run_unasked(
+    file: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "score.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    Path("link.py").symlink_to(elsewhere / "score.py")
+    for path in (elsewhere / "score.py", Path("link.py"), Path("..") / elsewhere.name / "score.py"):
+        with pytest.raises(UserError, match=rf"lies outside the checkout .* export {ALLOWED_CODE}={elsewhere}"):
+            score_source(f"python:{path}:f").check("the reward")
+    monkeypatch.setenv(ALLOWED_CODE, f"/nowhere:{elsewhere}")
+    score_source(f"python:{elsewhere}/score.py:f").check("the reward")
+
+
+def test_a_run_without_a_score_model(one_rank: None, tiny_world: Path, file: Path, tmp_path: Path) -> None:
+    """One function gives the reward and the cost, from one scorer; the critics start from the policy."""
+    rows = [json.loads(line) | {"kind": "odd"} for line in (tiny_world / "prompts/train.jsonl").open()]
+    (tmp_path / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, critic = f"python:{file}:fields", str(tiny_world / "model")
+    constraint = {"name": "harm", "model": source, "critic": critic, "limit": 0.5}
+    config = ppo_config(
+        tiny_world,
+        workspace=str(tmp_path / "runs"),
+        models={"policy": critic, "reward": source, "reward_critic": critic},
+        constraints=[constraint],
+        data={"prompts": [f"prompts:1:{tmp_path}/kinds.jsonl"]},
+        trajectory_every=1,
+    )
+    assert [role.name for role in config.roles() if role.source] == ["reward"]
+    folder = train(config)
+    batch = pq.read_table(folder / "trajectories" / "step_000003.parquet")
+    texts = load_tokenizer(critic).batch_decode(batch["response_tokens"].to_pylist(), skip_special_tokens=True)
+    assert batch["reward"].to_pylist() == [len(text) for text in texts]
+    assert set(batch["cost/harm"].to_pylist()) == {1.0}
+    with pytest.raises(ValueError, match="no critic can start from python:score.py:fields; give critic a folder"):
+        stages()["safe_ppo"].model_validate(
+            config.model_dump() | {"constraints": [constraint | {"critic": None}], "name": "other"}
+        )
