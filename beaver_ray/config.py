@@ -11,11 +11,14 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from beaver_ray.score_sources import score_source
+
+if TYPE_CHECKING:
+    from beaver_ray.method.objective import Objective
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
@@ -308,6 +311,10 @@ class SafePpoConfig(RunConfig):
     trajectory_every: int = option(
         "Write a step's experience to trajectories/ every so many steps; 0 for never.", 10, ge=0
     )
+
+    def objective(self) -> Objective:
+        """What is optimised."""
+        raise NotImplementedError
 
     @property
     def importance_cap(self) -> float | None:

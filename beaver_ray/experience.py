@@ -14,6 +14,7 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
     values/SIGNAL, advantages/SIGNAL, returns/SIGNAL list<float32>    n; values[t] is that of the state before token t
+    advantages list<float32>           n, what the policy climbs: those of all signals in one
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _FIXED: dict[str, pa.DataType] = {
     "reward": pa.float32(),
     "reference_logprobs": FLOATS,
     "logprobs": FLOATS,
+    "advantages": FLOATS,
 }
 
 

@@ -112,20 +112,13 @@ def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
 
 
 def critics(config: SafePpoConfig) -> list[CriticPlan]:
-    """The critics of a run: one for each signal, or one for all of them."""
-    models = config.models
-    constraints = config.constraints if config.has_cost_critics else []
+    """The critics of a run: one for each signal that its objective wants valued, or one for all of them."""
+    models, signals = config.models, config.objective().critics
     reward_critic = models.reward_critic or models.reward
-    if models.shared_critic:
-        signals = ("reward", *(c.name for c in constraints))
+    if models.shared_critic and signals:
         return [CriticPlan("critic", "reward_critic", reward_critic, signals, "critic")]
-    return [
-        CriticPlan("critic-reward", "reward_critic", reward_critic, ("reward",), "reward_critic"),
-        *(
-            CriticPlan(f"critic-{c.name}", "cost_critic", c.critic or c.model, (c.name,), f"{c.name}_critic")
-            for c in constraints
-        ),
-    ]
+    starts = {"reward": reward_critic} | {c.name: c.critic or c.model for c in config.constraints}
+    return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
 def _scorer(signal: str, name: str, kind: str, model: str) -> ScorerPlan:

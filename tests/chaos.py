@@ -61,7 +61,7 @@ BAR = 0.03
 """What the violation rate, by the small world's truth and over the last fifth of training, may be above its target."""
 MOMENTS = {
     "generation": {"exchange"},
-    "scoring": {"score", "logprobs", "values", "gather", "assemble", "advantages"},
+    "scoring": {"score", "logprobs", "values", "gather", "assemble", "advantages", "combine"},
     "publishing": {"bucket"},
     "evaluation": {"exchange", "score"},
 }

@@ -6,6 +6,7 @@ and in one process.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.roles.policy import announce
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import PERSISTS
+from beaver_ray.method.multipliers import Multiplier
 
 
 def train_policy(
@@ -56,24 +58,21 @@ def train_step(
 ) -> dict[str, float]:
     """The next step, from its samples to new weights at the generators; returns its metrics."""
     run, state, step = recovery.run, recovery.state, recovery.state.step + 1
-    limits = {c.name: c.bound for c in config.constraints}
     with clock("generate"):
         collected = rollouts.take(step)
     state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     with clock("score"):
-        stats, costs, experience = recovery.survive(lambda again: build_experience(config, roles, collected, again))
+        stats, state.multipliers, experience = recovery.survive(
+            lambda again: combine_experience(config, roles, state, collected, again)
+        )
     for line in stats["unusable"].values():
         run.note(f"step {step}: {line}; the step is trained without")
     state.guard.miss(stats["unusable"])
     if stats["samples"] < config.ppo.minibatches:
         fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
         run.note(f"step {step} has {fewer}: each makes one optimizer step")
-    warming_up = step <= config.ppo.critic_warmup_steps
-    for name, multiplier in state.multipliers.items():
-        multiplier.update(costs[name], limits[name], hold=warming_up)
-    values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
     with clock("train"):
-        figures = update(config, roles, experience, values, step)
+        figures = update(config, roles, experience, step)
     with clock("publish"):
         synced = publish(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
@@ -84,7 +83,7 @@ def train_step(
             figures |= recovery.survive(lambda again: evaluate(step))
     figures["rollout/workers"] = float(len(rollouts.workers))
     figures["rollout/repeated_samples"] = float(rollouts.schedule.repeated)
-    metrics = step_metrics(step, stats, limits, values, collected, clock) | figures | synced
+    metrics = step_metrics(config, state, step, stats, collected, clock) | figures | synced
     state.step, state.elapsed = step, state.elapsed + clock.total() + clock.phases.get("evaluate", 0.0)
     return metrics | {"time/elapsed": state.elapsed}
 
@@ -166,16 +165,30 @@ def build_experience(
     return stats, costs, experience
 
 
-def update(
-    config: SafePpoConfig, roles: Roles, experience: Any, values: dict[str, float], step: int
-) -> dict[str, float]:
-    """Policy and critics step at the same time; in the critics' warm-up the policy stands still.
+def combine_experience(
+    config: SafePpoConfig, roles: Roles, state: TrainingState, collected: Collected, again: bool = False
+) -> tuple[dict[str, Any], dict[str, Multiplier], Any]:
+    """The batch of `build_experience` with the policy's advantages, under multipliers that have seen the step's costs.
 
-    ``values``: the multipliers by name.
+    Returns figures, these multipliers and a reference to the batch. Those of ``state`` stay as they are, so that a step
+    that is asked for ``again`` moves them once.
     """
+    stats, costs, batch = build_experience(config, roles, collected, again)
+    multipliers, warming_up = copy.deepcopy(state.multipliers), state.step < config.ppo.critic_warmup_steps
+    limits = {c.name: c.bound for c in config.constraints}
+    for name, multiplier in multipliers.items():
+        multiplier.update(costs[name], limits[name], hold=warming_up)
+    values = {name: multiplier.value for name, multiplier in multipliers.items()}
+    combined, experience = roles.experience.workers[0].call("combine", batch, values, returns=2)
+    roles.experience.wait(combined, "combining advantages", [[batch]])
+    return stats, multipliers, experience
+
+
+def update(config: SafePpoConfig, roles: Roles, experience: Any, step: int) -> dict[str, float]:
+    """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
     started = [(critic, critic.call("update", experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
-        started.append((roles.policy, roles.policy.call("update", experience, values, step)))
+        started.append((roles.policy, roles.policy.call("update", experience, step)))
     figures: dict[str, float] = {}
     for group, references in started:
         figures |= group.wait(references, "training")[0]
@@ -190,10 +203,10 @@ def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
 
 
 def step_metrics(
+    config: SafePpoConfig,
+    state: TrainingState,
     step: int,
     stats: dict[str, Any],
-    limits: dict[str, float],
-    multipliers: dict[str, float],
     collected: Collected,
     clock: Clock,
 ) -> dict[str, float]:
@@ -203,8 +216,8 @@ def step_metrics(
     """
     return {
         **{key: value for key, value in stats.items() if "/" in key},
-        **{f"cost/{name}/limit": limit for name, limit in limits.items()},
-        **{f"multiplier/{name}": value for name, value in multipliers.items()},
+        **{f"cost/{c.name}/limit": c.bound for c in config.constraints},
+        **{f"multiplier/{name}": multiplier.value for name, multiplier in state.multipliers.items()},
         **clock.figures(),
         "time/sync": collected.load_s,
         "rollout/tokens_per_second": collected.generated_tokens / collected.seconds,

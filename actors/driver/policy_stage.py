@@ -13,6 +13,7 @@ from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Traje
 if TYPE_CHECKING:
     import numpy as np
 
+    from beaver_ray.method.objective import Settings
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
     from beaver_ray.signals import CriticPlan, ScorerPlan
@@ -35,6 +36,20 @@ class PolicyStage(SafePpoConfig, Stage):
         "cost_critic",
         "experience",
     )
+
+    def settings(self) -> Settings:
+        """What every objective is given."""
+        from beaver_ray.method.objective import Settings
+
+        return Settings(
+            kl_coefficient=self.ppo.kl_coefficient,
+            clip_score=self.ppo.clip_score,
+            gamma=self.ppo.gamma,
+            gae_lambda=self.ppo.gae_lambda,
+            truncation_penalty=self.ppo.truncation_penalty,
+            normalize=self.ppo.normalize_advantages,
+            importance_cap=self.importance_cap,
+        )
 
     def judging_roles(self) -> list[RoleSpec]:
         """Generators and scorers: all that an evaluation needs."""
@@ -94,16 +109,16 @@ class PolicyStage(SafePpoConfig, Stage):
         return self.models.trust_remote_code
 
     def store_bytes(self) -> float:
-        """Experience, as parts and joined, and the versions of the weights that may be read at one time."""
+        """Experience, as parts, joined and with combined advantages, and the weights that may be read at one time."""
         from beaver_ray.models.folders import read_model
 
         signals = 1 + (len(self.constraints) if self.has_cost_critics else 0)
-        columns = 5 + 3 * signals  # tokens, versions and three log-probs; values, advantages and returns
+        columns = 6 + 3 * signals  # tokens, versions, three log-probs, advantages; values, advantages and returns
         tokens = self.data.max_prompt_tokens + columns * self.rollout.max_new_tokens
         facts = read_model(self.models.policy)
         numbers = self.models.lora_rank * (facts.linear or 0) if self.models.lora_rank else facts.parameters or 0
         weights = numbers * DTYPE_BYTES[self.engine.dtype] * (self.rollout.staleness + 2)
-        return 2 * 4 * self._samples * tokens + weights
+        return 3 * 4 * self._samples * tokens + weights
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
         """Reward, costs against limits, multipliers, KL, timings."""

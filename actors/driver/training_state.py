@@ -14,7 +14,6 @@ from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.tokenized import BatchSampler, PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import DivergenceGuard
-from beaver_ray.method.multipliers import make_multiplier
 
 
 class PromptStream:
@@ -67,12 +66,12 @@ class TrainingState:
 
     def reset(self) -> None:
         """Set the initial state, that of step 0."""
-        constraints = self.config.constraints if self.config.stage == "safe_ppo" else []
+        objective = self.config.objective()
         self.step = 0
         self.elapsed = 0.0
         """Seconds of all steps so far, with their evaluations and checkpoints."""
-        self.multipliers = {c.name: make_multiplier(c.multiplier) for c in constraints}
-        self.guard = DivergenceGuard(self.config.guard.kl, self.multipliers)
+        self.multipliers = objective.multipliers()
+        self.guard = DivergenceGuard(self.config.guard.kl, objective.bounded)
         self.prompts = PromptStream(self.config, self.dataset)
         rollout = self.config.rollout
         self.schedule = RolloutSchedule(self.config.total_steps(0), rollout.staleness, rollout.oversample)

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
-from beaver_ray.method.advantages import COST, REWARD, Sign, explained_variance, gae, shape_rewards
-from beaver_ray.method.losses import LOG_RATIO_BOUND
+from beaver_ray.method.objective import Answers
 from beaver_ray.signals import critics, scorers
 
 NAMED = 5  # samples, of those that cannot be used, that a remark names
@@ -23,7 +22,7 @@ class ExperienceBuilder:
     """Joins what the roles computed. Holds no model; the driver holds references to what it returns."""
 
     def __init__(self, config: SafePpoConfig) -> None:
-        self.config = config
+        self.config, self.objective = config, config.objective()
 
     def gather(self, wanted: list[list[int]], *chunks: pa.RecordBatch) -> pa.RecordBatch:
         """The ``wanted`` samples of each chunk of finished sequences in one batch, by sample id."""
@@ -61,12 +60,11 @@ class ExperienceBuilder:
     def advantages(
         self, groups: list[int], batch: pa.RecordBatch, *parts: pa.RecordBatch
     ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
-        """(figures, costs of every episode), and the batch with values, log-probs, advantages and returns.
+        """(figures, costs of every episode as the multipliers should see them), and the batch with values, log-probs,
+        and the advantages and returns of each signal.
 
         Samples of which any number is not finite are left out; ``unusable`` of the figures says by column
         which and why.
-        Where experience may be stale the costs carry truncated importance weights, normalised to a mean of 1: their
-        mean is then the cost of the policy as it is now (self-normalised importance sampling).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.
         """
         ends = np.cumsum(groups)
@@ -76,7 +74,6 @@ class ExperienceBuilder:
         ]
         drawn = batch.num_rows
         batch, unusable = self.usable(experience.join(batch, *wholes))
-        ppo = self.config.ppo
         lengths = experience.lengths(batch, "response_tokens")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         rollout = experience.flat(batch, "rollout_logprobs").astype(np.float64)
@@ -90,23 +87,35 @@ class ExperienceBuilder:
             "kl/rollout_train": float((rollout - policy).mean()),
             "kl/rollout_train_max": float(np.abs(rollout - policy).max()),
         }
+        answers = Answers(
+            offsets=offsets,
+            rewards_B=experience.scalars(batch, "reward"),
+            costs={c.name: experience.scalars(batch, f"cost/{c.name}") for c in self.config.constraints},
+            truncated_B=experience.truncated(batch),
+            kl_terms_T=kl,
+            log_ratios_T=policy - rollout,
+            values={s: experience.flat(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
+        )
+        made = self.objective.advantages(answers)
+        costs, weighing = self.objective.costs(answers)
         columns: dict[str, Any] = {"sample_id": batch.column("sample_id")}
-        for signal, scores, sign in self._signals(batch):
-            rewards = shape_rewards(scores, kl, offsets, ppo.kl_coefficient, ppo.clip_score, sign)
-            values = experience.flat(batch, f"values/{signal}").astype(np.float64)
-            advantages, returns = gae(rewards, values, offsets, ppo.gamma, ppo.gae_lambda)
-            stats[f"critic/{signal}/explained_variance"] = explained_variance(values, returns)
-            columns[f"advantages/{signal}"] = experience.ragged(advantages.astype(np.float32), lengths)
-            columns[f"returns/{signal}"] = experience.ragged(returns.astype(np.float32), lengths)
-        weights = np.ones(batch.num_rows)
-        if self.config.importance_cap is not None:
-            log_ratios = np.add.reduceat(policy - rollout, offsets[:-1])
-            weights = np.minimum(np.exp(np.minimum(log_ratios, LOG_RATIO_BOUND)), self.config.importance_cap)
-            stats["rollout/importance_weight_mean"] = float(weights.mean())
-            weights /= weights.mean()
-        names = [c.name for c in self.config.constraints]
-        costs = {n: (weights * experience.scalars(batch, f"cost/{n}")).tolist() for n in names}
-        return (stats, costs), experience.join(batch, experience.make_batch(columns))
+        for kind, by_signal in (("advantages", made.advantages), ("returns", made.returns)):
+            for signal, flat in by_signal.items():
+                columns[f"{kind}/{signal}"] = experience.ragged(flat.astype(np.float32), lengths)
+        whole = experience.join(batch, experience.make_batch(columns))
+        return (stats | made.figures | weighing, {name: c.tolist() for name, c in costs.items()}), whole
+
+    def combine(self, batch: pa.RecordBatch, multipliers: dict[str, float]) -> tuple[int, pa.RecordBatch]:
+        """The batch of `advantages` with the one column that the policy climbs, under the multipliers as they are now.
+
+        The number of its rows comes first, so that there is something small to wait for.
+        """
+        signals = {signal: experience.flat(batch, f"advantages/{signal}") for signal in self.objective.signals}
+        combined = experience.ragged(
+            self.objective.combine(signals, multipliers), experience.lengths(batch, "response_tokens")
+        )
+        column = experience.make_batch({"sample_id": batch.column("sample_id"), "advantages": combined})
+        return batch.num_rows, experience.join(batch, column)
 
     def write(self, batch: pa.RecordBatch, path: str) -> None:
         """The step's experience as a Parquet file."""
@@ -159,17 +168,3 @@ class ExperienceBuilder:
             return f"the critic of {signal} (started from {critic.model})"
         reference = f"the reference ({config.models.reference or config.models.policy})"
         return {"reference_logprobs": reference, "logprobs": "the policy"}.get(name, "the rollout generator")
-
-    def _signals(self, batch: pa.RecordBatch) -> list[tuple[str, np.ndarray, Sign]]:
-        """(signal, score of each row, sign of its KL term) of every critic."""
-        reward = experience.scalars(batch, "reward").astype(np.float64)
-        # A reward model has seen whole answers only and may well like one that never ends.
-        reward = reward - self.config.ppo.truncation_penalty * experience.truncated(batch)
-        costs = {c.name: experience.scalars(batch, f"cost/{c.name}") for c in self.config.constraints}
-        if self.config.stage == "reward_shaping":
-            for constraint in self.config.constraints:
-                reward = reward - constraint.multiplier.initial * costs[constraint.name]
-        signals: list[tuple[str, np.ndarray, Sign]] = [("reward", reward, REWARD)]
-        if self.config.stage == "safe_ppo":
-            signals += [(name, cost.astype(np.float64), COST) for name, cost in costs.items()]
-        return signals

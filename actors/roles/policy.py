@@ -27,7 +27,6 @@ from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
-from beaver_ray.method.advantages import combine_advantages, normalize
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
 from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
@@ -106,20 +105,16 @@ class PolicyTrainer(TrainingRank):
                     parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
         return experience.join(*(token_column(batch, name, parts) for name, parts in found.items()))
 
-    def update(self, batch: pa.RecordBatch, multipliers: dict[str, float], step: int) -> dict[str, float]:
+    def update(self, batch: pa.RecordBatch, step: int) -> dict[str, float]:
         """All epochs and minibatches over one step's experience; returns metrics under ``policy/``."""
         ppo = self.config.ppo
-        costs = {name: experience.flat(batch, f"advantages/{name}") for name in multipliers}
-        advantages_T = combine_advantages(experience.flat(batch, "advantages/reward"), costs, multipliers)
-        if ppo.normalize_advantages:
-            advantages_T = normalize(advantages_T)
         rows = SequenceRows(batch)
         figures: list[dict[str, float]] = []
         skipped = 0
         for epoch in range(ppo.epochs):
             for minibatch in minibatches(batch.num_rows, ppo.minibatches, (self.config.seed, step, epoch)):
                 try:
-                    figures.append(self._step(rows, minibatch, advantages_T))
+                    figures.append(self._step(rows, minibatch))
                 except NotFiniteError:
                     skipped += 1  # and the driver says so
         metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
@@ -190,14 +185,14 @@ class PolicyTrainer(TrainingRank):
             model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         self.tokenizer.save_pretrained(folder)
 
-    def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:
+    def _step(self, rows: SequenceRows, minibatch: np.ndarray) -> dict[str, float]:
         ppo = self.config.ppo
         tokens = int(rows.response_lengths[minibatch].sum())
         total = len(minibatch) if ppo.loss_reduction == "sequence" else tokens
         micro_batches: list[tuple[Callable[[PackedResponses], LossTerms], PackedResponses]] = []
         # With PTX an optimizer step descends the mean of both losses' gradients, as published.
         scale = 0.5 if self.ptx is not None else 1.0
-        rl_loss = partial(self._rl_loss, rows, advantages_T, total, scale)
+        rl_loss = partial(self._rl_loss, rows, total, scale)
         micro_batches += [(rl_loss, m) for m in self._micro_batches(rows, minibatch)]
         if self.ptx is not None:
             ptx_rows = SequenceRows(self._ptx_batch(self.ptx, self.ptx_sampler.next_batch()))
@@ -207,24 +202,16 @@ class PolicyTrainer(TrainingRank):
             micro_batches += [(ptx_loss, m) for m in self._micro_batches(ptx_rows, everything)]
         return self.engine.step(micro_batches, lambda pair: pair[0](pair[1]))
 
-    def _rl_loss(
-        self,
-        rows: SequenceRows,
-        advantages_T: np.ndarray,
-        total: int,
-        scale: float,
-        micro_batch: PackedResponses,
-    ) -> LossTerms:
+    def _rl_loss(self, rows: SequenceRows, total: int, scale: float, micro_batch: PackedResponses) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
         weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, ppo.loss_reduction, total)
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
-        advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
         capped = self.config.importance_cap is not None
         loss, metrics = policy_loss(
             logprobs_T,
             rows.column_T(old, micro_batch),
-            advantages,
+            rows.column_T("advantages", micro_batch),
             weights_T,
             clip_ratio=ppo.clip_ratio,
             rollout_logprobs_T=rows.column_T("rollout_logprobs", micro_batch) if capped else None,

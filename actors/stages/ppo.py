@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.config import option
+
+if TYPE_CHECKING:
+    from beaver_ray.method.objective import Objective
 
 
 class Ppo(PolicyStage):
@@ -15,3 +18,9 @@ class Ppo(PolicyStage):
     has_cost_critics: ClassVar[bool] = False
 
     stage: Literal["ppo"] = option("PPO without constraints.")
+
+    def objective(self) -> Objective:
+        """The reward alone."""
+        from beaver_ray.method.objective import RewardMaximization
+
+        return RewardMaximization(self.settings())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.config import option
+
+if TYPE_CHECKING:
+    from beaver_ray.method.objective import Objective
 
 
 class RewardShaping(PolicyStage):
@@ -14,3 +17,9 @@ class RewardShaping(PolicyStage):
     has_cost_critics: ClassVar[bool] = False
 
     stage: Literal["reward_shaping"] = option("PPO with fixed cost weights.")
+
+    def objective(self) -> Objective:
+        """The reward less each cost times its multiplier's initial value."""
+        from beaver_ray.method.objective import RewardShaping
+
+        return RewardShaping(self.settings(), {c.name: c.multiplier.initial for c in self.constraints})

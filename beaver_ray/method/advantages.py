@@ -22,6 +22,10 @@ REWARD: Sign = -1
 COST: Sign = 1
 """Sign of the KL term in a cost: departing from the reference adds to the cost."""
 
+LOG_RATIO_BOUND = 20.0
+"""Largest logarithm of a ratio of probabilities: exp(20) is far outside every clip range and cap, and an infinite ratio
+would turn the zero gradient of a clipped token into NaN."""
+
 
 def shape_rewards(
     scores_B: FloatArray,

@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+from beaver_ray.method.advantages import LOG_RATIO_BOUND
 
-# exp(20) is far outside every clip range. An infinite ratio would turn the zero gradient of a clipped token
-# into NaN.
-LOG_RATIO_BOUND = 20.0
+Metrics = dict[str, Tensor]
 
 
 def token_weights(lengths_B: Tensor, reduction: Literal["sequence", "token"], total: int | None = None) -> Tensor:

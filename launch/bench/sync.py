@@ -128,7 +128,7 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
         seconds, differences, size = [], [], 0
         for _ in range(options.repetitions or (1 if options.small else VERSIONS)):
             version += 1
-            policy.run("update", made_up(shape, 16, 64, seed=version), {}, version)
+            policy.run("update", made_up(shape, 16, 64, seed=version), version)
             # Its weights are ready before the clock starts.
             weights = announce(policy, version, way == "direct")
             policy.run("layout")
@@ -142,7 +142,7 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
         seconds, differences = [], []
         for _ in range(options.repetitions or VERSIONS):
             version += 1
-            policy.run("update", made_up(shape, 16, 64, seed=version), {}, version)
+            policy.run("update", made_up(shape, 16, 64, seed=version), version)
             (handles,) = policy.run("handles")
             seconds += ipc.run("load", handles)
             differences.append(largest_difference(policy, ipc, shape, version))

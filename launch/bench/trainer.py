@@ -141,14 +141,14 @@ def made_up(shape: Shape, rows: int, length: int, seed: int = 0) -> Any:
             "response_tokens": responses,
             "rollout_logprobs": logprobs,
             "logprobs": logprobs,
-            "advantages/reward": [rng.standard_normal(len(r)).astype(np.float32) for r in responses],
+            "advantages": [rng.standard_normal(len(r)).astype(np.float32) for r in responses],
         }
     )
 
 
 def ppo_update(trainer: PolicyTrainer, batch: Any) -> float:
     """One step of PPO; its loss, which waits for the device."""
-    return trainer.update(batch, {}, 1)["policy/loss"]
+    return trainer.update(batch, 1)["policy/loss"]
 
 
 def sft_update(trainer: PolicyTrainer, batch: Any) -> float:

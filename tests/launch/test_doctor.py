@@ -227,13 +227,13 @@ def test_room(tiny_world: Path) -> None:
 
 
 def test_object_store(stage_file: StageFile) -> None:
-    # 8 samples of 32 prompt tokens and 32 new ones, each new one in 5 columns and 3 for each of 2 signals, 4 bytes a
-    # number, kept twice; 1,000 parameters of 4 bytes in two versions, with staleness 1 in three.
+    # 8 samples of 32 prompt tokens and 32 new ones, each new one in 6 columns and 3 for each of 2 signals, 4 bytes a
+    # number, kept three times; 1,000 parameters of 4 bytes in two versions, with staleness 1 in three.
     config = load_config(stage_file())
     assert isinstance(config, PolicyStage)
-    assert config.store_bytes() == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 2)
+    assert config.store_bytes() == pytest.approx(3 * 4 * 8 * (32 + 12 * 32) + 1000 * 4 * 2)
     config.rollout.staleness = 1
-    assert config.store_bytes() == pytest.approx(2 * 4 * 8 * (32 + 11 * 32) + 1000 * 4 * 3)
+    assert config.store_bytes() == pytest.approx(3 * 4 * 8 * (32 + 12 * 32) + 1000 * 4 * 3)
     assert object_store(config, 1.0, "Ray's store here").state == "pass"
     assert object_store(config, 1e-6, "Ray's store here").state == "warn"
 

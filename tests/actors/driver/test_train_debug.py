@@ -17,9 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
 from actors.driver.policy_stage import PolicyStage
+from actors.driver.recovery import Recovery
+from actors.driver.rollouts import Rollouts
 from actors.driver.train import train
 from actors.driver.trainer_stage import TrainerStage
 from actors.driver.training_state import TrainingState
+from actors.machine.waits import WorkerDiedError
+from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference
@@ -156,7 +160,7 @@ def test_a_run_leaves_everything(one_rank: None, tiny_world: Path, trained: Path
     steps = sorted((folder / "trajectories").iterdir())
     assert [path.name for path in steps] == ["step_000002.parquet"]
     table = pq.read_table(steps[0])
-    assert table.num_rows == 8 and {f"advantages/{c}" for c in critics} <= set(table.schema.names)
+    assert table.num_rows == 8 and {"advantages", *(f"advantages/{c}" for c in critics)} <= set(table.schema.names)
     assert set(table.column("weight_version").to_pylist()) == {1}
     assert table.column("sample_id").to_pylist() == list(range(8, 16))
 
@@ -362,10 +366,10 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
     monkeypatch.setattr(TrainingState, "__init__", remembering(states, TrainingState.__init__))
     update = PolicyTrainer.update
 
-    def break_off(self: PolicyTrainer, batch: Any, multipliers: dict[str, float], step: int) -> dict[str, float]:
+    def break_off(self: PolicyTrainer, batch: Any, step: int) -> dict[str, float]:
         if step == 2 and len(states) == 1:
             raise KeyboardInterrupt
-        return update(self, batch, multipliers, step)
+        return update(self, batch, step)
 
     monkeypatch.setattr(PolicyTrainer, "update", break_off)
     with pytest.raises(KeyboardInterrupt):
@@ -376,6 +380,33 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
     assert "step 2 has 3 sample(s), fewer than ppo.minibatches (5): each makes one optimizer step" in notes
     # Nothing of what was trained on is remembered.
     assert not states[-1].prompts.prompt_of
+
+
+def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experience builder dies twice in the second step, when the multipliers have seen the costs already."""
+    undisturbed = train(ppo_config(tiny_world, name="undisturbed", workspace=str(tmp_path)))
+    combine, deaths = ExperienceBuilder.combine, [2, 3]
+    calls: list[int] = []
+
+    def dying(self: ExperienceBuilder, batch: Any, multipliers: dict[str, float]) -> Any:
+        calls.append(len(calls) + 1)
+        if calls[-1] in deaths:
+            raise WorkerDiedError("killed")
+        return combine(self, batch, multipliers)
+
+    monkeypatch.setattr(ExperienceBuilder, "combine", dying)
+    monkeypatch.setattr(Recovery, "_dead", lambda self, groups: [])
+    monkeypatch.setattr(Recovery, "_restart_stateless", lambda self, error: ["experience"])
+    monkeypatch.setattr(Rollouts, "renew", lambda self: False)
+    disturbed = train(ppo_config(tiny_world, name="disturbed", workspace=str(tmp_path)))
+    assert len(calls) == 3 + len(deaths)
+    first, second = (
+        [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
+        for folder in (undisturbed, disturbed)
+    )
+    assert first == second and len({row["multiplier/harm"] for row in first}) == 3
 
 
 def remembering(made: list[Any], start: Any) -> Any:

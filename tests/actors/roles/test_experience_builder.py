@@ -203,6 +203,23 @@ def test_the_kl_weight_does_not_depend_on_the_multipliers(tiny_world: Path) -> N
         np.testing.assert_allclose(part, np.concatenate(expected), atol=2e-5)
 
 
+def test_the_signals_advantages_become_one_column(tiny_world: Path) -> None:
+    batch = scored(7, seed=10)
+    config = config_of(tiny_world)
+    _, whole = run(batch, config)
+    count, combined = ExperienceBuilder(config).combine(whole, {"harm": 0.5, "bias": 1.5})
+    assert count == 7 and combined.schema.names == [*whole.schema.names, "advantages"]
+    assert combined.select(whole.schema.names).equals(whole)
+    for row in combined.to_pylist():
+        reward, harm, bias = (np.array(row[f"advantages/{signal}"]) for signal in ("reward", "harm", "bias"))
+        np.testing.assert_allclose(row["advantages"], (reward - 0.5 * harm - 1.5 * bias) / 3.0, atol=1e-5)
+    # Without multipliers it is the reward's, whatever is measured besides.
+    for stage in ("ppo", "reward_shaping"):
+        config = config_of(tiny_world, stage)
+        _, combined = ExperienceBuilder(config).combine(run(batch, config, ("reward",))[1], {})
+        assert combined.column("advantages").equals(combined.column("advantages/reward"))
+
+
 def test_without_the_trainers_log_probs_the_generators_count(tiny_world: Path) -> None:
     batch = scored(6, seed=7)
     stats, whole = run(batch, config_of(tiny_world, old_logprobs="generator", kl_coefficient=1.0))

@@ -46,7 +46,7 @@ def trainer_of(config: PolicyStage, rank: int = 0, world: int = 1) -> PolicyTrai
 def with_advantages(batch: pa.RecordBatch, seed: int = 0) -> pa.RecordBatch:
     """Old log-probs are the generator's, advantages noise."""
     old = batch.column("rollout_logprobs")
-    return with_columns(batch, seed, logprobs=old, **{f"advantages/{s}": 1.0 for s in ("reward", "harm")})
+    return with_columns(batch, seed, logprobs=old, advantages=1.0)
 
 
 def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def test_adapter_off_is_the_original_model_bit_for_bit(one_rank: None, tiny_worl
     assert fresh.schema.names == ["sample_id", "logprobs", "reference_logprobs"]
     assert fresh.column("logprobs").equals(original.column("logprobs")), "B starts at zero"
     for step in (1, 2, 3):
-        trainer.update(with_advantages(batch), {"harm": 0.5}, step)
+        trainer.update(with_advantages(batch), step)
     moved = trainer.logprobs(batch)
     assert moved.column("reference_logprobs").equals(original.column("logprobs"))
     difference = experience.flat(moved, "logprobs") - experience.flat(original, "logprobs")
@@ -98,7 +98,7 @@ def test_training_changes_the_adapter_alone(one_rank: None, tiny_world: Path) ->
     trained = {n for n, p in trainer.engine.module.named_parameters() if id(p) in held}
     # Seven matrices in each of two layers, A and B.
     assert len(trained) == 28 and all(".lora_" in name for name in trained)
-    figures = trainer.update(with_advantages(random_sequences(8)), {"harm": 1.0}, 1)
+    figures = trainer.update(with_advantages(random_sequences(8)), 1)
     assert figures["policy/grad_norm"] > 0
     after = state_of(trainer)
     # A's gradient is zero while B is: the first step moves B, and decay moves A.
@@ -111,8 +111,8 @@ def test_gradient_checkpointing_changes_no_gradient(one_rank: None, tiny_world: 
     found = []
     for checkpointing in (False, True):
         trainer = trainer_of(lora_config(tiny_world, engine={"gradient_checkpointing": checkpointing}))
-        trainer.update(batch, {"harm": 1.0}, 1)
-        found.append(gradients_of(trainer.engine.module, lambda t=trainer: t.update(batch, {"harm": 1.0}, 2))[1])
+        trainer.update(batch, 1)
+        found.append(gradients_of(trainer.engine.module, lambda t=trainer: t.update(batch, 2))[1])
     plain, checkpointed = found
     assert len(plain) == 28 and plain.keys() == checkpointed.keys()
     assert all(float(gradient.abs().max()) > 0 for gradient in plain.values())
@@ -124,7 +124,7 @@ def test_published_and_saved(one_rank: None, tiny_world: Path, tmp_path: Path) -
     trainer = trainer_of(lora_config(tiny_world))
     batch = with_advantages(random_sequences(8))
     for step in (1, 2, 3):
-        trainer.update(batch, {"harm": 1.0}, step)
+        trainer.update(batch, step)
     published = published_by(trainer, 3)
     tensors = tensors_of(published)
     assert published is not None and published.layout.adapter is not None
@@ -153,7 +153,7 @@ def test_published_and_saved(one_rank: None, tiny_world: Path, tmp_path: Path) -
 
 def adapter_after_updates(rank: int, config: PolicyStage, world: int, batch: pa.RecordBatch) -> dict[str, Any]:
     trainer = trainer_of(config, rank, world)
-    figures = [trainer.update(batch, {"harm": 0.7}, step) for step in (1, 2, 3)]
+    figures = [trainer.update(batch, step) for step in (1, 2, 3)]
     published = published_by(trainer, 3)
     adapter = {} if published is None else {name: t.numpy() for name, t in tensors_of(published).items()}
     return {"adapter": adapter, "figures": figures, "logprobs": trainer.logprobs(batch)}
@@ -183,7 +183,7 @@ def test_two_ranks_train_the_adapter_of_one(
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_bfloat16(one_rank: None, tiny_world: Path, zero_stage: int, tmp_path: Path) -> None:
     trainer = trainer_of(lora_config(tiny_world, engine={"dtype": "bfloat16", "zero_stage": zero_stage}))
-    trainer.update(with_advantages(random_sequences(8)), {"harm": 1.0}, 1)
+    trainer.update(with_advantages(random_sequences(8)), 1)
     assert {t.dtype for t in tensors_of(published_by(trainer, 1)).values()} == {torch.bfloat16}
     trainer.save(str(tmp_path / "policy"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").dtype == torch.bfloat16

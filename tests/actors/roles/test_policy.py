@@ -92,6 +92,11 @@ def combined(batch: pa.RecordBatch, multiplier: float) -> list[np.ndarray]:
     return [(np.array(r) - multiplier * np.array(c)) / (1 + multiplier) for r, c in zip(reward, harm, strict=True)]
 
 
+def climbing(batch: pa.RecordBatch, multiplier: float) -> pa.RecordBatch:
+    """``batch`` with that as the advantages of the policy."""
+    return with_columns(batch, advantages=[row.tolist() for row in combined(batch, multiplier)])
+
+
 def check_gradients(found: dict[str, Tensor], model: torch.nn.Module, loss: Tensor, atol: float = 2e-5) -> float:
     """``found`` is the literal loss's gradient; returns its norm."""
     model.zero_grad()
@@ -111,7 +116,7 @@ def test_the_first_ratio_is_one(one_rank: None, tiny_world: Path) -> None:
         exact = literal_logprobs(policy_model(tiny_world), batch, temperature=0.7)
     batch = experience.join(batch, found)
     np.testing.assert_allclose(experience.flat(batch, "logprobs"), torch.cat(exact).numpy(), atol=1e-5)
-    figures = trainer.update(batch, {"harm": 0.5}, 1)
+    figures = trainer.update(climbing(batch, 0.5), 1)
     assert figures["policy/ratio_max_deviation"] < 1e-5
     assert figures["policy/clip_fraction"] == 0.0 and abs(figures["policy/kl_update"]) < 1e-8
     # With ratio 1 the loss is minus the mean advantage.
@@ -121,7 +126,7 @@ def test_the_first_ratio_is_one(one_rank: None, tiny_world: Path) -> None:
 
 def test_entropy_is_that_of_the_sampled_distribution(one_rank: None, tiny_world: Path) -> None:
     batch = with_everything(tiny_world, random_sequences(6, seed=2))
-    figures = trainer_of(ppo_config(tiny_world, rollout={"temperature": 2.0})).update(batch, {"harm": 0.0}, 1)
+    figures = trainer_of(ppo_config(tiny_world, rollout={"temperature": 2.0})).update(climbing(batch, 0.0), 1)
     rows = batch.to_pylist()
     with torch.no_grad():
         logits = padded_logits(policy_model(tiny_world), [r["prompt_tokens"] + r["response_tokens"] for r in rows])
@@ -150,7 +155,7 @@ def test_one_update_is_the_published_loss(
     moved = [np.array(row) + 0.3 * rng.standard_normal(len(row)) for row in batch.column("logprobs").to_pylist()]
     batch = with_columns(batch.drop_columns(["rollout_logprobs"]), rollout_logprobs=[row.tolist() for row in moved])
     trainer = trainer_of(ppo_config(tiny_world, ppo=ppo))
-    figures, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(batch, {"harm": 1.5}, 1))
+    figures, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(climbing(batch, 1.5), 1))
     model = policy_model(tiny_world)
     loss = literal_policy_loss(model, batch, combined(batch, 1.5), old, cap)
     assert figures["policy/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -161,7 +166,7 @@ def test_one_update_is_the_published_loss(
 
 def test_token_reduction_weighs_all_tokens_alike(one_rank: None, tiny_world: Path) -> None:
     batch = with_everything(tiny_world, random_sequences(9, seed=4))
-    figures = trainer_of(ppo_config(tiny_world, ppo={"loss_reduction": "token"})).update(batch, {"harm": 1.0}, 1)
+    figures = trainer_of(ppo_config(tiny_world, ppo={"loss_reduction": "token"})).update(climbing(batch, 1.0), 1)
     expected = -np.concatenate(combined(batch, 1.0)).mean()
     assert figures["policy/loss"] == pytest.approx(expected, abs=1e-5)
 
@@ -177,9 +182,11 @@ def test_multipliers_of_zero_are_plain_ppo_to_the_bit(one_rank: None, tiny_world
         config = ppo_config(tiny_world, stage, ppo=ppo)
         trainer = trainer_of(config)
         parts = [batch.select(["sample_id", f"values/{s}"]) for s in signals] + [trainer.logprobs(batch)]
-        _, whole = ExperienceBuilder(config).advantages([1] * len(parts), batch.select(kept), *parts)
+        builder = ExperienceBuilder(config)
+        _, whole = builder.advantages([1] * len(parts), batch.select(kept), *parts)
+        _, whole = builder.combine(whole, multipliers)
         for step in (1, 2):
-            trainer.update(whole, multipliers, step)
+            trainer.update(whole, step)
         return state_of(trainer)
 
     plain = weights("ppo", ["reward"], {})
@@ -191,10 +198,27 @@ def test_multipliers_of_zero_are_plain_ppo_to_the_bit(one_rank: None, tiny_world
     assert any(not torch.equal(plain[name], start[name]) for name in plain)
 
 
+def test_the_policy_reads_no_column_of_a_signal(one_rank: None, tiny_world: Path) -> None:
+    """Nor anything else that it could do without, with constraints and without: the same update, bit for bit."""
+    batch = climbing(with_everything(tiny_world, random_sequences(10, seed=12), off_policy=0.2), 0.8)
+    read = ["sample_id", "prompt_tokens", "response_tokens", "rollout_logprobs", "logprobs", "advantages"]
+    assert [name for name in batch.schema.names if "/" in name]
+    ppo = {"minibatches": 2, "importance_cap": 2.0}
+    states = []
+    for stage, seen in (("safe_ppo", batch), ("safe_ppo", batch.select(read)), ("ppo", batch.select(read))):
+        trainer = trainer_of(ppo_config(tiny_world, stage, ppo=ppo))
+        trainer.update(seen, 1)
+        states.append(state_of(trainer))
+    for state in states[1:]:
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+
+
 def test_normalized_advantages_are_whitened_over_the_steps_tokens(one_rank: None, tiny_world: Path) -> None:
     batch = with_everything(tiny_world, random_sequences(10, seed=6), off_policy=0.2)
-    trainer = trainer_of(ppo_config(tiny_world, ppo={"normalize_advantages": True}))
-    _, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(batch, {"harm": 2.0}, 1))
+    config = ppo_config(tiny_world, ppo={"normalize_advantages": True})
+    trainer = trainer_of(config)
+    _, whole = ExperienceBuilder(config).combine(batch, {"harm": 2.0})
+    _, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(whole, 1))
     raw = combined(batch, 2.0)
     tokens = np.concatenate(raw)
     white = [(row - tokens.mean()) / tokens.std() for row in raw]
@@ -207,7 +231,7 @@ def test_a_step_with_ptx_is_half_of_both_gradients(one_rank: None, tiny_world: P
     trainer = trainer_of(ppo_config(tiny_world, data=data, ppo={"ptx_coefficient": 16.0}))
     assert trainer.ptx is not None and len(trainer.ptx) == 4  # fewer than a step's 8 samples: all of them each time
     batch = with_everything(tiny_world, random_sequences(8, seed=7), off_policy=0.2)
-    figures, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(batch, {"harm": 1.0}, 1))
+    figures, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(climbing(batch, 1.0), 1))
 
     model, tokenizer = policy_model(tiny_world), AutoTokenizer.from_pretrained(tiny_world / "model")
     ids, labels = [], []
@@ -239,7 +263,8 @@ def test_two_rows_under_the_compat_settings(one_rank: None, tiny_world: Path) ->
     batch = with_columns(batch, 8, reference_logprobs=2.0, **scores)
     values = with_columns(batch.select(["sample_id", "response_tokens"]), 9, **{f"values/{s}": 2.0 for s in SIGNALS})
     parts = [values.select(["sample_id", f"values/{s}"]) for s in SIGNALS] + [trainer.logprobs(batch)]
-    _, whole = ExperienceBuilder(config).advantages([1, 1, 1], batch, *parts)
+    builder = ExperienceBuilder(config)
+    _, whole = builder.advantages([1, 1, 1], batch, *parts)
 
     rows = experience.join(batch, values).to_pylist()
     model = policy_model(tiny_world)
@@ -284,7 +309,7 @@ def test_two_rows_under_the_compat_settings(one_rank: None, tiny_world: Path) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-    figures = trainer.update(whole, {"harm": multiplier}, 1)
+    figures = trainer.update(builder.combine(whole, {"harm": multiplier})[1], 1)
     assert figures["policy/loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     assert losses[0] != losses[1]
     for name, tensor in state_of(trainer).items():
@@ -303,7 +328,7 @@ def test_minibatches_cover_every_row_once_and_repeat_by_seed() -> None:
 
 def test_published_weights_and_saved_folder_are_the_policy(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     trainer = trainer_of(ppo_config(tiny_world))
-    trainer.update(with_everything(tiny_world, random_sequences(8, seed=9)), {"harm": 1.0}, 1)
+    trainer.update(climbing(with_everything(tiny_world, random_sequences(8, seed=9)), 1.0), 1)
     published = published_by(trainer, 4)
     assert published is not None
     tensors = dict(unpack(published.layout, *published.buckets))
@@ -320,7 +345,7 @@ def update_on(rank: int, config: PolicyStage, world: int, batch: pa.RecordBatch)
     """Log-probs, two updates and the weights after them; rank 0 also sees that they are what is published."""
     trainer = trainer_of(config, rank, world)
     logprobs = trainer.logprobs(batch)
-    figures = [trainer.update(batch, {"harm": 0.7}, step) for step in (1, 2)]
+    figures = [trainer.update(climbing(batch, 0.7), step) for step in (1, 2)]
     weights = {name: tensor.detach().clone().numpy() for name, tensor in trainer.engine.full_state()}
     # Many buckets, each gathered in a call of its own.
     trainer.published = plan_layout(trainer.engine.full_shapes(), bucket_bytes=2**12)
@@ -376,9 +401,8 @@ def test_a_nan_score_is_passed_over(one_rank: None, tiny_world: Path) -> None:
     batch = with_everything(tiny_world, random_sequences(8, seed=11))
     flat = experience.flat(batch, "advantages/reward").copy()
     flat[3] = np.nan
-    column = experience.ragged(flat, experience.lengths(batch, "response_tokens"))
-    batch = with_columns(batch.drop_columns(["advantages/reward"]), **{"advantages/reward": column})
+    batch = with_columns(batch, advantages=experience.ragged(flat, experience.lengths(batch, "response_tokens")))
     trainer = trainer_of(ppo_config(tiny_world))
     before = state_of(trainer)
-    assert trainer.update(batch, {"harm": 1.0}, 1) == {"policy/skipped_updates": 1.0}
+    assert trainer.update(batch, 1) == {"policy/skipped_updates": 1.0}
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())

@@ -39,7 +39,7 @@ def columns_of(rank: int, batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def updated(rank: int, batch: pa.RecordBatch, step: int) -> PublishedWeights | None:
-    TRAINERS["policy"].update(batch, {"harm": 0.5}, step)
+    TRAINERS["policy"].update(batch, step)
     return published_by(TRAINERS["policy"], step)
 
 

@@ -1,0 +1,204 @@
+"""What a PPO run optimises: from the scores and values of a step's answers to one column of advantages.
+
+An objective says which signals there are, which of them a critic values, which costs a multiplier bounds, and how the
+signals' advantages become the one that the policy climbs. Whoever trains, values or generates knows none of it. There
+are three: the reward alone, the reward less costs at fixed weights, and the reward under constraints (Safe RLHF). All
+are plain values: cheap to make, to compare and to send to another process.
+
+A step goes through one in this order: `Objective.advantages` and `Objective.costs` of its answers, then a step of the
+multipliers on these costs, then `Objective.combine` under the multipliers as they are now.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from beaver_ray.method.advantages import (
+    COST,
+    LOG_RATIO_BOUND,
+    REWARD,
+    FloatArray,
+    IntArray,
+    Sign,
+    combine_advantages,
+    explained_variance,
+    gae,
+    normalize,
+    shape_rewards,
+)
+from beaver_ray.method.multipliers import Multiplier, MultiplierConfig, make_multiplier
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A step's B answers; per-token columns have their T tokens laid end to end, cut by `offsets`."""
+
+    offsets: IntArray
+    rewards_B: FloatArray
+    costs: Mapping[str, FloatArray]
+    """[B] of each cost, by its name."""
+    truncated_B: npt.NDArray[np.bool_]
+    """Which were cut at their longest."""
+    kl_terms_T: FloatArray
+    """Log-probs of the policy before its update, less those of the reference."""
+    log_ratios_T: FloatArray
+    """Log-probs of the policy before its update, less those of the generator."""
+    values: Mapping[str, FloatArray]
+    """[T] of each signal that a critic values, by its name."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What `Objective.advantages` makes of a step, [T] by signal."""
+
+    advantages: dict[str, FloatArray]
+    returns: dict[str, FloatArray]
+    """What the critics are fitted to."""
+    figures: dict[str, float]
+    """Under keys of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all objectives share; see section ppo of the configuration for each."""
+
+    kl_coefficient: float = 0.02
+    clip_score: float | None = 50.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    truncation_penalty: float = 0.0
+    normalize: bool = False
+    importance_cap: float | None = None
+    """None where experience cannot be stale: costs then have no importance weights."""
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """What is optimised. A signal is ``reward`` or the name of a cost that has advantages of its own."""
+
+    settings: Settings
+
+    @property
+    def signals(self) -> dict[str, Sign]:
+        """Every signal that has advantages, with the sign of the KL term in it; the reward first."""
+        return {"reward": REWARD}
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """The signals that a critic values."""
+        return tuple(self.signals)
+
+    @property
+    def bounded(self) -> tuple[str, ...]:
+        """The costs that are kept under a limit, each by a multiplier."""
+        return ()
+
+    def multipliers(self) -> dict[str, Multiplier]:
+        """A multiplier for each of `bounded`, as before the first step."""
+        return {}
+
+    @abstractmethod
+    def scores(self, answers: Answers) -> dict[str, FloatArray]:
+        """The score [B] of each answer, by signal."""
+
+    def advantages(self, answers: Answers) -> Advantages:
+        """Advantages and returns of every signal."""
+        made = Advantages({}, {}, {})
+        scores, given = self.scores(answers), self.settings
+        for signal, sign in self.signals.items():
+            rewards_T = shape_rewards(
+                scores[signal], answers.kl_terms_T, answers.offsets, given.kl_coefficient, given.clip_score, sign
+            )
+            values_T = answers.values[signal]
+            advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
+            made.advantages[signal], made.returns[signal] = advantages_T, returns_T
+            made.figures[f"critic/{signal}/explained_variance"] = explained_variance(values_T, returns_T)
+        return made
+
+    def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
+        """The costs [B] of `bounded` as the multipliers should see them, by name; and figures.
+
+        Where experience may be stale they carry truncated importance weights, normalised to a mean of 1: their mean is
+        then the cost of the policy as it is now (self-normalised importance sampling).
+        """
+        weights_B, figures = np.ones(len(answers.rewards_B)), {}
+        if self.settings.importance_cap is not None:
+            log_ratios_B = np.add.reduceat(answers.log_ratios_T, answers.offsets[:-1])
+            ratios_B = np.exp(np.minimum(log_ratios_B, LOG_RATIO_BOUND))
+            weights_B = np.minimum(ratios_B, self.settings.importance_cap)
+            figures["rollout/importance_weight_mean"] = float(weights_B.mean())
+            weights_B /= weights_B.mean()
+        return {name: weights_B * answers.costs[name] for name in self.bounded}, figures
+
+    def combine(self, advantages: Mapping[str, FloatArray], multipliers: Mapping[str, float]) -> FloatArray:
+        """The policy's advantage [T]: all signals' together, whitened over the step's tokens where that is asked for.
+
+        multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
+        """
+        costs = {signal: advantages[signal] for signal in self.signals if signal != "reward"}
+        combined_T = combine_advantages(advantages["reward"], costs, multipliers)
+        return normalize(combined_T) if self.settings.normalize else combined_T
+
+    def _rewards(self, answers: Answers) -> FloatArray:
+        # A reward model has seen whole answers only and may well like one that never ends.
+        penalties_B: FloatArray = self.settings.truncation_penalty * answers.truncated_B.astype(np.float64)
+        return answers.rewards_B - penalties_B
+
+
+@dataclass(frozen=True)
+class RewardMaximization(Objective):
+    """Plain PPO: the reward alone, whatever it costs."""
+
+    def scores(self, answers: Answers) -> dict[str, FloatArray]:
+        """The reward."""
+        return {"reward": self._rewards(answers)}
+
+
+@dataclass(frozen=True)
+class RewardShaping(Objective):
+    """PPO on the reward less a weighted sum of the costs.
+
+    weights: of each cost, by its name.
+    """
+
+    weights: Mapping[str, float]
+
+    def scores(self, answers: Answers) -> dict[str, FloatArray]:
+        """The reward with the costs in it."""
+        rewards_B = self._rewards(answers)
+        for name, weight in self.weights.items():
+            rewards_B = rewards_B - weight * answers.costs[name]
+        return {"reward": rewards_B}
+
+
+@dataclass(frozen=True)
+class ConstrainedReward(Objective):
+    """Safe RLHF: the reward under a limit on each cost, by the Lagrangian (A_r - sum l_i A_ci) / (1 + sum l_i).
+
+    constraints: how the multiplier of each cost moves, by the cost's name.
+    """
+
+    constraints: Mapping[str, MultiplierConfig]
+
+    @property
+    def signals(self) -> dict[str, Sign]:
+        """The reward and every cost."""
+        return {"reward": REWARD, **dict.fromkeys(self.constraints, COST)}
+
+    @property
+    def bounded(self) -> tuple[str, ...]:
+        """Every cost."""
+        return tuple(self.constraints)
+
+    def multipliers(self) -> dict[str, Multiplier]:
+        """As the constraints say."""
+        return {name: make_multiplier(config) for name, config in self.constraints.items()}
+
+    def scores(self, answers: Answers) -> dict[str, FloatArray]:
+        """The reward and every cost, as they are."""
+        return {"reward": self._rewards(answers), **{name: answers.costs[name] for name in self.constraints}}

@@ -1,0 +1,260 @@
+"""Objectives against hand work and against the method's formulas token by token, with 0, 1 and 2 constraints."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.stages import stages
+from beaver_ray.config import MultiplierConfig
+from beaver_ray.method.advantages import COST, REWARD
+from beaver_ray.method.objective import (
+    Answers,
+    ConstrainedReward,
+    Objective,
+    RewardMaximization,
+    RewardShaping,
+    Settings,
+)
+
+NAMES = ("harm", "leak")
+
+
+def constrained(settings: Settings, count: int) -> ConstrainedReward:
+    """With the first ``count`` of NAMES, under different multipliers."""
+    return ConstrainedReward(
+        settings, {name: MultiplierConfig(initial=0.5 + i) for i, name in enumerate(NAMES[:count])}
+    )
+
+
+def objectives(settings: Settings, count: int) -> list[Objective]:
+    """All three, with ``count`` costs in those that know costs."""
+    weights = {name: 0.7 + i for i, name in enumerate(NAMES[:count])}
+    return [RewardMaximization(settings), RewardShaping(settings, weights), constrained(settings, count)]
+
+
+def by_hand(**changes: Any) -> Answers:
+    """Two answers, of two tokens and of one, the second cut."""
+    given = Answers(
+        offsets=np.array([0, 2, 3]),
+        rewards_B=np.array([3.0, 1.0]),
+        costs={"harm": np.array([-2.0, 60.0]), "leak": np.array([1.0, -4.0])},
+        truncated_B=np.array([False, True]),
+        kl_terms_T=np.array([0.5, -1.0, 2.0]),
+        log_ratios_T=np.zeros(3),
+        values={
+            "reward": np.array([0.5, 1.0, 0.0]),
+            "harm": np.array([0.0, -1.0, 2.0]),
+            "leak": np.array([1.0, 0.0, 0.0]),
+        },
+    )
+    return replace(given, **changes)
+
+
+def drawn(rows: int, seed: int) -> Answers:
+    """Answers of 1 to 8 tokens, scores wide enough to be clipped."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 9, rows)
+    tokens = int(lengths.sum())
+    return Answers(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        rewards_B=rng.normal(0, 3, rows),
+        costs={name: rng.normal(0, 3, rows) for name in NAMES},
+        truncated_B=rng.random(rows) < 0.4,
+        kl_terms_T=rng.normal(0, 0.5, tokens),
+        log_ratios_T=rng.normal(0, 0.4, tokens),
+        values={signal: rng.normal(0, 1, tokens) for signal in ("reward", *NAMES)},
+    )
+
+
+HAND = Settings(kl_coefficient=0.5, gae_lambda=0.5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_what_is_shaped_valued_and_bounded(count: int) -> None:
+    plain, shaped, safe = objectives(Settings(), count)
+    for objective in (plain, shaped):
+        assert objective.signals == {"reward": REWARD} and objective.critics == ("reward",)
+        assert objective.bounded == () and objective.multipliers() == {}
+    assert list(safe.signals.items()) == [("reward", REWARD), *((name, COST) for name in NAMES[:count])]
+    assert safe.critics == ("reward", *NAMES[:count]) and safe.bounded == NAMES[:count]
+    first, second = safe.multipliers(), safe.multipliers()
+    assert {name: multiplier.value for name, multiplier in first.items()} == {n: 0.5 + NAMES.index(n) for n in first}
+    for name, multiplier in first.items():
+        multiplier.update([5.0], 0.0)
+        assert second[name].value != multiplier.value, "each call makes them anew"
+    for objective in (plain, shaped, safe):
+        assert pickle.loads(pickle.dumps(objective)) == objective
+
+
+def test_the_reward_alone_by_hand() -> None:
+    # Rewards [-0.25, 0.5 + 3], [-1 + 1]; deltas [-0.25 + 1 - 0.5, 3.5 - 1], [0].
+    made = RewardMaximization(HAND).advantages(by_hand())
+    assert made.advantages.keys() == made.returns.keys() == {"reward"}
+    assert made.advantages["reward"].tolist() == [0.25 + 0.5 * 2.5, 2.5, 0.0]
+    assert made.returns["reward"].tolist() == [2.0, 3.5, 0.0]
+    assert made.figures.keys() == {"critic/reward/explained_variance"}
+    # The cut answer's reward is 4 less.
+    made = RewardMaximization(replace(HAND, truncation_penalty=4.0)).advantages(by_hand())
+    assert made.advantages["reward"].tolist() == [1.5, 2.5, -4.0]
+
+
+def test_shaped_rewards_by_hand() -> None:
+    # Rewards 3 + 2 * 2 - 0.5 and 1 - 120 + 2, and with the KL [-0.25, 0.5 + 6.5], [-1 - 117], clipped at -50.
+    made = RewardShaping(HAND, {"harm": 2.0, "leak": 0.5}).advantages(by_hand())
+    assert made.returns.keys() == {"reward"}
+    assert made.advantages["reward"].tolist() == [0.25 + 0.5 * 6.0, 6.0, -50.0]
+    assert made.returns["reward"].tolist() == [3.75, 7.0, -50.0]
+
+
+def test_constraints_by_hand() -> None:
+    made = constrained(HAND, 2).advantages(by_hand())
+    assert made.advantages["reward"].tolist() == [1.5, 2.5, 0.0]
+    # harm [0.25, -0.5 - 2], [1 + 60 -> 50]; deltas [0.25 - 1 - 0, -2.5 + 1], [50 - 2]
+    assert made.advantages["harm"].tolist() == [-0.75 + 0.5 * -1.5, -1.5, 48.0]
+    assert made.returns["harm"].tolist() == [-1.5, -2.5, 50.0]
+    # leak [0.25, -0.5 + 1], [1 - 4]; deltas [0.25 + 0 - 1, 0.5], [-3]
+    assert made.advantages["leak"].tolist() == [-0.75 + 0.5 * 0.5, 0.5, -3.0]
+    assert made.returns["leak"].tolist() == [0.5, 0.5, -3.0]
+    # (A_r - 1 A_harm - 2 A_leak) / 4; one constraint is (A_r - 1 A_harm) / 2.
+    combined = constrained(HAND, 2).combine(made.advantages, {"harm": 1.0, "leak": 2.0})
+    assert combined.tolist() == [(1.5 + 1.5 + 1.0) / 4, (2.5 + 1.5 - 1.0) / 4, (0.0 - 48.0 + 6.0) / 4]
+    one = constrained(HAND, 1)
+    assert one.combine(one.advantages(by_hand()).advantages, {"harm": 1.0}).tolist() == [1.5, 2.0, -24.0]
+
+
+def literal(answers: Answers, scores: np.ndarray, signal: str, sign: int, settings: Settings) -> list[list[float]]:
+    """A signal's advantages by the definition, answer by answer: sum over k of (gamma * lambda)^k * delta."""
+    found = []
+    for b, (start, end) in enumerate(zip(answers.offsets[:-1], answers.offsets[1:], strict=True)):
+        rewards = [sign * settings.kl_coefficient * kl for kl in answers.kl_terms_T[start:end]]
+        rewards[-1] += scores[b]
+        if settings.clip_score is not None:
+            rewards = [min(max(r, -settings.clip_score), settings.clip_score) for r in rewards]
+        values = [*answers.values[signal][start:end], 0.0]
+        deltas = [r + settings.gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+        decay = settings.gamma * settings.gae_lambda
+        found.append([sum(decay**k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))])
+    return found
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_all_by_loops(count: int, normalize: bool) -> None:
+    settings = Settings(0.3, clip_score=2.5, gamma=0.9, gae_lambda=0.8, truncation_penalty=1.5, normalize=normalize)
+    for seed, objective in enumerate(objectives(settings, count)):
+        answers = drawn(17, seed)
+        made = objective.advantages(answers)
+        reward = answers.rewards_B - 1.5 * answers.truncated_B
+        names = [name for name in made.advantages if name != "reward"]
+        if isinstance(objective, RewardShaping):
+            reward = reward - sum(w * answers.costs[name] for name, w in objective.weights.items())
+        expected = {"reward": np.concatenate(literal(answers, reward, "reward", -1, settings))}
+        for name in names:
+            expected[name] = np.concatenate(literal(answers, answers.costs[name], name, 1, settings))
+        for signal, advantages_T in expected.items():
+            np.testing.assert_allclose(made.advantages[signal], advantages_T, atol=1e-12)
+            returns_T = advantages_T + answers.values[signal]
+            np.testing.assert_allclose(made.returns[signal], returns_T, atol=1e-12)
+            explained = 1 - np.var(advantages_T) / np.var(returns_T)
+            assert made.figures[f"critic/{signal}/explained_variance"] == pytest.approx(explained)
+        multipliers = {name: 0.4 + 1.1 * i for i, name in enumerate(names)}
+        combined_T = expected["reward"] - sum(multipliers[name] * expected[name] for name in names)
+        combined_T = combined_T / (1 + sum(multipliers.values()))
+        if normalize:
+            combined_T = (combined_T - combined_T.mean()) / combined_T.std()
+        np.testing.assert_allclose(objective.combine(made.advantages, multipliers), combined_T, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_without_weight_costs_change_no_bit(count: int, normalize: bool) -> None:
+    """Multipliers of 0 are plain PPO, and so is shaping by weights of 0."""
+    settings = Settings(truncation_penalty=0.5, normalize=normalize)
+    answers = drawn(13, seed=7)
+    plain, shaped = RewardMaximization(settings), RewardShaping(settings, dict.fromkeys(NAMES[:count], 0.0))
+    safe = constrained(settings, count)
+    wide = plain.advantages(answers).advantages
+    for kind in (np.float64, np.float32):  # which is what advantages are kept as
+        expected = plain.combine({s: a.astype(kind) for s, a in wide.items()}, {})
+        for objective in (shaped, safe):
+            made = {s: a.astype(kind) for s, a in objective.advantages(answers).advantages.items()}
+            found = objective.combine(made, dict.fromkeys(objective.bounded, 0.0))
+            assert found.dtype == kind and np.array_equal(found, expected)
+    if not normalize:
+        assert np.array_equal(plain.combine(wide, {}), wide["reward"])
+
+
+def test_the_kl_weight_does_not_depend_on_multipliers() -> None:
+    answers = drawn(9, seed=8)
+    with_kl, without = (Settings(beta, clip_score=None, gamma=0.95, gae_lambda=0.9) for beta in (0.4, 0.0))
+    nothing = replace(answers, values={"reward": np.zeros(len(answers.kl_terms_T))})
+    expected = np.concatenate(literal(nothing, np.zeros(9), "reward", -1, with_kl))
+    for count in (0, 1, 2):
+        for harm, leak in ((0.0, 0.0), (0.3, 0.0), (7.0, 2.0), (0.0, 50.0)):
+            multipliers = dict(list({"harm": harm, "leak": leak}.items())[:count])
+            parts = []
+            for settings in (with_kl, without):
+                objective = constrained(settings, count)
+                parts.append(objective.combine(objective.advantages(answers).advantages, multipliers))
+            np.testing.assert_allclose(parts[0] - parts[1], expected, atol=1e-12)
+
+
+def test_costs_for_the_multipliers() -> None:
+    """Those of bounded costs alone; under staleness each answer weighs min(its ratio, cap), by their mean."""
+    log_ratios = np.array([math.log(2.0), -math.log(8.0), math.log(5.0)])
+    answers = by_hand(log_ratios_T=log_ratios)
+    for count in (0, 1, 2):
+        costs, figures = constrained(HAND, count).costs(answers)
+        assert {name: c.tolist() for name, c in costs.items()} == {n: answers.costs[n].tolist() for n in NAMES[:count]}
+        assert figures == {}
+    # Ratios 2 / 8 and 5 cut at 2, mean 9 / 8.
+    costs, figures = constrained(replace(HAND, importance_cap=2.0), 2).costs(answers)
+    assert figures == {"rollout/importance_weight_mean": pytest.approx(9 / 8)}
+    np.testing.assert_allclose(costs["harm"], [-2.0 * 2 / 9, 60.0 * 16 / 9])
+    np.testing.assert_allclose(costs["leak"], [1.0 * 2 / 9, -4.0 * 16 / 9])
+    for objective in objectives(replace(HAND, importance_cap=2.0), 2)[:2]:
+        assert objective.costs(answers) == ({}, figures)
+    # However far off the policy is, nothing overflows.
+    costs, _ = constrained(replace(HAND, importance_cap=1e12), 1).costs(by_hand(log_ratios_T=np.array([0.0, 0.0, 1e4])))
+    assert np.isfinite(costs["harm"]).all()
+
+
+def test_multipliers_of_anything_else_are_refused() -> None:
+    made = constrained(HAND, 2).advantages(by_hand()).advantages
+    for multipliers in ({"harm": 1.0}, {"harm": 1.0, "leak": 1.0, "bias": 1.0}, {}):
+        with pytest.raises(ValueError, match="but multipliers of"):
+            constrained(HAND, 2).combine(made, multipliers)
+    with pytest.raises(ValueError, match="but multipliers of"):
+        RewardMaximization(HAND).combine(made, {"harm": 1.0})
+
+
+def test_from_the_configuration() -> None:
+    tree: dict[str, Any] = {
+        "name": "x",
+        "steps": 1,
+        "models": {"policy": "p", "reward": "r"},
+        "data": {"prompts": ["x"]},
+        "constraints": [
+            {"name": "harm", "model": "m", "limit": 0.0, "multiplier": {"initial": 0.25}},
+            {"name": "leak", "model": "m", "limit": 1.0},
+        ],
+        "ppo": {"kl_coefficient": 0.1, "gamma": 0.9, "gae_lambda": 0.7, "clip_score": 3.0, "truncation_penalty": 2.0},
+    }
+    settings = Settings(0.1, 3.0, 0.9, 0.7, 2.0)
+
+    def of(stage: str, **changes: Any) -> tuple[Any, Objective]:
+        config: Any = stages()[stage].model_validate({"stage": stage, **tree, **changes})
+        return config, config.objective()
+
+    assert of("ppo")[1] == RewardMaximization(settings)
+    assert of("reward_shaping")[1] == RewardShaping(settings, {"harm": 0.25, "leak": 1.0})
+    config, objective = of("safe_ppo")
+    assert objective == ConstrainedReward(settings, {c.name: c.multiplier for c in config.constraints})
+    _, stale = of("safe_ppo", rollout={"staleness": 1}, ppo={"normalize_advantages": True})
+    assert stale.settings == Settings(normalize=True, importance_cap=2.0)
