@@ -15,7 +15,14 @@ from beaver_ray.experience import column_type
 from beaver_ray.weights import PublishedWeights
 
 PROMPT_COLUMNS = ("sample_id", "prompt_id", "prompt_tokens")
-ANSWER_COLUMNS = ("response_tokens", "rollout_logprobs", "weight_version", "token_versions", "finish_reason")
+ANSWER_COLUMNS = (
+    "response_tokens",
+    "loss_mask",
+    "rollout_logprobs",
+    "weight_version",
+    "token_versions",
+    "finish_reason",
+)
 PROMPT_SCHEMA = pa.schema([(name, column_type(name)) for name in PROMPT_COLUMNS])
 FINISHED_SCHEMA = pa.schema([(name, column_type(name)) for name in (*PROMPT_COLUMNS, *ANSWER_COLUMNS)])
 
@@ -107,7 +114,7 @@ def exchange_result(
         "finished": len(finished),
         "running": running,
         "free": free,
-        "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
+        "generated_tokens": sum(sum(row["loss_mask"]) for row in finished),
         "busy_s": time.perf_counter() - started,
         "load_s": load_s,
         "weight_version": version,
