@@ -74,7 +74,7 @@ class Critic(TrainingRank):
             seeds = (self.config.seed, step, epoch)
             for minibatch in minibatches(batch.num_rows, self.config.ppo.minibatches, seeds):
                 reduction = self.config.ppo.loss_reduction
-                tokens = int(rows.response_lengths[minibatch].sum())
+                tokens = int(rows.own_lengths[minibatch].sum())
                 total = len(minibatch) if reduction == "sequence" else tokens
                 micro_batches = self._micro_batches(rows, minibatch)
                 try:
@@ -104,6 +104,7 @@ class Critic(TrainingRank):
             micro_batch.lengths_B,
             REDUCTIONS[self.config.ppo.loss_reduction],  # type: ignore[arg-type]
             total,
+            micro_batch.loss_mask_T,
         )
         values_TH = self._values(micro_batch)
         loss = values_TH.new_zeros(())

@@ -110,9 +110,9 @@ class PolicyTrainer(TrainingRank):
         ppo = self.config.ppo
         costs = {name: experience.flat(batch, f"advantages/{name}") for name in multipliers}
         advantages_T = combine_advantages(experience.flat(batch, "advantages/reward"), costs, multipliers)
-        if ppo.normalize_advantages:
-            advantages_T = normalize(advantages_T)
         rows = SequenceRows(batch)
+        if ppo.normalize_advantages:
+            advantages_T[rows.loss_mask_T] = normalize(advantages_T[rows.loss_mask_T])
         figures: list[dict[str, float]] = []
         skipped = 0
         for epoch in range(ppo.epochs):
@@ -194,7 +194,7 @@ class PolicyTrainer(TrainingRank):
 
     def _step(self, rows: SequenceRows, minibatch: np.ndarray, advantages_T: np.ndarray) -> dict[str, float]:
         ppo = self.config.ppo
-        tokens = int(rows.response_lengths[minibatch].sum())
+        tokens = int(rows.own_lengths[minibatch].sum())
         total = len(minibatch) if ppo.loss_reduction == "sequence" else tokens
         micro_batches: list[tuple[Callable[[PackedResponses], LossTerms], PackedResponses]] = []
         # With PTX an optimizer step descends the mean of both losses' gradients, as published.
@@ -223,6 +223,7 @@ class PolicyTrainer(TrainingRank):
             micro_batch.lengths_B,
             REDUCTIONS[ppo.loss_reduction],  # type: ignore[arg-type]
             total,
+            micro_batch.loss_mask_T,
         )
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         advantages = torch.from_numpy(advantages_T[rows.tokens_of(micro_batch.rows)]).to(logprobs_T)
