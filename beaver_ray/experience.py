@@ -7,14 +7,21 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     prompt_id int64            which prompt of the data
     prompt_tokens list<int32>
     response_tokens list<int32>        n, the EOS included where finish_reason is "stop"
+    loss_mask list<bool>               n, whether the policy wrote the token; without the column it wrote all of them
     rollout_logprobs list<float32>     n, under the distribution that was sampled
-    weight_version int64               version of the weights that its first token was sampled under: its oldest
+    weight_version int64               version of the weights that its first own token was sampled under: its oldest
     token_versions list<int32>         n, version that each token was sampled under
     finish_reason string               "stop" or "length"
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
     values/SIGNAL, advantages/SIGNAL, returns/SIGNAL list<float32>    n; values[t] is that of the state before token t
     advantages list<float32>           n, what the policy climbs: those of all signals in one
+
+A response is all that follows the prompt. Tokens of it that the policy did not write (a user's or a tool's turn) are a
+hole: all models read them, but they are in no loss, no mean and no reward, and to GAE the next own token follows the
+last one. Columns have a number for them all the same: rollout_logprobs and token_versions whatever the generator puts
+there (0, say), logprobs, reference_logprobs and values what the models give, advantages and returns 0. None of it
+counts, and it need not be finite. Each response has at least one token of the policy's own.
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ _FIXED: dict[str, pa.DataType] = {
     "prompt_id": pa.int64(),
     "prompt_tokens": TOKENS,
     "response_tokens": TOKENS,
+    "loss_mask": pa.list_(pa.bool_()),
     "rollout_logprobs": FLOATS,
     "weight_version": pa.int64(),
     "token_versions": TOKENS,
@@ -74,8 +82,9 @@ def ragged(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 
 
 def flat(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """The values of a list column, all rows after one another, without a copy."""
-    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
+    """The values of a list column, all rows after one another; without a copy, but for bools, which Arrow packs."""
+    values = batch.column(name).flatten()
+    return values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
 
 
 def lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:
@@ -85,7 +94,7 @@ def lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:
 
 
 def rows(batch: pa.RecordBatch, name: str) -> list[np.ndarray]:
-    """The rows of a list column as views."""
+    """The rows of a list column as views of its `flat` values."""
     ends = np.cumsum(lengths(batch, name))
     return np.split(flat(batch, name), ends[:-1]) if len(ends) else []
 
@@ -95,16 +104,45 @@ def scalars(batch: pa.RecordBatch, name: str) -> np.ndarray:
     return batch.column(name).to_numpy(zero_copy_only=False)
 
 
+def loss_mask(batch: pa.RecordBatch) -> np.ndarray:
+    """Which response tokens the policy wrote, all rows after one another, bool [T]."""
+    lengths_N = lengths(batch, "response_tokens")
+    if "loss_mask" not in batch.schema.names:
+        return np.ones(int(lengths_N.sum()), dtype=bool)
+    if not np.array_equal(lengths(batch, "loss_mask"), lengths_N):
+        raise ValueError("a loss_mask must have as many entries as its response has tokens")
+    return flat(batch, "loss_mask")
+
+
+def own_lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """How many tokens of each response the policy wrote, int64 [N]."""
+    rows_T = np.repeat(np.arange(batch.num_rows), lengths(batch, "response_tokens"))
+    return np.bincount(rows_T[loss_mask(batch)], minlength=batch.num_rows)
+
+
+def own(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """The values of a per-token column at the tokens that the policy wrote, all rows after one another."""
+    return flat(batch, name)[loss_mask(batch)]
+
+
+def with_holes(batch: pa.RecordBatch, values: np.ndarray) -> pa.ListArray:
+    """What `own` was taken out of, as float32: ``values`` at the tokens that the policy wrote, 0 in holes."""
+    mask_T = loss_mask(batch)
+    whole_T = np.zeros(len(mask_T), dtype=np.float32)
+    whole_T[mask_T] = values
+    return ragged(whole_T, lengths(batch, "response_tokens"))
+
+
 def truncated(batch: pa.RecordBatch) -> np.ndarray:
     """Which answers were cut at their longest, bool [N]."""
     return np.array([reason == "length" for reason in batch.column("finish_reason").to_pylist()], dtype=bool)
 
 
 def not_finite(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """Rows in which a column of numbers, or of lists of them, has NaN or infinity, bool [N]."""
+    """Rows in which a column of numbers has NaN or infinity, or one of lists at an own token, bool [N]."""
     if not pa.types.is_list(batch.schema.field(name).type):
         return ~np.isfinite(scalars(batch, name))
-    bad_T = ~np.isfinite(flat(batch, name))
+    bad_T = ~np.isfinite(flat(batch, name)) & loss_mask(batch)
     rows_T = np.repeat(np.arange(batch.num_rows), lengths(batch, name))
     return np.bincount(rows_T, weights=bad_T, minlength=batch.num_rows) > 0
 

@@ -112,6 +112,28 @@ def test_columns_have_the_schemas_types() -> None:
         experience.ragged(np.zeros(3, np.float32), np.array([2, 2]))
 
 
+def test_holes_are_taken_out_and_put_back() -> None:
+    columns = {"sample_id": [2, 1], "response_tokens": [[5, 6, 7], [8]], "logprobs": [[1.0, np.nan, 3.0], [4.0]]}
+    plain = experience.make_batch(columns)
+    assert experience.loss_mask(plain).tolist() == [True] * 4
+    assert experience.own_lengths(plain).tolist() == [3, 1]
+    assert experience.not_finite(plain, "logprobs").tolist() == [True, False]
+
+    holed = experience.make_batch(columns | {"loss_mask": [[True, False, True], [True]]})
+    assert experience.own_lengths(holed).tolist() == [2, 1]
+    assert experience.own(holed, "logprobs").tolist() == [1.0, 3.0, 4.0]
+    assert experience.with_holes(holed, np.array([1.0, 3.0, 4.0])).to_pylist() == [[1.0, 0.0, 3.0], [4.0]]
+    assert not experience.not_finite(holed, "logprobs").any()
+    # A bool takes a bit, and a slice may start within a byte.
+    assert experience.loss_mask(holed.slice(1, 1)).tolist() == [True]
+    assert experience.loss_mask(experience.concat([holed])).tolist() == [True, True, False, True]
+    nobody = experience.make_batch(columns | {"loss_mask": [[False] * 3, [True]]})
+    assert experience.own_lengths(nobody).tolist() == [0, 1]
+    for mask in ([[True, False], [True]], [[True, False], [True, True]], [None, [True]]):
+        with pytest.raises(ValueError, match="as many entries as its response has tokens"):
+            experience.loss_mask(experience.make_batch(columns | {"loss_mask": mask}))
+
+
 def test_a_step_with_one_empty_answer_keeps_its_row(tmp_path: Path) -> None:
     batch = experience.make_batch({"sample_id": [2, 1], "logprobs": [[], [0.5]]})
     whole = experience.concat([batch])

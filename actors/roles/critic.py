@@ -74,7 +74,7 @@ class Critic(TrainingRank):
             seeds = (self.config.seed, step, epoch)
             for minibatch in minibatches(batch.num_rows, self.config.ppo.minibatches, seeds):
                 reduction = self.config.ppo.loss_reduction
-                tokens = int(rows.response_lengths[minibatch].sum())
+                tokens = int(rows.own_lengths[minibatch].sum())
                 total = len(minibatch) if reduction == "sequence" else tokens
                 micro_batches = self._micro_batches(rows, minibatch)
                 try:
@@ -100,8 +100,8 @@ class Critic(TrainingRank):
             self.tokenizer.save_pretrained(folder)
 
     def _loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:
-        reduction = self.config.ppo.loss_reduction
-        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, reduction, total)
+        reduction, mask_T = self.config.ppo.loss_reduction, micro_batch.loss_mask_T
+        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, reduction, total, mask_T)
         values_TH = self._values(micro_batch)
         loss = values_TH.new_zeros(())
         sums: dict[str, torch.Tensor] = {}

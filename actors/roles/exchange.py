@@ -14,7 +14,14 @@ from beaver_ray.experience import column_type
 from beaver_ray.weights import PublishedWeights
 
 PROMPT_COLUMNS = ("sample_id", "prompt_id", "prompt_tokens")
-ANSWER_COLUMNS = ("response_tokens", "rollout_logprobs", "weight_version", "token_versions", "finish_reason")
+ANSWER_COLUMNS = (
+    "response_tokens",
+    "loss_mask",
+    "rollout_logprobs",
+    "weight_version",
+    "token_versions",
+    "finish_reason",
+)
 PROMPT_SCHEMA = pa.schema([(name, column_type(name)) for name in PROMPT_COLUMNS])
 FINISHED_SCHEMA = pa.schema([(name, column_type(name)) for name in (*PROMPT_COLUMNS, *ANSWER_COLUMNS)])
 
@@ -97,7 +104,7 @@ def exchange_result(
     ``load_s`` are the seconds that it spent on new weights.
     """
     summary = {
-        "generated_tokens": sum(len(row["response_tokens"]) for row in finished),
+        "generated_tokens": sum(sum(row["loss_mask"]) for row in finished),
         "load_s": load_s,
         "sample_ids": [row["sample_id"] for row in finished],
         "versions": [row["weight_version"] for row in finished],

@@ -65,6 +65,7 @@ class ExperienceBuilder:
 
         Samples of which any number is not finite are left out; ``unusable`` of the figures says by column
         which and why.
+        Holes of the responses are taken out at the start and put back as zeros at the end (see `experience`).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.
         """
         ends = np.cumsum(groups)
@@ -74,12 +75,11 @@ class ExperienceBuilder:
         ]
         drawn = batch.num_rows
         batch, unusable = self.usable(experience.join(batch, *wholes))
-        lengths = experience.lengths(batch, "response_tokens")
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        rollout = experience.flat(batch, "rollout_logprobs").astype(np.float64)
+        offsets = np.concatenate([[0], np.cumsum(self._own_lengths(batch))])
+        rollout = experience.own(batch, "rollout_logprobs").astype(np.float64)
         trained = "logprobs" in batch.schema.names
-        policy = experience.flat(batch, "logprobs").astype(np.float64) if trained else rollout
-        kl = policy - experience.flat(batch, "reference_logprobs")
+        policy = experience.own(batch, "logprobs").astype(np.float64) if trained else rollout
+        kl = policy - experience.own(batch, "reference_logprobs")
         stats = self._figures(batch) | {
             "unusable": unusable,
             "rollout/unusable_samples": float(drawn - batch.num_rows),
@@ -94,14 +94,14 @@ class ExperienceBuilder:
             truncated_B=experience.truncated(batch),
             kl_terms_T=kl,
             log_ratios_T=policy - rollout,
-            values={s: experience.flat(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
+            values={s: experience.own(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
         )
         made = self.objective.advantages(answers)
         costs, weighing = self.objective.costs(answers)
         columns: dict[str, Any] = {"sample_id": batch.column("sample_id")}
         for kind, by_signal in (("advantages", made.advantages), ("returns", made.returns)):
             for signal, flat in by_signal.items():
-                columns[f"{kind}/{signal}"] = experience.ragged(flat.astype(np.float32), lengths)
+                columns[f"{kind}/{signal}"] = experience.with_holes(batch, flat)
         whole = experience.join(batch, experience.make_batch(columns))
         return (stats | made.figures | weighing, {name: c.tolist() for name, c in costs.items()}), whole
 
@@ -110,10 +110,8 @@ class ExperienceBuilder:
 
         The number of its rows comes first, so that there is something small to wait for.
         """
-        signals = {signal: experience.flat(batch, f"advantages/{signal}") for signal in self.objective.signals}
-        combined = experience.ragged(
-            self.objective.combine(signals, multipliers), experience.lengths(batch, "response_tokens")
-        )
+        signals = {signal: experience.own(batch, f"advantages/{signal}") for signal in self.objective.signals}
+        combined = experience.with_holes(batch, self.objective.combine(signals, multipliers))
         column = experience.make_batch({"sample_id": batch.column("sample_id"), "advantages": combined})
         return batch.num_rows, experience.join(batch, column)
 
@@ -122,6 +120,17 @@ class ExperienceBuilder:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_batches([batch]), path)
 
+    def _own_lengths(self, batch: pa.RecordBatch) -> np.ndarray:
+        """How many tokens of each response the policy wrote; UserError where it wrote none."""
+        own_lengths = experience.own_lengths(batch)
+        if not own_lengths.all():
+            ids = experience.scalars(batch, "sample_id")[own_lengths == 0][:NAMED]
+            raise UserError(
+                f"sample {', '.join(map(str, ids))} cannot be trained on: no token of the response is the policy's own "
+                f"(its loss_mask is false throughout); leave such samples out of the rollouts"
+            )
+        return own_lengths
+
     def _figures(self, batch: pa.RecordBatch) -> dict[str, Any]:
         """Sizes, the means of reward and costs, and what is known of the answers' making."""
         lengths = experience.lengths(batch, "response_tokens")
@@ -129,9 +138,9 @@ class ExperienceBuilder:
             "samples": batch.num_rows,
             "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
-            "rollout/response_tokens": float(lengths.mean()),
+            "rollout/response_tokens": float(experience.own_lengths(batch).mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
-            "rollout/weight_version_mean": float(experience.flat(batch, "token_versions").mean()),
+            "rollout/weight_version_mean": float(experience.own(batch, "token_versions").mean()),
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
         }
         for constraint in self.config.constraints:
@@ -152,8 +161,9 @@ class ExperienceBuilder:
         ids, prompts = (experience.scalars(batch, column)[rows[:NAMED]] for column in ("sample_id", "prompt_id"))
         named = ", ".join(f"{i} (prompt {p})" for i, p in zip(ids, prompts, strict=True))
         more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-        values = batch.column(name)[int(rows[0])].as_py()
-        value = next(v for v in (values if isinstance(values, list) else [values]) if not np.isfinite(v))
+        first, per_token = batch.slice(int(rows[0]), 1), pa.types.is_list(batch.schema.field(name).type)
+        values = experience.own(first, name) if per_token else experience.scalars(first, name)
+        value = values[~np.isfinite(values)][0]
         count = f"{len(rows)} of {batch.num_rows} sample(s) have no finite {name}"
         return f"{count} but {value}, from {self._source(name)}: sample {named}{more}"
 

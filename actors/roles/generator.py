@@ -316,6 +316,7 @@ class VllmGenerator:
             "prompt_id": flight.prompt_id,
             "prompt_tokens": flight.prompt_tokens,
             "response_tokens": tokens,
+            "loss_mask": [True] * len(tokens),
             "rollout_logprobs": logprobs,
             "weight_version": flight.versions[0][0],
             "token_versions": flight.token_versions(len(tokens)),

@@ -142,6 +142,7 @@ class HFGenerator:
                     "prompt_id": prompt.prompt_id,
                     "prompt_tokens": prompt.tokens,
                     "response_tokens": responses[row],
+                    "loss_mask": [True] * len(responses[row]),
                     "rollout_logprobs": logprobs[row],
                     "weight_version": self.version,
                     "token_versions": [self.version] * len(responses[row]),

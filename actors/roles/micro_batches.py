@@ -29,6 +29,8 @@ class PackedResponses:
     """Place of each sequence's last token."""
     lengths_B: Tensor
     """Response tokens of each sequence."""
+    loss_mask_T: Tensor
+    """Which response tokens the policy wrote; the others are there to be read."""
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +46,8 @@ class SequenceRows:
         self.prompts = experience.rows(batch, "prompt_tokens")
         self.responses = experience.rows(batch, "response_tokens")
         self.response_lengths = experience.lengths(batch, "response_tokens")
+        self.own_lengths = experience.own_lengths(batch)
+        self.loss_mask_T = experience.loss_mask(batch)
         self.lengths = experience.lengths(batch, "prompt_tokens") + self.response_lengths
         self.starts = np.cumsum(self.response_lengths) - self.response_lengths
 
@@ -68,6 +72,7 @@ class SequenceRows:
             targets_T=packed.input_ids[0, positions + 1].to(device),
             ends_B=(packed.cu_seqlens[1:].long() - 1).to(device),
             lengths_B=torch.from_numpy(self.response_lengths[rows]).to(device),
+            loss_mask_T=torch.from_numpy(self.loss_mask_T[self.tokens_of(rows)]).to(device),
         )
 
     def tokens_of(self, rows: Sequence[int]) -> np.ndarray:
@@ -77,9 +82,12 @@ class SequenceRows:
         return np.repeat(self.starts[list(rows)] - before, lengths) + np.arange(lengths.sum())
 
     def column_T(self, name: str, micro_batch: PackedResponses) -> Tensor:
-        """A per-token column at the micro-batch's response tokens."""
+        """A per-token column at the micro-batch's response tokens.
+
+        It is 0 in holes: whatever stands there, a weight of 0 would not keep a NaN out of a loss.
+        """
         values = experience.flat(self.batch, name)[self.tokens_of(micro_batch.rows)]
-        return torch.from_numpy(values).to(micro_batch.device)
+        return torch.from_numpy(values).to(micro_batch.device).masked_fill(~micro_batch.loss_mask_T, 0.0)
 
 
 def token_column(batch: pa.RecordBatch, name: str, parts: list[tuple[list[int], np.ndarray]]) -> pa.RecordBatch:

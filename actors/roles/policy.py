@@ -187,7 +187,7 @@ class PolicyTrainer(TrainingRank):
 
     def _step(self, rows: SequenceRows, minibatch: np.ndarray) -> dict[str, float]:
         ppo = self.config.ppo
-        tokens = int(rows.response_lengths[minibatch].sum())
+        tokens = int(rows.own_lengths[minibatch].sum())
         total = len(minibatch) if ppo.loss_reduction == "sequence" else tokens
         micro_batches: list[tuple[Callable[[PackedResponses], LossTerms], PackedResponses]] = []
         # With PTX an optimizer step descends the mean of both losses' gradients, as published.
@@ -205,7 +205,9 @@ class PolicyTrainer(TrainingRank):
     def _rl_loss(self, rows: SequenceRows, total: int, scale: float, micro_batch: PackedResponses) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
-        weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, ppo.loss_reduction, total)
+        weights_T = micro_batch.weight * token_weights(
+            micro_batch.lengths_B, ppo.loss_reduction, total, micro_batch.loss_mask_T
+        )
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         capped = self.config.importance_cap is not None
         loss, metrics = policy_loss(

@@ -1,7 +1,8 @@
 """Per-token rewards and costs, generalised advantage estimation, and the policy's combined advantage.
 
 A batch of responses of unequal length is a flat array of T tokens plus `offsets` of B + 1 integers, as Arrow
-keeps lists: response i is `flat[offsets[i]:offsets[i + 1]]`. Arithmetic runs in the dtype of the inputs.
+keeps lists: response i is `flat[offsets[i]:offsets[i + 1]]`. Tokens that the policy did not write are no part of
+these arrays: what comes after such a hole follows what comes before it. Arithmetic runs in the dtype of the inputs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The losses, over flat token tensors [T] or per-sequence and per-pair tensors [B]; no padding, no masks.
+"""The losses, over flat token tensors [T] or per-sequence and per-pair tensors [B], without padding.
 
-Every loss is a weighted sum, and the weights say how it averages. `token_weights` makes them for tokens; for
-sequences and pairs the default is 1 / B. Where an optimizer step is made of several micro-batches, give
-weights that were divided by the number of sequences (or tokens, or pairs) of the whole step: losses and
-metrics of the micro-batches then add up to those of the step. Only metrics whose name ends in
+Every loss is a weighted sum, and the weights say how it averages. `token_weights` makes them for tokens, 0 for
+those that are masked; for sequences and pairs the default is 1 / B. Where an optimizer step is made of several
+micro-batches, give weights that were divided by the number of sequences (or tokens, or pairs) of the whole step:
+losses and metrics of the micro-batches then add up to those of the step. Only metrics whose name ends in
 `_max_deviation` are combined by their maximum instead.
 
 Each loss returns (loss, metrics): a scalar tensor with gradient, and detached scalars. Inputs should be
@@ -24,22 +24,33 @@ from beaver_ray.method.advantages import LOG_RATIO_BOUND
 Metrics = dict[str, Tensor]
 
 
-def token_weights(lengths_B: Tensor, reduction: Literal["sequence", "token"], total: int | None = None) -> Tensor:
+def token_weights(
+    lengths_B: Tensor,
+    reduction: Literal["sequence", "token"],
+    total: int | None = None,
+    mask_T: Tensor | None = None,
+) -> Tensor:
     """Weights of the tokens of B sequences laid end to end, float32, on the device of `lengths_B`.
 
     "sequence" is the published reduction: the mean over the tokens of each sequence, then the mean over
     sequences. "token" weighs all tokens alike. `total` is the number of sequences (or tokens) in the
-    whole optimizer step; None stands for those given here. Raises ValueError on a sequence without tokens.
+    whole optimizer step; None stands for those given here. Tokens whose `mask_T` is false have weight 0 and are
+    not counted; None stands for none of those. Raises ValueError on a sequence without tokens that count.
     """
-    if torch.any(lengths_B <= 0):
-        raise ValueError("every sequence needs at least one token")
+    counts_B = lengths_B
+    if mask_T is not None:
+        sequence_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
+        counts_B = torch.zeros_like(lengths_B).index_add_(0, sequence_T, mask_T.to(lengths_B.dtype))
+    if torch.any(counts_B <= 0):
+        raise ValueError("every sequence needs at least one token that counts")
     if reduction == "sequence":
-        weights_B = 1.0 / (lengths_B.to(torch.float64) * (total or len(lengths_B)))
+        weights_B = 1.0 / (counts_B.to(torch.float64) * (total or len(counts_B)))
     elif reduction == "token":
-        weights_B = torch.full_like(lengths_B, 1.0 / (total or int(lengths_B.sum())), dtype=torch.float64)
+        weights_B = torch.full_like(counts_B, 1.0 / (total or int(counts_B.sum())), dtype=torch.float64)
     else:
         raise ValueError(f"unknown reduction {reduction!r}; one of sequence, token")
-    return torch.repeat_interleave(weights_B, lengths_B).to(torch.float32)
+    weights_T = torch.repeat_interleave(weights_B, lengths_B).to(torch.float32)
+    return weights_T if mask_T is None else weights_T * mask_T
 
 
 def policy_loss(
@@ -63,8 +74,8 @@ def policy_loss(
     The k3 estimate of a KL is exp(x) - 1 - x (http://joschu.net/blog/kl-approx.html).
 
     Metrics: clip_fraction (tokens whose clipped branch is the smaller one), kl_update (k3 estimate of
-    KL(old || new), nats), ratio_max_deviation (max |ratio - 1|); with rollout log-probs also
-    importance_weight_mean and kl_rollout_train (k3 estimate of KL(rollout || old)).
+    KL(old || new), nats), ratio_max_deviation (max |ratio - 1| of tokens that have a weight); with rollout
+    log-probs also importance_weight_mean and kl_rollout_train (k3 estimate of KL(rollout || old)).
     """
     log_ratio_T = (logprobs_T - old_logprobs_T).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio_T = torch.exp(log_ratio_T)
@@ -83,7 +94,8 @@ def policy_loss(
     with torch.no_grad():
         metrics["clip_fraction"] = (weights_T * (clipped_T < free_T)).sum()
         metrics["kl_update"] = (weights_T * (torch.expm1(log_ratio_T) - log_ratio_T)).sum()
-        metrics["ratio_max_deviation"] = (ratio_T - 1.0).abs().amax() if len(ratio_T) else torch.zeros(())
+        deviations_T = (ratio_T - 1.0).abs().where(weights_T > 0, 0.0)
+        metrics["ratio_max_deviation"] = deviations_T.amax() if len(ratio_T) else torch.zeros(())
     return loss, metrics
 
 

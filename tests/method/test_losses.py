@@ -58,6 +58,37 @@ def test_token_weights_by_hand():
         token_weights(torch.tensor([2, 0]), "token")
 
 
+def test_masked_tokens_have_no_weight():
+    lengths, mask = torch.tensor([1, 4]), torch.tensor([True, False, True, True, False])
+    by_sequence = token_weights(lengths, "sequence", mask_T=mask)
+    torch.testing.assert_close(by_sequence, torch.tensor([0.5, 0, 0.25, 0.25, 0]))
+    torch.testing.assert_close(token_weights(lengths, "token", mask_T=mask), mask / 3)
+    torch.testing.assert_close(token_weights(lengths, "token", 30, mask), mask / 30)
+    for reduction in ("sequence", "token"):
+        everything = torch.ones(16, dtype=torch.bool)
+        assert torch.equal(
+            token_weights(torch.tensor(LENGTHS), reduction, 7, everything),
+            token_weights(torch.tensor(LENGTHS), reduction, 7),
+        )
+    with pytest.raises(ValueError, match="at least one token"):
+        token_weights(lengths, "token", mask_T=torch.tensor([False, True, True, True, True]))
+
+
+def test_masked_tokens_are_in_no_metric():
+    # Only the second token counts: ratio 1.1, advantage 3.
+    mask = torch.tensor([False, True, False])
+    loss, metrics = policy_loss(
+        torch.tensor([9.0, math.log(1.1), -9.0], dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([2.0, 3.0, -1.0]),
+        token_weights(torch.tensor([3]), "sequence", mask_T=mask).double(),
+        clip_ratio=0.2,
+    )
+    assert loss.item() == pytest.approx(-3.3) and metrics["clip_fraction"] == 0
+    assert metrics["ratio_max_deviation"].item() == pytest.approx(0.1)
+    assert metrics["kl_update"].item() == pytest.approx(0.1 - math.log(1.1))
+
+
 def test_policy_loss_by_hand():
     # Ratios 1.5, .5, 1.1, advantages 2, -1, 3, eps .2: min(3, 2.4), min(-.5, -.8), 3.3; the mean is 4.9 / 3.
     logprobs = torch.tensor([1.5, 0.5, 1.1], dtype=torch.float64).log()

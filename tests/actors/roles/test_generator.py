@@ -86,6 +86,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
         assert {name: row[name] for name in PROMPT_SCHEMA.names} == sent[row["sample_id"]]
         response = row["response_tokens"]
         assert len(response) == len(row["rollout_logprobs"]) > 0
+        assert row["loss_mask"] == [True] * len(response)
         assert row["weight_version"] == 0
         room = min(NEW_TOKENS, MODEL_LEN - len(row["prompt_tokens"]))
         if row["finish_reason"] == "stop":

@@ -80,6 +80,26 @@ def test_columns_and_targets_stay_with_their_tokens() -> None:
     assert token_column(batch, "values/harm", []).num_rows == 0
 
 
+def test_holes_stay_in_the_row_and_out_of_columns() -> None:
+    """Positions, targets and lengths are those of whole responses; the mask says where numbers count."""
+    batch = random_sequences(15, seed=6)
+    lengths = experience.lengths(batch, "response_tokens")
+    rng = np.random.default_rng(6)
+    masks = [(rng.random(n) < 0.5).tolist() for n in lengths]
+    numbers = [[1000.0 * i + t if m else np.nan for t, m in enumerate(mask)] for i, mask in enumerate(masks)]
+    holed = SequenceRows(with_columns(batch, loss_mask=masks, logprobs=numbers))
+    assert holed.own_lengths.tolist() == [sum(mask) for mask in masks]
+    parts = [list(rows.micro_batches(range(15), 40, 0, 1, CPU)) for rows in (holed, SequenceRows(batch))]
+    assert len(parts[0]) > 1
+    for part, whole in zip(*parts, strict=True):
+        assert part.rows == whole.rows and torch.equal(part.packed.input_ids, whole.packed.input_ids)
+        for name in ("positions_T", "targets_T", "ends_B", "lengths_B"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)), name
+        assert part.loss_mask_T.tolist() == [m for r in part.rows for m in masks[r]] and whole.loss_mask_T.all()
+        expected = [0.0 if np.isnan(v) else v for r in part.rows for v in numbers[r]]
+        assert holed.column_T("logprobs", part).tolist() == expected
+
+
 @pytest.mark.parametrize(("rows", "count"), [(1, 4), (3, 4), (4, 4), (5, 4), (3, 1)])
 def test_no_minibatch_is_empty(rows: int, count: int) -> None:
     parts = minibatches(rows, count, (7, 1, 0))
