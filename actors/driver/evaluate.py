@@ -14,6 +14,7 @@ from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models, start_judging_roles
 from actors.driver.rollouts import Rollouts
 from actors.machine.cluster import Cluster
+from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.data.mixing import load_mix
@@ -114,7 +115,7 @@ class HeldOut:
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
         """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
-        return [roles.scorers[plan.name].next().call("score", chunk) for plan in plans]
+        return [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
 
     def _columns(self) -> list[str]:
         """Names of the columns that the evaluation reads: answers, and scores by learned models."""

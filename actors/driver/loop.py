@@ -16,7 +16,11 @@ from actors.driver.rollouts import Collected, Rollouts
 from actors.driver.sources import Supply
 from actors.driver.tracing import Clock, StepTrace
 from actors.driver.training_state import TrainingState
-from actors.roles.policy import announce
+from actors.roles.critic import Critic
+from actors.roles.experience_builder import ExperienceBuilder
+from actors.roles.policy import PolicyTrainer
+from actors.roles.scorer import Reference, ScorerBase
+from actors.weights.publishing import publish
 from beaver_ray.config import SafePpoConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import PERSISTS
@@ -74,10 +78,10 @@ def train_step(
     with clock("train"):
         figures = update(config, roles, experience, step)
     with clock("publish"):
-        synced = publish(roles, rollouts, version=step)
+        synced = renew_weights(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
         path = str(run.trajectories / f"step_{step:06d}.parquet")
-        recovery.survive(lambda again: roles.experience.run("write", experience, path))
+        recovery.survive(lambda again: roles.experience.run(ExperienceBuilder.write, experience, path))
     if config.evaluation.every and step % config.evaluation.every == 0:
         with clock("evaluate"):
             figures |= recovery.survive(lambda again: evaluate(step))
@@ -132,9 +136,9 @@ def make_rollouts(
 
 def score(roles: Roles, sequences: Any) -> list[Any]:
     """Start reward, costs and, where the reference is a role, its log-probs of finished sequences."""
-    scores = [group.next().call("score", sequences) for group in roles.scorers.values()]
+    scores = [group.next().call(ScorerBase.score, sequences) for group in roles.scorers.values()]
     if roles.reference.workers:
-        scores.append(roles.reference.next().call("logprobs", sequences))
+        scores.append(roles.reference.next().call(Reference.logprobs, sequences))
     return scores
 
 
@@ -151,15 +155,15 @@ def build_experience(
             chunk.columns = score(roles, chunk.sequences)
     builder = roles.experience.workers[0]
     wanted = [sorted(chunk.wanted) for chunk in collected.chunks]
-    sequences = builder.call("gather", wanted, *(chunk.sequences for chunk in collected.chunks))
-    parts = [critic.call("values", sequences) for critic in roles.critics.values()]
+    sequences = builder.call(ExperienceBuilder.gather, wanted, *(chunk.sequences for chunk in collected.chunks))
+    parts = [critic.call(Critic.values, sequences) for critic in roles.critics.values()]
     if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
-        parts.append(roles.policy.call("logprobs", sequences))
+        parts.append(roles.policy.call(PolicyTrainer.logprobs, sequences))
     scores = [column for chunk in collected.chunks for column in chunk.columns]
-    batch = builder.call("assemble", wanted, sequences, *scores)
+    batch = builder.call(ExperienceBuilder.assemble, wanted, sequences, *scores)
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
-    computed, experience = builder.call("advantages", sizes, batch, *flat, returns=2)
+    computed, experience = builder.call(ExperienceBuilder.advantages, sizes, batch, *flat, returns=2)
     needs = [[sequences], [*scores, *flat]]
     stats, costs = roles.experience.wait(computed, "building experience", needs)
     return stats, costs, experience
@@ -179,25 +183,25 @@ def combine_experience(
     for name, multiplier in multipliers.items():
         multiplier.update(costs[name], limits[name], hold=warming_up)
     values = {name: multiplier.value for name, multiplier in multipliers.items()}
-    combined, experience = roles.experience.workers[0].call("combine", batch, values, returns=2)
+    combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, values, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])
     return stats, multipliers, experience
 
 
 def update(config: SafePpoConfig, roles: Roles, experience: Any, step: int) -> dict[str, float]:
     """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
-    started = [(critic, critic.call("update", experience, step)) for critic in roles.critics.values()]
+    started = [(critic, critic.call(Critic.update, experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
-        started.append((roles.policy, roles.policy.call("update", experience, step)))
+        started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step)))
     figures: dict[str, float] = {}
     for group, references in started:
         figures |= group.wait(references, "training")[0]
     return figures
 
 
-def publish(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
-    """New weights from the policy, which every generator loads before its next prompts."""
-    weights = announce(roles.policy, version, roles.direct)
+def renew_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
+    """Publish the policy's new weights, which every generator loads before its next prompts."""
+    weights = publish(roles.policy, version, roles.direct)
     rollouts.publish(weights)
     return {"sync/bytes": float(weights.layout.total_bytes)}
 

@@ -9,7 +9,9 @@ from typing import Any
 from actors.driver.policy_stage import PolicyStage
 from actors.machine.cluster import Cluster
 from actors.machine.handles import Group, Handle, LocalHandle
+from actors.machine.ranks import TrainingRank
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
+from actors.roles.scorer import ScorerBase
 from beaver_ray.config import GPU_SHARE, ClusterConfig, SafePpoConfig
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
@@ -106,8 +108,8 @@ def _wait_started(roles: Roles, cluster: Cluster | None, grows: bool = False) ->
 
 def connect(groups: Sequence[Group]) -> None:
     """Let the ranks of each group meet and build their models; all groups at the same time."""
-    meetings = [(group, group.wait(group.workers[0].call("rendezvous"), "rendezvous")) for group in groups]
-    started = [(group, group.call("setup", *meeting)) for group, meeting in meetings]
+    meetings = [(group, group.wait(group.workers[0].call(TrainingRank.rendezvous), "rendezvous")) for group in groups]
+    started = [(group, group.call(TrainingRank.setup, *meeting)) for group, meeting in meetings]
     for group, references in started:
         group.wait(references, "loading its model")
 
@@ -146,8 +148,9 @@ def _calibrate(config: SafePpoConfig, roles: Roles) -> None:
             name = next(plan.name for plan in scorers(config) if column in plan.columns)
             group = roles.scorers[name]
             first = group.workers[0]
-            fitted = group.wait(first.call("calibrate", column, constraint.calibration, longest), "calibrating")
-            pairs = group.wait(first.call("labelled_pairs", column), "calibrating")
+            started = first.call(ScorerBase.calibrate, column, constraint.calibration, longest)
+            fitted = group.wait(started, "calibrating")
+            pairs = group.wait(first.call(ScorerBase.labelled_pairs, column), "calibrating")
             roles.notes.append(f"calibration of {constraint.name}: {pairs}")
-            group.run("set_calibration", column, fitted)
+            group.run(ScorerBase.set_calibration, column, fitted)
             roles.calibrations.append((name, column, fitted))

@@ -19,9 +19,11 @@ from actors.driver.processes import Roles, connect, start_roles
 from actors.driver.rollouts import Rollouts
 from actors.driver.training_state import TrainingState
 from actors.machine.cluster import Cluster
-from actors.machine.handles import Group
+from actors.machine.handles import Group, Method
+from actors.machine.ranks import TrainingRank
 from actors.machine.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError
-from actors.roles.policy import announce
+from actors.roles.scorer import ScorerBase
+from actors.weights.publishing import publish
 from beaver_ray.checkpoints import Checkpoint
 from beaver_ray.errors import cause
 from beaver_ray.runs import RunFolder
@@ -61,7 +63,7 @@ class PolicyWeights:
 
     def publish_again(self, version: int) -> PublishedWeights:
         """Publish the policy's current weights, ``version``, once more; only while the policy is not training."""
-        return announce(self.roles.policy, version, self.roles.direct)
+        return publish(self.roles.policy, version, self.roles.direct)
 
 
 class Recovery:
@@ -105,11 +107,11 @@ class Recovery:
         state = self.state.state_dict() | {"metrics_bytes": self.run.metrics_bytes()}
         with self.run.checkpoints.writing(self.state.step, state) as folder:
             self.save_models(folder)
-            self._call_trained("save_state", folder / "training")
+            self._call_trained(TrainingRank.save_state, folder / "training")
 
     def save_models(self, folder: Path) -> None:
         """Save the policy and every critic as Hugging Face folders."""
-        self._call_trained("save", folder)
+        self._call_trained(TrainingRank.save, folder)
 
     def resume(self) -> None:
         """Restore the newest checkpoint, where there is one."""
@@ -168,20 +170,20 @@ class Recovery:
         else:
             state = checkpoint.state()
             self.state.load_state_dict(state)
-            self._call_trained("load_state", checkpoint.folder / "training")
+            self._call_trained(TrainingRank.load_state, checkpoint.folder / "training")
             self.run.rewind(state["metrics_bytes"])
-        weights = announce(self.roles.policy, self.state.step, self.roles.direct)
+        weights = publish(self.roles.policy, self.state.step, self.roles.direct)
         self.rollouts.restart(self.state.schedule, self.state.prompts, self.state.pending(), weights)
 
     def _trained(self) -> dict[str, Group]:
         """The trained groups (policy and critics) by the folder that each is saved in."""
         return {"policy": self.roles.policy, **self.roles.critics}
 
-    def _call_trained(self, method: str, folder: Path) -> None:
+    def _call_trained(self, method: Method, folder: Path) -> None:
         """Call ``method`` on policy and critics at the same time, each with its folder under ``folder``, and wait."""
         started = [(group, group.call(method, str(folder / name))) for name, group in self._trained().items()]
         for group, references in started:
-            group.wait(references, method)
+            group.wait(references, method.__name__)
 
     def _dead(self, groups: list[Group]) -> list[str]:
         assert self.cluster is not None
@@ -201,7 +203,7 @@ class Recovery:
         for name, column, calibration in roles.calibrations:
             group = roles.scorers[name]
             new = [worker for worker in group.workers if worker.name in dead]
-            group.wait([worker.call("set_calibration", column, calibration) for worker in new], "calibrating")
+            group.wait([worker.call(ScorerBase.set_calibration, column, calibration) for worker in new], "calibrating")
         return dead
 
     def _count(self, dead: list[str], error: WorkerDiedError) -> None:

@@ -19,7 +19,7 @@ from ray.exceptions import RayTaskError
 
 from actors.driver.schedule import RolloutSchedule
 from actors.driver.sources import Source, Supply
-from actors.machine.handles import Group, Handle
+from actors.machine.handles import Group, Handle, Startable
 from actors.machine.waits import (
     WeightsLostError,
     WeightsMissingError,
@@ -30,7 +30,7 @@ from actors.machine.waits import (
     ready_now,
     wait_some,
 )
-from actors.roles.exchange import Exchange
+from actors.roles.exchange import Exchange, Generator
 from beaver_ray.errors import cause
 from beaver_ray.weights import PublishedWeights
 
@@ -314,7 +314,7 @@ class Rollouts:
         slice_s = max(SLICE_S, CALL_S * len(self.workers)) if self.schedule.staleness else None
         dropped, worker.to_drop = worker.to_drop, []
         request = Exchange(chunk, weights, [*dropped, *self.schedule.to_abort(name)], slice_s)
-        summary, sequences = worker.handle.call("exchange", new, request, returns=2)
+        summary, sequences = worker.handle.call(Generator.exchange, new, request, returns=2)
         self._await(summary, partial(self._receive, worker, sequences, dropped))
         worker.calls += 1
         return True
@@ -407,7 +407,7 @@ class Rollouts:
     def _expect(self, handle: Handle) -> None:
         """Wait in the background for a generator's constructor; it joins when that has ended."""
         self._starting.add(handle.name)
-        self._await(handle.call("started"), partial(self._welcome, handle))
+        self._await(handle.call(Startable.started), partial(self._welcome, handle))
 
     def _welcome(self, handle: Handle, started: Any) -> None:
         """Take in a generator whose constructor has ended, or replace it where that failed."""

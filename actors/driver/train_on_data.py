@@ -12,6 +12,7 @@ from actors.driver.trainer_stage import TrainerStage
 from actors.machine.cluster import Cluster
 from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError
+from actors.roles.trainer import Trainer
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder
 from beaver_ray.runs import RunFolder
@@ -53,7 +54,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
 
     With ``resume`` it goes on from the newest checkpoint, where there is one.
     """
-    steps, notes = trainer.run("describe")[0]
+    steps, notes = trainer.run(Trainer.describe)[0]
     for note in notes:
         run.note(note)
     began = time.perf_counter()
@@ -63,7 +64,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
         progress.done = done
         for step in range(done + 1, steps + 1):
             started = time.perf_counter()
-            figures = trainer.run("train_step")[0]
+            figures = trainer.run(Trainer.train_step)[0]
             seconds = time.perf_counter() - started
             tokens = figures.pop("tokens")
             metrics = {_rename(name): value for name, value in figures.items()}
@@ -78,9 +79,9 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
             if stage.save_every and step % stage.save_every == 0 and step < steps:
                 state = {"step": step, "elapsed": metrics["time/elapsed"], "metrics_bytes": run.metrics_bytes()}
                 with run.checkpoints.writing(step, state) as folder:
-                    trainer.run("save_state", str(folder / "training"))
+                    trainer.run(Trainer.save_state, str(folder / "training"))
             progress.advance(loss=metrics["loss"])
-    trainer.run("save", str(run.folder / "final.part" / stage.trained))
+    trainer.run(Trainer.save, str(run.folder / "final.part" / stage.trained))
     run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
 
 
@@ -90,13 +91,13 @@ def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
     if checkpoint is None:
         return 0, began
     state = checkpoint.state()
-    trainer.run("load_state", str(checkpoint.folder / "training"))
+    trainer.run(Trainer.load_state, str(checkpoint.folder / "training"))
     run.rewind(state["metrics_bytes"])
     return checkpoint.step, began - state["elapsed"]
 
 
 def _evaluation(trainer: Group) -> dict[str, float]:
-    shares: Sequence[dict[str, float]] = trainer.run("evaluate")
+    shares: Sequence[dict[str, float]] = trainer.run(Trainer.evaluate)
     return {f"eval/{_rename(name)}": sum(s[name] for s in shares) for name in shares[0]}
 
 

@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.machine.handles import Group, Handle
+from actors.machine.handles import Group, Handle, Method, Startable
 from actors.machine.waits import fetch, find_lost, wait_any, wait_placed
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError, first_line
@@ -40,9 +40,9 @@ class RayHandle:
     def __init__(self, name: str, actor: Any) -> None:
         self.name, self.actor = name, actor
 
-    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+    def call(self, method: Method, *args: Any, returns: int = 1) -> Any:
         """Start the method; gives an ObjectRef, or a list of ``returns`` of them."""
-        return getattr(self.actor, method).options(num_returns=returns).remote(*args)
+        return getattr(self.actor, method.__name__).options(num_returns=returns).remote(*args)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Cluster:
 
     def dead(self, groups: Sequence[Group]) -> list[Handle]:
         """The workers whose process has ended. One that is busy, or hangs, is not among them."""
-        asked = {handle.call("started"): handle for group in groups for handle in group.workers}
+        asked = {handle.call(Startable.started): handle for group in groups for handle in group.workers}
         return [asked[reference] for reference in find_lost(list(asked), SECONDS_TO_ANSWER)]
 
     def _launch(self, label: str, launch: Launch) -> RayHandle:
@@ -194,7 +194,7 @@ class Cluster:
         late = sorted(generators)[1:] if grows and not self.local else []
         for name in dict.fromkeys(self.launches[handle.name].place[0] for handle in handles if handle.name not in late):
             self._wait_placed(name, deadline)
-        waiting = {handle.call("started"): handle for handle in handles}
+        waiting = {handle.call(Startable.started): handle for handle in handles}
         started = 0
         with closing(Progress("processes started", len(handles))) as progress:
             while waiting:

@@ -9,14 +9,25 @@ from typing import Any, Protocol
 
 from actors.machine.waits import fetch
 
+Method = Callable[..., Any]
+"""A method of a worker's class, or of a base or protocol of it: `Critic.values`. Its name alone is called."""
+
 
 class Handle(Protocol):
     """One worker of a role."""
 
     name: str
 
-    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+    def call(self, method: Method, *args: Any, returns: int = 1) -> Any:
         """Start a method; gives a reference to its result (or ``returns`` references) without waiting."""
+        ...
+
+
+class Startable(Protocol):
+    """What every worker on a cluster can be asked, whatever its class."""
+
+    def started(self) -> None:
+        """Return when the constructor has ended."""
         ...
 
 
@@ -26,9 +37,9 @@ class LocalHandle:
     def __init__(self, name: str, role: Any) -> None:
         self.name, self.role = name, role
 
-    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+    def call(self, method: Method, *args: Any, returns: int = 1) -> Any:
         """Run the method; an exception comes out right here, where a debugger can catch it."""
-        return getattr(self.role, method)(*args)
+        return getattr(self.role, method.__name__)(*args)
 
 
 @dataclass
@@ -43,7 +54,7 @@ class Group:
 
     _turns: int = 0
 
-    def call(self, method: str, *args: Any) -> list[Any]:
+    def call(self, method: Method, *args: Any) -> list[Any]:
         """Start a method on every worker; references in the order of ranks."""
         return [worker.call(method, *args) for worker in self.workers]
 
@@ -66,6 +77,6 @@ class Group:
             self.meanwhile(references if isinstance(references, list) else [references], what, self.timeout_s)
         return fetch(references, what, self.timeout_s, needs, time.monotonic() - started)
 
-    def run(self, method: str, *args: Any) -> list[Any]:
+    def run(self, method: Method, *args: Any) -> list[Any]:
         """Call a method on every worker and wait for all results."""
-        return self.wait(self.call(method, *args), method)
+        return self.wait(self.call(method, *args), method.__name__)

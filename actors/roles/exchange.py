@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -38,6 +38,18 @@ class Exchange:
     """Samples to drop where they are still in flight."""
     slice_s: float | None = None
     """It answers after so many seconds at the latest, finished or not; None for no such limit."""
+
+
+class Generator(Protocol):
+    """What the scheduler asks of a generator, whatever engine it runs."""
+
+    def exchange(self, prompts: pa.RecordBatch | None, request: Exchange) -> tuple[dict[str, Any], pa.RecordBatch]:
+        """Start new prompts and return what has finished; see `exchange_result`."""
+        ...
+
+    def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
+        """Load a version now."""
+        ...
 
 
 @dataclass

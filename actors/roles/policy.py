@@ -18,7 +18,6 @@ import pyarrow as pa
 import torch
 
 from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
-from actors.machine.handles import Group
 from actors.machine.ranks import TrainingRank
 from actors.machine.waits import WeightsUnreadableError
 from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
@@ -35,17 +34,6 @@ from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
 from beaver_ray.models.saving import save_merged
 from beaver_ray.packing import check_packing
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
-
-
-def announce(policy: Group, version: int, direct: bool = False) -> PublishedWeights:
-    """Publish the policy's weights, as they are when it comes to this call, as ``version``.
-
-    Returns at once: the ranks gather and pack one bucket after another, before anything else that is asked of them.
-    ``direct``: they stay on the first rank's device, where generators read them.
-    """
-    layout = policy.wait(policy.workers[0].call("layout"), "laying out weights")
-    buckets = [policy.call("bucket", version, index, direct)[0] for index in range(len(layout.bucket_bytes))]
-    return PublishedWeights(version, layout, tuple(buckets))
 
 
 class PolicyTrainer(TrainingRank):
@@ -128,7 +116,7 @@ class PolicyTrainer(TrainingRank):
 
     def bucket(self, version: int, index: int, direct: bool = False) -> Bucket | None:
         """Bucket ``index`` of the weights as they are now, under ``version``; rank 0 returns it, the others only help
-        to gather. See `announce` for ``direct``.
+        to gather. See `actors.weights.publishing.publish` for ``direct``.
         """
         wanted = {entry.name for entry in self.published.entries_of(index)}
         state = self.engine.full_state(lambda name: self.names.get(name) in wanted)

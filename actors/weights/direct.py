@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 
 from actors.machine.handles import Group
 from actors.machine.waits import WaitTimeoutError, WeightsMissingError, WorkerDiedError
+from actors.weights.publishing import Publisher, Reader
 from beaver_ray.errors import cause, first_line
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
@@ -66,8 +67,8 @@ def obstacle(policy: Group, generators: Group) -> str | None:
     """Why these generators cannot read what the policy puts on its device; None where all of them have just done so."""
     patient = replace(generators, timeout_s=2 * TRIAL_S)  # those that fail should say why themselves
     try:
-        trial = policy.wait(policy.workers[0].call("trial"), "putting a trial of weights on its device")
-        patient.wait(patient.call("read", trial, TRIAL_S), "reading a trial of weights from the policy's device")
+        trial = policy.wait(policy.workers[0].call(Publisher.trial), "putting a trial of weights on its device")
+        patient.wait(patient.call(Reader.read, trial, TRIAL_S), "reading a trial of weights from the policy's device")
     except RayError as error:
         return cause(error)
     except (WaitTimeoutError, WeightsMissingError, WorkerDiedError) as error:

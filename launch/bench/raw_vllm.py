@@ -25,6 +25,7 @@ from actors.driver.schedule import RolloutSchedule
 from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import fetch
+from actors.roles.exchange import Exchange, Generator
 from actors.roles.generator import GeneratorSpec, VllmGenerator, start_engine
 from launch.bench.measure import Figure, Goal, Outcome, interleave, local_ray, medians
 from launch.bench.models import SEVEN_B, SMALLER, choose_shape, random_prompts, write_policy
@@ -97,7 +98,7 @@ def run(options: Options) -> Outcome:
         generators = start_generator(spec, part)
         for name, actor in raw.items():
             fetch(actor.capacity.remote(), f"start of {name}", WAIT_S)
-        generators.run("capacity")
+        generators.run(Generator.exchange, None, Exchange())  # they have started
         for sequences in sweep:
             sides: dict[str, Callable[[], float]] = {}
             for name, actor in raw.items():

@@ -23,7 +23,7 @@ import ray
 from actors.driver.rollouts import Rollouts
 from actors.driver.schedule import RolloutSchedule
 from actors.machine.cluster import RayHandle
-from actors.machine.handles import Group
+from actors.machine.handles import Group, Method
 from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange
 from beaver_ray.weights import Layout, PublishedWeights
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
@@ -108,10 +108,10 @@ class SleeperHandle:
     actor: Any
     index: int
 
-    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+    def call(self, method: Method, *args: Any, returns: int = 1) -> Any:
         """Start an exchange; calls of one generator keep their order."""
         options = {"num_returns": returns, "concurrency_group": f"g{self.index}"}
-        return getattr(self.actor, method).options(**options).remote(self.index, *args)
+        return getattr(self.actor, method.__name__).options(**options).remote(self.index, *args)
 
 
 def start_generators(count: int, tick_s: float, capacity: int = CAPACITY) -> Group:
@@ -124,7 +124,7 @@ def start_generators(count: int, tick_s: float, capacity: int = CAPACITY) -> Gro
         actor: Any = ray.remote(**options)(Sleepers).remote(here, capacity, tick_s)
         handles += [SleeperHandle(f"rollout-{first + i}", actor, i) for i in range(here)]
     group = Group("rollout", handles, WAIT_S)
-    group.run("exchange", None, Exchange())
+    group.run(Sleepers.exchange, None, Exchange())
     return group
 
 
@@ -180,7 +180,7 @@ def steps_of(
         started, cpu_started = time.perf_counter(), time.process_time()
         rollouts.take(step)
         if train_s:
-            trainer.run("update", train_s)
+            trainer.run(Trainer.update, train_s)
         rollouts.publish(PublishedWeights(step, Layout((), ()), ()))
         if warmups < step <= warmups + steps:
             seconds.append(time.perf_counter() - started)

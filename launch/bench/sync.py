@@ -25,8 +25,9 @@ from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.roles.exchange import Exchange
 from actors.roles.generator import GeneratorSpec, VllmGenerator, start_engine
-from actors.roles.policy import PolicyTrainer, announce
+from actors.roles.policy import PolicyTrainer
 from actors.weights.direct import obstacle
+from actors.weights.publishing import publish
 from beaver_ray import experience
 from beaver_ray.config import Placement
 from launch.bench.measure import Figure, Goal, Outcome, local_ray
@@ -115,8 +116,8 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
     policy = start(IpcPolicy, (config, 0, 1, True), part)
     generator = start(VllmGenerator, (spec,), part)
     ipc = start(IpcGenerator, (spec,), part) if gpu else None
-    policy.run("setup", *policy.wait(policy.workers[0].call("rendezvous"), "rendezvous"))
-    generator.run("capacity")
+    policy.run(IpcPolicy.setup, *policy.wait(policy.workers[0].call(IpcPolicy.rendezvous), "rendezvous"))
+    generator.run(VllmGenerator.exchange, None, Exchange())  # it has started
     version = 0
     ways = ["object store"]
     why = obstacle(policy, generator)
@@ -128,23 +129,23 @@ def measure(shape: Shape, folder: Path, options: Options, outcome: Outcome) -> N
         seconds, differences, size = [], [], 0
         for _ in range(options.repetitions or (1 if options.small else VERSIONS)):
             version += 1
-            policy.run("update", made_up(shape, 16, 64, seed=version), version)
+            policy.run(IpcPolicy.update, made_up(shape, 16, 64, seed=version), version)
             # Its weights are ready before the clock starts.
-            weights = announce(policy, version, way == "direct")
-            policy.run("layout")
-            (loaded,) = generator.run("update_weights", weights)
+            weights = publish(policy, version, way == "direct")
+            policy.run(IpcPolicy.layout)
+            (loaded,) = generator.run(VllmGenerator.update_weights, weights)
             seconds.append(loaded["seconds"])
             size = loaded["bytes"]
             differences.append(largest_difference(policy, generator, shape, version))
         add(outcome, f"{shape.name}, {shape.dtype}, {way}", seconds, size, differences)
     if ipc:
-        ipc.run("capacity")
+        ipc.run(IpcGenerator.exchange, None, Exchange())
         seconds, differences = [], []
         for _ in range(options.repetitions or VERSIONS):
             version += 1
-            policy.run("update", made_up(shape, 16, 64, seed=version), version)
-            (handles,) = policy.run("handles")
-            seconds += ipc.run("load", handles)
+            policy.run(IpcPolicy.update, made_up(shape, 16, 64, seed=version), version)
+            (handles,) = policy.run(IpcPolicy.handles)
+            seconds += ipc.run(IpcGenerator.load, handles)
             differences.append(largest_difference(policy, ipc, shape, version))
         add(outcome, f"{shape.name}, {shape.dtype}, vLLM's IPC", seconds, size, differences)
 
@@ -170,8 +171,8 @@ def largest_difference(policy: Group, generator: Group, shape: Shape, seed: int)
     """Of the log-probs of fresh answers, the generator's against the policy's."""
     prompts = random_prompts(ANSWERS, shape, seed=1000 + seed)
     batch = prompt_batch(prompts, np.full(ANSWERS, LENGTH), first_id=seed * ANSWERS)
-    ((_, answers),) = generator.run("exchange", batch, Exchange(min_finished=ANSWERS))
-    (ours,) = policy.run("logprobs", answers)
+    ((_, answers),) = generator.run(VllmGenerator.exchange, batch, Exchange(min_finished=ANSWERS))
+    (ours,) = policy.run(IpcPolicy.logprobs, answers)
     both = experience.join(answers, ours)
     theirs = experience.flat(both, "rollout_logprobs")
     return float(np.abs(theirs - experience.flat(both, "logprobs")).max())

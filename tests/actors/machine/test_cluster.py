@@ -20,9 +20,9 @@ import ray
 from ray.util.state import list_actors, list_placement_groups
 
 from actors.machine.cluster import Cluster, make_bundles
-from actors.machine.handles import Group
+from actors.machine.handles import Group, Startable
 from actors.machine.waits import WaitTimeoutError, WorkerDiedError, fetch
-from actors.roles.policy import announce
+from actors.weights.publishing import publish
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError
 from tests.actors.light_roles import Broken, Publisher, Reader, Sleeper
@@ -113,7 +113,7 @@ def test_actors_carry_their_roles_names_and_classes(make: Callable[..., Cluster]
         cluster.wait_started([rollout, reward])
         expected = {"rollout-0": "Sleeper", "rollout-1": "Sleeper", "reward": "Reader"}
         assert alive(address, cluster.tag) == expected
-        places = rollout.run("place")
+        places = rollout.run(Sleeper.place)
         assert places[0]["pid"] != places[1]["pid"]
         assert places[0]["OMP_NUM_THREADS"] == "3"
     first.close()
@@ -133,7 +133,7 @@ def test_roles_of_one_group_share_a_placement_group(make: Callable[..., Cluster]
     policy = cluster.start("policy", Sleeper, [(), ()])
     others = [cluster.start(name, Sleeper, [()]) for name in ("reward", "cost-harm")]
     cluster.wait_started([policy, *others])
-    groups = [place["group"] for group in (policy, *others) for place in group.run("place")]
+    groups = [place["group"] for group in (policy, *others) for place in group.run(Sleeper.place)]
     assert groups[0] == groups[1] == groups[2] != groups[3]
     created = list_placement_groups(address=address, filters=[("state", "=", "CREATED")], detail=True)
     bundles = {g.placement_group_id: [b["unit_resources"] for b in g.bundles] for g in created}
@@ -246,11 +246,11 @@ def test_published_weights_are_freed(make: Callable[..., Cluster]) -> None:
     assert until(lambda: used_mib() < 1.0)
     # 50 versions of 8 MiB are four times the store.
     for version in range(1, 51):
-        weights = announce(policy, version)
-        assert rollout.run("read", weights) == [version * 8 * 2**18] * 2
+        weights = publish(policy, version)
+        assert rollout.run(Reader.read, weights) == [version * 8 * 2**18] * 2
     # The last version is held here, and must stay readable for a generator that comes late or returns.
     assert until(lambda: 7.5 < used_mib() < 9.0), used_mib()
-    assert rollout.run("read", weights) == [50 * 8 * 2**18] * 2
+    assert rollout.run(Reader.read, weights) == [50 * 8 * 2**18] * 2
     del weights
     assert until(lambda: used_mib() < 1.0), used_mib()
 
@@ -267,7 +267,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
             group = cluster.start("reward", Sleeper, [()])
             cluster.wait_started([group])
             print("ready", flush=True)
-            group.run("sleep", 600.0)
+            group.run(Sleeper.sleep, 600.0)
         finally:
             cluster.close()
     """
@@ -287,7 +287,7 @@ def test_fetch_of_a_closed_clusters_actor_fails_at_once(make: Callable[..., Clus
     cluster = make({"reward": "reward"}, {})
     group = cluster.start("reward", Sleeper, [()])
     cluster.wait_started([group])
-    answer = group.call("sleep", 60.0)
+    answer = group.call(Sleeper.sleep, 60.0)
     cluster.close()
     with pytest.raises(WorkerDiedError, match="an answer that never comes: its process died"):
         fetch(answer, "an answer that never comes", 30)
@@ -302,7 +302,7 @@ def test_a_run_starts_with_one_generator_and_the_others_join_as_they_find_room(m
     assert len(rollout.workers) + len(late) == 3 and 1 <= len(rollout.workers) <= 2
     cluster.stop(rollout.workers[0])
     for handle in late:
-        fetch(handle.call("started"), handle.name, 60)
+        fetch(handle.call(Startable.started), handle.name, 60)
 
 
 def test_labels_say_which_nodes_a_role_may_use(make: Callable[..., Cluster]) -> None:
@@ -316,12 +316,12 @@ def test_a_dead_worker_is_found_and_started_anew_in_its_place(make: Callable[...
     cluster = make({"policy": "policy"}, {"policy": Placement(workers=2, cpus=0.5)})
     policy = cluster.start("policy", Sleeper, [(), ()])
     cluster.wait_started([policy])
-    places = policy.run("place")
-    busy = policy.workers[0].call("sleep", 30.0)
+    places = policy.run(Sleeper.place)
+    busy = policy.workers[0].call(Sleeper.sleep, 30.0)
     os.kill(places[1]["pid"], signal.SIGKILL)
     assert until(lambda: [worker.name for worker in cluster.dead([policy])] == ["policy-1"])
     cluster.restart(policy, [policy.workers[1]])
     cluster.wait_started([Group("policy", policy.workers[1:], 30.0)])
-    again = fetch(policy.workers[1].call("place"), "the new worker", 30)
+    again = fetch(policy.workers[1].call(Sleeper.place), "the new worker", 30)
     assert again["pid"] != places[1]["pid"] and again["group"] == places[1]["group"]
     del busy

@@ -55,7 +55,7 @@ def test_what_is_served_meanwhile_takes_of_the_same_time(sleepers: list[Any]) ->
     handle = RayHandle("sleeper-0", sleepers[0])
     group = Group("policy", [handle], 4.0, serve)
     started = time.monotonic()
-    answer = handle.call("sleep", 10.0)
+    answer = handle.call(Sleeper.sleep, 10.0)
     with pytest.raises(WaitTimeoutError, match=r"policy \(training\): the answer did not come within 4 s"):
         group.wait(answer, "training")
     assert time.monotonic() - started < 7.5
@@ -83,7 +83,7 @@ def test_a_group_waits_under_its_name(sleepers: list[Any]) -> None:
     handles = [RayHandle(f"critic-{i}", actor) for i, actor in enumerate(sleepers)]
     group = Group("critic", handles, timeout_s=0.1)
     with pytest.raises(WaitTimeoutError, match=r"critic \(sleep\): 2 of 2 answers"):
-        group.run("sleep", 1.0)
+        group.run(Sleeper.sleep, 1.0)
     assert [group.next().name for _ in range(3)] == ["critic-0", "critic-1", "critic-0"]
 
 

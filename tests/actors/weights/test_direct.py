@@ -18,8 +18,8 @@ from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import WeightsUnreadableError, fetch
 from actors.roles.generator import VllmGenerator
-from actors.roles.policy import announce
 from actors.weights.direct import obstacle
+from actors.weights.publishing import publish
 from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
@@ -63,9 +63,9 @@ def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_
     generators = readers(actor(Reader), actor(Reader))
     held = []
     for version in range(1, 7):
-        weights = announce(publisher, version, direct=True)
-        assert generators.run("read", weights) == [64.0 * PART * version] * 2
-        held.append(publisher.run("process")[0][1])
+        weights = publish(publisher, version, direct=True)
+        assert generators.run(Reader.read, weights) == [64.0 * PART * version] * 2
+        held.append(publisher.run(Publisher.process)[0][1])
     # MiB, two versions being there from the second on: what nobody can ask for any more is gone.
     assert held[-1] < held[1] + 64
     assert fetch(actor(Reader).read.remote(weights), "a late reader", 120) == 64.0 * PART * 6
@@ -74,14 +74,14 @@ def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_
 @pytest.mark.timeout(600)
 def test_a_policy_that_dies_takes_its_buckets_along(tmp_path: Path) -> None:
     publisher = policy()
-    weights = announce(publisher, 5, direct=True)
+    weights = publish(publisher, 5, direct=True)
     assert fetch(actor(Reader).read.remote(weights), "reading", 120) == 3.0 * PART * 5
     # Not in this process, where NIXL would keep a core busy for the rest of all tests.
     gate = tmp_path / "gate"
     reading = actor(Reader, gate=str(gate)).read.remote(weights)
     while not (tmp_path / "gate.half").exists():
         time.sleep(0.05)
-    process = psutil.Process(publisher.run("process")[0][0])
+    process = psutil.Process(publisher.run(Publisher.process)[0][0])
     ray.kill(publisher.workers[0].actor)
     process.wait(60)
     gate.touch()
@@ -133,7 +133,7 @@ def test_the_way_is_taken_only_where_every_generator_has_just_gone_it() -> None:
     assert blind and blind.startswith("weights version 0, bucket 0 of 1 cannot be read where it lies: ModuleNotFound")
     dying = obstacle(publisher, readers(actor(Reader, ends=True), actor(Reader)))
     assert dying and dying.startswith("rollout (reading a trial of weights from the policy's device): its process died")
-    assert publisher.run("layout"), "the policy lives"
+    assert publisher.run(Publisher.layout), "the policy lives"
 
 
 @pytest.mark.timeout(600)
@@ -141,7 +141,7 @@ def test_a_policy_that_cannot_put_weights_on_its_device_sends_them() -> None:
     publisher = Group("policy", [RayHandle("policy", actor(BlindPublisher, 3))], 60.0)
     reader = readers(actor(Reader))
     assert (obstacle(publisher, reader) or "").startswith("ModuleNotFoundError")
-    assert reader.run("read", announce(publisher, 4, direct=True)) == [3.0 * PART * 4]
+    assert reader.run(Reader.read, publish(publisher, 4, direct=True)) == [3.0 * PART * 4]
 
 
 @pytest.mark.timeout(900)
@@ -162,11 +162,11 @@ def test_a_run_whose_weights_go_direct_where_they_can(
     taken: list[PublishedWeights] = []
 
     def announced(group: Group, version: int, direct: bool) -> PublishedWeights:
-        taken.append(announce(group, version, direct))
+        taken.append(publish(group, version, direct))
         return taken[-1]
 
-    monkeypatch.setattr("actors.driver.loop.announce", announced)
-    monkeypatch.setattr("actors.driver.recovery.announce", announced)
+    monkeypatch.setattr("actors.driver.loop.publish", announced)
+    monkeypatch.setattr("actors.driver.recovery.publish", announced)
     placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
     placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
     path = write_stage(build_workspace(tmp_path), steps=4, cluster={"placement": placement})

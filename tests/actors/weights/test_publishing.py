@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors.driver.loop import publish
+from actors.driver.loop import renew_weights
 from actors.driver.processes import Roles
 from actors.driver.rollouts import Rollouts
 from actors.driver.schedule import RolloutSchedule
@@ -17,7 +17,7 @@ from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import WeightsLostError, WeightsMissingError, WorkerDiedError, all_here, fetch, ready_now
 from actors.roles.generator import checked_buckets
-from actors.roles.policy import announce
+from actors.weights.publishing import publish
 from beaver_ray.weights import unpack
 from tests.actors.driver.test_replacement import Supply, generator, prompts
 from tests.actors.light_roles import Publisher
@@ -35,7 +35,7 @@ def policy(**behaviour: Any) -> Group:
 
 
 def test_a_bucket_can_be_had_before_the_next_is_made(tmp_path: Path) -> None:
-    weights = announce(policy(gate=str(tmp_path / "gate")), 7)
+    weights = publish(policy(gate=str(tmp_path / "gate")), 7)
     buckets = checked_buckets(weights, 60)
     first = next(buckets)
     assert len(ready_now(weights.buckets)) == 1 and not all_here(weights.buckets)
@@ -59,7 +59,7 @@ def test_a_bucket_that_does_not_come_is_named_with_its_reason(
     behaviour: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     publisher = policy(gate=str(tmp_path / "gate"), **behaviour)
-    weights = announce(publisher, 3)
+    weights = publish(publisher, 3)
     buckets = checked_buckets(weights, 2)
     fetch(weights.buckets[0], "the first bucket", 60)
     next(buckets)
@@ -80,7 +80,7 @@ def test_a_policy_that_dies_is_not_taken_for_a_generators_failure() -> None:
     rollouts = Rollouts(generators, 8, 30.0, schedule, prompts, lambda chunk: [], supply, lambda note: None)
     rollouts.take(1)
     roles = Roles(generators, {}, nobody, policy(ends=True), {}, nobody)
-    assert publish(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
+    assert renew_weights(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
     # What `Recovery` takes for a reason to go back to the last checkpoint.
     with pytest.raises(WorkerDiedError, match=r"weights version 1, bucket [01] of 3: its process died"):
         rollouts.take(2)
