@@ -289,7 +289,7 @@ class SupervisedConfig(TrainerConfig):
     regularization: float = option("Weight of the mean squared score.", 0.001, ge=0)
 
 
-class SafePpoConfig(RunConfig):
+class PolicyConfig(RunConfig):
     """What ppo, reward_shaping and safe_ppo share."""
 
     needs_constraints: ClassVar[bool] = True
@@ -357,7 +357,7 @@ class SafePpoConfig(RunConfig):
         return math.ceil(self.epochs * math.ceil(prompts / self.rollout.prompts_per_step))
 
     @model_validator(mode="after")
-    def _consistent(self) -> SafePpoConfig:
+    def _consistent(self) -> PolicyConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, not both or neither")
         names = [c.name for c in self.constraints]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import read_config
 from beaver_ray.score_sources import score_source
@@ -91,7 +91,7 @@ def check_start(signals: Sequence[str], model: str) -> None:
         raise UserError(f"{model} is a {kind} model, not one of {' and '.join(signals)}; {_OTHER}")
 
 
-def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
+def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     """The scorers of a run, the reward's first.
 
     Signals whose source is one folder with several heads, or one function, share a scorer.
@@ -111,7 +111,7 @@ def scorers(config: SafePpoConfig) -> list[ScorerPlan]:
     return plans
 
 
-def critics(config: SafePpoConfig) -> list[CriticPlan]:
+def critics(config: PolicyConfig) -> list[CriticPlan]:
     """The critics of a run: one for each signal that its objective wants valued, or one for all of them."""
     models, signals = config.models, config.objective().critics
     reward_critic = models.reward_critic or models.reward

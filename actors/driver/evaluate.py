@@ -16,7 +16,7 @@ from actors.driver.rollouts import Rollouts
 from actors.machine.cluster import Cluster
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
@@ -68,7 +68,7 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
 class HeldOut:
     """The held-out prompts of a run, and the truth about them where it is known."""
 
-    def __init__(self, config: SafePpoConfig) -> None:
+    def __init__(self, config: PolicyConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
         self.samples, _ = load_mix(config.evaluation.prompts)

@@ -21,14 +21,14 @@ from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference, ScorerBase
 from actors.weights.publishing import publish
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import PERSISTS
 from beaver_ray.method.multipliers import Multiplier
 
 
 def train_policy(
-    config: SafePpoConfig,
+    config: PolicyConfig,
     roles: Roles,
     rollouts: Rollouts,
     recovery: Recovery,
@@ -53,7 +53,7 @@ def train_policy(
 
 
 def train_step(
-    config: SafePpoConfig,
+    config: PolicyConfig,
     roles: Roles,
     rollouts: Rollouts,
     recovery: Recovery,
@@ -92,7 +92,7 @@ def train_step(
     return metrics | {"time/elapsed": state.elapsed}
 
 
-def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) -> None:
+def watch(config: PolicyConfig, recovery: Recovery, metrics: dict[str, float]) -> None:
     """Say what looks like divergence; raise it as UserError after a checkpoint where guard.action is stop, and where
     numbers that are not finite do not end.
     """
@@ -115,7 +115,7 @@ def watch(config: SafePpoConfig, recovery: Recovery, metrics: dict[str, float]) 
 
 
 def make_rollouts(
-    config: SafePpoConfig, roles: Roles, state: TrainingState, supply: Supply | None, note: Callable[[str], None]
+    config: PolicyConfig, roles: Roles, state: TrainingState, supply: Supply | None, note: Callable[[str], None]
 ) -> Rollouts:
     """This run's generators, which go on whenever the loop waits for another role."""
     rollouts = Rollouts(
@@ -143,7 +143,7 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 
 
 def build_experience(
-    config: SafePpoConfig, roles: Roles, collected: Collected, again: bool = False
+    config: PolicyConfig, roles: Roles, collected: Collected, again: bool = False
 ) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
     """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
 
@@ -170,7 +170,7 @@ def build_experience(
 
 
 def combine_experience(
-    config: SafePpoConfig, roles: Roles, state: TrainingState, collected: Collected, again: bool = False
+    config: PolicyConfig, roles: Roles, state: TrainingState, collected: Collected, again: bool = False
 ) -> tuple[dict[str, Any], dict[str, Multiplier], Any]:
     """The batch of `build_experience` with the policy's advantages, under multipliers that have seen the step's costs.
 
@@ -188,7 +188,7 @@ def combine_experience(
     return stats, multipliers, experience
 
 
-def update(config: SafePpoConfig, roles: Roles, experience: Any, step: int) -> dict[str, float]:
+def update(config: PolicyConfig, roles: Roles, experience: Any, step: int) -> dict[str, float]:
     """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
     started = [(critic, critic.call(Critic.update, experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
@@ -207,7 +207,7 @@ def renew_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, f
 
 
 def step_metrics(
-    config: SafePpoConfig,
+    config: PolicyConfig,
     state: TrainingState,
     step: int,
     stats: dict[str, Any],

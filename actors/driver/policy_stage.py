@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
@@ -23,7 +23,7 @@ GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-class PolicyStage(SafePpoConfig, Stage):
+class PolicyStage(PolicyConfig, Stage):
     """A policy trained on prompts with PPO, its answers scored by models or services."""
 
     kinds: ClassVar[tuple[str, ...]] = (

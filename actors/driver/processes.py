@@ -12,7 +12,7 @@ from actors.machine.handles import Group, Handle, LocalHandle
 from actors.machine.ranks import TrainingRank
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from actors.roles.scorer import ScorerBase
-from beaver_ray.config import GPU_SHARE, ClusterConfig, SafePpoConfig
+from beaver_ray.config import GPU_SHARE, ClusterConfig, PolicyConfig
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.score_sources import score_source
@@ -114,7 +114,7 @@ def connect(groups: Sequence[Group]) -> None:
         group.wait(references, "loading its model")
 
 
-def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
+def generator_spec(config: PolicyConfig) -> GeneratorSpec:
     """The generators' settings from the configuration."""
     rollout, policy = config.rollout, config.models.policy
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
@@ -139,7 +139,7 @@ def generator_spec(config: SafePpoConfig) -> GeneratorSpec:
     )
 
 
-def _calibrate(config: SafePpoConfig, roles: Roles) -> None:
+def _calibrate(config: PolicyConfig, roles: Roles) -> None:
     """Turn the cost of every constraint whose limit is a violation rate into a probability."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for constraint in config.constraints:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from actors.driver.schedule import RolloutSchedule
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import BatchSampler, PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import DivergenceGuard
@@ -19,7 +19,7 @@ from beaver_ray.method.divergence import DivergenceGuard
 class PromptStream:
     """Prompts of each step; every sample of a run has its own id."""
 
-    def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
+    def __init__(self, config: PolicyConfig, prompts: PromptDataset) -> None:
         self.prompts, self.repeat = prompts, config.rollout.samples_per_prompt
         self.sampler = BatchSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
         self.next_id = 0
@@ -60,7 +60,7 @@ class PromptStream:
 class TrainingState:
     """The driver's part of a run's state: step, multipliers, guard, schedule, position in the prompts."""
 
-    def __init__(self, config: SafePpoConfig, prompts: PromptDataset) -> None:
+    def __init__(self, config: PolicyConfig, prompts: PromptDataset) -> None:
         self.config, self.dataset = config, prompts
         self.reset()
 

@@ -15,7 +15,7 @@ from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.ranks import TrainingRank
 from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
 from beaver_ray.method.losses import token_weights, value_loss
@@ -28,7 +28,7 @@ from beaver_ray.packing import check_packing
 class Critic(TrainingRank):
     """One rank of the critic of ``signals`` ("reward", names of constraints), with a head for each on one trunk."""
 
-    def __init__(self, config: SafePpoConfig, signals: Sequence[str], model: str, rank: int, world: int) -> None:
+    def __init__(self, config: PolicyConfig, signals: Sequence[str], model: str, rank: int, world: int) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
         self.config, self.signals, self.model = config, signals, model
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.objective import Answers
 from beaver_ray.signals import critics, scorers
@@ -21,7 +21,7 @@ NAMED = 5  # samples, of those that cannot be used, that a remark names
 class ExperienceBuilder:
     """Joins what the roles computed. Holds no model; the driver holds references to what it returns."""
 
-    def __init__(self, config: SafePpoConfig) -> None:
+    def __init__(self, config: PolicyConfig) -> None:
         self.config, self.objective = config, config.objective()
 
     def gather(self, wanted: list[list[int]], *chunks: pa.RecordBatch) -> pa.RecordBatch:

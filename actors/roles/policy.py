@@ -23,7 +23,7 @@ from actors.machine.waits import WeightsUnreadableError
 from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
@@ -39,7 +39,7 @@ from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pa
 class PolicyTrainer(TrainingRank):
     """One rank of the policy. Every rank is given the whole experience and takes its own share of the rows."""
 
-    def __init__(self, config: SafePpoConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
+    def __init__(self, config: PolicyConfig, rank: int, world: int, results_are_copied: bool = False) -> None:
         super().__init__(rank, world, config.seed, config.cluster.threads)
         self.config = config
         self.results_are_copied = results_are_copied

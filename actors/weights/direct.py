@@ -3,7 +3,7 @@
 A bucket stays on the device that it was packed on, and whoever wants it reads it from there, one-sided: by CUDA IPC or
 NVLink inside a node, by RDMA between nodes, whatever UCX finds. Nobody else has to take part, so that generators still
 come for new weights when they are ready, join late and die without disturbing others; a collective, such as NCCL's
-broadcast, would need all of them at once. `SafePpoConfig.direct_weights` says where it is possible, `obstacle` whether
+broadcast, would need all of them at once. `PolicyConfig.direct_weights` says where it is possible, `obstacle` whether
 it works there.
 
 Tried: between processes on CPUs, with tensors in main memory. Not tried so far: GPUs. NIXL keeps one core busy in each

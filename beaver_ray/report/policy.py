@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.report.charts import (
     Card,
     Chart,
@@ -24,7 +24,7 @@ from beaver_ray.runs import read_evaluation, read_metrics
 PHASES = ("generate", "score", "train", "publish")
 
 
-def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Chart]:
+def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Chart]:
     """The figures of a PPO run, without those that nothing was measured for."""
     names = [c.name for c in config.constraints]
     signals = ["reward", *names]
@@ -96,7 +96,7 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: SafePpoConfig) -> list[Ch
     return drawable(charts)
 
 
-def _cost_chart(metrics: dict[str, np.ndarray], config: SafePpoConfig, name: str) -> Chart:
+def _cost_chart(metrics: dict[str, np.ndarray], config: PolicyConfig, name: str) -> Chart:
     constraint = next(c for c in config.constraints if c.name == name)
     cost, rate = [], []
     if f"cost/{name}/mean" in metrics:
@@ -115,7 +115,7 @@ def _cost_chart(metrics: dict[str, np.ndarray], config: SafePpoConfig, name: str
     return Chart(f"Cost: {name}", caption, [Panel("mean cost", cost), Panel("violation rate", rate)])
 
 
-def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config: SafePpoConfig) -> list[Card]:
+def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config: PolicyConfig) -> list[Card]:
     """What a reader wants to know first: how good, how safe, how fast."""
     cards: list[Card] = []
     if "share_of_optimum" in evaluation:
@@ -160,7 +160,7 @@ def _constraint_cards(
     return cards
 
 
-def ppo_headlines(config: SafePpoConfig) -> list[str]:
+def ppo_headlines(config: PolicyConfig) -> list[str]:
     """How good, how safe and how fast a finished run was, one line each."""
     lines = []
     evaluation = read_evaluation(config.folder)

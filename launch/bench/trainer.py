@@ -27,7 +27,7 @@ from actors.machine.engine import LossTerms
 from actors.roles.micro_batches import PackedResponses, SequenceRows
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
-from beaver_ray.config import SafePpoConfig
+from beaver_ray.config import PolicyConfig
 from beaver_ray.method.losses import cross_entropy_loss
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.logprobs import response_logprobs
@@ -112,7 +112,7 @@ def measure(case: Case, folder: Path, options: Options, outcome: Outcome) -> Non
     torch.cuda.empty_cache()
 
 
-def trainer_config(case: Case, model: Path, options: Options) -> SafePpoConfig:
+def trainer_config(case: Case, model: Path, options: Options) -> PolicyConfig:
     """Of a trainer with one row in a forward."""
     dtype = case.shape.dtype
     tree: dict[str, Any] = {
@@ -125,7 +125,7 @@ def trainer_config(case: Case, model: Path, options: Options) -> SafePpoConfig:
         "engine": {"dtype": dtype, "micro_batch_tokens": case.length, "gradient_checkpointing": True},
     }
     config = parse_config(tree, list(options.overrides), "bench trainer")
-    assert isinstance(config, SafePpoConfig)
+    assert isinstance(config, PolicyConfig)
     return config
 
 
