@@ -22,6 +22,7 @@ import yaml
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_metrics
+from beaver_ray.signals import critics
 from beaver_ray.yaml_files import read_yaml
 from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
 from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
@@ -145,13 +146,8 @@ def training_flops(config: PolicyStage, tokens: float) -> dict[str, float]:
     tokens: prompt and answer tokens of a step. PTX is taken to be as long.
     """
     models, ppo = config.models, config.ppo
-    critics = [models.reward_critic or models.reward]
-    if config.stage == "safe_ppo":
-        critics += [c.critic or c.model for c in config.constraints]
-    if models.shared_critic:
-        critics = critics[:1]
     policy = matmul_parameters(Path(models.policy))
-    critic = sum(matmul_parameters(Path(folder), head=False) for folder in critics)
+    critic = sum(matmul_parameters(Path(plan.model), head=False) for plan in critics(config))
     passes = 6.0 * ppo.epochs
     # Under an adapter the backward makes gradients of activations, and hardly any of weights.
     policy_passes = (4.0 if models.lora_rank else 6.0) * ppo.epochs
@@ -165,7 +161,6 @@ def training_flops(config: PolicyStage, tokens: float) -> dict[str, float]:
 
 def training_gpus(config: PolicyStage) -> float:
     """GPUs of the training roles."""
-    placement = config.cluster.placement
-    kinds = ("policy", "reward_critic", *(("cost_critic",) if config.stage == "safe_ppo" else ()))
-    gpus = sum(placement[k].gpus * placement[k].workers for k in kinds if k in placement)
+    trained = {role.kind for role in config.roles() if role.training is not None}
+    gpus = sum(config.cluster.of(kind).gpus * config.cluster.of(kind).workers for kind in trained)
     return max(1.0, gpus) if gpus else 0.0  # parts of a GPU: each may have all of it for a while
