@@ -128,7 +128,9 @@ class RolloutSchedule:
             return []
         # An even share: no generator hoards prompts while another has none.
         share = -(-(waiting + self._flying.total()) // (len(self.generators) - len(self._leaving)))
-        count = max(0, min(waiting, min(state.capacity, share) - len(state.in_flight)))
+        count = min(waiting, min(state.capacity, share) - len(state.in_flight))
+        if count <= 0:
+            return []
         samples = [self._again.popleft() for _ in range(min(count, len(self._again)))]
         fresh = [self._fresh.popleft() for _ in range(count - len(samples))]
         self._started += len(fresh)

@@ -185,6 +185,25 @@ def test_a_lost_answer_is_given_again_before_its_step_is_trained() -> None:
     assert schedule.state_dict()["pending"] == []
 
 
+def test_no_step_waits_for_a_version_under_which_nothing_was_started() -> None:
+    schedule = RolloutSchedule(steps=3, staleness=1)
+    schedule.join("a", 2)
+    schedule.draw([0, 1])
+    schedule.draw([2, 3])
+    assert schedule.hand_out("a") == [0, 1]
+    schedule.finish("a", [0, 1], [0, 0])
+    assert schedule.hand_out("a") == [2, 3] and schedule.take(1) == [0, 1]
+    schedule.publish(1)
+    schedule.draw([4, 5])
+    # All places are taken for as long as version 1 is the newest.
+    assert schedule.waiting == 2 and schedule.hand_out("a") == []
+    schedule.finish("a", [2, 3], [0, 0])
+    assert schedule.take(2) == [2, 3]
+    schedule.publish(2)
+    schedule.finish("a", schedule.hand_out("a"), [2, 2])
+    assert schedule.complete(3) and schedule.take(3) == [4, 5]
+
+
 def test_prompts_are_shared_out_evenly() -> None:
     schedule = RolloutSchedule(steps=1)
     for name in "abc":
