@@ -51,10 +51,19 @@ class PromptStream:
         return {"sampler": self.sampler.state_dict(), "next_id": self.next_id, "pending": list(self.prompt_of.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position from `state_dict`. UserError where data, batch size or seed are others."""
+        """Restore the position from `state_dict`. UserError where data, batch size or seed are others.
+
+        Also where the pending samples are not whole groups: other answers to the same prompts were trained on already.
+        """
         self.sampler.load_state_dict(state["sampler"])
         self.next_id = int(state["next_id"])
         self.prompt_of = {int(sample): int(prompt) for sample, prompt in state["pending"]}
+        prompts = list(self.prompt_of.values())
+        if prompts != [prompt for prompt in prompts[:: self.repeat] for _ in range(self.repeat)]:
+            raise UserError(
+                f"the checkpoint lacks some of the {self.repeat} answers to its prompts (rollout.samples_per_prompt), "
+                "all of which a step trains on together: resume with the number, or the release, that wrote it"
+            )
 
 
 class TrainingState:
@@ -74,7 +83,9 @@ class TrainingState:
         self.guard = DivergenceGuard(self.config.guard.kl, objective.bounded)
         self.prompts = PromptStream(self.config, self.dataset)
         rollout = self.config.rollout
-        self.schedule = RolloutSchedule(self.config.total_steps(0), rollout.staleness, rollout.oversample)
+        self.schedule = RolloutSchedule(
+            self.config.total_steps(0), rollout.staleness, rollout.oversample, rollout.samples_per_prompt
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, as plain values."""
@@ -100,8 +111,8 @@ class TrainingState:
         for name, multiplier in self.multipliers.items():
             multiplier.load_state_dict(state["multipliers"][name])
         self.guard.load_state_dict(state["guard"])
-        self.schedule.load_state_dict(state["schedule"])
         self.prompts.load_state_dict(state["prompts"])
+        self.schedule.load_state_dict(state["schedule"])
 
     def pending(self) -> pa.RecordBatch:
         """The prompts of samples that were drawn and not trained on."""

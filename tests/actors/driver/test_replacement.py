@@ -99,13 +99,16 @@ def trained(rollouts: Rollouts, steps: int) -> list[int]:
     return [sample for step in range(1, steps + 1) for sample in trained_in(rollouts, step)]
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_a_dead_generators_samples_are_neither_lost_nor_trained_twice(staleness: int) -> None:
+@pytest.mark.parametrize(("staleness", "answers"), [(0, 1), (2, 1), (1, 4)])
+def test_a_dead_generators_samples_are_neither_lost_nor_trained_twice(staleness: int, answers: int) -> None:
     group = Group("rollout", [generator("a", dies=True), generator("b")], 30.0)
     supply, notes = Supply(), []
-    schedule = RolloutSchedule(4, staleness)
+    schedule = RolloutSchedule(4, staleness, group_size=answers)
     rollouts = Rollouts(group, 8, 30.0, schedule, prompts, lambda chunk: [], supply, notes.append)
-    assert sorted(trained(rollouts, 4)) == list(range(SIZE, 5 * SIZE))
+    samples = trained(rollouts, 4)
+    assert sorted(samples) == list(range(SIZE, 5 * SIZE))
+    # A step has all answers to a prompt.
+    assert len({(place // SIZE, sample // answers) for place, sample in enumerate(samples)}) == 4 * SIZE // answers
     assert supply.started == 1 and supply.stopped == ["a"]
     assert schedule.repeated > 0
     assert any(note.startswith("a is lost with") and "died" in note for note in notes)
