@@ -63,7 +63,7 @@ def train_step(
     """The next step, from its samples to new weights at the generators; returns its metrics."""
     run, state, step = recovery.run, recovery.state, recovery.state.step + 1
     with clock("generate"):
-        collected = rollouts.take(step)
+        collected = rollouts.gather(step)
     state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     with clock("score"):
         stats, state.multipliers, experience = recovery.survive(
@@ -78,7 +78,7 @@ def train_step(
     with clock("train"):
         figures = update(config, roles, experience, step)
     with clock("publish"):
-        synced = renew_weights(roles, rollouts, version=step)
+        synced = send_weights(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
         path = str(run.trajectories / f"step_{step:06d}.parquet")
         recovery.survive(lambda again: roles.experience.run(ExperienceBuilder.write, experience, path))
@@ -199,10 +199,10 @@ def update(config: PolicyConfig, roles: Roles, experience: Any, step: int) -> di
     return figures
 
 
-def renew_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
+def send_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, float]:
     """Publish the policy's new weights, which every generator loads before its next prompts."""
     weights = publish(roles.policy, version, roles.direct)
-    rollouts.publish(weights)
+    rollouts.offer(weights)
     return {"sync/bytes": float(weights.layout.total_bytes)}
 
 

@@ -61,7 +61,7 @@ class PolicyWeights:
         self.roles.direct = False
         self.note("weights go through the object store from now on")
 
-    def publish_again(self, version: int) -> PublishedWeights:
+    def republish(self, version: int) -> PublishedWeights:
         """Publish the policy's current weights, ``version``, once more; only while the policy is not training."""
         return publish(self.roles.policy, version, self.roles.direct)
 

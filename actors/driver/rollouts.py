@@ -164,12 +164,12 @@ class Rollouts:
         if self._evaluation:
             self._evaluation[0].join(handle.name, self.capacity)
 
-    def take(self, step: int) -> Collected:
+    def gather(self, step: int) -> Collected:
         """The samples of ``step``, finished and on their way through the scorers; waits until they are there."""
         if self.schedule.staleness == 0:
             self.since = time.perf_counter()
         self._serve_until(lambda: self.schedule.complete(step), f"the samples of step {step}")
-        chosen = self.schedule.take(step)
+        chosen = self.schedule.select(step)
         wanted = set(chosen)
         used = [replace(chunk, wanted=wanted & chunk.wanted) for chunk in self.chunks]
         for chunk in self.chunks:
@@ -200,28 +200,28 @@ class Rollouts:
         self.schedule.lose(samples)
         self.chunks = [chunk for chunk in known if chunk.sequences not in lost]
         if self._taken:
-            again = self.take(step)
+            again = self.gather(step)
             taken.chunks, taken.load_s = again.chunks, max(taken.load_s, again.load_s)
             taken.generated_tokens += again.generated_tokens
             taken.seconds += again.seconds
             self._taken = step, taken
         return True
 
-    def publish(self, weights: PublishedWeights) -> None:
+    def offer(self, weights: PublishedWeights) -> None:
         """New weights: each generator loads them with its next call, and what they allow is started."""
         for chunk in self._taken[1].chunks if self._taken else ():
             for sample in chunk.wanted:
                 del self.prompts[sample]
         self._taken = None
         self.weights, self.unreadable = weights, False
-        self.schedule.publish(weights.version)
+        self.schedule.advance(weights.version)
         if self.schedule.staleness:
             self.serve()
 
     def collect(self, prompts: pa.RecordBatch, judge: Score) -> Collected:
         """One answer for every row of ``prompts`` beside training, which starts nothing new meanwhile."""
         schedule = RolloutSchedule(steps=1)
-        schedule.publish(self.schedule.version)
+        schedule.advance(self.schedule.version)
         for name in self.workers:
             schedule.join(name, self.capacity)
         ids = self._remember(prompts)
@@ -244,26 +244,26 @@ class Rollouts:
             patience = max(0.0, deadline - time.monotonic())
             ready = {_key(r): r for r in wait_some([*self._references(), *late], what, patience)}
             late = [reference for reference in late if _key(reference) not in ready]
-            self._take_in(list(ready.values()))
+            self._receive_all(list(ready.values()))
 
     def _serve_until(self, done: Callable[[], bool], what: str) -> None:
         self._fill()
         while not done():
             if self.unreadable:
                 assert self.source and self.weights
-                self.weights, self.unreadable = self.source.publish_again(self.weights.version), False
+                self.weights, self.unreadable = self.source.republish(self.weights.version), False
                 self._fill()
             if not self._calls:
                 raise RuntimeError(f"no generator is at work on {what}, and they are not there")
             needs = [self.weights.buckets] if self.weights else ()
-            self._take_in(wait_some(self._references(), f"rollout generators ({what})", self.timeout_s, needs))
+            self._receive_all(wait_some(self._references(), f"rollout generators ({what})", self.timeout_s, needs))
 
     def serve(self) -> None:
         """Start what may start and take in what is there, without waiting."""
         self._ask()
         self._fill()
         while ready := ready_now(self._references()):
-            self._take_in(ready)
+            self._receive_all(ready)
 
     def _references(self) -> list[Any]:
         return [reference for reference, _ in self._calls.values()]
@@ -271,7 +271,7 @@ class Rollouts:
     def _await(self, reference: Any, then: Callable[[Any], None]) -> None:
         self._calls[_key(reference)] = (reference, then)
 
-    def _take_in(self, references: Sequence[Any]) -> None:
+    def _receive_all(self, references: Sequence[Any]) -> None:
         for reference in references:
             # Others than generators' calls may be among them, and calls that a lost one has taken with it.
             if call := self._calls.pop(_key(reference), None):

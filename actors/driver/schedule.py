@@ -55,7 +55,7 @@ class RolloutSchedule:
         self.steps, self.staleness, self.surplus, self.group_size = steps, staleness, oversample - 1.0, group_size
         self.version = 0
         self.trained = 0
-        """The last step whose samples were taken."""
+        """The last step whose samples were selected."""
         self.repeated = 0
         """Samples that were aborted or lost and asked again."""
         self.generators: dict[str, GeneratorState] = {}
@@ -69,7 +69,7 @@ class RolloutSchedule:
         self._parted: Counter[int] = Counter()  # finished samples of each version whose groups are not whole
         self._groups: dict[int, SampleGroup] = {}  # of each sample that was drawn and not trained on
         self._whole: dict[SampleGroup, None] = {}  # groups that wait for a step, in the order of becoming whole
-        self._taken: dict[int, int] = {}  # samples of the last step that was taken, with their version
+        self._taken: dict[int, int] = {}  # samples of the last step that was selected, with their version
         self._leaving: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class RolloutSchedule:
             return False
         return self.surplus > 0 or not any(self._too_old(v, step + 1) for v in (*self._flying, *self._parted))
 
-    def take(self, step: int) -> list[int]:
+    def select(self, step: int) -> list[int]:
         """The samples that ``step`` trains on; groups that would be too old for the next step come first.
 
         Raises RuntimeError where a sample is older than the bound, which the rules above exclude.
@@ -231,7 +231,7 @@ class RolloutSchedule:
         return list(self._taken)
 
     def give_back(self) -> None:
-        """Undo the last `take`, on whose samples nothing was trained: they are finished and wait for their step."""
+        """Undo the last `select`, on whose samples nothing was trained: they are finished and wait for their step."""
         self.finished = self._taken | self.finished
         self._whole = dict.fromkeys(self._groups[sample] for sample in self._taken) | self._whole
         self._taken, self.trained = {}, self.trained - 1
@@ -247,7 +247,7 @@ class RolloutSchedule:
             _drop(self._parted, self.finished.pop(sample))
         self._repeat(samples)
 
-    def publish(self, version: int) -> None:
+    def advance(self, version: int) -> None:
         """Weights of this version are there for all generators."""
         self.version = version
 

@@ -35,6 +35,6 @@ class Source(Protocol):
         """Let weights go through the object store from now on."""
         ...
 
-    def publish_again(self, version: int) -> PublishedWeights:
+    def republish(self, version: int) -> PublishedWeights:
         """Publish the policy's current weights, ``version``, once more; only while the policy is not training."""
         ...

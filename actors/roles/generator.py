@@ -186,7 +186,7 @@ class VllmGenerator:
         finished: list[Any] = []
         end = started + (request.slice_s if request.slice_s is not None else float("inf"))
         while self._held or (self._in_flight and len(finished) < request.min_finished):
-            self._take_in()
+            self._load_and_start()
             for output in self._engine.step():
                 if output.finished:
                     finished.append(self._finish(output))
@@ -250,7 +250,7 @@ class VllmGenerator:
         if self._broken:
             raise RuntimeError(f"this generator cannot go on: {self._broken}")
 
-    def _take_in(self) -> None:
+    def _load_and_start(self) -> None:
         """Load newer weights where that is due, and start the prompts that wait for nothing more."""
         newest, busy = self._newest, bool(self._in_flight)
         # Where the buckets are still being made or on their way, what is in flight goes on meanwhile.

@@ -59,7 +59,7 @@ def parse_spec(text: str) -> MixSpec:
     return MixSpec(name, proportion, count, path.strip() or None)
 
 
-def take(samples: Sequence[RawSample], size: int, name: str, seed: int = 42) -> list[RawSample]:
+def resample(samples: Sequence[RawSample], size: int, name: str, seed: int = 42) -> list[RawSample]:
     """`size` samples: whole copies as long as they fit, then a random remainder without replacement, in file
     order.
 
@@ -99,7 +99,7 @@ def load_mix(specs: Sequence[str], seed: int = 42) -> tuple[list[RawSample], dic
         samples, reports[text] = read_source(spec.name, spec.path)
         if spec.size(len(samples)) > MOST_COPIES * len(samples):
             raise UserError(f"dataset '{text}' has {len(samples)} samples, far fewer than it should give: ask for less")
-        mixed += take(samples, spec.size(len(samples)), spec.name, seed)
+        mixed += resample(samples, spec.size(len(samples)), spec.name, seed)
     if not mixed:
         raise UserError(f"the datasets {list(specs)} give no samples: raise a proportion")
     return mixed, reports

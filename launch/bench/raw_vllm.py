@@ -141,7 +141,7 @@ def generate_ours(generators: Group, capacity: int, prompts: list[list[int]], le
     """Seconds of one synchronous step's generation, taken in the driver."""
     batch = prompt_batch(prompts, lengths)
     rollouts = Rollouts(generators, capacity, WAIT_S, RolloutSchedule(steps=1), lambda _: batch)
-    collected = rollouts.take(1)
+    collected = rollouts.gather(1)
     if collected.generated_tokens != lengths.sum():
         raise RuntimeError(f"the generator made {collected.generated_tokens} tokens of {lengths.sum()}")
     return collected.seconds

@@ -178,10 +178,10 @@ def steps_of(
     cpu = 0.0
     for step in range(1, total + 1):
         started, cpu_started = time.perf_counter(), time.process_time()
-        rollouts.take(step)
+        rollouts.gather(step)
         if train_s:
             trainer.run(Trainer.update, train_s)
-        rollouts.publish(PublishedWeights(step, Layout((), ()), ()))
+        rollouts.offer(PublishedWeights(step, Layout((), ()), ()))
         if warmups < step <= warmups + steps:
             seconds.append(time.perf_counter() - started)
             cpu += time.process_time() - cpu_started

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beaver_ray.data.mixing import MixSpec, load_mix, parse_spec, prompt_key, split, take
+from beaver_ray.data.mixing import MixSpec, load_mix, parse_spec, prompt_key, resample, split
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 
@@ -64,13 +64,13 @@ def test_sizes(text: str, available: int, expected: int) -> None:
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 5))
 def test_take_repeats_as_evenly_as_possible(available: int, size: int, seed: int) -> None:
     samples = [RawSample(str(number)) for number in range(available)]
-    taken = take(samples, size, "prompts", seed)
+    taken = resample(samples, size, "prompts", seed)
     assert len(taken) == size
     counts = Counter(sample.input for sample in taken if isinstance(sample.input, str))
     assert set(counts.values()) <= {size // available, size // available + 1}
     if size >= available:
         assert len(counts) == available
-    assert taken == take(samples, size, "prompts", seed)
+    assert taken == resample(samples, size, "prompts", seed)
 
 
 def prompts_file(folder: Path, name: str, count: int) -> str:

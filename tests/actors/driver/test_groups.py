@@ -75,7 +75,7 @@ class Run:
     def step(self, losing: float = 0.0) -> list[int]:
         """The next step's samples, fresh and in whole groups; finished answers may be lost while it is trained."""
         step = self.state.step + 1
-        collected = self.rollouts.take(step)
+        collected = self.rollouts.gather(step)
         while self.random.random() < losing:
             if self.state.schedule.staleness:
                 self.rollouts.serve()
@@ -91,7 +91,7 @@ class Run:
         samples = [row["sample_id"] for row in rows]
         self.state.prompts.forget(samples)
         self.state.step = step
-        self.rollouts.publish(weights(step))
+        self.rollouts.offer(weights(step))
         return samples
 
 

@@ -59,10 +59,10 @@ def test_sequences_that_die_with_their_node_are_asked_for_again(nodes: Cluster, 
         return []
 
     rollouts = Rollouts(group, 8, 60.0, schedule, prompts, score, Supply(tokens=TOKENS), notes.append)
-    trained = samples_of(rollouts.take(1))
+    trained = samples_of(rollouts.gather(1))
     assert not rollouts.renew(), "nothing is lost yet"
-    rollouts.publish(weights(1, direct=False))
-    collected = rollouts.take(2)
+    rollouts.offer(weights(1, direct=False))
+    collected = rollouts.gather(2)
     nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
     with pytest.raises(ObjectLostError):
         ray.get([chunk.sequences for chunk in collected.chunks], timeout=60)
@@ -70,10 +70,10 @@ def test_sequences_that_die_with_their_node_are_asked_for_again(nodes: Cluster, 
     assert any("finished samples are lost with their node" in note for note in notes)
     assert {chunk.sequences for chunk in collected.chunks} <= set(scored)
     trained += samples_of(collected)
-    rollouts.publish(weights(2, direct=False))
-    last = rollouts.take(3)
+    rollouts.offer(weights(2, direct=False))
+    last = rollouts.gather(3)
     rollouts.renew()  # some may have been finished before
     trained += samples_of(last)
-    rollouts.publish(weights(3, direct=False))
+    rollouts.offer(weights(3, direct=False))
     assert sorted(trained) == list(range(SIZE, 4 * SIZE)) and not rollouts.prompts and not rollouts.chunks
     assert any(note.startswith("a is lost with") for note in notes)

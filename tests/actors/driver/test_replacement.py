@@ -67,7 +67,7 @@ class Source:
     def detour(self) -> None:
         self.detours += 1
 
-    def publish_again(self, version: int) -> PublishedWeights:
+    def republish(self, version: int) -> PublishedWeights:
         self.published.append(version)
         return weights(version, direct=False)
 
@@ -84,14 +84,14 @@ def weights(version: int, direct: bool) -> PublishedWeights:
 
 def trained_in(rollouts: Rollouts, step: int) -> list[int]:
     samples: list[int] = []
-    for chunk in rollouts.take(step).chunks:
+    for chunk in rollouts.gather(step).chunks:
         batch = ray.get(chunk.sequences, timeout=30)
         rows = experience.select(batch, sorted(chunk.wanted)).to_pylist()
         assert all(row["response_tokens"] == [row["sample_id"]] for row in rows)
         assert all(0 <= step - 1 - row["weight_version"] <= rollouts.schedule.staleness for row in rows)
         samples += [row["sample_id"] for row in rows]
     source: Any = rollouts.source
-    rollouts.publish(weights(step, direct=not (source and source.detours)))
+    rollouts.offer(weights(step, direct=not (source and source.detours)))
     return samples
 
 
@@ -156,5 +156,5 @@ def test_three_failures_of_one_cause_end_the_run_with_it() -> None:
     notes: list[str] = []
     rollouts = Rollouts(group, 8, 30.0, RolloutSchedule(1), prompts, lambda chunk: [], Supply(fails=True), notes.append)
     with pytest.raises(RuntimeError, match=r"failed 3 times in a row, new-2 last: .*a bug in the engine"):
-        rollouts.take(1)
+        rollouts.gather(1)
     assert len([note for note in notes if note.endswith("ZeroDivisionError: a bug in the engine")]) == 3

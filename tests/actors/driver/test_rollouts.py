@@ -94,7 +94,7 @@ def test_every_prompt_is_trained_on_once_scored_and_fresh(
     rollouts = Rollouts(group(generators), capacity, 1.0, schedule, lambda step: prompts(size, step * size), score)
     trained: list[int] = []
     for step in range(1, 5):
-        collected = rollouts.take(step)
+        collected = rollouts.gather(step)
         rows = rows_of(collected)
         assert len(rows) == size and collected.seconds > 0
         for row in rows:
@@ -103,7 +103,7 @@ def test_every_prompt_is_trained_on_once_scored_and_fresh(
         trained += [row["sample_id"] for row in rows]
         for chunk in collected.chunks:
             assert scored[int(chunk.columns[0].removeprefix("score ")) - 1] is chunk.sequences
-        rollouts.publish(weights(step))
+        rollouts.offer(weights(step))
     assert sorted(trained) == list(range(size, 5 * size))
     if oversample == 1.0:
         assert sorted(i for g in generators for i in g.taken) == sorted(trained)
@@ -129,8 +129,8 @@ def test_held_out_prompts_go_beside_training(staleness: int) -> None:
     rollouts = Rollouts(group(generators), 8, 1.0, schedule, lambda step: prompts(20, step * 20), lambda chunk: ["s"])
     trained = []
     for step in range(1, 4):
-        trained += [row["sample_id"] for row in rows_of(rollouts.take(step))]
-        rollouts.publish(weights(step))
+        trained += [row["sample_id"] for row in rows_of(rollouts.gather(step))]
+        rollouts.offer(weights(step))
         held_out = rollouts.collect(prompts(30, 1000 * step), lambda chunk: judged.append(chunk) or ["j"])
         assert [row["sample_id"] for row in rows_of(held_out)] == list(range(1000 * step, 1000 * step + 30))
         assert all(row["weight_version"] == step for row in rows_of(held_out))

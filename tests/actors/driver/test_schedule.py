@@ -40,12 +40,12 @@ class World:
             self.schedule.join(name, self.capacity)
         return self.schedule
 
-    def take(self, step: int) -> tuple[list[int], dict[int, int]]:
+    def select(self, step: int) -> tuple[list[int], dict[int, int]]:
         """The step's samples, as soon as they are complete, and the versions of all that was finished then."""
         for _ in range(100_000):
             if self.schedule.complete(step):
                 versions = dict(self.schedule.finished)
-                return self.schedule.take(step), versions
+                return self.schedule.select(step), versions
             self.move()
         raise AssertionError(f"step {step} waits in vain")
 
@@ -116,7 +116,7 @@ def test_every_sample_is_trained_once_with_its_group_and_none_is_too_old(
     world = World(schedule, sizes, seed, capacity, coming)
     trained: list[int] = []
     for step, size in enumerate(sizes, start=1):
-        chosen, versions = world.take(step)
+        chosen, versions = world.select(step)
         while world.random.random() < losing:  # some answers prove to be lost, of this step and of later ones
             for _ in range(world.random.randint(0, 20)):
                 world.move()
@@ -124,14 +124,14 @@ def test_every_sample_is_trained_once_with_its_group_and_none_is_too_old(
             lost = world.random.sample(list(schedule.finished), min(3, len(schedule.finished)))
             schedule.lose(lost)
             world.dropped += len(lost)
-            chosen, versions = world.take(step)
+            chosen, versions = world.select(step)
         assert len(chosen) == size * group
         assert set(Counter(sample // group for sample in chosen).values()) == {group}
         assert all(0 <= step - 1 - versions[sample] <= staleness for sample in chosen)
         trained += chosen
         for _ in range(world.random.randint(0, 20)):  # the step's training takes its time
             world.move()
-        schedule.publish(step)
+        schedule.advance(step)
         if world.random.random() < losing:  # all processes end, and the run goes on from its checkpoint
             schedule = world.resume()
     assert Counter(trained) == Counter(range(sum(sizes) * group))
@@ -152,9 +152,9 @@ def test_synchronous_steps_train_on_their_own_samples_alone() -> None:
     assert schedule.finish("a", [2, 0], [0, 0]) == [2, 0]
     assert not schedule.complete(1)
     schedule.finish("a", [1], [0])
-    assert schedule.complete(1) and schedule.take(1) == [2, 0, 1]
+    assert schedule.complete(1) and schedule.select(1) == [2, 0, 1]
     assert not schedule.wants_samples
-    schedule.publish(1)
+    schedule.advance(1)
     schedule.draw([3])
     assert schedule.hand_out("a") == [3] and not schedule.wants_samples
 
@@ -168,15 +168,15 @@ def test_one_step_ahead_waits_for_the_long_answer_at_its_deadline_only() -> None
     assert schedule.hand_out("a") == [0, 1, 2, 3]
     schedule.finish("a", [1, 2], [0, 0])
     # Sample 0 is long. Step 1 goes on without it, with a sample that was drawn for step 2.
-    assert schedule.complete(1) and schedule.take(1) == [1, 2]
-    schedule.publish(1)
+    assert schedule.complete(1) and schedule.select(1) == [1, 2]
+    schedule.advance(1)
     schedule.draw([4, 5])
     assert schedule.hand_out("a") == [4, 5]
     schedule.finish("a", [3, 4, 5], [0, 1, 1])
     # In step 3 it would be two versions old: step 2 waits for it, though three others are there.
     assert not schedule.complete(2)
     schedule.finish("a", [0], [0])
-    assert schedule.complete(2) and schedule.take(2) == [3, 0]
+    assert schedule.complete(2) and schedule.select(2) == [3, 0]
 
 
 def test_a_step_takes_whole_groups_though_others_have_finished_first() -> None:
@@ -189,7 +189,7 @@ def test_a_step_takes_whole_groups_though_others_have_finished_first() -> None:
     schedule.finish("a", [0, 2, 4, 6], [0] * 4)
     assert not schedule.complete(1)
     schedule.finish("a", [5, 1], [0, 0])
-    assert schedule.complete(1) and schedule.take(1) == [4, 5, 0, 1]
+    assert schedule.complete(1) and schedule.select(1) == [4, 5, 0, 1]
     assert schedule.state_dict()["pending"] == [2, 3, 6, 7]
 
 
@@ -200,8 +200,8 @@ def test_a_group_is_as_old_as_its_oldest_sample_and_its_step_waits_for_the_rest(
         schedule.draw([first, first + 1])
     assert schedule.hand_out("a") == [0, 1, 2]
     schedule.finish("a", [0, 1, 2], [0, 0, 0])
-    assert schedule.take(1) == [0, 1]
-    schedule.publish(1)
+    assert schedule.select(1) == [0, 1]
+    schedule.advance(1)
     schedule.draw([4, 5])
     assert schedule.hand_out("a") == [3, 4, 5]
     # Step 2 has a whole group, but sample 2 would be two versions old in step 3 and waits for sample 3.
@@ -210,8 +210,8 @@ def test_a_group_is_as_old_as_its_oldest_sample_and_its_step_waits_for_the_rest(
     schedule.aborted("a", [3])
     assert not schedule.complete(2) and schedule.hand_out("a") == [3]
     schedule.finish("a", [3], [1])
-    assert schedule.complete(2) and schedule.take(2) == [2, 3]
-    assert schedule.take(3) == [4, 5]
+    assert schedule.complete(2) and schedule.select(2) == [2, 3]
+    assert schedule.select(3) == [4, 5]
 
 
 def test_oversampling_repeats_only_what_is_too_old_and_the_rest_of_the_group_waits() -> None:
@@ -221,20 +221,20 @@ def test_oversampling_repeats_only_what_is_too_old_and_the_rest_of_the_group_wai
         schedule.draw(range(first, first + 4))
     assert schedule.hand_out("a") == [0, 1, 2, 3, 4, 5, 6]
     schedule.finish("a", [0, 2, 3, 4, 5, 6], [0] * 6)
-    assert schedule.take(1) == [2, 3, 4, 5]
-    schedule.publish(1)
+    assert schedule.select(1) == [2, 3, 4, 5]
+    schedule.advance(1)
     # Of the groups (0, 1) and (6, 7) one sample each is finished, at version 0; 1 is in flight.
     assert schedule.hand_out("a") == [7, 8, 9, 10, 11]  # with a whole group more than the two of each step
     schedule.finish("a", [8, 9, 10, 11], [1] * 4)
-    assert schedule.complete(2) and schedule.take(2) == [8, 9, 10, 11]
+    assert schedule.complete(2) and schedule.select(2) == [8, 9, 10, 11]
     # In step 3 they would be two versions old. What is in flight at version 1 may go on.
     assert schedule.to_abort("a") == [1] and list(schedule.finished) == [] and schedule.repeated == 2
     schedule.aborted("a", [1])
-    schedule.publish(2)
+    schedule.advance(2)
     assert schedule.hand_out("a") == [1, 0, 6]
     schedule.finish("a", [7, 0, 1, 6], [1, 2, 2, 2])
     # Sample 7 is the oldest.
-    assert schedule.take(3) == [6, 7, 0, 1]
+    assert schedule.select(3) == [6, 7, 0, 1]
 
 
 def test_oversampling_starts_whole_groups() -> None:
@@ -251,15 +251,15 @@ def test_a_lost_answer_keeps_the_others_of_its_group_waiting() -> None:
     for first in (0, 2):
         schedule.draw([first, first + 1])
     schedule.finish("a", schedule.hand_out("a"), [0] * 4)
-    assert schedule.take(1) == [0, 1]
+    assert schedule.select(1) == [0, 1]
     schedule.give_back()
     schedule.lose([1])
     # Step 1 takes the group that is still whole. In step 2 the rest of the other one has its last chance.
-    assert schedule.complete(1) and schedule.take(1) == [2, 3]
-    schedule.publish(1)
+    assert schedule.complete(1) and schedule.select(1) == [2, 3]
+    schedule.advance(1)
     assert not schedule.complete(2) and schedule.hand_out("a") == [1]
     schedule.finish("a", [1], [1])
-    assert schedule.take(2) == [0, 1] and schedule.repeated == 1
+    assert schedule.select(2) == [0, 1] and schedule.repeated == 1
 
 
 def test_half_a_group_cannot_be_drawn() -> None:
@@ -275,10 +275,10 @@ def test_oversampling_aborts_the_tail_and_asks_again() -> None:
     assert schedule.hand_out("a") == [0, 1, 2]  # half as many again as the two of step 1
     schedule.finish("a", [2, 1], [0, 0])
     assert schedule.to_abort("a") == []
-    assert schedule.take(1) == [2, 1]
+    assert schedule.select(1) == [2, 1]
     assert schedule.to_abort("a") == [0]
     schedule.aborted("a", [0])
-    schedule.publish(1)
+    schedule.advance(1)
     assert schedule.hand_out("a") == [0, 3]
     assert schedule.repeated == 1
 
@@ -300,12 +300,12 @@ def test_a_lost_answer_is_given_again_before_its_step_is_trained() -> None:
     schedule.draw([0, 1, 2])
     schedule.hand_out("a")
     schedule.finish("a", [0, 1, 2], [0, 0, 0])
-    assert schedule.take(1) == [0, 1, 2]
+    assert schedule.select(1) == [0, 1, 2]
     schedule.give_back()
     schedule.lose([1])
     assert not schedule.complete(1) and schedule.hand_out("a") == [1]
     schedule.finish("a", [1], [0])
-    assert schedule.take(1) == [0, 2, 1] and schedule.repeated == 1
+    assert schedule.select(1) == [0, 2, 1] and schedule.repeated == 1
     assert schedule.state_dict()["pending"] == []
 
 
@@ -316,16 +316,16 @@ def test_no_step_waits_for_a_version_under_which_nothing_was_started() -> None:
     schedule.draw([2, 3])
     assert schedule.hand_out("a") == [0, 1]
     schedule.finish("a", [0, 1], [0, 0])
-    assert schedule.hand_out("a") == [2, 3] and schedule.take(1) == [0, 1]
-    schedule.publish(1)
+    assert schedule.hand_out("a") == [2, 3] and schedule.select(1) == [0, 1]
+    schedule.advance(1)
     schedule.draw([4, 5])
     # All places are taken for as long as version 1 is the newest.
     assert schedule.waiting == 2 and schedule.hand_out("a") == []
     schedule.finish("a", [2, 3], [0, 0])
-    assert schedule.take(2) == [2, 3]
-    schedule.publish(2)
+    assert schedule.select(2) == [2, 3]
+    schedule.advance(2)
     schedule.finish("a", schedule.hand_out("a"), [2, 2])
-    assert schedule.complete(3) and schedule.take(3) == [4, 5]
+    assert schedule.complete(3) and schedule.select(3) == [4, 5]
 
 
 def test_prompts_are_shared_out_evenly() -> None:
@@ -348,7 +348,7 @@ def test_who_leaves_has_no_share() -> None:
 def test_a_sample_under_older_weights_than_promised_is_a_bug() -> None:
     schedule = RolloutSchedule(steps=2)
     schedule.join("a", 2)
-    schedule.publish(1)
+    schedule.advance(1)
     schedule.draw([0])
     schedule.hand_out("a")
     with pytest.raises(RuntimeError, match="a started sample 0 under version 0, not 1"):

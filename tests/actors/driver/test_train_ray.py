@@ -225,9 +225,9 @@ def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monk
         cluster={"placement": placement},
         rollout=rollout,
     )
-    take = Rollouts.take
+    gather = Rollouts.gather
 
-    def take_when_ordered(rollouts: Rollouts, step: int) -> Collected:
+    def gather_when_ordered(rollouts: Rollouts, step: int) -> Collected:
         # Without this the run would be over before a generator has started.
         if wanted := {3: 3, 8: 1}.get(step):
             command = f"-m launch scale --run elastic --rollouts {wanted} --address {address}"
@@ -235,9 +235,9 @@ def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monk
             while len(rollouts.workers) != wanted:
                 time.sleep(0.2)
                 rollouts.serve()
-        return take(rollouts, step)
+        return gather(rollouts, step)
 
-    monkeypatch.setattr(Rollouts, "take", take_when_ordered)
+    monkeypatch.setattr(Rollouts, "gather", gather_when_ordered)
     folder = train(load_config(path))
     metrics = read_metrics(folder)
     assert [row["rollout/workers"] for row in metrics] == [1] * 2 + [3] * 5 + [1] * 5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors.driver.loop import renew_weights
+from actors.driver.loop import send_weights
 from actors.driver.processes import Roles
 from actors.driver.rollouts import Rollouts
 from actors.driver.schedule import RolloutSchedule
@@ -78,10 +78,10 @@ def test_a_policy_that_dies_is_not_taken_for_a_generators_failure() -> None:
     generators = Group("rollout", [generator("a"), generator("b")], 30.0)
     schedule = RolloutSchedule(2)
     rollouts = Rollouts(generators, 8, 30.0, schedule, prompts, lambda chunk: [], supply, lambda note: None)
-    rollouts.take(1)
+    rollouts.gather(1)
     roles = Roles(generators, {}, nobody, policy(ends=True), {}, nobody)
-    assert renew_weights(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
+    assert send_weights(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
     # What `Recovery` takes for a reason to go back to the last checkpoint.
     with pytest.raises(WorkerDiedError, match=r"weights version 1, bucket [01] of 3: its process died"):
-        rollouts.take(2)
+        rollouts.gather(2)
     assert supply.started == 0 and not supply.stopped
