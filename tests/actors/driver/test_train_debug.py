@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -366,6 +367,7 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
     monkeypatch.setattr(TrainingState, "__init__", remembering(states, TrainingState.__init__))
     update = PolicyTrainer.update
 
+    @functools.wraps(update)
     def break_off(self: PolicyTrainer, batch: Any, step: int) -> dict[str, float]:
         if step == 2 and len(states) == 1:
             raise KeyboardInterrupt
@@ -390,6 +392,7 @@ def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
     combine, deaths = ExperienceBuilder.combine, [2, 3]
     calls: list[int] = []
 
+    @functools.wraps(combine)
     def dying(self: ExperienceBuilder, batch: Any, multipliers: dict[str, float]) -> Any:
         calls.append(len(calls) + 1)
         if calls[-1] in deaths:
@@ -497,6 +500,7 @@ def test_judging_needs_no_reference(
     read: list[int] = []
     logprobs = Reference.logprobs
 
+    @functools.wraps(logprobs)
     def watched(self: Reference, batch: pa.RecordBatch) -> pa.RecordBatch:
         read.extend(batch.column("sample_id").to_pylist())
         return logprobs(self, batch)

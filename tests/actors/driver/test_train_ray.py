@@ -154,7 +154,7 @@ def test_the_trace_shows_every_role_at_work(tied: Run) -> None:
     events = json.loads((tied.folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     rows = {event["tid"] for event in events}
     assert rows <= {"phases", *tied.actors}
-    assert {e["name"] for e in events if e["tid"] == "phases"} == {"generate", "score", "train", "sync"}
+    assert {e["name"] for e in events if e["tid"] == "phases"} == {"generate", "score", "train", "publish"}
     assert {"exchange"} <= {e["name"] for e in events if e["tid"] == "rollout-0"}
     assert {"score"} <= {e["name"] for e in events if e["tid"] == "cost-harm"}
     assert {"update"} <= {e["name"] for e in events if e["tid"] == "policy-1"}
@@ -231,7 +231,7 @@ def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monk
         # Without this the run would be over before a generator has started.
         if wanted := {3: 3, 8: 1}.get(step):
             command = f"-m launch scale --run elastic --rollouts {wanted} --address {address}"
-            subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=Path(__file__).parents[2])
+            subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=Path(__file__).parents[3])
             while len(rollouts.workers) != wanted:
                 time.sleep(0.2)
                 rollouts.serve()

@@ -414,6 +414,6 @@ def test_one_rank_says_nothing_and_keeps_tracebacks_plain() -> None:
         f"join_ranks(0, 1, '127.0.0.1', {free_port()})\n"
         "raise RuntimeError('a mistake')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert "accelerator" not in run.stdout + run.stderr
     assert "[rank0]" not in run.stderr and run.stderr.strip().endswith("RuntimeError: a mistake")

@@ -17,7 +17,7 @@ from actors.machine.waits import WaitTimeoutError, fetch, wait_any
 from beaver_ray.errors import UserError
 from tests.actors.light_roles import Sleeper
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -24,5 +24,5 @@ def test_every_family() -> None:
         "no:cacheprovider",
         str(Path(__file__).with_name("families.py")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
