@@ -97,7 +97,7 @@ def run(options: Options) -> Outcome:
         raw: dict[str, Any] = {n: ray.remote(num_cpus=1, num_gpus=part)(kind).remote(spec) for n, kind in kinds.items()}
         generators = start_generator(spec, part)
         for name, actor in raw.items():
-            fetch(actor.capacity.remote(), f"start of {name}", WAIT_S)
+            fetch(actor.at_once.remote(max(sweep)), f"start of {name}", WAIT_S)
         generators.run(Generator.exchange, None, Exchange())  # they have started
         for sequences in sweep:
             sides: dict[str, Callable[[], float]] = {}
