@@ -126,7 +126,9 @@ def test_every_model_is_loaded_from_safetensors() -> None:
             assert keywords["load_format"] == "'safetensors'", place
         assert keywords.get("trust_remote_code") != "True", place
         assert name != "torch.load" or keywords.get("weights_only") == "True", place
-        assert name not in ("eval", "exec", "yaml.unsafe_load", "yaml.full_load"), place
+        assert name not in ("eval", "yaml.unsafe_load", "yaml.full_load"), place
+        # A user's own function that scores: `FunctionSource.check` says whose file may be run.
+        assert name != "exec" or place.startswith("actors/roles/function_scorer.py:"), place
     assert loaded >= 4
 
 
