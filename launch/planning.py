@@ -378,12 +378,10 @@ def cluster_resources(address: str) -> Resources:
 
     from actors.machine.cluster import join_ray
 
-    joined_before = ray.is_initialized()
-    if not joined_before:
+    # Left connected for the run that follows: Ray may delete the folder that a job runs in when its process leaves.
+    if not ray.is_initialized():
         join_ray(address, "RAY_ADDRESS")
     total = ray.cluster_resources()
-    if not joined_before:
-        ray.shutdown()
     return Resources(
         f"the cluster at {address}",
         total.get("memory", 0.0) / GIB,

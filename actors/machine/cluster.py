@@ -95,8 +95,6 @@ class Cluster:
             # that Ray has started ahead can be used.
             os.environ.update(self.environment)
             self.environment = {}
-        # An error comes out where its answer is waited for; those that nobody waits for any more follow from it.
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         join_ray(address, "RAY_ADDRESS", **options)
         self.started = True
 
@@ -249,6 +247,8 @@ class Cluster:
 
 def join_ray(address: str, said_by: str, **options: Any) -> None:
     """ray.init; UserError, naming the options that the address was ``said_by``, where no cluster answers there."""
+    # An error comes out where its answer is waited for; those that nobody waits for any more follow from it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
