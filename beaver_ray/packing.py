@@ -202,7 +202,7 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
     room for dozens of layers in bfloat16, where single outputs of 152,000 are off by more).
 
     Raises:
-        UserError: the sequences see each other or the positions do not start again.
+        UserError: the sequences see each other or the positions do not start again, or outputs are not finite.
     """
     device = next(model.parameters()).device
     forward = forward or partial(_outputs, model)
@@ -215,11 +215,16 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
         alone = torch.cat([_packed_outputs(forward, [sequence], device) for sequence in sequences])
     finally:
         model.train(training)
+    if not alone.isfinite().all():
+        raise UserError(
+            f"{_name(model)} gives {alone[~alone.isfinite()][0].item()} on ordinary tokens: its weights hold numbers "
+            f"that are not finite, or too large for {next(model.parameters()).dtype}; train it anew, or save it again"
+        )
     scale = alone.std()
     behind_first = slice(sequences[0].size, None)
     leak = ((packed - disturbed)[behind_first].abs().max() / scale).item()
     deviation = ((packed - alone).square().mean().sqrt() / scale).item()
-    if not (leak <= 1e-3 and deviation <= 0.2):  # a NaN fails too
+    if not (leak <= 1e-3 and deviation <= 0.2):  # a NaN fails too, where all outputs are alike
         raise UserError(
             f"{_name(model)} cannot train on packed rows: a sequence's outputs move by {leak:.1e} "
             f"standard deviations with its neighbour and by {deviation:.1e} against running alone; use a "
@@ -240,5 +245,7 @@ def _outputs(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torc
 
 
 def _name(model: torch.nn.Module) -> str:
-    """The model's class; of an engine the class of what it holds."""
-    return type(getattr(model, "module", model)).__name__
+    """The model's class, of an engine the class of what it holds; and the folder that it comes from, if it says so."""
+    inner = getattr(model, "module", model)
+    folder = getattr(getattr(getattr(inner, "trunk", inner), "config", None), "name_or_path", "")
+    return type(inner).__name__ + (f" from {folder}" if folder else "")

@@ -223,3 +223,13 @@ def test_check_packing_lets_plain_attention_pass(name: str, dtype: torch.dtype) 
 def test_check_packing_refuses_models_that_mix_sequences(name: str) -> None:
     with pytest.raises(UserError, match="cannot train on packed rows"):
         check_packing(tiny(name))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_check_packing_says_what_is_broken(value: float) -> None:
+    model = tiny("llama")
+    model.config.name_or_path = "some/folder"
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = value
+    with pytest.raises(UserError, match=r"LlamaForCausalLM from some/folder gives (nan|-?inf) on ordinary tokens"):
+        check_packing(model)

@@ -52,7 +52,7 @@ class TwoNodes:
         self._start("--head", *ports, "--include-dashboard", "true", *temp)
         wait_for_port(gcs)
         wait_for_port(dashboard)
-        # A folder of its own, as another machine has: nodes that share one delete a job's files under each other's feet.
+        # A folder of its own, as on another machine: nodes that share one delete a job's files under each other's feet.
         self._start("--address", self.gcs, "--temp-dir", str(self.folder / "u"))
         deadline = time.monotonic() + 60
         while len([n for n in self.state("nodes") if n["state"] == "ALIVE"]) < 2:
