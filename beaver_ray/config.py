@@ -25,6 +25,9 @@ GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
 DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU
 
+AdvantageRule = Literal["gae", "leave_one_out", "group_standardized"]
+"""How a signal's advantages are made: see `beaver_ray.method.advantages`."""
+
 
 def near(word: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the one that was probably meant, or all there are."""
@@ -135,9 +138,8 @@ class PolicyModels(_Strict):
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
 
     @model_validator(mode="after")
-    def _critic_starts_from_a_folder(self) -> PolicyModels:
-        if not score_source(self.reward).starts_critics and self.reward_critic is None:
-            raise ValueError(f"no critic can start from {self.reward}; give reward_critic a folder")
+    def _source_of_rewards(self) -> PolicyModels:
+        score_source(self.reward)
         return self
 
     @property
@@ -176,6 +178,9 @@ class RolloutConfig(_Strict):
 class PpoConfig(_Strict):
     """The policy-gradient method."""
 
+    advantage: AdvantageRule = option(
+        "gae needs critics; leave_one_out and group_standardized compare answers to the same prompt.", "gae"
+    )
     epochs: int = option("Passes over one step's experience.", 1, gt=0)
     minibatches: int = option("Optimizer steps in one pass.", 1, gt=0)
     gamma: float = option("Discount.", 1.0, gt=0, le=1)
@@ -197,6 +202,19 @@ class PpoConfig(_Strict):
     ptx_coefficient: float = option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
     truncation_penalty: float = option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
     critic_warmup_steps: int = option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
+
+    @property
+    def has_critics(self) -> bool:
+        """Whether advantages are made with critics, and so whether there are any."""
+        return self.advantage == "gae"
+
+    @model_validator(mode="after")
+    def _fits_the_advantage(self) -> PpoConfig:
+        if not self.has_critics and self.critic_warmup_steps:
+            raise ValueError(f"advantage {self.advantage} has no critics to warm up; leave critic_warmup_steps out")
+        if not self.has_critics and self.gamma != 1:
+            raise ValueError(f"advantage {self.advantage} is one for a whole answer, undiscounted; leave gamma at 1")
+        return self
 
 
 class Placement(_Strict):
@@ -373,13 +391,24 @@ class PolicyConfig(RunConfig):
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
-        for c in self.constraints if self.has_cost_critics and not self.models.shared_critic else []:
-            if not score_source(c.model).starts_critics and c.critic is None:
-                raise ValueError(f"constraint {c.name}: no critic can start from {c.model}; give critic a folder")
+        if self.ppo.has_critics:
+            self._check_starts_of_critics()
+        elif self.rollout.samples_per_prompt < 2:
+            few = f"ppo.advantage {self.ppo.advantage} compares the answers to a prompt"
+            raise ValueError(f"{few}; raise rollout.samples_per_prompt to 2 at least")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if samples % self.ppo.minibatches:
             raise ValueError(f"{samples} samples in a step cannot be cut into {self.ppo.minibatches} minibatches")
         return self
+
+    def _check_starts_of_critics(self) -> None:
+        models, without = self.models, "or do without critics (ppo.advantage: leave_one_out)"
+        if not score_source(models.reward).starts_critics and models.reward_critic is None:
+            raise ValueError(f"no critic can start from {models.reward}; give reward_critic a folder, {without}")
+        for c in self.constraints if self.has_cost_critics and not models.shared_critic else []:
+            if not score_source(c.model).starts_critics and c.critic is None:
+                lacking = f"constraint {c.name}: no critic can start from {c.model}"
+                raise ValueError(f"{lacking}; give critic a folder, {without}")
 
 
 class PipelineStage(_Strict):

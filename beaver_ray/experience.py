@@ -14,7 +14,8 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     finish_reason string               "stop" or "length"
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
-    values/SIGNAL, advantages/SIGNAL, returns/SIGNAL list<float32>    n; values[t] is that of the state before token t
+    advantages/SIGNAL list<float32>    n
+    values/SIGNAL, returns/SIGNAL list<float32>         n, with critics; values[t] is that of the state before token t
     advantages list<float32>           n, what the policy climbs: those of all signals in one
 
 A response is all that follows the prompt. Tokens of it that the policy did not write (a user's or a tool's turn) are a

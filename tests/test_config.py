@@ -92,6 +92,8 @@ def test_workspace_is_filled_in() -> None:
         ("models.policy=null", ["models.policy", "string"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4"]),
         ("epochs=1", ["give either steps or epochs"]),
+        ("ppo.advantage=rloo", ["ppo.advantage", "'gae', 'leave_one_out' or 'group_standardized'"]),
+        ("ppo.advantage=leave_one_out", ["leave_one_out compares", "raise rollout.samples_per_prompt to 2"]),
     ],
 )
 def test_one_line_for_what_is_wrong(override: str, parts: list[str]) -> None:
@@ -118,6 +120,18 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
     _, (stage,) = load_pipeline(tmp_path / "p.yaml", [])
     assert (stage.name, stage.workspace) == ("23", "5")
     assert load_pipeline(tmp_path / "p.yaml", ["f.name=08"])[1][0].name == "08"
+
+
+def test_without_critics() -> None:
+    free = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized")
+    assert not safe_ppo(*free).ppo.has_critics and safe_ppo().ppo.has_critics
+    assert "group_standardized has no critics to warm up" in error(*free, "ppo.critic_warmup_steps=2")
+    assert "group_standardized is one for a whole answer, undiscounted" in error(*free, "ppo.gamma=0.99")
+    # No critic has to start anywhere.
+    elsewhere = ("models.reward=python:score.py:f", "constraints.harm.model=http://a.b/harm")
+    assert "or do without critics (ppo.advantage: leave_one_out)" in error(*elsewhere)
+    assert safe_ppo(*free, *elsewhere).models.reward == "python:score.py:f"
+    assert "a function that scores is written" in error(*free, "models.reward=python:score.txt:f")
 
 
 def test_a_missing_key() -> None:
@@ -243,7 +257,7 @@ def test_every_field_has_a_line_of_help(model: type[BaseModel]) -> None:
 def test_configuration_stays_small() -> None:
     paths = [path for path, _ in leaves(stages()["safe_ppo"])]
     assert {"constraints.NAME.multiplier.kp", "cluster.placement.ROLE.workers", "steps"} <= set(paths)
-    assert len(paths) == len(set(paths)) <= 90
+    assert len(paths) == len(set(paths)) <= 91
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -110,6 +110,9 @@ def test_critics_alone_and_shared() -> None:
     assert (plan.model, plan.signals) == ("reward", ("reward",))
     with pytest.raises(ValueError, match=r"models\.shared_critic starts from models\.reward_critic"):
         config(shared, constraints[1])
+    for models in ({"reward": "reward"}, shared):
+        asked = config(models, harm).model_dump() | {"rollout": {"samples_per_prompt": 2}}
+        assert critics(stages()["safe_ppo"].model_validate(asked | {"ppo": {"advantage": "leave_one_out"}})) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ('{"score_heads": 3}', "must be a list of names")])

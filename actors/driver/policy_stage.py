@@ -48,6 +48,7 @@ class PolicyStage(PolicyConfig, Stage):
             gae_lambda=self.ppo.gae_lambda,
             truncation_penalty=self.ppo.truncation_penalty,
             normalize=self.ppo.normalize_advantages,
+            advantage=self.ppo.advantage,
             importance_cap=self.importance_cap,
         )
 
@@ -58,7 +59,7 @@ class PolicyStage(PolicyConfig, Stage):
         return [self._generator(), *(self._scorer(plan) for plan in scorers(self))]
 
     def roles(self) -> list[RoleSpec]:
-        """Generators, scorers, reference, policy, critics and the experience builder."""
+        """Generators, scorers, reference, policy, critics where there are any, and the experience builder."""
         from beaver_ray.signals import critics
 
         return [
@@ -76,7 +77,7 @@ class PolicyStage(PolicyConfig, Stage):
         ]
 
     def run(self, run: RunFolder) -> None:
-        """Train the policy, save it with its critics, and evaluate it where there are held-out prompts."""
+        """Train the policy, save it with any critics, and evaluate it where there are held-out prompts."""
         from actors.driver.train_on_prompts import train_on_prompts
 
         train_on_prompts(self, run)
@@ -112,8 +113,9 @@ class PolicyStage(PolicyConfig, Stage):
         """Experience, as parts, joined and with combined advantages, and the weights that may be read at one time."""
         from beaver_ray.models.folders import read_model
 
-        signals = 1 + (len(self.constraints) if self.has_cost_critics else 0)
-        columns = 6 + 3 * signals  # tokens, versions, three log-probs, advantages; values, advantages and returns
+        objective = self.objective()
+        # Tokens, versions, three log-probs, advantages; advantages of each signal; values and returns of each critic.
+        columns = 6 + len(objective.signals) + 2 * len(objective.critics)
         tokens = self.data.max_prompt_tokens + columns * self.rollout.max_new_tokens
         facts = read_model(self.models.policy)
         numbers = self.models.lora_rank * (facts.linear or 0) if self.models.lora_rank else facts.parameters or 0

@@ -217,6 +217,8 @@ class TrainingEngine:
     def load_state(self, folder: str) -> dict[str, Any]:
         """Restore what as many ranks saved; returns this rank's position. All ranks must call it."""
         path = f"{folder}/rank_{self.rank}.pt"
+        if not os.path.isdir(folder):
+            raise UserError(f"the checkpoint has no {folder}; resume with the models that it was written with")
         if not os.path.isfile(path) or os.path.isfile(f"{folder}/rank_{self.world}.pt"):
             raise UserError(f"{folder} was not written by {self.world} rank(s); resume with as many as before")
         # Frozen weights are the base model's, which are loaded already.

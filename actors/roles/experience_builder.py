@@ -61,7 +61,7 @@ class ExperienceBuilder:
         self, groups: list[int], batch: pa.RecordBatch, *parts: pa.RecordBatch
     ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
         """(figures, costs of every episode as the multipliers should see them), and the batch with values, log-probs,
-        and the advantages and returns of each signal.
+        the advantages of each signal, and the returns of each that has a critic.
 
         Samples of which any number is not finite are left out; ``unusable`` of the figures says by column
         which and why.
@@ -89,6 +89,7 @@ class ExperienceBuilder:
         }
         answers = Answers(
             offsets=offsets,
+            prompts_B=experience.scalars(batch, "prompt_id"),
             rewards_B=experience.scalars(batch, "reward"),
             costs={c.name: experience.scalars(batch, f"cost/{c.name}") for c in self.config.constraints},
             truncated_B=experience.truncated(batch),

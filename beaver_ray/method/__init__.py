@@ -11,6 +11,7 @@ is [T, H].
     H  heads of a score model or critic
     V  words of the vocabulary
     N  samples
+    G  groups: the prompts that the answers of a step are to
     K  bins; 2 two columns
 
 Names without a suffix (`offsets`, B + 1 integers) have their shape told where they are made.

@@ -1,4 +1,4 @@
-"""Per-token rewards and costs, generalised advantage estimation, and the policy's combined advantage.
+"""Per-token rewards and costs, advantages with critics and without, and the policy's combined advantage.
 
 A batch of responses of unequal length is a flat array of T tokens plus `offsets` of B + 1 integers, as Arrow
 keeps lists: response i is `flat[offsets[i]:offsets[i + 1]]`. Tokens that the policy did not write are no part of
@@ -22,6 +22,9 @@ REWARD: Sign = -1
 """Sign of the KL term in a reward: departing from the reference is paid for."""
 COST: Sign = 1
 """Sign of the KL term in a cost: departing from the reference adds to the cost."""
+
+CONSTANT = 1e-4
+"""Scores with a smaller standard deviation are alike but for rounding, which must not be blown up."""
 
 LOG_RATIO_BOUND = 20.0
 """Largest logarithm of a ratio of probabilities: exp(20) is far outside every clip range and cap, and an infinite ratio
@@ -85,6 +88,54 @@ def gae(
         here = last_by_length_B[: alive_by_back[back]] - back
         advantages_T[here] += gamma * lam * advantages_T[here + 1]
     return advantages_T, advantages_T + values_T
+
+
+def leave_one_out_baselines(scores_B: FloatArray, prompts_B: IntArray) -> FloatArray:
+    """What an answer may be expected to score, by the other answers of the step; its advantage is its score less that.
+
+    The mean of the other answers to its prompt (Kool et al. 2019; for language models
+    https://arxiv.org/abs/2402.14740), with the mean of all answers to other prompts counted in as one answer more. Of n
+    answers to a prompt that is (1 - 1/n) times the leave-one-out mean and 1/n times the mean elsewhere: shrinkage
+    (https://arxiv.org/abs/2511.03710), as much of it as suits prompts that differ from one another as answers to one
+    prompt do. Without it a prompt whose answers all score alike would have no gradient, however bad they are.
+
+    The policy gradient stays unbiased: neither the baseline of an answer nor the weights in it depend on that answer.
+    To shrink only where all answers score alike would bias it, for whether they do depends on each of them.
+
+    `prompts_B` is equal for answers to the same prompt. The only answer to its prompt has the mean elsewhere as
+    baseline, answers to the only prompt the leave-one-out mean, and the only answer of a step 0. Returns B values.
+    """
+    _, group_B = np.unique(prompts_B, return_inverse=True)
+    counts_G, sums_G = np.bincount(group_B), np.bincount(group_B, scores_B)
+    elsewhere_G = len(scores_B) - counts_G
+    means_G = (sums_G.sum() - sums_G) / np.maximum(elsewhere_G, 1)
+    one_more_G = np.minimum(elsewhere_G, 1)
+    sums_B = sums_G[group_B] - scores_B + (one_more_G * means_G)[group_B]
+    return sums_B / np.maximum(counts_G - 1 + one_more_G, 1)[group_B]
+
+
+def standardize_groups(scores_B: FloatArray, prompts_B: IntArray) -> FloatArray:
+    """Scores less their mean over the answers to the same prompt, by the standard deviation there plus CONSTANT.
+
+    The advantages of GRPO (https://arxiv.org/abs/2402.03300, section 4.1.2). The standard deviation is that of the
+    answers at hand (their number is the divisor); where they all score alike the advantages are 0. Returns B values.
+    """
+    centred_B, spreads_G, group_B = _centre(scores_B, prompts_B)
+    return centred_B / (spreads_G[group_B] + CONSTANT)
+
+
+def constant_share(scores_B: FloatArray, prompts_B: IntArray) -> float:
+    """The share of prompts whose answers all score alike; an only answer does."""
+    _, spreads_G, _ = _centre(scores_B, prompts_B)
+    return float((spreads_G < CONSTANT).mean())
+
+
+def _centre(scores_B: FloatArray, prompts_B: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
+    """(scores less the mean of their prompt, standard deviation [G] of each prompt, which of the G prompts [B])."""
+    _, group_B = np.unique(prompts_B, return_inverse=True)
+    counts_G = np.bincount(group_B)
+    centred_B = scores_B - (np.bincount(group_B, scores_B) / counts_G)[group_B]
+    return centred_B, np.sqrt(np.bincount(group_B, centred_B**2) / counts_G), group_B
 
 
 def combine_advantages(

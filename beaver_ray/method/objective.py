@@ -2,8 +2,8 @@
 
 An objective says which signals there are, which of them a critic values, which costs a multiplier bounds, and how the
 signals' advantages become the one that the policy climbs. Whoever trains, values or generates knows none of it. There
-are three: the reward alone, the reward less costs at fixed weights, and the reward under constraints (Safe RLHF). All
-are plain values: cheap to make, to compare and to send to another process.
+are three, with critics or without: the reward alone, the reward less costs at fixed weights, and the reward under
+constraints (Safe RLHF). All are plain values: cheap to make, to compare and to send to another process.
 
 A step goes through one in this order: `Objective.advantages` and `Objective.costs` of its answers, then a step of the
 multipliers on these costs, then `Objective.combine` under the multipliers as they are now.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from beaver_ray.config import AdvantageRule
 from beaver_ray.method.advantages import (
     COST,
     LOG_RATIO_BOUND,
@@ -26,10 +27,13 @@ from beaver_ray.method.advantages import (
     IntArray,
     Sign,
     combine_advantages,
+    constant_share,
     explained_variance,
     gae,
+    leave_one_out_baselines,
     normalize,
     shape_rewards,
+    standardize_groups,
 )
 from beaver_ray.method.multipliers import Multiplier, MultiplierConfig, make_multiplier
 
@@ -39,6 +43,8 @@ class Answers:
     """A step's B answers; per-token columns have their T tokens laid end to end, cut by `offsets`."""
 
     offsets: IntArray
+    prompts_B: IntArray
+    """Equal for answers to the same prompt."""
     rewards_B: FloatArray
     costs: Mapping[str, FloatArray]
     """[B] of each cost, by its name."""
@@ -49,7 +55,7 @@ class Answers:
     log_ratios_T: FloatArray
     """Log-probs of the policy before its update, less those of the generator."""
     values: Mapping[str, FloatArray]
-    """[T] of each signal that a critic values, by its name."""
+    """[T] of each signal that a critic values, by its name; none without critics."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Advantages:
 
     advantages: dict[str, FloatArray]
     returns: dict[str, FloatArray]
-    """What the critics are fitted to."""
+    """What the critics are fitted to; none without critics."""
     figures: dict[str, float]
     """Under keys of metrics.jsonl."""
 
@@ -73,6 +79,7 @@ class Settings:
     gae_lambda: float = 0.95
     truncation_penalty: float = 0.0
     normalize: bool = False
+    advantage: AdvantageRule = "gae"
     importance_cap: float | None = None
     """None where experience cannot be stale: costs then have no importance weights."""
 
@@ -91,7 +98,7 @@ class Objective(ABC):
     @property
     def critics(self) -> tuple[str, ...]:
         """The signals that a critic values."""
-        return tuple(self.signals)
+        return tuple(self.signals) if self.settings.advantage == "gae" else ()
 
     @property
     def bounded(self) -> tuple[str, ...]:
@@ -107,18 +114,53 @@ class Objective(ABC):
         """The score [B] of each answer, by signal."""
 
     def advantages(self, answers: Answers) -> Advantages:
-        """Advantages and returns of every signal."""
-        made = Advantages({}, {}, {})
-        scores, given = self.scores(answers), self.settings
+        """Advantages of every signal; with critics also its returns."""
+        rules = {
+            "gae": self._with_a_critic,
+            "leave_one_out": self._against_other_answers,
+            "group_standardized": self._standardized,
+        }
+        made, scores = Advantages({}, {}, {}), self.scores(answers)
         for signal, sign in self.signals.items():
-            rewards_T = shape_rewards(
-                scores[signal], answers.kl_terms_T, answers.offsets, given.kl_coefficient, given.clip_score, sign
-            )
-            values_T = answers.values[signal]
-            advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
-            made.advantages[signal], made.returns[signal] = advantages_T, returns_T
-            made.figures[f"critic/{signal}/explained_variance"] = explained_variance(values_T, returns_T)
+            rules[self.settings.advantage](made, answers, signal, scores[signal], sign)
         return made
+
+    def _with_a_critic(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
+        given, values_T = self.settings, answers.values[signal]
+        rewards_T = self._rewards_T(answers, scores_B, sign)
+        advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
+        made.advantages[signal], made.returns[signal] = advantages_T, returns_T
+        made.figures[f"critic/{signal}/explained_variance"] = explained_variance(values_T, returns_T)
+
+    def _against_other_answers(
+        self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign
+    ) -> None:
+        """One advantage for each answer: the sum of the rewards that GAE would see, KL included, less a baseline."""
+        returns_B = np.add.reduceat(self._rewards_T(answers, scores_B, sign), answers.offsets[:-1])
+        baselines_B = leave_one_out_baselines(returns_B, answers.prompts_B)
+        made.advantages[signal] = np.repeat(returns_B - baselines_B, np.diff(answers.offsets))
+        made.figures[f"baseline/{signal}/explained_variance"] = explained_variance(baselines_B, returns_B)
+        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B, answers.prompts_B)
+
+    def _standardized(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
+        """The score's advantage, and the KL as a term of its own, whose weight no standard deviation changes.
+
+        The term is that of the token itself: what it adds to the policy's gradient is that of half the squared
+        log-ratio as a loss, which in expectation is the gradient of the KL of each token's distribution
+        (https://arxiv.org/abs/2510.01555; the k3 loss of GRPO is an approximation of it).
+        """
+        clip = self.settings.clip_score
+        clipped_B = scores_B if clip is None else np.clip(scores_B, -clip, clip)
+        standardized_B = standardize_groups(clipped_B, answers.prompts_B)
+        kl_T = sign * self.settings.kl_coefficient * answers.kl_terms_T
+        made.advantages[signal] = np.repeat(standardized_B, np.diff(answers.offsets)) + kl_T
+        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B, answers.prompts_B)
+
+    def _rewards_T(self, answers: Answers, scores_B: FloatArray, sign: Sign) -> FloatArray:
+        given = self.settings
+        return shape_rewards(
+            scores_B, answers.kl_terms_T, answers.offsets, given.kl_coefficient, given.clip_score, sign
+        )
 
     def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
         """The costs [B] of `bounded` as the multipliers should see them, by name; and figures.

@@ -64,6 +64,15 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
             [Panel("explained variance", lines(*((f"critic/{s}/explained_variance", s) for s in signals)))],
         ),
         Chart(
+            "Baselines",
+            "Without critics: explained variance of the answers' returns, and the share of prompts whose answers all "
+            "score alike.",
+            [
+                Panel("explained variance", lines(*((f"baseline/{s}/explained_variance", s) for s in signals))),
+                Panel("prompts alike", lines(*((f"baseline/{s}/constant_share", s) for s in signals))),
+            ],
+        ),
+        Chart(
             "Time of a step",
             "Seconds by phase, on top of one another; within them, the generators' load of new weights.",
             [

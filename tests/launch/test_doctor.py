@@ -234,6 +234,9 @@ def test_object_store(stage_file: StageFile) -> None:
     assert config.store_bytes() == pytest.approx(3 * 4 * 8 * (32 + 12 * 32) + 1000 * 4 * 2)
     config.rollout.staleness = 1
     assert config.store_bytes() == pytest.approx(3 * 4 * 8 * (32 + 12 * 32) + 1000 * 4 * 3)
+    # Without critics 6 columns and one for each signal.
+    free = load_config(stage_file(), ["rollout.samples_per_prompt=2", "ppo.advantage=leave_one_out"])
+    assert free.store_bytes() == pytest.approx(3 * 4 * 16 * (32 + 8 * 32) + 1000 * 4 * 2)
     assert object_store(config, 1.0, "Ray's store here").state == "pass"
     assert object_store(config, 1e-6, "Ray's store here").state == "warn"
 

@@ -178,13 +178,18 @@ def test_with_lora_the_policy_is_its_own_reference(tmp_path: Path, stage_file: S
 
 
 def test_roles_of_other_stages(stage_file: StageFile) -> None:
-    def names(path: Path) -> list[str]:
-        return [r.name for r in plan(load_config(path), ROOMY).roles]
+    def names(path: Path, *overrides: str) -> list[str]:
+        return [r.name for r in plan(load_config(path, list(overrides)), ROOMY).roles]
 
     assert names(stage_file("sft")) == names(stage_file("score_model")) == ["trainer"]
     without_cost_critic = ["rollout", "reward", "cost-harm", "reference", "policy", "critic-reward", "experience"]
     assert names(stage_file("ppo")) == names(stage_file("reward_shaping")) == without_cost_critic
     assert "cost-harm" not in names(stage_file("ppo", constraints=[]))
+    without = [name for name in without_cost_critic if name != "critic-reward"]
+    for stage in ("ppo", "reward_shaping", "safe_ppo"):
+        for shared in ("false", "true"):
+            free = ("ppo.advantage=leave_one_out", "rollout.samples_per_prompt=2", f"models.shared_critic={shared}")
+            assert names(stage_file(stage), *free) == without
 
 
 def test_signals_that_share_a_model_share_a_role(stage_file: StageFile, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def by_hand(**changes: Any) -> Answers:
     """Two answers, of two tokens and of one, the second cut."""
     given = Answers(
         offsets=np.array([0, 2, 3]),
+        prompts_B=np.array([8, 5]),
         rewards_B=np.array([3.0, 1.0]),
         costs={"harm": np.array([-2.0, 60.0]), "leak": np.array([1.0, -4.0])},
         truncated_B=np.array([False, True]),
@@ -63,6 +64,7 @@ def drawn(rows: int, seed: int) -> Answers:
     tokens = int(lengths.sum())
     return Answers(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompts_B=np.arange(rows),
         rewards_B=rng.normal(0, 3, rows),
         costs={name: rng.normal(0, 3, rows) for name in NAMES},
         truncated_B=rng.random(rows) < 0.4,
@@ -258,3 +260,8 @@ def test_from_the_configuration() -> None:
     assert objective == ConstrainedReward(settings, {c.name: c.multiplier for c in config.constraints})
     _, stale = of("safe_ppo", rollout={"staleness": 1}, ppo={"normalize_advantages": True})
     assert stale.settings == Settings(normalize=True, importance_cap=2.0)
+    for rule in ("leave_one_out", "group_standardized"):
+        for stage in ("ppo", "reward_shaping", "safe_ppo"):
+            _, objective = of(stage, rollout={"samples_per_prompt": 2}, ppo={"advantage": rule})
+            assert objective.settings == Settings(advantage=rule) and objective.critics == ()
+            assert list(objective.signals) == (["reward", "harm", "leak"] if stage == "safe_ppo" else ["reward"])

@@ -93,6 +93,7 @@ def test_advantages_by_hand(tiny_world: Path) -> None:
     batch = experience.make_batch(
         {
             "sample_id": [1, 2],
+            "prompt_id": [0, 1],
             "weight_version": [0, 0],
             "token_versions": [[0, 0], [0]],
             "prompt_tokens": [[5], [6]],
@@ -132,6 +133,7 @@ def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> No
     batch = experience.make_batch(
         {
             "sample_id": [1, 2, 3],
+            "prompt_id": [0, 1, 2],
             "weight_version": [0, 0, 0],
             "token_versions": [[0, 0], [0], [0]],
             "prompt_tokens": [[5], [6], [7]],
@@ -273,6 +275,54 @@ def test_a_number_that_is_not_finite_costs_its_sample(tiny_world: Path) -> None:
             assert remark.startswith(f"2 of 9 sample(s) have no finite {name} but {value}, from {source}")
             assert remark.endswith(": sample 102 (prompt 2), 106 (prompt 6)") and unusable == 2.0
             assert stats == {key: pytest.approx(expected[key]) for key in stats}
+
+
+def without_critics(rows: int, each: int, seed: int) -> pa.RecordBatch:
+    """Scored answers, ``each`` to a prompt."""
+    batch = scored(rows, seed).drop_columns(["prompt_id", "values/reward", "values/harm", "values/bias"])
+    return with_columns(batch, prompt_id=np.arange(rows) // each)
+
+
+@pytest.mark.parametrize("rule", ["leave_one_out", "group_standardized"])
+@pytest.mark.parametrize("stage", ["ppo", "reward_shaping", "safe_ppo"])
+def test_without_critics(tiny_world: Path, stage: str, rule: str) -> None:
+    """Neither values nor returns; an unusable answer leaves the others as if it had never been drawn."""
+    config = ppo_config(tiny_world, stage, constraints=TWO, ppo={"advantage": rule}, rollout={"samples_per_prompt": 3})
+    signals = ["reward", "harm", "bias"] if stage == "safe_ppo" else ["reward"]
+    batch = without_critics(9, 3, seed=11)
+    stats, whole = run(batch, config, ())
+    assert [name for name in whole.schema.names if name not in batch.schema.names] == [
+        f"advantages/{s}" for s in signals
+    ]
+    assert not any(key.startswith("critic/") for key in stats)
+    for signal in signals:
+        assert stats[f"baseline/{signal}/constant_share"] == 0.0
+    # Of the first prompt one answer is left, of the second two.
+    column = batch.column("reward").to_pylist()
+    column[0] = column[2] = column[4] = math.nan
+    spoilt = with_columns(batch.drop_columns(["reward"]), reward=column)
+    stats, whole = run(spoilt, config, ())
+    _, clean = run(batch.take(pa.array([1, 3, 5, 6, 7, 8])), config, ())
+    assert whole.select(clean.schema.names).equals(clean) and stats["rollout/unusable_samples"] == 3
+    assert stats[f"baseline/{signals[-1]}/constant_share"] == pytest.approx(1 / 3)
+    for name in (f"advantages/{signal}" for signal in signals):
+        assert np.isfinite(experience.flat(whole, name)).all()
+    # A single answer is left of the step.
+    column = [math.nan] * 4 + batch.column("reward").to_pylist()[4:5] + [math.nan] * 4
+    _, one = run(with_columns(batch.drop_columns(["reward"]), reward=column), config, ())
+    assert one.num_rows == 1 and np.isfinite(experience.flat(one, "advantages/reward")).all()
+
+
+def test_without_critics_and_with_the_generators_log_probs_nobody_adds_columns(tiny_world: Path) -> None:
+    ppo = {"advantage": "leave_one_out", "old_logprobs": "generator"}
+    config = ppo_config(tiny_world, constraints=TWO, ppo=ppo, rollout={"samples_per_prompt": 2})
+    _, whole = run(without_critics(6, 2, seed=12), config, ())
+    _, combined = ExperienceBuilder(config).combine(whole, {"harm": 1.0, "bias": 0.5})
+    rows = combined.to_pylist()
+    for row in rows:
+        assert len(set(row["advantages"])) == 1, "one advantage for each answer"
+        reward, harm, bias = (row[f"advantages/{signal}"][0] for signal in ("reward", "harm", "bias"))
+        assert row["advantages"][0] == pytest.approx((reward - harm - 0.5 * bias) / 2.5, abs=1e-5)
 
 
 def test_without_any_usable_sample_the_scorer_is_named(tiny_world: Path) -> None:

@@ -152,6 +152,7 @@ def test_a_hole_by_hand(tiny_world: Path) -> None:
     mask = [True, False, False, True, False]
     columns: dict[str, Any] = {
         "sample_id": [1],
+        "prompt_id": [0],
         "prompt_tokens": [[5]],
         "response_tokens": [[7, 8, 9, 7, 8]],
         "loss_mask": [mask],
@@ -169,6 +170,35 @@ def test_a_hole_by_hand(tiny_world: Path) -> None:
     # deltas 1 - 0.5 and 3 - 1
     assert whole.column("advantages/reward").to_pylist() == [[0.5 + 0.5 * 2.0, 0, 0, 2.0, 0]]
     assert whole.column("returns/reward").to_pylist() == [[2.0, 0, 0, 3.0, 0]]
+
+
+@pytest.mark.parametrize("rule", ["leave_one_out", "group_standardized"])
+def test_without_critics_the_builder_skips_holes(tiny_world: Path, rule: str) -> None:
+    """Own tokens have the advantage of their answer, holes 0; the KL is that of own tokens."""
+    batch = holed(12, seed=4).drop_columns(["prompt_id", "values/reward", "values/harm"])
+    batch = with_columns(batch, prompt_id=np.arange(12) // 3)
+    logprobs = batch.select(["sample_id", "logprobs"])
+    config = ppo_config(tiny_world, ppo={"kl_coefficient": 0.3, "advantage": rule}, rollout={"samples_per_prompt": 3})
+    _, whole = ExperienceBuilder(config).advantages([1], batch.drop_columns(["logprobs"]), logprobs)
+    rows = batch.to_pylist()
+    for signal, (score, sign) in SIGNALS.items():
+        kls = [
+            [sign * 0.3 * (p - q) for p, q in zip(own(row, "logprobs"), own(row, "reference_logprobs"), strict=True)]
+            for row in rows
+        ]
+        returns = [row[score] + sum(kl) for row, kl in zip(rows, kls, strict=True)]
+        for i, (row, found) in enumerate(zip(rows, whole.column(f"advantages/{signal}").to_pylist(), strict=True)):
+            group = [j for j in range(12) if j // 3 == i // 3]
+            if rule == "leave_one_out":
+                elsewhere = [returns[j] for j in range(12) if j // 3 != i // 3]
+                expected = [returns[i] - (sum(returns[j] for j in group if j != i) + np.mean(elsewhere)) / 3] * len(
+                    kls[i]
+                )
+            else:
+                scores = np.array([rows[j][score] for j in group])
+                expected = [(row[score] - scores.mean()) / (scores.std() + 1e-4) + kl for kl in kls[i]]
+            written = iter(expected)
+            np.testing.assert_allclose(found, [next(written) if m else 0.0 for m in row["loss_mask"]], atol=1e-4)
 
 
 def test_a_response_without_own_tokens_is_refused(tiny_world: Path) -> None:
