@@ -91,7 +91,7 @@ class ConstraintConfig(_Strict):
 
     name: str = option("Name in metrics and columns, for example harm.")
     model: str = option(
-        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION."
+        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION(key=value)."
     )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
