@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from beaver_ray.method.advantages import (
     COST,
     LOG_RATIO_BOUND,
     REWARD,
+    BoolArray,
     FloatArray,
     IntArray,
     Sign,
@@ -50,6 +52,13 @@ class Answers:
     """Log-probs of the policy before its update, less those of the generator."""
     values: Mapping[str, FloatArray]
     """[T] of each signal that a critic values, by its name."""
+    inside: Mapping[str, BoolArray] = field(default_factory=dict)
+    """[B] of each cost that does not count for all answers, by its name: for which it does."""
+
+    def cost(self, name: str) -> FloatArray:
+        """The cost [B] of each answer, 0 where it does not count."""
+        costs_B = self.costs[name]
+        return np.where(self.inside[name], costs_B, 0.0) if name in self.inside else costs_B
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,19 @@ class Objective(ABC):
             )
             values_T = answers.values[signal]
             advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
+            if signal in answers.inside:
+                # What does not count pushes nobody: neither the policy nor, where returns are values, the critic.
+                inside_T = np.repeat(answers.inside[signal], np.diff(answers.offsets))
+                advantages_T, returns_T = np.where(inside_T, advantages_T, 0.0), np.where(inside_T, returns_T, values_T)
+                explained = explained_variance(values_T[inside_T], returns_T[inside_T])
+            else:
+                explained = explained_variance(values_T, returns_T)
             made.advantages[signal], made.returns[signal] = advantages_T, returns_T
-            made.figures[f"critic/{signal}/explained_variance"] = explained_variance(values_T, returns_T)
+            made.figures[f"critic/{signal}/explained_variance"] = explained
         return made
 
     def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
-        """The costs [B] of `bounded` as the multipliers should see them, by name; and figures.
+        """The costs of `bounded` as the multipliers should see them, of the answers that count, by name; and figures.
 
         Where experience may be stale they carry truncated importance weights, normalised to a mean of 1: their mean is
         then the cost of the policy as it is now (self-normalised importance sampling).
@@ -132,16 +148,27 @@ class Objective(ABC):
             ratios_B = np.exp(np.minimum(log_ratios_B, LOG_RATIO_BOUND))
             weights_B = np.minimum(ratios_B, self.settings.importance_cap)
             figures["rollout/importance_weight_mean"] = float(weights_B.mean())
-            weights_B /= weights_B.mean()
-        return {name: weights_B * answers.costs[name] for name in self.bounded}, figures
+        costs = {}
+        for name in self.bounded:
+            inside = answers.inside.get(name, slice(None))
+            weights, costs[name] = weights_B[inside], answers.costs[name][inside]
+            if self.settings.importance_cap is not None and len(weights):
+                costs[name] = weights / weights.mean() * costs[name]
+        return costs, figures
 
-    def combine(self, advantages: Mapping[str, FloatArray], multipliers: Mapping[str, float]) -> FloatArray:
+    def combine(
+        self,
+        advantages: Mapping[str, FloatArray],
+        multipliers: Mapping[str, float],
+        inside: Mapping[str, BoolArray] = MappingProxyType({}),
+    ) -> FloatArray:
         """The policy's advantage [T]: all signals' together, whitened over the step's tokens where that is asked for.
 
         multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
+        inside: [T] of each cost that does not count everywhere.
         """
         costs = {signal: advantages[signal] for signal in self.signals if signal != "reward"}
-        combined_T = combine_advantages(advantages["reward"], costs, multipliers)
+        combined_T = combine_advantages(advantages["reward"], costs, multipliers, inside)
         return normalize(combined_T) if self.settings.normalize else combined_T
 
     def _rewards(self, answers: Answers) -> FloatArray:
@@ -172,7 +199,7 @@ class RewardShaping(Objective):
         """The reward with the costs in it."""
         rewards_B = self._rewards(answers)
         for name, weight in self.weights.items():
-            rewards_B = rewards_B - weight * answers.costs[name]
+            rewards_B = rewards_B - weight * answers.cost(name)
         return {"reward": rewards_B}
 
 
@@ -201,4 +228,4 @@ class ConstrainedReward(Objective):
 
     def scores(self, answers: Answers) -> dict[str, FloatArray]:
         """The reward and every cost, as they are."""
-        return {"reward": self._rewards(answers), **{name: answers.costs[name] for name in self.constraints}}
+        return {"reward": self._rewards(answers), **{name: answers.cost(name) for name in self.constraints}}

@@ -45,7 +45,7 @@ _ASKS = (
     r"confused|familiar)|my|what|your|can you|could you|you|there|we)\b"
 )
 _NOT_THAT = (
-    rf"(?:(?:but|however),? (?!{_ASKS})(?:i|this|that|it|as|no|we)\b(?! (?:\w+ ){{0,2}}(?:factual|coherent|question))|"
+    rf"(?:(?:but|however),? (?!{_ASKS})(?:i|this|that|it|as|no|we)\b|"
     rf"(?!{_ASKS})i (?:really |simply |just )?(?:can't|cannot|can not|won't|will not|am not|am unable|must)\b"
     r"(?! (?:\w+ly )?(?:think|agree|believe|imagine|tell if|say|sure|an? |your |the ))|"
     r"i'm (?:not (?!(?:\w+ )?(?:sure|following|clear|familiar|an? |your |the )\b)|unable))"
