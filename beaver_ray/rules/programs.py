@@ -37,10 +37,10 @@ def passes_tests(
     """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
 
     tests: Python code, one text or a list, run one after another in the names of the answer's code; one that raises has
-    failed. A row without any gives 0. seconds, memory_mib: for an answer with all its tests; what ran out of them has
-    passed the tests before. at_once: answers that run at the same time. namespaces: ask the kernel for what
-    `run_program` says; ValueError where it has none to give, and then, with False, limits and a guard inside Python are
-    all that stands between the program and this machine.
+    failed. A row without any gives 0. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for
+    an answer with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the
+    same time. namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then,
+    with False, limits and a guard inside Python are all that stands between the program and this machine.
     """
     rows = [_tests_of(row) for row in tests]
     limits = {"seconds": _above_0("seconds", seconds), "memory_mib": int(_above_0("memory_mib", memory_mib))}
@@ -81,7 +81,7 @@ def _passed(job: dict[str, Any]) -> int:
         with tempfile.TemporaryFile() as told:
             told.write(json.dumps({**job, "word": word, "folder": folder}).encode("utf-8", "surrogatepass"))
             told.seek(0)
-            _run(job["seconds"], folder, told, said)
+            _run(run_program.WAITS * job["seconds"], folder, told, said)
         said.seek(0)
         lines = said.read(1 << 20).decode(errors="replace").splitlines()
     reports = {line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")}

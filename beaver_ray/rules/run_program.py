@@ -39,6 +39,8 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 
+WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
+
 PROGRAM = "the program"  # the name of its code in traces
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     try:
         if job["namespaces"]:
             _enter_namespaces(job["folder"], job["memory_mib"])
-        _go_on_in_a_child(job["seconds"])
+        _go_on_in_a_child(WAITS * job["seconds"])
         _drop_privileges()
     except OSError as error:
         report(f"refused {error.strerror or error}")
@@ -128,7 +130,7 @@ def _ask(function: Any, *arguments: Any) -> None:
 def _limit(seconds: float, memory: int) -> None:
     """Limits of the kernel on this process, which it cannot raise again."""
     limits = {
-        resource.RLIMIT_CPU: math.ceil(seconds) + 1,
+        resource.RLIMIT_CPU: math.ceil(seconds),
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: memory // 4,
         resource.RLIMIT_NOFILE: 64,

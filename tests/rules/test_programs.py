@@ -30,7 +30,7 @@ def namespaces(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def passed(program: str, *tests: str, namespaces: bool, seconds: float = 5.0, memory_mib: int = 512) -> float:
+def passed(program: str, *tests: str, namespaces: bool, seconds: float = 20.0, memory_mib: int = 512) -> float:
     """The share of tests that one program passes."""
     limits = {"seconds": seconds, "memory_mib": memory_mib}
     return passes_tests(["p"], [program], tests=[list(tests)], namespaces=namespaces, **limits)[0]
