@@ -113,13 +113,15 @@ def combine_advantages(
         if not 0.0 <= multiplier < np.inf:
             raise ValueError(f"the multiplier of {name} must be finite and at least 0, got {multiplier}")
         if multiplier > 0.0 and name in inside:
-            weights_T = np.where(inside[name], float(multiplier), 0.0).astype(combined_T.dtype)
-            combined_T -= weights_T * cost_advantages[name]
+            weights_T = np.where(inside[name], float(multiplier), 0.0)
+            combined_T -= weights_T.astype(combined_T.dtype) * cost_advantages[name]
             total = total + weights_T
         elif multiplier > 0.0:
             combined_T -= float(multiplier) * cost_advantages[name]
             total = total + float(multiplier)
-    return combined_T / (1.0 + total) if np.any(total) else combined_T
+    if not np.any(total):
+        return combined_T
+    return combined_T / (1.0 + total if isinstance(total, float) else (1.0 + total).astype(combined_T.dtype))
 
 
 def normalize(advantages_T: FloatArray) -> FloatArray:
