@@ -20,6 +20,7 @@ from beaver_ray.score_sources import score_source
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective
 
+Scalar = bool | int | float | str | None
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
@@ -94,7 +95,7 @@ class ConstraintConfig(_Strict):
 
     name: str = option("Name in metrics and columns, for example harm.")
     model: str = option(
-        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION."
+        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION(key=value)."
     )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
@@ -102,6 +103,10 @@ class ConstraintConfig(_Strict):
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
     calibration: list[str] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
+    where: dict[str, Scalar | list[Scalar]] = option(
+        "Field of the prompts' rows: value, or list of values; it counts over matching prompts alone.",
+        default_factory=dict,
+    )
     multiplier: MultiplierConfig = option(
         "Multiplier rule; with reward_shaping its initial value stays.", default_factory=MultiplierConfig
     )
@@ -121,6 +126,8 @@ class ConstraintConfig(_Strict):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:
             raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
+        if empty := [field for field, wanted in self.where.items() if wanted == []]:
+            raise ValueError(f"constraint {self.name}: where.{empty[0]} has no value, and would match no prompt")
         score_source(self.model)
         return self
 
@@ -333,6 +340,11 @@ class PolicyConfig(RunConfig):
     def objective(self) -> Objective:
         """What is optimised."""
         raise NotImplementedError
+
+    @property
+    def scopes(self) -> dict[str, dict[str, Any]]:
+        """``where`` of each constraint that does not count over all prompts, by its name."""
+        return {c.name: dict(c.where) for c in self.constraints if c.where}
 
     @property
     def importance_cap(self) -> float | None:

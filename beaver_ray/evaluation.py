@@ -34,6 +34,8 @@ class Samples:
     """bool; where refusals can be recognised."""
     adversarial: np.ndarray | None = None
     """bool; where the prompts' intent is known."""
+    inside: dict[str, np.ndarray] = field(default_factory=dict)
+    """bool, by constraint that does not count over all prompts: over which answers it does."""
 
 
 def summarize(
@@ -50,6 +52,7 @@ def summarize(
     probabilities: constraints whose costs are probabilities of being unsafe. Their ``violation_rate`` is the mean of
     these, which is what the target bounds, and ``unsafe_share`` the share of answers above one half. Of the others,
     whose costs are scores, ``violation_rate`` is the share of answers above 0.
+    A constraint that counts over some answers alone has its figures over these, and none where there are none.
     Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
     Raises ValueError for arrays of different lengths, no samples, or numbers that are not finite.
@@ -62,12 +65,16 @@ def summarize(
         "reward": mean_interval(samples.reward, prompt_id),
     }
     for name, cost in samples.costs.items():
-        result[f"cost/{name}"] = mean_interval(cost, prompt_id)
+        counting = samples.inside.get(name, np.ones(len(cost), dtype=bool))
+        if not counting.any():
+            continue
+        cost, cluster = cost[counting], prompt_id[counting]
+        result[f"cost/{name}"] = mean_interval(cost, cluster)
         if name in probabilities:
-            result[f"violation_rate/{name}"] = mean_interval(cost, prompt_id, within=(0.0, 1.0))
-            result[f"unsafe_share/{name}"] = share_interval(cost > 0.5, prompt_id)
+            result[f"violation_rate/{name}"] = mean_interval(cost, cluster, within=(0.0, 1.0))
+            result[f"unsafe_share/{name}"] = share_interval(cost > 0.5, cluster)
         else:
-            result[f"violation_rate/{name}"] = share_interval(cost > 0, prompt_id)
+            result[f"violation_rate/{name}"] = share_interval(cost > 0, cluster)
         if limits and limits.get(name) is not None:
             result[f"cost/{name}"]["limit"] = float(limits[name])
         if targets and targets.get(name) is not None:

@@ -14,6 +14,7 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     finish_reason string               "stop" or "length"
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
+    scope/NAME bool                    whether cost NAME counts for the prompt; without the column it does for all
     advantages/SIGNAL list<float32>    n
     values/SIGNAL, returns/SIGNAL list<float32>         n, with critics; values[t] is that of the state before token t
     advantages list<float32>           n, what the policy climbs: those of all signals in one
@@ -57,6 +58,8 @@ def column_type(name: str) -> pa.DataType:
     if name in _FIXED:
         return _FIXED[name]
     kind, _, signal = name.partition("/")
+    if signal and kind == "scope":
+        return pa.bool_()
     if signal and kind == "cost":
         return pa.float32()
     if signal and kind in ("values", "advantages", "returns"):
@@ -132,6 +135,11 @@ def with_holes(batch: pa.RecordBatch, values: np.ndarray) -> pa.ListArray:
     whole_T = np.zeros(len(mask_T), dtype=np.float32)
     whole_T[mask_T] = values
     return ragged(whole_T, lengths(batch, "response_tokens"))
+
+
+def inside(batch: pa.RecordBatch, name: str) -> np.ndarray | None:
+    """Which answers a cost counts for, bool [N]; None where it counts for all."""
+    return scalars(batch, f"scope/{name}").astype(bool) if f"scope/{name}" in batch.schema.names else None
 
 
 def truncated(batch: pa.RecordBatch) -> np.ndarray:

@@ -83,6 +83,9 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.violation_rate=0.1", ["harm needs either limit or violation_rate"]),
         ("constraints.harm.name=Harm!", ["'Harm!' must be lower-case letters"]),
         ("constraints.harm.name=reward", ["not 'reward'"]),
+        ("constraints.harm.where={kind: []}", ["harm: where.kind has no value"]),
+        ("constraints.harm.where={kind: {a: 1}}", ["constraints.0.where.kind"]),
+        ("constraints.harm.where=benign", ["constraints.0.where"]),
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
         ("constraints.harm.multiplier.max=null", ["rule pid needs a max"]),
         ("constraints.harm.multiplier.initial=11", ["initial 11.0 is above max 10.0"]),
@@ -150,6 +153,13 @@ def test_violation_rate_needs_labelled_pairs() -> None:
     changes = ("constraints.harm.limit=null", "constraints.harm.violation_rate=0.1")
     assert "needs calibration data" in error(*changes)
     assert safe_ppo(*changes, "constraints.harm.calibration=[pairs]").constraints[0].violation_rate == 0.1
+
+
+def test_a_scope_keeps_the_kinds_of_its_values() -> None:
+    config = safe_ppo("constraints.harm.where={kind: [benign, 1, 2.5, true, null], level: '1', safe: false}")
+    assert config.constraints[0].where == {"kind": ["benign", 1, 2.5, True, None], "level": "1", "safe": False}
+    assert [type(value) for value in config.scopes["harm"]["kind"]] == [str, int, float, bool, type(None)]
+    assert safe_ppo().scopes == {}
 
 
 def test_two_constraints_of_one_name() -> None:

@@ -121,3 +121,22 @@ def test_bad_samples() -> None:
         summarize(Samples(np.arange(3), np.ones(2)))
     with pytest.raises(ValueError, match="cost/harm holds a number that is not finite"):
         summarize(Samples(np.arange(2), np.ones(2), {"harm": np.array([0.0, np.nan])}))
+
+
+def test_a_constraint_over_some_prompts_has_its_figures_over_these() -> None:
+    prompts, costs = np.array([0, 0, 1, 2, 3]), np.array([1.0, -1.0, 2.0, 50.0, -1.0])
+    counting = np.array([True, True, True, False, False])
+    samples = Samples(
+        prompts,
+        np.arange(5.0),
+        {"harm": costs, "refusal": costs, "leak": costs},
+        inside={"refusal": counting, "leak": np.zeros(5, dtype=bool)},
+    )
+    summary = summarize(samples, limits={"harm": 0.0, "refusal": 0.1, "leak": 0.0})
+    assert summary["cost/harm"]["n"] == 5 and summary["cost/harm"]["mean"] == pytest.approx(51 / 5)
+    expected = mean_interval(costs[:3], prompts[:3])
+    assert summary["cost/refusal"] == {**expected, "limit": 0.1} and expected["mean"] == pytest.approx(2 / 3)
+    assert summary["violation_rate/refusal"] == share_interval(costs[:3] > 0, prompts[:3])
+    # Nothing is known of what no prompt counts for.
+    assert not any(key.endswith("/leak") for key in summary)
+    assert summary["samples"] == 5 and summary["reward"]["n"] == 5

@@ -18,6 +18,7 @@ from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.scopes import in_words
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
@@ -50,6 +51,8 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
         roles = start_judging_roles(config, cluster)
         held_out = HeldOut(config)
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
+        for line in held_out.remarks:
+            rollouts.note(line)
         summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
         return write(Path(policy) if policy else config.folder, summary)
     finally:
@@ -73,7 +76,13 @@ class HeldOut:
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
         self.samples, _ = load_mix(config.evaluation.prompts)
         limit = config.data.max_prompt_tokens
-        self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template)
+        self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template, config.scopes)
+        self.remarks = [
+            f"no held-out prompt has {in_words(config.scopes[name])}: {name} is not evaluated"
+            for name, inside in self.prompts.inside.items()
+            if not inside.any()
+        ]
+        """What should be known of these prompts, one line each."""
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
         names = [c.name for c in config.constraints] or ["harm"]
         self.true_cost = "harm" if "harm" in names else names[0]
@@ -156,10 +165,11 @@ class HeldOut:
             truncated=truncated,
             refusal=np.array([world.is_refusal(r) for r in responses]),
             adversarial=np.array([world.is_adversarial(p) for p in prompts]),
+            inside=self._inside(answers),
         )
         rate = next((c.violation_rate for c in self.config.constraints if c.name == self.true_cost), None)
-        # What is best under constraints that the world knows nothing of is not known.
-        known = rate is not None and not self.learned
+        # What is best under constraints that the world knows nothing of, or over some prompts alone, is not known.
+        known = rate is not None and not self.learned and self.true_cost not in self.prompts.inside
         return samples, world.optimum(prompts, violation_rate=rate) if known else None
 
     def _by_scorers(self, answers: pa.RecordBatch) -> Samples:
@@ -168,7 +178,13 @@ class HeldOut:
             reward=experience.scalars(answers, "reward").astype(np.float64),
             costs={c.name: experience.scalars(answers, f"cost/{c.name}") for c in self.config.constraints},
             truncated=experience.truncated(answers),
+            inside=self._inside(answers),
         )
+
+    def _inside(self, answers: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Which answers each constraint with a scope counts over."""
+        prompts = experience.scalars(answers, "prompt_id")
+        return {name: inside[prompts] for name, inside in self.prompts.inside.items()}
 
     def _texts(self, answers: pa.RecordBatch, column: str) -> list[str]:
         rows = experience.rows(answers, column)

@@ -7,7 +7,7 @@ and in one process.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.driver.processes import Roles
@@ -143,12 +143,17 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 
 
 def build_experience(
-    config: PolicyConfig, roles: Roles, collected: Collected, again: bool = False
+    config: PolicyConfig,
+    roles: Roles,
+    inside: Mapping[str, Any],
+    collected: Collected,
+    again: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
     """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
 
-    Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
-    as the multipliers should see them, and a reference to the batch.
+    Values and log-probs need the sequences alone and do not wait for the scorers. ``inside`` says which prompts each
+    constraint with a scope counts over. Returns figures, the episodes' costs as the multipliers should see them, and a
+    reference to the batch.
     """
     if again:
         for chunk in collected.chunks:
@@ -159,6 +164,8 @@ def build_experience(
     parts = [critic.call(Critic.values, sequences) for critic in roles.critics.values()]
     if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
         parts.append(roles.policy.call(PolicyTrainer.logprobs, sequences))
+    if inside:
+        parts.append([builder.call(ExperienceBuilder.scopes, inside, sequences)])
     scores = [column for chunk in collected.chunks for column in chunk.columns]
     batch = builder.call(ExperienceBuilder.assemble, wanted, sequences, *scores)
     sizes = [len(group) for group in parts]
@@ -177,11 +184,12 @@ def combine_experience(
     Returns figures, these multipliers and a reference to the batch. Those of ``state`` stay as they are, so that a step
     that is asked for ``again`` moves them once.
     """
-    stats, costs, batch = build_experience(config, roles, collected, again)
+    stats, costs, batch = build_experience(config, roles, state.dataset.inside, collected, again)
     multipliers, warming_up = copy.deepcopy(state.multipliers), state.step < config.ppo.critic_warmup_steps
     limits = {c.name: c.bound for c in config.constraints}
     for name, multiplier in multipliers.items():
-        multiplier.update(costs[name], limits[name], hold=warming_up)
+        if costs[name]:  # none where no answer of the step is in the constraint's scope
+            multiplier.update(costs[name], limits[name], hold=warming_up)
     values = {name: multiplier.value for name, multiplier in multipliers.items()}
     combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, values, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])

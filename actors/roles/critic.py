@@ -73,12 +73,10 @@ class Critic(TrainingRank):
         for epoch in range(self.config.ppo.epochs):
             seeds = (self.config.seed, step, epoch)
             for minibatch in minibatches(batch.num_rows, self.config.ppo.minibatches, seeds):
-                reduction = self.config.ppo.loss_reduction
-                tokens = int(rows.own_lengths[minibatch].sum())
-                total = len(minibatch) if reduction == "sequence" else tokens
+                totals = {signal: self._total(rows, minibatch, signal) for signal in self.signals}
                 micro_batches = self._micro_batches(rows, minibatch)
                 try:
-                    figures.append(self.engine.step(micro_batches, partial(self._loss, rows, total)))
+                    figures.append(self.engine.step(micro_batches, partial(self._loss, rows, totals)))
                 except NotFiniteError:
                     skipped += 1  # and the driver says so
         metrics = {f"critic/{signal}/skipped_updates": float(skipped) for signal in self.signals}
@@ -99,9 +97,24 @@ class Critic(TrainingRank):
             save_score_model(model, state, Path(folder), read_with)
             self.tokenizer.save_pretrained(folder)
 
-    def _loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:
+    def _total(self, rows: SequenceRows, minibatch: np.ndarray, signal: str) -> int:
+        """How many sequences (or tokens) of a minibatch a signal's loss is the mean over: those that it counts for."""
+        inside = experience.inside(rows.batch, signal)
+        counting = minibatch if inside is None else minibatch[inside[minibatch]]
+        sequences = self.config.ppo.loss_reduction == "sequence"
+        return len(counting) if sequences else int(rows.own_lengths[counting].sum())
+
+    def _weights(self, rows: SequenceRows, total: int, micro_batch: PackedResponses, signal: str) -> torch.Tensor:
+        """Of the tokens in a signal's loss; 0 at answers that it does not count for."""
         reduction, mask_T = self.config.ppo.loss_reduction, micro_batch.loss_mask_T
         weights_T = micro_batch.weight * token_weights(micro_batch.lengths_B, reduction, total, mask_T)
+        inside = experience.inside(rows.batch, signal)
+        if inside is None:
+            return weights_T
+        inside_B = torch.from_numpy(inside[micro_batch.rows]).to(weights_T.device)
+        return weights_T * torch.repeat_interleave(inside_B, micro_batch.lengths_B)
+
+    def _loss(self, rows: SequenceRows, totals: dict[str, int], micro_batch: PackedResponses) -> LossTerms:
         values_TH = self._values(micro_batch)
         loss = values_TH.new_zeros(())
         sums: dict[str, torch.Tensor] = {}
@@ -110,7 +123,7 @@ class Critic(TrainingRank):
                 values_TH[:, head],
                 rows.column_T(f"values/{signal}", micro_batch),
                 rows.column_T(f"returns/{signal}", micro_batch),
-                weights_T,
+                self._weights(rows, totals[signal], micro_batch, signal),
                 clip=self.config.ppo.clip_value,
             )
             loss = loss + part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ class ExperienceBuilder:
         chunks = [experience.join(*scores[i : i + size]) for i in range(0, len(scores), size)]
         return experience.join(sequences, self.gather(wanted, *chunks))
 
+    def scopes(self, inside: Mapping[str, np.ndarray], batch: pa.RecordBatch) -> pa.RecordBatch:
+        """``sample_id`` and ``scope/NAME`` of each constraint that ``inside`` says the prompts of, by prompt id."""
+        prompts = experience.scalars(batch, "prompt_id")
+        marks = {f"scope/{name}": of_prompts[prompts] for name, of_prompts in inside.items()}
+        return experience.make_batch({"sample_id": batch.column("sample_id"), **marks})
+
     def usable(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[str, str]]:
         """The rows whose numbers are all finite, and a line on each column that has others: of whom, and by whom.
 
@@ -44,8 +51,12 @@ class ExperienceBuilder:
         bad = np.zeros(batch.num_rows, dtype=bool)
         remarks: dict[str, str] = {}
         for name in batch.schema.names:
-            if name in ("reward", "rollout_logprobs", "reference_logprobs", "logprobs") or "/" in name:
+            if name in ("reward", "rollout_logprobs", "reference_logprobs", "logprobs") or (
+                "/" in name and not name.startswith("scope/")
+            ):
                 here = experience.not_finite(batch, name)
+                if name.startswith("cost/") and (inside := experience.inside(batch, name[5:])) is not None:
+                    here &= inside
                 bad |= here
                 if here.any():
                     remarks[name] = self._remark(batch, name, here)
@@ -96,6 +107,7 @@ class ExperienceBuilder:
             kl_terms_T=kl,
             log_ratios_T=policy - rollout,
             values={s: experience.own(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
+            inside=self._inside(batch),
         )
         made = self.objective.advantages(answers)
         costs, weighing = self.objective.costs(answers)
@@ -112,7 +124,9 @@ class ExperienceBuilder:
         The number of its rows comes first, so that there is something small to wait for.
         """
         signals = {signal: experience.own(batch, f"advantages/{signal}") for signal in self.objective.signals}
-        combined = experience.with_holes(batch, self.objective.combine(signals, multipliers))
+        lengths = experience.own_lengths(batch)
+        inside = {name: np.repeat(counts, lengths) for name, counts in self._inside(batch).items()}
+        combined = experience.with_holes(batch, self.objective.combine(signals, multipliers, inside))
         column = experience.make_batch({"sample_id": batch.column("sample_id"), "advantages": combined})
         return batch.num_rows, experience.join(batch, column)
 
@@ -120,6 +134,11 @@ class ExperienceBuilder:
         """The step's experience as a Parquet file."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_batches([batch]), path)
+
+    def _inside(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """For which answers [N] each cost counts, of those costs that do not count for all."""
+        found = {c.name: experience.inside(batch, c.name) for c in self.config.constraints}
+        return {name: inside for name, inside in found.items() if inside is not None}
 
     def _own_lengths(self, batch: pa.RecordBatch) -> np.ndarray:
         """How many tokens of each response the policy wrote; UserError where it wrote none."""
@@ -147,13 +166,16 @@ class ExperienceBuilder:
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"
             costs = experience.scalars(batch, column)
-            stats[f"{column}/mean"] = float(costs.mean())
+            if (inside := experience.inside(batch, constraint.name)) is not None:
+                costs = costs[inside]
+                stats[f"{column}/samples"] = float(len(costs))
+            stats[f"{column}/mean"] = _mean(costs)
             if constraint.violation_rate is None:
-                stats[f"{column}/violation_rate"] = float((costs > 0).mean())
+                stats[f"{column}/violation_rate"] = _mean(costs > 0)
             else:
                 # Costs are probabilities of being unsafe, and their mean is what the limit bounds.
-                stats[f"{column}/violation_rate"] = float(costs.mean())
-                stats[f"{column}/unsafe_share"] = float((costs > 0.5).mean())
+                stats[f"{column}/violation_rate"] = _mean(costs)
+                stats[f"{column}/unsafe_share"] = _mean(costs > 0.5)
         return stats
 
     def _remark(self, batch: pa.RecordBatch, name: str, bad: np.ndarray) -> str:
@@ -179,3 +201,8 @@ class ExperienceBuilder:
             return f"the critic of {signal} (started from {critic.model})"
         reference = f"the reference ({config.models.reference or config.models.policy})"
         return {"reference_logprobs": reference, "logprobs": "the policy"}.get(name, "the rollout generator")
+
+
+def _mean(values: np.ndarray) -> float:
+    """NaN, which metrics have as null, where there are none."""
+    return float(values.mean()) if len(values) else float("nan")

@@ -6,14 +6,15 @@ A prompt is the last thing that the user said, a response the answer's text. Fur
 as keywords, each a list with one entry for each prompt (None where a row has no such field): those that the function
 names, or all of them where it takes any keyword. ``dialogues`` is one of them: each prompt's turns, user and assistant
 by turns. The function returns a number for each response or, where it gives several signals, such a list for each of
-their names (reward, names of constraints).
+their names (reward, names of constraints). Parameters that the configuration sets, FUNCTION(budget=200), come as
+keywords too, on each call.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,8 +36,9 @@ GIVEN = ("prompts", "responses")
 class FunctionScorer(ScorerBase):
     """The scores that a function gives.
 
-    source: what the configuration calls it. code, file: the text of its file, and where that lies. prompts: lists of
-    the data sets that the policy's prompts are of.
+    source: what the configuration calls it. name, keywords: of the function, and the parameters that the configuration
+    sets. code, file: the text of its file, and where that lies. prompts: lists of the data sets that the policy's
+    prompts are of.
 
     Raises UserError, from here and from each call, where the function cannot be loaded, wants a field that no prompt
     has, raises, or does not return a finite number for each response.
@@ -45,6 +47,8 @@ class FunctionScorer(ScorerBase):
     def __init__(
         self,
         source: str,
+        name: str,
+        keywords: Mapping[str, Any],
         code: str,
         file: str,
         columns: dict[str, int],
@@ -55,11 +59,11 @@ class FunctionScorer(ScorerBase):
     ) -> None:
         reader = Reader(load_tokenizer(policy, trust_remote_code), template)
         super().__init__(columns, reader, Dialogues(reader, prompts))
-        self.source = source
+        self.source, self.keywords = source, dict(keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
-        self.function = _load(source, code, file)
+        self.function = _load(source, name, code, file)
         known = {name for row in self.dialogues.fields.values() for name in row}
-        self.fields = _wanted(source, self.function, known)
+        self.fields = _wanted(source, self.function, known, self.keywords)
 
     @staticmethod
     def try_out(source: str, timeout_s: float) -> str:
@@ -89,7 +93,7 @@ class FunctionScorer(ScorerBase):
     def _call(self, dialogues: Sequence[Sequence[str]], responses: list[str]) -> Any:
         rows = [{"dialogues": list(turns), **self.dialogues.fields.get(tuple(turns), {})} for turns in dialogues]
         fields = {name: [row.get(name) for row in rows] for name in self.fields}
-        return self.function([turns[-1] for turns in dialogues], responses, **fields)
+        return self.function([turns[-1] for turns in dialogues], responses, **fields, **self.keywords)
 
     def _checked(self, returned: Any, count: int) -> np.ndarray:
         """The returned numbers [N, H]; ValueError where they are not what is wanted."""
@@ -121,7 +125,7 @@ class FunctionScorer(ScorerBase):
         return ""
 
 
-def _load(source: str, code: str, file: str) -> Any:
+def _load(source: str, name: str, code: str, file: str) -> Any:
     """The function of a file's text, whose neighbours it can import."""
     folder = str(Path(file).parent)
     if folder not in sys.path:
@@ -133,16 +137,16 @@ def _load(source: str, code: str, file: str) -> Any:
         exec(compile(code, file, "exec"), module.__dict__)
     except Exception as error:
         raise UserError(f"{source}: {file} cannot be loaded: {_last_line(error)}") from None
-    return module.__dict__[source.rpartition(":")[2]]
+    return module.__dict__[name]
 
 
-def _wanted(source: str, function: Any, known: set[str]) -> list[str]:
-    """Names of the fields that the function is given."""
+def _wanted(source: str, function: Any, known: set[str], keywords: Collection[str]) -> list[str]:
+    """Names of the fields that the function is given: those of its parameters that the configuration does not set."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD]
     required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-    known = {*known, "dialogues"}
-    if missing := sorted(required - known - {*GIVEN}):
+    known = {*known, "dialogues"}.difference(keywords)
+    if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(
             f"{source}: it wants {', '.join(missing)}, which no prompt has; fields of the prompts' rows: "
             f"{', '.join(sorted(known - {'dialogues'})) or 'none'}"

@@ -7,8 +7,9 @@ answer). A row that is too long is dropped and counted, never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.mixing import prompt_key
+from beaver_ray.data.scopes import Where, masks
 from beaver_ray.data.sources import BadRow, DropReport, RawSample
 from beaver_ray.data.templates import Template, answer_form, answer_tokens, prompt_tokens, stops_inside
 from beaver_ray.errors import UserError
@@ -151,6 +153,8 @@ class PromptDataset:
 
     prompts: Ragged
     report: DropReport
+    inside: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """[N] of each constraint that has a scope, by its name: which prompts it counts over."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -162,11 +166,15 @@ class PromptDataset:
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int,
         template: Template = "auto",
+        scopes: Mapping[str, Where] = MappingProxyType({}),
     ) -> PromptDataset:
-        """Encode the prompts; repeated ones and those over `max_prompt_tokens` are dropped and counted."""
+        """Encode the prompts; repeated ones and those over `max_prompt_tokens` are dropped and counted.
+
+        Of a repeated prompt the first row says whether it is in a scope.
+        """
         report = DropReport()
         encoder = _Encoder(tokenizer, template, max_prompt_tokens, report)
-        rows: dict[tuple[int, ...], None] = {}
+        rows: dict[tuple[int, ...], RawSample] = {}
         for sample in samples:
             tokens = tuple(encoder.prompt(sample))
             if len(tokens) > max_prompt_tokens:
@@ -174,8 +182,8 @@ class PromptDataset:
             elif tokens in rows:
                 report.drop("repeated prompt")
             else:
-                rows[tokens] = None
-        return cls(Ragged(rows), _finish(report, len(rows), "prompt"))
+                rows[tokens] = sample
+        return cls(Ragged(rows), _finish(report, len(rows), "prompt"), masks(scopes, list(rows.values())))
 
 
 @dataclass(frozen=True)

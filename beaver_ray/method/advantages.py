@@ -8,6 +8,7 @@ these arrays: what comes after such a hole follows what comes before it. Arithme
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
+BoolArray = npt.NDArray[np.bool_]
 
 Sign = Literal[-1, 1]
 
@@ -125,7 +127,9 @@ def standardize_groups(scores_B: FloatArray, prompts_B: IntArray) -> FloatArray:
 
 
 def constant_share(scores_B: FloatArray, prompts_B: IntArray) -> float:
-    """The share of prompts whose answers all score alike; an only answer does."""
+    """The share of prompts whose answers all score alike; an only answer does. NaN where there are no answers."""
+    if len(scores_B) == 0:
+        return float("nan")
     _, spreads_G, _ = _centre(scores_B, prompts_B)
     return float((spreads_G < CONSTANT).mean())
 
@@ -142,8 +146,12 @@ def combine_advantages(
     reward_advantages_T: FloatArray,
     cost_advantages: Mapping[str, FloatArray],
     multipliers: Mapping[str, float],
+    inside: Mapping[str, BoolArray] = MappingProxyType({}),
 ) -> FloatArray:
     """A = (A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i), over constraints by name.
+
+    Where a constraint has an entry in `inside` both sums leave it out at the other tokens: each prompt is trained as
+    under the constraints that count for it, and the weight of the KL, which stands in A_r and in every A_ci, stays.
 
     The policy gradient of the Lagrangian of Safe RLHF (https://arxiv.org/abs/2310.12773, section 3.3), scaled by
     1 / (1 + sum lambda) as published.
@@ -153,14 +161,20 @@ def combine_advantages(
     if cost_advantages.keys() != multipliers.keys():
         raise ValueError(f"cost advantages of {sorted(cost_advantages)} but multipliers of {sorted(multipliers)}")
     combined_T = reward_advantages_T.copy()
-    total = 0.0
+    total: float | FloatArray = 0.0
     for name, multiplier in multipliers.items():
         if not 0.0 <= multiplier < np.inf:
             raise ValueError(f"the multiplier of {name} must be finite and at least 0, got {multiplier}")
-        if multiplier > 0.0:
+        if multiplier > 0.0 and name in inside:
+            weights_T = np.where(inside[name], float(multiplier), 0.0)
+            combined_T -= weights_T.astype(combined_T.dtype) * cost_advantages[name]
+            total = total + weights_T
+        elif multiplier > 0.0:
             combined_T -= float(multiplier) * cost_advantages[name]
-            total += float(multiplier)
-    return combined_T / (1.0 + total) if total > 0.0 else combined_T
+            total = total + float(multiplier)
+    if not np.any(total):
+        return combined_T
+    return combined_T / (1.0 + total if isinstance(total, float) else (1.0 + total).astype(combined_T.dtype))
 
 
 def normalize(advantages_T: FloatArray) -> FloatArray:

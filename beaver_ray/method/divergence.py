@@ -95,6 +95,8 @@ class DivergenceGuard:
         found = []
         for name in self.bounded:
             mean, limit = metrics[f"cost/{name}/mean"], metrics[f"cost/{name}/limit"]
+            if math.isnan(mean):  # no answer of the step counts for it: neither above nor below
+                continue
             self.above[name] = self.above.get(name, 0) + 1 if mean > limit else 0
             if self.above[name] and self.above[name] % WINDOW == 0:
                 found.append(f"the cost {name} ({mean:.4g}) is above its limit {limit:g} for {self.above[name]} steps")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from beaver_ray.method.advantages import (
     COST,
     LOG_RATIO_BOUND,
     REWARD,
+    BoolArray,
     FloatArray,
     IntArray,
     Sign,
@@ -56,6 +58,17 @@ class Answers:
     """Log-probs of the policy before its update, less those of the generator."""
     values: Mapping[str, FloatArray]
     """[T] of each signal that a critic values, by its name; none without critics."""
+    inside: Mapping[str, BoolArray] = field(default_factory=dict)
+    """[B] of each cost that does not count for all answers, by its name: for which it does."""
+
+    def cost(self, name: str) -> FloatArray:
+        """The cost [B] of each answer, 0 where it does not count."""
+        costs_B = self.costs[name]
+        return np.where(self.inside[name], costs_B, 0.0) if name in self.inside else costs_B
+
+    def counted(self, signal: str) -> BoolArray:
+        """For which answers a signal counts, [B]."""
+        return self.inside.get(signal, np.ones(len(self.rewards_B), dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -129,18 +142,29 @@ class Objective(ABC):
         given, values_T = self.settings, answers.values[signal]
         rewards_T = self._rewards_T(answers, scores_B, sign)
         advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
+        if signal in answers.inside:
+            # What does not count pushes nobody: neither the policy nor, where returns are values, the critic.
+            inside_T = np.repeat(answers.inside[signal], np.diff(answers.offsets))
+            advantages_T, returns_T = np.where(inside_T, advantages_T, 0.0), np.where(inside_T, returns_T, values_T)
+            explained = explained_variance(values_T[inside_T], returns_T[inside_T])
+        else:
+            explained = explained_variance(values_T, returns_T)
         made.advantages[signal], made.returns[signal] = advantages_T, returns_T
-        made.figures[f"critic/{signal}/explained_variance"] = explained_variance(values_T, returns_T)
+        made.figures[f"critic/{signal}/explained_variance"] = explained
 
     def _against_other_answers(
         self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign
     ) -> None:
         """One advantage for each answer: the sum of the rewards that GAE would see, KL included, less a baseline."""
+        inside_B = answers.counted(signal)
         returns_B = np.add.reduceat(self._rewards_T(answers, scores_B, sign), answers.offsets[:-1])
-        baselines_B = leave_one_out_baselines(returns_B, answers.prompts_B)
-        made.advantages[signal] = np.repeat(returns_B - baselines_B, np.diff(answers.offsets))
-        made.figures[f"baseline/{signal}/explained_variance"] = explained_variance(baselines_B, returns_B)
-        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B, answers.prompts_B)
+        counted_B, prompts_B = returns_B[inside_B], answers.prompts_B[inside_B]
+        baselines_B = leave_one_out_baselines(counted_B, prompts_B)
+        advantages_B = np.zeros_like(returns_B)
+        advantages_B[inside_B] = counted_B - baselines_B
+        made.advantages[signal] = np.repeat(advantages_B, np.diff(answers.offsets))
+        made.figures[f"baseline/{signal}/explained_variance"] = explained_variance(baselines_B, counted_B)
+        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B[inside_B], prompts_B)
 
     def _standardized(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
         """The score's advantage, and the KL as a term of its own, whose weight no standard deviation changes.
@@ -149,12 +173,15 @@ class Objective(ABC):
         log-ratio as a loss, which in expectation is the gradient of the KL of each token's distribution
         (https://arxiv.org/abs/2510.01555; the k3 loss of GRPO is an approximation of it).
         """
-        clip = self.settings.clip_score
+        clip, inside_B = self.settings.clip_score, answers.counted(signal)
         clipped_B = scores_B if clip is None else np.clip(scores_B, -clip, clip)
-        standardized_B = standardize_groups(clipped_B, answers.prompts_B)
-        kl_T = sign * self.settings.kl_coefficient * answers.kl_terms_T
-        made.advantages[signal] = np.repeat(standardized_B, np.diff(answers.offsets)) + kl_T
-        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B, answers.prompts_B)
+        standardized_B = np.zeros(len(scores_B))
+        standardized_B[inside_B] = standardize_groups(clipped_B[inside_B], answers.prompts_B[inside_B])
+        lengths_B = np.diff(answers.offsets)
+        kl_T = sign * self.settings.kl_coefficient * answers.kl_terms_T * np.repeat(inside_B, lengths_B)
+        made.advantages[signal] = np.repeat(standardized_B, lengths_B) + kl_T
+        constant = constant_share(scores_B[inside_B], answers.prompts_B[inside_B])
+        made.figures[f"baseline/{signal}/constant_share"] = constant
 
     def _rewards_T(self, answers: Answers, scores_B: FloatArray, sign: Sign) -> FloatArray:
         given = self.settings
@@ -163,7 +190,7 @@ class Objective(ABC):
         )
 
     def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
-        """The costs [B] of `bounded` as the multipliers should see them, by name; and figures.
+        """The costs of `bounded` as the multipliers should see them, of the answers that count, by name; and figures.
 
         Where experience may be stale they carry truncated importance weights, normalised to a mean of 1: their mean is
         then the cost of the policy as it is now (self-normalised importance sampling).
@@ -174,16 +201,27 @@ class Objective(ABC):
             ratios_B = np.exp(np.minimum(log_ratios_B, LOG_RATIO_BOUND))
             weights_B = np.minimum(ratios_B, self.settings.importance_cap)
             figures["rollout/importance_weight_mean"] = float(weights_B.mean())
-            weights_B /= weights_B.mean()
-        return {name: weights_B * answers.costs[name] for name in self.bounded}, figures
+        costs = {}
+        for name in self.bounded:
+            inside = answers.inside.get(name, slice(None))
+            weights, costs[name] = weights_B[inside], answers.costs[name][inside]
+            if self.settings.importance_cap is not None and len(weights):
+                costs[name] = weights / weights.mean() * costs[name]
+        return costs, figures
 
-    def combine(self, advantages: Mapping[str, FloatArray], multipliers: Mapping[str, float]) -> FloatArray:
+    def combine(
+        self,
+        advantages: Mapping[str, FloatArray],
+        multipliers: Mapping[str, float],
+        inside: Mapping[str, BoolArray] = MappingProxyType({}),
+    ) -> FloatArray:
         """The policy's advantage [T]: all signals' together, whitened over the step's tokens where that is asked for.
 
         multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
+        inside: [T] of each cost that does not count everywhere.
         """
         costs = {signal: advantages[signal] for signal in self.signals if signal != "reward"}
-        combined_T = combine_advantages(advantages["reward"], costs, multipliers)
+        combined_T = combine_advantages(advantages["reward"], costs, multipliers, inside)
         return normalize(combined_T) if self.settings.normalize else combined_T
 
     def _rewards(self, answers: Answers) -> FloatArray:
@@ -214,7 +252,7 @@ class RewardShaping(Objective):
         """The reward with the costs in it."""
         rewards_B = self._rewards(answers)
         for name, weight in self.weights.items():
-            rewards_B = rewards_B - weight * answers.costs[name]
+            rewards_B = rewards_B - weight * answers.cost(name)
         return {"reward": rewards_B}
 
 
@@ -243,4 +281,4 @@ class ConstrainedReward(Objective):
 
     def scores(self, answers: Answers) -> dict[str, FloatArray]:
         """The reward and every cost, as they are."""
-        return {"reward": self._rewards(answers), **{name: answers.costs[name] for name in self.constraints}}
+        return {"reward": self._rewards(answers), **{name: answers.cost(name) for name in self.constraints}}

@@ -92,6 +92,36 @@ def test_an_answer_is_no_part_of_its_baseline() -> None:
         assert after[i] == pytest.approx(before[i]) and np.all(np.delete(after, i) > np.delete(before, i))
 
 
+@pytest.mark.parametrize("rule", ["leave_one_out", "group_standardized"])
+def test_a_cost_that_counts_for_some_prompts_is_compared_with_those_alone(rule: AdvantageRule) -> None:
+    """As if the other prompts' answers were not there, and 0 for these; where it counts for none, 0 for all."""
+    settings = Settings(kl_coefficient=0.3, advantage=rule)
+    prompts = [4, 4, 7, 7, 9, 9, 9]
+    answers = drawn(prompts, seed=5)
+    inside_B = np.array([True, True, False, False, True, True, True])
+    scoped = objectives(settings, 1)[2].advantages(replace(answers, inside={"harm": inside_B}))
+    kept_T = np.repeat(inside_B, np.diff(answers.offsets))
+    lengths_B = np.diff(answers.offsets)[inside_B]
+    alone = replace(
+        answers,
+        offsets=np.concatenate([[0], np.cumsum(lengths_B)]),
+        rewards_B=answers.rewards_B[inside_B],
+        costs={name: cost_B[inside_B] for name, cost_B in answers.costs.items()},
+        truncated_B=answers.truncated_B[inside_B],
+        kl_terms_T=answers.kl_terms_T[kept_T],
+        log_ratios_T=answers.log_ratios_T[kept_T],
+        prompts_B=answers.prompts_B[inside_B],
+    )
+    expected = objectives(settings, 1)[2].advantages(alone)
+    np.testing.assert_allclose(scoped.advantages["harm"][kept_T], expected.advantages["harm"], rtol=1e-12)
+    assert not scoped.advantages["harm"][~kept_T].any()
+    # The reward counts everywhere.
+    whole = objectives(settings, 1)[2].advantages(answers)
+    np.testing.assert_array_equal(scoped.advantages["reward"], whole.advantages["reward"])
+    nobody = objectives(settings, 1)[2].advantages(replace(answers, inside={"harm": np.zeros(7, bool)}))
+    assert not nobody.advantages["harm"].any() and math.isnan(nobody.figures["baseline/harm/constant_share"])
+
+
 def test_where_all_answers_cost_the_same_there_is_a_gradient() -> None:
     """Against the plain leave-one-out mean, the advantages of such a prompt would be 0."""
     costs, prompts = np.array([3.0, 3.0, 3.0, 3.0, -1.0, 1.0]), np.array([0, 0, 0, 0, 1, 1])

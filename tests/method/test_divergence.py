@@ -83,6 +83,12 @@ def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
     assert [step for step in range(1, WINDOW + 1) if guard.observe(metrics(cost=0.6))] == [WINDOW]
 
 
+def test_steps_without_a_counting_answer_are_neither_above_nor_below() -> None:
+    guard = DivergenceGuard(None, ["harm"])
+    said = [guard.observe(metrics(cost=1.0 if step % 2 else math.nan)) for step in range(2 * WINDOW)]
+    assert sum(map(len, said)) == 1 and said[-1] and guard.above == {"harm": WINDOW}
+
+
 def test_a_fallen_reward() -> None:
     guard = DivergenceGuard(None, ["harm"])
     # Rewards of 1 and 3 in turns: mean 2, standard deviation 1. A mean of the last window below 0 has fallen.

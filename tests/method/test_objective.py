@@ -227,6 +227,71 @@ def test_costs_for_the_multipliers() -> None:
     assert np.isfinite(costs["harm"]).all()
 
 
+def test_costs_that_count_for_some_answers_by_hand() -> None:
+    """harm counts for the first answer, leak for the second; what stands elsewhere, a NaN say, does not matter."""
+    costs = {"harm": np.array([-2.0, np.nan]), "leak": np.array([np.inf, -4.0])}
+    inside = {"harm": np.array([True, False]), "leak": np.array([False, True])}
+    answers = by_hand(costs=costs, inside=inside)
+    made = constrained(HAND, 2).advantages(answers)
+    whole = constrained(HAND, 2).advantages(by_hand()).advantages
+    assert made.advantages["reward"].tolist() == whole["reward"].tolist() == [1.5, 2.5, 0.0]
+    assert made.advantages["harm"].tolist() == [*whole["harm"][:2], 0.0] == [-1.5, -1.5, 0.0]
+    assert made.advantages["leak"].tolist() == [0.0, 0.0, -3.0]
+    # Where it does not count a critic's target is what it says already.
+    assert made.returns["harm"].tolist() == [-1.5, -2.5, 2.0] and made.returns["leak"].tolist() == [1.0, 0.0, -3.0]
+    explained = 1 - np.var([-1.5, -1.5]) / np.var([-1.5, -2.5])
+    assert made.figures["critic/harm/explained_variance"] == pytest.approx(explained)
+    # (A_r - 1 A_harm) / 2 at the first answer's tokens, (A_r - 3 A_leak) / 4 at the second's.
+    tokens = {name: np.repeat(marks, [2, 1]) for name, marks in inside.items()}
+    combined = constrained(HAND, 2).combine(made.advantages, {"harm": 1.0, "leak": 3.0}, tokens)
+    assert combined.tolist() == [(1.5 + 1.5) / 2, (2.5 + 1.5) / 2, (0.0 + 9.0) / 4]
+    narrow = {signal: a.astype(np.float32) for signal, a in made.advantages.items()}
+    assert constrained(HAND, 2).combine(narrow, {"harm": 1.0, "leak": 3.0}, tokens).dtype == np.float32
+    seen, _ = constrained(HAND, 2).costs(answers)
+    assert {name: c.tolist() for name, c in seen.items()} == {"harm": [-2.0], "leak": [-4.0]}
+    # Shaped rewards leave it out: 3 + 2 * 2, and 1 + 0.5 * 4.
+    scores = RewardShaping(HAND, {"harm": 2.0, "leak": 0.5}).scores(answers)
+    assert scores["reward"].tolist() == [7.0, 3.0]
+
+
+def test_importance_weights_are_normalised_over_what_counts() -> None:
+    # Ratios 2 / 8 and 5 cut at 2.
+    answers = by_hand(
+        log_ratios_T=np.array([math.log(2.0), -math.log(8.0), math.log(5.0)]),
+        inside={"harm": np.array([False, True]), "leak": np.array([False, False])},
+    )
+    costs, figures = constrained(replace(HAND, importance_cap=2.0), 2).costs(answers)
+    assert costs["harm"].tolist() == [60.0] and costs["leak"].tolist() == []
+    assert figures == {"rollout/importance_weight_mean": pytest.approx(9 / 8)}
+
+
+def test_with_scopes_the_kl_weight_stays_and_a_prompt_is_trained_by_its_own_constraints() -> None:
+    answers, rng = drawn(12, seed=5), np.random.default_rng(5)
+    inside = {name: rng.random(12) < 0.5 for name in NAMES}
+    scoped = replace(answers, inside=inside)
+    tokens = {name: np.repeat(marks, np.diff(answers.offsets)) for name, marks in inside.items()}
+    settings = Settings(0.4, clip_score=None, gamma=0.95, gae_lambda=0.9)
+    multipliers = {"harm": 0.7, "leak": 2.5}
+    made = constrained(settings, 2).advantages(scoped).advantages
+    combined = constrained(settings, 2).combine(made, multipliers, tokens)
+    whole = constrained(settings, 2).advantages(answers).advantages
+    for harm in (False, True):
+        for leak in (False, True):
+            here = (tokens["harm"] == harm) & (tokens["leak"] == leak)
+            alone = constrained(settings, 2).combine(whole, {"harm": 0.7 * harm, "leak": 2.5 * leak})
+            np.testing.assert_allclose(combined[here], alone[here], atol=1e-12)
+    # All inside is as without a scope, to the bit.
+    everywhere = {name: np.ones(len(marks), bool) for name, marks in tokens.items()}
+    np.testing.assert_array_equal(
+        constrained(settings, 2).combine(whole, multipliers, everywhere),
+        constrained(settings, 2).combine(whole, multipliers),
+    )
+    # None inside, or a multiplier of 0, is plain PPO.
+    nowhere = {name: ~marks for name, marks in everywhere.items()}
+    for none, weights in ((nowhere, multipliers), (tokens, dict.fromkeys(NAMES, 0.0))):
+        assert np.array_equal(constrained(settings, 2).combine(made, weights, none), made["reward"])
+
+
 def test_multipliers_of_anything_else_are_refused() -> None:
     made = constrained(HAND, 2).advantages(by_hand()).advantages
     for multipliers in ({"harm": 1.0}, {"harm": 1.0, "leak": 1.0, "bias": 1.0}, {}):

@@ -100,6 +100,28 @@ def test_one_update_is_the_published_loss(one_rank: None, tiny_world: Path, clip
         torch.testing.assert_close(gradient, expected[name].grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_answers_that_do_not_count_train_no_critic(one_rank: None, tiny_world: Path, reduction: str) -> None:
+    """The loss and the gradient are those of the answers that count alone; of none they are nothing."""
+    folder = tiny_world / "cost_model"
+    batch = trained_on(random_sequences(11, seed=2), folder, seed=2)
+    inside = np.arange(11) % 3 != 1
+    config = ppo_config(tiny_world, ppo={"loss_reduction": reduction})
+
+    def trained(rows: pa.RecordBatch) -> tuple[dict[str, float], dict[str, Tensor]]:
+        critic = critic_of(config, folder)
+        return gradients_of(critic.engine.module, lambda: critic.update(rows, 1))
+
+    scoped, gradients = trained(with_columns(batch, **{"scope/harm": inside}))
+    alone, expected = trained(batch.filter(pa.array(inside)))
+    assert scoped["critic/harm/loss"] == pytest.approx(alone["critic/harm/loss"], rel=1e-5)
+    assert scoped["critic/harm/clip_fraction"] == pytest.approx(alone["critic/harm/clip_fraction"], rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
+    none, gradients = trained(with_columns(batch, **{"scope/harm": np.zeros(11, dtype=bool)}))
+    assert none["critic/harm/loss"] == 0.0 and not any(gradient.any() for gradient in gradients.values())
+
+
 def test_a_policy_without_a_head_can_start_a_critic(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     critic = critic_of(ppo_config(tiny_world), tiny_world / "model", "reward")
     critic.save(str(tmp_path / "saved"))

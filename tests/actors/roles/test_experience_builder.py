@@ -336,3 +336,37 @@ def test_the_written_step_reads_back(tiny_world: Path, tmp_path: Path) -> None:
     path = tmp_path / "trajectories" / "step.parquet"
     ExperienceBuilder(config_of(tiny_world)).write(whole, str(path))
     assert pq.read_table(path).combine_chunks().to_batches()[0].equals(whole)
+
+
+def test_what_counts_for_some_prompts(tiny_world: Path) -> None:
+    """harm counts for prompts 0, 3 and 4, and its cost is NaN at one where it does not; bias counts for none."""
+    inside = {"harm": np.array([True, False, False, True, True, False]), "bias": np.zeros(6, dtype=bool)}
+    harm = np.array([3.0, np.nan, 7.0, -1.0, 1.0, 9.0], dtype=np.float32)
+    batch, config = scored(6, seed=3, **{"cost/harm": harm}), config_of(tiny_world)
+    builder = ExperienceBuilder(config)
+    marks = builder.scopes(inside, batch)
+    assert marks.schema.names == ["sample_id", "scope/harm", "scope/bias"]
+    # Marks are joined by sample, whatever the order of the prompts.
+    order = pa.array([4, 2, 0, 1, 5, 3])
+    assert builder.scopes(inside, batch.take(order)).equals(marks.take(order))
+    (stats, costs), whole = builder.advantages([1], batch, marks.take(order))
+    assert stats["unusable"] == {} and stats["samples"] == 6
+    assert stats["cost/harm/mean"] == 1.0 and stats["cost/harm/violation_rate"] == pytest.approx(2 / 3)
+    assert stats["cost/harm/samples"] == 3.0 and stats["cost/bias/samples"] == 0.0
+    for key in ("cost/bias/mean", "cost/bias/violation_rate", "cost/bias/unsafe_share"):
+        assert math.isnan(stats[key])
+    assert costs == {"harm": [3.0, -1.0, 1.0], "bias": []}
+    unscoped = ExperienceBuilder(config).advantages([], batch)[1]  # without the sample whose cost is NaN
+    for row in whole.to_pylist():
+        if not row["scope/harm"]:
+            assert set(row["advantages/harm"]) == {0.0} and row["returns/harm"] == pytest.approx(row["values/harm"])
+            continue
+        same = next(r for r in unscoped.to_pylist() if r["sample_id"] == row["sample_id"])
+        assert row["advantages/harm"] == same["advantages/harm"] and row["returns/harm"] == same["returns/harm"]
+    _, climbed = builder.combine(whole, {"harm": 2.0, "bias": 5.0})
+    for row in climbed.to_pylist():
+        pairs = zip(row["advantages/reward"], row["advantages/harm"], strict=True)
+        expected = [(r - 2 * c) / 3 if row["scope/harm"] else r for r, c in pairs]
+        assert row["advantages"] == pytest.approx(expected, rel=1e-5)
+    # A cost that is not finite where it counts is another matter.
+    assert "cost/harm" in builder.usable(experience.join(batch, builder.scopes({"harm": ~inside["harm"]}, batch)))[1]

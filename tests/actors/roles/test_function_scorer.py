@@ -18,7 +18,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.score_sources import ALLOWED_CODE, ScorerSetting, score_source
+from beaver_ray.score_sources import ALLOWED_CODE, FunctionSource, ScorerSetting, score_source
 from tests.actors.support import ppo_config
 
 CODE = """
@@ -46,6 +46,10 @@ def none_is_a_number(prompts, responses):
 
 def too_few(prompts, responses):
     return [1.0]
+
+def over(prompts, responses, *, budget, kind=None, names=()):
+    assert kind == ["even", "odd", "even"], kind
+    return [len(r.split()) - budget + len(names) for r in responses]
 
 def others(prompts, responses):
     return {"helpfulness": [1.0] * len(prompts)}
@@ -148,6 +152,53 @@ def test_what_is_no_function_is_refused_without_running_it(file: Path, tmp_path:
     for source in ("python:score.py", "python:score.txt:f", "python:score.py:not a name", "python::f"):
         with pytest.raises(ValueError, match=r"python:FILE\.py:FUNCTION"):
             score_source(source)
+
+
+def test_parameters_come_with_each_call(tiny_world: Path, file: Path, prompts: str) -> None:
+    batch = sequences_of(tiny_world, prompts, ANSWERS)
+    source = f"python:{file}:over(budget=-1.5, names=['a:b', 'c)'])"
+    over = scorer_of(tiny_world, source, {"reward": 0}, prompts).score(batch)
+    expected = [len(answer.split()) + 1.5 + 2 for answer in ANSWERS]
+    np.testing.assert_array_equal(experience.scalars(over, "reward"), np.float32(expected))
+    # A parameter that is set is no field, though the rows have one of its name.
+    with pytest.raises(UserError, match=r"AssertionError: \[\]"):
+        scorer_of(tiny_world, f"python:{file}:over(budget=1, kind=[])", {"reward": 0}, prompts).score(batch)
+    with pytest.raises(UserError, match="it wants budget, which no prompt has"):
+        scorer_of(tiny_world, f"python:{file}:over", {"reward": 0}, prompts)
+
+
+def test_parameters_are_literals_by_name(file: Path) -> None:
+    found = score_source("python:score.py:over(budget=2, names=('x',), kind={'a': None})")
+    assert isinstance(found, FunctionSource)
+    assert (str(found.file), found.name) == ("score.py", "over")
+    assert found.keywords == {"budget": 2, "names": ("x",), "kind": {"a": None}}
+    found.check("the cost")
+    for call in (
+        "(2)",
+        "(**{})",
+        "(budget=open('x'))",
+        "(budget=1)(names=2)",
+        "(budget=)",
+        "(budget=1, budget=2)",
+        "(",
+    ):
+        with pytest.raises(ValueError, match=r"python:") as caught:
+            score_source(f"python:score.py:over{call}")
+        assert "\n" not in str(caught.value)
+    for name in ("prompts", "responses", "dialogues"):
+        with pytest.raises(ValueError, match=f"{name} is given to every function by the run"):
+            score_source(f"python:score.py:over({name}=1)")
+    with pytest.raises(UserError, match=r"over in score.py has no parameter 'budgt'; it has budget, kind, names"):
+        score_source("python:score.py:over(budgt=1)").check("the cost")
+    score_source("python:score.py:everything(anything=1)").check("the cost")
+
+
+def test_the_library_is_at_hand_in_a_checkout(tiny_world: Path, prompts: str) -> None:
+    batch = sequences_of(tiny_world, prompts, ANSWERS)
+    over = scorer_of(tiny_world, "python:beaver_ray/rules/text.py:over_length(budget=2)", {"cost/long": 0}, prompts)
+    np.testing.assert_array_equal(experience.scalars(over.score(batch), "cost/long"), np.float32([1.5, 0, 1]))
+    refuses = scorer_of(tiny_world, "python:beaver_ray/rules/text.py:refuses", {"cost/refusal": 0}, prompts)
+    assert set(experience.scalars(refuses.score(batch), "cost/refusal").tolist()) <= {0.0, 1.0}
 
 
 def test_code_of_elsewhere_is_not_run_unasked(

@@ -1,0 +1,132 @@
+"""Whether an answer is the right one: as text, or as a number. The right one is ``answer`` of the prompt's row.
+
+What an answer says at last counts: the content of its last \\boxed{...}, what follows its last "####", "the answer is"
+or "答案是", and else the whole of it (text), or the last number in it (numbers).
+"""
+
+# ruff: noqa: RUF001 (characters that look alike are told apart on purpose)
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+LONGEST = 20_000  # characters of an answer that are read, from its end
+MOST_DIGITS = 300  # of a number, its exponent applied
+
+_MARK = re.compile(
+    r"####|(?:final answer|answer|result|solution)\s*(?:is|:|=)(?:\s*:)?|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
+    re.IGNORECASE,
+)
+_DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*"})
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_POWER = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?")
+_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
+_NUMBER = re.compile(rf"(?<![\w.,])([+-]?)\s?({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?!\w|\.\d)", re.IGNORECASE)
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
+
+
+def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any]) -> list[float]:
+    """1 where the answer says what the row's ``answer`` does, or one of several, else 0.
+
+    Capitals, width, white space, a last full stop and what stands around the whole (quotes, $, **) do not matter.
+    """
+    scores = []
+    for response, right in zip(responses, answer, strict=True):
+        accepted = {plain(str(one)) for one in several(right)} - {""}
+        said = final_answer(response)
+        scores.append(float(plain(said) in accepted))
+    return scores
+
+
+def numeric_answer(
+    prompts: list[str], responses: list[str], *, answer: list[Any], tolerance: float = 0.0
+) -> list[float]:
+    """1 where the answer's number is that of the row's ``answer``, or one of several, else 0.
+
+    1,000.50, -3/4, 1e3, \\frac{1}{2} and 2 \\times 10^3 are read exactly; units and signs of money or percent do not
+    matter (50% is 50). tolerance: how far off a number may be, as a share of the right one.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
+    allowed = Fraction(tolerance)
+    scores = []
+    for response, right in zip(responses, answer, strict=True):
+        wanted = [number for number in (last_number(str(one)) for one in several(right)) if number is not None]
+        said = last_number(final_answer(response))
+        scores.append(float(said is not None and any(abs(said - n) <= allowed * abs(n) for n in wanted)))
+    return scores
+
+
+def several(right: Any) -> Sequence[Any]:
+    """The accepted answers of a row: none, one, or those of a list."""
+    if right is None:
+        return ()
+    return right if isinstance(right, list | tuple) else (right,)
+
+
+def final_answer(response: str) -> str:
+    """What the answer says at last; see above."""
+    text = response[-LONGEST:]
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    marks = list(_MARK.finditer(unicodedata.normalize("NFKC", text)))
+    if not marks:
+        return text
+    said = unicodedata.normalize("NFKC", text)[marks[-1].end() :].strip()
+    return said.splitlines()[0] if said else ""
+
+
+def plain(text: str) -> str:
+    """Lower case, one width, single spaces, without what stands around the whole."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    before = None
+    while before != text:
+        before, text = text, text.strip(" .!。\"'`$*“”‘’").removeprefix("\\(").removesuffix("\\)")
+    return text
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
+    text = unicodedata.normalize("NFKC", text[-LONGEST:]).translate(_DASHES).replace("{,}", ",")
+    text = _FRACTION.sub(r"\1/\2", text).replace("\\,", "").replace("\\!", "")
+    text = _POWER.sub(r"e\1", text)
+    numbers = list(_NUMBER.finditer(text))
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    sign, upper, lower = found.groups()
+    value, divisor = _decimal(upper), _decimal(lower) if lower else Fraction(1)
+    if value is None or not divisor:
+        return None
+    return -value / divisor if sign == "-" else value / divisor
+
+
+def _decimal(text: str) -> Fraction | None:
+    """One number without its fraction; None for 1,2 (no groups of three) and for one of too many digits."""
+    digits, _, exponent = text.lower().partition("e")
+    sign = -1 if digits.startswith("-") else 1
+    digits = digits.lstrip("+-").rstrip(",")
+    if len(digits) + abs(int(exponent or 0)) > MOST_DIGITS or not _GROUPED.fullmatch(digits):
+        return None
+    return sign * Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The content of the last whole \boxed{...}, whatever brackets it holds; None where there is none."""
+    opened: list[tuple[int, bool]] = []
+    found = None
+    for bracket in re.finditer(r"[{}]", text):
+        place = bracket.start()
+        if bracket[0] == "{":
+            opened.append((place + 1, text.endswith("\\boxed", 0, place)))
+        elif opened:
+            start, boxed = opened.pop()
+            found = text[start:place] if boxed else found
+    return found

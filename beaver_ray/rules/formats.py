@@ -1,0 +1,72 @@
+"""Whether an answer has a form that programs can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST = 1_000_000  # characters; a longer answer counts as none of the form
+
+_FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)\n?[^\S\n]*```", re.DOTALL | re.IGNORECASE)
+
+
+def valid_json(
+    prompts: list[str],
+    responses: list[str],
+    *,
+    keys: Sequence[str] = (),
+    fenced: bool = True,
+    schema: list[Any] | None = None,
+) -> list[float]:
+    """1 where the answer is JSON and nothing else, else 0.
+
+    keys: it must be an object that has them. fenced: it may stand in one ``` block with nothing around it. schema: the
+    rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
+
+    NaN and Infinity are no JSON. Raises ValueError for what is no schema; a schema may refer to its own parts alone.
+    """
+    if isinstance(keys, str):
+        raise ValueError(f"keys must be a list of texts, not {keys!r:.100}")
+    checks = [_validator(one) for one in schema] if schema is not None else [None] * len(responses)
+    return [float(_fits(response, keys, fenced, check)) for response, check in zip(responses, checks, strict=True)]
+
+
+def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
+    text = response.strip()
+    if len(text) > LONGEST:
+        return False
+    if fenced and (block := _FENCED.fullmatch(text)):
+        text = block[1]
+    try:
+        value = json.loads(text, parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        return False
+    if keys and not (isinstance(value, dict) and all(key in value for key in keys)):
+        return False
+    try:
+        return check is None or bool(check.is_valid(value))
+    except RecursionError:
+        return False
+
+
+def _validator(schema: Any) -> Any:
+    """What tells whether a value fits the schema; None where a row has none."""
+    if schema is None:
+        return None
+    import jsonschema
+    import referencing
+
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+    except (ValueError, TypeError, jsonschema.SchemaError) as error:
+        said = getattr(error, "message", None) or error
+        raise ValueError(f"the row's schema is no JSON schema: {said}") from None
+    return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

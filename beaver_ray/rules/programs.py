@@ -1,0 +1,131 @@
+"""Whether the Python code in an answer compiles, and passes the tests of its prompt's row. It runs confined."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from beaver_ray.rules import run_program
+
+LONGEST = 200_000  # characters; longer code is not run and passes nothing
+STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
+
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def passes_tests(
+    prompts: list[str],
+    responses: list[str],
+    *,
+    tests: list[Any],
+    share: bool = True,
+    seconds: float = 5.0,
+    memory_mib: int = 1024,
+    at_once: int = 2,
+    namespaces: bool = True,
+) -> list[float]:
+    """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
+
+    tests: Python code, one text or a list, run one after another in the names of the answer's code; one that raises has
+    failed. A row without any gives 0. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for
+    an answer with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the
+    same time. namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then,
+    with False, limits and a guard inside Python are all that stands between the program and this machine.
+    """
+    rows = [_tests_of(row) for row in tests]
+    limits = {"seconds": _above_0("seconds", seconds), "memory_mib": int(_above_0("memory_mib", memory_mib))}
+    jobs = [
+        {"program": code_of(response), "tests": row, "run": True, "namespaces": namespaces, **limits}
+        for response, row in zip(responses, rows, strict=True)
+    ]
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        passed = list(pool.map(_passed, jobs))
+    if share:
+        return [count / len(row) if row else 0.0 for count, row in zip(passed, rows, strict=True)]
+    return [float(bool(row) and count == len(row)) for count, row in zip(passed, rows, strict=True)]
+
+
+def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> list[float]:
+    """1 where the code in the answer is Python, else 0. Nothing of it is run; an answer without code gives 0."""
+    fixed = {"tests": [], "run": False, "namespaces": False, "seconds": 5.0, "memory_mib": 1024}
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        return [float(n) for n in pool.map(_passed, ({"program": code_of(r), **fixed} for r in responses))]
+
+
+def code_of(response: str) -> str:
+    """The first ``` block that says it is Python, else the first that says nothing, else the whole answer."""
+    blocks = [(language.lower(), code) for language, code in _BLOCK.findall(response)]
+    for wanted in (("python", "py", "python3"), ("",)):
+        for language, code in blocks:
+            if language in wanted:
+                return code
+    return "" if blocks else response
+
+
+def _passed(job: dict[str, Any]) -> int:
+    """How many tests the job's program passes, or 1 where it compiles. ValueError where there are no namespaces."""
+    if len(job["program"]) > LONGEST or not job["program"].strip():
+        return 0
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as told:
+            told.write(json.dumps({**job, "word": word, "folder": folder}).encode("utf-8", "surrogatepass"))
+            told.seek(0)
+            _run(run_program.WAITS * job["seconds"], folder, told, said)
+        said.seek(0)
+        lines = said.read(1 << 20).decode(errors="replace").splitlines()
+    reports = {line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")}
+    if refused := next((line for line in reports if line.startswith("refused ")), None):
+        raise ValueError(
+            f"the kernel gives programs no namespaces here ({refused.removeprefix('refused ')}); allow user "
+            "namespaces, or say namespaces=False to run answers' code with limits and a guard inside Python alone"
+        )
+    return len(reports)
+
+
+def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
+    """Start the process and wait for its end, or make it end when its time is up."""
+    environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    process = subprocess.Popen(
+        [sys.executable, "-I", run_program.__file__],
+        stdin=told,
+        stdout=said,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds + STARTING_S)
+    finally:
+        # What it has started is of its group and ends with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _tests_of(row: Any) -> list[str]:
+    if row is None:
+        return []
+    tests = [row] if isinstance(row, str) else row
+    if not isinstance(tests, Sequence) or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"a row's tests must be a text or a list of texts, not {row!r:.100}")
+    return list(tests)
+
+
+def _above_0(name: str, value: float) -> float:
+    if not 0 < value < 1e6:
+        raise ValueError(f"{name} must be above 0, not {value}")
+    return value

@@ -1,0 +1,214 @@
+"""Runs one program and its tests, confined: a process of its own, started by `programs` as a script.
+
+It knows the standard library alone. What it is to do comes as JSON on its standard input, a file; what came of it goes
+to its standard output, a file too, one line for each test that passed, behind a word that the program is not told. What
+is done against a program:
+
+- always: limits on CPU time, memory, the size and number of files, processes and threads (none); a fresh folder as its
+  working directory; an environment without the parent's variables; no input, and its output is thrown away;
+- with namespaces of the Linux kernel: no network but an empty one, everything read-only but that folder (in memory, of
+  limited size), no device, no other process that its signals reach;
+- always: no privileges, and inside Python an audit hook that refuses sockets, processes, signals, and changes outside
+  the folder.
+
+The last is no wall: code that sets out to leave it (by ctypes, say) does, and under root it then starts processes,
+which end with it. The namespaces are one, as far as the kernel holds, but for reading: a program sees what files the
+account that runs it can read, though it can send them nowhere. And a program shares its process with its tests: one
+that looks for them there can make them pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+READ_ONLY, NO_SUID, NO_DEVICE, PRIVATE = 0x1, 0x2, 0x4, 1 << 18  # of mount_setattr; the first three as in mount
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION_3 = 0x20080522
+NOBODY = 65534
+
+WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
+
+PROGRAM = "the program"  # the name of its code in traces
+
+
+def main() -> None:
+    """Do what standard input says, and end without a word."""
+    job = json.load(sys.stdin)
+    report = _reporter(job["word"])
+    if os.geteuid() == 0:
+        # No limit on processes holds where the real user is root. Root of a container may be refused this.
+        with contextlib.suppress(PermissionError):
+            os.setresuid(NOBODY, 0, 0)
+    try:
+        if job["namespaces"]:
+            _enter_namespaces(job["folder"], job["memory_mib"])
+        _go_on_in_a_child(WAITS * job["seconds"])
+        _drop_privileges()
+    except OSError as error:
+        report(f"refused {error.strerror or error}")
+        os._exit(1)
+    os.chdir(job["folder"])
+    _limit(job["seconds"], job["memory_mib"] << 20)
+    if job["run"]:
+        sys.dont_write_bytecode = True
+        sys.addaudithook(_guard(os.path.realpath(job["folder"])))
+        _run(job["program"], job["tests"], report)
+    else:
+        _compile(job["program"], report)
+    os._exit(0)  # whatever threads or handlers the program has left
+
+
+def _reporter(word: str) -> Callable[[str], None]:
+    """Says a line to the parent; the program's own input and output lead nowhere from here on."""
+    said = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+
+    def report(line: str) -> None:
+        os.write(said, f"{word} {line}\n".encode())
+
+    return report
+
+
+def _enter_namespaces(folder: str, memory_mib: int) -> None:
+    """Be alone: see above. OSError where the kernel does not let it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.geteuid(), os.getegid()
+    _ask(libc.unshare, NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    attributes = struct.pack("QQQQ", READ_ONLY | NO_SUID | NO_DEVICE, 0, PRIVATE, 0)
+    _ask(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes))
+    options = f"size={memory_mib}m,nr_inodes=1000,mode=700".encode()
+    _ask(libc.mount, b"tmpfs", os.fsencode(folder), b"tmpfs", NO_SUID | NO_DEVICE, options)
+
+
+def _go_on_in_a_child(seconds: float) -> None:
+    """Fork: the child goes on, the parent ends when it has, or kills it when its time is up.
+
+    The child is the first process of a new process namespace, where there is one: with it all others in there end, and
+    most signals do not reach it, an alarm of its own among them.
+    """
+    child = os.fork()
+    if child:
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        os.waitpid(child, 0)
+        os._exit(0)
+
+
+def _drop_privileges() -> None:
+    """Those of root, and those that a new user namespace has brought; and die with the parent."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _ask(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _ask(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _ask(libc.capset, struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
+
+
+def _ask(function: Any, *arguments: Any) -> None:
+    """A call of the C library; OSError where it fails."""
+    if function(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """Limits of the kernel on this process, which it cannot raise again."""
+    limits = {
+        resource.RLIMIT_CPU: math.ceil(seconds),
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: memory // 4,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,
+    }
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook that refuses what the program has no business with."""
+    outside: tuple[str, ...] = (
+        "socket.",
+        "subprocess.",
+        "os.fork",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "pty.",
+    )
+    outside += ("os.kill", "signal.pthread_kill", "os.startfile", "syslog.", "webbrowser.", "resource.setrlimit")
+    changes: tuple[str, ...] = (
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.mkdir",
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.symlink",
+    )
+    changes += ("os.truncate", "os.utime", "os.setxattr", "os.removexattr", "shutil.")
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def inside(path: Any) -> bool:
+        if isinstance(path, int):  # one that is open already
+            return True
+        place = os.path.realpath(os.fsdecode(path))
+        return place == folder or place.startswith(folder + os.sep)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(outside):
+            raise PermissionError(f"a program may not {event}")
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes and not inside(arguments[0]):
+            raise PermissionError(f"a program may write in its folder alone, not {arguments[0]!r}")
+        if event.startswith(changes):
+            paths = [path for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+            if not all(map(inside, paths)):
+                raise PermissionError(f"a program may change its folder alone, not {paths!r}")
+
+    return hook
+
+
+def _compile(program: str, report: Callable[[str], None]) -> None:
+    """Report whether it is Python; nothing of it is run."""
+    try:
+        compile(program, PROGRAM, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return
+    report("compiles")
+
+
+def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
+    """Run the program, then each test in its names; report those tests that end without an exception."""
+    names: dict[str, Any] = {"__name__": "program", "__builtins__": __builtins__}
+    try:
+        exec(compile(program, PROGRAM, "exec", dont_inherit=True), names)
+    except BaseException:  # whatever it may raise, SystemExit included
+        return
+    for number, test in enumerate(tests):
+        try:
+            exec(compile(test, f"test {number}", "exec", dont_inherit=True), names)
+        except BaseException:
+            continue
+        report(f"passed {number}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Right answers, as text and as numbers; and JSON."""
+
+# ruff: noqa: RUF001 (characters that look alike are told apart on purpose)
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from beaver_ray.rules.answers import exact_answer, final_answer, last_number, numeric_answer
+from beaver_ray.rules.formats import valid_json
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1,000.50", "1000.5"),
+        ("-3/4", "-3/4"),
+        ("−7", "-7"),
+        ("1e3", "1000"),
+        ("2.5E-2", "1/40"),
+        (r"\frac{1}{2}", "1/2"),
+        (r"-\dfrac{3}{4}", "-3/4"),
+        (r"2 \times 10^{3}", "2000"),
+        ("3 * 10^-2", "3/100"),
+        ("$1,234", "1234"),
+        ("50%", "50"),
+        (r"12{,}345", "12345"),
+        ("２４", "24"),
+        (".5", "1/2"),
+        ("3.", "3"),
+        ("It took 3 tries and then 12 more.", "12"),
+        ("10-3", "3"),
+        ("x = -2", "-2"),
+    ],
+)
+def test_numbers_as_they_are_written(text: str, number: str) -> None:
+    assert last_number(text) == Fraction(number)
+
+
+@pytest.mark.parametrize("text", ["", "none", "12,5", "1/0", "1e999999", "9" * 5000, "v1.2.3", "7th", "1e"])
+def test_what_is_no_number(text: str) -> None:
+    assert last_number(text) is None
+
+
+def test_the_last_thing_said_counts() -> None:
+    assert final_answer(r"so \boxed{3} or rather \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert final_answer(r"\boxed{a{b}c} and \boxed{never closed") == "a{b}c"
+    assert final_answer("First 3.\n#### 18\nBye") == "18"
+    assert final_answer("The answer is 4. No: the final answer is: 5\nI am sure.") == "5"
+    assert final_answer("所以答案是：12。") == "12。"
+    assert final_answer("just this") == "just this" and final_answer("") == ""
+
+
+def test_numeric_answers() -> None:
+    answers = ["The total is $1,000.50.", r"\boxed{0.75}", "#### 4", "", "six", "3.1416", "-5"]
+    right: list[Any] = ["1000.5", "3/4", 4, "0", 6, "3.14159", [5, "-5"]]
+    assert numeric_answer(["p"] * 7, answers, answer=right) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert numeric_answer(["p"] * 7, answers, answer=right, tolerance=0.001)[5] == 1.0
+    assert numeric_answer(["p"], ["7"], answer=[None]) == [0.0]
+    with pytest.raises(ValueError, match="tolerance"):
+        numeric_answer(["p"], ["7"], answer=["7"], tolerance=-1)
+
+
+def test_exact_answers() -> None:
+    answers = ["Paris.", "The answer is **Paris**", "ＰＡＲＩＳ", "Paris, France", "", r"\boxed{B}", "北京。"]
+    right: list[Any] = ["paris", "Paris", "Paris", "Paris", "", ["b", "c"], "北京"]
+    assert exact_answer(["p"] * 7, answers, answer=right) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    assert exact_answer(["p"] * 2, ["", "x"], answer=[None, []]) == [0.0, 0.0]
+
+
+def test_large_answers_take_no_time() -> None:
+    started = time.monotonic()
+    for piece in ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9"):
+        numeric_answer(["p"], [piece * 200_000], answer=["1"])
+        exact_answer(["p"], [piece * 200_000], answer=["1"])
+    valid_json(["p"] * 2, ["[" * 900_000, "```json\n" * 50_000])
+    assert time.monotonic() - started < 30
+
+
+def test_json() -> None:
+    good = ['{"a": 1}', " [1, 2]\n", '"text"', '```json\n{"a": "漢"}\n```', "```\n[]\n```"]
+    bad = ["", "{'a': 1}", '{"a": 1,}', "NaN", "[Infinity]", 'Here: {"a": 1}', "```json\n{}\n``` done", "[" * 100_000]
+    assert valid_json(["p"] * len(good), good) == [1.0] * len(good)
+    assert valid_json(["p"] * len(bad), bad) == [0.0] * len(bad)
+    assert valid_json(["p"], [good[3]], fenced=False) == [0.0]
+    assert valid_json(["p"] * 3, ['{"a": 1, "b": 2}', '{"a": 1}', "[1]"], keys=["a", "b"]) == [1.0, 0.0, 0.0]
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    schemas = [schema, '{"type": "array"}', None, schema]
+    answers = ['{"n": 3}', "[]", "17", '{"n": "3"}']
+    assert valid_json(["p"] * 4, answers, schema=schemas) == [1.0, 1.0, 1.0, 0.0]
+    for wrong in ({"type": 3}, "{", 5):
+        with pytest.raises(ValueError, match="is no JSON schema"):
+            valid_json(["p"], ["1"], schema=[wrong])
+    with pytest.raises(ValueError, match="keys must be"):
+        valid_json(["p"], ["1"], keys="ab")

@@ -1,0 +1,173 @@
+"""Code in answers, run confined: what passes, what does not, and what a program cannot do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from beaver_ray.rules.programs import code_of, compiles, passes_tests
+
+ADD = "Here you are:\n```python\ndef add(a, b):\n    return a + b\n```\nThat adds."
+ADDS = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'", "assert add(1, 1) == 3"]
+
+
+def has_namespaces() -> bool:
+    try:
+        return passes_tests(["p"], ["x = 1"], tests=["assert x"]) == [1.0]
+    except ValueError:
+        return False
+
+
+@pytest.fixture(params=[False, True], ids=["guard", "namespaces"])
+def namespaces(request: pytest.FixtureRequest) -> bool:
+    """Each of the two ways to be confined; that by namespaces where the kernel gives them."""
+    if request.param and not has_namespaces():
+        pytest.skip("the kernel gives no namespaces here")
+    return bool(request.param)
+
+
+def passed(program: str, *tests: str, namespaces: bool, seconds: float = 20.0, memory_mib: int = 512) -> float:
+    """The share of tests that one program passes."""
+    limits = {"seconds": seconds, "memory_mib": memory_mib}
+    return passes_tests(["p"], [program], tests=[list(tests)], namespaces=namespaces, **limits)[0]
+
+
+def test_shares_of_tests_passed(namespaces: bool) -> None:
+    answers = [ADD, "", "def add(a, b: pass", "no code at all", "def add(a, b):\n    return 3"]
+    tests = [ADDS] * len(answers)
+    given = {"tests": tests, "namespaces": namespaces}
+    assert passes_tests(["p"] * 5, answers, **given) == [2 / 3, 0.0, 0.0, 0.0, 2 / 3]
+    assert passes_tests(["p"] * 5, answers, share=False, **given) == [0.0] * 5
+    assert (
+        passes_tests(["p"] * 2, [ADD] * 2, tests=[ADDS[:2], ADDS[0]], share=False, namespaces=namespaces) == [1.0] * 2
+    )
+    assert passes_tests(["p"] * 2, [ADD] * 2, tests=[None, []], namespaces=namespaces) == [0.0, 0.0]
+    # A test may be a checking function, and sees what tests before it have named.
+    check = "def check(candidate):\n    assert candidate(2, 2) == 4"
+    assert passed(ADD, check, "check(add)", "é = add('ü', '漢字')\nassert é == 'ü漢字'", namespaces=namespaces) == 1.0
+    assert passes_tests([], [], tests=[], namespaces=namespaces) == []
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise KeyboardInterrupt",
+        "raise BaseException('x')",
+        "def f(): f()\nf()",
+        "import ctypes; ctypes.string_at(0)",
+        "print('passed 0', flush=True)\nimport os\nfor n in range(64):\n"
+        "    try: os.write(n, b'passed 0\\n')\n    except OSError: pass\nraise ValueError",
+        "(" * 5000 + ")" * 5000,
+        "x" * 300_000,
+        "\0",
+    ],
+)
+def test_what_ends_early_passes_nothing(program: str) -> None:
+    assert passed(program, "pass", namespaces=False) == 0.0
+
+
+def test_an_endless_program_keeps_the_tests_before_it(namespaces: bool) -> None:
+    started = time.monotonic()
+    assert passed(ADD, ADDS[0], "while True: pass", ADDS[1], namespaces=namespaces, seconds=1.0) == pytest.approx(1 / 3)
+    assert passed(ADD, ADDS[0], "import time; time.sleep(600)", namespaces=namespaces, seconds=1.0) == 0.5
+    stubborn = "import signal\nfor n in (2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass"
+    assert passed(ADD, ADDS[0], stubborn, namespaces=namespaces, seconds=1.0) == 0.5
+    assert time.monotonic() - started < 60
+
+
+def test_memory_files_and_output_are_limited(namespaces: bool, tmp_path: Path) -> None:
+    def one(test: str) -> float:
+        return passed("", "", namespaces=namespaces) if not test else passed("x = 1", test, namespaces=namespaces)
+
+    assert one("b = bytearray(2 << 30)") == 0.0
+    assert one("l = [0]\nwhile True: l += l") == 0.0
+    assert one("b = bytearray(8 << 20)") == 1.0
+    assert one("open('mine', 'w').write('x'); assert open('mine').read() == 'x'") == 1.0
+    assert one("f = open('large', 'wb')\nfor _ in range(300): f.write(bytes(1 << 20))") == 0.0
+    assert one("fs = [open(f'f{n}', 'w') for n in range(100)]") == 0.0
+    assert one("print('x' * (64 << 20))\nimport sys\nassert sys.stdin.read() == ''") == 1.0
+    # Outside its folder it changes nothing.
+    victim = tmp_path / "victim"
+    victim.write_text("whole")
+    os.chmod(tmp_path, 0o777)
+    for test in (
+        f"open({str(victim)!r}, 'w')",
+        f"import os; os.remove({str(victim)!r})",
+        f"import os; os.symlink({str(victim)!r}, 'link'); open('link', 'a').write('x')",
+        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+        "open('../above', 'w')",
+    ):
+        assert one(test) == 0.0, test
+    assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
+
+
+def test_no_process_no_network_no_secret(namespaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for test in (
+            f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)",
+            f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}', timeout=2)",
+            "import os\nwhile True: os.fork()",
+            "import subprocess; subprocess.run(['true'])",
+            "import os; os.system('true') and 1 / 0; raise SystemExit",
+            "import threading; threading.Thread(target=print).start()",
+            "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join(); assert p.exitcode == 0",
+            "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+            "import os; assert 'HF_TOKEN' in os.environ",
+            "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (50, 50))",
+        ):
+            assert passed("x = 1", test, namespaces=namespaces) == 0.0, test
+
+
+def test_namespaces_hold_without_the_guard() -> None:
+    """By system calls that no audit hook sees: no files, no network, no processes."""
+    if not has_namespaces():
+        pytest.skip("the kernel gives no namespaces here")
+    folder = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    for test in (
+        "assert libc.open(b'/tmp/program-was-here', 0o101, 0o600) >= 0",
+        "assert libc.fork() >= 0",
+        "assert libc.mount(b'tmpfs', b'/mnt', b'tmpfs', 0, None) == 0",
+        "assert libc.unshare(0x10000000) == 0 and libc.mount(None, b'/', None, 32 | 4096 & ~1, None) == 0"
+        " and libc.open(b'/tmp/program-was-here', 0o101, 0o600) >= 0",
+        "import struct\ns = libc.socket(2, 1, 0)\naddress = struct.pack('<H', 2) + struct.pack('>H', 9)"
+        " + bytes([192, 0, 2, 1]) + bytes(8)\nassert libc.connect(s, address, 16) == 0",
+    ):
+        assert passed(folder, test, namespaces=True) == 0.0, test
+    assert not Path("/tmp/program-was-here").exists()
+
+
+def test_a_kernel_without_namespaces_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = Path(passes_tests.__globals__["run_program"].__file__).read_text()
+    (tmp_path / "none.py").write_text(source.replace("_ask(libc.unshare,", "raise OSError(1, 'Not permitted')\n    ("))
+    monkeypatch.setattr(passes_tests.__globals__["run_program"], "__file__", str(tmp_path / "none.py"))
+    with pytest.raises(ValueError, match=r"no namespaces here \(Not permitted\); .*namespaces=False") as caught:
+        passes_tests(["p"], ["x = 1"], tests=["assert x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_compiles() -> None:
+    answers = [ADD, "x = ", "", "```python\nx = 1\n```", "1 + 1", "hello there", "raise SystemExit", "(" * 5000]
+    assert compiles(["p"] * 8, answers) == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_which_code_is_meant() -> None:
+    assert code_of("a\n```\nfirst\n```\n```py\nsecond\n```\n") == "second\n"
+    assert code_of("```bash\nls\n```\n```\nx = 1\n```") == "x = 1\n"
+    assert code_of("```python\ncut = 1") == "cut = 1"
+    assert code_of("```bash\nls\n```") == "" and code_of("x = 1") == "x = 1"
+    assert code_of("- so:\n  ```python\n  x = 1\n  ```") == "  x = 1\n"
+
+
+@pytest.mark.parametrize("changes", [{"seconds": 0}, {"memory_mib": -1}, {"tests": [3]}, {"tests": [[1]]}])
+def test_parameters_out_of_range(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        passes_tests(["p"], ["x = 1"], **({"tests": ["assert x"]} | changes))  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Length, patterns and words of answers."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from beaver_ray.rules.text import matches, mentions, over_length, word_count
+
+
+def test_length_over_a_budget() -> None:
+    answers = ["", "one two", "one two three", "a " * 8, "x" * 100]
+    assert over_length(["p"] * 5, answers, budget=2) == [0.0, 0.0, 0.5, 3.0, 0.0]
+    assert over_length(["p"] * 5, answers, budget=2, most=1.0) == [0.0, 0.0, 0.5, 1.0, 0.0]
+    assert over_length(["p"] * 5, answers, budget=50, unit="characters") == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert over_length(["p"], ["w " * 100_000], budget=100) == [999.0]
+    for wrong in ({"budget": 0}, {"budget": float("nan")}, {"budget": 3, "unit": "tokens"}):
+        with pytest.raises(ValueError, match=r"budget must|unit is"):
+            over_length(["p"], ["x"], **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        (" \n\t", 0),
+        ("don't stop", 2),
+        ("我喜欢茶", 4),
+        ("我 like 茶!", 4),
+        ("カメラ3台", 5),
+        ("안녕 하세요", 2),
+    ],
+)
+def test_words_of_scripts_with_and_without_spaces(text: str, count: int) -> None:
+    assert word_count(text) == count
+
+
+def test_patterns() -> None:
+    answers = ["call 555-1234", "", "CALL me", "línea\n第二行"]
+    assert matches(["p"] * 4, answers, pattern=r"\d{3}-\d{4}") == [1.0, 0.0, 0.0, 0.0]
+    assert matches(["p"] * 4, answers, pattern="call", ignore_case=True) == [1.0, 0.0, 1.0, 0.0]
+    assert matches(["p"] * 4, answers, pattern="", whole=True) == [0.0, 1.0, 0.0, 0.0]
+    assert matches(["p"] * 4, answers, pattern=r"\p{Han}+行") == [0.0, 0.0, 0.0, 1.0]
+    with pytest.raises(Exception, match="missing"):
+        matches(["p"], ["x"], pattern="(")
+
+
+def test_a_pattern_that_takes_for_ever_is_given_up() -> None:
+    started = time.monotonic()
+    slow = {"pattern": r"^(a|a|aa)+$", "seconds": 0.2}
+    assert matches(["p"] * 2, ["a" * 60 + "b", "aaa"], **slow) == [0.0, 1.0]  # type: ignore[arg-type]
+    assert matches(["p"], ["a" * 60 + "b"], late=1.0, **slow) == [1.0]  # type: ignore[arg-type]
+    assert time.monotonic() - started < 30
+
+
+def test_words_that_are_mentioned() -> None:
+    answers = ["The Gun was there.", "begun", "gun-metal  grey", "枪支管理", "C++ is fast", ""]
+    assert mentions(["p"] * 6, answers, words=["gun", "枪"]) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    assert mentions(["p"] * 6, answers, words=["gun"], part=True) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert mentions(["p"] * 6, answers, words=["gun", "metal grey"], every=True) == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert mentions(["p"] * 6, answers, words=["c++"]) == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    for wrong in ("gun", [], [""], [3]):
+        with pytest.raises(ValueError, match="words must be a list"):
+            mentions(["p"], ["x"], words=wrong)  # type: ignore[arg-type]
