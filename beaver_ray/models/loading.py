@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +33,9 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
+PROBE = 20  # tokens whose text is tried out
+
+
 def check_model_folder(path: str, role: str) -> None:
     """Raises UserError where ``path`` is neither a folder with a readable config.json nor the name of a hub."""
     try:
@@ -48,11 +52,30 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer.encode("a")
+        loses = _loses_text(tokenizer, Path(path) / "tokenizer.json")
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from None
+    if loses:
+        raise UserError(
+            f"the tokenizer in {path} is read as {type(tokenizer).__name__}, as transformers does for the model's type "
+            f"whatever the folder says, and loses words of its own tokenizer.json so; give it one of the type's kind"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no EOS token; add one, answers must be able to end")
     return tokenizer
+
+
+def _loses_text(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether words that tokenizer.json knows do not come back from this tokenizer, which was loaded beside it."""
+    if not file.is_file():
+        return False
+    core = Tokenizer.from_file(str(file))
+    special = {*tokenizer.all_special_ids, *core.get_added_tokens_decoder()}
+    words = core.decode([token for token in range(core.get_vocab_size()) if token not in special][-PROBE:]).strip()
+    kept = core.decode(core.encode(words, add_special_tokens=False).ids).strip() == words
+    ids = tokenizer.encode(words, add_special_tokens=False)
+    found = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return kept and "".join(found.split()) != "".join(words.split())
 
 
 def load_policy(

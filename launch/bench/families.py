@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 import sys
 import tempfile
 from pathlib import Path
@@ -20,10 +21,9 @@ import yaml
 
 from beaver_ray import experience
 from beaver_ray.runs import is_finished
-from launch.bench.family_models import FAMILIES, VOCABULARY, write_family
+from launch.bench.family_models import FAMILIES, write_family
 from launch.bench.iteration import finish
 from launch.bench.measure import Figure, Goal, Outcome
-from launch.bench.models import FIRST_WORD
 from launch.bench.options import Options
 
 STAGES = ("sft", "reward_model", "cost_model", "safe_ppo")
@@ -56,13 +56,13 @@ def run(options: Options) -> Outcome:
 
 
 def write_data(folder: Path) -> None:
-    """Prompts, demonstrations and pairs of random words; a word marks the better and another the unsafe answer."""
+    """Prompts, demonstrations and pairs of random letters; one marks the better and another the unsafe answer."""
     rng = random.Random(0)
+    better, unsafe, others = "a", "b", string.ascii_lowercase[2:]
 
     def words(count: int) -> str:
-        return " ".join(f"w{rng.randrange(FIRST_WORD + 2, VOCABULARY)}" for _ in range(count))
+        return " ".join(rng.choice(others) for _ in range(count))
 
-    better, unsafe = f"w{FIRST_WORD}", f"w{FIRST_WORD + 1}"
     prompts, demonstrations, pairs = [], [], []
     for _ in range(ROWS):
         prompt = words(rng.randint(3, 8))

@@ -1,18 +1,20 @@
-"""A tiny random model of every family that the README names, as Hugging Face folders with a tokenizer of plain words.
+"""A tiny random model of every family that the README names, as Hugging Face folders with a tokenizer of letters.
 
 Each has two layers and what sets its family apart: tied heads, windows, caps, biases, experts, dropout of its own.
 """
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from launch.bench.models import BOS, EOS, PAD, write_tokenizer
+from launch.bench.models import BOS, EOS, PAD, UNKNOWN
 
 VOCABULARY = 128
 SHAPE = {
@@ -79,5 +81,26 @@ def write_family(folder: Path, name: str, seed: int = 0) -> Path:
     config = getattr(transformers, f"{family.kind}Config")(**settings)
     torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    write_tokenizer(folder, VOCABULARY)
+    write_letters(folder)
     return folder
+
+
+def write_letters(folder: Path) -> None:
+    """A byte-level tokenizer without merges: a letter is a token, and so is a space.
+
+    transformers reads folders of some families (Qwen 2.5) with a class of their own, whatever the folder says, and that
+    class splits at letters, digits and spaces; tokenizers of other kinds give nothing there.
+    """
+    letters = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN}
+    letters |= {letter: len(letters) + i for i, letter in enumerate((*string.ascii_lowercase, "\u0120"))}
+    core = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ ' ' + message.content }}"
+        "{% if message.role == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)

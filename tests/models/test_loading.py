@@ -106,3 +106,12 @@ def test_a_tokenizer_needs_an_end(tiny_world: Path, tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="has no EOS token"):
         load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_that_its_models_type_cannot_read_is_refused(tiny_world: Path, tmp_path: Path) -> None:
+    """transformers reads every folder of type qwen2 as byte-level BPE; of words nothing is left then."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_world / "model" / file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(UserError, match=r"is read as Qwen2Tokenizer, .* loses words of its own"):
+        load_tokenizer(str(tmp_path))
