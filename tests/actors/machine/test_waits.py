@@ -105,7 +105,7 @@ def test_bare_waits_are_found() -> None:
 def bare_waits(source: str) -> list[int]:
     """Lines with ray.get or ray.wait, an import of either, or a placement group's wait(seconds) or ready().
 
-    A `Group`'s own wait has two arguments: what to wait for and what it is doing.
+    A `Group`'s own wait has two arguments: what to wait for and what it is doing. A child ``process`` is none of Ray's.
     """
     lines = []
     for node in ast.walk(ast.parse(source)):
@@ -115,6 +115,8 @@ def bare_waits(source: str) -> list[int]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name, owner = node.func.attr, node.func.value
             of_ray = isinstance(owner, ast.Name) and owner.id == "ray" and name in ("get", "wait")
-            if of_ray or name == "ready" or (name == "wait" and len(node.args) + len(node.keywords) < 2):
+            of_a_process = isinstance(owner, ast.Name) and owner.id == "process"  # of the subprocess module
+            few = name == "wait" and len(node.args) + len(node.keywords) < 2
+            if of_ray or name == "ready" or (few and not of_a_process):
                 lines.append(node.lineno)
     return sorted(lines)
