@@ -22,18 +22,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.roles.scorer import ScorerBase
+from actors.roles.scorer import TextScorer
 from beaver_ray import experience
-from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
-from beaver_ray.models.loading import load_tokenizer
 
 GIVEN = ("prompts", "responses")
 
 
-class FunctionScorer(ScorerBase):
+class FunctionScorer(TextScorer):
     """The scores that a function gives.
 
     source: what the configuration calls it. name, keywords: of the function, and the parameters that the configuration
@@ -57,8 +54,7 @@ class FunctionScorer(ScorerBase):
         template: Template = "auto",
         prompts: Sequence[Sequence[str]] = (),
     ) -> None:
-        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
-        super().__init__(columns, reader, Dialogues(reader, prompts))
+        super().__init__(columns, policy, trust_remote_code, template, prompts)
         self.source, self.keywords = source, dict(keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
         self.function = _load(source, name, code, file)
@@ -73,22 +69,13 @@ class FunctionScorer(ScorerBase):
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The function's scores [N, H], in the order of the columns' numbers."""
         dialogues = [self.dialogues.find(row) for row in experience.rows(batch, "prompt_tokens")]
-        # Labelled pairs have no reason: all of them are whole.
-        cut = "finish_reason" in batch.schema.names
-        whole = ~experience.truncated(batch) if cut else np.ones(len(dialogues), bool)
-        answers = zip(experience.rows(batch, "response_tokens"), whole.tolist(), strict=True)
-        responses = [self.reader.answer_text(answer, ended) for answer, ended in answers]
+        responses = self.responses(batch)
         if not dialogues:
             return np.zeros((0, len(self.signals)))
         try:
             return self._checked(self._call(dialogues, responses), len(dialogues))
         except Exception as error:  # of whatever kind the user's own code raises
             raise UserError(f"{self.source}: {self._blame(batch, dialogues, responses)}{_last_line(error)}") from None
-
-    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
-        """As any scorer; the prompts of the pairs are no prompts of the run."""
-        self.dialogues.add(load_mix(specs)[0])
-        return super().calibrate(column, specs, max_tokens)
 
     def _call(self, dialogues: Sequence[Sequence[str]], responses: list[str]) -> Any:
         rows = [{"dialogues": list(turns), **self.dialogues.fields.get(tuple(turns), {})} for turns in dialogues]

@@ -20,13 +20,10 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-from actors.roles.scorer import ScorerBase
+from actors.roles.scorer import TextScorer
 from beaver_ray import experience
-from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.models.loading import load_tokenizer
 
 MOST_TEXTS = 64  # in one request
 PARALLEL = 4  # requests at a time
@@ -36,7 +33,7 @@ BACKOFF = 1 / 60  # of it: the unit of the pauses before the second to fourth re
 BUSY = (429, 500, 502, 503, 504)  # worth another try
 
 
-class RemoteScorer(ScorerBase):
+class RemoteScorer(TextScorer):
     """The one score of the service at ``url``.
 
     No redirect is followed: it would lead texts to a host that nobody has allowed. Credentials come from ~/.netrc of
@@ -56,8 +53,7 @@ class RemoteScorer(ScorerBase):
         template: Template = "auto",
         prompts: Sequence[Sequence[str]] = (),
     ) -> None:
-        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
-        super().__init__(columns, reader, Dialogues(reader, prompts))
+        super().__init__(columns, policy, trust_remote_code, template, prompts)
         self.sends_dialogues = bool(prompts)
         self.service = ScoringService(url, timeout_s)
         self.service.scores([], [])
@@ -73,21 +69,12 @@ class RemoteScorer(ScorerBase):
         tokens = experience.rows(batch, "prompt_tokens")
         prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
         dialogues = [_messages(self.dialogues.find(row)) for row in tokens] if self.sends_dialogues else []
-        # Labelled pairs have no reason: all of them are whole.
-        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
-        answers = zip(experience.rows(batch, "response_tokens"), whole.tolist(), strict=True)
-        responses = [self.reader.answer_text(answer, ended) for answer, ended in answers]
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            columns = (prompts, responses, dialogues)
+            columns = (prompts, self.responses(batch), dialogues)
             parts = [[column[start : start + MOST_TEXTS] for start in starts] for column in columns]
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
-
-    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
-        """As any scorer; the prompts of the pairs are no prompts of the run."""
-        self.dialogues.add(load_mix(specs)[0])
-        return super().calibrate(column, specs, max_tokens)
 
 
 def _messages(turns: Sequence[str]) -> list[dict[str, str]]:

@@ -81,6 +81,36 @@ class ScorerBase(ABC):
         self.calibrations[column] = Calibration.from_dict(figures)
 
 
+class TextScorer(ScorerBase):
+    """A scorer that knows no tokens: it is given texts, read back by the policy's tokenizer and template.
+
+    prompts: lists of the data sets that the policy's prompts are of.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, int],
+        policy: str,
+        trust_remote_code: bool,
+        template: Template,
+        prompts: Sequence[Sequence[str]],
+    ) -> None:
+        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
+        super().__init__(columns, reader, Dialogues(reader, prompts))
+
+    def responses(self, batch: pa.RecordBatch) -> list[str]:
+        """The text of each answer, without what ends it."""
+        tokens = experience.rows(batch, "response_tokens")
+        # Labelled pairs have no reason: all of them are whole.
+        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
+        return [self.reader.answer_text(answer, ended) for answer, ended in zip(tokens, whole.tolist(), strict=True)]
+
+    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+        """As any scorer; the prompts of the pairs are no prompts of the run."""
+        self.dialogues.add(load_mix(specs)[0])
+        return super().calibrate(column, specs, max_tokens)
+
+
 class Scorer(ScorerBase):
     """A frozen score model, all whose heads score with one forward.
 
