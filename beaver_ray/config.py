@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Scalar = bool | int | float | str | None
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
 DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU

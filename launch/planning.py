@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from beaver_ray.config import GPU_SHARE, EngineConfig
+from beaver_ray.config import DTYPE_BYTES, GPU_SHARE, EngineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.fit import length_problems
 from beaver_ray.gpus import on_this_machine, visible_gpus
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 GIB = 2.0**30
 # Measured: a process that has imported torch, transformers and Ray; one with vLLM besides.
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS_PER_LAYER = 17
 LOGIT_COPIES = 3  # where all are made at once: logits, their log-softmax and its gradient, in float32
 
