@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from actors.driver.policy_stage import PolicyStage
-from actors.driver.processes import Roles, check_models, start_judging_roles
+from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
 from actors.driver.rollouts import Rollouts
-from actors.machine.cluster import Cluster
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
@@ -44,9 +43,7 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
     models = config.models.model_copy(update={"policy": chosen, "reference": None})
     config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
-    cluster = (
-        None if config.debug else Cluster(config.cluster, {role.name: role.kind for role in config.judging_roles()})
-    )
+    cluster = open_cluster(config, config.judging_roles())
     try:
         roles = start_judging_roles(config, cluster)
         held_out = HeldOut(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from beaver_ray.config import PolicyConfig
+from beaver_ray.config import DTYPE_BYTES, PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Parts of a GPU that all roles share. A generator's is the share of memory that its engine is given.
 GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class PolicyStage(PolicyConfig, Stage):

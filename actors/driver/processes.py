@@ -17,7 +17,7 @@ from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.score_sources import score_source
 from beaver_ray.signals import scorers
-from beaver_ray.stage import RoleSpec
+from beaver_ray.stage import RoleSpec, Stage
 
 
 @dataclass
@@ -55,6 +55,11 @@ def check_models(config: PolicyStage) -> list[str]:
     for part, text in sources.items():
         score_source(text).check(part)
     return check_fit(config)
+
+
+def open_cluster(stage: Stage, roles: Sequence[RoleSpec]) -> Cluster | None:
+    """The cluster that these roles of a stage are started on; None in debug mode, where all are in this process."""
+    return None if stage.debug else Cluster(stage.cluster, {role.name: role.kind for role in roles})
 
 
 def start_role(role: RoleSpec, config: ClusterConfig, cluster: Cluster | None) -> Group:

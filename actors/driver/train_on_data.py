@@ -6,10 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 
-from actors.driver.processes import connect, start_role
+from actors.driver.processes import connect, open_cluster, start_role
 from actors.driver.recovery import FAILURES
 from actors.driver.trainer_stage import TrainerStage
-from actors.machine.cluster import Cluster
 from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError
 from actors.roles.trainer import Trainer
@@ -24,7 +23,7 @@ def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
     for line in check_fit(stage):
         run.note(line)
     roles = stage.roles()
-    cluster = None if stage.debug else Cluster(stage.cluster, {role.name: role.kind for role in roles})
+    cluster = open_cluster(stage, roles)
     try:
         trainer = start_role(roles[0], stage.cluster, cluster)
         resume, deaths, furthest = stage.resume, 0, 0

@@ -6,11 +6,10 @@ from actors.driver.control import GeneratorSupply
 from actors.driver.evaluate import HeldOut, write
 from actors.driver.loop import make_rollouts, train_policy
 from actors.driver.policy_stage import PolicyStage
-from actors.driver.processes import check_models, generator_spec
+from actors.driver.processes import check_models, generator_spec, open_cluster
 from actors.driver.recovery import Recovery, start_surely
 from actors.driver.tracing import StepTrace
 from actors.driver.training_state import TrainingState
-from actors.machine.cluster import Cluster
 from actors.weights.direct import obstacle
 from beaver_ray.data.mixing import held_out_too, load_mix
 from beaver_ray.data.scopes import check_masks, in_words
@@ -41,7 +40,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
         run.note(line)
     if held_out and (both := held_out_too(samples, held_out.samples)):
         run.note(both)
-    cluster = None if stage.debug else Cluster(stage.cluster, {role.name: role.kind for role in stage.roles()})
+    cluster = open_cluster(stage, stage.roles())
     try:
         roles = start_surely(stage, cluster, run.note)
         for line in roles.notes:
