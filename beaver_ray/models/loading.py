@@ -69,13 +69,21 @@ def _loses_text(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     """Whether words that tokenizer.json knows do not come back from this tokenizer, which was loaded beside it."""
     if not file.is_file():
         return False
-    core = Tokenizer.from_file(str(file))
-    special = {*tokenizer.all_special_ids, *core.get_added_tokens_decoder()}
-    words = core.decode([token for token in range(core.get_vocab_size()) if token not in special][-PROBE:]).strip()
-    kept = core.decode(core.encode(words, add_special_tokens=False).ids).strip() == words
+    words = _known_words(str(file), file.stat().st_mtime_ns, tuple(tokenizer.all_special_ids))
+    if words is None:
+        return False
     ids = tokenizer.encode(words, add_special_tokens=False)
     found = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return kept and "".join(found.split()) != "".join(words.split())
+    return "".join(found.split()) != "".join(words.split())
+
+
+@lru_cache(maxsize=16)  # one process loads a tokenizer many times, and with 100,000 words this takes as long again
+def _known_words(file: str, changed_ns: int, special_ids: tuple[int, ...]) -> str | None:
+    """Some words of a tokenizer.json; None where not even it gives them back as they are."""
+    core = Tokenizer.from_file(file)
+    special = {*special_ids, *core.get_added_tokens_decoder()}
+    words = core.decode([token for token in range(core.get_vocab_size()) if token not in special][-PROBE:]).strip()
+    return words if core.decode(core.encode(words, add_special_tokens=False).ids).strip() == words else None
 
 
 def load_policy(
