@@ -405,20 +405,24 @@ def _refuse_a_document(path: Path) -> None:
         first = next((line for line in file if line.strip()), "")
         if first.lstrip()[:1] not in ("[", "{"):
             return
-        try:
-            if isinstance(json.loads(first), dict):
-                return
-        except (ValueError, RecursionError):
-            pass
-        try:
-            content = json.loads(first + file.read())
-        except (ValueError, RecursionError):
+        if isinstance(_parsed(first), dict):
             return
+        content = _parsed(first + file.read())
+    if content is None:
+        return
     kind = "list" if isinstance(content, list) else "object"
     raise UserError(
         f"{path} holds one JSON {kind}, but a file ending in .jsonl has one object on each line: rename it to end in "
         ".json, or write it so"
     )
+
+
+def _parsed(text: str) -> Any:
+    """What a list or an object in JSON holds; None where the text is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_rows(path: Path, report: DropReport) -> Iterator[Any]:
