@@ -6,6 +6,7 @@ The literal functions use transformers and torch alone, so that they say what is
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 import traceback
@@ -24,6 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
 from beaver_ray import experience
+from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.weights import PublishedWeights
 
 EOS = 2
@@ -119,6 +121,16 @@ def write_score_folder(
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
+
+
+def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:
+    """The world's score model of a kind with NaN in the embedding of these words."""
+    shutil.copytree(world / kind, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tokens = load_tokenizer(str(folder)).encode(words, add_special_tokens=False)
+    tensors["model.embed_tokens.weight"][tokens] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> PolicyStage:

@@ -9,14 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
+from actors.driver.evaluate import evaluate
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.recovery import Recovery
 from actors.driver.rollouts import Rollouts
@@ -27,7 +25,6 @@ from actors.machine.waits import WorkerDiedError
 from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
-from actors.roles.scorer import Reference
 from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
@@ -37,7 +34,7 @@ from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.stage import Stage
 from beaver_ray.weights import PublishedWeights
 from tests.actors.scoring_service import serving
-from tests.actors.support import EOS, LiteralScoreModel, ppo_config
+from tests.actors.support import EOS, LiteralScoreModel, ppo_config, spoilt
 
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
@@ -422,16 +419,6 @@ def remembering(made: list[Any], start: Any) -> Any:
     return init
 
 
-def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:
-    """The world's score model of a kind with NaN in the embedding of these words."""
-    shutil.copytree(world / kind, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tokens = load_tokenizer(str(folder)).encode(words, add_special_tokens=False)
-    tensors["model.embed_tokens.weight"][tokens] = math.nan
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def test_a_bad_sample_is_named_and_left_out_and_a_run_of_them_stops(
     one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,28 +441,6 @@ def test_a_bad_sample_is_named_and_left_out_and_a_run_of_them_stops(
         assert said in capsys.readouterr().out + (folder / "notes.log").read_text()
 
 
-def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
-    """The world's cost is the truth of harm; another is judged by its own model, and what is best unknown."""
-    model = str(tiny_world / "cost_model")
-    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "world": f"{tiny_world}/world.json"}
-    constraints = [{"name": "leak", "model": model, "limit": 0.5}, {"name": "harm", "model": model, "limit": 0.25}]
-    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
-    summaries = {}
-    for name, changes in {
-        "both": {"evaluation": evaluation, "constraints": constraints},
-        "harm": {"evaluation": evaluation, "constraints": constraints[1:]},
-        "learned": {"evaluation": evaluation | {"world": None}, "constraints": constraints},
-    }.items():
-        config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
-        summaries[name] = json.loads(evaluate(config, policy).read_text())
-    both = summaries["both"]
-    assert both["judged_by"] == "true reward and cost of the small world (leak: learned)" and "optimum" not in both
-    assert both["cost/harm"] == summaries["harm"]["cost/harm"] and both["reward"] == summaries["harm"]["reward"]
-    assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
-    assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
-    assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
-
-
 def test_sync_is_the_generators_time(
     one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,47 +457,3 @@ def test_sync_is_the_generators_time(
     # A version is taken in with the prompts of the step after it.
     assert loaded and [row["time/sync"] for row in metrics][-2:] == loaded[-2:]
     assert all(0 < row["time/sync"] < row["time/generate"] for row in metrics[-2:])
-
-
-def test_judging_needs_no_reference(
-    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-    logprobs = Reference.logprobs
-
-    @functools.wraps(logprobs)
-    def watched(self: Reference, batch: pa.RecordBatch) -> pa.RecordBatch:
-        read.extend(batch.column("sample_id").to_pylist())
-        return logprobs(self, batch)
-
-    monkeypatch.setattr(Reference, "logprobs", watched)
-    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "every": 1}
-    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=2, evaluation=evaluation)
-    folder = train(config)
-    assert all("eval/reward" in row for row in read_metrics(folder))
-    assert read and max(read) < FIRST_SAMPLE_ID, "the reference reads what is trained on, and no held-out answer"
-    trained = json.loads((folder / "evaluation.json").read_text())
-
-    def started(*arguments: Any) -> None:
-        raise AssertionError("a reference is started")
-
-    monkeypatch.setattr(Reference, "__init__", started)
-    assert not any("reference" in name for name in (role.name for role in config.judging_roles()))
-    again = json.loads(evaluate(config).read_text())
-    assert again["judged_by"] == trained["judged_by"] == "learned reward and cost models"
-
-
-def test_held_out_answers_without_a_finite_score_are_left_out(
-    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(spoilt(tiny_world, tmp_path / "spoilt", "cost_model", "lock"))
-    harm = {"name": "harm", "model": model, "limit": 0.0}
-    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
-    config = ppo_config(tiny_world, workspace=str(tmp_path), evaluation=evaluation, constraints=[harm])
-    summary = json.loads(evaluate(config, str(tiny_world / "model")).read_text())
-    lost = summary["unusable"]
-    assert 0 < lost < 16 and summary["samples"] == 16 - lost
-    assert (
-        f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
-        in capsys.readouterr().out
-    )

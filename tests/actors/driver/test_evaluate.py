@@ -1,0 +1,84 @@
+"""Held-out prompts in one process: what is judged by the truth, what is not asked, and answers without a score."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
+from actors.driver.train import train
+from actors.roles.scorer import Reference
+from beaver_ray.runs import read_metrics
+from tests.actors.support import ppo_config, spoilt
+
+
+def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """The world's cost is the truth of harm; another is judged by its own model, and what is best unknown."""
+    model = str(tiny_world / "cost_model")
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "world": f"{tiny_world}/world.json"}
+    constraints = [{"name": "leak", "model": model, "limit": 0.5}, {"name": "harm", "model": model, "limit": 0.25}]
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    summaries = {}
+    for name, changes in {
+        "both": {"evaluation": evaluation, "constraints": constraints},
+        "harm": {"evaluation": evaluation, "constraints": constraints[1:]},
+        "learned": {"evaluation": evaluation | {"world": None}, "constraints": constraints},
+    }.items():
+        config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
+        summaries[name] = json.loads(evaluate(config, policy).read_text())
+    both = summaries["both"]
+    assert both["judged_by"] == "true reward and cost of the small world (leak: learned)" and "optimum" not in both
+    assert both["cost/harm"] == summaries["harm"]["cost/harm"] and both["reward"] == summaries["harm"]["reward"]
+    assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
+    assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
+    assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_judging_needs_no_reference(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    logprobs = Reference.logprobs
+
+    @functools.wraps(logprobs)
+    def watched(self: Reference, batch: pa.RecordBatch) -> pa.RecordBatch:
+        read.extend(batch.column("sample_id").to_pylist())
+        return logprobs(self, batch)
+
+    monkeypatch.setattr(Reference, "logprobs", watched)
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"], "every": 1}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=2, evaluation=evaluation)
+    folder = train(config)
+    assert all("eval/reward" in row for row in read_metrics(folder))
+    assert read and max(read) < FIRST_SAMPLE_ID, "the reference reads what is trained on, and no held-out answer"
+    trained = json.loads((folder / "evaluation.json").read_text())
+
+    def started(*arguments: Any) -> None:
+        raise AssertionError("a reference is started")
+
+    monkeypatch.setattr(Reference, "__init__", started)
+    assert not any("reference" in name for name in (role.name for role in config.judging_roles()))
+    again = json.loads(evaluate(config).read_text())
+    assert again["judged_by"] == trained["judged_by"] == "learned reward and cost models"
+
+
+def test_held_out_answers_without_a_finite_score_are_left_out(
+    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(spoilt(tiny_world, tmp_path / "spoilt", "cost_model", "lock"))
+    harm = {"name": "harm", "model": model, "limit": 0.0}
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), evaluation=evaluation, constraints=[harm])
+    summary = json.loads(evaluate(config, str(tiny_world / "model")).read_text())
+    lost = summary["unusable"]
+    assert 0 < lost < 16 and summary["samples"] == 16 - lost
+    assert (
+        f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
+        in capsys.readouterr().out
+    )
