@@ -69,23 +69,29 @@ class MultiplierConfig(_Strict):
     """How one constraint's Lagrange multiplier moves."""
 
     rule: Literal["log_sgd", "pid", "projected"] = option(
-        "log_sgd is the published rule; pid and projected are bounded and do not wind up.", "pid"
+        "pid finds its gains itself; log_sgd is the published rule; projected is gradient ascent.", "pid"
     )
     initial: float = option("Start value.", 1.0, ge=0)
+    time_constant: float = option("pid: steps in which a lasting violation is answered.", 10.0, ge=1)
     learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
-    max: float | None = option("Upper bound; null for none (log_sgd only).", 10.0, gt=0)
-    window: int = option("Episodes whose mean cost is compared with the limit.", 512, gt=0)
+    max: float | None = option("Upper bound; null for none, or with pid one far out of the way.", None, gt=0)
+    window: int | None = option(
+        "Answers whose mean cost is compared with the limit; null for those of the step.", None, gt=0
+    )
     delay_steps: int = option("Steps before the first change.", 0, ge=0)
-    kp: float = option("pid: proportional gain.", 1.0, ge=0)
-    ki: float = option("pid: integral gain.", 0.1, ge=0)
-    kd: float = option("pid: derivative gain.", 0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_gains(cls, given: Any) -> Any:
+        gone = [key for key in ("kp", "ki", "kd") if isinstance(given, dict) and key in given]
+        if gone:
+            raise ValueError(f"{gone[0]} is gone: pid finds its gains itself, time_constant (in steps) says how fast")
+        return given
 
     @model_validator(mode="after")
     def _bounded(self) -> MultiplierConfig:
         if self.rule == "log_sgd" and self.initial == 0:
             raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
-        if self.rule != "log_sgd" and self.max is None:
-            raise ValueError(f"rule {self.rule} needs a max")
         if self.max is not None and self.initial > self.max:
             raise ValueError(f"initial {self.initial} is above max {self.max}")
         return self
@@ -104,6 +110,9 @@ class ConstraintConfig(_Strict):
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
     calibration: list[str] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
+    confidence: float | None = option(
+        "Probability with which the mean cost is to be within the bound, sampling errors counted.", None, gt=0.5, lt=1
+    )
     where: dict[str, Scalar | list[Scalar]] = option(
         "Field of the prompts' rows: value, or list of values; it counts over matching prompts alone.",
         default_factory=dict,

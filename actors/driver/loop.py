@@ -10,6 +10,8 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from actors.driver.processes import Roles
 from actors.driver.recovery import Recovery
 from actors.driver.rollouts import Collected, Rollouts
@@ -23,6 +25,8 @@ from actors.roles.scorer import Reference, ScorerBase
 from actors.weights.publishing import publish
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
+from beaver_ray.method.calibration import Calibration
+from beaver_ray.method.confidence import safety_margin
 from beaver_ray.method.divergence import PERSISTS
 from beaver_ray.method.multipliers import Multiplier
 
@@ -186,10 +190,15 @@ def combine_experience(
     """
     stats, costs, batch = build_experience(config, roles, state.dataset.inside, collected, again)
     multipliers, warming_up = copy.deepcopy(state.multipliers), state.step < config.ppo.critic_warmup_steps
-    limits = {c.name: c.bound for c in config.constraints}
-    for name, multiplier in multipliers.items():
-        if costs[name]:  # none where no answer of the step is in the constraint's scope
-            multiplier.update(costs[name], limits[name], hold=warming_up)
+    calibrations = {column: Calibration.from_dict(fitted) for _, column, fitted in roles.calibrations}
+    for constraint in config.constraints if multipliers else []:
+        name, bound = constraint.name, constraint.bound
+        if not costs[name]:
+            continue  # no answer of the step is in the constraint's scope
+        if constraint.confidence is not None:
+            margin = safety_margin(np.array(costs[name]), constraint.confidence, calibrations.get(f"cost/{name}"))
+            stats[f"cost/{name}/margin"], bound = margin, bound - margin
+        multipliers[name].update(costs[name], bound, hold=warming_up, reward_std=stats["reward/std"])
     values = {name: multiplier.value for name, multiplier in multipliers.items()}
     combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, values, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])

@@ -158,6 +158,7 @@ class ExperienceBuilder:
             "samples": batch.num_rows,
             "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
+            "reward/std": float(experience.scalars(batch, "reward").std()),
             "rollout/response_tokens": float(experience.own_lengths(batch).mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
             "rollout/weight_version_mean": float(experience.own(batch, "token_versions").mean()),

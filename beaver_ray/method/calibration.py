@@ -31,7 +31,8 @@ class Calibration:
     """P(unsafe | cost c) = sigmoid(scale * c + bias), with scale > 0, and what it was fitted on.
 
     `accuracy` is that of P > 1/2, `sign_accuracy` that of cost > 0; `ece` is the expected calibration error
-    over ten equal bins of P. All three are measured on the samples of the fit.
+    over ten equal bins of P; `residual_std` is the standard deviation of label (1 is unsafe) less P. All four are
+    measured on the samples of the fit.
     """
 
     scale: float
@@ -40,6 +41,7 @@ class Calibration:
     accuracy: float
     sign_accuracy: float
     ece: float
+    residual_std: float
 
     def probability(self, scores: Scores) -> FloatArray:
         """Probability that each response is unsafe."""
@@ -89,6 +91,7 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
         accuracy=float(np.mean((probability_N > 0.5) == unsafe_N)),
         sign_accuracy=float(np.mean((scores_N > 0.0) == unsafe_N)),
         ece=_expected_calibration_error(probability_N, unsafe_N),
+        residual_std=float(np.std(unsafe_N - probability_N)),
     )
 
 

@@ -1,11 +1,11 @@
 """Lagrange multipliers: state machines, one per constraint, that turn observed costs into a weight lambda.
 
 lambda grows while the mean episode cost J_C is above the limit d and falls while it is below (cost > 0 means
-unsafe). Three rules: `log_sgd`, the published one, kept exact for comparison; `projected`, plain gradient
-ascent on lambda; and `pid`. The last two are bounded on both sides and forget a long feasible stretch at
-once. The published one does not: for a constant gap g = J_C - d it follows 1 / lambda_k ~ 1 / lambda_0 - lr *
-g * k, so that after 100 steps at g = -10 it needs 208 steps at g = +5 to come back to 1, and two more to
-reach 5 (lr 0.1).
+unsafe). Three rules: `pid`, proportional-integral control whose gains follow from the step's own rewards and costs;
+`projected`, plain gradient ascent on lambda; and `log_sgd`, the published one, kept exact for comparison. The first two
+forget a long feasible stretch at once. The published one does not: for a constant gap g = J_C - d it follows
+1 / lambda_k ~ 1 / lambda_0 - lr * g * k, so that after 100 steps at g = -10 it needs 208 steps at g = +5 to come back
+to 1, and two more to reach 5 (lr 0.1).
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]
 
-SMOOTHING = 0.9
-"""Weight of the past in the moving average of J_C that pid's derivative acts on."""
+PROPORTIONAL = 3.0
+"""pid's proportional gain: this times a gap of one standard deviation of the costs is as many units of lambda."""
+FAR = 100.0
+"""Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
 
 
 class CostWindow:
@@ -57,11 +59,13 @@ class LogSgdState:
 
 @dataclass
 class PidState:
-    """`integral` is in units of lambda (gain included); `filtered_cost` is None before the first update."""
+    """`integral` is in units of lambda; the variances are means over the `steps` so far, each within a step."""
 
     value: float
     integral: float
-    filtered_cost: float | None = None
+    steps: int = 0
+    reward_variance: float = 0.0
+    cost_variance: float = 0.0
 
 
 @dataclass
@@ -97,19 +101,23 @@ class Multiplier(ABC):
         """lambda now."""
 
     @abstractmethod
-    def _observe(self, mean_cost: float, gap: float, delayed: bool) -> None:
-        """Advance the state by one step of the rule; while `delayed`, without moving lambda."""
+    def _move(self, gap: float) -> None:
+        """Take one step of the rule at J_C - d = `gap`."""
 
-    def update(self, costs: Costs, limit: float, hold: bool = False) -> float:
+    def _observe(self, cost_variance: float, reward_variance: float) -> None:  # noqa: B027 (only pid needs them)
+        """Take note of how much costs and rewards differ between the answers of a step."""
+
+    def update(self, costs: Costs, limit: float, hold: bool = False, reward_std: float = 1.0) -> float:
         """Take one step on raw episode costs, once per rollout and before the policy's; return lambda.
 
         With `hold`, for steps in which the policy stands still, lambda does too, though the window fills.
-        A sequence of costs goes through the window; a single number is taken as J_C itself. Raises ValueError
-        where a cost or the limit is not finite, before anything changes.
+        A sequence of costs goes through the window; a single number is taken as J_C itself. `reward_std` is the
+        standard deviation of the step's rewards, of which pid makes its unit. Raises ValueError where a cost, the
+        limit or `reward_std` is not finite, before anything changes.
         """
         given = _finite(costs)
-        if not math.isfinite(limit):
-            raise ValueError(f"the cost limit must be finite, got {limit}")
+        if not math.isfinite(limit) or not 0.0 <= reward_std < math.inf:
+            raise ValueError(f"limit and reward_std must be finite, got {limit} and {reward_std}")
         if given.ndim == 0:
             mean_cost = float(given)
         elif self.window is None:
@@ -117,7 +125,9 @@ class Multiplier(ABC):
         else:
             self.window.extend(given)
             mean_cost = self.window.mean()
-        self._observe(mean_cost, mean_cost - limit, delayed=hold or self.updates < self.delay_steps)
+        self._observe(float(given.var()), reward_std**2)
+        if not hold and self.updates >= self.delay_steps:
+            self._move(mean_cost - limit)
         self.updates += 1
         return self.value
 
@@ -180,9 +190,7 @@ class LogSgdMultiplier(Multiplier):
             return self.maximum  # exp(log(max)) can miss it by a rounding error
         return math.exp(self.state.log_value)
 
-    def _observe(self, mean_cost: float, gap: float, delayed: bool) -> None:
-        if delayed:
-            return
+    def _move(self, gap: float) -> None:
         log_value = self.state.log_value + self.learning_rate * self.value * gap
         if self.maximum is not None:
             log_value = min(log_value, math.log(self.maximum))
@@ -195,13 +203,21 @@ class LogSgdMultiplier(Multiplier):
 
 
 class PidMultiplier(Multiplier):
-    """PID control, algorithm 2 of https://arxiv.org/abs/2007.03964, bounded in [0, max], without wind-up.
+    """Proportional-integral control (PID without its derivative, https://arxiv.org/abs/2007.03964) in units of its own.
 
-    With Delta = J_C - d: lambda = clip(I + kp * Delta + kd * max(0, rise of the filtered J_C), 0, max). The
-    integral term I starts at `initial`, stays in [0, max], and does not grow while lambda is already at its
-    maximum. As in the paper the derivative acts on rising cost only, and the proportional term is signed: it
-    lets go as soon as the cost is under the limit. J_C is filtered for the derivative by an exponential
-    moving average with weight `smoothing` on the past.
+    Rewards and costs have units that nobody knows beforehand. The unit of lambda here is u = std(rewards) / std(costs),
+    at which both weigh the same in the policy's advantage, and that of a violation is e = (J_C - d) / std(costs), at
+    most 1 in size; the variances are means over the steps so far of those within a step. With U = max(u, I)
+
+        I <- clip(I + U * e / time_constant, 0, max),   lambda = clip(I + PROPORTIONAL * U * e, 0, max)
+
+    so that lambda grows by equal amounts near 0 and by equal factors above u. The integral I starts at `initial`; it
+    does not grow while lambda is at its maximum. `maximum` None stands for FAR * u.
+
+    Why these: the policy answers lambda like an integrator, the log-odds of a violation moving by a rate k of some 0.2
+    a step and unit, and a share of violations near the limit moves with them at a slope s of some 0.3 standard
+    deviations. The loop is then a damped oscillator of frequency sqrt(k s / T) and damping PROPORTIONAL / 2 *
+    sqrt(k s T): about 1, without overshoot, for a T of 10.
     """
 
     rule = "pid"
@@ -209,38 +225,41 @@ class PidMultiplier(Multiplier):
     def __init__(
         self,
         initial: float,
-        kp: float,
-        ki: float,
-        kd: float,
-        maximum: float,
+        time_constant: float,
+        maximum: float | None,
         window: int | None,
         delay_steps: int,
-        smoothing: float,
     ) -> None:
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        for name, gain in (("kp", kp), ("ki", ki), ("kd", kd)):
-            if not 0.0 <= gain < math.inf:
-                raise UserError(f"multiplier.{name} is {gain}; give a finite number of at least 0")
+        if not 1.0 <= time_constant < math.inf:
+            raise UserError(f"multiplier.time_constant is {time_constant}; give a number of steps, 1 at least")
         super().__init__(initial, maximum, window, delay_steps)
-        self.kp, self.ki, self.kd = kp, ki, kd
-        self.smoothing = smoothing
+        self.time_constant = time_constant
         self.state = PidState(value=initial, integral=initial)
 
     @property
     def value(self) -> float:
         return self.state.value
 
-    def _observe(self, mean_cost: float, gap: float, delayed: bool) -> None:
-        before = mean_cost if self.state.filtered_cost is None else self.state.filtered_cost
-        self.state.filtered_cost = self.smoothing * before + (1.0 - self.smoothing) * mean_cost
-        if delayed:
+    def _observe(self, cost_variance: float, reward_variance: float) -> None:
+        state = self.state
+        state.steps += 1
+        state.cost_variance += (cost_variance - state.cost_variance) / state.steps
+        state.reward_variance += (reward_variance - state.reward_variance) / state.steps
+
+    def _move(self, gap: float) -> None:
+        if gap == 0.0:
+            self.state.value = self.state.integral
             return
-        quick = self.kp * gap + self.kd * max(0.0, self.state.filtered_cost - before)
-        saturated = self.maximum is not None and self.state.integral + quick >= self.maximum
-        if gap < 0.0 or not saturated:
-            self.state.integral = self._clip(self.state.integral + self.ki * gap)
-        self.state.value = self._clip(self.state.integral + quick)
+        state, spread = self.state, math.sqrt(self.state.cost_variance)
+        # Where all costs, or all rewards, have been alike there is nothing to measure by: the gap, and 1, stand in.
+        unit = (math.sqrt(state.reward_variance) or 1.0) / (spread or abs(gap))
+        error = gap / max(spread, abs(gap))
+        highest = FAR * unit if self.maximum is None else self.maximum
+        size = max(unit, state.integral) * error
+        quick = PROPORTIONAL * size
+        if error < 0.0 or state.integral + quick < highest:
+            state.integral = min(max(state.integral + size / self.time_constant, 0.0), highest)
+        state.value = min(max(state.integral + quick, 0.0), highest)
 
 
 class ProjectedMultiplier(Multiplier):
@@ -256,7 +275,7 @@ class ProjectedMultiplier(Multiplier):
         self,
         initial: float,
         learning_rate: float,
-        maximum: float,
+        maximum: float | None,
         window: int | None,
         delay_steps: int,
     ) -> None:
@@ -268,20 +287,16 @@ class ProjectedMultiplier(Multiplier):
     def value(self) -> float:
         return self.state.value
 
-    def _observe(self, mean_cost: float, gap: float, delayed: bool) -> None:
-        if not delayed:
-            self.state.value = self._clip(self.state.value + self.learning_rate * gap)
+    def _move(self, gap: float) -> None:
+        self.state.value = self._clip(self.state.value + self.learning_rate * gap)
 
 
 def make_multiplier(config: MultiplierConfig) -> Multiplier:
     """The multiplier of one constraint, in its initial state. Raises UserError on bad settings."""
     if config.rule == "log_sgd":
         return LogSgdMultiplier(config.initial, config.learning_rate, config.max, config.window, config.delay_steps)
-    if config.max is None:
-        raise UserError(f"rule {config.rule} needs multiplier.max, the largest multiplier it may reach")
     if config.rule == "pid":
-        gains = (config.kp, config.ki, config.kd)
-        return PidMultiplier(config.initial, *gains, config.max, config.window, config.delay_steps, SMOOTHING)
+        return PidMultiplier(config.initial, config.time_constant, config.max, config.window, config.delay_steps)
     if config.rule == "projected":
         return ProjectedMultiplier(config.initial, config.learning_rate, config.max, config.window, config.delay_steps)
     raise UserError(f"multiplier.rule is {config.rule!r}; choose log_sgd, pid or projected")
