@@ -87,8 +87,8 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.where={kind: {a: 1}}", ["constraints.0.where.kind"]),
         ("constraints.harm.where=benign", ["constraints.0.where"]),
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
-        ("constraints.harm.multiplier.max=null", ["rule pid needs a max"]),
-        ("constraints.harm.multiplier.initial=11", ["initial 11.0 is above max 10.0"]),
+        ("constraints.harm.multiplier.kp=2", ["kp is gone", "time_constant"]),
+        ("constraints.harm.multiplier={initial: 11, max: 10}", ["initial 11.0 is above max 10.0"]),
         ("ppo.ptx_coefficient=8", ["data.ptx and ppo.ptx_coefficient go together"]),
         ("ppo.minibatches=3", ["8 samples in a step cannot be cut into 3 minibatches"]),
         ("cluster.placement.rolout.gpus=1", ["unknown role 'rolout'; did you mean 'rollout'?"]),
@@ -171,14 +171,14 @@ def test_overrides_by_dots_name_and_number() -> None:
     config = safe_ppo(
         "rollout.temperature=0.7",
         "constraints.harm.limit=-3",
-        "constraints.0.multiplier.kp=2",
+        "constraints.0.multiplier.time_constant=2",
         "data.prompts.0=q",
         "cluster.placement.policy.workers=4",
         "ppo.clip_value=null",
         "evaluation.prompts=[a, 'b:0.5']",
     )
     assert config.rollout.temperature == 0.7
-    assert (config.constraints[0].limit, config.constraints[0].multiplier.kp) == (-3.0, 2.0)
+    assert (config.constraints[0].limit, config.constraints[0].multiplier.time_constant) == (-3.0, 2.0)
     assert config.data.prompts == ["q"] and config.evaluation.prompts == ["a", "b:0.5"]
     assert config.cluster.of("policy").workers == 4 and config.cluster.of("rollout").workers == 1
     assert config.ppo.clip_value is None
@@ -266,7 +266,7 @@ def test_every_field_has_a_line_of_help(model: type[BaseModel]) -> None:
 
 def test_configuration_stays_small() -> None:
     paths = [path for path, _ in leaves(stages()["safe_ppo"])]
-    assert {"constraints.NAME.multiplier.kp", "cluster.placement.ROLE.workers", "steps"} <= set(paths)
+    assert {"constraints.NAME.multiplier.time_constant", "cluster.placement.ROLE.workers", "steps"} <= set(paths)
     assert len(paths) == len(set(paths)) <= 92
 
 

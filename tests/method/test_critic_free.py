@@ -394,7 +394,7 @@ class Table:
     def at_rest(self, rule: AdvantageRule, steps: int = 3000) -> float:
         """The mean multiplier over the second half; critics, where there are any, know the exact values."""
         rng, logits_GV, found = np.random.default_rng(1), np.zeros((16, 4)), []
-        config = MultiplierConfig(rule="pid", initial=0.0, kp=0.1, ki=0.01, max=1000.0, window=64)
+        config = MultiplierConfig(rule="pid", initial=0.0)
         settings = Settings(self.beta, clip_score=None, advantage=rule)
         objective = ConstrainedReward(settings, {"harm": config})
         multiplier = objective.multipliers()["harm"]
@@ -417,7 +417,7 @@ class Table:
                 values={"reward": rewards_G[prompts_B], "harm": costs_G[prompts_B]},
             )
             made = objective.advantages(answers).advantages
-            multiplier.update(answers.costs["harm"], self.limit)
+            multiplier.update(answers.costs["harm"], self.limit, reward_std=float(answers.rewards_B.std()))
             advantages_B = objective.combine(made, {"harm": multiplier.value})
             gradients_BV = -probabilities_GV[prompts_B]
             gradients_BV[np.arange(len(prompts_B)), chosen_B] += 1

@@ -30,7 +30,7 @@ TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
     """Every random number, schedule and window is used."""
     constraint = {"name": "harm", "model": str(world / "cost_model"), "limit": 0.0}
-    multiplier = {"rule": "pid", "initial": 0.5, "kp": 0.3, "ki": 0.1, "kd": 0.2, "window": 20, "max": 5.0}
+    multiplier = {"rule": "pid", "initial": 0.5, "time_constant": 5, "window": 20, "max": 5.0}
     sections: dict[str, Any] = {
         "workspace": str(workspace),
         "name": name,

@@ -78,7 +78,7 @@ def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any)
         "model": str(trained / "cost_model" / "final" / "cost_model"),
         "violation_rate": 0.2,
         "calibration": [f"PKU-SafeRLHF:1:{world}/preferences/test.jsonl"],
-        "multiplier": {"rule": "pid", "initial": 1.0, "kp": 2.0, "ki": 0.5},
+        "multiplier": {"rule": "pid", "initial": 1.0, "time_constant": 4},
     }
     sections = {
         "workspace": str(workspace),
