@@ -27,6 +27,8 @@ Costs = float | Sequence[float] | npt.NDArray[np.floating]
 
 PROPORTIONAL = 3.0
 """pid's proportional gain: this times a gap of one standard deviation of the costs is as many units of lambda."""
+LARGEST_ERROR = 0.3
+"""Standard deviations of the costs as which pid counts any larger gap."""
 FAR = 100.0
 """Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
 
@@ -206,8 +208,8 @@ class PidMultiplier(Multiplier):
     """Proportional-integral control (PID without its derivative, https://arxiv.org/abs/2007.03964) in units of its own.
 
     Rewards and costs have units that nobody knows beforehand. The unit of lambda here is u = std(rewards) / std(costs),
-    at which both weigh the same in the policy's advantage, and that of a violation is e = (J_C - d) / std(costs), at
-    most 1 in size; the variances are means over the steps so far of those within a step. With U = max(u, I)
+    at which both weigh the same in the policy's advantage, and that of a violation is e = (J_C - d) / std(costs), cut
+    to LARGEST_ERROR; the variances are means over the steps so far of those within a step. With U = max(u, I)
 
         I <- clip(I + U * e / time_constant, 0, max),   lambda = clip(I + PROPORTIONAL * U * e, 0, max)
 
@@ -217,7 +219,8 @@ class PidMultiplier(Multiplier):
     Why these: the policy answers lambda like an integrator, the log-odds of a violation moving by a rate k of some 0.2
     a step and unit, and a share of violations near the limit moves with them at a slope s of some 0.3 standard
     deviations. The loop is then a damped oscillator of frequency sqrt(k s / T) and damping PROPORTIONAL / 2 *
-    sqrt(k s T): about 1, without overshoot, for a T of 10.
+    sqrt(k s T): about 1, without overshoot, for a T of 10. Errors are cut because a policy learns what the reward is
+    for while it is still too harmful: pressed with all force it first forgets the harm that would have been worth it.
     """
 
     rule = "pid"
@@ -253,7 +256,7 @@ class PidMultiplier(Multiplier):
         state, spread = self.state, math.sqrt(self.state.cost_variance)
         # Where all costs, or all rewards, have been alike there is nothing to measure by: the gap, and 1, stand in.
         unit = (math.sqrt(state.reward_variance) or 1.0) / (spread or abs(gap))
-        error = gap / max(spread, abs(gap))
+        error = min(max(gap / (spread or abs(gap)), -LARGEST_ERROR), LARGEST_ERROR)
         highest = FAR * unit if self.maximum is None else self.maximum
         size = max(unit, state.integral) * error
         quick = PROPORTIONAL * size

@@ -75,10 +75,13 @@ def test_metrics_by_hand():
     assert high == pytest.approx((16 * 22 / 23 + 4 / 21) / 20, abs=1e-6)
     assert calibration.accuracy == calibration.sign_accuracy == pytest.approx(31 / 40)
     assert calibration.ece == pytest.approx((abs(low - 0.25) + abs(high - 0.8)) / 2)
+    # Label less P: of the first twenty 1 - low (5 of them) or -low, of the others 1 - high (16) or -high.
+    residuals = [1 - low] * 5 + [-low] * 15 + [1 - high] * 16 + [-high] * 4
+    assert calibration.residual_std == pytest.approx(np.std(residuals))
 
 
 def test_probability_does_not_overflow():
-    calibration = Calibration(1.0, 0.0, 20, 1.0, 1.0, 0.0)
+    calibration = Calibration(1.0, 0.0, 20, 1.0, 1.0, 0.0, 0.5)
     assert calibration.probability([-1e6, 0.0, 1e6]).tolist() == [0.0, 0.5, 1.0]
 
 
