@@ -193,8 +193,8 @@ def combine_experience(
     calibrations = {column: Calibration.from_dict(fitted) for _, column, fitted in roles.calibrations}
     for constraint in config.constraints if multipliers else []:
         name, bound = constraint.name, constraint.bound
-        if not costs[name]:
-            continue  # no answer of the step is in the constraint's scope
+        if len(costs[name]) < (1 if constraint.confidence is None else 2):
+            continue  # no answer of the step is in the constraint's scope, or one, of which no error can be told
         if constraint.confidence is not None:
             margin = safety_margin(np.array(costs[name]), constraint.confidence, calibrations.get(f"cost/{name}"))
             stats[f"cost/{name}/margin"], bound = margin, bound - margin
