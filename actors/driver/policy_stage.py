@@ -12,7 +12,10 @@ from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Traje
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
+    from beaver_ray.data.sources import DropReport, RawSample
+    from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.method.objective import Settings
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
@@ -91,6 +94,36 @@ class PolicyStage(PolicyConfig, Stage):
         from actors.driver.evaluate import evaluate
 
         return evaluate(self, policy)
+
+    @property
+    def scoped_data(self) -> list[str]:
+        """The training prompts, where a constraint counts over some of them alone."""
+        return self.data.prompts if self.scopes else []
+
+    def check_scopes(self) -> list[str]:
+        """Over how many prompts each constraint with a ``where`` counts."""
+        from beaver_ray.data.scopes import lines
+        from beaver_ray.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(self.models.policy, self.models.trust_remote_code)
+        return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
+
+    def training_prompts(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PromptDataset, list[RawSample], dict[str, DropReport]]:
+        """The training prompts, the rows that they are of, and what was dropped of each data set.
+
+        Raises UserError where the ``where`` of a constraint matches none.
+        """
+        from beaver_ray.data.mixing import load_mix
+        from beaver_ray.data.scopes import check_masks
+        from beaver_ray.data.tokenized import PromptDataset
+
+        samples, reports = load_mix(self.data.prompts)
+        limit = self.data.max_prompt_tokens
+        prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
+        check_masks(self.scopes, prompts.inside, samples)
+        return prompts, samples, reports
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""
