@@ -41,8 +41,10 @@ class PolicyStage(PolicyConfig, Stage):
 
     def settings(self) -> Settings:
         """What every objective is given."""
+        from beaver_ray.method.forms import make_form
         from beaver_ray.method.objective import Settings
 
+        answers = self.rollout.samples_per_prompt
         return Settings(
             kl_coefficient=self.ppo.kl_coefficient,
             clip_score=self.ppo.clip_score,
@@ -52,6 +54,7 @@ class PolicyStage(PolicyConfig, Stage):
             normalize=self.ppo.normalize_advantages,
             advantage=self.ppo.advantage,
             importance_cap=self.importance_cap,
+            forms={c.name: make_form(c.form, answers) for c in self.constraints if c.form != "mean"},
         )
 
     def judging_roles(self) -> list[RoleSpec]:
