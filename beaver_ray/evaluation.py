@@ -83,10 +83,10 @@ def summarize(
             result[f"violation_rate/{name}"] = share_interval(cost > 0, cluster)
         limit, target = (limits or {}).get(name), (targets or {}).get(name)
         if name in forms:
-            if (target is None or name in probabilities) and not isinstance(forms[name], WorstOfK):
+            bound = target if limit is None and name in probabilities else limit
+            if bound is not None and not isinstance(forms[name], WorstOfK):
                 counted = forms[name].per_answer(cost, cluster, np.ones(len(cost)))
-                result[f"bounded/{name}"] = mean_interval(counted, cluster)
-                result[f"bounded/{name}"]["limit"] = float(target if limit is None else limit)
+                result[f"bounded/{name}"] = mean_interval(counted, cluster) | {"limit": float(bound)}
             continue
         if limit is not None:
             result[f"cost/{name}"]["limit"] = float(limit)

@@ -97,7 +97,7 @@ class WorstOfK(Form):
     ) -> tuple[FloatArray, FloatArray]:
         """The largest cost of each prompt's answers, and the log-ratio of these answers together."""
         worst = _Worst.of(costs_N, prompts_N)
-        return worst.largest_G, np.bincount(worst.group_N, log_ratios_N)
+        return worst.largest_G, np.bincount(worst.group_N, log_ratios_N).astype(np.float64)
 
     def against_others(self, costs_N: FloatArray, prompts_N: IntArray) -> tuple[FloatArray, FloatArray]:
         """(k times the largest cost among the answers to the prompt, k times what may be expected of it without the
