@@ -166,8 +166,11 @@ class Stage(RunConfig):
         """The data (NAME[:PROPORTION[:PATH]]) whose rows say what counts over them; none where all of it does."""
         return []
 
-    def check_scopes(self) -> list[str]:
-        """Over how much of `scoped_data` each scope is, one line each. Reads it; UserError where a scope is empty."""
+    def check_scopes(self, tokenized: bool) -> list[str]:
+        """Over how much of `scoped_data` each scope is, one line each. Reads it; UserError where a scope is empty.
+
+        tokenized: whether the models are there, so that what is too long, or there twice, can be left out.
+        """
         return []
 
     def store_bytes(self) -> float:

@@ -72,8 +72,8 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         missing = [model for model in _folders(stage) if not _is_there(model)]
         if not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
-        if not missing and stage.scoped_data:
-            checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made))))
+        if stage.scoped_data:
+            checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))
         if not missing and not stage.debug and stage.store_bytes():
             checks.append((f"{stage.name}: object store", partial(object_store, stage, *_largest_store(resources))))
         # The plan knows no sizes of models that are yet to be loaded from the hub, but the GPUs that they get.
@@ -156,12 +156,12 @@ def tokenizers(stage: Stage) -> Finding:
     return Finding("pass", f"{len(first.get_vocab())} tokens{remark}")
 
 
-def scopes(stage: Stage, made: Sequence[Path]) -> Finding:
+def scopes(stage: Stage, made: Sequence[Path], tokenized: bool) -> Finding:
     """Every constraint with a ``where`` counts over some prompt; prompts in folders of ``made`` may be yet to come."""
     paths = [path for spec in stage.scoped_data if (path := parse_spec(spec).path)]
     if later := [path for path in paths if not Path(path).exists() and _is_inside(path, made)]:
         return Finding("pass", f"prompts yet to come from an earlier stage: {', '.join(later)}")
-    return Finding("pass", "; ".join(stage.check_scopes()))
+    return Finding("pass", "; ".join(stage.check_scopes(tokenized)))
 
 
 def room(stage: Stage, resources: Resources) -> Finding:

@@ -103,13 +103,19 @@ class PolicyStage(PolicyConfig, Stage):
         """The training prompts, where a constraint counts over some of them alone."""
         return self.data.prompts if self.scopes else []
 
-    def check_scopes(self) -> list[str]:
+    def check_scopes(self, tokenized: bool) -> list[str]:
         """Over how many prompts each constraint with a ``where`` counts."""
-        from beaver_ray.data.scopes import lines
+        from beaver_ray.data.mixing import load_mix
+        from beaver_ray.data.scopes import check_masks, lines, masks
         from beaver_ray.models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(self.models.policy, self.models.trust_remote_code)
-        return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
+        if tokenized:
+            tokenizer = load_tokenizer(self.models.policy, self.models.trust_remote_code)
+            return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
+        samples, _ = load_mix(self.data.prompts)
+        inside = masks(self.scopes, samples)
+        check_masks(self.scopes, inside, samples)
+        return lines(self.scopes, inside)
 
     def training_prompts(
         self, tokenizer: PreTrainedTokenizerBase

@@ -236,6 +236,10 @@ def test_scopes(tiny_world: Path, tmp_path: Path) -> None:
         train(stage({"kind": "bening"}))
     assert missed.state == "fail" and missed.line == str(caught.value)
     assert "constraints.harm.where: no training prompt has kind: bening; their rows have kind (benign, r" in missed.line
+    # Nor has it to wait for a policy that is yet to be trained.
+    before = stage({"kind": "bening"})
+    before.models.policy = str(tmp_path / "sft")
+    assert doctor.run(dict(stage_checks([before], [tmp_path], MACHINE))["ppo: scopes"]) == missed
     path.unlink()
     assert found({"kind": "rare"}).state == "fail"
     assert found({"kind": "rare"}, (tmp_path,)).line.startswith("prompts yet to come from an earlier stage: ")
