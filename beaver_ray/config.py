@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Scalar = bool | int | float | str | None
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
+FORM = re.compile(r"mean|hinge|worst_of_k|cvar:0?\.\d*[1-9]\d*")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
@@ -117,13 +118,23 @@ class ConstraintConfig(_Strict):
         "Field of the prompts' rows: value, or list of values; it counts over matching prompts alone.",
         default_factory=dict,
     )
+    form: str = option(
+        "What is bounded: mean, hinge (mean of max(0, cost)), cvar:0.9 (mean of the worst tenth), or worst_of_k.",
+        "mean",
+    )
     multiplier: MultiplierConfig = option(
         "Multiplier rule; with reward_shaping its initial value stays.", default_factory=MultiplierConfig
     )
 
     @property
+    def tail(self) -> float:
+        """The share of answers that cvar is the mean of; 1 of the other forms."""
+        return 1.0 - float(self.form.removeprefix("cvar:")) if self.form.startswith("cvar:") else 1.0
+
+    @property
     def bound(self) -> float:
-        """What the mean cost may be at most: the limit, or the violation rate as a mean probability."""
+        """What the mean cost, or another form of it, may be at most: the limit, or the violation rate as a mean
+        probability."""
         bound = self.limit if self.violation_rate is None else self.violation_rate
         assert bound is not None
         return bound
@@ -138,6 +149,21 @@ class ConstraintConfig(_Strict):
             raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
         if empty := [field for field, wanted in self.where.items() if wanted == []]:
             raise ValueError(f"constraint {self.name}: where.{empty[0]} has no value, and would match no prompt")
+        if not FORM.fullmatch(self.form):
+            raise ValueError(
+                f"constraint {self.name}: form is {self.form!r}; choose mean, hinge, worst_of_k, or cvar:LEVEL with a "
+                f"level between 0 and 1 (cvar:0.9)"
+            )
+        if self.form == "hinge" and self.limit is None:
+            raise ValueError(
+                f"constraint {self.name}: form hinge counts costs above 0 alone, and those of a violation_rate are "
+                f"probabilities, never below 0; leave form out, or give a limit"
+            )
+        if self.form == "hinge" and self.bound < 0:
+            raise ValueError(
+                f"constraint {self.name}: form hinge bounds the mean of max(0, cost), which is never below 0, and "
+                f"limit is {self.bound:g}; raise it"
+            )
         score_source(self.model)
         return self
 
@@ -421,7 +447,23 @@ class PolicyConfig(RunConfig):
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if samples % self.ppo.minibatches:
             raise ValueError(f"{samples} samples in a step cannot be cut into {self.ppo.minibatches} minibatches")
+        for c in self.constraints:
+            self._check_form(c, samples)
         return self
+
+    def _check_form(self, constraint: ConstraintConfig, samples: int) -> None:
+        what = f"constraint {constraint.name}: form {constraint.form}"
+        if constraint.form == "worst_of_k" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"{what} is of several answers to a prompt; raise rollout.samples_per_prompt to 2 at least"
+            )
+        if constraint.form == "worst_of_k" and self.ppo.advantage == "group_standardized":
+            raise ValueError(f"{what} is of all answers together, and group_standardized of each; use leave_one_out")
+        if samples * constraint.tail < 1 - 1e-9:
+            raise ValueError(
+                f"{what} is of the worst {constraint.tail:.2g} of the answers, less than one of the {samples} in a "
+                f"step; raise rollout.prompts_per_step, or lower the level"
+            )
 
     def _check_starts_of_critics(self) -> None:
         models, without = self.models, "or do without critics (ppo.advantage: leave_one_out)"

@@ -9,12 +9,15 @@ Graubard 1998). With one answer for each prompt these are the textbook intervals
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
 
@@ -44,6 +47,7 @@ def summarize(
     limits: dict[str, float] | None = None,
     targets: dict[str, float] | None = None,
     probabilities: Collection[str] = (),
+    forms: Mapping[str, Form] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
@@ -52,6 +56,8 @@ def summarize(
     probabilities: constraints whose costs are probabilities of being unsafe. Their ``violation_rate`` is the mean of
     these, which is what the target bounds, and ``unsafe_share`` the share of answers above one half. Of the others,
     whose costs are scores, ``violation_rate`` is the share of answers above 0.
+    forms: of constraints that bound something else than the mean. Limit or target then stand beside ``bounded``, which
+    is that; there is none where costs are not in the target's unit, or where prompts have fewer answers than the form.
     A constraint that counts over some answers alone has its figures over these, and none where there are none.
     Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
@@ -75,10 +81,17 @@ def summarize(
             result[f"unsafe_share/{name}"] = share_interval(cost > 0.5, cluster)
         else:
             result[f"violation_rate/{name}"] = share_interval(cost > 0, cluster)
-        if limits and limits.get(name) is not None:
-            result[f"cost/{name}"]["limit"] = float(limits[name])
-        if targets and targets.get(name) is not None:
-            result[f"violation_rate/{name}"]["target"] = float(targets[name])
+        limit, target = (limits or {}).get(name), (targets or {}).get(name)
+        if name in forms:
+            bound = target if limit is None and name in probabilities else limit
+            if bound is not None and not isinstance(forms[name], WorstOfK):
+                counted = forms[name].per_answer(cost, cluster, np.ones(len(cost)))
+                result[f"bounded/{name}"] = mean_interval(counted, cluster) | {"limit": float(bound)}
+            continue
+        if limit is not None:
+            result[f"cost/{name}"]["limit"] = float(limit)
+        if target is not None:
+            result[f"violation_rate/{name}"]["target"] = float(target)
     if optimum is not None:
         result["optimum"] = float(optimum)
         if optimum > 0:

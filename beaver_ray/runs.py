@@ -255,7 +255,9 @@ class _Evaluation(BaseModel):
         if "share_of_optimum" in self.model_fields_set and (self.share_of_optimum is None or self.optimum is None):
             raise ValueError("share_of_optimum needs figures, and an optimum")
         for key, value in self.__pydantic_extra__.items():
-            if key.startswith(("cost/", "violation_rate/", "unsafe_share/")) and not isinstance(value, _Figure):
+            if key.startswith(("cost/", "bounded/", "violation_rate/", "unsafe_share/")) and not isinstance(
+                value, _Figure
+            ):
                 raise ValueError(f"{key} has no figures")
         return self
 

@@ -161,6 +161,18 @@ class Stage(RunConfig):
         """How to read what it writes to trajectories/; None of a stage that writes nothing there."""
         return None
 
+    @property
+    def scoped_data(self) -> list[str]:
+        """The data (NAME[:PROPORTION[:PATH]]) whose rows say what counts over them; none where all of it does."""
+        return []
+
+    def check_scopes(self, tokenized: bool) -> list[str]:
+        """Over how much of `scoped_data` each scope is, one line each. Reads it; UserError where a scope is empty.
+
+        tokenized: whether the models are there, so that what is too long, or there twice, can be left out.
+        """
+        return []
+
     def store_bytes(self) -> float:
         """Bytes that one step has in Ray's object store; 0 of a stage that passes nothing on there."""
         return 0.0

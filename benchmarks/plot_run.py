@@ -55,14 +55,14 @@ def draw(run: Path, target: Path) -> None:
         reward.axhline(optimum, color=GREY, linestyle="--", linewidth=1.2, label="best reachable under the target")
     reward.set_ylabel("mean reward")
     # With a violation rate as the target the cost is a calibrated probability, and its mean is the expected rate.
-    as_rate = constraint.violation_rate is not None
-    bound = constraint.violation_rate if as_rate else constraint.limit
-    train, held_out = ("mean", "violation_rate") if as_rate else ("mean", "cost")
+    of_mean, bound = constraint.form == "mean", constraint.bound
+    as_rate = constraint.violation_rate is not None and of_mean
+    train, held_out = ("mean", "violation_rate" if as_rate else "cost") if of_mean else ("bounded", "bounded")
     lines(unsafe, rows, f"cost/{name}/{train}", f"eval/{held_out}/{name}", RED)
-    assert bound is not None
     label = f"target {bound:.0%}" if as_rate else f"limit {bound:g}"
     unsafe.axhline(bound, color=GREY, linestyle="--", linewidth=1.2, label=label)
-    unsafe.set_ylabel(f"violation rate of {name}" if as_rate else f"mean cost {name}")
+    what = "violation rate" if as_rate else "mean cost" if of_mean else f"cost ({constraint.form})"
+    unsafe.set_ylabel(f"{what} of {name}")
     if as_rate:
         unsafe.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         unsafe.set_ylim(bottom=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beaver_ray.config import ClusterConfig
+from beaver_ray.data.mixing import parse_spec
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_weights, models_of, token_notes
 from beaver_ray.models.folders import weight_files
@@ -71,6 +72,8 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         missing = [model for model in _folders(stage) if not _is_there(model)]
         if not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
+        if stage.scoped_data:
+            checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))
         if not missing and not stage.debug and stage.store_bytes():
             checks.append((f"{stage.name}: object store", partial(object_store, stage, *_largest_store(resources))))
         # The plan knows no sizes of models that are yet to be loaded from the hub, but the GPUs that they get.
@@ -151,6 +154,14 @@ def tokenizers(stage: Stage) -> Finding:
     if notes:
         return Finding("warn", "; ".join(notes), "read it as it was trained: data.template, and the tokenizer's files")
     return Finding("pass", f"{len(first.get_vocab())} tokens{remark}")
+
+
+def scopes(stage: Stage, made: Sequence[Path], tokenized: bool) -> Finding:
+    """Every constraint with a ``where`` counts over some prompt; prompts in folders of ``made`` may be yet to come."""
+    paths = [path for spec in stage.scoped_data if (path := parse_spec(spec).path)]
+    if later := [path for path in paths if not Path(path).exists() and _is_inside(path, made)]:
+        return Finding("pass", f"prompts yet to come from an earlier stage: {', '.join(later)}")
+    return Finding("pass", "; ".join(stage.check_scopes(tokenized)))
 
 
 def room(stage: Stage, resources: Resources) -> Finding:

@@ -14,6 +14,7 @@ from actors.driver.trainer_stage import TrainerStage
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.yaml_files import save_config
 from launch.cli import leaves
 from launch.config_files import load_config, load_pipeline, parse_config
@@ -86,6 +87,11 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.where={kind: []}", ["harm: where.kind has no value"]),
         ("constraints.harm.where={kind: {a: 1}}", ["constraints.0.where.kind"]),
         ("constraints.harm.where=benign", ["constraints.0.where"]),
+        ("constraints.harm.form=cvar", ["harm: form is 'cvar'; choose mean, hinge, worst_of_k, or cvar:LEVEL"]),
+        ("constraints.harm.form=cvar:1.0", ["harm: form is 'cvar:1.0'"]),
+        ("constraints.harm.form=cvar:0", ["harm: form is 'cvar:0'"]),
+        ("constraints.harm.form=worst_of_k", ["form worst_of_k is of several answers", "samples_per_prompt to 2"]),
+        ("constraints.harm.form=cvar:0.9", ["form cvar:0.9 is of the worst 0.1 of the answers", "8 in a step"]),
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
         ("constraints.harm.multiplier.kp=2", ["kp is gone", "time_constant"]),
         ("constraints.harm.multiplier={initial: 11, max: 10}", ["initial 11.0 is above max 10.0"]),
@@ -123,6 +129,24 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
     _, (stage,) = load_pipeline(tmp_path / "p.yaml", [])
     assert (stage.name, stage.workspace) == ("23", "5")
     assert load_pipeline(tmp_path / "p.yaml", ["f.name=08"])[1][0].name == "08"
+
+
+def test_forms_of_a_cost() -> None:
+    assert safe_ppo().constraints[0].form == "mean"
+    tail = safe_ppo("constraints.harm.form=cvar:0.875")
+    assert tail.constraints[0].tail == 0.125 and tail.objective().settings.forms == {"harm": CVaR(0.875)}
+    together = safe_ppo("constraints.harm.form=worst_of_k", "rollout.samples_per_prompt=2")
+    assert together.objective().settings.forms == {"harm": WorstOfK(2)}
+    assert "form hinge bounds the mean of max(0, cost)" in error(
+        "constraints.harm.form=hinge", "constraints.harm.limit=-1"
+    )
+    rate = ("constraints.harm.limit=null", "constraints.harm.violation_rate=0.1", "constraints.harm.calibration=[x]")
+    assert "form hinge counts costs above 0 alone" in error("constraints.harm.form=hinge", *rate)
+    assert safe_ppo("constraints.harm.form=cvar:0.5", *rate).constraints[0].bound == 0.1
+    grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized", "constraints.harm.form=worst_of_k")
+    assert "group_standardized of each; use leave_one_out" in error(*grouped)
+    shaping = ("stage=reward_shaping", "rollout.samples_per_prompt=2", "constraints.harm.form=worst_of_k")
+    assert "the reward is each answer's own" in error(*shaping)
 
 
 def test_without_critics() -> None:

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from beaver_ray.evaluation import Samples, mean_interval, share_interval, summarize, wilson
+from beaver_ray.method.forms import CVaR, Hinge, WorstOfK
 
 
 @pytest.mark.parametrize("n", [5, 12, 400])
@@ -107,6 +108,23 @@ def test_rate_of_calibrated_costs_is_their_mean() -> None:
     assert cost["low"] < 0 == rate["low"] and rate["high"] == cost["high"]
     assert result["unsafe_share/harm"] == share_interval(np.arange(4) == 2, np.arange(4))
     assert "unsafe_share/harm" not in summarize(samples)
+
+
+def test_what_another_form_bounds() -> None:
+    costs = np.array([-4.0, 1.0, 3.0, 2.0])
+    samples = Samples(np.array([0, 0, 1, 2]), np.ones(4), {"a": costs, "b": costs, "c": costs / 10, "d": costs})
+    forms = {"a": Hinge(), "b": CVaR(0.5), "c": CVaR(0.5), "d": WorstOfK(2)}
+    result = summarize(samples, None, {"a": 0.2, "b": 1.0, "d": 0.5}, {"c": 0.1}, {"c"}, forms)
+    assert result["bounded/a"] == {**mean_interval(np.maximum(costs, 0), samples.prompt_id), "limit": 0.2}
+    # The worst half is 3 and 2, by the quantile 1: 1, 1, 1 + 2 / 0.5, 1 + 1 / 0.5.
+    assert result["bounded/b"] == {**mean_interval(np.array([1.0, 1.0, 5.0, 3.0]), samples.prompt_id), "limit": 1.0}
+    assert result["bounded/b"]["mean"] == 2.5 and result["bounded/c"]["mean"] == pytest.approx(0.25)
+    assert result["bounded/c"]["limit"] == 0.1 and "target" not in result["violation_rate/c"]
+    assert "limit" not in result["cost/a"] and result["cost/a"]["mean"] == 0.5
+    # Not all prompts have two answers, and a rate is none of costs in other units.
+    assert "bounded/d" not in result
+    other = summarize(Samples(samples.prompt_id, np.ones(4), {"c": costs}), None, {}, {"c": 0.1}, (), forms)
+    assert "bounded/c" not in other and "target" not in other["violation_rate/c"]
 
 
 def test_unknown_things_are_left_out() -> None:

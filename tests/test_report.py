@@ -240,6 +240,29 @@ def test_a_run_of_one_step_with_few_figures(tmp_path: Path) -> None:
     assert "Reward 2 training, one step" in " ".join(page.text)
 
 
+def test_a_form_is_compared_with_its_limit(tmp_path: Path) -> None:
+    folder = make_ppo_run(tmp_path, steps=3)
+    config = (folder / "config.yaml").read_text()
+    for name, form in (("harm", "worst_of_k"), ("privacy", "cvar:0.5")):
+        config = config.replace(f"name: {name}\n", f"name: {name}\n  form: {form}\n").replace("  form: mean\n", "")
+    (folder / "config.yaml").write_text(config.replace("samples_per_prompt: 1", "samples_per_prompt: 2"))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    bounded = {"cost/harm/bounded": 0.3, "cost/privacy/bounded": -0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row | bounded) + "\n" for row in rows))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    del evaluation["cost/privacy"]["limit"], evaluation["violation_rate/harm"]["target"]
+    evaluation["bounded/privacy"] = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 400, "limit": -0.2}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    text = report(folder).read_text()
+    shown = " ".join(Page(folder / "report.html").text)
+    # Held-out prompts are answered once, so that of the worst of several there is the training's figure alone.
+    assert "Cost (worst_of_k): harm 0.3 limit 0.1" in shown and "Cost (cvar:0.5): privacy 0.4 limit -0.2" in shown
+    assert "harm, worst_of_k" in shown and "Cost (cvar:0.5) against its limit" in shown and "target" not in shown
+    states = re.findall(r'<div class="card (good|bad)">\s*<p class="title">([^<]+)<', text)
+    assert states == [("bad", "Cost (worst_of_k): harm"), ("bad", "Cost (cvar:0.5): privacy")]
+    assert any(line.startswith("cost of privacy, cvar:0.5: 0.4 (n = 400") for line in load_run(folder).headlines())
+
+
 def test_folders_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run in"):
         report(tmp_path)

@@ -116,7 +116,8 @@ class HeldOut:
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
-        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities)}
+        forms = self.config.objective().settings.forms
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities, forms)}
 
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
         """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
@@ -164,8 +165,10 @@ class HeldOut:
             adversarial=np.array([world.is_adversarial(p) for p in prompts]),
             inside=self._inside(answers),
         )
-        rate = next((c.violation_rate for c in self.config.constraints if c.name == self.true_cost), None)
-        # What is best under constraints that the world knows nothing of, or over some prompts alone, is not known.
+        of_mean = [c for c in self.config.constraints if c.form == "mean"]
+        rate = next((c.violation_rate for c in of_mean if c.name == self.true_cost), None)
+        # What is best under constraints that the world knows nothing of, over some prompts alone, or on anything but
+        # the mean is not known.
         known = rate is not None and not self.learned and self.true_cost not in self.prompts.inside
         return samples, world.optimum(prompts, violation_rate=rate) if known else None
 

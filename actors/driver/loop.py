@@ -27,7 +27,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.calibration import Calibration
 from beaver_ray.method.confidence import safety_margin
-from beaver_ray.method.divergence import PERSISTS
+from beaver_ray.method.divergence import PERSISTS, bounded_cost
 from beaver_ray.method.multipliers import Multiplier
 
 
@@ -51,7 +51,7 @@ def train_policy(
                 recovery.save()
             watch(config, recovery, metrics)
             trace.record(state.step, clock)
-            shown = {f"{c.name} cost": metrics[f"cost/{c.name}/mean"] for c in config.constraints}
+            shown = {f"{c.name} cost": bounded_cost(metrics, c.name) for c in config.constraints}
             shown |= {f"{name} multiplier": multiplier.value for name, multiplier in state.multipliers.items()}
             progress.reach(state.step, reward=metrics["reward/mean"], **shown)
 

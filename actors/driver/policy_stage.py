@@ -12,7 +12,10 @@ from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Traje
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
+    from beaver_ray.data.sources import DropReport, RawSample
+    from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.method.objective import Settings
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
@@ -38,8 +41,10 @@ class PolicyStage(PolicyConfig, Stage):
 
     def settings(self) -> Settings:
         """What every objective is given."""
+        from beaver_ray.method.forms import make_form
         from beaver_ray.method.objective import Settings
 
+        answers = self.rollout.samples_per_prompt
         return Settings(
             kl_coefficient=self.ppo.kl_coefficient,
             clip_score=self.ppo.clip_score,
@@ -49,6 +54,7 @@ class PolicyStage(PolicyConfig, Stage):
             normalize=self.ppo.normalize_advantages,
             advantage=self.ppo.advantage,
             importance_cap=self.importance_cap,
+            forms={c.name: make_form(c.form, answers) for c in self.constraints if c.form != "mean"},
         )
 
     def judging_roles(self) -> list[RoleSpec]:
@@ -91,6 +97,42 @@ class PolicyStage(PolicyConfig, Stage):
         from actors.driver.evaluate import evaluate
 
         return evaluate(self, policy)
+
+    @property
+    def scoped_data(self) -> list[str]:
+        """The training prompts, where a constraint counts over some of them alone."""
+        return self.data.prompts if self.scopes else []
+
+    def check_scopes(self, tokenized: bool) -> list[str]:
+        """Over how many prompts each constraint with a ``where`` counts."""
+        from beaver_ray.data.mixing import load_mix
+        from beaver_ray.data.scopes import check_masks, lines, masks
+        from beaver_ray.models.loading import load_tokenizer
+
+        if tokenized:
+            tokenizer = load_tokenizer(self.models.policy, self.models.trust_remote_code)
+            return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
+        samples, _ = load_mix(self.data.prompts)
+        inside = masks(self.scopes, samples)
+        check_masks(self.scopes, inside, samples)
+        return lines(self.scopes, inside)
+
+    def training_prompts(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PromptDataset, list[RawSample], dict[str, DropReport]]:
+        """The training prompts, the rows that they are of, and what was dropped of each data set.
+
+        Raises UserError where the ``where`` of a constraint matches none.
+        """
+        from beaver_ray.data.mixing import load_mix
+        from beaver_ray.data.scopes import check_masks
+        from beaver_ray.data.tokenized import PromptDataset
+
+        samples, reports = load_mix(self.data.prompts)
+        limit = self.data.max_prompt_tokens
+        prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
+        check_masks(self.scopes, prompts.inside, samples)
+        return prompts, samples, reports
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

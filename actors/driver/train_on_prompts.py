@@ -11,9 +11,9 @@ from actors.driver.recovery import Recovery, start_surely
 from actors.driver.tracing import StepTrace
 from actors.driver.training_state import TrainingState
 from actors.weights.direct import obstacle
-from beaver_ray.data.mixing import held_out_too, load_mix
-from beaver_ray.data.scopes import check_masks, in_words
-from beaver_ray.data.tokenized import PromptDataset, check_tokenizer
+from beaver_ray.data.mixing import held_out_too
+from beaver_ray.data.scopes import lines
+from beaver_ray.data.tokenized import check_tokenizer
 from beaver_ray.fit import check_tokenizers
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
@@ -25,15 +25,12 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
         run.note(line)
     check_tokenizers(stage)
     tokenizer = load_tokenizer(stage.models.policy, stage.models.trust_remote_code)
-    samples, reports = load_mix(stage.data.prompts)
-    limit = stage.data.max_prompt_tokens
-    prompts = PromptDataset.build(samples, tokenizer, limit, stage.data.template, stage.scopes)
-    check_masks(stage.scopes, prompts.inside, samples)
+    prompts, samples, reports = stage.training_prompts(tokenizer)
     for line in [*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items())]:
         run.note(line)
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
-    for name, inside in prompts.inside.items():
-        run.note(f"{name} counts over {inside.sum()} of them: {in_words(stage.scopes[name])}")
+    for line in lines(stage.scopes, prompts.inside):
+        run.note(line)
     stage = stage.model_copy(update={"steps": stage.total_steps(len(prompts)), "epochs": None})
     held_out = HeldOut(stage) if stage.evaluation.prompts else None
     for line in held_out.remarks if held_out else []:

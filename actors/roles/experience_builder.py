@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
+from beaver_ray.method.forms import bounded
 from beaver_ray.method.objective import Answers
 from beaver_ray.signals import critics, scorers
 
@@ -166,11 +167,13 @@ class ExperienceBuilder:
         }
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"
-            costs = experience.scalars(batch, column)
+            costs, prompts = experience.scalars(batch, column), experience.scalars(batch, "prompt_id")
             if (inside := experience.inside(batch, constraint.name)) is not None:
-                costs = costs[inside]
+                costs, prompts = costs[inside], prompts[inside]
                 stats[f"{column}/samples"] = float(len(costs))
             stats[f"{column}/mean"] = _mean(costs)
+            if (form := self.objective.settings.forms.get(constraint.name)) is not None:
+                stats[f"{column}/bounded"] = bounded(form, costs, prompts)
             if constraint.violation_rate is None:
                 stats[f"{column}/violation_rate"] = _mean(costs > 0)
             else:

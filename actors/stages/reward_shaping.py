@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.config import option
 
@@ -17,6 +19,16 @@ class RewardShaping(PolicyStage):
     has_cost_critics: ClassVar[bool] = False
 
     stage: Literal["reward_shaping"] = option("PPO with fixed cost weights.")
+
+    @model_validator(mode="after")
+    def _costs_of_single_answers(self) -> RewardShaping:
+        for c in self.constraints:
+            if c.form == "worst_of_k":
+                raise ValueError(
+                    f"constraint {c.name}: form worst_of_k is of all answers to a prompt, and the reward is each "
+                    f"answer's own; use mean, hinge or cvar:LEVEL, or stage safe_ppo"
+                )
+        return self
 
     def objective(self) -> Objective:
         """The reward less each cost times its multiplier's initial value."""

@@ -42,6 +42,14 @@ def check_masks(
             )
 
 
+def lines(scopes: Mapping[str, Where], inside: Mapping[str, NDArray[np.bool_]]) -> list[str]:
+    """Over how many prompts each scope is, a line each."""
+    return [
+        f"{name} counts over {marks.sum()} of {len(marks)} prompts: {in_words(scopes[name])}"
+        for name, marks in inside.items()
+    ]
+
+
 def in_words(where: Where) -> str:
     """A scope on one line: "kind: benign or edge, safe: true"."""
     return ", ".join(f"{field}: {' or '.join(map(_shown, _several(wanted)))}" for field, wanted in where.items())

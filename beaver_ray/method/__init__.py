@@ -12,6 +12,7 @@ is [T, H].
     V  words of the vocabulary
     N  samples
     G  groups: the prompts that the answers of a step are to
+    E  episodes, as a multiplier counts them: answers, or all answers to a prompt together
     K  bins; 2 two columns
 
 Names without a suffix (`offsets`, B + 1 integers) have their shape told where they are made.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 WINDOW = 20
@@ -18,6 +18,11 @@ MISMATCH_PER_TOKEN = 0.1
 """Nats between generator and trainer under the same weights, which differ by rounding alone."""
 CUT = 0.95
 """Share of cut answers from which on the policy does not end its answers, or must not."""
+
+
+def bounded_cost(metrics: Mapping[str, float], name: str) -> float:
+    """What ``cost/NAME/limit`` bounds: the mean cost, or another form of it where the step has one."""
+    return metrics.get(f"cost/{name}/bounded", metrics[f"cost/{name}/mean"])
 
 
 class DivergenceGuard:
@@ -94,12 +99,12 @@ class DivergenceGuard:
     def _costs(self, metrics: dict[str, float]) -> list[str]:
         found = []
         for name in self.bounded:
-            mean, limit = metrics[f"cost/{name}/mean"], metrics[f"cost/{name}/limit"]
-            if math.isnan(mean):  # no answer of the step counts for it: neither above nor below
+            cost, limit = bounded_cost(metrics, name), metrics[f"cost/{name}/limit"]
+            if math.isnan(cost):  # no answer of the step counts for it: neither above nor below
                 continue
-            self.above[name] = self.above.get(name, 0) + 1 if mean > limit else 0
+            self.above[name] = self.above.get(name, 0) + 1 if cost > limit else 0
             if self.above[name] and self.above[name] % WINDOW == 0:
-                found.append(f"the cost {name} ({mean:.4g}) is above its limit {limit:g} for {self.above[name]} steps")
+                found.append(f"the cost {name} ({cost:.4g}) is above its limit {limit:g} for {self.above[name]} steps")
         return found
 
     def _reward(self, reward: float) -> list[str]:

@@ -37,7 +37,10 @@ from beaver_ray.method.advantages import (
     shape_rewards,
     standardize_groups,
 )
+from beaver_ray.method.forms import Form, WorstOfK
 from beaver_ray.method.multipliers import Multiplier, MultiplierConfig, make_multiplier
+
+MEAN = Form()
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Settings:
     advantage: AdvantageRule = "gae"
     importance_cap: float | None = None
     """None where experience cannot be stale: costs then have no importance weights."""
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    """What of a cost counts, by its name; of a cost without an entry its mean."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Objective(ABC):
 
     def _with_a_critic(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
         given, values_T = self.settings, answers.values[signal]
-        rewards_T = self._rewards_T(answers, scores_B, sign)
+        rewards_T = self._rewards_T(answers, signal, scores_B, sign)
         advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
         if signal in answers.inside:
             # What does not count pushes nobody: neither the policy nor, where returns are values, the critic.
@@ -155,16 +160,25 @@ class Objective(ABC):
     def _against_other_answers(
         self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign
     ) -> None:
-        """One advantage for each answer: the sum of the rewards that GAE would see, KL included, less a baseline."""
-        inside_B = answers.counted(signal)
-        returns_B = np.add.reduceat(self._rewards_T(answers, scores_B, sign), answers.offsets[:-1])
-        counted_B, prompts_B = returns_B[inside_B], answers.prompts_B[inside_B]
+        """One advantage for each answer: the sum of the rewards that GAE would see, KL included, less a baseline.
+
+        What the answers to a prompt cost together is set against the prompt's other answers apart from the KL.
+        """
+        inside_B, form = answers.counted(signal), self.form(signal)
+        prompts_B, joint = answers.prompts_B[inside_B], isinstance(form, WorstOfK)
+        rewards_T = self._rewards_T(answers, signal, np.zeros(len(scores_B)) if joint else scores_B, sign)
+        counted_B = np.add.reduceat(rewards_T, answers.offsets[:-1])[inside_B]
         baselines_B = leave_one_out_baselines(counted_B, prompts_B)
-        advantages_B = np.zeros_like(returns_B)
+        alike_B = scores_B[inside_B]
+        if isinstance(form, WorstOfK):
+            alike_B = self._clipped(MEAN, answers.costs[signal][inside_B])
+            together_B, without_B = form.against_others(alike_B, prompts_B)
+            counted_B, baselines_B = counted_B + together_B, baselines_B + without_B
+        advantages_B = np.zeros(len(scores_B), dtype=counted_B.dtype)
         advantages_B[inside_B] = counted_B - baselines_B
         made.advantages[signal] = np.repeat(advantages_B, np.diff(answers.offsets))
         made.figures[f"baseline/{signal}/explained_variance"] = explained_variance(baselines_B, counted_B)
-        made.figures[f"baseline/{signal}/constant_share"] = constant_share(scores_B[inside_B], prompts_B)
+        made.figures[f"baseline/{signal}/constant_share"] = constant_share(alike_B, prompts_B)
 
     def _standardized(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
         """The score's advantage, and the KL as a term of its own, whose weight no standard deviation changes.
@@ -173,8 +187,7 @@ class Objective(ABC):
         log-ratio as a loss, which in expectation is the gradient of the KL of each token's distribution
         (https://arxiv.org/abs/2510.01555; the k3 loss of GRPO is an approximation of it).
         """
-        clip, inside_B = self.settings.clip_score, answers.counted(signal)
-        clipped_B = scores_B if clip is None else np.clip(scores_B, -clip, clip)
+        clipped_B, inside_B = self._clipped(self.form(signal), scores_B), answers.counted(signal)
         standardized_B = np.zeros(len(scores_B))
         standardized_B[inside_B] = standardize_groups(clipped_B[inside_B], answers.prompts_B[inside_B])
         lengths_B = np.diff(answers.offsets)
@@ -183,31 +196,61 @@ class Objective(ABC):
         constant = constant_share(scores_B[inside_B], answers.prompts_B[inside_B])
         made.figures[f"baseline/{signal}/constant_share"] = constant
 
-    def _rewards_T(self, answers: Answers, scores_B: FloatArray, sign: Sign) -> FloatArray:
-        given = self.settings
-        return shape_rewards(
-            scores_B, answers.kl_terms_T, answers.offsets, given.kl_coefficient, given.clip_score, sign
-        )
+    def _rewards_T(self, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> FloatArray:
+        clip, kl_coefficient = self._clip(self.form(signal)), self.settings.kl_coefficient
+        return shape_rewards(scores_B, answers.kl_terms_T, answers.offsets, kl_coefficient, clip, sign)
+
+    def _clipped(self, form: Form, scores_B: FloatArray) -> FloatArray:
+        clip = self._clip(form)
+        return scores_B if clip is None else np.clip(scores_B, -clip, clip)
+
+    def _clip(self, form: Form) -> float | None:
+        """`clip_score` is in units of an answer's own cost, of which a form may make a multiple."""
+        return None if self.settings.clip_score is None else self.settings.clip_score * form.scale
+
+    def form(self, signal: str) -> Form:
+        """What of a signal counts."""
+        return self.settings.forms.get(signal, MEAN)
 
     def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
         """The costs of `bounded` as the multipliers should see them, of the answers that count, by name; and figures.
 
-        Where experience may be stale they carry truncated importance weights, normalised to a mean of 1: their mean is
-        then the cost of the policy as it is now (self-normalised importance sampling).
+        Their mean is what the constraint's form bounds. Where experience may be stale they carry truncated importance
+        weights, normalised to a mean of 1: their mean is then that of the policy as it is now (self-normalised
+        importance sampling).
         """
-        weights_B, figures = np.ones(len(answers.rewards_B)), {}
-        if self.settings.importance_cap is not None:
-            log_ratios_B = np.add.reduceat(answers.log_ratios_T, answers.offsets[:-1])
-            ratios_B = np.exp(np.minimum(log_ratios_B, LOG_RATIO_BOUND))
-            weights_B = np.minimum(ratios_B, self.settings.importance_cap)
+        log_ratios_B, figures, costs = self._log_ratios(answers), {}, {}
+        weights_B, weighted = self._weights(log_ratios_B), self.settings.importance_cap is not None
+        if weighted:
             figures["rollout/importance_weight_mean"] = float(weights_B.mean())
-        costs = {}
         for name in self.bounded:
             inside = answers.inside.get(name, slice(None))
-            weights, costs[name] = weights_B[inside], answers.costs[name][inside]
-            if self.settings.importance_cap is not None and len(weights):
+            given = answers.costs[name][inside], answers.prompts_B[inside], weights_B[inside], log_ratios_B[inside]
+            costs[name], log_ratios = self.form(name).episodes(*given)
+            weights = self._weights(log_ratios)
+            if weighted and len(weights):
                 costs[name] = weights / weights.mean() * costs[name]
         return costs, figures
+
+    def _cost(self, answers: Answers, name: str) -> FloatArray:
+        """The cost [B] of each answer that the policy is trained on, 0 where it does not count."""
+        if name not in self.settings.forms:
+            return answers.cost(name)
+        inside_B, weights_B = answers.counted(name), self._weights(self._log_ratios(answers))
+        costs_B = np.zeros(len(inside_B))
+        given = answers.costs[name][inside_B], answers.prompts_B[inside_B], weights_B[inside_B]
+        costs_B[inside_B] = self.form(name).per_answer(*given)
+        return costs_B
+
+    def _log_ratios(self, answers: Answers) -> FloatArray:
+        return np.add.reduceat(answers.log_ratios_T, answers.offsets[:-1])
+
+    def _weights(self, log_ratios_E: FloatArray) -> FloatArray:
+        """Truncated importance weights; 1 where experience cannot be stale."""
+        cap = self.settings.importance_cap
+        if cap is None:
+            return np.ones(len(log_ratios_E))
+        return np.minimum(np.exp(np.minimum(log_ratios_E, LOG_RATIO_BOUND)), cap)
 
     def combine(
         self,
@@ -252,7 +295,7 @@ class RewardShaping(Objective):
         """The reward with the costs in it."""
         rewards_B = self._rewards(answers)
         for name, weight in self.weights.items():
-            rewards_B = rewards_B - weight * answers.cost(name)
+            rewards_B = rewards_B - weight * self._cost(answers, name)
         return {"reward": rewards_B}
 
 
@@ -280,5 +323,5 @@ class ConstrainedReward(Objective):
         return {name: make_multiplier(config) for name, config in self.constraints.items()}
 
     def scores(self, answers: Answers) -> dict[str, FloatArray]:
-        """The reward and every cost, as they are."""
-        return {"reward": self._rewards(answers), **{name: answers.cost(name) for name in self.constraints}}
+        """The reward as it is, and every cost as its form has it."""
+        return {"reward": self._rewards(answers), **{name: self._cost(answers, name) for name in self.constraints}}

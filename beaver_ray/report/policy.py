@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from beaver_ray.config import PolicyConfig
+from beaver_ray.config import ConstraintConfig, PolicyConfig
 from beaver_ray.report.charts import (
     Card,
     Chart,
@@ -98,7 +98,8 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
         ),
     ]
     shown = tuple(
-        f"eval/{kind}" for kind in ("reward", "share_of_optimum", "cost/", "violation_rate/", "unsafe_share/")
+        f"eval/{kind}"
+        for kind in ("reward", "share_of_optimum", "cost/", "bounded/", "violation_rate/", "unsafe_share/")
     )
     held_out = [Panel(key.removeprefix("eval/"), lines((key, key))) for key in metrics if key.startswith(shown)]
     charts.append(Chart("Held-out prompts", "Evaluations during training.", held_out))
@@ -107,21 +108,26 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
 
 def _cost_chart(metrics: dict[str, np.ndarray], config: PolicyConfig, name: str) -> Chart:
     constraint = next(c for c in config.constraints if c.name == name)
+    of_mean = constraint.form == "mean"
     cost, rate = [], []
     if f"cost/{name}/mean" in metrics:
-        cost.append(Series(name, metrics[f"cost/{name}/mean"]))
+        if f"cost/{name}/bounded" in metrics:
+            cost.append(Series(f"{name}, {constraint.form}", metrics[f"cost/{name}/bounded"]))
+        cost.append(Series(name if of_mean else "mean", metrics[f"cost/{name}/mean"]))
         if f"cost/{name}/limit" in metrics:
             cost.append(Series("limit", metrics[f"cost/{name}/limit"], dashed=True))
     if f"cost/{name}/violation_rate" in metrics:
         rate.append(Series("violation rate", metrics[f"cost/{name}/violation_rate"]))
-        if constraint.violation_rate is not None:
+        if constraint.violation_rate is not None and of_mean:
             target = np.full(len(metrics["step"]), constraint.violation_rate)
             rate.append(Series("target", target, dashed=True))
     if f"cost/{name}/unsafe_share" in metrics:
         rate.append(Series("above one half", metrics[f"cost/{name}/unsafe_share"]))
-    caption = "Mean cost against its limit, and the share of unsafe answers"
+    what = "Mean cost" if of_mean else f"Cost ({constraint.form})"
+    caption = f"{what} against its limit, and the share of unsafe answers"
     caption += "." if constraint.violation_rate is None else ": expected, and those more likely unsafe than safe."
-    return Chart(f"Cost: {name}", caption, [Panel("mean cost", cost), Panel("violation rate", rate)])
+    panels = [Panel("mean cost" if of_mean else "cost", cost), Panel("violation rate", rate)]
+    return Chart(f"Cost: {name}", caption, panels)
 
 
 def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config: PolicyConfig) -> list[Card]:
@@ -138,22 +144,23 @@ def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config
     elif "reward/mean" in metrics:
         cards.append(Card("Reward", f"{recent(metrics['reward/mean']):.3g}", recently(metrics), ""))
     for constraint in config.constraints:
-        cards += _constraint_cards(metrics, evaluation, constraint.name, constraint.violation_rate, constraint.limit)
+        cards += _constraint_cards(metrics, evaluation, constraint)
     return cards + running_cards(metrics, ("throughput/samples_per_second", "Samples/s"))
 
 
 def _constraint_cards(
-    metrics: dict[str, np.ndarray],
-    evaluation: dict[str, Any],
-    name: str,
-    target: float | None,
-    limit: float | None,
+    metrics: dict[str, np.ndarray], evaluation: dict[str, Any], constraint: ConstraintConfig
 ) -> list[Card]:
     cards: list[Card] = []
+    name, of_mean = constraint.name, constraint.form == "mean"
     rate, cost = f"cost/{name}/violation_rate", f"cost/{name}/mean"
+    target = constraint.violation_rate if of_mean else None
     kinds = [(f"violation_rate/{name}", rate, "target", target, "Violation rate", ".1%")]
-    if limit is not None:
-        kinds.append((f"cost/{name}", cost, "limit", limit, "Mean cost", ".3g"))
+    if not of_mean:
+        bounded = f"cost/{name}/bounded"
+        kinds.append((f"bounded/{name}", bounded, "limit", constraint.bound, f"Cost ({constraint.form})", ".3g"))
+    elif constraint.limit is not None:
+        kinds.append((f"cost/{name}", cost, "limit", constraint.limit, "Mean cost", ".3g"))
     for key, metric, word, configured, title, form in kinds:
         if key in evaluation:
             figure = evaluation[key]
@@ -180,8 +187,11 @@ def ppo_headlines(config: PolicyConfig) -> list[str]:
         lines.append(f"held-out reward: {_with_interval(evaluation['reward'], '.4g')}")
     for constraint in config.constraints:
         rate = evaluation.get(f"violation_rate/{constraint.name}")
+        if bounded := evaluation.get(f"bounded/{constraint.name}"):
+            value = _with_interval(bounded, ".4g")
+            lines.append(f"cost of {constraint.name}, {constraint.form}: {value}, limit {bounded['limit']:g}")
         if rate is not None:
-            target = rate.get("target", constraint.violation_rate)
+            target = rate.get("target", constraint.violation_rate if constraint.form == "mean" else None)
             against = "no target" if target is None else f"target {target:.1%}"
             lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}, {against}")
     rows = read_metrics(config.folder)

@@ -22,11 +22,21 @@ _MARK = re.compile(
     r"####|(?:final answer|answer|result|solution)\s*(?:is|:|=)(?:\s*:)?|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
     re.IGNORECASE,
 )
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*"})
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000, with a space that breaks no line
+_AFTER_WHOLE = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac)")  # 1½
 _POWER = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?")
+_TEN = re.compile(r"(?<![\w.,^])10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.ASCII)
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
-_NUMBER = re.compile(rf"(?<![\w.,])([+-]?)\s?({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?!\w|\.\d)", re.IGNORECASE)
+_UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
+# A number of words or of a name (7th, v1.2) is none. Scripts without spaces write letters beside it: \w is ASCII here.
+_NUMBER = re.compile(
+    rf"(?<![\w.,^])(?<!\^\{{)([+-]?)\s?(?:[$€£¥]\s?)?(?:(\d{{1,9}})\s(?=\d{{1,9}}\s*/\s*\d))?"
+    rf"({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?:{_UNIT})?(?!\w|\.\d)",
+    re.IGNORECASE | re.ASCII,
+)
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
 
@@ -48,8 +58,10 @@ def numeric_answer(
 ) -> list[float]:
     """1 where the answer's number is that of the row's ``answer``, or one of several, else 0.
 
-    1,000.50, -3/4, 1e3, \\frac{1}{2} and 2 \\times 10^3 are read exactly; units and signs of money or percent do not
-    matter (50% is 50). tolerance: how far off a number may be, as a share of the right one.
+    1,000.50, -3/4, 1 1/2, 1½, 1e3, \\frac{1}{2} and 2 \\times 10^3 are read exactly; units and signs of money or
+    percent do not matter (50% is 50, and so are 50kg and 50元), nor do words for large numbers (1.5 million is 1.5).
+    After "the answer is" the first sentence with a number counts, and in it the last number. tolerance: how far off a
+    number may be, as a share of the right one.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
@@ -57,7 +69,9 @@ def numeric_answer(
     scores = []
     for response, right in zip(responses, answer, strict=True):
         wanted = [number for number in (last_number(str(one)) for one in several(right)) if number is not None]
-        said = last_number(final_answer(response))
+        last = final_answer(response)
+        sentences = [last] if last == response[-LONGEST:] else _SENTENCE.split(last)
+        said = next((number for number in map(last_number, sentences) if number is not None), None)
         scores.append(float(said is not None and any(abs(said - n) <= allowed * abs(n) for n in wanted)))
     return scores
 
@@ -75,16 +89,17 @@ def final_answer(response: str) -> str:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    marks = list(_MARK.finditer(unicodedata.normalize("NFKC", text)))
+    wide = _one_width(text)
+    marks = list(_MARK.finditer(wide))
     if not marks:
         return text
-    said = unicodedata.normalize("NFKC", text)[marks[-1].end() :].strip()
+    said = wide[marks[-1].end() :].strip()
     return said.splitlines()[0] if said else ""
 
 
 def plain(text: str) -> str:
     """Lower case, one width, single spaces, without what stands around the whole."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    text = " ".join(_one_width(text).casefold().split())
     before = None
     while before != text:
         before, text = text, text.strip(" .!。\"'`$*“”‘’").removeprefix("\\(").removesuffix("\\)")
@@ -93,19 +108,22 @@ def plain(text: str) -> str:
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
-    text = unicodedata.normalize("NFKC", text[-LONGEST:]).translate(_DASHES).replace("{,}", ",")
-    text = _FRACTION.sub(r"\1/\2", text).replace("\\,", "").replace("\\!", "")
-    text = _POWER.sub(r"e\1", text)
+    text = _one_width(text[-LONGEST:]).translate(_DASHES).replace("{,}", ",")
+    text = _FRACTION.sub(r"\1\2/\3\4", text).replace("\\,", "").replace("\\!", "")
+    text = _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text))
     numbers = list(_NUMBER.finditer(text))
     return _value(numbers[-1]) if numbers else None
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    sign, upper, lower = found.groups()
+    sign, whole, upper, lower = found.groups()
     value, divisor = _decimal(upper), _decimal(lower) if lower else Fraction(1)
     if value is None or not divisor:
         return None
-    return -value / divisor if sign == "-" else value / divisor
+    value = value / divisor
+    if whole and 0 < value < 1:  # 1 1/2
+        value += int(whole)
+    return -value if sign == "-" else value
 
 
 def _decimal(text: str) -> Fraction | None:
@@ -116,6 +134,11 @@ def _decimal(text: str) -> Fraction | None:
     if len(digits) + abs(int(exponent or 0)) > MOST_DIGITS or not _GROUPED.fullmatch(digits):
         return None
     return sign * Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)
+
+
+def _one_width(text: str) -> str:
+    """Characters of one width, a fraction apart from the whole number before it, 1 000 in one piece."""
+    return unicodedata.normalize("NFKC", _AFTER_WHOLE.sub(" ", _SPACED.sub("", text)))
 
 
 def _last_boxed(text: str) -> str | None:

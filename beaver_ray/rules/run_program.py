@@ -8,19 +8,21 @@ is done against a program:
   working directory; an environment without the parent's variables; no input, and its output is thrown away;
 - with namespaces of the Linux kernel: no network but an empty one, everything read-only but that folder (in memory, of
   limited size), no device, no other process that its signals reach;
-- always: no privileges, and inside Python an audit hook that refuses sockets, processes, signals, and changes outside
-  the folder.
+- always, where the processor is an x86-64 or an arm64: a filter of system calls (seccomp) that refuses sockets of every
+  kind, those in files included, which no namespace hides; other processes; and signals to them;
+- always: no privileges, and inside Python an audit hook that refuses the same, and changes outside the folder.
 
-The last is no wall: code that sets out to leave it (by ctypes, say) does, and under root it then starts processes,
-which end with it. The namespaces are one, as far as the kernel holds, but for reading: a program sees what files the
-account that runs it can read, though it can send them nowhere. And a program shares its process with its tests: one
-that looks for them there can make them pass.
+The last is no wall: code that sets out to leave it (by ctypes, say) does. The filter and the namespaces are, as far as
+the kernel holds, but for reading: a program sees what files the account that runs it can read, though it can send them
+nowhere. Without namespaces nothing limits what it writes in all, to its folder or, past the hook, elsewhere. And a
+program shares its process with its tests: one that looks for them there can make them pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -38,6 +40,24 @@ READ_ONLY, NO_SUID, NO_DEVICE, PRIVATE = 0x1, 0x2, 0x4, 1 << 18  # of mount_seta
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
+
+# <linux/seccomp.h>, <linux/filter.h>, <linux/audit.h>
+PR_SET_SECCOMP, MODE_FILTER, ALLOWED, REFUSED = 22, 2, 0x7FFF0000, 0x50000 | errno.EPERM
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+NUMBER_AT, KIND_AT = 0, 4  # of a system call: its own, and that of the processor's calling convention
+# socket, socketpair, io_uring_setup; ptrace, process_vm_readv and _writev; clone, clone3, execve, execveat, unshare,
+# setns; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_open; of x86-64 fork, vfork
+CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "x86_64": (
+        0xC000003E,
+        (41, 53, 425, 101, 310, 311, 56, 435, 59, 322, 272, 308, 62, 200, 234, 129, 297, 424, 434, 57, 58),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (198, 199, 425, 117, 270, 271, 220, 435, 221, 281, 97, 268, 129, 130, 131, 138, 240, 424, 434),
+    ),
+}
+OTHER_CALLS = 0x40000000  # from here on those of x86-64 with short pointers, which have numbers of their own
 
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
 
@@ -57,6 +77,7 @@ def main() -> None:
             _enter_namespaces(job["folder"], job["memory_mib"])
         _go_on_in_a_child(WAITS * job["seconds"])
         _drop_privileges()
+        _filter_calls()
     except OSError as error:
         report(f"refused {error.strerror or error}")
         os._exit(1)
@@ -120,6 +141,20 @@ def _drop_privileges() -> None:
     _ask(libc.capset, struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
+def _filter_calls() -> None:
+    """Have the kernel refuse the system calls of CALLS, and all of other conventions, from here on."""
+    kind, calls = CALLS.get(os.uname().machine, (0, ()))
+    if not calls:
+        return
+    steps = [(LOAD, 0, 0, KIND_AT), (IF_EQUAL, 0, len(calls) + 3, kind), (LOAD, 0, 0, NUMBER_AT)]
+    steps += [(IF_AT_LEAST, len(calls) + 1, 0, OTHER_CALLS)]
+    steps += [(IF_EQUAL, len(calls) - place, 0, number) for place, number in enumerate(calls)]
+    steps += [(RETURN, 0, 0, ALLOWED), (RETURN, 0, 0, REFUSED)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    given = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(program)))
+    _ask(ctypes.CDLL(None, use_errno=True).prctl, PR_SET_SECCOMP, MODE_FILTER, given, 0, 0)
+
+
 def _ask(function: Any, *arguments: Any) -> None:
     """A call of the C library; OSError where it fails."""
     if function(*arguments) != 0:
@@ -173,14 +208,24 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
         place = os.path.realpath(os.fsdecode(path))
         return place == folder or place.startswith(folder + os.sep)
 
+    def folder_of(number: int) -> str:
+        """The folder that a number means as dir_fd, or nothing."""
+        place = f"/proc/self/fd/{number}"
+        return os.path.realpath(place) if os.path.isdir(place) else ""
+
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(outside):
             raise PermissionError(f"a program may not {event}")
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes and not inside(arguments[0]):
-            raise PermissionError(f"a program may write in its folder alone, not {arguments[0]!r}")
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes:
+            path, mode, _ = arguments
+            if not inside(path):
+                raise PermissionError(f"a program may write in its folder alone, not {path!r}")
+            if mode is None and not isinstance(path, int) and not os.path.isabs(path):
+                raise PermissionError("by os.open a program may write to absolute paths alone: dir_fd is not told")
         if event.startswith(changes):
-            paths = [path for path in arguments if isinstance(path, str | bytes | os.PathLike)]
-            if not all(map(inside, paths)):
+            paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+            starts = ["", *map(folder_of, (number for number in arguments if isinstance(number, int)))]
+            if not all(inside(os.path.join(start, path)) for path in paths for start in starts):
                 raise PermissionError(f"a program may change its folder alone, not {paths!r}")
 
     return hook

@@ -14,8 +14,10 @@ import ray
 from transformers import AutoTokenizer
 
 from actors.driver.policy_stage import PolicyStage
+from actors.driver.train import train
 from actors.roles import remote_scorer
 from actors.stages import stages
+from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from launch import doctor
 from launch.config_files import load_config
@@ -210,6 +212,38 @@ def test_a_scoring_service(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert found() == doctor.Finding("pass", f"{service.url} answers")
     monkeypatch.setattr(remote_scorer, "BACKOFF", 1e-4)
     assert found().state == "fail" and f"no answer from the scorer at {service.url}" in found().line
+
+
+def test_scopes(tiny_world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tiny_world / "prompts" / "train.jsonl").open()]
+    kinds = ["rare", *["benign"] * (len(rows) - 1)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row | {"kind": kind}) + "\n" for row, kind in zip(rows, kinds, strict=True)))
+    harm = {"name": "harm", "model": str(tiny_world / "cost_model"), "limit": 0.0}
+
+    data = {"prompts": [f"prompts:1:{path}"], "max_prompt_tokens": 32}
+
+    def stage(where: dict[str, Any]) -> PolicyStage:
+        return ppo(tiny_world, constraints=[harm | {"where": where}], data=data)
+
+    def found(where: dict[str, Any], made: tuple[Path, ...] = ()) -> doctor.Finding:
+        return doctor.run(dict(stage_checks([stage(where)], made, MACHINE))["ppo: scopes"])
+
+    assert found({"kind": "rare"}) == doctor.Finding("pass", f"harm counts over 1 of {len(rows)} prompts: kind: rare")
+    # What `train` says before it starts anything, in the same words.
+    missed = found({"kind": "bening"})
+    with pytest.raises(UserError) as caught:
+        train(stage({"kind": "bening"}))
+    assert missed.state == "fail" and missed.line == str(caught.value)
+    assert "constraints.harm.where: no training prompt has kind: bening; their rows have kind (benign, r" in missed.line
+    # Nor has it to wait for a policy that is yet to be trained.
+    before = stage({"kind": "bening"})
+    before.models.policy = str(tmp_path / "sft")
+    assert doctor.run(dict(stage_checks([before], [tmp_path], MACHINE))["ppo: scopes"]) == missed
+    path.unlink()
+    assert found({"kind": "rare"}).state == "fail"
+    assert found({"kind": "rare"}, (tmp_path,)).line.startswith("prompts yet to come from an earlier stage: ")
+    assert "ppo: scopes" not in dict(stage_checks([ppo(tiny_world)], [], MACHINE))
 
 
 def test_a_pipeline_that_has_not_run() -> None:

@@ -83,6 +83,13 @@ def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
     assert [step for step in range(1, WINDOW + 1) if guard.observe(metrics(cost=0.6))] == [WINDOW]
 
 
+def test_what_is_bounded_is_compared_with_the_limit() -> None:
+    guard = DivergenceGuard(None, ["harm"])
+    assert not any(guard.observe(metrics(cost=0.6, **{"cost/harm/bounded": 0.4})) for _ in range(45))
+    said = [guard.observe(metrics(cost=0.1, **{"cost/harm/bounded": 0.75})) for _ in range(WINDOW)]
+    assert said[-1] == [f"the cost harm (0.75) is above its limit 0.5 for {WINDOW} steps"] and sum(map(len, said)) == 1
+
+
 def test_steps_without_a_counting_answer_are_neither_above_nor_below() -> None:
     guard = DivergenceGuard(None, ["harm"])
     said = [guard.observe(metrics(cost=1.0 if step % 2 else math.nan)) for step in range(2 * WINDOW)]

@@ -35,13 +35,35 @@ from beaver_ray.rules.formats import valid_json
         ("It took 3 tries and then 12 more.", "12"),
         ("10-3", "3"),
         ("x = -2", "-2"),
+        # A whole number and a fraction.
+        ("2 1/3 cups", "7/3"),
+        (r"1\frac{1}{2}", "3/2"),
+        (r"-3 \tfrac14", "-13/4"),
+        ("1½", "3/2"),
+        ("½", "1/2"),
+        ("5 7/3", "7/3"),
+        # Units and money beside it, in scripts with and without spaces.
+        ("5kg", "5"),
+        ("about 12.5 km/h", "25/2"),
+        ("一共12元", "12"),
+        ("共有３个苹果", "3"),
+        ("12 cm^2", "12"),
+        ("12cm²", "12"),
+        ("-$5", "-5"),
+        (r"50\%", "50"),
+        # Powers of ten, and thousands apart.
+        ("10^3", "1000"),
+        ("10**-2", "1/100"),
+        ("1\u202f234\u202f567", "1234567"),
     ],
 )
 def test_numbers_as_they_are_written(text: str, number: str) -> None:
     assert last_number(text) == Fraction(number)
 
 
-@pytest.mark.parametrize("text", ["", "none", "12,5", "1/0", "1e999999", "9" * 5000, "v1.2.3", "7th", "1e"])
+@pytest.mark.parametrize(
+    "text", ["", "none", "12,5", "1/0", "1e999999", "9" * 5000, "v1.2.3", "7th", "2nd", "1e", "x2", "4abc"]
+)
 def test_what_is_no_number(text: str) -> None:
     assert last_number(text) is None
 
@@ -61,6 +83,14 @@ def test_numeric_answers() -> None:
     assert numeric_answer(["p"] * 7, answers, answer=right) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     assert numeric_answer(["p"] * 7, answers, answer=right, tolerance=0.001)[5] == 1.0
     assert numeric_answer(["p"], ["7"], answer=[None]) == [0.0]
+    # What is said after it is no answer any more; of a calculation its end is.
+    answers = [
+        "The answer is 18. I used 3 steps.",
+        "The answer is 2 + 3 = 5.",
+        "答案是18。我用了3步。",
+        "Answer: approx. 5",
+    ]
+    assert numeric_answer(["p"] * 4, answers, answer=[18, 5, "18", 5]) == [1.0] * 4
     with pytest.raises(ValueError, match="tolerance"):
         numeric_answer(["p"], ["7"], answer=["7"], tolerance=-1)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from beaver_ray.rules import run_program
 from beaver_ray.rules.programs import code_of, compiles, passes_tests
 
 ADD = "Here you are:\n```python\ndef add(a, b):\n    return a + b\n```\nThat adds."
@@ -143,6 +146,55 @@ def test_namespaces_hold_without_the_guard() -> None:
     ):
         assert passed(folder, test, namespaces=True) == 0.0, test
     assert not Path("/tmp/program-was-here").exists()
+
+
+def test_what_no_namespace_hides_is_refused_as_well(namespaces: bool, tmp_path: Path) -> None:
+    """Sockets in files lead to services of this machine, and io_uring to sockets; processes and signals with both."""
+    if os.uname().machine not in run_program.CALLS:
+        pytest.skip("no filter of system calls for this processor")
+    start = "import ctypes, os, struct\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    path = bytes(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        os.chmod(path, 0o777)
+        connect = (
+            f"s, address = libc.socket(1, 1, 0), struct.pack('<H', 1) + {path!r} + bytes(1)\n"
+            "assert s >= 0 and libc.connect(s, address, len(address)) == 0"
+        )
+        here = connect.replace("assert", "if not").replace("== 0", "== 0: raise SystemExit(1)")
+        assert subprocess.run([sys.executable, "-c", start + here]).returncode == 0, "outside it can be reached"
+        for test in (
+            connect,
+            "assert libc.syscall(425, 8, ctypes.create_string_buffer(200)) >= 0",
+            "assert libc.socketpair(1, 1, 0, ctypes.create_string_buffer(8)) == 0",
+            "assert libc.fork() >= 0",
+            f"assert libc.kill({os.getpid()}, 0) == 0",
+            "assert libc.ptrace(0, 0, 0, 0) == 0",
+        ):
+            assert passed(start, test, namespaces=namespaces) == 0.0, test
+    assert passed(start, "assert libc.getpid() > 0", namespaces=namespaces) == 1.0
+
+
+def test_paths_that_start_from_another_folder_do_not_leave_it(namespaces: bool, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("whole")
+    for path in (tmp_path, victim):
+        os.chmod(path, 0o777)
+    start = f"import os, shutil, tempfile\nhere = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
+    for test in (
+        "os.open('victim', os.O_WRONLY | os.O_TRUNC, dir_fd=here)",
+        "os.remove('victim', dir_fd=here)",
+        "os.rename('victim', 'other', src_dir_fd=here, dst_dir_fd=here)",
+        "os.mkdir('new', dir_fd=here)",
+        f"os.makedirs('a/b'); start = os.open('.', os.O_RDONLY); os.chdir('a/b')\n"
+        f"os.remove('../' * 9 + {str(victim)!r}, dir_fd=start)",
+    ):
+        assert passed(start, test, namespaces=namespaces) == 0.0, test
+    assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
+    # Inside it, folders come and go as ever.
+    test = "with tempfile.TemporaryDirectory() as t: open(t + '/x', 'w').write('x')\nassert not os.path.exists(t)"
+    assert passed(start, test, "os.makedirs('a/b'); shutil.rmtree('a')", namespaces=namespaces) == 1.0
 
 
 def test_a_kernel_without_namespaces_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
