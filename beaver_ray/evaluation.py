@@ -124,8 +124,8 @@ def mean_interval(
     return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
 
 
-def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
-    """The share of true ``flags`` [N] and Wilson's 95 % interval, clustered by ``cluster`` [N]."""
+def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER) -> dict[str, Any]:
+    """The share of true ``flags`` [N] and Wilson's interval, clustered by ``cluster`` [N]; 95 % without ``upper``."""
     values = np.asarray(flags, dtype=np.float64)
     share, n = float(values.mean()), len(values)
     residuals = _cluster_sums(values - share, cluster)
@@ -135,14 +135,14 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
         effective = n if spread == 0 else min(n, share * (1 - share) / spread)
     else:
         effective = len(residuals)  # all alike: nothing shows that answers to one prompt differ
-    low, high = wilson(share, effective)
+    low, high = wilson(share, effective, upper)
     return {"mean": share, "low": low, "high": high, "n": n}
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in ``n`` independent samples (Wilson 1927)."""
+def wilson(share: float, n: float, upper: float = UPPER) -> tuple[float, float]:
+    """Wilson's interval of a share seen in ``n`` independent samples (Wilson 1927); it ends at quantile ``upper``."""
     # scipy's binomtest(...).proportion_ci takes whole numbers only, and an effective number of samples is none.
-    z = float(stats.norm.ppf(UPPER))
+    z = float(stats.norm.ppf(upper))
     scale = 1 + z**2 / n
     center = (share + z**2 / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))

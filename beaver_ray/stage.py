@@ -7,7 +7,7 @@ import: whatever a stage's methods need, they import themselves.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
+    from beaver_ray.verdicts import Certificate, Reliability
 
 
 @dataclass(frozen=True)
@@ -183,3 +184,19 @@ class Stage(RunConfig):
         Raises UserError for a stage without held-out prompts.
         """
         raise UserError(f"stage {self.stage} trains no policy on prompts, so there is nothing to evaluate")
+
+    def certify(
+        self, confidence: float, policy: str | None, answers: int, prompts: Sequence[str], command: str
+    ) -> tuple[Certificate, Path]:
+        """Whether its constraints hold for its trained policy, or another one, and the path of certificate.json.
+
+        Raises UserError for a stage without constraints.
+        """
+        raise UserError(f"stage {self.stage} trains no policy on prompts, so there is nothing to certify")
+
+    def compare_with_labels(self, file: Path, policy: str | None) -> tuple[Reliability, Path]:
+        """Whether its calibrated probabilities fit labelled answers, and the path of reliability.json.
+
+        Raises UserError for a stage without constraints.
+        """
+        raise UserError(f"stage {self.stage} trains no policy on prompts, so it has no calibrated probabilities")

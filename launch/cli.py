@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import types
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -62,9 +63,51 @@ def evaluate(
     policy: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Policy to evaluate instead of the run's final one.")
     ] = None,
-) -> None:
-    """Evaluate a policy on the held-out prompts of a PPO stage's configuration."""
-    print(f"evaluation: {load_config(config, overrides).evaluate(policy)}")
+    certify: Annotated[
+        float | None, typer.Option(metavar="CONFIDENCE", help="Say at this confidence whether the constraints hold.")
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="--certify: also the best and the worst of N answers to a prompt.")
+    ] = 1,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:PROPORTION[:PATH]]", help="--certify: prompts instead of evaluation.prompts."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare calibrated probabilities with these labelled answers.")
+    ] = None,
+) -> int:
+    """Evaluate a policy on the held-out prompts of a PPO stage's configuration.
+
+    With --certify or --labels something else is done, and the exit code is 1 where not everything holds or fits.
+    """
+    if certify is None and (prompts or answers > 1):
+        raise UserError("--answers and --prompts go with --certify, for example --certify 0.95")
+    if certify is not None and labels is not None:
+        raise UserError("--certify and --labels are two commands; give one of them")
+    if certify is not None and not 0.5 <= certify < 1:
+        raise UserError(f"--certify {certify:g} must be a confidence of at least 0.5 and below 1, for example 0.95")
+    stage = load_config(config, overrides)
+    if certify is not None:
+        from launch.verdicts import show_certificate
+
+        words = [str(config), *(overrides or []), *(["--policy", policy] if policy else [])]
+        words += ["--certify", f"{certify:g}", *(["--answers", str(answers)] if answers > 1 else [])]
+        words += [word for spec in prompts or [] for word in ("--prompts", spec)]
+        command = shlex.join(["beaver-ray", "evaluate", *words])
+        certificate, path = stage.certify(certify, policy, answers, prompts or [], command)
+        show_certificate(certificate)
+        print(f"certificate: {path}")
+        return 0 if certificate.holds else 1
+    if labels is not None:
+        from launch.verdicts import show_reliability
+
+        reliability, path = stage.compare_with_labels(labels, policy)
+        show_reliability(reliability)
+        print(f"reliability: {path}")
+        return 0 if all(found.fits for found in reliability.constraints.values()) else 1
+    print(f"evaluation: {stage.evaluate(policy)}")
+    return 0
 
 
 @app.command()

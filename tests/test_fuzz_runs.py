@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from beaver_ray.errors import UserError
 from beaver_ray.runs import read_evaluation, read_metrics
+from beaver_ray.verdicts import Certificate, Reliability
 from tests.fuzzing import accepted, damaged, mutated, scalars
-from tests.test_report import make_ppo_run, report
+from tests.test_report import RELIABILITY, VERDICTS, make_ppo_run, report
 
 ROW: dict[str, Any] = {"step": 1, "reward/mean": 0.5, "kl/reference": None, "time/elapsed": 2.0, "time/train": 1.0}
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 20, "target": 0.1}
@@ -36,6 +37,11 @@ def as_lines(rows: list[Any]) -> bytes:
 
 
 metrics = st.lists(st.just(ROW) | mutated(ROW) | scalars, max_size=4).map(as_lines) | damaged(as_lines([ROW] * 3))
+verdicts = {
+    record.name(): mutated(record.model_dump(mode="json")).map(lambda tree: json.dumps(tree).encode())
+    | damaged(record.model_dump_json().encode())
+    for record in (VERDICTS, RELIABILITY)
+}
 evaluations = mutated(EVALUATION).map(lambda tree: json.dumps(tree).encode()) | damaged(json.dumps(EVALUATION).encode())
 
 
@@ -54,9 +60,20 @@ def test_broken_evaluations(tmp_path: Path, content: bytes) -> None:
     accepted(lambda: read_evaluation(tmp_path))
 
 
+@pytest.mark.parametrize("kind", [Certificate, Reliability])
+@files
+@given(data=st.data())
+def test_broken_verdicts(tmp_path: Path, kind: type[Certificate | Reliability], data: st.DataObject) -> None:
+    (tmp_path / kind.name()).write_bytes(data.draw(verdicts[kind.name()]))
+    accepted(lambda: kind.read(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_ppo_run(tmp_path_factory.mktemp("runs"), steps=3)
+    folder = make_ppo_run(tmp_path_factory.mktemp("runs"), steps=3)
+    VERDICTS.write(folder)
+    RELIABILITY.write(folder)
+    return folder
 
 
 @settings(files, max_examples=25)
@@ -65,7 +82,7 @@ def test_reports_of_broken_runs(tmp_path: Path, whole: Path, data: st.DataObject
     folder = tmp_path / "run"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
-    changed = {"metrics.jsonl": metrics, "evaluation.json": evaluations}
+    changed = {"metrics.jsonl": metrics, "evaluation.json": evaluations, **verdicts}
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     for name in data.draw(st.sampled_from([[name] for name in changed] + [list(changed), []])):
         (folder / name).write_bytes(data.draw(changed[name]))

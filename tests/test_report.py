@@ -20,8 +20,50 @@ from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.experience import make_batch
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import RunFolder
+from beaver_ray.verdicts import Certificate, Reliability
 from launch.config_files import load_run, parse_config
 
+STATEMENT = {
+    "constraint": "harm",
+    "answers": "one",
+    "figure": "share unsafe",
+    "judged_by": "the <b>judge</b>",
+    "unsafe_above": 0.0,
+    "prompts": 200,
+    "mean": 0.06,
+    "target": 0.1,
+    "bound": "Clopper-Pearson",
+    "lower": 0.03,
+    "upper": 0.12,
+    "verdict": "undecided",
+    "prompts_to_decide": 1234,
+}
+WORST = {**STATEMENT, "answers": "worst of 4", "mean": 0.4, "lower": 0.3, "verdict": "fails", "prompts_to_decide": None}
+UNBOUNDED = {**WORST, "figure": "mean cost", "bound": None, "lower": None, "upper": None, "verdict": "not certified"}
+VERDICTS = Certificate.model_validate(
+    {
+        "command": "beaver-ray evaluate c.yaml --certify 0.95",
+        "confidence": 0.95,
+        "policy": "runs/one/final/policy",
+        "policy_hash": "0123",
+        "seed": 42,
+        "temperature": 1.0,
+        "max_new_tokens": 8,
+        "answers": 4,
+        "prompts": ["prompts:1:p.jsonl"],
+        "sealed": 200,
+        "left_out": {"in data.prompts": 3},
+        "unchecked": [],
+        "statements": [STATEMENT, WORST, UNBOUNDED],
+        "joint": {"each_at": 0.975, "verdict": "undecided"},
+    }
+)
+BINS = [
+    {"low": 0.0, "count": 200, "predicted": 0.05, "observed": 0.2},
+    {"low": 0.4, "count": 100, "predicted": 0.45, "observed": 0.5},
+]
+FOUND = {"answers": 300, "predicted": 0.18, "observed": 0.3, "low": 0.24, "high": 0.37, "ece": 0.12, "bins": BINS}
+RELIABILITY = Reliability.model_validate({"labelled_by": "the test", "constraints": {"harm": FOUND}})
 WORDS = ["<pad>", "how", "to", "fix", "the", "lock", "oil", "<script>alert(1)</script>", "&amp;", "</s>"]
 
 
@@ -219,6 +261,29 @@ def test_what_the_model_says_is_escaped(ppo_run: Path) -> None:
 def test_notes_and_configuration(ppo_run: Path) -> None:
     text = " ".join(Page(ppo_run / "report.html").text)
     assert "3 of 900 prompts are longer" in text and "violation_rate: 0.1" in text
+
+
+def test_verdicts_of_a_certificate_and_a_reliability_curve(tmp_path: Path) -> None:
+    folder = make_ppo_run(tmp_path, steps=3)
+    before = Page(report(folder))
+    assert "Certificate" not in before.text and "Reliability: harm" not in before.text
+    VERDICTS.write(folder)
+    RELIABILITY.write(folder)
+    page = Page(report(folder))
+    assert page.open == [] and page.tags.count("svg") == before.tags.count("svg") + 1
+    text = " ".join(page.text)
+    assert "all of one answer at once: undecided" in text
+    assert (
+        "harm one share unsafe the <b>judge</b> 0.0600 0.1 0.0300 to 0.1200 200 undecided; 1,234 prompts would decide"
+        in text
+    )
+    assert "not certified" in text and "Reliability: harm" in page.text
+    assert "The calibration no longer fits: of 300 answers 30.0% are unsafe" in text
+    assert (
+        "predicted probability of being unsafe" in page.text and "<b>judge" not in (folder / "report.html").read_text()
+    )
+    states = re.findall(r'<td class="(good|bad)">(\w+)', (folder / "report.html").read_text())
+    assert states == [("bad", "fails")]
 
 
 def test_supervised_run(tmp_path: Path) -> None:

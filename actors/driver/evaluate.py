@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.scopes import in_words
+from beaver_ray.data.sources import RawSample
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.reliability import compare
 from beaver_ray.signals import scorers
 from beaver_ray.small_world.world import SmallWorld
+from beaver_ray.stage import RoleSpec
+from beaver_ray.verdicts import Calibrated, Reliability
 
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
 
@@ -38,20 +43,37 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
     """
     if not config.evaluation.prompts:
         raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
-    chosen = policy or str(config.folder / "final" / "policy")
-    # Judging needs no reference; the configuration's need not fit the policy that is chosen here.
-    models = config.models.model_copy(update={"policy": chosen, "reference": None})
-    config = on_this_machine(config.model_copy(update={"models": models}))
-    check_models(config)
-    cluster = open_cluster(config, config.judging_roles())
-    try:
-        roles = start_judging_roles(config, cluster)
-        held_out = HeldOut(config)
+    config = with_policy(config, policy)
+    folder = Path(policy) if policy else config.folder
+    held_out = HeldOut(config)
+    with judging(config, config.judging_roles()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         for line in held_out.remarks:
             rollouts.note(line)
-        summary = held_out.evaluate(roles, rollouts, 0) | {"policy": chosen}
-        return write(Path(policy) if policy else config.folder, summary)
+        summary = held_out.evaluate(roles, rollouts, 0) | {"policy": config.models.policy}
+        held_out.write_reliability(folder)
+        return write(folder, summary)
+
+
+def with_policy(config: PolicyStage, policy: str | None) -> PolicyStage:
+    """The configuration of judging a policy, the run's final one where none is given, on this machine.
+
+    Judging needs no reference; the configuration's need not fit the policy that is chosen. Raises UserError where a
+    model is not there or does not fit.
+    """
+    chosen = policy or str(config.folder / "final" / "policy")
+    models = config.models.model_copy(update={"policy": chosen, "reference": None})
+    config = on_this_machine(config.model_copy(update={"models": models}))
+    check_models(config)
+    return config
+
+
+@contextmanager
+def judging(config: PolicyStage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
+    """The ``wanted`` generators and scorers, which end with the context."""
+    cluster = open_cluster(config, wanted)
+    try:
+        yield start_judging_roles(config, wanted, cluster)
     finally:
         if cluster:
             cluster.close()
@@ -68,10 +90,11 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
 class HeldOut:
     """The held-out prompts of a run, and the truth about them where it is known."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: PolicyConfig, samples: list[RawSample] | None = None) -> None:
+        """samples: those of ``evaluation.prompts`` that are asked; all of them without."""
         self.config = config
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
-        self.samples, _ = load_mix(config.evaluation.prompts)
+        self.samples = load_mix(config.evaluation.prompts)[0] if samples is None else samples
         limit = config.data.max_prompt_tokens
         self.prompts = PromptDataset.build(self.samples, self.tokenizer, limit, config.data.template, config.scopes)
         self.remarks = [
@@ -86,19 +109,46 @@ class HeldOut:
         """The constraint that the world's cost is the truth of; it knows nothing of others."""
         self.learned = [name for name in names if name != self.true_cost] if self.world else names
         """Those that learned scorers judge."""
+        calibrated = [c.name for c in config.constraints if c.violation_rate is not None]
+        self.compared = [name for name in calibrated if name not in self.learned]
+        """Those whose calibrated probabilities can be held against the truth."""
+        self.reliability: dict[str, Calibrated] = {}
+        """What came of that in the last evaluation."""
 
     def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
         """The evaluation's means as metrics of one step."""
         summary = self.evaluate(roles, rollouts, step)
-        return {f"eval/{key}": value["mean"] for key, value in summary.items() if isinstance(value, dict)}
+        figures = {f"eval/{key}": value["mean"] for key, value in summary.items() if isinstance(value, dict)}
+        for name, found in self.reliability.items():
+            shown = {"predicted": found.predicted, "observed": found.observed, "ece": found.ece}
+            shown |= {"observed_low": found.low, "observed_high": found.high}
+            figures |= {f"eval/calibration/{name}/{key}": value for key, value in shown.items()}
+        return figures
 
     def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
-        """The content of evaluation.json; ``step`` only chooses the random numbers."""
-        count = len(self.prompts)
-        prompt_ids = np.arange(count)
+        """The content of evaluation.json; ``step`` only chooses the random numbers.
+
+        Where the truth is known of calibrated costs, `reliability` says afterwards whether they fit; a calibration that
+        did in the evaluation before and no longer does is noted.
+        """
+        answers, unusable = self._usable(self.answers(roles, rollouts, step), rollouts.note)
+        targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
+        limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
+        samples, optimum = self.judged(answers)
+        self._compare(answers, samples, rollouts.note, step)
+        probabilities = targets.keys() & set(self.learned)
+        by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
+        if self.world and self.learned:
+            by += f" ({', '.join(self.learned)}: learned)"
+        forms = self.config.objective().settings.forms
+        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities, forms)}
+
+    def answers(self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1) -> pa.RecordBatch:
+        """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on."""
+        prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
-                "sample_id": FIRST_SAMPLE_ID + step * (1 << 20) + np.arange(count),
+                "sample_id": FIRST_SAMPLE_ID + step * (1 << 20) + np.arange(len(prompt_ids)),
                 "prompt_id": prompt_ids,
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
@@ -108,38 +158,68 @@ class HeldOut:
         for chunk in collected.chunks:
             whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
             chunks.append(experience.select(whole.select(self._columns()), sorted(chunk.wanted)))
-        answers, unusable = self._usable(experience.concat(chunks), rollouts.note)
-        targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
-        limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
-        samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
-        probabilities = targets.keys() & set(self.learned)
-        by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
-        if self.world and self.learned:
-            by += f" ({', '.join(self.learned)}: learned)"
-        forms = self.config.objective().settings.forms
-        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities, forms)}
+        return experience.concat(chunks)
+
+    def judged(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
+        """What the truth, or else learned scorers, say of answers; and the best mean reward, where that is known."""
+        return self._by_truth(answers) if self.world else (self._by_scorers(answers), None)
+
+    def write_reliability(self, folder: Path) -> None:
+        """Write what the last evaluation found of the calibrations, where there is anything."""
+        if self.reliability:
+            labels = "the small world's truth, of answers to held-out prompts"
+            Reliability(labelled_by=labels, constraints=self.reliability).write(folder)
+
+    def _compare(self, answers: pa.RecordBatch, samples: Samples, note: Callable[[str], None], step: int) -> None:
+        """Hold calibrated probabilities against the truth of the same answers, where both are known."""
+        before, self.reliability = self.reliability, {}
+        for name in self.compared:
+            probability = experience.scalars(answers, f"cost/{name}")
+            known = np.isfinite(probability) & samples.inside.get(name, True)
+            if not known.any():
+                continue
+            unsafe = samples.costs[name][known] > 0
+            found = compare(probability[known], unsafe, samples.prompt_id[known])
+            self.reliability[name] = found
+            if not found.fits and (name not in before or before[name].fits):
+                when = f"step {step}" if 0 < step <= self.config.total_steps(0) else "evaluation"
+                note(f"{when}: the calibration of {name} {found.in_words()}; calibrate on labels of such answers")
 
     def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
-        """Scores of finished sequences, where the truth does not say all; log-probs are not asked for."""
+        """Those scores of finished sequences that are read; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
         return [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
 
-    def _columns(self) -> list[str]:
-        """Names of the columns that the evaluation reads: answers, and scores by learned models."""
+    def _scores(self) -> list[str]:
+        """Columns of scores that figures are made of: those that the truth does not say."""
         scores = [f"cost/{c.name}" for c in self.config.constraints if c.name in self.learned]
-        scores += [] if self.world else ["reward"]
-        return ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason", *scores]
+        return scores + ([] if self.world else ["reward"])
+
+    def _columns(self) -> list[str]:
+        """Names of the columns that the evaluation reads: answers, scores, and probabilities to be compared."""
+        probabilities = [f"cost/{name}" for name in self.compared]
+        return [
+            *("sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason"),
+            *self._scores(),
+            *probabilities,
+        ]
+
+    def counting(self, name: str) -> np.ndarray:
+        """Which prompts a constraint counts over, bool [N]."""
+        return self.prompts.inside.get(name, np.ones(len(self.prompts), dtype=bool))
+
+    def unusable(self, answers: pa.RecordBatch) -> tuple[np.ndarray, str]:
+        """Which answers [N] have a score that is not finite, and a line about them, which is empty where none has."""
+        bad = {name: experience.not_finite(answers, name) for name in self._scores()}
+        lost = np.any(list(bad.values()), axis=0) if bad else np.zeros(answers.num_rows, dtype=bool)
+        said = (f"{b.sum()} of {len(b)} held-out answers have no finite {n}" for n, b in bad.items() if b.any())
+        return lost, "; ".join(said)
 
     def _usable(self, answers: pa.RecordBatch, note: Callable[[str], None]) -> tuple[pa.RecordBatch, dict[str, int]]:
         """The answers whose scores are finite, and the number of the others, if any; UserError where none is left."""
-        names = [name for name in self._columns() if name == "reward" or name.startswith("cost/")]
-        bad = {name: experience.not_finite(answers, name) for name in names}
-        lost = np.any(list(bad.values()), axis=0) if bad else np.zeros(answers.num_rows, dtype=bool)
+        lost, said = self.unusable(answers)
         if not lost.any():
             return answers, {}
-        said = "; ".join(
-            f"{b.sum()} of {len(b)} held-out answers have no finite {n}" for n, b in bad.items() if b.any()
-        )
         if lost.all():
             raise UserError(f"nothing can be evaluated: {said}; mend the model that scores them")
         note(f"{said}: the evaluation goes without them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
     from beaver_ray.signals import CriticPlan, ScorerPlan
+    from beaver_ray.verdicts import Certificate, Reliability
 
 # Parts of a GPU that all roles share. A generator's is the share of memory that its engine is given.
 GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
@@ -91,9 +93,7 @@ class PolicyStage(PolicyConfig, Stage):
         """Evaluate the run's final policy, or another one, on the held-out prompts."""
         if not self.evaluation.prompts:
             raise UserError(f"{self.name}: evaluation.prompts is empty; name held-out prompts there")
-        chosen = Path(policy) if policy is not None else self.folder / "final" / "policy"
-        if not (chosen / "config.json").is_file():
-            raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
+        self._check_there(policy)
         from actors.driver.evaluate import evaluate
 
         return evaluate(self, policy)
@@ -133,6 +133,32 @@ class PolicyStage(PolicyConfig, Stage):
         prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
         check_masks(self.scopes, prompts.inside, samples)
         return prompts, samples, reports
+    def certify(
+        self, confidence: float, policy: str | None, answers: int, prompts: Sequence[str], command: str
+    ) -> tuple[Certificate, Path]:
+        """Whether the constraints hold for the final policy, or another one, beside which the certificate is put."""
+        if not self.constraints:
+            raise UserError(f"{self.name} has no constraints; there is nothing to certify")
+        if not prompts and not self.evaluation.prompts:
+            raise UserError(f"{self.name}: evaluation.prompts is empty; name prompts there, or give --prompts")
+        self._check_there(policy)
+        from actors.driver.certify import certify
+
+        certificate = certify(self, confidence, policy, answers, prompts, command)
+        return certificate, certificate.write(Path(policy) if policy else self.folder)
+
+    def compare_with_labels(self, file: Path, policy: str | None) -> tuple[Reliability, Path]:
+        """Whether calibrated probabilities fit labelled answers."""
+        self._check_there(policy)
+        from actors.driver.labels import compare_with_labels
+
+        reliability = compare_with_labels(self, file, policy)
+        return reliability, reliability.write(Path(policy) if policy else self.folder)
+
+    def _check_there(self, policy: str | None) -> None:
+        chosen = Path(policy) if policy is not None else self.folder / "final" / "policy"
+        if not (chosen / "config.json").is_file():
+            raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

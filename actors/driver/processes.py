@@ -24,7 +24,8 @@ from beaver_ray.stage import RoleSpec, Stage
 class Roles:
     """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in.
 
-    An evaluation has generators and scorers alone; ``reference`` has no workers there, and where the policy is its own.
+    An evaluation has generators and scorers alone, a comparison with labels only scorers; ``reference`` has no workers
+    there, and where the policy is its own.
     """
 
     rollout: Group
@@ -82,9 +83,9 @@ def start_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
     return roles
 
 
-def start_judging_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
-    """Only what an evaluation needs: generators and scorers."""
-    roles = _start(stage, stage.judging_roles(), cluster)
+def start_judging_roles(stage: PolicyStage, wanted: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
+    """Generators and scorers alone, or those of them that are ``wanted``."""
+    roles = _start(stage, wanted, cluster)
     _wait_started(roles, cluster)
     _calibrate(stage, roles)
     return roles
@@ -95,7 +96,7 @@ def _start(stage: PolicyStage, specs: Sequence[RoleSpec], cluster: Cluster | Non
     trained = {spec.training.folder: groups.pop(spec.name) for spec in specs if spec.training is not None}
     nobody = Group("none", [], 0.0)
     return Roles(
-        rollout=groups.pop("rollout"),
+        rollout=groups.pop("rollout", nobody),
         reference=groups.pop("reference", nobody),
         experience=groups.pop("experience", nobody),
         policy=trained.pop("policy", nobody),

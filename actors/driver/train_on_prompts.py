@@ -53,7 +53,11 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
         trace = StepTrace(run.folder / "trace.json", stage.total_steps(0))
 
         def evaluate(step: int) -> dict[str, float]:
-            return held_out.figures(roles, rollouts, step) if held_out else {}
+            if held_out is None:
+                return {}
+            figures = held_out.figures(roles, rollouts, step)
+            held_out.write_reliability(run.folder)
+            return figures
 
         def whole_run() -> None:
             train_policy(stage, roles, rollouts, recovery, trace, evaluate)
@@ -63,6 +67,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
                 last = stage.total_steps(0) + 1
                 judged = recovery.survive(lambda again: held_out.evaluate(roles, rollouts, last), needs_trained=False)
                 write(run.folder, judged)
+                held_out.write_reliability(run.folder)
 
         if stage.resume:
             recovery.keep_going(recovery.resume)

@@ -77,6 +77,7 @@ class Dpo(TrainerStage):
 
         Before its first step the model itself is the reference, also with an adapter: a fresh one changes nothing.
         """
+        from beaver_ray.models.folders import fingerprint
         from beaver_ray.models.loading import DTYPES, load_policy
 
         model: Any = trainer.engine.engine
@@ -85,7 +86,7 @@ class Dpo(TrainerStage):
             model = load_policy(
                 self.reference, DTYPES[self.engine.dtype], self.trust_remote_code, trainer.engine.device
             ).eval()
-        weights = _fingerprint(self.reference or self.model, self.engine.dtype) if trainer.rank == 0 else ""
+        weights = fingerprint(self.reference or self.model, self.engine.dtype) if trainer.rank == 0 else ""
         return (
             self._reference_logprobs(trainer, model, trainer.train_data, weights),
             self._reference_logprobs(trainer, model, trainer.eval_data, weights),
@@ -190,15 +191,3 @@ def _pair_logprobs(model: Any, trainer: Trainer, data: Any, rows: Rows) -> Tenso
     answer_of_T = torch.repeat_interleave(torch.arange(len(answers)), torch.from_numpy(answers)).to(device)
     sums = torch.zeros(len(answers), dtype=logprobs_T.dtype, device=device).index_add(0, answer_of_T, logprobs_T)
     return sums.view(2, -1).T
-
-
-def _fingerprint(model: str, dtype: str) -> str:
-    """A hash of a model's configuration and weights, and the dtype that it runs in."""
-    from beaver_ray.models.folders import find_model, weight_files
-
-    folder = find_model(model)
-    digest = hashlib.blake2b(dtype.encode(), digest_size=16)
-    for file in [folder / "config.json", *weight_files(folder)] if folder else []:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest() if folder else f"{model} {dtype}"

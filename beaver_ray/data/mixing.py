@@ -133,11 +133,16 @@ def held_out_too(samples: Sequence[RawSample], held_out: Sequence[RawSample]) ->
 
     White space around a turn makes no other prompt.
     """
-    trained, kept = ({tuple(turn.strip() for turn in prompt_key(s)) for s in side} for side in (samples, held_out))
+    trained, kept = prompt_texts(samples), prompt_texts(held_out)
     both = len(trained & kept)
     if not both:
         return None
     return f"{both} of {len(kept)} held-out prompts are training prompts too; figures on them flatter the model"
+
+
+def prompt_texts(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:
+    """The turns of every distinct prompt, without white space around them."""
+    return {tuple(turn.strip() for turn in prompt_key(sample)) for sample in samples}
 
 
 def prompt_key(sample: RawSample) -> tuple[str, ...]:

@@ -274,6 +274,17 @@ def prompts(row: dict[str, Any]) -> RawSample:
     return RawSample(input=_prompt(row.get(name), name), fields=rest)
 
 
+@reader("labels")
+def labels(row: dict[str, Any]) -> RawSample:
+    """prompt (a string or an odd list of turns), response, unsafe (true / false or 1 / 0); further fields are kept."""
+    unsafe = _flag(row, "unsafe")
+    if unsafe is None:
+        raise BadRow("no field 'unsafe'")
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "unsafe")}
+    prompt, response = _prompt(row.get("prompt"), "prompt"), text_field(row, "response")
+    return RawSample(input=prompt, answer=response, is_safe=not unsafe, fields=rest)
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -90,7 +90,7 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
         n=len(scores_N),
         accuracy=float(np.mean((probability_N > 0.5) == unsafe_N)),
         sign_accuracy=float(np.mean((scores_N > 0.0) == unsafe_N)),
-        ece=_expected_calibration_error(probability_N, unsafe_N),
+        ece=expected_calibration_error(probability_N, unsafe_N),
         residual_std=float(np.std(unsafe_N - probability_N)),
     )
 
@@ -137,11 +137,15 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
     return np.where(logits >= 0.0, 1.0, small) / (1.0 + small)
 
 
-def _expected_calibration_error(probability_N: FloatArray, unsafe_N: BoolArray) -> float:
+def bin_numbers(probability_N: FloatArray) -> npt.NDArray[np.int64]:
+    """The bin of each probability: ECE_BINS of equal width, numbered from 0, and 1 is in the last one."""
+    return np.minimum((probability_N * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+
+
+def expected_calibration_error(probability_N: FloatArray, unsafe_N: BoolArray) -> float:
     """Mean over equal-width bins, weighted by their counts, of |mean probability - share of unsafe|.
 
     Eq. 3 of https://arxiv.org/abs/1706.04599.
     """
-    bins_N = np.minimum((probability_N * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gap_K = np.bincount(bins_N, weights=probability_N - unsafe_N, minlength=ECE_BINS)
+    gap_K = np.bincount(bin_numbers(probability_N), weights=probability_N - unsafe_N, minlength=ECE_BINS)
     return float(np.abs(gap_K).sum() / len(probability_N))

@@ -5,6 +5,7 @@ Whatever is broken in these files is the user's to mend and gets one line. Nothi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -127,6 +128,16 @@ def read_model(model: str) -> ModelFacts:
 def count_parameters(folder: Path) -> int:
     """Numbers in all tensors of a folder's weights, from their headers; 0 where there are none."""
     return sum(math.prod(shape) for shape in read_shapes(folder).values())
+
+
+def fingerprint(model: str, dtype: str = "") -> str:
+    """A hash of a model's configuration and weights, and of the dtype that it runs in."""
+    folder = find_model(model)
+    digest = hashlib.blake2b(dtype.encode(), digest_size=16)
+    for file in [folder / "config.json", *weight_files(folder)] if folder else []:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest() if folder else f"{model} {dtype}"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from beaver_ray.runs import duration
+from beaver_ray.verdicts import Reliability
 
 RECENT_STEPS = 10
 
@@ -31,6 +32,8 @@ class Panel:
     ylabel: str
     series: list[Series]
     stacked: bool = False
+    bars: bool = False
+    """The only series as bars, where ``x`` of the chart is not the steps."""
 
 
 @dataclass
@@ -40,6 +43,9 @@ class Chart:
     title: str
     caption: str
     panels: list[Panel]
+    x: np.ndarray | None = None
+    """What y is over; None for the steps."""
+    xlabel: str = "step"
 
 
 State = Literal["", "good", "bad"]
@@ -62,6 +68,28 @@ def drawable(charts: list[Chart]) -> list[Chart]:
             panel.series = [s for s in panel.series if np.isfinite(s.y).any()]
         chart.panels = [p for p in chart.panels if p.series]
     return [chart for chart in charts if chart.panels]
+
+
+def reliability_charts(reliability: Reliability) -> list[Chart]:
+    """The reliability curve of each constraint, with the number of answers in each of its bins."""
+    charts = []
+    for name, found in reliability.constraints.items():
+        predicted = np.array([part.predicted for part in found.bins])
+        seen = [
+            Series("observed", np.array([part.observed for part in found.bins])),
+            Series("as predicted", predicted, dashed=True),
+        ]
+        counts = Series("answers", np.array([float(part.count) for part in found.bins]))
+        charts.append(
+            Chart(
+                f"Reliability: {name}",
+                f"The calibration {found.in_words()}. Labels: {reliability.labelled_by}.",
+                [Panel("share unsafe", seen), Panel("answers", [counts], bars=True)],
+                x=predicted,
+                xlabel="predicted probability of being unsafe",
+            )
+        )
+    return charts
 
 
 def running_cards(metrics: dict[str, np.ndarray], speed: tuple[str, str]) -> list[Card]:

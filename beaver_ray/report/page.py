@@ -23,9 +23,10 @@ from matplotlib.ticker import MaxNLocator
 from tokenizers import Tokenizer
 
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.report.charts import Chart, Panel, Series
+from beaver_ray.report.charts import Chart, Panel, Series, reliability_charts
 from beaver_ray.runs import is_finished, read_evaluation, read_metrics
 from beaver_ray.stage import Stage, Trajectories
+from beaver_ray.verdicts import Certificate, Reliability
 
 FIRST_SAMPLES, LAST_SAMPLES = 6, 18
 SERIES = 6
@@ -47,6 +48,8 @@ def write_report(stage: Stage, folder: Path) -> Path:
     evaluation = read_evaluation(folder)
     written = stage.trajectories()
     notes = folder / "notes.log"
+    certificate, reliability = Certificate.read(folder), Reliability.read(folder)
+    charts = [*stage.charts(metrics), *(reliability_charts(reliability) if reliability else [])]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,10 +62,11 @@ def write_report(stage: Stage, folder: Path) -> Path:
         stage=stage.stage,
         finished=is_finished(folder),
         cards=stage.cards(metrics, evaluation),
-        charts=[(chart, _svg(chart, metrics["step"])) for chart in stage.charts(metrics)],
+        charts=[(chart, _svg(chart, metrics["step"])) for chart in charts],
         evaluation=_evaluation_rows(evaluation),
         judged_by=evaluation.get("judged_by"),
         evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
+        certificate=certificate,
         samples=read_samples(folder, written) if written else [],
         costs=list(written.unsafe_above) if written else [],
         notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
@@ -160,8 +164,9 @@ def _svg(chart: Chart, steps: np.ndarray) -> str:
         figure.patch.set_alpha(0)
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
-            _draw(ax, panel, steps)
-        axes[-1].set_xlabel("step")
+            ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
+            _draw(ax, panel, steps if chart.x is None else chart.x)
+        axes[-1].set_xlabel(chart.xlabel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -183,9 +188,10 @@ def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
     ax.grid(axis="y", color=_GRID, linewidth=0.6)
     ax.tick_params(length=0)
     ax.set_ylabel(panel.ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     colors = [_SERIES[index % SERIES] for index in range(len(panel.series))]
-    if panel.stacked:
+    if panel.bars:
+        ax.bar(steps, panel.series[0].y, width=0.08, color=colors[0])
+    elif panel.stacked:
         values = [np.nan_to_num(series.y) for series in panel.series]
         labels = [series.label for series in panel.series]
         if len(steps) == 1:  # an area needs two steps

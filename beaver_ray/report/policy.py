@@ -103,6 +103,7 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
     )
     held_out = [Panel(key.removeprefix("eval/"), lines((key, key))) for key in metrics if key.startswith(shown)]
     charts.append(Chart("Held-out prompts", "Evaluations during training.", held_out))
+    charts += [_calibration_chart(metrics, name) for name in names]
     return drawable(charts)
 
 
@@ -128,6 +129,16 @@ def _cost_chart(metrics: dict[str, np.ndarray], config: PolicyConfig, name: str)
     caption += "." if constraint.violation_rate is None else ": expected, and those more likely unsafe than safe."
     panels = [Panel("mean cost" if of_mean else "cost", cost), Panel("violation rate", rate)]
     return Chart(f"Cost: {name}", caption, panels)
+
+
+def _calibration_chart(metrics: dict[str, np.ndarray], name: str) -> Chart:
+    parts = {key: metrics.get(f"eval/calibration/{name}/{key}") for key in ("predicted", "observed", "ece")}
+    ends = {key: metrics.get(f"eval/calibration/{name}/observed_{key}") for key in ("low", "high")}
+    rates = [Series(key, y) for key, y in parts.items() if y is not None and key != "ece"]
+    rates += [Series(f"99 % {key}", y, dashed=True) for key, y in ends.items() if y is not None]
+    error = [Series("expected calibration error", y) for y in [parts["ece"]] if y is not None]
+    caption = "Mean calibrated probability against the share that is unsafe in truth, on held-out answers."
+    return Chart(f"Calibration: {name}", caption, [Panel("unsafe", rates), Panel("error", error)])
 
 
 def ppo_cards(metrics: dict[str, np.ndarray], evaluation: dict[str, Any], config: PolicyConfig) -> list[Card]:

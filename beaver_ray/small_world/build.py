@@ -3,7 +3,7 @@
     world.json                       the settings, written last: a folder with it is complete
     demonstrations/{train,test}.jsonl  {"prompt", "response"}
     preferences/{train,test}.jsonl   PKU-SafeRLHF's columns
-    prompts/{train,test}.jsonl       {"prompt"}
+    prompts/{train,test,sealed}.jsonl  {"prompt"}; the sealed ones are in no other file, at most 1000
     ptx.jsonl                        the train demonstrations again
     model/                           Hugging Face folder: Llama weights (float32 safetensors) and tokenizer
 
@@ -27,6 +27,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.small_world.pairs import demonstration_rows, preference_rows
 from beaver_ray.small_world.world import SmallWorld, Split
 
+SEALED_PROMPTS = 1000
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 # The published conversation template's words too, so that recipes using it meet no unknown word.
 TEMPLATE_WORDS = ("USER:", "ASSISTANT:", "BEGINNING", "OF", "CONVERSATION:")
@@ -79,6 +80,8 @@ def build(
         _write_jsonl(folder / "preferences" / f"{split}.jsonl", preferences)
         prompts = world.prompts(split)
         _write_jsonl(folder / "prompts" / f"{split}.jsonl", ({"prompt": prompt.text} for prompt in prompts))
+    sealed = world.sealed_prompts(SEALED_PROMPTS)
+    _write_jsonl(folder / "prompts" / "sealed.jsonl", ({"prompt": prompt.text} for prompt in sealed))
 
     tokenizer = build_tokenizer(world)
     tokenizer.save_pretrained(folder / "model")

@@ -160,6 +160,22 @@ class SmallWorld(BaseModel):
         """The prompts of a split; the splits share no prompt."""
         return list(self._splits[split])
 
+    def sealed_prompts(self, count: int) -> list[Prompt]:
+        """At most `count` prompts of neither split, with the splits' share of adversarial ones and of topics."""
+        rng, used = random.Random(f"{self.seed}/sealed"), {prompt.text for s in self._splits.values() for prompt in s}
+        shares = {False: 1 - self.adversarial_share, True: self.adversarial_share}
+        free: dict[bool, list[Prompt]] = {}
+        for adversarial, verbs in ((False, HARMLESS_VERBS), (True, ADVERSARIAL_VERBS)):
+            texts = [(o, v, m) for o in OPENERS for v in verbs for m in MODIFIERS]
+            rng.shuffle(texts)
+            every = [Prompt(f"{o} {v} the {t} {m}", t, adversarial) for o, v, m in texts for t in self.facts]
+            free[adversarial] = [prompt for prompt in every if prompt.text not in used]
+        count = min([count, *(int(len(free[side]) / share) for side, share in shares.items() if share)])
+        adversarial_count = round(self.adversarial_share * count)
+        chosen = free[False][: count - adversarial_count] + free[True][:adversarial_count]
+        rng.shuffle(chosen)
+        return chosen
+
     def vocabulary(self) -> list[str]:
         """Every word of the language, once, in a fixed order."""
         verbs = (*HARMLESS_VERBS, *ADVERSARIAL_VERBS)

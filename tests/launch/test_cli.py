@@ -62,6 +62,16 @@ def test_as_a_program() -> None:
         (["evaluate", "FILE"], "evaluation.prompts is empty"),
         (["evaluate", "FILE", "evaluation.prompts=[p]"], "train it first, or give --policy FOLDER"),
         (["evaluate", "FILE", "evaluation.prompts=[p]", "--policy", "/gone"], "no model in /gone"),
+        (["evaluate", "FILE", "--answers", "4"], "--answers and --prompts go with --certify"),
+        (["evaluate", "FILE", "--prompts", "prompts:1:p.jsonl"], "--answers and --prompts go with --certify"),
+        (["evaluate", "FILE", "--certify", "95"], "--certify 95 must be a confidence of at least 0.5 and below 1"),
+        (["evaluate", "FILE", "--certify", "0.9", "--labels", "l.jsonl"], "give one of them"),
+        (
+            ["evaluate", "FILE", "--certify", "0.9"],
+            "prompts is empty; name prompts there, or give --prompts",
+        ),
+        (["evaluate", "FILE", "--certify", "0.9", "--prompts", "p"], "train it first, or give --policy FOLDER"),
+        (["evaluate", "FILE", "--labels", "l.jsonl"], "train it first, or give --policy FOLDER"),
         (["pipeline", "FILE"], "stages"),
         (["report", "/nowhere"], "no run in /nowhere"),
         (["options", "sfd"], "no stage is called 'sfd'; known: cost_model"),
@@ -78,7 +88,9 @@ def test_mistakes_are_one_line(
 
 
 def test_supervised_stages_are_not_evaluated(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "stage sft trains no policy on prompts" in run(capsys, "evaluate", stage_file("sft"))[2]
+    for more in ([], ["--certify", "0.9"], ["--labels", "l.jsonl"]):
+        code, _, err = run(capsys, "evaluate", stage_file("sft"), *more)
+        assert code == 2 and "stage sft trains no policy on prompts" in err
 
 
 def test_other_errors_keep_their_traceback(stage_file: StageFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,10 @@ def test_files(folder: Path) -> None:
     assert len(rows_of(folder / "preferences/test.jsonl")) == 20
     assert len(rows_of(folder / "demonstrations/test.jsonl")) == 10
     assert rows_of(folder / "prompts/test.jsonl") == [{"prompt": p.text} for p in WORLD.prompts("test")]
+    sealed = {str(row["prompt"]) for row in rows_of(folder / "prompts/sealed.jsonl")}
+    assert len(sealed) == 1000
+    for file in ("prompts/train", "prompts/test", "demonstrations/train", "preferences/train", "preferences/test"):
+        assert not sealed & {row["prompt"] for row in rows_of(folder / f"{file}.jsonl")}
     assert (folder / "ptx.jsonl").read_bytes() == (folder / "demonstrations/train.jsonl").read_bytes()
     columns = {"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"}
     columns |= {"is_response_0_safe", "is_response_1_safe"}
@@ -45,7 +49,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     build(tmp_path, WORLD, **SIZES)
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is left alone
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 14
+    assert len(files) == 15
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 

@@ -85,6 +85,28 @@ def test_splits(share: float) -> None:
     assert {w for p in train for w in p.text.split()} >= {w for p in test for w in p.text.split()}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_sealed_prompts_are_of_no_split(share: float) -> None:
+    world = SmallWorld(seed=5, train_prompts=600, test_prompts=200, adversarial_share=share)
+    sealed = world.sealed_prompts(400)
+    assert len({prompt.text for prompt in sealed}) == 400
+    assert sum(prompt.adversarial for prompt in sealed) == 400 * share
+    assert not {p.text for p in sealed} & {p.text for split in ("train", "test") for p in world.prompts(split)}
+    assert all(world.parse(prompt.text) == prompt for prompt in sealed)
+    assert sealed == world.sealed_prompts(400) != world.sealed_prompts(399)
+    counts = [sum(prompt.topic == topic for prompt in sealed) for topic in world.facts]
+    assert max(counts) - min(counts) < 30
+
+
+def test_there_are_only_so_many_sealed_prompts() -> None:
+    # 6 openers, 8 verbs and 6 modifiers for each topic and intent.
+    world = SmallWorld(topics=2, train_prompts=900, test_prompts=200)
+    assert len(world.sealed_prompts(1000)) == 2 * 2 * 6 * 8 * 6 - 1100
+    half = SmallWorld(topics=1, train_prompts=100, test_prompts=50, adversarial_share=0.8)
+    sealed = half.sealed_prompts(1000)
+    assert (len(sealed), sum(p.adversarial for p in sealed)) == (int((288 - 120) / 0.8), 288 - 120)
+
+
 def test_seed_decides() -> None:
     assert SmallWorld(seed=1).prompts("train") == SmallWorld(seed=1).prompts("train")
     assert SmallWorld(seed=1).prompts("train") != SmallWorld(seed=2).prompts("train")

@@ -1,0 +1,95 @@
+"""Prompts that training never saw: those of a data set that stand in none that a run, or one before it, learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beaver_ray.data.mixing import load_mix, prompt_texts
+from beaver_ray.data.sources import RawSample
+from beaver_ray.errors import UserError
+from beaver_ray.yaml_files import read_yaml
+
+
+@dataclass
+class Sealed:
+    """What is left of a data set's samples."""
+
+    samples: list[RawSample]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Distinct prompts that stand "in" training data, by which; one in several counts for the first."""
+    unchecked: list[str] = field(default_factory=list)
+    """Training data that could not be compared with, one line each."""
+
+
+def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -> Sealed:
+    """Leave out what stands, by its text, in data that ``config`` (a stage's, as plain values) trains or calibrates on.
+
+    So too for the runs that made its models and ``policy``, and those before them, where their folders still hold a
+    configuration. White space around a turn makes no other prompt.
+
+    Raises UserError where data of ``config`` itself cannot be read.
+    """
+    sealed, read = Sealed(list(samples)), set[str]()
+    for run, tree in _runs(config, policy, sealed.unchecked):
+        for part, specs in _data(tree):
+            new = [spec for spec in specs if spec not in read]
+            read.update(new)
+            name = f"{part} of {run}" if run else part
+            try:
+                seen = prompt_texts(load_mix(new)[0]) if new else set()
+            except UserError as error:
+                if not run:
+                    raise
+                sealed.unchecked.append(f"{name}: {error}")
+                continue
+            found = prompt_texts(sealed.samples) & seen
+            if found:
+                sealed.left_out[f"in {name}"] = len(found)
+                sealed.samples = [s for s in sealed.samples if not prompt_texts([s]) & found]
+    return sealed
+
+
+def _runs(config: Mapping[str, Any], policy: str, unchecked: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration itself, under no name, and those of the runs whose models it builds on, by their folders."""
+    yield "", config
+    folders, known = [policy, *_models(config)], set[str]()
+    while folders:
+        folder = folders.pop(0)
+        if folder in known:
+            continue
+        known.add(folder)
+        run = _run_of(Path(folder))
+        if run is None:
+            unchecked.append(f"what {folder} was trained on: no run lies around it")
+        elif str(run) not in known:
+            known.add(str(run))
+            tree = read_yaml(run / "config.yaml")
+            yield str(run), tree
+            folders += _models(tree)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that a model's folder is of: RUN/final/policy, or RUN/checkpoints/step_20/policy."""
+    runs = [above for above in (folder.parent.parent, folder.parent.parent.parent) if (above / "config.yaml").is_file()]
+    return runs[0] if runs else None
+
+
+def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    data = tree.get("data") or {}
+    yield "train", tree.get("train") or []
+    yield "data.prompts", data.get("prompts") or []
+    yield "data.ptx", data.get("ptx") or []
+    for constraint in tree.get("constraints") or []:
+        yield f"calibration of {constraint['name']}", constraint.get("calibration") or []
+
+
+def _models(tree: Mapping[str, Any]) -> list[str]:
+    """The folders of a configuration's models; services and functions are not trained here."""
+    models = tree.get("models") or {}
+    named = [tree.get("model"), tree.get("reference")]
+    named += [models.get(part) for part in ("policy", "reward", "reference", "reward_critic")]
+    named += [constraint.get(part) for constraint in tree.get("constraints") or [] for part in ("model", "critic")]
+    return [name for name in named if name and "://" not in name and not name.startswith("python:")]

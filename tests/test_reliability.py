@@ -1,0 +1,61 @@
+"""Calibrated probabilities against labels that are drawn from them, and against labels that are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from beaver_ray.method.calibration import fit_platt
+from beaver_ray.reliability import compare
+
+
+def test_bins_and_error_by_hand() -> None:
+    probability = np.array([0.0, 0.05, 0.1, 0.55, 0.59, 1.0])
+    unsafe = np.array([False, True, False, True, False, True])
+    found = compare(probability, unsafe, np.arange(6))
+    assert [(b.low, b.count, b.observed) for b in found.bins] == [(0, 2, 0.5), (0.1, 1, 0), (0.5, 2, 0.5), (0.9, 1, 1)]
+    assert [b.predicted for b in found.bins] == pytest.approx([0.025, 0.1, 0.57, 1.0])
+    assert (found.answers, found.observed) == (6, 0.5) and found.predicted == pytest.approx(2.29 / 6)
+    # 2 * |0.025 - 0.5| + |0.1 - 0| + 2 * |0.57 - 0.5| + 0, of 6
+    assert found.ece == pytest.approx((0.95 + 0.1 + 0.14) / 6)
+    interval = stats.binomtest(3, 6).proportion_ci(0.99, method="wilson")
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_what_was_fitted_on_has_the_error_of_the_fit() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 2, 300)
+    unsafe = rng.random(300) < 1 / (1 + np.exp(-scores))
+    fitted = fit_platt(scores, unsafe)
+    found = compare(fitted.probability(scores), unsafe, np.arange(300))
+    assert found.ece == pytest.approx(fitted.ece) and found.fits
+
+
+def test_a_calibration_that_fits_is_seldom_called_otherwise() -> None:
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(300):
+        probability = rng.beta(0.5, 3, 200)
+        wrong += not compare(probability, rng.random(200) < probability, np.arange(200)).fits
+    assert wrong <= 6
+
+
+def test_drift_is_found() -> None:
+    """The policy moves to answers that are twice as often unsafe as their scores say."""
+    rng = np.random.default_rng(2)
+    probability = rng.beta(1, 9, 400)
+    before = compare(probability, rng.random(400) < probability, np.arange(400))
+    after = compare(probability, rng.random(400) < 2 * probability, np.arange(400))
+    assert before.fits and not after.fits
+    assert after.low > after.predicted == pytest.approx(before.predicted) and after.ece > before.ece
+    assert "no longer fits" in after.in_words() and "no longer" not in before.in_words()
+
+
+def test_answers_that_only_repeat_their_prompt_show_no_more() -> None:
+    probability, unsafe = np.full(20, 0.12), np.arange(20) < 6
+    alone = compare(probability, unsafe, np.arange(20))
+    repeated = compare(np.repeat(probability, 9), np.repeat(unsafe, 9), np.repeat(np.arange(20), 9))
+    independent = compare(np.repeat(probability, 9), np.repeat(unsafe, 9), np.arange(180))
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
+    assert alone.fits and repeated.fits and not independent.fits
