@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
-from actors.driver.rollouts import Rollouts
+from actors.driver.rollouts import Rollouts, Score
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
@@ -65,6 +65,15 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
+def answers_to(prompts: pa.RecordBatch, judge: Score, columns: list[str], roles: Roles, rollouts: Rollouts) -> Any:
+    """These ``columns`` of one answer to every row of ``prompts`` and of what ``judge`` starts, by sample id."""
+    chunks = []
+    for chunk in rollouts.collect(prompts, judge).chunks:
+        whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
+        chunks.append(experience.select(whole.select(columns), sorted(chunk.wanted)))
+    return experience.concat(chunks)
+
+
 class HeldOut:
     """The held-out prompts of a run, and the truth about them where it is known."""
 
@@ -103,12 +112,8 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        collected = rollouts.collect(batch, lambda chunk: self._judge(roles, chunk))
-        chunks = []
-        for chunk in collected.chunks:
-            whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
-            chunks.append(experience.select(whole.select(self._columns()), sorted(chunk.wanted)))
-        answers, unusable = self._usable(experience.concat(chunks), rollouts.note)
+        judged = answers_to(batch, lambda chunk: self._judge(roles, chunk), self._columns(), roles, rollouts)
+        answers, unusable = self._usable(judged, rollouts.note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self._by_truth(answers) if self.world else (self._by_scorers(answers), None)

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
     from beaver_ray.method.objective import Settings
     from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.feasibility import Feasibility
     from beaver_ray.runs import RunFolder
     from beaver_ray.signals import CriticPlan, ScorerPlan
 
 # Parts of a GPU that all roles share. A generator's is the share of memory that its engine is given.
 GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
+START_PROMPTS, START_ANSWERS = 128, 8
+"""What a run samples at its start for ``multiplier.initial: auto``, or as many prompts as there are."""
 
 
 class PolicyStage(PolicyConfig, Stage):
@@ -91,6 +94,26 @@ class PolicyStage(PolicyConfig, Stage):
         from actors.driver.evaluate import evaluate
 
         return evaluate(self, policy)
+
+    @property
+    def auto_multipliers(self) -> list[str]:
+        """Constraints whose multiplier starts where the dual on sampled answers has it."""
+        asked = [c.name for c in self.constraints if c.multiplier.initial == "auto"]
+        return [name for name in asked if name in self.objective().bounded]
+
+    def announcements(self) -> list[str]:
+        """The answers that ``multiplier.initial: auto`` takes."""
+        if not self.auto_multipliers:
+            return []
+        names = ", ".join(self.auto_multipliers)
+        answers = f"{START_ANSWERS} answers to each of up to {START_PROMPTS} prompts"
+        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1"]
+
+    def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
+        """What the limits cost near the reference, by the dual on sampled answers."""
+        from actors.driver.feasibility import feasibility
+
+        return feasibility(self, prompts, answers, out)
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

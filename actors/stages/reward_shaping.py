@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.config import option
 
@@ -18,8 +20,15 @@ class RewardShaping(PolicyStage):
 
     stage: Literal["reward_shaping"] = option("PPO with fixed cost weights.")
 
+    @model_validator(mode="after")
+    def _fixed_weights(self) -> RewardShaping:
+        for c in self.constraints:
+            if c.multiplier.initial == "auto":
+                raise ValueError(f"constraint {c.name}: its weight is fixed; set multiplier.initial to a number")
+        return self
+
     def objective(self) -> Objective:
         """The reward less each cost times its multiplier's initial value."""
         from beaver_ray.method.objective import RewardShaping
 
-        return RewardShaping(self.settings(), {c.name: c.multiplier.initial for c in self.constraints})
+        return RewardShaping(self.settings(), {c.name: float(c.multiplier.initial) for c in self.constraints})

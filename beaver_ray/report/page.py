@@ -47,30 +47,38 @@ def write_report(stage: Stage, folder: Path) -> Path:
     evaluation = read_evaluation(folder)
     written = stage.trajectories()
     notes = folder / "notes.log"
-    environment = jinja2.Environment(
+    page = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            name=stage.name,
+            stage=stage.stage,
+            finished=is_finished(folder),
+            cards=stage.cards(metrics, evaluation),
+            charts=[(chart, svg(chart, metrics["step"])) for chart in stage.charts(metrics)],
+            evaluation=_evaluation_rows(evaluation),
+            judged_by=evaluation.get("judged_by"),
+            evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
+            samples=read_samples(folder, written) if written else [],
+            costs=list(written.unsafe_above) if written else [],
+            notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
+            config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        )
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def templates() -> jinja2.Environment:
+    """The pages' templates, which lie beside this file."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(
-        name=stage.name,
-        stage=stage.stage,
-        finished=is_finished(folder),
-        cards=stage.cards(metrics, evaluation),
-        charts=[(chart, _svg(chart, metrics["step"])) for chart in stage.charts(metrics)],
-        evaluation=_evaluation_rows(evaluation),
-        judged_by=evaluation.get("judged_by"),
-        evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
-        samples=read_samples(folder, written) if written else [],
-        costs=list(written.unsafe_above) if written else [],
-        notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
-        config=(folder / "config.yaml").read_text(encoding="utf-8"),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, int, str]]:
@@ -142,8 +150,8 @@ def _step_of(file: Path) -> int:
 # Drawing
 
 
-def _svg(chart: Chart, steps: np.ndarray) -> str:
-    """The chart as an <svg> element whose colours are the page's variables."""
+def svg(chart: Chart, x: np.ndarray, xlabel: str = "step") -> str:
+    """The chart over ``x`` as an <svg> element whose colours are the page's variables."""
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": chart.title,  # ids of two figures on one page must differ
@@ -160,8 +168,8 @@ def _svg(chart: Chart, steps: np.ndarray) -> str:
         figure.patch.set_alpha(0)
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
-            _draw(ax, panel, steps)
-        axes[-1].set_xlabel("step")
+            _draw(ax, panel, x)
+        axes[-1].set_xlabel(xlabel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -183,7 +191,7 @@ def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
     ax.grid(axis="y", color=_GRID, linewidth=0.6)
     ax.tick_params(length=0)
     ax.set_ylabel(panel.ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=bool((steps == np.rint(steps)).all())))
     colors = [_SERIES[index % SERIES] for index in range(len(panel.series))]
     if panel.stacked:
         values = [np.nan_to_num(series.y) for series in panel.series]
@@ -205,7 +213,8 @@ def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:
     if series.dashed:
         ax.plot(x, y, color=color, linewidth=1.4, linestyle=(0, (4, 3)), label=series.label)
     elif len(x) < 60:
-        ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=2.5, label=series.label)
+        size = 2.5 if len(x) > 1 else 6.0
+        ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=size, label=series.label)
     else:
         window = len(x) // 20
         # Trailing mean: at every step only what was known by then.
