@@ -30,8 +30,9 @@ from scipy.sparse import csr_array, hstack
 
 from beaver_ray.method.advantages import BoolArray, FloatArray, IntArray
 
-ROUNDS = 100
-"""Most times that the dual is solved for betas that agree with its multipliers."""
+ROUNDS, LEAPS = 300, 60
+"""Most times that the dual is solved for betas that agree with its multipliers; in the first so many the way is
+extrapolated, which several constraints that are hard to keep together may not bear to the end."""
 AGREED = 1e-6
 """Change of a multiplier in standard units (see `Reference.units_M`) below which they agree."""
 KEPT = 1e-3
@@ -192,11 +193,13 @@ def solve(reference: Reference, limits_M: FloatArray | None = None, start_M: Flo
     limits_M = reference.limits_M if limits_M is None else limits_M
     most_M, units_M = reference.infinite_M, reference.units_M
     trail = [np.zeros(len(limits_M)) if start_M is None else start_M]
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         trail.append(minimise_dual(reference, limits_M, betas(reference, trail[-1]), most_M, trail[-1]))
         if (np.abs(trail[-1] - trail[-2]) * units_M <= AGREED * (1.0 + trail[-1] * units_M)).all():
             break
-        if len(trail) == 3:
+        if number >= LEAPS:
+            trail = trail[-1:]
+        elif len(trail) == 3:
             trail = [np.clip(_extrapolated(*trail), 0.0, most_M)]
     return outcome(reference, trail[-1], limits_M)
 

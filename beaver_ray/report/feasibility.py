@@ -70,7 +70,7 @@ class Feasibility:
         for name, prompts in zip(found.names, prompts_M, strict=True):
             if prompts < FEW_PROMPTS:
                 lines.append(f"{name} counts for {prompts} sampled prompt(s) alone; raise --samples for better figures")
-        if rest.effective_answers < FEW_ANSWERS or rest.alone > MOSTLY:
+        if rest.kept and (rest.effective_answers < FEW_ANSWERS or rest.alone > MOSTLY):
             lines.append(
                 f"at the limits the policy rests on {rest.effective_answers:.1f} of {self.answers} answers to a prompt "
                 f"(on fewer than two at {rest.alone:.0%} of prompts): training may go further than these answers "
@@ -104,23 +104,22 @@ class Feasibility:
             "limits": dict(zip(found.names, reference.limits_M.tolist(), strict=True)),
             "prompts_in_scope": dict(zip(found.names, reference.inside_MN.sum(axis=1).tolist(), strict=True)),
             "as_sampled": own,
-            "at_the_limits": self._outcome(found.rest),
-            "without_limits": self._outcome(found.free),
+            "at_the_limits": self._outcome(found.rest, found.rest.kept),
+            "without_limits": self._outcome(found.free, True),
             "lowest_cost": dict(zip(found.names, found.lowest_M.tolist(), strict=True)),
             "lowest_cost_of_a_run": dict(zip(found.names, found.lowest_of_a_run_M.tolist(), strict=True)),
             "sweep": {
-                name: [{"limit": limit, **self._outcome(here)} for limit, here in points]
+                name: [{"limit": limit, **self._outcome(here, here.kept)} for limit, here in points]
                 for name, points in found.sweeps.items()
             },
         }
 
-    def _outcome(self, here: Outcome) -> dict[str, Any]:
-        """A policy's figures; multipliers and reward mean nothing where the limits are not kept, and are null."""
+    def _outcome(self, here: Outcome, there: bool) -> dict[str, Any]:
+        """A policy's figures; null are multipliers and reward where there is none that keeps its limits."""
         names = self.study.names
-        multipliers = here.multipliers_M.tolist() if here.kept else [None] * len(names)
+        multipliers = here.multipliers_M.tolist() if there else [None] * len(names)
         return {
-            "kept": here.kept,
-            "reward": here.reward if here.kept else None,
+            "reward": here.reward if there else None,
             "costs": dict(zip(names, here.costs_M.tolist(), strict=True)),
             "multipliers": dict(zip(names, multipliers, strict=True)),
             "kl": here.kl,

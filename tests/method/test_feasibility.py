@@ -25,6 +25,7 @@ from beaver_ray.method.feasibility import (
     tilted,
 )
 from beaver_ray.small_world.world import SmallWorld
+from tests.method.test_critic_free import Table
 
 
 def reference(
@@ -256,6 +257,25 @@ def test_together_against_a_grid_of_policies() -> None:
     second = np.broadcast_to((p * ref.costs_MB[1, 0] + (1 - p) * ref.costs_MB[1, 1])[:, None], first.shape)
     excess = np.maximum((first - 0.1) / ref.units_M[0], (second - 0.1) / ref.units_M[1])
     assert found.max() == pytest.approx(excess.min(), abs=2e-2) and found.max() <= excess.min() + 1e-9
+
+
+def test_multipliers_come_to_rest_where_a_run_brings_them() -> None:
+    """On the table of logits where critics and leave-one-out rest at 1.23 (test_critic_free.py).
+
+    With kl_coefficient alone for beta the dual would say 0.86.
+    """
+    table = Table()
+    ref = Reference(
+        offsets=np.arange(0, 65, 4),
+        rewards_B=table.rewards_GV.ravel(),
+        costs_MB=table.costs_GV.reshape(1, -1),
+        inside_MN=np.ones((1, 16), dtype=bool),
+        limits_M=np.array([table.limit]),
+        kl_coefficient=table.beta,
+    )
+    assert solve(ref).multipliers_M[0] == pytest.approx(table.optimum(), rel=1e-4)
+    plain = minimise_dual(ref, ref.limits_M, np.full(16, table.beta), ref.infinite_M, np.zeros(1))
+    assert plain[0] == pytest.approx(0.864, abs=1e-3)
 
 
 # What is drawn

@@ -30,7 +30,7 @@ STARTS = {"rule": "projected", "learning_rate": 1e-9, "initial": "auto", "max": 
 
 def configured(world: Path, workspace: Path, **changes: Any) -> PolicyStage:
     """Long answers cost, by a function; the policy is the tiny world's, whose answers are of many lengths."""
-    constraint = {"name": "long", "model": LONG, "critic": str(world / "model"), "limit": 0.9}
+    constraint = {"name": "long", "model": LONG, "critic": str(world / "model"), "limit": 1.5}
     sections: dict[str, Any] = {
         "workspace": str(workspace),
         "constraints": [constraint],
@@ -85,16 +85,16 @@ def test_costs_are_the_probabilities_that_a_run_sees(tmp_path: Path) -> None:
 def test_it_repeats_bit_for_bit_and_leaves_the_run_alone(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     config = configured(tiny_world, tmp_path)
     for name in ("one", "two"):
-        found = feasibility(config, 16, 6, tmp_path / name)
+        found = feasibility(config, 16, 12, tmp_path / name)
     assert (tmp_path / "one/feasibility.json").read_bytes() == (tmp_path / "two/feasibility.json").read_bytes()
     assert not config.folder.exists()
-    other = feasibility(config.model_copy(update={"seed": 7}), 16, 6, tmp_path / "other")
+    other = feasibility(config.model_copy(update={"seed": 7}), 16, 12, tmp_path / "other")
     assert other.figures()["as_sampled"] != found.figures()["as_sampled"]
     figures = json.loads((tmp_path / "one/feasibility.json").read_text())
-    assert figures["kept"] and figures["prompts"] == 16 and figures["samples"] == 96
+    assert figures["kept"] and figures["prompts"] == 16 and figures["samples"] == 192
     at, free = figures["at_the_limits"], figures["without_limits"]
-    assert at["costs"]["long"] == pytest.approx(0.9, abs=1e-3) and at["multipliers"]["long"] > 0
-    assert free["costs"]["long"] > 0.9 and free["reward"] > at["reward"]
+    assert at["costs"]["long"] == pytest.approx(1.5, abs=2e-3) and at["multipliers"]["long"] > 0
+    assert free["costs"]["long"] > 1.5 and free["reward"] > at["reward"]
     page = (tmp_path / "one/feasibility.html").read_text()
     assert "Limit of long" in page and page.count("<svg") == 1 and found.verdict() in page
 
@@ -132,7 +132,7 @@ def test_scopes_and_what_is_out_of_reach(one_rank: None, tiny_world: Path, tmp_p
 
 
 def with_start(world: Path, workspace: Path, name: str, **multiplier: Any) -> PolicyStage:
-    constraint = {"name": "long", "model": LONG, "critic": str(world / "model"), "limit": 0.9}
+    constraint = {"name": "long", "model": LONG, "critic": str(world / "model"), "limit": 1.5}
     constraints = [constraint | {"multiplier": STARTS | multiplier}]
     return configured(world, workspace, name=name, steps=2, constraints=constraints, save_every=1)
 
