@@ -174,14 +174,15 @@ class Feasibility:
         nothing_M = np.full(len(found.names), np.nan)
         multipliers_M = np.array([here.multipliers_M if here.kept else nothing_M for _, here in points]).T
         reward = [
-            Series("best near the reference", np.append(rewards, np.nan)),
-            Series("at the configured limit", np.append(configured, np.nan)),
-            Series("the reference", as_sampled),
+            Series("best", np.append(rewards, np.nan)),
+            Series("configured limit", np.append(configured, np.nan)),
+            Series("reference", as_sampled),
         ]
         lines = [Series(n, np.append(m, np.nan)) for n, m in zip(found.names, multipliers_M, strict=True)]
         others = "; the other limits stay" if len(found.names) > 1 else ""
         caption = f"Predicted reward where {name} is kept at a limit, and the multipliers there{others}."
-        return Chart(f"Limit of {name}", caption, [Panel("reward", reward), Panel("multiplier", lines)]), x, "limit"
+        panels = [Panel("reward", reward), Panel("multiplier", lines)]
+        return Chart(f"Limit of {name}", caption, panels), x, f"limit of {name}"
 
     def cards(self) -> list[Card]:
         """The headline figures."""
