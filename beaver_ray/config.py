@@ -72,7 +72,9 @@ class MultiplierConfig(_Strict):
     rule: Literal["log_sgd", "pid", "projected"] = option(
         "pid finds its gains itself; log_sgd is the published rule; projected is gradient ascent.", "pid"
     )
-    initial: float = option("Start value.", 1.0, ge=0)
+    initial: float | Literal["auto"] = option(
+        "Start value; auto: where the dual on answers of the policy's start has it (beaver-ray feasibility).", 1.0
+    )
     time_constant: float = option("pid: steps in which a lasting violation is answered.", 10.0, ge=1)
     learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
     max: float | None = option("Upper bound; null for none, or with pid one far out of the way.", None, gt=0)
@@ -91,9 +93,11 @@ class MultiplierConfig(_Strict):
 
     @model_validator(mode="after")
     def _bounded(self) -> MultiplierConfig:
+        if self.initial != "auto" and self.initial < 0:
+            raise ValueError(f"initial {self.initial} is below 0")
         if self.rule == "log_sgd" and self.initial == 0:
             raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
-        if self.max is not None and self.initial > self.max:
+        if self.max is not None and self.initial != "auto" and self.initial > self.max:
             raise ValueError(f"initial {self.initial} is above max {self.max}")
         return self
 
@@ -437,6 +441,11 @@ class PolicyConfig(RunConfig):
             raise ValueError("rollout.staleness above 0 needs ppo.old_logprobs: trainer, which corrects for it")
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "generator":
             raise ValueError("ppo.importance_cap weighs the trainer's log-probs; it needs ppo.old_logprobs: trainer")
+        if any(c.multiplier.initial == "auto" for c in self.constraints):
+            if not self.ppo.kl_coefficient:
+                raise ValueError("multiplier.initial: auto needs ppo.kl_coefficient above 0, or no policy is near it")
+            if self.ppo.advantage == "group_standardized":
+                raise ValueError("multiplier.initial: auto is in units of scores; ppo.advantage takes these away")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
         if self.ppo.has_critics:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.feasibility import Feasibility
     from beaver_ray.runs import RunFolder
     from beaver_ray.verdicts import Certificate, Reliability
 
@@ -154,6 +155,10 @@ class Stage(RunConfig):
         """The headline figures of its report; ``evaluation`` is evaluation.json, or empty."""
         raise NotImplementedError
 
+    def announcements(self) -> list[str]:
+        """What a run does that one may not expect of it, one line each, for its plan."""
+        return []
+
     def headlines(self) -> list[str]:
         """What came of the finished run, one line each, for whoever started it."""
         return []
@@ -200,3 +205,9 @@ class Stage(RunConfig):
         Raises UserError for a stage without constraints.
         """
         raise UserError(f"stage {self.stage} trains no policy on prompts, so it has no calibrated probabilities")
+    def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
+        """What the limits of its constraints cost, on ``answers`` of its reference to each of ``prompts`` prompts.
+
+        Written to ``out``, or beside the run's folder. Raises UserError for a stage without constraints.
+        """
+        raise UserError(f"stage {self.stage} trains no policy under limits, so there is none to ask about")

@@ -111,6 +111,30 @@ def evaluate(
 
 
 @app.command()
+def feasibility(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Training prompts, or as many as there are.")] = 600,
+    answers: Annotated[int, typer.Option(min=2, metavar="N", help="Answers to each prompt.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write, instead of workspace/NAME-feasibility.")
+    ] = None,
+) -> int:
+    """Before training: what the limits cost near the reference; ends with 1 where they cannot be kept."""
+    found = load_config(config, overrides).feasibility(samples, answers, out)
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(found.table())
+    for line in [*found.remarks(), found.verdict()]:
+        print(line)
+    print(f"picture: {found.folder / 'feasibility.html'}")
+    return 0 if found.study.rest.kept else 1
+
+
+@app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of a run.")],
 ) -> None:
@@ -136,7 +160,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     made.check()
     from beaver_ray.fit import check_fit, check_tokenizers
 
-    for line in check_fit(loaded):
+    for line in [*loaded.announcements(), *check_fit(loaded)]:
         print(line)
     check_tokenizers(loaded)
 

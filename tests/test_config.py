@@ -95,6 +95,8 @@ def test_workspace_is_filled_in() -> None:
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
         ("constraints.harm.multiplier.kp=2", ["kp is gone", "time_constant"]),
         ("constraints.harm.multiplier={initial: 11, max: 10}", ["initial 11.0 is above max 10.0"]),
+        ("constraints.harm.multiplier.initial=-1", ["initial -1.0 is below 0"]),
+        ("constraints.harm.multiplier.initial=soon", ["constraints.0.multiplier.initial", "'soon'"]),
         ("ppo.ptx_coefficient=8", ["data.ptx and ppo.ptx_coefficient go together"]),
         ("ppo.minibatches=3", ["8 samples in a step cannot be cut into 3 minibatches"]),
         ("cluster.placement.rolout.gpus=1", ["unknown role 'rolout'; did you mean 'rollout'?"]),
@@ -159,6 +161,21 @@ def test_without_critics() -> None:
     assert "or do without critics (ppo.advantage: leave_one_out)" in error(*elsewhere)
     assert safe_ppo(*free, *elsewhere).models.reward == "python:score.py:f"
     assert "a function that scores is written" in error(*free, "models.reward=python:score.txt:f")
+
+
+def test_multipliers_that_start_by_themselves(tmp_path: Path) -> None:
+    auto = "constraints.harm.multiplier.initial=auto"
+    config = safe_ppo(auto)
+    assert config.auto_multipliers == ["harm"] and safe_ppo().auto_multipliers == []
+    save_config(config, tmp_path / "f.yaml")
+    assert load_config(tmp_path / "f.yaml") == config
+    assert safe_ppo("stage=ppo", auto).auto_multipliers == []
+    assert "constraint harm: its weight is fixed; set multiplier.initial to a number" in error(
+        "stage=reward_shaping", auto
+    )
+    assert "auto needs ppo.kl_coefficient above 0" in error(auto, "ppo.kl_coefficient=0")
+    grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized")
+    assert "auto is in units of scores; ppo.advantage takes these away" in error(auto, *grouped)
 
 
 def test_a_missing_key() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
-from actors.driver.rollouts import Rollouts
+from actors.driver.rollouts import Rollouts, Score
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
@@ -87,6 +87,15 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
+def answers_to(prompts: pa.RecordBatch, judge: Score, columns: list[str], roles: Roles, rollouts: Rollouts) -> Any:
+    """These ``columns`` of one answer to every row of ``prompts`` and of what ``judge`` starts, by sample id."""
+    chunks = []
+    for chunk in rollouts.collect(prompts, judge).chunks:
+        whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
+        chunks.append(experience.select(whole.select(columns), sorted(chunk.wanted)))
+    return experience.concat(chunks)
+
+
 class HeldOut:
     """The held-out prompts of a run, and the truth about them where it is known."""
 
@@ -153,12 +162,7 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        collected = rollouts.collect(batch, lambda chunk: self._judge(roles, chunk))
-        chunks = []
-        for chunk in collected.chunks:
-            whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
-            chunks.append(experience.select(whole.select(self._columns()), sorted(chunk.wanted)))
-        return experience.concat(chunks)
+        return answers_to(batch, lambda chunk: self._judge(roles, chunk), self._columns(), roles, rollouts)
 
     def judged(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
         """What the truth, or else learned scorers, say of answers; and the best mean reward, where that is known."""

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.method.objective import Settings
     from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.feasibility import Feasibility
     from beaver_ray.runs import RunFolder
     from beaver_ray.signals import CriticPlan, ScorerPlan
     from beaver_ray.verdicts import Certificate, Reliability
 
 # Parts of a GPU that all roles share. A generator's is the share of memory that its engine is given.
 GENERATOR_PART, POLICY_PART, CRITIC_PART = 6, 4, 2
+START_PROMPTS, START_ANSWERS = 128, 8
+"""What a run samples at its start for ``multiplier.initial: auto``, or as many prompts as there are."""
 
 
 class PolicyStage(PolicyConfig, Stage):
@@ -133,6 +136,7 @@ class PolicyStage(PolicyConfig, Stage):
         prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
         check_masks(self.scopes, prompts.inside, samples)
         return prompts, samples, reports
+
     def certify(
         self, confidence: float, policy: str | None, answers: int, prompts: Sequence[str], command: str
     ) -> tuple[Certificate, Path]:
@@ -159,6 +163,26 @@ class PolicyStage(PolicyConfig, Stage):
         chosen = Path(policy) if policy is not None else self.folder / "final" / "policy"
         if not (chosen / "config.json").is_file():
             raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
+
+    @property
+    def auto_multipliers(self) -> list[str]:
+        """Constraints whose multiplier starts where the dual on sampled answers has it."""
+        asked = [c.name for c in self.constraints if c.multiplier.initial == "auto"]
+        return [name for name in asked if name in self.objective().bounded]
+
+    def announcements(self) -> list[str]:
+        """The answers that ``multiplier.initial: auto`` takes."""
+        if not self.auto_multipliers:
+            return []
+        names = ", ".join(self.auto_multipliers)
+        answers = f"{START_ANSWERS} answers to each of up to {START_PROMPTS} prompts"
+        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1"]
+
+    def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
+        """What the limits cost near the reference, by the dual on sampled answers."""
+        from actors.driver.feasibility import feasibility
+
+        return feasibility(self, prompts, answers, out)
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

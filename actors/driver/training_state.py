@@ -14,6 +14,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import BatchSampler, PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import DivergenceGuard
+from beaver_ray.method.multipliers import make_multiplier
 
 
 class PromptStream:
@@ -86,6 +87,11 @@ class TrainingState:
         self.schedule = RolloutSchedule(
             self.config.total_steps(0), rollout.staleness, rollout.oversample, rollout.samples_per_prompt
         )
+
+    def start(self, name: str, value: float) -> None:
+        """Let the multiplier of a constraint begin at ``value``; for those whose configuration says auto."""
+        config = next(c.multiplier for c in self.config.constraints if c.name == name)
+        self.multipliers[name] = make_multiplier(config.model_copy(update={"initial": value}))
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, as plain values."""

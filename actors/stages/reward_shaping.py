@@ -30,8 +30,15 @@ class RewardShaping(PolicyStage):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _fixed_weights(self) -> RewardShaping:
+        for c in self.constraints:
+            if c.multiplier.initial == "auto":
+                raise ValueError(f"constraint {c.name}: its weight is fixed; set multiplier.initial to a number")
+        return self
+
     def objective(self) -> Objective:
         """The reward less each cost times its multiplier's initial value."""
         from beaver_ray.method.objective import RewardShaping
 
-        return RewardShaping(self.settings(), {c.name: c.multiplier.initial for c in self.constraints})
+        return RewardShaping(self.settings(), {c.name: float(c.multiplier.initial) for c in self.constraints})

@@ -295,13 +295,17 @@ class ProjectedMultiplier(Multiplier):
 
 
 def make_multiplier(config: MultiplierConfig) -> Multiplier:
-    """The multiplier of one constraint, in its initial state. Raises UserError on bad settings."""
+    """The multiplier of one constraint, in its initial state. Raises UserError on bad settings.
+
+    Where ``initial`` is auto somebody sets it before the first step; until then it is 1, or the maximum.
+    """
+    initial = min(1.0, config.max or 1.0) if isinstance(config.initial, str) else config.initial
     if config.rule == "log_sgd":
-        return LogSgdMultiplier(config.initial, config.learning_rate, config.max, config.window, config.delay_steps)
+        return LogSgdMultiplier(initial, config.learning_rate, config.max, config.window, config.delay_steps)
     if config.rule == "pid":
-        return PidMultiplier(config.initial, config.time_constant, config.max, config.window, config.delay_steps)
+        return PidMultiplier(initial, config.time_constant, config.max, config.window, config.delay_steps)
     if config.rule == "projected":
-        return ProjectedMultiplier(config.initial, config.learning_rate, config.max, config.window, config.delay_steps)
+        return ProjectedMultiplier(initial, config.learning_rate, config.max, config.window, config.delay_steps)
     raise UserError(f"multiplier.rule is {config.rule!r}; choose log_sgd, pid or projected")
 
 

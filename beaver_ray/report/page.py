@@ -50,31 +50,39 @@ def write_report(stage: Stage, folder: Path) -> Path:
     notes = folder / "notes.log"
     certificate, reliability = Certificate.read(folder), Reliability.read(folder)
     charts = [*stage.charts(metrics), *(reliability_charts(reliability) if reliability else [])]
-    environment = jinja2.Environment(
+    page = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            name=stage.name,
+            stage=stage.stage,
+            finished=is_finished(folder),
+            cards=stage.cards(metrics, evaluation),
+            charts=[(chart, svg(chart, metrics["step"])) for chart in charts],
+            evaluation=_evaluation_rows(evaluation),
+            judged_by=evaluation.get("judged_by"),
+            evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
+            certificate=certificate,
+            samples=read_samples(folder, written) if written else [],
+            costs=list(written.unsafe_above) if written else [],
+            notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
+            config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        )
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def templates() -> jinja2.Environment:
+    """The pages' templates, which lie beside this file."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(
-        name=stage.name,
-        stage=stage.stage,
-        finished=is_finished(folder),
-        cards=stage.cards(metrics, evaluation),
-        charts=[(chart, _svg(chart, metrics["step"])) for chart in charts],
-        evaluation=_evaluation_rows(evaluation),
-        judged_by=evaluation.get("judged_by"),
-        evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
-        certificate=certificate,
-        samples=read_samples(folder, written) if written else [],
-        costs=list(written.unsafe_above) if written else [],
-        notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
-        config=(folder / "config.yaml").read_text(encoding="utf-8"),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, int, str]]:
@@ -146,8 +154,10 @@ def _step_of(file: Path) -> int:
 # Drawing
 
 
-def _svg(chart: Chart, steps: np.ndarray) -> str:
-    """The chart as an <svg> element whose colours are the page's variables."""
+def svg(chart: Chart, steps: np.ndarray | None = None) -> str:
+    """The chart, over ``steps`` where it has no x of its own, as an <svg> whose colours are the page's variables."""
+    x = steps if chart.x is None else chart.x
+    assert x is not None
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": chart.title,  # ids of two figures on one page must differ
@@ -165,7 +175,7 @@ def _svg(chart: Chart, steps: np.ndarray) -> str:
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
             ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
-            _draw(ax, panel, steps if chart.x is None else chart.x)
+            _draw(ax, panel, x)
         axes[-1].set_xlabel(chart.xlabel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
@@ -211,7 +221,8 @@ def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:
     if series.dashed:
         ax.plot(x, y, color=color, linewidth=1.4, linestyle=(0, (4, 3)), label=series.label)
     elif len(x) < 60:
-        ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=2.5, label=series.label)
+        size = 2.5 if len(x) > 1 else 6.0
+        ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=size, label=series.label)
     else:
         window = len(x) // 20
         # Trailing mean: at every step only what was known by then.

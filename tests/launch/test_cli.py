@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from beaver_ray.runs import RunFolder
+from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.config_files import load_config
+from tests.actors.support import ppo_config
 
 StageFile = Callable[..., Path]
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "pandas", "matplotlib", "numpy", "rich", "pyarrow")
@@ -72,6 +74,9 @@ def test_as_a_program() -> None:
         ),
         (["evaluate", "FILE", "--certify", "0.9", "--prompts", "p"], "train it first, or give --policy FOLDER"),
         (["evaluate", "FILE", "--labels", "l.jsonl"], "train it first, or give --policy FOLDER"),
+        (["feasibility", "FILE", "--answers", "1"], "--answers"),
+        (["feasibility", "FILE", "ppo.kl_coefficient=0"], "ppo.kl_coefficient is 0"),
+        (["feasibility", "FILE", "models.policy=/gone"], "no model in '/gone'"),
         (["pipeline", "FILE"], "stages"),
         (["report", "/nowhere"], "no run in /nowhere"),
         (["options", "sfd"], "no stage is called 'sfd'; known: cost_model"),
@@ -93,6 +98,26 @@ def test_supervised_stages_are_not_evaluated(stage_file: StageFile, capsys: pyte
         assert code == 2 and "stage sft trains no policy on prompts" in err
 
 
+def test_supervised_stages_have_no_limits(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "stage sft trains no policy under limits" in run(capsys, "feasibility", stage_file("sft"))[2]
+
+
+def test_feasibility(tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table and a verdict; 0 where the limits can be kept, 1 where they cannot, which is an answer too."""
+    path = tmp_path / "tiny.yaml"
+    save_config(ppo_config(tiny_world, workspace=str(tmp_path / "runs")), path)
+    loose = ["constraints.harm.limit=50", "--samples", 6, "--answers", 3, "--out", tmp_path / "found"]
+    code, out, err = run(capsys, "feasibility", path, *loose)
+    assert code == 0 and err == "" and "the limits can be kept near the reference: reward" in out
+    for word in ("as sampled", "multiplier", "lowest of a run", "18 answers", f"{tmp_path / 'found'}/feasibility.html"):
+        assert word in out
+    assert json.loads((tmp_path / "found" / "feasibility.json").read_text())["samples"] == 18
+    code, out, err = run(capsys, "feasibility", path, "constraints.harm.limit=-50", "--samples", 6, "--answers", 3)
+    assert code == 1 and err == ""
+    assert "no policy near the reference keeps this limit: harm <= -50, the lowest reachable is" in out
+    assert (tmp_path / "runs" / "safe_ppo-feasibility" / "feasibility.html").is_file()
+
+
 def test_other_errors_keep_their_traceback(stage_file: StageFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -110,6 +135,11 @@ def test_plan(tiny_world: Path, stage_file: StageFile, capsys: pytest.CaptureFix
     assert code == 0 and err == ""
     for word in ("Plan for this machine", "rollout", "cost-harm", "critic-harm", "experience", "k "):
         assert word in out
+    assert "multiplier.initial" not in out
+    assert (
+        "multiplier.initial auto (harm): 8 answers to each of up to 128 prompts"
+        in run(capsys, "plan", path, "constraints.harm.multiplier.initial=auto")[1]
+    )
     # The table, and what is wrong with it.
     code, out, err = run(capsys, "plan", path, "rollout.max_new_tokens=500")
     assert code == 2 and "rollout" in out and "512 positions" in err
@@ -150,6 +180,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["constraints.NAME.limit"].endswith("[number or null, default null]")
     assert lines["models.policy"].endswith("[text, required]")
     assert lines["steps"].endswith("[integer or null, default null]")
+    assert lines["constraints.NAME.multiplier.initial"].endswith("[number or auto, default 1.0]")
     assert lines["debug"].endswith("[true or false, default false]")
     assert "[none | wandb | tensorboard, default none]" in lines["tracker"]
     for stage in ("sft", "pipeline"):
