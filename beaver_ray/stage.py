@@ -205,6 +205,7 @@ class Stage(RunConfig):
         Raises UserError for a stage without constraints.
         """
         raise UserError(f"stage {self.stage} trains no policy on prompts, so it has no calibrated probabilities")
+
     def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
         """What the limits of its constraints cost, on ``answers`` of its reference to each of ``prompts`` prompts.
 
