@@ -19,8 +19,7 @@ from actors.driver.rollouts import Rollouts
 from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
-from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.scopes import check_masks, in_words
+from beaver_ray.data.scopes import in_words
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.gpus import on_this_machine
@@ -64,13 +63,11 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
     config = on_this_machine(config.model_copy(update={"models": models}))
     check_models(config)
     tokenizer = load_tokenizer(folder, config.models.trust_remote_code)
-    rows, _ = load_mix(config.data.prompts)
-    limit = config.data.max_prompt_tokens
-    known = PromptDataset.build(rows, tokenizer, limit, config.data.template, config.scopes)
-    check_masks(config.scopes, known.inside, rows)
-    cluster = open_cluster(config, config.judging_roles())
+    known, _, _ = config.training_prompts(tokenizer)
+    wanted = config.judging_roles()
+    cluster = open_cluster(config, wanted)
     try:
-        roles = start_judging_roles(config, cluster)
+        roles = start_judging_roles(config, wanted, cluster)
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         sampled = sample(config, known, roles, rollouts, prompts, answers)
     finally:
