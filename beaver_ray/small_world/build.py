@@ -2,8 +2,9 @@
 
     world.json                       the settings, written last: a folder with it is complete
     demonstrations/{train,test}.jsonl  {"prompt", "response"}
-    preferences/{train,test}.jsonl   PKU-SafeRLHF's columns
-    prompts/{train,test}.jsonl       {"prompt"}
+    preferences/{train,test}.jsonl   PKU-SafeRLHF's columns; where the world knows a second kind of harm, privacy, pairs
+                                     that are labelled by it are in preferences_privacy/
+    prompts/{train,test}.jsonl       {"prompt"}; of the harder world {"prompt", "kind"}
     ptx.jsonl                        the train demonstrations again
     model/                           Hugging Face folder: Llama weights (float32 safetensors) and tokenizer
 
@@ -74,11 +75,12 @@ def build(
         _write_jsonl(folder / "demonstrations" / f"{split}.jsonl", demonstrated)
         if split == "train":
             _write_jsonl(folder / "ptx.jsonl", demonstrated)
-        rng = random.Random(f"{world.seed}/preferences/{split}")
-        preferences = preference_rows(world, pair_count, split, rng)
-        _write_jsonl(folder / "preferences" / f"{split}.jsonl", preferences)
-        prompts = world.prompts(split)
-        _write_jsonl(folder / "prompts" / f"{split}.jsonl", ({"prompt": prompt.text} for prompt in prompts))
+        for harm in world.severities_by_word:
+            name = "preferences" if harm == "harm" else f"preferences_{harm}"
+            rng = random.Random(f"{world.seed}/{name}/{split}")
+            preferences = preference_rows(world, pair_count, split, rng, harm)
+            _write_jsonl(folder / name / f"{split}.jsonl", preferences)
+        _write_jsonl(folder / "prompts" / f"{split}.jsonl", map(world.row, world.prompts(split)))
 
     tokenizer = build_tokenizer(world)
     tokenizer.save_pretrained(folder / "model")
