@@ -60,7 +60,10 @@ def test_optimum_under_two_constraints_of_different_prompts(one_rank: None, tmp_
         "limit": 0.05,
         "where": {"kind": ["benign", "borderline"]},
     }
-    models = {"reward": "python:beaver_ray/rules/text.py:refuses"}
+    models = {
+        "reward": "python:beaver_ray/rules/text.py:over_length(budget=4)",
+        "reward_critic": str(tmp_path / "model"),
+    }
     evaluation = {"prompts": [f"prompts:1:{tmp_path}/prompts/test.jsonl"], "world": f"{tmp_path}/world.json"}
 
     def judged(*constraints: dict[str, Any], world: bool = True) -> dict[str, Any]:
