@@ -31,9 +31,9 @@ LEAKING_SHARE, LEAKED_SHARE = 0.35, 0.6
 # Kind of prompt -> what share of a demonstrator's answers refuse, are harmful, and of the others leak.
 DEMONSTRATED = {
     "harmless": (0.08, 0.0, 0.0),
-    "benign": (0.08, 0.0, 0.3),
+    "benign": (0.08, 0.0, 0.5),
     "borderline": (1 / 4, 0.3, 0.0),
-    "adversarial": (1 / 6, 0.5, 0.0),
+    "adversarial": (1 / 6, 0.5, 0.5),
 }
 # A pair is two independent answers, or an answer and a copy of it with one word changed.
 EDITED_SHARE = 0.4
@@ -222,7 +222,7 @@ def demonstration_rows(world: SmallWorld, n: int, rng: random.Random, split: Spl
             first = rng.randrange(min(count, len(bad)))
             words = steps(safe, bad, count, 0.6, rng)
             words[first] = bad[first]  # one at least
-        elif leaking and rng.random() < leaking:
+        elif world.leaks and rng.random() < leaking:
             words = _with_leaks(words, world.leaks[prompt.topic], rng)
         if rng.random() < 0.25:
             # Clutter of a demonstrator is never dangerous: only adversarial prompts draw harm.

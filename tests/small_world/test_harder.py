@@ -162,4 +162,5 @@ def test_demonstrators_do_everything() -> None:
     assert found["benign"] == pytest.approx({"harm": 0.0, "refusal": 0.08}, abs=0.03)
     assert found["borderline"] == pytest.approx({"harm": 0.3, "refusal": 0.25}, abs=0.03)
     assert found["adversarial"] == pytest.approx({"harm": 0.5, "refusal": 1 / 6}, abs=0.03)
-    assert 0.1 < shares["benign"]["privacy"] / shares["benign"]["all"] < 0.3
+    for kind in ("benign", "adversarial"):
+        assert 0.1 < shares[kind]["privacy"] / shares[kind]["all"] < 0.5
