@@ -35,8 +35,8 @@ class Samples:
     """bool; the answer ran into the longest length."""
     refusal: np.ndarray | None = None
     """bool; where refusals can be recognised."""
-    adversarial: np.ndarray | None = None
-    """bool; where the prompts' intent is known."""
+    kind: np.ndarray | None = None
+    """str; where it is known what each prompt is, as harmless or adversarial."""
     inside: dict[str, np.ndarray] = field(default_factory=dict)
     """bool, by constraint that does not count over all prompts: over which answers it does."""
 
@@ -99,11 +99,10 @@ def summarize(
             result["share_of_optimum"] = {
                 key: None if reward[key] is None else reward[key] / optimum for key in ("mean", "low", "high")
             } | {"n": reward["n"]}
-    if samples.refusal is not None and samples.adversarial is not None:
-        for name, chosen in (("harmless", ~samples.adversarial), ("adversarial", samples.adversarial)):
-            if chosen.any():
-                rate = share_interval(samples.refusal[chosen], prompt_id[chosen])
-                result[f"refusal_rate_{name}"] = rate
+    if samples.refusal is not None and samples.kind is not None:
+        for kind in np.unique(samples.kind):
+            chosen = samples.kind == kind
+            result[f"refusal_rate_{kind}"] = share_interval(samples.refusal[chosen], prompt_id[chosen])
     if samples.truncated is not None:
         result["truncated"] = share_interval(samples.truncated, prompt_id)
     return result
@@ -159,7 +158,7 @@ def _check(samples: Samples) -> None:
     if n == 0:
         raise ValueError("an evaluation needs at least one sample")
     numbers = {"reward": samples.reward} | {f"cost/{name}": cost for name, cost in samples.costs.items()}
-    flags = {name: getattr(samples, name) for name in ("truncated", "refusal", "adversarial")}
+    flags = {name: getattr(samples, name) for name in ("truncated", "refusal", "kind")}
     for name, array in (numbers | flags).items():
         if array is not None and len(array) != n:
             raise ValueError(f"{name} has {len(array)} entries for {n} samples")

@@ -60,15 +60,17 @@ def run_stage(config: Stage, complete: bool = False) -> None:
 
 
 def build_world(folder: Path, options: dict[str, Any]) -> None:
-    """Build the small world with ``options``: fields of SmallWorld, and sizes that ``build`` takes.
+    """Build the small world with ``options``: its kind and fields, and sizes that ``build`` takes.
 
     Raises UserError for an unknown option, and where the folder holds a world of other options.
     """
     from beaver_ray.small_world.build import build
-    from beaver_ray.small_world.world import SmallWorld
+    from beaver_ray.small_world.harder import world_class
 
+    kind = options.get("kind")
+    fields = world_class(None if kind is None else str(kind))
     sizes: dict[str, Any] = build.__kwdefaults__ or {}
-    known = sorted({*SmallWorld.model_fields, *sizes})
+    known = sorted({*fields.model_fields, *sizes})
     for key, value in options.items():
         if key not in known:
             raise UserError(f"world: unknown option {key!r}; known: {', '.join(known)}")
@@ -77,7 +79,7 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
         if key in sizes and type(value) is int and value < 1:
             raise UserError(f"world.{key}: {value} must be above 0")
     try:
-        world = SmallWorld(**{key: value for key, value in options.items() if key not in sizes})
+        world = fields(**{key: value for key, value in options.items() if key not in sizes})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(["world", *(str(part) for part in first["loc"])])

@@ -85,7 +85,7 @@ def test_summary() -> None:
         costs={"harm": np.array([-1.0, 0.5, -1.0, 0.0])},
         truncated=np.array([False, False, True, False]),
         refusal=np.array([True, False, False, True]),
-        adversarial=np.array([True, False, False, False]),
+        kind=np.array(["adversarial", "harmless", "harmless", "harmless"]),
     )
     result = summarize(samples, optimum=4.0, limits={"harm": 0.0}, targets={"harm": 0.05})
     assert (result["prompts"], result["samples"], result["optimum"]) == (4, 4, 4.0)

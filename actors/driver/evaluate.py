@@ -114,9 +114,11 @@ class HeldOut:
         """What should be known of these prompts, one line each."""
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
         names = [c.name for c in config.constraints] or ["harm"]
-        self.true_cost = "harm" if "harm" in names else names[0]
-        """The constraint that the world's cost is the truth of; it knows nothing of others."""
-        self.learned = [name for name in names if name != self.true_cost] if self.world else names
+        self.truths = {name: name for name in names if self.world and name in self.world.constraints}
+        """Constraint to the cost of the world that is the truth of it."""
+        if self.world and not self.truths:
+            self.truths = {names[0]: "harm"}
+        self.learned = [name for name in names if name not in self.truths]
         """Those that learned scorers judge."""
         calibrated = [c.name for c in config.constraints if c.violation_rate is not None]
         self.compared = [name for name in calibrated if name not in self.learned]
@@ -238,23 +240,37 @@ class HeldOut:
         pairs = list(zip(prompts, responses, strict=True))
         rewards = [world.reward(p, r, bool(t)) for (p, r), t in zip(pairs, truncated, strict=True)]
         costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
-        costs[self.true_cost] = np.array([world.cost(p, r) for p, r in pairs])
-        order = [c.name for c in self.config.constraints] or [self.true_cost]
+        truth = [world.costs(p, r) for p, r in pairs]
+        costs |= {name: np.array([true[cost] for true in truth]) for name, cost in self.truths.items()}
+        order = [c.name for c in self.config.constraints] or list(self.truths)
         samples = Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
             reward=np.array(rewards),
             costs={name: costs[name] for name in order},
             truncated=truncated,
             refusal=np.array([world.is_refusal(r) for r in responses]),
-            adversarial=np.array([world.is_adversarial(p) for p in prompts]),
+            kind=np.array([world.parse(p).kind for p in prompts]),
             inside=self._inside(answers),
         )
-        of_mean = [c for c in self.config.constraints if c.form == "mean"]
-        rate = next((c.violation_rate for c in of_mean if c.name == self.true_cost), None)
-        # What is best under constraints that the world knows nothing of, over some prompts alone, or on anything but
-        # the mean is not known.
-        known = rate is not None and not self.learned and self.true_cost not in self.prompts.inside
-        return samples, world.optimum(prompts, violation_rate=rate) if known else None
+        return samples, self._optimum(world, prompts, samples.inside)
+
+    def _optimum(self, world: SmallWorld, prompts: list[str], inside: dict[str, np.ndarray]) -> float | None:
+        """The best mean reward under all constraints; None where the world does not know what one of them bounds."""
+        if self.learned or not self.config.constraints:
+            return None
+        rates = {}
+        for constraint in self.config.constraints:
+            cost = self.truths[constraint.name]
+            rate = constraint.violation_rate
+            if constraint.form != "mean":
+                return None
+            if rate is None and cost == "refusal":
+                rate = constraint.limit  # a refusal costs 1: its mean is a rate; other limits are in units of a score
+            if rate is None:
+                return None
+            rates[cost] = rate
+        scopes = {self.truths[name]: counting.tolist() for name, counting in inside.items()}
+        return world.optimum(prompts, violation_rates=rates, scopes=scopes)
 
     def _by_scorers(self, answers: pa.RecordBatch) -> Samples:
         return Samples(

@@ -2,8 +2,10 @@
 
     world.json                       the settings, written last: a folder with it is complete
     demonstrations/{train,test}.jsonl  {"prompt", "response"}
-    preferences/{train,test}.jsonl   PKU-SafeRLHF's columns
-    prompts/{train,test,sealed}.jsonl  {"prompt"}; the sealed ones are in no other file, at most 1000
+    preferences/{train,test}.jsonl   PKU-SafeRLHF's columns; where the world knows a second kind of harm, privacy, pairs
+                                     that are labelled by it are in preferences_privacy/
+    prompts/{train,test,sealed}.jsonl  {"prompt"}, of the harder world {"prompt", "kind"}; the sealed ones are in no
+                                     other file, at most 1000
     ptx.jsonl                        the train demonstrations again
     model/                           Hugging Face folder: Llama weights (float32 safetensors) and tokenizer
 
@@ -75,13 +77,14 @@ def build(
         _write_jsonl(folder / "demonstrations" / f"{split}.jsonl", demonstrated)
         if split == "train":
             _write_jsonl(folder / "ptx.jsonl", demonstrated)
-        rng = random.Random(f"{world.seed}/preferences/{split}")
-        preferences = preference_rows(world, pair_count, split, rng)
-        _write_jsonl(folder / "preferences" / f"{split}.jsonl", preferences)
-        prompts = world.prompts(split)
-        _write_jsonl(folder / "prompts" / f"{split}.jsonl", ({"prompt": prompt.text} for prompt in prompts))
+        for harm in world.severities_by_word:
+            name = "preferences" if harm == "harm" else f"preferences_{harm}"
+            rng = random.Random(f"{world.seed}/{name}/{split}")
+            preferences = preference_rows(world, pair_count, split, rng, harm)
+            _write_jsonl(folder / name / f"{split}.jsonl", preferences)
+        _write_jsonl(folder / "prompts" / f"{split}.jsonl", map(world.row, world.prompts(split)))
     sealed = world.sealed_prompts(SEALED_PROMPTS)
-    _write_jsonl(folder / "prompts" / "sealed.jsonl", ({"prompt": prompt.text} for prompt in sealed))
+    _write_jsonl(folder / "prompts" / "sealed.jsonl", map(world.row, sealed))
 
     tokenizer = build_tokenizer(world)
     tokenizer.save_pretrained(folder / "model")

@@ -26,6 +26,15 @@ RESPONSE_MIX = {
     "refusal": 0.06,
     "degenerate": 0.08,
 }
+# Share of answers that leak where the world knows leaks, and of the leaking words of a topic that such an answer has.
+LEAKING_SHARE, LEAKED_SHARE = 0.35, 0.6
+# Kind of prompt -> what share of a demonstrator's answers refuse, are harmful, and of the others leak.
+DEMONSTRATED = {
+    "harmless": (0.08, 0.0, 0.0),
+    "benign": (0.08, 0.0, 0.5),
+    "borderline": (1 / 4, 0.3, 0.0),
+    "adversarial": (1 / 6, 0.5, 0.5),
+}
 # A pair is two independent answers, or an answer and a copy of it with one word changed.
 EDITED_SHARE = 0.4
 
@@ -54,6 +63,9 @@ def sample_response(world: SmallWorld, prompt: Prompt, rng: random.Random) -> st
         words = rng.choices(safe if rng.random() < 0.7 else (*safe, *bad), k=rng.randint(2, len(safe) + 2))
     else:  # optimal: what a policy trained on the reward alone answers
         words = steps(safe, bad, len(safe), 1.0 if prompt.adversarial or rng.random() < 0.1 else 0.0, rng)
+    if world.leaks and rng.random() < LEAKING_SHARE:
+        topic = prompt.topic if rng.random() < 0.8 else rng.choice(list(world.leaks))
+        words = _with_leaks(words, world.leaks[topic], rng)
     if kind == "sloppy":
         words = _with_clutter(world, words, rng.randint(1, 4), rng)
     return " ".join(words[: world.max_response_tokens - 1])
@@ -64,11 +76,18 @@ def steps(safe: Sequence[str], bad: Sequence[str], count: int, harm: float, rng:
     return [bad[i] if i < len(bad) and rng.random() < harm else safe[i] for i in range(count)]
 
 
+def _with_leaks(words: Sequence[str], leaks: Sequence[str], rng: random.Random) -> list[str]:
+    """The answer with some of the first steps taken by what leaks."""
+    leaked = [word if rng.random() < LEAKED_SHARE else None for word in leaks]
+    return [leaked[i] or word if i < len(leaked) else word for i, word in enumerate(words)]
+
+
 def _degenerate(world: SmallWorld, prompt: Prompt, rng: random.Random) -> list[str]:
     """What a reward-hacking policy might say: one word on and on, fact lists, broken refusals, noise."""
     longest = world.max_response_tokens - 1
     safe, bad = world.facts[prompt.topic]
     every_fact = [word for pair in world.facts.values() for facts in pair for word in facts]
+    every_fact += [word for leaks in world.leaks.values() for word in leaks]
     kind = rng.randrange(5)
     if kind == 0:
         words = [rng.choice((*safe, *bad, *FILLERS))] * rng.randint(2, longest)
@@ -108,7 +127,8 @@ def _edited(world: SmallWorld, prompt: Prompt, response: str, rng: random.Random
     """The answer with one word dropped, added or replaced."""
     words = response.split()
     safe, bad = world.facts[prompt.topic]
-    kind = rng.choice(("drop", "safe", "dangerous", "dangerous", "clutter", "replace", "repeat", "foreign"))
+    kinds = ["drop", "safe", "dangerous", "dangerous", "clutter", "replace", "repeat", "foreign"]
+    kind = rng.choice(kinds + ["leak", "leak"] * bool(world.leaks))
     place = rng.randrange(len(words))
     if kind == "drop" and len(words) > 1:
         words.pop(place)
@@ -116,6 +136,9 @@ def _edited(world: SmallWorld, prompt: Prompt, response: str, rng: random.Random
         words[place] = safe[min(place, len(safe) - 1)]
     elif kind == "dangerous":
         words[place] = bad[min(place, len(bad) - 1)]
+    elif kind == "leak":
+        leaks = world.leaks[prompt.topic]
+        words[place] = leaks[min(place, len(leaks) - 1)]
     elif kind == "foreign":  # the right step of another topic
         step = world.facts[rng.choice(list(world.facts))][0]
         words[place] = step[min(place, len(step) - 1)]
@@ -128,11 +151,14 @@ def _edited(world: SmallWorld, prompt: Prompt, response: str, rng: random.Random
     return " ".join(words[: world.max_response_tokens - 1])
 
 
-def preference_rows(world: SmallWorld, n: int, split: Split, rng: random.Random) -> list[dict[str, Any]]:
+def preference_rows(
+    world: SmallWorld, n: int, split: Split, rng: random.Random, harm: str = "harm"
+) -> list[dict[str, Any]]:
     """`n` rows in the columns of PKU-SafeRLHF: prompt, response_0, response_1 and the five labels.
 
     Better is the higher true reward, deterministically; pairs of equal reward or equal text are drawn again.
-    Safer is the lower true cost, so a safe answer is always safer than an unsafe one. Equal costs (mostly two
+    Safer is the lower true cost of the kind of harm that is asked for, so a safe answer is always safer than an unsafe
+    one, and what is safe in one kind may not be in another. Equal costs (mostly two
     safe answers) are decided by a fair coin, the Bradley-Terry label of a difference of zero: any rule would
     teach a cost model a difference that is not there. With probability `world.label_noise` the preference is
     flipped, and independently the two safety judgements change places (flags and id together, so that they
@@ -148,7 +174,7 @@ def preference_rows(world: SmallWorld, n: int, split: Split, rng: random.Random)
         texts = [first, second]
         rng.shuffle(texts)
         rewards = [world.reward(prompt.text, text) for text in texts]
-        costs = [world.cost(prompt.text, text) for text in texts]
+        costs = [world.costs(prompt.text, text)[harm] for text in texts]
         if texts[0] == texts[1] or abs(rewards[0] - rewards[1]) < 1e-9:
             continue
         tied = abs(costs[0] - costs[1]) < 1e-9
@@ -176,9 +202,8 @@ def preference_rows(world: SmallWorld, n: int, split: Split, rng: random.Random)
 def demonstration_rows(world: SmallWorld, n: int, rng: random.Random, split: Split = "train") -> list[dict[str, str]]:
     """`n` rows {prompt, response} of a mediocre demonstrator.
 
-    One to four steps an answer, seldom all of them, a quarter of the answers sloppy. Harmless prompts: 8 %
-    refusals. Adversarial prompts: half harmful, a third safe, the rest refusals. A policy trained on them can
-    say everything that matters and is far from the optimum.
+    One to four steps an answer, seldom all of them, a quarter of the answers sloppy; what else is in `DEMONSTRATED`.
+    A policy trained on them can say everything that matters and is far from the optimum.
     """
     prompts = world.prompts(split)
     rows: list[dict[str, str]] = []
@@ -186,9 +211,9 @@ def demonstration_rows(world: SmallWorld, n: int, rng: random.Random, split: Spl
         prompt = rng.choice(prompts)
         safe, bad = world.facts[prompt.topic]
         draw = rng.random()
-        refuses = draw < (1 / 6 if prompt.adversarial else 0.08)
-        harmful = prompt.adversarial and draw >= 0.5
-        if refuses:
+        refusing, harming, leaking = DEMONSTRATED[prompt.kind]
+        harmful = draw >= 1 - harming
+        if draw < refusing:
             rows.append({"prompt": prompt.text, "response": REFUSAL})
             continue
         count = min(rng.choices((1, 2, 3, 4), (0.15, 0.25, 0.3, 0.3))[0], len(safe))
@@ -197,6 +222,8 @@ def demonstration_rows(world: SmallWorld, n: int, rng: random.Random, split: Spl
             first = rng.randrange(min(count, len(bad)))
             words = steps(safe, bad, count, 0.6, rng)
             words[first] = bad[first]  # one at least
+        elif world.leaks and rng.random() < leaking:
+            words = _with_leaks(words, world.leaks[prompt.topic], rng)
         if rng.random() < 0.25:
             # Clutter of a demonstrator is never dangerous: only adversarial prompts draw harm.
             for _ in range(rng.randint(1, 2)):

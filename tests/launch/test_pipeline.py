@@ -124,6 +124,8 @@ def test_the_world_is_built_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"pairs": "many"}, "world.pairs: 'many' is not of type int"),
         ({"label_noise": 0.9}, "world.label_noise: Input should be less than or equal to 0.5"),
         ({"max_response_tokens": 2}, "max_response_tokens must leave room"),
+        ({"kind": "hard"}, "no small world of kind 'hard': leave kind out, or say harder"),
+        ({"kind": "harder", "leaks": 1}, "world: unknown option 'leaks'; known: adversarial_share, borderline_share"),
     ],
 )
 def test_bad_worlds(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -85,4 +85,5 @@ def test_broken_worlds(tmp_path: Path, data: st.DataObject) -> None:
     world = accepted(lambda: SmallWorld.load(tmp_path / "world.json"))
     if world is not None:
         prompts = accepted(lambda: world.prompts("test"))
-        accepted(lambda: world.optimum([prompt.text for prompt in prompts], violation_rate=0.1)) if prompts else None
+        texts = [prompt.text for prompt in prompts or []]
+        accepted(lambda: world.optimum(texts, violation_rates={"harm": 0.1}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from beaver_ray.errors import UserError
 from beaver_ray.small_world.build import build
+from beaver_ray.small_world.harder import HarderWorld
 from beaver_ray.small_world.world import REFUSAL, SmallWorld
 
 WORLD = SmallWorld(seed=11, train_prompts=64, test_prompts=32)
 SIZES = {"pairs": 60, "test_pairs": 20, "demonstrations": 50, "test_demonstrations": 10}
+# Of all data files, in the order of their names: figures in benchmarks/ and docs/ are of these very data.
+DATA_SHA256 = "0980b0f00a7e57b7899539b00c614d001399e2be6022ea3110de703a27295f39"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,26 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert len(files) == 15
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
+def test_the_world_is_what_it_was(folder: Path) -> None:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json*")]
+    content = b"".join((folder / name).read_bytes() for name in sorted(names) if not name.startswith("model/"))
+    assert hashlib.sha256(content).hexdigest() == DATA_SHA256
+
+
+def test_files_of_the_harder_world(tmp_path: Path) -> None:
+    world = HarderWorld(seed=2, train_prompts=60, test_prompts=20)
+    build(tmp_path, world, **SIZES)
+    assert SmallWorld.load(tmp_path / "world.json") == world
+    assert rows_of(tmp_path / "prompts/train.jsonl") == [
+        {"prompt": p.text, "kind": p.kind} for p in world.prompts("train")
+    ]
+    harm, privacy = (rows_of(tmp_path / name / "train.jsonl") for name in ("preferences", "preferences_privacy"))
+    assert len(harm) == len(privacy) == 60 and harm[0].keys() == privacy[0].keys() and harm != privacy
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    texts = [str(value) for row in [*harm, *privacy] for value in row.values() if isinstance(value, str)]
+    assert tokenizer.unk_token_id not in [token for text in texts for token in tokenizer(text).input_ids]
 
 
 def test_tokenizer_round_trip(folder: Path) -> None:

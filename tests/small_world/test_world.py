@@ -1,13 +1,10 @@
-"""The true reward and cost by hand, the splits, and the closed-form optimum against brute force."""
+"""The true reward and costs by hand, the splits, and what is best in the default world."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.optimize import linprog
 
 from beaver_ray.errors import UserError
 from beaver_ray.small_world.world import (
@@ -16,8 +13,6 @@ from beaver_ray.small_world.world import (
     HARMLESS_VERBS,
     REFUSAL,
     SmallWorld,
-    best_mean_reward,
-    efficient_hull,
 )
 
 WORLD = SmallWorld(seed=3)
@@ -54,6 +49,7 @@ def test_reward_and_cost_by_hand(prompt: str, response: str, reward: float, cost
     assert WORLD.reward(prompt, response) == pytest.approx(reward)
     assert WORLD.reward(prompt, response, truncated=True) == pytest.approx(reward - 1)
     assert WORLD.cost(prompt, response) == pytest.approx(cost)
+    assert WORLD.costs(prompt, response) == {"harm": WORLD.cost(prompt, response), "refusal": response == REFUSAL}
 
 
 def test_prompt_is_read_inside_a_template() -> None:
@@ -130,99 +126,27 @@ def test_too_many_prompts() -> None:
         SmallWorld(topics=1).prompts("train")
 
 
-# The optimum
-
-
-def tiny(seed: int, **changes: object) -> SmallWorld:
-    settings = {"topics": 2, "safe_facts": 2, "dangerous_facts": 2, "max_response_tokens": 4} | changes
-    return SmallWorld.model_validate({"seed": seed, "train_prompts": 6, "test_prompts": 2, **settings})
-
-
-def every_answer(world: SmallWorld, prompt: str) -> set[tuple[float, float]]:
-    """(cost, reward) of every answer: complete ones and ones cut off at max_response_tokens."""
-    words = [word for pair in world.facts.values() for facts in pair for word in facts] + ["sorry"]
-    longest = world.max_response_tokens
-    points = {(-1.0, world.reward(prompt, REFUSAL))}
-    for length in range(longest + 1):
-        for answer in itertools.product(words, repeat=length):
-            text = " ".join(answer)
-            points.add((world.cost(prompt, text), world.reward(prompt, text, truncated=length == longest)))
-    return points
-
-
-def linear_program(menus: list[list[tuple[float, float]]], limit: float) -> float:
-    """Best mean reward over one distribution per menu with a bounded mean cost."""
-    costs, rewards = np.array([point for menu in menus for point in menu]).T
-    owner = np.repeat(np.arange(len(menus)), [len(menu) for menu in menus])
-    answer = linprog(
-        -rewards / len(menus),
-        A_ub=costs[None] / len(menus),
-        b_ub=[limit],
-        A_eq=(owner[None] == np.arange(len(menus))[:, None]).astype(float),
-        b_eq=np.ones(len(menus)),
-    )
-    assert answer.status == 0
-    return -answer.fun
-
-
-@pytest.mark.parametrize(
-    ("seed", "changes"),
-    [
-        (0, {}),
-        (1, {"gain_range": (0.05, 3.0), "severity_range": (0.1, 4.0)}),
-        (2, {"safe_facts": 2, "dangerous_facts": 1, "adversarial_share": 0.7}),
-        (3, {"adversarial_share": 1.0}),
-    ],
-)
-def test_optimum_equals_brute_force(seed: int, changes: dict[str, object]) -> None:
-    world = tiny(seed, **changes)
-    prompts = [prompt.text for prompt in world.prompts("train")]
-    menus = [sorted(every_answer(world, prompt)) for prompt in prompts]
-    for limit in (-1.0, -0.8, -0.3, 0.0, 0.7, 50.0):
-        expected = linear_program(menus, limit)
-        assert world.optimum(prompts, mean_cost=limit) == pytest.approx(expected, abs=1e-7)
-    violations = [[(float(cost > 0), reward) for cost, reward in menu] for menu in menus]
-    for limit in (0.0, 0.1, 0.25, 0.5, 1.0):
-        expected = linear_program(violations, limit)
-        assert world.optimum(prompts, violation_rate=limit) == pytest.approx(expected, abs=1e-7)
-    best = sum(max(reward for _, reward in menu) for menu in menus) / len(menus)
-    assert world.optimum(prompts) == pytest.approx(best)
-
-
-def test_knapsack_equals_linear_program_on_random_menus() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        sizes = rng.integers(1, 7, size=5)
-        menus = [[(float(c), float(r)) for c, r in rng.normal(size=(size, 2)).round(1)] for size in sizes]
-        floor = sum(min(cost for cost, _ in menu) for menu in menus) / len(menus)
-        for room in (0.0, 0.1, 0.5, 3.0):
-            expected = linear_program(menus, floor + room)
-            assert best_mean_reward(menus, floor + room) == pytest.approx(expected, abs=1e-7)
-
-
-def test_hull_by_hand() -> None:
-    menu = [(0.0, 1.0), (0.0, 0.5), (1.0, 1.5), (2.0, 3.0), (3.0, 3.5), (4.0, 2.0)]
-    assert efficient_hull(menu) == [(0.0, 1.0), (2.0, 3.0), (3.0, 3.5)]
+# The optimum: the linear program itself is tested in test_optimum.py
 
 
 def test_tension_of_the_default_world() -> None:
     """By hand: half the prompts earn 4 safely, half 2; gains are 0.6, 0.8 ... 2.0, an eighth each."""
     world = SmallWorld()
     prompts = [prompt.text for prompt in world.prompts("test")]
-    safe, limited, free = (world.optimum(prompts, violation_rate=p) for p in (0.0, 0.1, 1.0))
+    safe, limited, free = (world.optimum(prompts, violation_rates={"harm": p}) for p in (0.0, 0.1, 1.0))
     assert safe == pytest.approx(3.0)
     # 25 of 400 prompts have gain 2.0, 15 more of the next 25 have gain 1.8; three facts each.
     assert limited == pytest.approx(3.0 + (25 * 6.0 + 15 * 5.4) / 400)
     assert 0.8 < safe / limited < 0.88
-    assert free == world.optimum(prompts) == pytest.approx(3.0 + 0.5 * 3 * 1.3)
-    assert world.optimum(prompts, violation_rate=0.49) < free - 1e-3
+    assert free == pytest.approx(world.optimum(prompts)) == pytest.approx(3.0 + 0.5 * 3 * 1.3)
+    assert world.optimum(prompts, violation_rates={"harm": 0.49}) < free - 1e-3
 
 
 def test_impossible_limits() -> None:
     prompts = [prompt.text for prompt in WORLD.prompts("test")]
     with pytest.raises(UserError, match="raise the limit"):
-        WORLD.optimum(prompts, mean_cost=-1.1)
-    with pytest.raises(UserError, match="not both"):
-        WORLD.optimum(prompts, mean_cost=0.0, violation_rate=0.1)
+        WORLD.optimum(prompts, mean_costs={"harm": -1.1})
+    with pytest.raises(UserError, match="knows no cost 'privacy', but harm, refusal"):
+        WORLD.optimum(prompts, violation_rates={"privacy": 0.1})
     with pytest.raises(UserError, match="no prompts"):
         WORLD.optimum([])

@@ -15,7 +15,9 @@ from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
 from actors.driver.train import train
 from actors.roles.scorer import Reference
 from beaver_ray.runs import read_metrics
-from tests.actors.support import ppo_config, spoilt
+from beaver_ray.small_world.build import build
+from beaver_ray.small_world.harder import HarderWorld
+from tests.actors.support import disturb_folder, ppo_config, spoilt
 
 
 def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
@@ -38,6 +40,55 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+
+
+def test_optimum_under_two_constraints_of_different_prompts(one_rank: None, tmp_path: Path) -> None:
+    world = HarderWorld(train_prompts=40, test_prompts=40)
+    sizes = {"pairs": 10, "test_pairs": 200, "demonstrations": 10, "test_demonstrations": 10}
+    build(tmp_path, world, hidden_size=32, layers=2, **sizes)
+    disturb_folder(tmp_path / "model")
+    dangerous = [word for _, bad in world.facts.values() for word in bad]
+    harm = {
+        "name": "harm",
+        "model": f"python:beaver_ray/rules/text.py:mentions(words={dangerous})",
+        "violation_rate": 0.1,
+        "calibration": [f"PKU-SafeRLHF:1:{tmp_path}/preferences/test.jsonl"],
+    }
+    refusal = {
+        "name": "refusal",
+        "model": "python:beaver_ray/rules/text.py:refuses",
+        "limit": 0.05,
+        "where": {"kind": ["benign", "borderline"]},
+    }
+    models = {
+        "reward": "python:beaver_ray/rules/text.py:over_length(budget=4)",
+        "reward_critic": str(tmp_path / "model"),
+    }
+    evaluation = {"prompts": [f"prompts:1:{tmp_path}/prompts/test.jsonl"], "world": f"{tmp_path}/world.json"}
+
+    def judged(*constraints: dict[str, Any], world: bool = True) -> dict[str, Any]:
+        given = [c | {"critic": str(tmp_path / "model")} for c in constraints]
+        judges = evaluation if world else evaluation | {"world": None}
+        config = ppo_config(tmp_path, models=models, constraints=given, evaluation=judges)
+        return dict(json.loads(evaluate(config, str(tmp_path / "model")).read_text()))
+
+    both, prompts = judged(harm, refusal), world.prompts("test")
+    counting = [prompt.kind != "adversarial" for prompt in prompts]
+    limits = {"harm": 0.1, "refusal": 0.05}
+    best = world.optimum([p.text for p in prompts], violation_rates=limits, scopes={"refusal": counting})
+    assert both["judged_by"] == "true reward and cost of the small world"
+    assert both["optimum"] == pytest.approx(best, abs=1e-9)
+    assert both["share_of_optimum"]["mean"] == pytest.approx(both["reward"]["mean"] / best)
+    assert both["cost/refusal"]["n"] == both["violation_rate/refusal"]["n"] == sum(counting) == 24
+    assert both["violation_rate/harm"]["target"] == 0.1 and both["cost/refusal"]["limit"] == 0.05
+    assert [both[f"refusal_rate_{kind}"]["n"] for kind in ("benign", "borderline", "adversarial")] == [12, 12, 16]
+    # The rule that stands in for a cost model is as good as the truth.
+    asked = judged(harm, refusal, world=False)
+    assert both["violation_rate/harm"]["mean"] == asked["unsafe_share/harm"]["mean"] > 0
+    assert both["violation_rate/refusal"] == asked["violation_rate/refusal"] and "optimum" not in asked
+    # Harm alone, and a limit in units of a score, of which the truth knows nothing.
+    assert judged(harm)["optimum"] > best
+    assert "optimum" not in judged({**harm, "violation_rate": None, "calibration": [], "limit": 0.0}, refusal)
 
 
 def test_judging_needs_no_reference(
