@@ -314,8 +314,10 @@ def test_against_the_optimum_of_the_small_world() -> None:
     """As the KL's weight falls, reward and multiplier become the optimum and its slope in the limit."""
     world = SmallWorld(seed=5, train_prompts=320)
     texts, rewards, costs = every_answer(world)
-    best = world.optimum(texts, violation_rate=0.1)
-    slope = (world.optimum(texts, violation_rate=0.101) - world.optimum(texts, violation_rate=0.099)) / 0.002
+    best = world.optimum(texts, violation_rates={"harm": 0.1})
+    slope = (
+        world.optimum(texts, violation_rates={"harm": 0.101}) - world.optimum(texts, violation_rates={"harm": 0.099})
+    ) / 0.002
     assert 1.5 < slope < 6.5  # three dangerous steps of a topic whose gain is 0.6 to 2
     rest = solve(reference(rewards, [costs], [0.1], kl_coefficient=0.003))
     assert rest.kept and rest.reward == pytest.approx(best, rel=5e-3)
