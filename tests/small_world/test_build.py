@@ -60,7 +60,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 def test_the_world_is_what_it_was(folder: Path) -> None:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json*"))
-        names = [path for path in paths if path != "prompts/sealed.jsonl"]  # which is younger than the figure
+    names = [path for path in paths if path != "prompts/sealed.jsonl"]  # which is younger than the figure
     content = b"".join((folder / name).read_bytes() for name in sorted(names) if not name.startswith("model/"))
     assert hashlib.sha256(content).hexdigest() == DATA_SHA256
 
