@@ -17,7 +17,7 @@ from beaver_ray.small_world.world import REFUSAL, SmallWorld
 
 WORLD = SmallWorld(seed=11, train_prompts=64, test_prompts=32)
 SIZES = {"pairs": 60, "test_pairs": 20, "demonstrations": 50, "test_demonstrations": 10}
-# Of all data files, in the order of their names: figures in benchmarks/ and docs/ are of these very data.
+# Of the data files of this world: figures in benchmarks/ and docs/ are of these very data.
 DATA_SHA256 = "0980b0f00a7e57b7899539b00c614d001399e2be6022ea3110de703a27295f39"
 
 
