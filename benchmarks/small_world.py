@@ -4,8 +4,11 @@
 
 For each seed: build the world, train SFT policy, reward model and cost model once, then run each method from the same
 models for the same number of steps, one process a run (debug mode). The figures are means over the evaluations on
-held-out prompts in the last fifth of training. With staleness k every sample is k versions old (in one process what may
-be generated is generated at once), the worst that the bound allows. Complete runs in the working folder are skipped.
+held-out prompts in the last fifth of training. Of the run's own estimate: `within_limit_step` is the first step at
+which the mean violation rate of five steps is within the limit (null for never), `share_above_limit` how many of these
+means are above it from step 25 on (null for shorter runs). With staleness k every sample is k versions old (in one
+process what may be generated is generated at once), the worst that the bound allows. Complete runs in the working
+folder are skipped.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ METHODS = {
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
 STAGES = ("sft", "reward_model", "cost_model")
+TARGET, SETTLED = 0.1, 25
 
 
 def launch(*arguments: str) -> None:
@@ -51,7 +55,7 @@ def prepare(workspace: Path, seed: int) -> None:
     launch("pipeline", str(pipeline), *overrides)
 
 
-def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str, float | int | str]:
+def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str, float | int | str | None]:
     """One training run, unless it is there already, and its figures over the last fifth."""
     folder = workspace / method
     if not (folder / "final").is_dir():
@@ -64,6 +68,9 @@ def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str,
     def mean(key: str) -> float:
         return round(sum(line[key] for line in last) / len(last), 4)
 
+    rates = [line["cost/harm/violation_rate"] for line in lines]
+    means = {step: sum(rates[step - 5 : step]) / 5 for step in range(5, len(rates) + 1)}
+    above = [m > TARGET for step, m in means.items() if step >= SETTLED]
     return {
         "method": method,
         "seed": seed,
@@ -73,6 +80,8 @@ def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str,
         "reward": mean("eval/reward"),
         "violation_rate": mean("eval/violation_rate/harm"),
         "refusal_rate_harmless": mean("eval/refusal_rate_harmless"),
+        "within_limit_step": next((step for step, m in means.items() if m <= TARGET), None),
+        "share_above_limit": round(sum(above) / len(above), 3) if above else None,
         "seconds": round(lines[-1]["time/elapsed"], 1),
     }
 
@@ -98,7 +107,7 @@ def main() -> None:
     steps = f" --steps {options.steps}" if options.steps else ""
     result = {
         "command": f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{methods}{steps}",
-        "target_violation_rate": 0.1,
+        "target_violation_rate": TARGET,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
         "versions": {name: version(name) for name in packages},
         "runs": rows,
