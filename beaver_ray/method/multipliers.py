@@ -25,8 +25,8 @@ from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]
 
-PROPORTIONAL = 2.0
-"""pid's proportional gain: this times a gap of one standard deviation of the costs is as many units of lambda."""
+PROPORTIONAL = 1.0
+"""pid's proportional gain: units of lambda that a gap of one standard deviation of the costs counts at once."""
 LARGEST_ERROR = 0.3
 """Standard deviations of the costs as which pid counts any larger gap."""
 FAR = 100.0
@@ -219,8 +219,9 @@ class PidMultiplier(Multiplier):
     Why these: the policy answers lambda like an integrator, the log-odds of a violation moving by a rate k of some 0.2
     a step and unit, and a share of violations near the limit moves with them at a slope s of some 0.3 standard
     deviations. The loop is then a damped oscillator of frequency sqrt(k s / T) and damping PROPORTIONAL / 2 *
-    sqrt(k s T): about 0.8 for a T of 10, which overshoots by little. Errors are cut because a policy learns what the reward is
-    for while it is still too harmful: pressed with all force it first forgets the harm that would have been worth it.
+    sqrt(k s T): about 0.4 for a T of 10. A stronger quick part damps more and costs reward: a policy learns what harm is
+    worth while it is still too harmful, and pressed at once it first forgets the harm that would have been worth it
+    (docs/constraints.md has the figures). Errors are cut for the same reason.
     """
 
     rule = "pid"

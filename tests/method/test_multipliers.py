@@ -103,22 +103,22 @@ def test_projected_by_hand():
 
 
 def test_pid_by_hand():
-    multiplier = PidMultiplier(0.5, time_constant=10.0, maximum=3.0, window=None, delay_steps=0)
-    # Mean .5, gap .1; stds .5 and 2: unit 4, error .2. I = .5 + 4 * .2 / 10 = .58; .58 + 2 * 4 * .2
-    assert multiplier.update([0.0, 0.0, 1.0, 1.0], 0.4, reward_std=2.0) == pytest.approx(2.18)
+    multiplier = PidMultiplier(0.5, time_constant=10.0, maximum=2.0, window=None, delay_steps=0)
+    # Mean .5, gap .1; stds .5 and 2: unit 4, error .2. I = .5 + 4 * .2 / 10 = .58; .58 + 4 * .2
+    assert multiplier.update([0.0, 0.0, 1.0, 1.0], 0.4, reward_std=2.0) == pytest.approx(1.38)
     # Variances so far (.25 + 0) / 2 and (4 + 0) / 2: unit 4 again. A gap of -.4 is an error of more than .3.
     assert multiplier.update([0.0] * 4, 0.4, reward_std=0.0) == 0.0
     assert multiplier.state.integral == pytest.approx(0.58 - 4 * 0.3 / 10)
-    # Variances .25 / 3 and 8 / 3: unit 4 * sqrt(2), .46 + 2 * .3 * 5.66 is over the maximum, so I stays.
-    assert multiplier.update([100.0] * 4, 0.4, reward_std=2.0) == 3.0
+    # Variances .25 / 3 and 8 / 3: unit 4 * sqrt(2), .46 + .3 * 5.66 is over the maximum, so I stays.
+    assert multiplier.update([100.0] * 4, 0.4, reward_std=2.0) == 2.0
     assert multiplier.state.integral == pytest.approx(0.46)
 
 
 def test_pid_grows_by_factors_above_its_unit():
     multiplier = PidMultiplier(8.0, time_constant=5.0, maximum=None, window=None, delay_steps=0)
-    # Stds 1 and 1: unit 1; gap .25. I = 8 + 8 * .25 / 5; the quick part is 2 * 8 * .25
-    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.4 + 4.0)
-    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.82 + 4.2)
+    # Stds 1 and 1: unit 1; gap .25. I = 8 + 8 * .25 / 5; the quick part is 8 * .25
+    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.4 + 2.0)
+    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.82 + 2.1)
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 100))
