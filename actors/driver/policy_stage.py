@@ -143,6 +143,10 @@ class PolicyStage(PolicyConfig, Stage):
         """Whether the constraints hold for the final policy, or another one, beside which the certificate is put."""
         if not self.constraints:
             raise UserError(f"{self.name} has no constraints; there is nothing to certify")
+        if formed := [c for c in self.constraints if c.form != "mean"]:
+            name, form = formed[0].name, formed[0].form
+            mend = f"give constraints.{name}.form=mean to certify those"
+            raise UserError(f"constraint {name} has form {form}, and a certificate is about rates and means; {mend}")
         if not prompts and not self.evaluation.prompts:
             raise UserError(f"{self.name}: evaluation.prompts is empty; name prompts there, or give --prompts")
         self._check_there(policy)

@@ -72,6 +72,7 @@ def test_as_a_program() -> None:
             ["evaluate", "FILE", "--certify", "0.9"],
             "prompts is empty; name prompts there, or give --prompts",
         ),
+        (["evaluate", "FILE", "--certify", "0.9", "constraints.harm.form=hinge"], "form hinge, and a certificate"),
         (["evaluate", "FILE", "--certify", "0.9", "--prompts", "p"], "train it first, or give --policy FOLDER"),
         (["evaluate", "FILE", "--labels", "l.jsonl"], "train it first, or give --policy FOLDER"),
         (["feasibility", "FILE", "--answers", "1"], "--answers"),
