@@ -94,6 +94,14 @@ class DivergenceGuard:
                 f"{cut:.0%} of the answers were cut before their end, at {tokens:.4g} tokens: raise "
                 f"rollout.max_new_tokens, or see whether the policy has learnt to end an answer"
             )
+        for name in self.bounded:
+            margin, limit = metrics.get(f"cost/{name}/margin", 0.0), metrics[f"cost/{name}/limit"]
+            # Costs that have an unsafe share are probabilities: their mean is never below 0.
+            if f"cost/{name}/unsafe_share" in metrics and margin >= limit:
+                found[f"margin {name}"] = (
+                    f"the confidence of {name} takes {margin:.4g} off its limit {limit:g}, and nothing is left: give a "
+                    f"step or the calibration more answers, or lower constraints.{name}.confidence"
+                )
         return found
 
     def _costs(self, metrics: dict[str, float]) -> list[str]:

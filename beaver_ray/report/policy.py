@@ -116,7 +116,10 @@ def _cost_chart(metrics: dict[str, np.ndarray], config: PolicyConfig, name: str)
             cost.append(Series(f"{name}, {constraint.form}", metrics[f"cost/{name}/bounded"]))
         cost.append(Series(name if of_mean else "mean", metrics[f"cost/{name}/mean"]))
         if f"cost/{name}/limit" in metrics:
-            cost.append(Series("limit", metrics[f"cost/{name}/limit"], dashed=True))
+            limit = metrics[f"cost/{name}/limit"]
+            cost.append(Series("limit", limit, dashed=True))
+            if f"cost/{name}/margin" in metrics:
+                cost.append(Series("limit, less sampling errors", limit - metrics[f"cost/{name}/margin"], dashed=True))
     if f"cost/{name}/violation_rate" in metrics:
         rate.append(Series("violation rate", metrics[f"cost/{name}/violation_rate"]))
         if constraint.violation_rate is not None and of_mean:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -120,6 +121,27 @@ def test_supervised_stages_leave_models_that_load(trained: Path) -> None:
         assert {"eval/loss", "grad_norm", "learning_rate", "time/step"} <= metrics[-1].keys()
         assert not (folder / "final.part").exists()
         assert "kept" in (folder / "notes.log").read_text()
+
+
+def test_a_confidence_puts_the_multipliers_target_lower(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The first step of a run, by the formulas of margin and multiplier over the costs that it left."""
+    config = ppo(tiny_world, trained, tmp_path, "safe_ppo", steps=1, trajectory_every=1)
+    assert isinstance(config, PolicyStage)
+    config.constraints[0].confidence = 0.9
+    train(config)
+    written = pq.read_table(next((tmp_path / config.name / "trajectories").glob("*.parquet")))
+    costs, rewards = (np.array(written[name].to_pylist(), dtype=np.float64) for name in ("cost/harm", "reward"))
+    (first,) = read_metrics(tmp_path / config.name)
+    # 90 % quantile of Student's t with 7 degrees of freedom, from printed tables, for a step of 8 answers.
+    of_batch = 1.415 * costs.std(ddof=1) / math.sqrt(8)
+    assert 0 < of_batch < first["cost/harm/margin"] < of_batch + 1.3 * 0.5 / math.sqrt(120)
+    unit, gap = rewards.std() / costs.std(), costs.mean() - (0.2 - first["cost/harm/margin"])
+    error = float(np.clip(gap / costs.std(), -0.3, 0.3))
+    integral = max(1.0 + max(unit, 1.0) * error / 4, 0.0)
+    assert first["multiplier/harm"] == pytest.approx(max(integral + max(unit, 1.0) * error, 0.0), rel=1e-5)
+    assert first["cost/harm/limit"] == 0.2
 
 
 @pytest.mark.parametrize("stage", ["safe_ppo", "ppo", "reward_shaping"])
