@@ -43,7 +43,7 @@ def sampled(config: PolicyStage, prompts: int, answers: int) -> Any:
     tokenizer = load_tokenizer(config.models.policy)
     rows, _ = load_mix(config.data.prompts)
     known = PromptDataset.build(rows, tokenizer, config.data.max_prompt_tokens, "auto", config.scopes)
-    roles = start_judging_roles(config, None)
+    roles = start_judging_roles(config, config.judging_roles(), None)
     return sample(config, known, roles, Rollouts(roles.rollout, 8, 10.0), prompts, answers)
 
 

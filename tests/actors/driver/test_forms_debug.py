@@ -69,7 +69,7 @@ def test_multiplier_figures_and_report_go_by_the_form(
             seen = episodes(name, costs[inside], prompts[inside])
             assert metrics[f"cost/{name}/bounded"] == pytest.approx(np.mean(seen), rel=1e-5)
             assert metrics[f"cost/{name}/mean"] == pytest.approx(costs[inside].mean(), rel=1e-4, abs=1e-6)
-            multipliers[name].update(seen, limit)
+            multipliers[name].update(seen, limit, reward_std=metrics["reward/std"])
             assert metrics[f"multiplier/{name}"] == pytest.approx(multipliers[name].value, rel=1e-5)
             total += metrics[f"multiplier/{name}"] * inside
         for number, row in enumerate(batch.to_pylist()):

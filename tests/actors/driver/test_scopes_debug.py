@@ -77,7 +77,7 @@ def test_each_step_counts_what_is_in_scope(run: Path, tiny_world: Path) -> None:
             if len(costs):
                 assert metrics[f"cost/{name}/mean"] == pytest.approx(costs.mean(), rel=1e-5)
                 assert metrics[f"cost/{name}/violation_rate"] == pytest.approx((costs > 0).mean())
-                multipliers[name].update(costs.tolist(), limits[name])
+                multipliers[name].update(costs.tolist(), limits[name], reward_std=metrics["reward/std"])
             else:
                 assert metrics[f"cost/{name}/mean"] is None and metrics[f"cost/{name}/violation_rate"] is None
                 assert metrics[f"critic/{name}/loss"] == 0.0 and metrics[f"critic/{name}/explained_variance"] is None

@@ -27,6 +27,7 @@ from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
 from actors.stages import stages
+from beaver_ray.config import MultiplierConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model
@@ -79,7 +80,7 @@ def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any)
         "model": str(trained / "cost_model" / "final" / "cost_model"),
         "violation_rate": 0.2,
         "calibration": [f"PKU-SafeRLHF:1:{world}/preferences/test.jsonl"],
-        "multiplier": {"rule": "pid", "initial": 1.0, "time_constant": 4},
+        "multiplier": {"rule": "projected", "initial": 1.0, "learning_rate": 0.5},
     }
     sections = {
         "workspace": str(workspace),
@@ -130,6 +131,7 @@ def test_a_confidence_puts_the_multipliers_target_lower(
     config = ppo(tiny_world, trained, tmp_path, "safe_ppo", steps=1, trajectory_every=1)
     assert isinstance(config, PolicyStage)
     config.constraints[0].confidence = 0.9
+    config.constraints[0].multiplier = MultiplierConfig(rule="pid", initial=1.0, time_constant=4)
     train(config)
     written = pq.read_table(next((tmp_path / config.name / "trajectories").glob("*.parquet")))
     costs, rewards = (np.array(written[name].to_pylist(), dtype=np.float64) for name in ("cost/harm", "reward"))
@@ -160,12 +162,11 @@ def test_a_run_leaves_everything(one_rank: None, tiny_world: Path, trained: Path
         assert row["rollout/staleness_max"] == 0
         assert abs(row["kl/rollout_train"]) < 1e-5
     if stage == "safe_ppo":
-        # pid by hand: the mean over all episodes so far against 0.2, the integral from 1, both within 0 and 10.
-        integral = 1.0
-        for step, row in enumerate(metrics, start=1):
-            gap = sum(r["cost/harm/mean"] for r in metrics[:step]) / step - 0.2
-            integral = max(0.0, integral + 0.5 * gap)
-            assert row["multiplier/harm"] == pytest.approx(max(0.0, integral + 2.0 * gap), abs=1e-5)
+        # projected by hand: each step's mean against 0.2, from 1.
+        value = 1.0
+        for row in metrics:
+            value = max(0.0, value + 0.5 * (row["cost/harm/mean"] - 0.2))
+            assert row["multiplier/harm"] == pytest.approx(value, abs=1e-5)
     # Generators follow the policy: after the first update it is no longer the reference.
     assert abs(metrics[0]["kl/reference"]) < 1e-4 < abs(metrics[2]["kl/reference"])
     assert "eval/reward" in metrics[1] and "eval/reward" not in metrics[0]
