@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.driver.evaluate import answers_to
+from actors.driver.evaluate import answers_to, judging, with_policy
 from actors.driver.policy_stage import START_ANSWERS, START_PROMPTS, PolicyStage
-from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
+from actors.driver.processes import Roles
 from actors.driver.recovery import Recovery
 from actors.driver.rollouts import Rollouts
 from actors.roles.experience_builder import ExperienceBuilder
@@ -22,7 +22,6 @@ from beaver_ray import experience
 from beaver_ray.data.scopes import in_words
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
-from beaver_ray.gpus import on_this_machine
 from beaver_ray.method.feasibility import Outcome, Reference, start, study
 from beaver_ray.method.objective import Answers, ConstrainedReward
 from beaver_ray.models.loading import load_tokenizer
@@ -59,20 +58,12 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
     if not config.ppo.kl_coefficient:
         raise UserError("ppo.kl_coefficient is 0, with which nothing keeps a policy near the reference; set it above 0")
     folder = config.models.reference or config.models.policy
-    models = config.models.model_copy(update={"policy": folder, "reference": None})
-    config = on_this_machine(config.model_copy(update={"models": models}))
-    check_models(config)
+    config = with_policy(config, folder)
     tokenizer = load_tokenizer(folder, config.models.trust_remote_code)
     known, _, _ = config.training_prompts(tokenizer)
-    wanted = config.judging_roles()
-    cluster = open_cluster(config, wanted)
-    try:
-        roles = start_judging_roles(config, wanted, cluster)
+    with judging(config, config.judging_roles()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         sampled = sample(config, known, roles, rollouts, prompts, answers)
-    finally:
-        if cluster:
-            cluster.close()
     if not sampled.names:
         raise UserError(f"no constraint counts for any sampled prompt ({'; '.join(sampled.remarks)}); raise --samples")
     remarks = [*roles.notes, *sampled.remarks]
