@@ -11,7 +11,8 @@ import pytest
 
 from actors.driver.train import train
 from beaver_ray.report.page import write_report
-from beaver_ray.runs import RunFolder, read_evaluation, read_metrics
+from beaver_ray.runs import read_evaluation, read_metrics
+from tests.actors.driver.interruption import break_off
 from tests.actors.driver.test_scopes_debug import with_kinds
 from tests.actors.support import ppo_config
 
@@ -103,17 +104,8 @@ def test_a_resumed_run_is_the_whole_run(
     one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = config(tiny_world, tmp_path, "safe_ppo", "leave_one_out")
-    whole, log = train(asked.model_copy(update={"name": "whole"})), RunFolder.log
-
-    def fail(self: RunFolder, step: int, metrics: dict[str, float]) -> None:
-        if step == 3:
-            raise RuntimeError("broken off")
-        log(self, step, metrics)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fail)
-        with pytest.raises(RuntimeError, match="broken off"):
-            train(asked)
+    whole = train(asked.model_copy(update={"name": "whole"}))
+    break_off(asked, 3, monkeypatch)
     resumed = train(asked.model_copy(update={"resume": True}))
     one, other = (
         [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]

@@ -16,8 +16,9 @@ from actors.driver.policy_stage import PolicyStage
 from actors.driver.train import train
 from beaver_ray.errors import UserError
 from beaver_ray.report.page import write_report
-from beaver_ray.runs import RunFolder, read_metrics
+from beaver_ray.runs import read_metrics
 from beaver_ray.score_sources import ALLOWED_CODE
+from tests.actors.driver.interruption import break_off
 from tests.actors.support import ppo_config
 
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
@@ -117,17 +118,8 @@ def test_a_resumed_run_is_the_whole_run(
     one_rank: None, tiny_world: Path, tmp_path: Path, cost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = config(tiny_world, tmp_path / "runs", "safe_ppo", cost, "leave_one_out", steps=4)
-    whole, log = train(asked.model_copy(update={"name": "whole"})), RunFolder.log
-
-    def fail(self: RunFolder, step: int, metrics: dict[str, float]) -> None:
-        if step == 3:
-            raise RuntimeError("broken off")
-        log(self, step, metrics)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fail)
-        with pytest.raises(RuntimeError, match="broken off"):
-            train(asked)
+    whole = train(asked.model_copy(update={"name": "whole"}))
+    break_off(asked, 3, monkeypatch)
     # Critics cannot be had from a checkpoint without.
     with_critics = asked.model_dump() | {"resume": True, "ppo": {"minibatches": 2}}
     with_critics["constraints"][0]["critic"] = str(tiny_world / "cost_model")
