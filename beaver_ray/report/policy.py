@@ -97,14 +97,17 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
             ],
         ),
     ]
+    charts += [_held_out_chart(metrics), *(_calibration_chart(metrics, name) for name in names)]
+    return drawable(charts)
+
+
+def _held_out_chart(metrics: dict[str, np.ndarray]) -> Chart:
     shown = tuple(
         f"eval/{kind}"
         for kind in ("reward", "share_of_optimum", "cost/", "bounded/", "violation_rate/", "unsafe_share/")
     )
-    held_out = [Panel(key.removeprefix("eval/"), lines((key, key))) for key in metrics if key.startswith(shown)]
-    charts.append(Chart("Held-out prompts", "Evaluations during training.", held_out))
-    charts += [_calibration_chart(metrics, name) for name in names]
-    return drawable(charts)
+    panels = [Panel(key.removeprefix("eval/"), [Series(key, y)]) for key, y in metrics.items() if key.startswith(shown)]
+    return Chart("Held-out prompts", "Evaluations during training.", panels)
 
 
 def _cost_chart(metrics: dict[str, np.ndarray], config: PolicyConfig, name: str) -> Chart:
