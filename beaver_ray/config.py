@@ -5,24 +5,20 @@ Nothing heavy is imported here: the command line reads this module first.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
+from beaver_ray.constraint_options import ConstraintConfig
+from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective
 
-Scalar = bool | int | float | str | None
-SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
-FORM = re.compile(r"mean|hinge|worst_of_k|cvar:0?\.\d*[1-9]\d*")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
@@ -32,22 +28,7 @@ AdvantageRule = Literal["gae", "leave_one_out", "group_standardized"]
 """How a signal's advantages are made: see `beaver_ray.method.advantages`."""
 
 
-def near(word: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the one that was probably meant, or all there are."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
-
-
-def option(text: str, default: Any = ..., **more: Any) -> Any:
-    """A field with its line of help."""
-    return Field(description=text, **more) if "default_factory" in more else Field(default, description=text, **more)
-
-
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW and its schedule."""
 
     learning_rate: float = option("Peak learning rate.", 1e-5, gt=0)
@@ -56,7 +37,7 @@ class OptimizerConfig(_Strict):
     weight_decay: float = option("Weight decay; biases and norms are exempt.", 0.0, ge=0)
 
 
-class EngineConfig(_Strict):
+class EngineConfig(Strict):
     """How trained models are held and stepped (DeepSpeed)."""
 
     dtype: Literal["float32", "bfloat16"] = option("Dtype of the forward and backward pass.", "float32")
@@ -66,113 +47,7 @@ class EngineConfig(_Strict):
     gradient_checkpointing: bool = option("Recompute activations in the backward pass.", False)
 
 
-class MultiplierConfig(_Strict):
-    """How one constraint's Lagrange multiplier moves."""
-
-    rule: Literal["log_sgd", "pid", "projected"] = option(
-        "pid finds its gains itself; log_sgd is the published rule; projected is gradient ascent.", "pid"
-    )
-    initial: float | Literal["auto"] = option(
-        "Start value; auto: where the dual on answers of the policy's start has it (beaver-ray feasibility).", 1.0
-    )
-    time_constant: float = option("pid: steps in which a lasting violation is answered.", 10.0, ge=1)
-    learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
-    max: float | None = option("Upper bound; null for none, or with pid one far out of the way.", None, gt=0)
-    window: int | None = option(
-        "Answers whose mean cost is compared with the limit; null for those of the step.", None, gt=0
-    )
-    delay_steps: int = option("Steps before the first change.", 0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_gains(cls, given: Any) -> Any:
-        gone = [key for key in ("kp", "ki", "kd") if isinstance(given, dict) and key in given]
-        if gone:
-            raise ValueError(f"{gone[0]} is gone: pid finds its gains itself, time_constant (in steps) says how fast")
-        return given
-
-    @model_validator(mode="after")
-    def _bounded(self) -> MultiplierConfig:
-        if self.initial != "auto" and self.initial < 0:
-            raise ValueError(f"initial {self.initial} is below 0")
-        if self.rule == "log_sgd" and self.initial == 0:
-            raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
-        if self.max is not None and self.initial != "auto" and self.initial > self.max:
-            raise ValueError(f"initial {self.initial} is above max {self.max}")
-        return self
-
-
-class ConstraintConfig(_Strict):
-    """One bounded cost: its scorer, critic, limit and multiplier."""
-
-    name: str = option("Name in metrics and columns, for example harm.")
-    model: str = option(
-        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION(key=value)."
-    )
-    critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
-    limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
-    violation_rate: float | None = option(
-        "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
-    )
-    calibration: list[str] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
-    confidence: float | None = option(
-        "Probability with which the mean cost is to be within the bound, sampling errors counted.", None, gt=0.5, lt=1
-    )
-    where: dict[str, Scalar | list[Scalar]] = option(
-        "Field of the prompts' rows: value, or list of values; it counts over matching prompts alone.",
-        default_factory=dict,
-    )
-    form: str = option(
-        "What is bounded: mean, hinge (mean of max(0, cost)), cvar:0.9 (mean of the worst tenth), or worst_of_k.",
-        "mean",
-    )
-    multiplier: MultiplierConfig = option(
-        "Multiplier rule; with reward_shaping its initial value stays.", default_factory=MultiplierConfig
-    )
-
-    @property
-    def tail(self) -> float:
-        """The share of answers that cvar is the mean of; 1 of the other forms."""
-        return 1.0 - float(self.form.removeprefix("cvar:")) if self.form.startswith("cvar:") else 1.0
-
-    @property
-    def bound(self) -> float:
-        """What the mean cost, or another form of it, may be at most: the limit, or the violation rate as a mean
-        probability."""
-        bound = self.limit if self.violation_rate is None else self.violation_rate
-        assert bound is not None
-        return bound
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ConstraintConfig:
-        if not SIGNAL_NAME.fullmatch(self.name) or self.name == "reward":
-            raise ValueError(f"name {self.name!r} must be lower-case letters, digits and _, and not 'reward'")
-        if (self.limit is None) == (self.violation_rate is None):
-            raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
-        if self.violation_rate is not None and not self.calibration:
-            raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
-        if empty := [field for field, wanted in self.where.items() if wanted == []]:
-            raise ValueError(f"constraint {self.name}: where.{empty[0]} has no value, and would match no prompt")
-        if not FORM.fullmatch(self.form):
-            raise ValueError(
-                f"constraint {self.name}: form is {self.form!r}; choose mean, hinge, worst_of_k, or cvar:LEVEL with a "
-                f"level between 0 and 1 (cvar:0.9)"
-            )
-        if self.form == "hinge" and self.limit is None:
-            raise ValueError(
-                f"constraint {self.name}: form hinge counts costs above 0 alone, and those of a violation_rate are "
-                f"probabilities, never below 0; leave form out, or give a limit"
-            )
-        if self.form == "hinge" and self.bound < 0:
-            raise ValueError(
-                f"constraint {self.name}: form hinge bounds the mean of max(0, cost), which is never below 0, and "
-                f"limit is {self.bound:g}; raise it"
-            )
-        score_source(self.model)
-        return self
-
-
-class PolicyModels(_Strict):
+class PolicyModels(Strict):
     """The models of a PPO run; costs stand under constraints."""
 
     policy: str = option("Folder of the policy to train.")
@@ -195,7 +70,7 @@ class PolicyModels(_Strict):
         return self.lora_rank > 0 and self.reference is None
 
 
-class PromptData(_Strict):
+class PromptData(Strict):
     """Where prompts and PTX texts come from (NAME[:PROPORTION[:PATH]])."""
 
     prompts: list[str] = option("Training prompts.", min_length=1)
@@ -206,7 +81,7 @@ class PromptData(_Strict):
     max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
 
 
-class RolloutConfig(_Strict):
+class RolloutConfig(Strict):
     """Generation."""
 
     prompts_per_step: int = option("Prompts in one training step.", 128, gt=0)
@@ -222,7 +97,7 @@ class RolloutConfig(_Strict):
     oversample: float = option("Answers started for each one trained on; the slowest are aborted.", 1.0, ge=1)
 
 
-class PpoConfig(_Strict):
+class PpoConfig(Strict):
     """The policy-gradient method."""
 
     advantage: AdvantageRule = option(
@@ -264,7 +139,7 @@ class PpoConfig(_Strict):
         return self
 
 
-class Placement(_Strict):
+class Placement(Strict):
     """What one role takes of the cluster."""
 
     workers: int = option("Processes (data-parallel ranks, or independent workers).", 1, gt=0, le=10_000)
@@ -277,7 +152,7 @@ class Placement(_Strict):
     labels: dict[str, str] = option("Ray node labels that its nodes must have.", default_factory=dict)
 
 
-class ClusterConfig(_Strict):
+class ClusterConfig(Strict):
     """Where roles run and how long anything may take."""
 
     placement: dict[str, Placement] = option("Role to resources.", default_factory=dict)
@@ -290,7 +165,7 @@ class ClusterConfig(_Strict):
         return self.placement.get(role, Placement())
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Strict):
     """Held-out prompts, and the truth where it is known."""
 
     prompts: list[str] = option("Held-out prompts (NAME[:PROPORTION[:PATH]]).", default_factory=list)
@@ -298,7 +173,7 @@ class EvaluationConfig(_Strict):
     every: int = option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
 
 
-class GuardConfig(_Strict):
+class GuardConfig(Strict):
     """Divergence: what is not finite or cannot be right, KL or a cost above its limit, a fallen reward."""
 
     action: Literal["warn", "stop"] = option(
@@ -308,7 +183,7 @@ class GuardConfig(_Strict):
     kl: float | None = option("Highest mean KL of an answer to the reference; null for none.", None, gt=0)
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """What every stage has."""
 
     stage: str = option("What to do.")
@@ -484,14 +359,14 @@ class PolicyConfig(RunConfig):
                 raise ValueError(f"{lacking}; give critic a folder, {without}")
 
 
-class PipelineStage(_Strict):
+class PipelineStage(Strict):
     """One stage of a pipeline."""
 
     config: str = option("Configuration file, relative to the pipeline's.")
     set: dict[str, Any] = option("Dotted overrides for this stage.", default_factory=dict)
 
 
-class PipelineConfig(_Strict):
+class PipelineConfig(Strict):
     """Stages in order, each feeding the next."""
 
     workspace: str = option("Folder that all stages write to; they refer to it as ${workspace}.")

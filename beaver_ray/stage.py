@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from beaver_ray.config import RunConfig, near
+from beaver_ray.config import RunConfig
 from beaver_ray.errors import UserError
+from beaver_ray.options import near
 from beaver_ray.score_sources import ScoreSource
 
 if TYPE_CHECKING:

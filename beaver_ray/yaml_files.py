@@ -19,8 +19,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from beaver_ray.config import near
 from beaver_ray.errors import UserError
+from beaver_ray.options import near
 
 MOST_VALUES = 100_000
 MOST_LEVELS = 30

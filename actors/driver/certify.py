@@ -12,7 +12,7 @@ from actors.driver.rollouts import Rollouts
 from beaver_ray.bounds import clopper_pearson, prompts_to_decide
 from beaver_ray.certificate import Judged, jointly
 from beaver_ray.certificate import certify as statements
-from beaver_ray.config import ConstraintConfig
+from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.scopes import in_words
 from beaver_ray.data.sealed import Sealed, seal

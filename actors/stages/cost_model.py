@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from actors.driver.trainer_stage import ScoreModelStage
-from beaver_ray.config import option
+from beaver_ray.options import option
 
 if TYPE_CHECKING:
     from actors.machine.engine import LossTerms

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from actors.driver.trainer_stage import TrainerStage
-from beaver_ray.config import option
+from beaver_ray.options import option
 from beaver_ray.stage import ModelUse, RoleSpec
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from actors.driver.policy_stage import PolicyStage
-from beaver_ray.config import option
+from beaver_ray.options import option
 
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective

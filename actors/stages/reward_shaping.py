@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.policy_stage import PolicyStage
-from beaver_ray.config import option
+from beaver_ray.options import option
 
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from actors.driver.trainer_stage import TrainerStage
-from beaver_ray.config import SupervisedConfig, option
+from beaver_ray.config import SupervisedConfig
+from beaver_ray.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

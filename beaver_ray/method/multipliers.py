@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from beaver_ray.config import MultiplierConfig
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]

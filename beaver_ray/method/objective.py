@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beaver_ray.config import AdvantageRule
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import (
     COST,
     LOG_RATIO_BOUND,
@@ -38,7 +39,7 @@ from beaver_ray.method.advantages import (
     standardize_groups,
 )
 from beaver_ray.method.forms import Form, WorstOfK
-from beaver_ray.method.multipliers import Multiplier, MultiplierConfig, make_multiplier
+from beaver_ray.method.multipliers import Multiplier, make_multiplier
 
 MEAN = Form()
 

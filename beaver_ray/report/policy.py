@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from beaver_ray.config import ConstraintConfig, PolicyConfig
+from beaver_ray.config import PolicyConfig
+from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.report.charts import (
     Card,
     Chart,

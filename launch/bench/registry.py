@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from beaver_ray.config import near
 from beaver_ray.errors import UserError
+from beaver_ray.options import near
 from launch.bench.options import Options
 
 BENCHMARKS = {

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from beaver_ray.config import AdvantageRule, MultiplierConfig
+from beaver_ray.config import AdvantageRule
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import constant_share, gae, leave_one_out_baselines, shape_rewards, standardize_groups
 from beaver_ray.method.objective import (
     Answers,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.stages import stages
-from beaver_ray.config import MultiplierConfig
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import COST, REWARD
 from beaver_ray.method.objective import (
     Answers,

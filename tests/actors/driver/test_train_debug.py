@@ -27,7 +27,7 @@ from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.hf_generator import HFGenerator
 from actors.roles.policy import PolicyTrainer
 from actors.stages import stages
-from beaver_ray.config import MultiplierConfig
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_policy, load_tokenizer
 from beaver_ray.models.score import load_score_model

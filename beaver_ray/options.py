@@ -1,0 +1,29 @@
+"""What every group of options is made of: strict, with one line of help for each option.
+
+Nothing heavy is imported here: the command line reads this module first.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the one that was probably meant, or all there are."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+class Strict(BaseModel):
+    """A group of options; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+def option(text: str, default: Any = ..., **more: Any) -> Any:
+    """A field with its line of help."""
+    return Field(description=text, **more) if "default_factory" in more else Field(default, description=text, **more)
