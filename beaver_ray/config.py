@@ -122,6 +122,12 @@ class PpoConfig(Strict):
         "Truncated importance weights trainer/generator, capped here; null: 2 with staleness, else none.", None, gt=0
     )
     ptx_coefficient: float = option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
+    replay: float = option(
+        "Best earlier answers to a step's prompts that are imitated beside its own, as a share of them; 0 for none.",
+        0.0,
+        ge=0,
+        le=1,
+    )
     truncation_penalty: float = option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
     critic_warmup_steps: int = option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
 
@@ -134,6 +140,8 @@ class PpoConfig(Strict):
     def _fits_the_advantage(self) -> PpoConfig:
         if not self.has_critics and self.critic_warmup_steps:
             raise ValueError(f"advantage {self.advantage} has no critics to warm up; leave critic_warmup_steps out")
+        if self.replay and self.advantage == "group_standardized":
+            raise ValueError("ppo.replay compares scores, whose unit group_standardized takes away; use leave_one_out")
         if not self.has_critics and self.gamma != 1:
             raise ValueError(f"advantage {self.advantage} is one for a whole answer, undiscounted; leave gamma at 1")
         return self
@@ -343,6 +351,10 @@ class PolicyConfig(RunConfig):
             )
         if constraint.form == "worst_of_k" and self.ppo.advantage == "group_standardized":
             raise ValueError(f"{what} is of all answers together, and group_standardized of each; use leave_one_out")
+        if constraint.form == "worst_of_k" and self.ppo.replay:
+            raise ValueError(
+                f"{what} is of all answers together, and ppo.replay of one earlier one; leave ppo.replay out"
+            )
         if samples * constraint.tail < 1 - 1e-9:
             raise ValueError(
                 f"{what} is of the worst {constraint.tail:.2g} of the answers, less than one of the {samples} in a "

@@ -18,6 +18,8 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     advantages/SIGNAL list<float32>    n
     values/SIGNAL, returns/SIGNAL list<float32>         n, with critics; values[t] is that of the state before token t
     advantages list<float32>           n, what the policy climbs: those of all signals in one
+    scores/SIGNAL float32              with ppo.replay: what the answer scored, as the constraint's form has it
+    baselines/SIGNAL float32           with ppo.replay: what an answer to the prompt is expected to score, KL included
 
 A response is all that follows the prompt. Tokens of it that the policy did not write (a user's or a tool's turn) are a
 hole: all models read them, but they are in no loss, no mean and no reward, and to GAE the next own token follows the
@@ -60,7 +62,7 @@ def column_type(name: str) -> pa.DataType:
     kind, _, signal = name.partition("/")
     if signal and kind == "scope":
         return pa.bool_()
-    if signal and kind == "cost":
+    if signal and kind in ("cost", "scores", "baselines"):
         return pa.float32()
     if signal and kind in ("values", "advantages", "returns"):
         return FLOATS

@@ -24,8 +24,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "local"
+TRUTH = "python:beaver_ray/small_world/truth.py:{}(world='${{workspace}}/world/world.json')"
 METHODS = {
     "safe_ppo": [],
+    "safe_ppo_without_replay": ["ppo.replay=0"],
+    "safe_ppo_true_scores": [
+        f"models.reward={TRUTH.format('reward')}",
+        "models.reward_critic=${workspace}/reward_model/final/reward_model",
+        f"constraints.harm.model={TRUTH.format('cost')}",
+        "constraints.harm.critic=${workspace}/cost_model/final/cost_model",
+    ],
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],

@@ -79,8 +79,9 @@ def train_step(
     if stats["samples"] < config.ppo.minibatches:
         fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
         run.note(f"step {step} has {fewer}: each makes one optimizer step")
+    values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
     with clock("train"):
-        figures = update(config, roles, experience, step)
+        figures = update(config, roles, experience, step, values)
     with clock("publish"):
         synced = send_weights(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
@@ -205,11 +206,13 @@ def combine_experience(
     return stats, multipliers, experience
 
 
-def update(config: PolicyConfig, roles: Roles, experience: Any, step: int) -> dict[str, float]:
+def update(
+    config: PolicyConfig, roles: Roles, experience: Any, step: int, multipliers: dict[str, float]
+) -> dict[str, float]:
     """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
     started = [(critic, critic.call(Critic.update, experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
-        started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step)))
+        started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step, multipliers)))
     figures: dict[str, float] = {}
     for group, references in started:
         figures |= group.wait(references, "training")[0]

@@ -116,6 +116,9 @@ class ExperienceBuilder:
         for kind, by_signal in (("advantages", made.advantages), ("returns", made.returns)):
             for signal, flat in by_signal.items():
                 columns[f"{kind}/{signal}"] = experience.with_holes(batch, flat)
+        if self.config.ppo.replay:
+            columns |= {f"scores/{signal}": scores_B for signal, scores_B in made.scores.items()}
+            columns |= {f"baselines/{signal}": baselines_B for signal, baselines_B in made.baselines.items()}
         whole = experience.join(batch, experience.make_batch(columns))
         return (stats | made.figures | weighing, {name: c.tolist() for name, c in costs.items()}), whole
 

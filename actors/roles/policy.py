@@ -7,10 +7,11 @@ reference.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
 from beaver_ray.models.saving import save_merged
 from beaver_ray.packing import check_packing
+from beaver_ray.replay import BestAnswers, Replay
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 
 
@@ -63,6 +65,9 @@ class PolicyTrainer(TrainingRank):
         named = [(self.names[name], dtype, shape) for name, dtype, shape in tensors]
         self.published = plan_layout(named, adapter=self.adapter)
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
+        self.best = BestAnswers(config.objective()) if config.ppo.replay else None
+        # With PTX an optimizer step descends the mean of both losses' gradients, as published.
+        self.scale = 0.5 if config.data.ptx else 1.0
         self.ptx: SupervisedDataset | None = None
         if config.data.ptx:
             samples, _ = load_mix(config.data.ptx)
@@ -93,16 +98,28 @@ class PolicyTrainer(TrainingRank):
                     parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
         return experience.join(*(token_column(batch, name, parts) for name, parts in found.items()))
 
-    def update(self, batch: pa.RecordBatch, step: int) -> dict[str, float]:
-        """All epochs and minibatches over one step's experience; returns metrics under ``policy/``."""
-        ppo = self.config.ppo
+    def update(
+        self, batch: pa.RecordBatch, step: int, multipliers: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """All epochs and minibatches over one step's experience; returns metrics under ``policy/``.
+
+        multipliers: those that the experience's advantages were combined under.
+        """
+        ppo, seed = self.config.ppo, self.config.seed
         rows = SequenceRows(batch)
+        replay, earlier = None, 0
+        if self.best is not None:
+            replay = self.best.replay(batch, multipliers, ppo.replay, (seed, step))
+            self.best.remember(batch)
+            earlier = replay.sequences.num_rows
         figures: list[dict[str, float]] = []
         skipped = 0
         for epoch in range(ppo.epochs):
-            for minibatch in minibatches(batch.num_rows, ppo.minibatches, (self.config.seed, step, epoch)):
+            parts = minibatches(batch.num_rows, ppo.minibatches, (seed, step, epoch))
+            shares = np.array_split(np.random.default_rng((seed, step, epoch, 1)).permutation(earlier), len(parts))
+            for minibatch, share in zip(parts, shares, strict=True):
                 try:
-                    figures.append(self._step(rows, minibatch))
+                    figures.append(self._step(rows, minibatch, replay, share))
                 except NotFiniteError:
                     skipped += 1  # and the driver says so
         metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
@@ -150,13 +167,20 @@ class PolicyTrainer(TrainingRank):
         return trial_weights(self.engine.device)
 
     def position(self) -> dict[str, Any]:
-        """The position in the PTX data, for a checkpoint."""
-        return {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
+        """The position in the PTX data, and the answers that are kept for replay, for a checkpoint."""
+        position: dict[str, Any] = {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
+        return (
+            position
+            if self.best is None
+            else position | {"best": torch.frombuffer(self.best.to_bytes(), dtype=torch.uint8)}
+        )
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Restore the position in the PTX data."""
+        """Restore what `position` gave."""
         if self.ptx is not None:
             self.ptx_sampler.load_state_dict(position["ptx"])
+        if self.best is not None:
+            self.best.restore(position["best"].numpy())
 
     def save_model(self, folder: str) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.
@@ -173,24 +197,28 @@ class PolicyTrainer(TrainingRank):
             model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
         self.tokenizer.save_pretrained(folder)
 
-    def _step(self, rows: SequenceRows, minibatch: np.ndarray) -> dict[str, float]:
+    def _step(
+        self, rows: SequenceRows, minibatch: np.ndarray, replay: Replay | None, share: np.ndarray
+    ) -> dict[str, float]:
         ppo = self.config.ppo
         tokens = int(rows.own_lengths[minibatch].sum())
         total = len(minibatch) if ppo.loss_reduction == "sequence" else tokens
         micro_batches: list[tuple[Callable[[PackedResponses], LossTerms], PackedResponses]] = []
-        # With PTX an optimizer step descends the mean of both losses' gradients, as published.
-        scale = 0.5 if self.ptx is not None else 1.0
-        rl_loss = partial(self._rl_loss, rows, total, scale)
+        rl_loss = partial(self._rl_loss, rows, total)
         micro_batches += [(rl_loss, m) for m in self._micro_batches(rows, minibatch)]
+        if replay is not None and len(share):
+            earlier = SequenceRows(replay.sequences)
+            imitation_loss = partial(self._imitation_loss, earlier, replay, total, 1.0 / len(share))
+            micro_batches += [(imitation_loss, m) for m in self._micro_batches(earlier, share)]
         if self.ptx is not None:
             ptx_rows = SequenceRows(self._ptx_batch(self.ptx, self.ptx_sampler.next_batch()))
             answers = int(ptx_rows.response_lengths.sum())
-            ptx_loss = partial(self._ptx_loss, answers, scale * ppo.ptx_coefficient)
+            ptx_loss = partial(self._ptx_loss, answers)
             everything = range(len(ptx_rows.lengths))
             micro_batches += [(ptx_loss, m) for m in self._micro_batches(ptx_rows, everything)]
         return self.engine.step(micro_batches, lambda pair: pair[0](pair[1]))
 
-    def _rl_loss(self, rows: SequenceRows, total: int, scale: float, micro_batch: PackedResponses) -> LossTerms:
+    def _rl_loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
         weights_T = micro_batch.weight * token_weights(
@@ -209,19 +237,47 @@ class PolicyTrainer(TrainingRank):
         )
         assert entropy_T is not None
         deviation = metrics.pop("ratio_max_deviation") * micro_batch.weight
-        sums = {**metrics, "entropy": (weights_T * entropy_T).sum(), "ptx_loss": loss.new_zeros(())}
-        return LossTerms(scale * loss, sums, {"ratio_max_deviation": deviation})
+        zeros, _ = self._no_figures(loss)
+        sums = {**zeros, **metrics, "entropy": (weights_T * entropy_T).sum()}
+        return LossTerms(self.scale * loss, sums, {"ratio_max_deviation": deviation})
 
-    def _ptx_loss(self, total: int, scale: float, micro_batch: PackedResponses) -> LossTerms:
+    def _imitation_loss(
+        self, rows: SequenceRows, replay: Replay, total: int, share: float, micro_batch: PackedResponses
+    ) -> LossTerms:
+        """The log-likelihood of earlier answers, each weighted by how much more it is worth than what is expected now.
+
+        Such an answer weighs as much as one of the step's own, of which the minibatch has ``total`` (or tokens).
+        """
+        ppo = self.config.ppo
+        logprobs_T, _ = self._logprobs(micro_batch)
+        weights_T = micro_batch.weight * token_weights(
+            micro_batch.lengths_B, ppo.loss_reduction, total, micro_batch.loss_mask_T
+        )
+        kl_T = (logprobs_T.detach() - rows.column_T("reference_logprobs", micro_batch)) * micro_batch.loss_mask_T
+        ends = np.cumsum(rows.response_lengths[micro_batch.rows])[:-1].tolist()
+        kl_B = torch.stack([part.sum() for part in torch.tensor_split(kl_T, ends)])
+        gains_B = torch.from_numpy(replay.gains_M[micro_batch.rows]).to(kl_B) - ppo.kl_coefficient * kl_B
+        weight_B = gains_B.clamp(0.0, replay.largest) / replay.scale
+        loss = -(weights_T * torch.repeat_interleave(weight_B, micro_batch.lengths_B) * logprobs_T).sum()
+        imitated = micro_batch.weight * share * (gains_B > 0).sum()
+        return LossTerms(self.scale * loss, *self._no_figures(loss, imitated=imitated))
+
+    def _ptx_loss(self, total: int, micro_batch: PackedResponses) -> LossTerms:
         logprobs_T, _ = self._logprobs(micro_batch, temperature=1.0)
         weights_T = torch.full_like(logprobs_T, micro_batch.weight / total)
         loss, _ = cross_entropy_loss(logprobs_T, weights_T)
-        names = ["clip_fraction", "kl_update", "entropy"]
+        return LossTerms(
+            self.scale * self.config.ppo.ptx_coefficient * loss, *self._no_figures(loss, ptx_loss=loss.detach())
+        )
+
+    def _no_figures(self, like: torch.Tensor, **known: torch.Tensor) -> tuple[dict[str, torch.Tensor], ...]:
+        """Sums and maxima of a micro-batch that has nothing to say but what is ``known``; all must have the same."""
+        names = ["clip_fraction", "kl_update", "entropy", "ptx_loss"]
+        names += ["imitated"] * (self.best is not None)
         if self.config.importance_cap is not None:
             names += ["importance_weight_mean", "kl_rollout_train"]
-        zero = loss.detach().new_zeros(())
-        sums = {**dict.fromkeys(names, zero), "ptx_loss": loss.detach()}
-        return LossTerms(scale * loss, sums, {"ratio_max_deviation": zero})
+        zero = like.detach().new_zeros(())
+        return {**dict.fromkeys(names, zero), **known}, {"ratio_max_deviation": zero}
 
     def _ptx_batch(self, data: SupervisedDataset, chosen: np.ndarray) -> pa.RecordBatch:
         tokens = [data.tokens[int(i)] for i in chosen]

@@ -116,6 +116,13 @@ def leave_one_out_baselines(scores_B: FloatArray, prompts_B: IntArray) -> FloatA
     return sums_B / np.maximum(counts_G - 1 + one_more_G, 1)[group_B]
 
 
+def group_means(scores_B: FloatArray, prompts_B: IntArray) -> FloatArray:
+    """The mean score of the answers to the same prompt, B values."""
+    _, group_B = np.unique(prompts_B, return_inverse=True)
+    means_B: FloatArray = (np.bincount(group_B, scores_B) / np.bincount(group_B))[group_B]
+    return means_B
+
+
 def standardize_groups(scores_B: FloatArray, prompts_B: IntArray) -> FloatArray:
     """Scores less their mean over the answers to the same prompt, by the standard deviation there plus CONSTANT.
 

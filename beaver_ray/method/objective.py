@@ -33,6 +33,7 @@ from beaver_ray.method.advantages import (
     constant_share,
     explained_variance,
     gae,
+    group_means,
     leave_one_out_baselines,
     normalize,
     shape_rewards,
@@ -84,6 +85,11 @@ class Advantages:
     """What the critics are fitted to; none without critics."""
     figures: dict[str, float]
     """Under keys of metrics.jsonl."""
+    scores: dict[str, FloatArray] = field(default_factory=dict)
+    """[B] of each signal, what the answer scored."""
+    baselines: dict[str, FloatArray] = field(default_factory=dict)
+    """[B] of each signal, what an answer to the prompt may be expected to score, KL included; not where advantages are
+    standardised, which have no unit."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ class Objective(ABC):
             "leave_one_out": self._against_other_answers,
             "group_standardized": self._standardized,
         }
-        made, scores = Advantages({}, {}, {}), self.scores(answers)
+        scores = self.scores(answers)
+        made = Advantages({}, {}, {}, scores)
         for signal, sign in self.signals.items():
             rules[self.settings.advantage](made, answers, signal, scores[signal], sign)
         return made
@@ -156,6 +163,7 @@ class Objective(ABC):
         else:
             explained = explained_variance(values_T, returns_T)
         made.advantages[signal], made.returns[signal] = advantages_T, returns_T
+        made.baselines[signal] = np.where(answers.counted(signal), values_T[answers.offsets[:-1]], 0.0)
         made.figures[f"critic/{signal}/explained_variance"] = explained
 
     def _against_other_answers(
@@ -177,6 +185,8 @@ class Objective(ABC):
             counted_B, baselines_B = counted_B + together_B, baselines_B + without_B
         advantages_B = np.zeros(len(scores_B), dtype=counted_B.dtype)
         advantages_B[inside_B] = counted_B - baselines_B
+        made.baselines[signal] = np.zeros(len(scores_B))
+        made.baselines[signal][inside_B] = group_means(counted_B, prompts_B)
         made.advantages[signal] = np.repeat(advantages_B, np.diff(answers.offsets))
         made.figures[f"baseline/{signal}/explained_variance"] = explained_variance(baselines_B, counted_B)
         made.figures[f"baseline/{signal}/constant_share"] = constant_share(alike_B, prompts_B)
@@ -261,12 +271,24 @@ class Objective(ABC):
     ) -> FloatArray:
         """The policy's advantage [T]: all signals' together, whitened over the step's tokens where that is asked for.
 
-        multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
-        inside: [T] of each cost that does not count everywhere.
+        Arguments and errors are those of `weighed`.
         """
-        costs = {signal: advantages[signal] for signal in self.signals if signal != "reward"}
-        combined_T = combine_advantages(advantages["reward"], costs, multipliers, inside)
+        combined_T = self.weighed(advantages, multipliers, inside)
         return normalize(combined_T) if self.settings.normalize else combined_T
+
+    def weighed(
+        self,
+        values: Mapping[str, FloatArray],
+        multipliers: Mapping[str, float],
+        inside: Mapping[str, BoolArray] = MappingProxyType({}),
+    ) -> FloatArray:
+        """Values of every signal in one, of tokens or of answers.
+
+        multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
+        inside: of each cost that does not count everywhere, as many as there are values.
+        """
+        costs = {signal: values[signal] for signal in self.signals if signal != "reward"}
+        return combine_advantages(values["reward"], costs, multipliers, inside)
 
     def _rewards(self, answers: Answers) -> FloatArray:
         # A reward model has seen whole answers only and may well like one that never ends.

@@ -38,7 +38,7 @@ def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
         "constraints": [constraint | {"multiplier": multiplier}],
         "data": {"ptx": [f"demonstrations:1:{world}/demonstrations/train.jsonl"]},
         "rollout": {"prompts_per_step": 16},
-        "ppo": {"minibatches": 2, "ptx_coefficient": 1.0},
+        "ppo": {"minibatches": 2, "ptx_coefficient": 1.0, "replay": 0.5},
         "policy": {"schedule": "cosine", "warmup_fraction": 0.3},
         "evaluation": {
             "prompts": [f"prompts:1:{world}/prompts/test.jsonl"],

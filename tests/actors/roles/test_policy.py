@@ -406,3 +406,42 @@ def test_a_nan_score_is_passed_over(one_rank: None, tiny_world: Path) -> None:
     before = state_of(trainer)
     assert trainer.update(batch, 1) == {"policy/skipped_updates": 1.0}
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())
+
+
+def test_earlier_answers_are_imitated_by_how_much_they_are_ahead(one_rank: None, tiny_world: Path) -> None:
+    """Half as many earlier answers as there are, beside advantages of 0: theirs is the whole gradient."""
+    beta, multiplier = 0.3, 0.5
+    trainer = trainer_of(ppo_config(tiny_world, ppo={"replay": 0.5, "kl_coefficient": beta}))
+    first, now = random_sequences(8, seed=21), random_sequences(8, seed=22)
+    rng = np.random.default_rng(5)
+    scores = {s: rng.normal(0, 3, 8).astype(np.float32) for s in SIGNALS}
+    baselines = {s: rng.normal(0, 1, 8).astype(np.float32) for s in SIGNALS}
+
+    def complete(batch: pa.RecordBatch) -> pa.RecordBatch:
+        given = {f"scores/{s}": scores[s] for s in SIGNALS} | {f"baselines/{s}": baselines[s] for s in SIGNALS}
+        batch = with_columns(batch.drop_columns(["prompt_id"]), prompt_id=np.arange(8))
+        return with_columns(with_everything(tiny_world, batch), **given)
+
+    trainer.update(climbing(complete(first), multiplier), 1, {"harm": multiplier})
+    before = policy_model(tiny_world)
+    before.load_state_dict(state_of(trainer), strict=False)
+    batch = climbing(complete(now), multiplier)
+    spread = np.concatenate(combined(batch, multiplier)).std()
+    still = with_columns(
+        batch.drop_columns(["advantages"]), advantages=[np.zeros(len(row)) for row in combined(batch, multiplier)]
+    )
+    chosen = np.sort(np.random.default_rng((trainer.config.seed, 2)).permutation(8)[:4])
+    figures, gradients = gradients_of(trainer.engine.module, lambda: trainer.update(still, 2, {"harm": multiplier}))
+    # The prompts are those of the second step and the answers those of the first.
+    both = complete(first).to_pylist()
+    rows = [both[i] | {"prompt_tokens": batch.to_pylist()[i]["prompt_tokens"]} for i in chosen]
+    asked = experience.make_batch({n: [r[n] for r in rows] for n in ("sample_id", "prompt_tokens", "response_tokens")})
+    logprobs, loss, imitated = literal_logprobs(before, asked), torch.zeros(()), 0
+    for i, row, new in zip(chosen, rows, logprobs, strict=True):
+        kl = float(new.sum().detach()) - sum(row["reference_logprobs"])
+        ahead = [scores[s][i] - baselines[s][i] for s in SIGNALS]
+        gain = (ahead[0] - multiplier * ahead[1]) / (1 + multiplier) - beta * kl
+        imitated += gain > 0
+        loss = loss - min(max(gain, 0.0), 3 * spread) * new.mean() / 8
+    check_gradients(gradients, before, loss)
+    assert figures["policy/imitated"] == pytest.approx(imitated / 4) and imitated > 0
