@@ -39,7 +39,7 @@ def check_weights(stage: Stage, use: ModelUse) -> None:
     """UserError where the tensors in a model's folder are not those of its model, or its heads not those it is for."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from beaver_ray.models.score import HEADS, no_head
+    from beaver_ray.models.score import STATISTICS, head_tensors, no_head
     from beaver_ray.models.tensors import check_folder
 
     folder = find_model(use.folder)
@@ -50,8 +50,9 @@ def check_weights(stage: Stage, use: ModelUse) -> None:
         if not use.signals:
             check_folder(AutoModelForCausalLM, folder, use.folder, trust)
             return
-        check_folder(AutoModel, folder, use.folder, trust, HEADS)
-        has_head = any(name in HEADS for name in read_shapes(folder))
+        heads = head_tensors(folder)
+        check_folder(AutoModel, folder, use.folder, trust, {*heads, *STATISTICS})
+        has_head = any(name in heads for name in read_shapes(folder))
         if use.scores and not has_head:
             raise UserError(no_head(use.folder))
         if not use.scores and has_head:
