@@ -27,12 +27,25 @@ def check_fit(stage: Stage) -> list[str]:
     facts = {use.folder: read_model(use.folder) for use in uses}
     for problem in length_problems(stage, facts):
         raise UserError(problem)
+    check_adapters(stage)
     seen: set[tuple[str, bool, bool]] = set()
     for use in uses:
         if (key := (use.folder, bool(use.signals), use.scores)) not in seen:
             seen.add(key)
             check_weights(stage, use)
     return token_notes(stage, uses)
+
+
+def check_adapters(stage: Stage) -> None:
+    """UserError where a LoRA adapter is for layers that a trained model does not have."""
+    trained = [role for role in stage.roles() if role.training and role.training.lora_rank]
+    for role in trained:
+        folder = find_model(role.models[0].folder)
+        if folder and role.training and role.training.lora_targets:
+            from beaver_ray.models.checkpoint_names import model_skeleton
+            from beaver_ray.models.lora import linear_layers
+
+            linear_layers(model_skeleton(str(folder), stage.trusts_code), role.training.lora_targets)
 
 
 def check_weights(stage: Stage, use: ModelUse) -> None:

@@ -56,9 +56,7 @@ def test_a_pickle_that_needs_more_than_tensors_is_refused_and_runs_nothing(tiny_
         lambda: load_policy(folder, torch.float32),
         lambda: load_score_model(folder, "reward", torch.float32),
     ):
-        with pytest.raises(
-            UserError, match=r"pytorch_model\.bin holds (posix|os)\.mkdir, which is no tensor"
-        ) as caught:
+        with pytest.raises(UserError, match=r"pytorch_model\.bin holds (posix|os)\.mkdir, which") as caught:
             load()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(folder)
     mark = tmp_path / "m" / "exploded"

@@ -28,12 +28,14 @@ from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.models.folders import find_model, read_config, read_pickled, weight_files
 from beaver_ray.models.loading import check_model_folder, load_safely
+from beaver_ray.models.lora import merged_state
 from beaver_ray.models.provenance import KEY
 from beaver_ray.packing import check_packing
 from beaver_ray.signals import check_start, head_kind, head_names, head_of
+from beaver_ray.weights import AdapterInfo
 
 _PREFIXES = ("score_head", "score", "value_head", "regression_layer")
-"""What heads are called in files: by Beaver and us, by transformers, by OpenRLHF, and by models that are like ArmoRM."""
+"""What heads are called in files: by Beaver and us, by transformers, by OpenRLHF, and by models like ArmoRM."""
 STATISTICS = ("normalizer.mean", "normalizer.var", "normalizer.count")
 """What Beaver's normaliser keeps among the weights; mean and var are in config.json too."""
 _OPENRLHF = ("normalize_reward", "std", "value_head_prefix")
@@ -75,6 +77,13 @@ class ScoreModel(nn.Module):
         """Whether scores are anything but the head's own numbers."""
         return any((m, v) != (0.0, 1.0) for m, v in zip(self.mean, self.var, strict=True))
 
+    def shift_and_scale(self) -> tuple[list[float], list[float]]:
+        """What is taken off each head's raw score, and what that is divided by then."""
+        # A cost is only scaled, so that its safe side stays below 0.
+        rewards = [self.score_type == "reward" and (n == "reward" or len(self.heads) == 1) for n in self.heads]
+        shift = [m if reward else 0.0 for m, reward in zip(self.mean, rewards, strict=True)]
+        return shift, [1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var]
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Tensor:
         """Scores [B, L, H] of every position, float32, normalised as the model's configuration says."""
         # A policy whose vocabulary is padded further than the trunk's can sample numbers that stand for nothing.
@@ -84,10 +93,7 @@ class ScoreModel(nn.Module):
         scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
         if not self.normalizes:
             return scores
-        # A cost is only scaled, so that its safe side stays below 0.
-        rewards = [self.score_type == "reward" and (n == "reward" or len(self.heads) == 1) for n in self.heads]
-        shift_H = scores.new_tensor([m if r else 0.0 for m, r in zip(self.mean, rewards, strict=True)])
-        scale_H = scores.new_tensor([1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var])
+        shift_H, scale_H = (scores.new_tensor(numbers) for numbers in self.shift_and_scale())
         return (scores - shift_H) / scale_H
 
     def gradient_checkpointing_enable(self) -> None:
@@ -170,12 +176,19 @@ def no_head(path: str) -> str:
 
 
 def save_score_model(
-    model: ScoreModel, state: dict[str, Tensor], folder: Path, trained_with: dict[str, str] | None = None
+    model: ScoreModel,
+    state: dict[str, Tensor],
+    folder: Path,
+    trained_with: dict[str, str] | None = None,
+    adapter: AdapterInfo | None = None,
 ) -> None:
     """Write ``model``'s configuration and the full ``state`` (of `ScoreModel.state_dict`'s names) as safetensors.
 
-    trained_with: what it has learnt to read (`provenance.trained_with`); without, what its folder said of it.
+    trained_with: what it has learnt to read (`provenance.trained_with`); without, what its folder said of it. adapter:
+    of its trunk, which is written with that added to its weights.
     """
+    if adapter is not None:
+        state = merged_state(state, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = model.trunk.base_model_prefix
     named = {

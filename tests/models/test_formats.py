@@ -114,17 +114,13 @@ def test_broken_pickles_get_one_line(tmp_path: Path) -> None:
     whole = (folder / "pytorch_model-00002-of-00002.bin").read_bytes()
     for content in (whole[:-100], b"\x80\x02nothing", b""):
         (folder / "pytorch_model-00002-of-00002.bin").write_bytes(content)
-        with pytest.raises(
-            UserError, match=r"00002-of-00002\.bin is not a whole file of tensors; copy or save it again"
-        ):
+        with pytest.raises(UserError, match=r"00002-of-00002\.bin is not a whole file of tensors; copy"):
             read_shapes(folder)
     torch.save({"module": {"w": torch.zeros(2)}}, folder / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(UserError, match="holds no tensors by name"):
         read_shapes(folder)
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(
-        UserError, match=r"lacks pytorch_model-00002-of-00002\.bin, which its pytorch_model\.bin\.index"
-    ):
+    with pytest.raises(UserError, match=r"lacks pytorch_model-00002-of-00002\.bin, which its pytorch_model"):
         read_shapes(folder)
 
 
