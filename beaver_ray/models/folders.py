@@ -208,10 +208,10 @@ def adapter_numbers(model: str, facts: ModelFacts, targets: Sequence[str] = ()) 
     0 where the folder does not tell.
     """
     folder = find_model(model) if targets else None
-    layers = read_shapes(folder).items() if folder else ()
+    shapes = read_shapes(folder) if folder else {}
     named = [
         sum(shape)
-        for name, shape in layers
+        for name, shape in shapes.items()
         if len(shape) == 2 and any(f".{name}".endswith(f".{target}.weight") for target in targets)
     ]
     return sum(named) or facts.linear or 0

@@ -95,7 +95,7 @@ def test_without_a_constant_plain_transformers_and_vllm_agree(tmp_path: Path, mo
     trunk = AutoModel.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
     model = ScoreModel(trunk, "reward", ["reward", "cost"], mean=[0.0, 3.0], var=[4.0, 9.0])
-    torch.nn.init.normal_(model.score_head.weight)
+    torch.nn.init.normal_(model.score_head.weight, std=0.3)  # for scores of about 1, whose float32 has six digits
     for name, constant in (("plain", 0.0), ("constant", 0.5)):
         torch.nn.init.constant_(model.score_head.bias, constant)
         save_score_model(model, model.state_dict(), tmp_path / name)
