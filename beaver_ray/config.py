@@ -55,7 +55,11 @@ class PolicyModels(Strict):
     reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = option("Folder the reward critic starts from; null for the reward model.", None)
     lora_rank: int = option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
-    lora_alpha: float = option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
+    lora_alpha: float = option("An adapter's weight is lora_alpha / its rank.", 32.0, gt=0)
+    lora_targets: list[str] = option(
+        "Linear layers with an adapter (q_proj, ...); empty for all.", default_factory=list
+    )
+    critic_lora_rank: int = option("Train critics as adapters of this rank, and their heads; 0 trains all.", 0, ge=0)
     shared_critic: bool = option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
 
@@ -227,6 +231,11 @@ class TrainerConfig(RunConfig):
     template: Literal["auto", "chat", "beaver"] = option("How a prompt is written for the model.", "auto")
     dropout: bool = option("Train with the dropout of the model's configuration; PPO always does without.", True)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
+    lora_rank: int = option("Train a LoRA adapter of this rank, and any score heads; 0 trains all parameters.", 0, ge=0)
+    lora_alpha: float = option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
+    lora_targets: list[str] = option(
+        "Linear layers with an adapter (q_proj, ...); empty for all.", default_factory=list
+    )
     optimizer: OptimizerConfig = option("Optimizer.", default_factory=OptimizerConfig)
 
 

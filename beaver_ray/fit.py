@@ -27,6 +27,7 @@ def check_fit(stage: Stage) -> list[str]:
     facts = {use.folder: read_model(use.folder) for use in uses}
     for problem in length_problems(stage, facts):
         raise UserError(problem)
+    check_adapters(stage)
     seen: set[tuple[str, bool, bool]] = set()
     for use in uses:
         if (key := (use.folder, bool(use.signals), use.scores)) not in seen:
@@ -35,11 +36,23 @@ def check_fit(stage: Stage) -> list[str]:
     return token_notes(stage, uses)
 
 
+def check_adapters(stage: Stage) -> None:
+    """UserError where a LoRA adapter is for layers that a trained model does not have."""
+    trained = [role for role in stage.roles() if role.training and role.training.lora_rank]
+    for role in trained:
+        folder = find_model(role.models[0].folder)
+        if folder and role.training and role.training.lora_targets:
+            from beaver_ray.models.checkpoint_names import model_skeleton
+            from beaver_ray.models.lora import linear_layers
+
+            linear_layers(model_skeleton(str(folder), stage.trusts_code), role.training.lora_targets)
+
+
 def check_weights(stage: Stage, use: ModelUse) -> None:
     """UserError where the tensors in a model's folder are not those of its model, or its heads not those it is for."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from beaver_ray.models.score import HEADS, no_head
+    from beaver_ray.models.score import STATISTICS, head_tensors, no_head
     from beaver_ray.models.tensors import check_folder
 
     folder = find_model(use.folder)
@@ -50,8 +63,9 @@ def check_weights(stage: Stage, use: ModelUse) -> None:
         if not use.signals:
             check_folder(AutoModelForCausalLM, folder, use.folder, trust)
             return
-        check_folder(AutoModel, folder, use.folder, trust, HEADS)
-        has_head = any(name in HEADS for name in read_shapes(folder))
+        heads = head_tensors(folder)
+        check_folder(AutoModel, folder, use.folder, trust, {*heads, *STATISTICS})
+        has_head = any(name in heads for name in read_shapes(folder))
         if use.scores and not has_head:
             raise UserError(no_head(use.folder))
         if not use.scores and has_head:

@@ -57,6 +57,8 @@ class Training:
     """Where that number comes from."""
     lora_rank: int = 0
     """Rank of the adapter that is trained alone; 0 where all parameters are."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that have one; empty for all."""
     publishes: Callable[[float, float], float] | None = None
     """(bytes of what is trained, bytes of a GPU) -> bytes of published weights that stay on the device."""
 

@@ -145,6 +145,25 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or of a score model.")],
+    form: Annotated[
+        str, typer.Option("--as", metavar="beaver|sequence-classification", help="For safe-rlhf, or for transformers.")
+    ],
+    to: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write, instead of RUN/export/...")] = None,
+) -> None:
+    """Write a reward, cost or score model in the layout of another program, with the same scores."""
+    if form not in ("beaver", "sequence-classification"):
+        raise UserError(f"--as must be beaver or sequence-classification, not {form!r}")
+    from beaver_ray.models.export import export as write
+
+    folder, notes = write(run, form, to)  # type: ignore[arg-type]
+    for line in notes:
+        print(line)
+    print(f"written: {folder}")
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)

@@ -6,11 +6,10 @@ vLLM is asked whether it knows the architecture: seconds instead of minutes into
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from beaver_ray.errors import UserError
-from beaver_ray.models.folders import find_model, read_config
+from beaver_ray.models.folders import find_model, read_config, read_shapes
 from beaver_ray.stage import Stage
 
 TRIED = frozenset(
@@ -24,18 +23,23 @@ HEADLESS = "gemma2"
 def architecture_problem(stage: Stage) -> str | None:
     """What stands against training a language model of this architecture; None where nothing is known."""
     specs = stage.roles()
+    for spec in specs:
+        if spec.training is None or not spec.training.lora_rank:
+            continue
+        model = spec.models[0].folder
+        folder = find_model(model)
+        if folder and read_config(folder).get("model_type") == TRANSPOSED:
+            return f"{model}: no LoRA for a model of type {TRANSPOSED}; set its lora_rank to 0"
     trained = next((s for s in specs if s.training is not None and s.logits), None)
-    if trained is None or trained.training is None:
+    if trained is None:
         return None
-    model, lora = trained.models[0].folder, trained.training.lora_rank > 0
+    model = trained.models[0].folder
     in_vllm = any(spec.kv_cache_gib is not None for spec in specs)
     folder = find_model(model)
     kind = read_config(folder).get("model_type") if folder else None
     if folder is None or kind is None:
         return None
-    if lora and kind == TRANSPOSED:
-        return f"{model}: no LoRA for a model of type {kind}; set its lora_rank to 0"
-    if kind == HEADLESS and in_vllm and _has_head(folder):
+    if kind == HEADLESS and in_vllm and "lm_head.weight" in read_shapes(folder):
         return (
             f"{model} holds lm_head.weight, a second copy of its embeddings with which vLLM refuses a model of type "
             f"{kind}; save it anew with save_pretrained"
@@ -63,16 +67,6 @@ def _problem_of(folder: str, trust: bool, in_vllm: bool) -> str | None:
     if not _known_to_vllm(skeleton):
         return f"{folder}: vLLM has no model of type {skeleton.config.model_type}; debug=true runs without it"
     return None
-
-
-def _has_head(folder: Path) -> bool:
-    from safetensors import safe_open
-
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            if "lm_head.weight" in set(tensors.keys()):
-                return True
-    return False
 
 
 def _known_to_vllm(skeleton: Any) -> bool:

@@ -31,7 +31,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.fit import length_problems
 from beaver_ray.gpus import on_this_machine, visible_gpus
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
-from beaver_ray.models.folders import ModelFacts, read_model
+from beaver_ray.models.folders import ModelFacts, adapter_numbers, read_model
 from beaver_ray.stage import RoleSpec, Stage
 from launch.compatibility import architecture_problem
 
@@ -220,7 +220,7 @@ def _training_gib(
     training, parameters, adapter = spec.training, facts.parameters or 0, None
     assert training is not None
     if training.lora_rank:
-        adapter = training.lora_rank * (facts.linear or 0)
+        adapter = training.lora_rank * adapter_numbers(spec.models[0].folder, facts, training.lora_targets)
         parameters += adapter
     states, offloaded = training_state_gib(parameters, stage.engine, ranks, adapter)
     needs = states + activation_gib(facts, stage.engine, trained=True)

@@ -206,14 +206,17 @@ class PolicyStage(PolicyConfig, Stage):
 
     def store_bytes(self) -> float:
         """Experience, as parts, joined and with combined advantages, and the weights that may be read at one time."""
-        from beaver_ray.models.folders import read_model
+        from beaver_ray.models.folders import adapter_numbers, read_model
 
         objective = self.objective()
         # Tokens, versions, three log-probs, advantages; advantages of each signal; values and returns of each critic.
         columns = 6 + len(objective.signals) + 2 * len(objective.critics)
         tokens = self.data.max_prompt_tokens + columns * self.rollout.max_new_tokens
-        facts = read_model(self.models.policy)
-        numbers = self.models.lora_rank * (facts.linear or 0) if self.models.lora_rank else facts.parameters or 0
+        models = self.models
+        facts = read_model(models.policy)
+        numbers = facts.parameters or 0
+        if models.lora_rank:
+            numbers = models.lora_rank * adapter_numbers(models.policy, facts, models.lora_targets)
         weights = numbers * DTYPE_BYTES[self.engine.dtype] * (self.rollout.staleness + 2)
         return 3 * 4 * self._samples * tokens + weights
 
@@ -301,6 +304,7 @@ class PolicyStage(PolicyConfig, Stage):
             "policy",
             **self._minibatch(),
             lora_rank=self.models.lora_rank,
+            lora_targets=tuple(self.models.lora_targets),
             publishes=self.direct_room if self.direct_weights else None,
         )
         return RoleSpec(
@@ -323,7 +327,12 @@ class PolicyStage(PolicyConfig, Stage):
             "actors.roles.critic:Critic",
             lambda rank, world: (self, plan.signals, plan.model, rank, world),
             (use,),
-            Training(plan.folder, **self._minibatch()),
+            Training(
+                plan.folder,
+                **self._minibatch(),
+                lora_rank=self.models.critic_lora_rank,
+                lora_targets=tuple(self.models.lora_targets),
+            ),
             gpu_part=CRITIC_PART,
         )
 

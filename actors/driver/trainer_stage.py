@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from beaver_ray.data.tokenized import Ragged
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
+    from beaver_ray.weights import AdapterInfo
 
 
 class TrainerStage(TrainerConfig, Stage):
@@ -34,7 +35,7 @@ class TrainerStage(TrainerConfig, Stage):
     def roles(self) -> list[RoleSpec]:
         """The trainer alone."""
         batch = f"a batch of {self.batch_size} (batch_size)"
-        training = Training(self.trained, self.batch_size, batch, self.adapter_rank)
+        training = Training(self.trained, self.batch_size, batch, self.lora_rank, tuple(self.lora_targets))
         return [
             RoleSpec(
                 "trainer",
@@ -48,9 +49,11 @@ class TrainerStage(TrainerConfig, Stage):
         ]
 
     @property
-    def adapter_rank(self) -> int:
-        """Rank of the LoRA adapter that is trained alone; 0 where all parameters are."""
-        return 0
+    def adapter(self) -> AdapterInfo | None:
+        """The LoRA adapter that is trained alone, and any score heads with it; None where all parameters are."""
+        from beaver_ray.weights import AdapterInfo
+
+        return AdapterInfo(self.lora_rank, self.lora_alpha, self.model) if self.lora_rank else None
 
     def run(self, run: RunFolder) -> None:
         """Train, evaluate after each epoch and at the end, and save the model."""
@@ -93,15 +96,22 @@ class TrainerStage(TrainerConfig, Stage):
         raise NotImplementedError
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The model to train: a language model, or a score model with `heads`."""
+        """The model to train, a language model or a score model with `heads`; with a fresh adapter where it has one."""
+        from beaver_ray.models.lora import add_adapter, add_trunk_adapter
+
+        adapter = (self.lora_rank, self.lora_alpha, self.seed, self.lora_targets)
         if not self.heads:
             from beaver_ray.models.loading import load_policy
 
-            return load_policy(self.model, dtype, self.trust_remote_code)
+            policy = load_policy(self.model, dtype, self.trust_remote_code)
+            return add_adapter(policy, *adapter) if self.lora_rank else policy
         from beaver_ray.models.score import load_score_model
 
         first: Any = self.heads[0]
-        return load_score_model(self.model, first, dtype, self.trust_remote_code, self.heads)
+        model = load_score_model(self.model, first, dtype, self.trust_remote_code, self.heads)
+        if self.lora_rank:
+            add_trunk_adapter(model.trunk, *adapter)
+        return model
 
     def prepare(self, trainer: Trainer) -> Any:
         """Whatever must be known before the first step, kept as `Trainer.prepared`; called once on all ranks."""

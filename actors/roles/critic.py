@@ -20,9 +20,11 @@ from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
 from beaver_ray.method.losses import token_weights, value_loss
 from beaver_ray.models.loading import DTYPES, load_tokenizer
+from beaver_ray.models.lora import add_trunk_adapter
 from beaver_ray.models.provenance import trained_with
 from beaver_ray.models.score import load_score_model, save_score_model
 from beaver_ray.packing import check_packing
+from beaver_ray.weights import AdapterInfo
 
 
 class Critic(TrainingRank):
@@ -43,6 +45,11 @@ class Critic(TrainingRank):
                 f"tokenizers; start the critic from the policy's folder instead"
             )
         model = load_score_model(self.model, "critic", DTYPES[config.engine.dtype], trust, self.signals)
+        models = config.models
+        self.adapter: AdapterInfo | None = None
+        if models.critic_lora_rank:
+            self.adapter = AdapterInfo(models.critic_lora_rank, models.lora_alpha, self.model)
+            add_trunk_adapter(model.trunk, models.critic_lora_rank, models.lora_alpha, config.seed, models.lora_targets)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, name, config.critic, config.engine, steps)
         check_packing(self.engine.engine)
@@ -89,12 +96,15 @@ class Critic(TrainingRank):
         return metrics
 
     def save_model(self, folder: str) -> None:
-        """Write the critic and its tokenizer as a Hugging Face folder; all ranks must call it."""
+        """Write the critic, with any adapter added to its trunk, and its tokenizer as a Hugging Face folder.
+
+        All ranks must call it.
+        """
         state = self.engine.full_state_on_rank_0()
         if state is not None:
             model: Any = self.engine.module
             read_with = trained_with(self.tokenizer, self.config.data.template)
-            save_score_model(model, state, Path(folder), read_with)
+            save_score_model(model, state, Path(folder), read_with, self.adapter)
             self.tokenizer.save_pretrained(folder)
 
     def _total(self, rows: SequenceRows, minibatch: np.ndarray, signal: str) -> int:

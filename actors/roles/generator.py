@@ -43,7 +43,7 @@ from actors.roles.exchange import (
 from beaver_ray.data.templates import Template, read_end_tokens
 from beaver_ray.errors import UserError, cause
 from beaver_ray.models.checkpoint_names import checkpoint_names
-from beaver_ray.models.folders import count_parameters
+from beaver_ray.models.folders import count_parameters, find_model, is_pickled
 from beaver_ray.weights import Bucket, PublishedWeights, verify
 
 VLLM_BESIDE = 3 * 2**30  # of a GPU, for CUDA's context, activations, sampling and CUDA graphs
@@ -408,4 +408,13 @@ def start_engine(spec: GeneratorSpec, seeded: bool, **others: Any) -> Any:
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-    return LLMEngine.from_engine_args(EngineArgs(load_format="safetensors", **args | others))  # never pickles
+    return LLMEngine.from_engine_args(EngineArgs(load_format=load_format(spec.model), **args | others))
+
+
+def load_format(model: str) -> str:
+    """In vLLM's words: safetensors, or for a folder that has ``pytorch_model*.bin`` alone hf, which reads these too.
+
+    vLLM reads pickles with weights_only.
+    """
+    folder = find_model(model)
+    return "hf" if folder is not None and is_pickled(folder) else "safetensors"

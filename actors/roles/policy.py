@@ -28,11 +28,10 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
-from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
-from beaver_ray.models.saving import save_merged
+from beaver_ray.models.saving import save_language_model
 from beaver_ray.packing import check_packing
 from beaver_ray.replay import BestAnswers, Replay
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
@@ -55,7 +54,7 @@ class PolicyTrainer(TrainingRank):
         self.adapter: AdapterInfo | None = None
         if models.lora_rank:
             self.adapter = AdapterInfo(models.lora_rank, models.lora_alpha, models.policy)
-            model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed)
+            model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed, models.lora_targets)
         steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
         check_packing(self.engine.engine)
@@ -190,11 +189,7 @@ class PolicyTrainer(TrainingRank):
         state = self.engine.full_state_on_rank_0()
         if state is None:
             return
-        model: Any = self.engine.module
-        if self.adapter:
-            save_merged(model, state, self.adapter, Path(folder))
-        else:
-            model.save_pretrained(Path(folder), state_dict=without_repeats(model, state))
+        save_language_model(self.engine.module, state, self.adapter, Path(folder))
         self.tokenizer.save_pretrained(folder)
 
     def _step(

@@ -77,6 +77,7 @@ def _token_wise_loss(pairs: ScoredPairs, regularization: float) -> Tensor:
 
 
 def save_scores(trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
-    """Write the score model, and what it was trained to read with."""
+    """Write the score model, with any adapter added to its trunk, and what it was trained to read with."""
     model: Any = trainer.engine.module
-    save_score_model(model, state, folder, trained_with(trainer.tokenizer, trainer.config.template))
+    read_with = trained_with(trainer.tokenizer, trainer.config.template)
+    save_score_model(model, state, folder, read_with, trainer.task.adapter)

@@ -18,6 +18,7 @@ from beaver_ray.data.mixing import held_out_too, load_mix, split
 from beaver_ray.data.tokenized import BatchSampler, Ragged
 from beaver_ray.models.loading import DTYPES, load_tokenizer
 from beaver_ray.packing import check_packing, plan_micro_batches
+from beaver_ray.weights import AdapterInfo
 
 Rows = np.ndarray
 """Numbers of rows of a data set."""
@@ -25,6 +26,11 @@ Rows = np.ndarray
 
 class TrainerTask(Protocol):
     """What a stage tells the trainer."""
+
+    @property
+    def adapter(self) -> AdapterInfo | None:
+        """The LoRA adapter that is trained alone; None where all parameters are."""
+        ...
 
     def dataset(self) -> Any:
         """The class of its data sets (`beaver_ray.data.tokenized`)."""

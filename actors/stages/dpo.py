@@ -18,7 +18,6 @@ from beaver_ray.stage import ModelUse, RoleSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
 
     from actors.machine.engine import LossTerms
@@ -39,13 +38,6 @@ class Dpo(TrainerStage):
     beta: float = option("How dearly a departure from the reference is paid for.", 0.1, gt=0)
     reference: str | None = option("Folder of the frozen reference; null for the model's start.", None)
     dropout: bool = option("Train with the dropout of the model's configuration, which the reference has not.", False)
-    lora_rank: int = option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
-    lora_alpha: float = option("The adapter's weight is lora_alpha / lora_rank.", 32.0, gt=0)
-
-    @property
-    def adapter_rank(self) -> int:
-        """Rank of the LoRA adapter that is trained alone; 0 where all parameters are."""
-        return self.lora_rank
 
     def roles(self) -> list[RoleSpec]:
         """The trainer, which also reads another reference than its own start where there is one."""
@@ -64,13 +56,6 @@ class Dpo(TrainerStage):
     def sequences(self, data: Any) -> tuple[Ragged, ...]:
         """The better sequences and the worse ones."""
         return data.better, data.worse
-
-    def load(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The policy, with a fresh adapter where one is trained."""
-        from beaver_ray.models.lora import add_adapter
-
-        model = super().load(dtype)
-        return add_adapter(model, self.lora_rank, self.lora_alpha, self.seed) if self.lora_rank else model
 
     def prepare(self, trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
         """The reference's log-probs [N, 2] of the training and of the held-out pairs.
@@ -113,15 +98,9 @@ class Dpo(TrainerStage):
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
         """Write the policy; with LoRA the merged one, and the adapter beside it in ``adapter``."""
-        from beaver_ray.models.checkpoint_names import without_repeats
-        from beaver_ray.models.saving import save_merged
-        from beaver_ray.weights import AdapterInfo
+        from beaver_ray.models.saving import save_language_model
 
-        model: Any = trainer.engine.module
-        if self.lora_rank:
-            save_merged(model, state, AdapterInfo(self.lora_rank, self.lora_alpha, self.model), folder)
-        else:
-            model.save_pretrained(folder, state_dict=without_repeats(model, state))
+        save_language_model(trainer.engine.module, state, self.adapter, folder)
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
         """Those of every supervised stage, and the margin."""

@@ -59,9 +59,9 @@ class Sft(SupervisedConfig, TrainerStage):
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
         """Write the language model, which ends its answers as the demonstrations do."""
         from beaver_ray.data.templates import answer_form
-        from beaver_ray.models.checkpoint_names import without_repeats
         from beaver_ray.models.loading import end_generation
+        from beaver_ray.models.saving import save_language_model
 
         model: Any = trainer.engine.module
         end_generation(model, answer_form(trainer.tokenizer, self.template).end)
-        model.save_pretrained(folder, state_dict=without_repeats(model, state))
+        save_language_model(model, state, self.adapter, folder)

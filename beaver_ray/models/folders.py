@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 import os
-import shlex
+import re
 import struct
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from beaver_ray.errors import UserError, first_line
 
 LARGEST_SIZE = 10**9
-INDEX = "model.safetensors.index.json"
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weights in one file; in several they have an index of that name and ``.index.json``. The first there is counts."""
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # Where families write how many positions there are. Where several are there, the smallest counts.
 _POSITIONS = (
@@ -56,12 +58,11 @@ class ModelFacts:
 def find_model(model: str) -> Path | None:
     """The folder of a model, in the Hugging Face cache where ``model`` is a name of its hub; None if it is not there.
 
-    Raises UserError for what is neither a folder with a config.json nor the name of a hub, and for weights that are
-    there as pickles alone.
+    Raises UserError for what is neither a folder with a config.json nor the name of a hub.
     """
     # os.path finds nothing under names that cannot be, where Path raises.
     if os.path.isfile(os.path.join(model, "config.json")):
-        return _without_pickles(Path(model))
+        return Path(model)
     missing = f"no model in {model!r} (no config.json there); train it first, or give another folder"
     if os.path.exists(model) or model.count("/") != 1 or os.path.exists(model.split("/")[0] or "/"):
         raise UserError(missing)
@@ -71,23 +72,7 @@ def find_model(model: str) -> Path | None:
         cached = try_to_load_from_cache(model, "config.json")
     except ValueError:  # no name that a hub could have
         raise UserError(missing) from None
-    return _without_pickles(Path(cached).parent) if isinstance(cached, str) else None
-
-
-def _without_pickles(folder: Path) -> Path:
-    """The folder; UserError, with the command that mends it, where its weights can be read by unpickling alone."""
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        code = (
-            f"import pathlib, torch, huggingface_hub; f = pathlib.Path({str(folder)!r}); "
-            "huggingface_hub.save_torch_state_dict({n: t for p in sorted(f.glob('pytorch_model*.bin')) "
-            "for n, t in torch.load(p, map_location='cpu', weights_only=True).items()}, f)"
-        )
-        raise UserError(
-            f"{folder} has its weights as pickles alone ({pickles[0].name}), which may run code when they are read; "
-            f"write them as safetensors once: python -c {shlex.quote(code)}"
-        )
-    return folder
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -141,29 +126,68 @@ def fingerprint(model: str, dtype: str = "") -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from; another copy of it beside them is none of them.
+    """The files that a model is loaded from, safetensors before pickles; another copy beside them is none of them.
 
     Raises UserError where one of the shards that the index names is not there.
     """
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+    for whole in WHOLE_FILES:
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if (folder / f"{whole}.index.json").is_file():
+            return _shards(folder, f"{whole}.index.json")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _shards(folder: Path, index: str) -> list[Path]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} names no files of weights ({first_line(error)}); save the model again") from None
+        raise UserError(
+            f"{folder / index} names no files of weights ({first_line(error)}); save the model again"
+        ) from None
     missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names; copy or save the model again")
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which its {index} names; copy or save the model again")
     return [folder / name for name in names]
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a folder's weights are PyTorch's own files (``pytorch_model.bin``), with no safetensors beside them."""
+    return any(file.suffix == ".bin" for file in weight_files(folder))
+
+
+def read_pickled(file: Path) -> dict[str, Any]:
+    """The tensors of a file that torch.save wrote, by name; they stay in the file until they are used, if it is a zip.
+
+    Raises UserError for a pickle that holds anything but tensors and plain containers: none of that is unpickled.
+    """
+    import torch
+
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # of broken files torch raises nearly anything
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise UserError(f"{file} is not a whole file of tensors; copy or save it again") from None
+        raise UserError(
+            f"{file} holds {code[1]}, which is no tensor and may run code where it is unpickled, so it is not read; "
+            f"have the model saved as safetensors"
+        ) from None
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise UserError(f"{file} holds no tensors by name, as weights do; save the model again")
+    return dict(tensors)
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Every tensor of a folder's weights and its shape, from the files' headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
+        if file.suffix == ".bin":
+            shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickled(file).items()}
+            continue
         try:
             with file.open("rb") as stream:
                 length = struct.unpack("<Q", stream.read(8))[0]
@@ -176,6 +200,21 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{file} is not a whole safetensors file; copy or save it again") from None
     return shapes
+
+
+def adapter_numbers(model: str, facts: ModelFacts, targets: Sequence[str] = ()) -> int:
+    """Parameters of a LoRA adapter of rank 1 on a model's linear layers, or on those called ``targets`` alone.
+
+    0 where the folder does not tell.
+    """
+    folder = find_model(model) if targets else None
+    shapes = read_shapes(folder) if folder else {}
+    named = [
+        sum(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and any(f".{name}".endswith(f".{target}.weight") for target in targets)
+    ]
+    return sum(named) or facts.linear or 0
 
 
 def positions_of(shape: Mapping[str, Any], folder: Path) -> int | None:

@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.attention import use_packed_attention
-from beaver_ray.models.folders import find_model, positions_of, read_config
+from beaver_ray.models.folders import find_model, is_pickled, positions_of, read_config, read_shapes
 from beaver_ray.models.logprobs import install_logprob_head
 from beaver_ray.models.tensors import check_loaded
 from beaver_ray.packing import check_packing
@@ -107,18 +107,24 @@ def load_policy(
 
 
 def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool, heads: Collection[str] = ()) -> Any:
-    """A model of one of transformers' Auto classes, from safetensors alone, all of whose tensors have a place in it.
+    """A model of one of transformers' Auto classes, all of whose tensors have a place in it.
 
+    Weights are read as tensors and nothing else, from safetensors or, where there are none, ``pytorch_model*.bin``.
     heads: tensors of a score model's head, which are left for `score.load_score_model`. UserError where it cannot be
     loaded.
     """
+    folder = find_model(path)
+    pickled = folder is not None and is_pickled(folder)
+    if folder is not None and pickled:
+        read_shapes(folder)  # which says in one line what stands against it
     try:
         model, info = kind.from_pretrained(
-            path,
+            str(folder) if pickled else path,  # of a name of the hub transformers would ask there for safetensors
             dtype=dtype,
             attn_implementation=attention_kernel(dtype),
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=not pickled,
+            weights_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

@@ -1,4 +1,4 @@
-"""Trained models to Hugging Face folders."""
+"""Trained language models to Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from beaver_ray.models.checkpoint_names import without_repeats
-from beaver_ray.models.lora import adapter_name, base_name, is_adapter, merged
+from beaver_ray.models.lora import is_adapter, merged_state
 from beaver_ray.weights import AdapterInfo
 
 
-def save_merged(model: Any, state: dict[str, Tensor], info: AdapterInfo, folder: Path) -> None:
-    """Write a wrapped model with its adapter added to its weights as a Hugging Face folder.
+def save_language_model(model: Any, state: dict[str, Tensor], adapter: AdapterInfo | None, folder: Path) -> None:
+    """Write a language model as a Hugging Face folder; with an adapter, with that added to its weights.
 
-    state: all its tensors by the names of `add_adapter`'s model. peft's own folder of the adapter goes into ``adapter``
-    there.
+    state: all its tensors; with an adapter by the names of `add_adapter`'s model. peft's own folder of the adapter then
+    goes into ``adapter`` there.
     """
-    adapter = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-    model.save_pretrained(folder / "adapter", state_dict=adapter, save_embedding_layers=False)
-    base = ((base_name(name), tensor) for name, tensor in state.items() if not is_adapter(name))
-    whole = dict(merged(base, {adapter_name(name): tensor for name, tensor in adapter.items()}, info))
-    plain = model.get_base_model()
-    plain.save_pretrained(folder, state_dict=without_repeats(plain, whole))
+    if adapter is not None:
+        parts = {name: tensor for name, tensor in state.items() if is_adapter(name)}
+        model.save_pretrained(folder / "adapter", state_dict=parts, save_embedding_layers=False)
+        model, state = model.get_base_model(), merged_state(state, adapter)
+    model.save_pretrained(folder, state_dict=without_repeats(model, state))

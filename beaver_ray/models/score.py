@@ -3,8 +3,9 @@
 On disk a score model is a Hugging Face folder whose weights are the trunk's under its usual prefix, plus
 ``score_head.weight`` [H, hidden] and ``score_head.bias`` [H]; its config.json adds ``score_type``, ``score_dim`` H,
 ``score_heads`` (their names) and, where scores are normalised, ``do_normalize``, ``mean`` and ``var``, lists where
-there are several heads. With one head that is the layout of the published Beaver models, which load as they are, and
-so does transformers' own layout for ``*ForSequenceClassification``, whose head is ``score.weight``.
+there are several heads. With one head that is the layout of the published Beaver models, which load as they are. So do
+other layouts of the field, with other names for the head (`head_tensors`): transformers' own for
+``*ForSequenceClassification``, and OpenRLHF's, whose config.json has ``normalize_reward``, ``mean`` and ``std``.
 ``score_trained_with`` says which template and tokenizer a head has learnt to read (`provenance`).
 Sign convention: the higher the reward the better; a cost above 0 means unsafe.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,21 @@ from transformers import AutoModel, PreTrainedModel
 
 from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
-from beaver_ray.models.folders import find_model, read_config, weight_files
+from beaver_ray.models.folders import find_model, read_config, read_pickled, weight_files
 from beaver_ray.models.loading import check_model_folder, load_safely
+from beaver_ray.models.lora import merged_state
 from beaver_ray.models.provenance import KEY
 from beaver_ray.packing import check_packing
 from beaver_ray.signals import check_start, head_kind, head_names, head_of
+from beaver_ray.weights import AdapterInfo
 
-HEADS = ("score_head.weight", "score_head.bias", "score.weight", "score.bias")
-"""Names of a score head's tensors in files, in our layout and in transformers' own."""
+_PREFIXES = ("score_head", "score", "value_head", "regression_layer")
+"""What heads are called in files: by Beaver and us, by transformers, by OpenRLHF, and by models like ArmoRM."""
+STATISTICS = ("normalizer.mean", "normalizer.var", "normalizer.count")
+"""What Beaver's normaliser keeps among the weights; mean and var are in config.json too."""
+_OPENRLHF = ("normalize_reward", "std", "value_head_prefix")
+"""Keys of OpenRLHF's config.json that mean nothing once the head is saved in our layout."""
+HEADS = tuple(f"{head}.{part}" for head in _PREFIXES for part in ("weight", "bias"))
 ScoreType = Literal["reward", "cost", "critic"]
 
 
@@ -69,6 +77,13 @@ class ScoreModel(nn.Module):
         """Whether scores are anything but the head's own numbers."""
         return any((m, v) != (0.0, 1.0) for m, v in zip(self.mean, self.var, strict=True))
 
+    def shift_and_scale(self) -> tuple[list[float], list[float]]:
+        """What is taken off each head's raw score, and what that is divided by then."""
+        # A cost is only scaled, so that its safe side stays below 0.
+        rewards = [self.score_type == "reward" and (n == "reward" or len(self.heads) == 1) for n in self.heads]
+        shift = [m if reward else 0.0 for m, reward in zip(self.mean, rewards, strict=True)]
+        return shift, [1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var]
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Tensor:
         """Scores [B, L, H] of every position, float32, normalised as the model's configuration says."""
         # A policy whose vocabulary is padded further than the trunk's can sample numbers that stand for nothing.
@@ -78,10 +93,7 @@ class ScoreModel(nn.Module):
         scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
         if not self.normalizes:
             return scores
-        # A cost is only scaled, so that its safe side stays below 0.
-        rewards = [self.score_type == "reward" and (n == "reward" or len(self.heads) == 1) for n in self.heads]
-        shift_H = scores.new_tensor([m if r else 0.0 for m, r in zip(self.mean, rewards, strict=True)])
-        scale_H = scores.new_tensor([1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var])
+        shift_H, scale_H = (scores.new_tensor(numbers) for numbers in self.shift_and_scale())
         return (scores - shift_H) / scale_H
 
     def gradient_checkpointing_enable(self) -> None:
@@ -107,7 +119,9 @@ def load_score_model(
     there.
     """
     check_model_folder(path, f"{score_type} model")
-    trunk = load_safely(AutoModel, path, dtype, trust_remote_code, HEADS)
+    there = find_model(path)
+    known = HEADS if there is None else head_tensors(there)
+    trunk = load_safely(AutoModel, path, dtype, trust_remote_code, {*known, *STATISTICS})
     folder = find_model(path)  # a hub's model is in the cache by now
     assert folder is not None
     config, (weight, bias) = read_config(folder), _read_head(folder)
@@ -116,9 +130,7 @@ def load_score_model(
     if weight is not None and heads is not None:
         check_start(heads, str(folder))
     saved = head_names(str(folder)) or [head_kind(str(folder)) or "reward"]
-    normalize = bool(config.get("do_normalize", False)) and score_type != "critic"
-    mean = _numbers(config, "mean", path) if normalize else [0.0] * len(saved)
-    var = _numbers(config, "var", path) if normalize else [1.0] * len(saved)
+    mean, var = _statistics(config, path, len(saved)) if score_type != "critic" else _identity(len(saved))
     sizes = (len(saved), trunk.config.get_text_config().hidden_size)
     fits = weight is None or (weight.shape == sizes and (bias is None or bias.shape == sizes[:1]))
     if weight is not None and not (fits and len(mean) == len(var) == len(saved)):
@@ -149,6 +161,13 @@ def load_score_model(
     return model
 
 
+def head_tensors(folder: Path) -> tuple[str, ...]:
+    """Names that the tensors of a score head may have in a folder's files; OpenRLHF's config.json may say another."""
+    prefix = read_config(folder).get("value_head_prefix")
+    own = () if not isinstance(prefix, str) or prefix in _PREFIXES else (f"{prefix}.weight", f"{prefix}.bias")
+    return (*HEADS, *own)
+
+
 def no_head(path: str) -> str:
     """What to say of a language model in the place of a score model."""
     return (
@@ -157,12 +176,19 @@ def no_head(path: str) -> str:
 
 
 def save_score_model(
-    model: ScoreModel, state: dict[str, Tensor], folder: Path, trained_with: dict[str, str] | None = None
+    model: ScoreModel,
+    state: dict[str, Tensor],
+    folder: Path,
+    trained_with: dict[str, str] | None = None,
+    adapter: AdapterInfo | None = None,
 ) -> None:
     """Write ``model``'s configuration and the full ``state`` (of `ScoreModel.state_dict`'s names) as safetensors.
 
-    trained_with: what it has learnt to read (`provenance.trained_with`); without, what its folder said of it.
+    trained_with: what it has learnt to read (`provenance.trained_with`); without, what its folder said of it. adapter:
+    of its trunk, which is written with that added to its weights.
     """
+    if adapter is not None:
+        state = merged_state(state, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = model.trunk.base_model_prefix
     named = {
@@ -170,7 +196,7 @@ def save_score_model(
         for name, tensor in state.items()
     }
     save_torch_state_dict(named, folder)
-    config = model.trunk.config.to_dict()
+    config = {key: value for key, value in model.trunk.config.to_dict().items() if key not in _OPENRLHF}
     several = len(model.heads) > 1
     config.update(score_type=model.score_type, score_dim=len(model.heads), score_heads=list(model.heads))
     config.update(score_bias=True, do_normalize=model.normalizes)
@@ -178,6 +204,19 @@ def save_score_model(
     config.update({KEY: trained_with} if trained_with else {})
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _identity(heads: int) -> tuple[list[float], list[float]]:
+    return [0.0] * heads, [1.0] * heads
+
+
+def _statistics(config: Mapping[str, Any], path: str, heads: int) -> tuple[list[float], list[float]]:
+    """(mean, var) of each head's raw scores by config.json; 0 and 1 where scores are not normalised."""
+    if config.get("do_normalize"):
+        return _numbers(config, "mean", path), _numbers(config, "var", path)
+    if config.get("normalize_reward") and "mean" in config:
+        return _numbers(config, "mean", path), [std**2 for std in _numbers(config, "std", path)]
+    return _identity(heads)
 
 
 def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
@@ -195,11 +234,16 @@ def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
 
 def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
     """(weight [H, hidden], bias [H]) of a score head; None for what is not there."""
+    wanted = head_tensors(folder)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
+        if file.suffix == ".bin":
+            found |= {name: tensor for name, tensor in read_pickled(file).items() if name in wanted}
+            continue
         with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in HEADS if name in tensors.keys()}  # noqa: SIM118
-    if {"score_head.weight", "score.weight"} <= found.keys():
-        raise UserError(f"{folder} has two heads, score_head.weight and score.weight; save it again with one of them")
-    name = "score" if "score.weight" in found else "score_head"
-    return found.get(f"{name}.weight"), found.get(f"{name}.bias")
+            found |= {name: tensors.get_tensor(name) for name in wanted if name in tensors.keys()}  # noqa: SIM118
+    heads = sorted({name.rpartition(".")[0] for name in found})
+    if len(heads) > 1:
+        names = " and ".join(f"{head}.weight" for head in heads)
+        raise UserError(f"{folder} has several heads, {names}; save it again with one of them")
+    return (found.get(f"{heads[0]}.weight"), found.get(f"{heads[0]}.bias")) if heads else (None, None)

@@ -146,7 +146,7 @@ def matmul_parameters(folder: Path, head: bool = True) -> float:
     """Parameters that every token is multiplied with; UserError where the folder is not on this machine."""
     total = count_parameters(folder)
     if not total:
-        raise UserError(f"{folder}: no safetensors there to count parameters in; give models as local folders")
+        raise UserError(f"{folder}: no weights there to count parameters in; give models as local folders")
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     embedding = shape["vocab_size"] * shape["hidden_size"]
     # A tied table is the head too; a score model has a table and no head over words.

@@ -150,7 +150,7 @@ def test_models_and_tokenizers(tiny_world: Path, tmp_path: Path, monkeypatch: py
     broken = ppo(tiny_world, models={"policy": str(tiny_world / "model"), "reward": str(copy)})
     assert models(broken, []).state == "fail" and f"reward: {weights} is not whole" in models(broken, []).line
     weights.unlink()
-    assert f"reward: no safetensors in {copy}" in models(broken, []).line
+    assert f"reward: no weights in {copy}" in models(broken, []).line
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(tiny_world / "reward_model" / "model.safetensors", copy / "model-00001-of-00002.safetensors")
