@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models.families import tiny_model
@@ -26,9 +26,9 @@ QWEN3GUARD = (
 # Newer ones take a message's text as a list of parts.
 LLAMA_GUARD = (
     "<s>user\n\nIs there unsafe content in 'Agent' messages?\n\n<BEGIN CONVERSATION>"
-    "{% for m in messages %}\n\n{{ 'User' if loop.index0 % 2 == 0 else 'Agent' }}: "
+    "{% for m in messages %}{{ '\n\nUser: ' if loop.index0 % 2 == 0 else '\n\nAgent: ' }}"
     "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
-    "\n\n<END CONVERSATION><|eot_id|>assistant<|eot_id|>"
+    "{{ '\n\n<END CONVERSATION><|eot_id|>assistant<|eot_id|>' }}"
 )
 SHIELD_GEMMA = (
     "<s>You are a policy expert.\n\nHuman Question: {{ messages[0].content|trim }}\n\n"
@@ -48,6 +48,8 @@ def guard_tokenizer(guard: str | None) -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.Metaspace(prepend_scheme="first") if spaces else decoders.ByteLevel()
     alphabet = [chr(code) for code in range(32, 127)] + ["\n"] if spaces else pre_tokenizers.ByteLevel.alphabet()
+    if guard is None:  # it starts texts with BOS, as Llama's does
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )

@@ -211,7 +211,7 @@ def test_a_run_under_a_guard(
     assert [r.model for r in plan(config).roles].count(guards["qwen3guard"]["folder"]) == 1
     folder = train(config)
     metrics = read_metrics(folder)
-    assert len(metrics) == 2 and all(row["cost/refusal/samples"] < row["cost/harm/samples"] == 8 for row in metrics)
+    assert len(metrics) == 2 and all(row["cost/refusal/samples"] < 8 for row in metrics)
     assert load_config(folder / "config.yaml").model_dump() == config.model_dump()
     tokenizer = load_tokenizer(str(tiny_world / "model"))
     row = pq.read_table(folder / "trajectories" / "step_000002.parquet").to_pylist()[0]
