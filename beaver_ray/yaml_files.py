@@ -14,6 +14,7 @@ import re
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
@@ -85,10 +86,11 @@ def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
             parts = {field.annotation, *get_args(field.annotation)} - {type(None)}
             parts |= {part for inner in tuple(parts) for part in get_args(inner)}
             sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
-            models += [section for section in sections if section not in models]
-            if str in parts and sections:  # a text, or a section in its place
+            if sections and isinstance(field.annotation, UnionType) and str in parts:  # a text, or a section instead
                 kinds.setdefault(name, set()).add(str)
-            elif not sections:
+                continue
+            models += [section for section in sections if section not in models]
+            if not sections:
                 kinds.setdefault(name, set()).update({field.annotation, *get_args(field.annotation)} - {type(None)})
     return frozenset(name for name, found in kinds.items() if str in found and found <= {str, str | None})
 
