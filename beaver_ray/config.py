@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from beaver_ray.constraint_options import ConstraintConfig
+from beaver_ray.guard_options import GuardModel, read_guard
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
@@ -51,7 +52,9 @@ class PolicyModels(Strict):
     """The models of a PPO run; costs stand under constraints."""
 
     policy: str = option("Folder of the policy to train.")
-    reward: str = option("Folder of the reward model, a service's address, or python:FILE.py:FUNCTION.")
+    reward: str | GuardModel = option(
+        "Folder of the reward model, a guard, a service's address, or python:FILE.py:FUNCTION."
+    )
     reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = option("Folder the reward critic starts from; null for the reward model.", None)
     lora_rank: int = option("Train a LoRA adapter of this rank; 0 trains all parameters.", 0, ge=0)
@@ -62,6 +65,11 @@ class PolicyModels(Strict):
     critic_lora_rank: int = option("Train critics as adapters of this rank, and their heads; 0 trains all.", 0, ge=0)
     shared_critic: bool = option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _guard(cls, given: Any) -> Any:
+        return read_guard(given)
 
     @model_validator(mode="after")
     def _source_of_rewards(self) -> PolicyModels:
@@ -372,11 +380,13 @@ class PolicyConfig(RunConfig):
 
     def _check_starts_of_critics(self) -> None:
         models, without = self.models, "or do without critics (ppo.advantage: leave_one_out)"
-        if not score_source(models.reward).starts_critics and models.reward_critic is None:
-            raise ValueError(f"no critic can start from {models.reward}; give reward_critic a folder, {without}")
+        reward = score_source(models.reward)
+        if not reward.starts_critics and models.reward_critic is None:
+            raise ValueError(f"no critic can start from {reward.text}; give reward_critic a folder, {without}")
         for c in self.constraints if self.has_cost_critics and not models.shared_critic else []:
-            if not score_source(c.model).starts_critics and c.critic is None:
-                lacking = f"constraint {c.name}: no critic can start from {c.model}"
+            cost = score_source(c.model)
+            if not cost.starts_critics and c.critic is None:
+                lacking = f"constraint {c.name}: no critic can start from {cost.text}"
                 raise ValueError(f"{lacking}; give critic a folder, {without}")
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
+from beaver_ray.guard_options import GuardModel, read_guard
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
@@ -58,8 +59,9 @@ class ConstraintConfig(Strict):
     """One bounded cost: its scorer, critic, limit and multiplier."""
 
     name: str = option("Name in metrics and columns, for example harm.")
-    model: str = option(
-        "Folder of the cost model (above 0 means unsafe), a service's address, or python:FILE.py:FUNCTION(key=value)."
+    model: str | GuardModel = option(
+        "Folder of the cost model (above 0 means unsafe), a guard (docs/guards.md), a service's address, or "
+        "python:FILE.py:FUNCTION(key=value)."
     )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)
@@ -94,6 +96,11 @@ class ConstraintConfig(Strict):
         bound = self.limit if self.violation_rate is None else self.violation_rate
         assert bound is not None
         return bound
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _guard(cls, given: Any) -> Any:
+        return read_guard(given)
 
     @model_validator(mode="after")
     def _one_limit(self) -> ConstraintConfig:

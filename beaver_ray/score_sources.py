@@ -1,6 +1,6 @@
-"""Where a score comes from: a score model's folder, a service's address, or a Python function of the user's own.
+"""Where a score comes from: a score model's folder, a guard, a service's address, or a Python function of the user's.
 
-One class each; `score_source` says which of them a text means. Configuration, plan, doctor and run ask the same object.
+One class each; `score_source` says which of them is meant. Configuration, plan, doctor and run ask the same object.
 What a run may send its texts to, and whose code it may run, is for whoever starts it to say, not for its configuration,
 which may come from elsewhere.
 """
@@ -11,12 +11,13 @@ import ast
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from beaver_ray.errors import UserError
+from beaver_ray.guard_options import GuardModel
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
 """Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""
@@ -53,7 +54,7 @@ class ScorerSetting:
 
 
 class ScoreSource(ABC):
-    """One source of scores, from its text in the configuration."""
+    """One source of scores; ``text`` is what the configuration calls it."""
 
     worker: ClassVar[str]
     """Class of its scorers, "module:Class"."""
@@ -61,6 +62,8 @@ class ScoreSource(ABC):
     """Whether a critic can start from it."""
     names_signals: ClassVar[bool] = False
     """Whether one scorer gives all signals whose source this is, each by its name."""
+    is_score_model: ClassVar[bool] = False
+    """Whether its folder is a score model's, which has a head for each signal."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -69,6 +72,11 @@ class ScoreSource(ABC):
     def folder(self) -> str | None:
         """The folder, or hub name, of the model that scores; None where none is loaded."""
         return None
+
+    @property
+    def shared(self) -> Hashable:
+        """What is equal of two sources whose signals one worker can give."""
+        return self.text
 
     @abstractmethod
     def check(self, part: str) -> None:
@@ -84,6 +92,7 @@ class FolderSource(ScoreSource):
 
     worker = "actors.roles.scorer:Scorer"
     starts_critics = True
+    is_score_model = True
 
     @property
     def folder(self) -> str:
@@ -100,6 +109,62 @@ class FolderSource(ScoreSource):
         """Of `Scorer`."""
         return (
             self.text,
+            columns,
+            setting.policy,
+            setting.dtype,
+            setting.token_budget,
+            setting.threads,
+            setting.trust_remote_code,
+            setting.template,
+            setting.prompts,
+        )
+
+
+class GuardSource(ScoreSource):
+    """A guard: a causal language model, whose log-odds of its own words are the scores."""
+
+    worker = "actors.roles.guard_scorer:GuardScorer"
+
+    def __init__(self, guard: GuardModel) -> None:
+        super().__init__(f"{guard.folder} ({guard.guard or 'guard'})")
+        self.guard = guard
+
+    @property
+    def folder(self) -> str:
+        """The guard's folder."""
+        return self.guard.folder
+
+    @property
+    def shared(self) -> Hashable:
+        """All but the signal."""
+        return self.guard.model_dump_json(exclude={"signal"})
+
+    def head(self, kind: str) -> int:
+        """The number of its score: of the signal itself for a cost, of its opposite for a reward."""
+        return self.guard.place + (len(self.guard.form.fields) if kind == "reward" else 0)
+
+    def check(self, part: str) -> None:
+        """UserError where no model is there, or its tokenizer cannot tell the guard's words apart."""
+        from beaver_ray.models.folders import find_model
+        from beaver_ray.models.loading import check_model_folder
+
+        check_model_folder(self.folder, part)
+        if find_model(self.folder) is not None:
+            self.words(part)
+
+    def words(self, part: str, trust_remote_code: bool = False) -> str:
+        """A line that says which tokens it reads. UserError where the tokenizer cannot tell them apart."""
+        from beaver_ray.models.guard_reader import GuardReader
+
+        try:
+            return GuardReader(self.guard, trust_remote_code).words()
+        except UserError as error:
+            raise UserError(f"{part}: {error}") from None
+
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """Of `GuardScorer`."""
+        return (
+            self.guard,
             columns,
             setting.policy,
             setting.dtype,
@@ -191,8 +256,10 @@ class FunctionSource(ScoreSource):
         return (*function, columns, setting.policy, trust, template, setting.prompts)
 
 
-def score_source(text: str) -> ScoreSource:
-    """The source that a text of the configuration means. ValueError for an address or a function that is none."""
+def score_source(text: str | GuardModel) -> ScoreSource:
+    """The source that the configuration means. ValueError for an address or a function that is none."""
+    if isinstance(text, GuardModel):
+        return GuardSource(text)
     if text.startswith(("http://", "https://")):
         return ServiceSource(text)
     return FunctionSource(text) if text.startswith(FUNCTION) else FolderSource(text)

@@ -13,21 +13,22 @@ from pathlib import Path
 
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
+from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.folders import read_config
-from beaver_ray.score_sources import score_source
+from beaver_ray.score_sources import GuardSource, ScoreSource, score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
 
 
 @dataclass(frozen=True)
 class ScorerPlan:
-    """One source of scores: its role's name, the key of its placement, what the configuration calls it, and the number
-    of its score for each column that it gives.
+    """One scorer: its role's name, the key of its placement, the source of its scores, and the number of its score for
+    each column that it gives.
     """
 
     name: str
     kind: str
-    model: str
+    source: ScoreSource
     columns: dict[str, int]
 
 
@@ -94,17 +95,17 @@ def check_start(signals: Sequence[str], model: str) -> None:
 def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     """The scorers of a run, the reward's first.
 
-    Signals whose source is one folder with several heads, or one function, share a scorer.
+    Signals whose source is one folder with several heads, one guard, or one function, share a scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
     plans = [_scorer("reward", "reward", "reward", config.models.reward)]
     for constraint in config.constraints:
         plan = _scorer(constraint.name, f"cost-{constraint.name}", "cost", constraint.model)
-        same = next((p for p in plans if p.model == plan.model), None)
-        if same is not None and score_source(plan.model).names_signals:
+        same = next((p for p in plans if p.source.shared == plan.source.shared), None)
+        if same is not None and plan.source.names_signals:
             same.columns[f"cost/{constraint.name}"] = len(same.columns)
-        elif same is not None and len(head_names(plan.model)) > 1:
+        elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
         else:
             plans.append(plan)
@@ -114,26 +115,39 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
 def critics(config: PolicyConfig) -> list[CriticPlan]:
     """The critics of a run: one for each signal that its objective wants valued, or one for all of them."""
     models, signals = config.models, config.objective().critics
-    reward_critic = models.reward_critic or models.reward
+    reward_critic = models.reward_critic or _folder(models.reward)
     if models.shared_critic and signals:
         return [CriticPlan("critic", "reward_critic", reward_critic, signals, "critic")]
-    starts = {"reward": reward_critic} | {c.name: c.critic or c.model for c in config.constraints}
+    starts = {"reward": reward_critic} | {c.name: c.critic or _folder(c.model) for c in config.constraints}
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def _scorer(signal: str, name: str, kind: str, model: str) -> ScorerPlan:
-    heads = head_names(model)
+def _scorer(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+    source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
+    if isinstance(source, GuardSource):
+        return ScorerPlan(name, kind, source, {column: source.head(kind)})
+    head = _checked_head(signal, kind, source.text) if source.is_score_model else 0
+    return ScorerPlan(name, kind, source, {column: head})
+
+
+def _checked_head(signal: str, kind: str, folder: str) -> int:
+    """The head of a score model that is the signal's."""
+    heads = head_names(folder)
     head = head_of(signal, heads) if len(heads) > 1 else 0
     if head is None:
         wanted = "reward" if signal == "reward" else f"{signal} or cost"
         raise UserError(
-            f"{model} has no head called {wanted}, only {', '.join(heads)}; give the folder of another model"
+            f"{folder} has no head called {wanted}, only {', '.join(heads)}; give the folder of another model"
         )
-    if os.path.isfile(os.path.join(model, "config.json")) and read_config(Path(model)).get("score_type") == "critic":
-        raise UserError(f"{model} is a critic, whose values are no scores; give the folder of a {kind} model")
-    if len(heads) <= 1 and head_kind(model) not in ("", kind):
-        raise UserError(f"{model} is a {head_kind(model)} model; give the folder of a {kind} model for {signal}")
-    return ScorerPlan(name, kind, model, {signal if signal == "reward" else f"cost/{signal}": head})
+    if os.path.isfile(os.path.join(folder, "config.json")) and read_config(Path(folder)).get("score_type") == "critic":
+        raise UserError(f"{folder} is a critic, whose values are no scores; give the folder of a {kind} model")
+    if len(heads) <= 1 and head_kind(folder) not in ("", kind):
+        raise UserError(f"{folder} is a {head_kind(folder)} model; give the folder of a {kind} model for {signal}")
+    return head
+
+
+def _folder(model: str | GuardModel) -> str:
+    return model if isinstance(model, str) else model.folder
 
 
 def _kind(signal: str) -> str:

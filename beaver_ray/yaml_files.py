@@ -14,6 +14,7 @@ import re
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
@@ -26,6 +27,7 @@ MOST_VALUES = 100_000
 MOST_LEVELS = 30
 LARGEST_INTEGER = 2**63 - 1
 # Control characters, and halves of characters: neither can stand in a path.
+_LINES = frozenset({"template", "guideline"})  # options whose text may have several lines
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # A URL with a user name or password in it.
 _CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
@@ -84,6 +86,9 @@ def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
             parts = {field.annotation, *get_args(field.annotation)} - {type(None)}
             parts |= {part for inner in tuple(parts) for part in get_args(inner)}
             sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
+            if sections and isinstance(field.annotation, UnionType) and str in parts:  # a text, or a section instead
+                kinds.setdefault(name, set()).add(str)
+                continue
             models += [section for section in sections if section not in models]
             if not sections:
                 kinds.setdefault(name, set()).update({field.annotation, *get_args(field.annotation)} - {type(None)})
@@ -172,7 +177,8 @@ def _checked(node: Any, where: str, path: tuple[str, ...] = ()) -> Any:
         return [_checked(value, where, (*path, str(index))) for index, value in enumerate(node)]
     if isinstance(node, int) and abs(node) > LARGEST_INTEGER:
         raise UserError(f"{place}: a whole number must lie between -{LARGEST_INTEGER} and {LARGEST_INTEGER}")
-    if isinstance(node, str) and _NO_TEXT.search(node):
+    lines = isinstance(node, str) and bool(path) and path[-1] in _LINES
+    if isinstance(node, str) and _NO_TEXT.search(node.replace("\n", "") if lines else node):
         raise UserError(f"{place}: text {_brief(node)} holds a control character or half a character")
     if isinstance(node, str) and _CREDENTIALS.search(node):
         raise UserError(

@@ -279,7 +279,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInf
     for name, field in model.model_fields.items():
         origin, kinds = get_origin(field.annotation), (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if inner is None:
+        instead = isinstance(field.annotation, types.UnionType) and str in kinds  # a text, or a mapping instead
+        if inner is None or instead:
             found.append((prefix + name, field))
         else:
             entry = "NAME." if origin is list else "ROLE." if origin is dict else ""

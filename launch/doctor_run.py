@@ -80,7 +80,7 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
         for role in stage.roles():
-            if role.source is not None and role.source.folder is None:
+            if role.source is not None and not role.source.is_score_model and role.source.folder not in missing:
                 checks.append((f"{stage.name}: {role.name}", partial(score_source, role)))
         made.append(stage.folder)
     return checks
@@ -92,11 +92,11 @@ def _folders(stage: Stage) -> dict[str, str]:
 
 
 def score_source(role: RoleSpec) -> Finding:
-    """A service or a function may be asked for scores, and is there, tried from here."""
+    """A service or a function may be asked for scores, and is there, tried from here; a guard's words are tokens."""
     assert role.source is not None
     role.source.check(role.name)
     worker: Any = role.worker_class()
-    return Finding("pass", worker.try_out(role.source.text, SERVICE_S))
+    return Finding("pass", worker.try_out(role.source, SERVICE_S))
 
 
 def models(stage: Stage, made: Sequence[Path]) -> Finding:

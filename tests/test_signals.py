@@ -11,7 +11,7 @@ import pytest
 from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
 from beaver_ray.errors import UserError
-from beaver_ray.signals import CriticPlan, ScorerPlan, critics, head_names, head_of, scorers
+from beaver_ray.signals import CriticPlan, critics, head_names, head_of, scorers
 
 
 def folder(path: Path, *heads: str) -> str:
@@ -39,19 +39,24 @@ def test_the_head_of_a_signal() -> None:
     assert head_of("reward", ["cost"]) is None and head_of("harm", ["reward"]) is None
 
 
+def made(run: PolicyStage) -> list[tuple[str, str, str, dict[str, int]]]:
+    """The scorers of a run, in plain values."""
+    return [(plan.name, plan.kind, plan.source.text, plan.columns) for plan in scorers(run)]
+
+
 def test_folders_with_several_heads_are_read_once(tmp_path: Path) -> None:
     both, one = folder(tmp_path / "both", "reward", "leak", "cost"), folder(tmp_path / "one")
     assert head_names(both) == ["reward", "leak", "cost"]
     assert head_names(one) == head_names(str(tmp_path / "none")) == []
     harm, leak = {"name": "harm", "model": both}, {"name": "leak", "model": both}
-    assert scorers(config({"reward": both}, harm, {"name": "other", "model": one}, leak)) == [
-        ScorerPlan("reward", "reward", both, {"reward": 0, "cost/harm": 2, "cost/leak": 1}),
-        ScorerPlan("cost-other", "cost", one, {"cost/other": 0}),
+    assert made(config({"reward": both}, harm, {"name": "other", "model": one}, leak)) == [
+        ("reward", "reward", both, {"reward": 0, "cost/harm": 2, "cost/leak": 1}),
+        ("cost-other", "cost", one, {"cost/other": 0}),
     ]
     # Without the reward the first constraint's scorer serves the second as well.
-    assert scorers(config({"reward": one}, harm, leak)) == [
-        ScorerPlan("reward", "reward", one, {"reward": 0}),
-        ScorerPlan("cost-harm", "cost", both, {"cost/harm": 2, "cost/leak": 1}),
+    assert made(config({"reward": one}, harm, leak)) == [
+        ("reward", "reward", one, {"reward": 0}),
+        ("cost-harm", "cost", both, {"cost/harm": 2, "cost/leak": 1}),
     ]
     # A reward is normalised otherwise than a cost: one head is not both.
     same = config({"reward": one}, {"name": "harm", "model": one})

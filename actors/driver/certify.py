@@ -117,7 +117,7 @@ def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, a
         target=constraint.bound,
         costs_NK=costs_NK[held_out.counting(constraint.name)],
         unsafe_above=(0.5 if learned else 0.0) if rate else None,
-        judged_by=constraint.model if learned else "the small world's true cost",
+        judged_by=score_source(constraint.model).text if learned else "the small world's true cost",
         probabilities=rate and learned,
     )
 

@@ -49,7 +49,7 @@ def compare_with_labels(config: PolicyStage, file: Path, policy: str | None) -> 
             scored = group.wait(group.next().call(ScorerBase.score, batch), "scoring labelled answers")
             probability = experience.scalars(scored, f"cost/{name}")
             if not np.isfinite(probability).all():
-                raise UserError(f"{plans[name].model} gives answers of {file} a cost that is not finite; mend it")
+                raise UserError(f"{plans[name].source.text} gives answers of {file} a cost that is not finite; mend it")
             found[name] = compare(probability, unsafe, prompts)
     return Reliability(labelled_by=f"{file} ({report.line()})", constraints=found)
 

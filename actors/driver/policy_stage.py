@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from beaver_ray.config import DTYPE_BYTES, PolicyConfig
 from beaver_ray.errors import UserError
-from beaver_ray.score_sources import ScorerSetting, score_source
+from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class PolicyStage(PolicyConfig, Stage):
         return RoleSpec("rollout", "rollout", worker, arguments, (policy,), kv_cache_gib=cache, gpu_part=GENERATOR_PART)
 
     def _scorer(self, plan: ScorerPlan) -> RoleSpec:
-        source = score_source(plan.model)
+        source = plan.source
         setting = ScorerSetting(
             policy=self.models.policy,
             dtype=self.engine.dtype,
@@ -272,14 +272,15 @@ class PolicyStage(PolicyConfig, Stage):
             prompts=(self.data.prompts, self.evaluation.prompts),
             timeout_s=self.cluster.step_timeout,
         )
-        signals = tuple(column.removeprefix("cost/") for column in plan.columns)
+        # Of a language model no head is asked for.
+        signals = tuple(column.removeprefix("cost/") for column in plan.columns if source.is_score_model)
         folder = source.folder
         return RoleSpec(
             plan.name,
             plan.kind,
             source.worker,
             lambda rank, world: source.arguments(plan.columns, setting),
-            () if folder is None else (ModelUse(plan.name, folder, signals, scores=True),),
+            () if folder is None else (ModelUse(plan.name, folder, signals, scores=source.is_score_model),),
             source=source,
             gpu_part=0 if folder is None else 1,
         )

@@ -53,8 +53,8 @@ def check_models(config: PolicyStage) -> list[str]:
     check_model_folder(config.models.policy, "policy")
     sources = {"reward model": config.models.reward}
     sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
-    for part, text in sources.items():
-        score_source(text).check(part)
+    for part, model in sources.items():
+        score_source(model).check(part)
     return check_fit(config)
 
 

@@ -202,7 +202,7 @@ class ExperienceBuilder:
         config, kind, signal = self.config, *name.partition("/")[::2]
         if kind in ("reward", "cost"):
             scorer = next(plan for plan in scorers(config) if name in plan.columns)
-            return f"the scorer {scorer.name} ({scorer.model})"
+            return f"the scorer {scorer.name} ({scorer.source.text})"
         if kind == "values":
             critic = next(plan for plan in critics(config) if signal in plan.signals)
             return f"the critic of {signal} (started from {critic.model})"

@@ -26,6 +26,7 @@ from actors.roles.scorer import TextScorer
 from beaver_ray import experience
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
+from beaver_ray.score_sources import ScoreSource
 
 GIVEN = ("prompts", "responses")
 
@@ -62,9 +63,9 @@ class FunctionScorer(TextScorer):
         self.fields = _wanted(source, self.function, known, self.keywords)
 
     @staticmethod
-    def try_out(source: str, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float) -> str:
         """A line that says that the function is there; it is not called."""
-        return f"{source} is there"
+        return f"{source.text} is there"
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The function's scores [N, H], in the order of the columns' numbers."""

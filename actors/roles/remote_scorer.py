@@ -24,6 +24,7 @@ from actors.roles.scorer import TextScorer
 from beaver_ray import experience
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.score_sources import ScoreSource
 
 MOST_TEXTS = 64  # in one request
 PARALLEL = 4  # requests at a time
@@ -59,10 +60,10 @@ class RemoteScorer(TextScorer):
         self.service.scores([], [])
 
     @staticmethod
-    def try_out(url: str, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float) -> str:
         """A line that says that the service answers. UserError where it does not."""
-        ScoringService(url, timeout_s).scores([], [])
-        return f"{url} answers"
+        ScoringService(source.text, timeout_s).scores([], [])
+        return f"{source.text} answers"
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The service's scores [N, 1] of whole sequences."""
