@@ -172,7 +172,8 @@ def _checked(node: Any, where: str, path: tuple[str, ...] = ()) -> Any:
         return [_checked(value, where, (*path, str(index))) for index, value in enumerate(node)]
     if isinstance(node, int) and abs(node) > LARGEST_INTEGER:
         raise UserError(f"{place}: a whole number must lie between -{LARGEST_INTEGER} and {LARGEST_INTEGER}")
-    if isinstance(node, str) and _NO_TEXT.search(node):
+    # A system prompt may have lines, and is no path.
+    if isinstance(node, str) and _NO_TEXT.search(node.replace("\n", " ") if path[-1:] == ("system",) else node):
         raise UserError(f"{place}: text {_brief(node)} holds a control character or half a character")
     if isinstance(node, str) and _CREDENTIALS.search(node):
         raise UserError(

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.template_options import Style, TemplateOptions
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -260,7 +261,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInf
     for name, field in model.model_fields.items():
         origin, kinds = get_origin(field.annotation), (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if inner is None:
+        if inner is None or issubclass(inner, TemplateOptions):  # which is mostly a word
             found.append((prefix + name, field))
         else:
             entry = "NAME." if origin is list else "ROLE." if origin is dict else ""
@@ -279,6 +280,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if arguments and origin is not dict:
         return " | ".join(str(a) for a in arguments)
+    if annotation is TemplateOptions:
+        return f"{' | '.join(get_args(Style))} or mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     return names.get(annotation, "mapping")
 
@@ -287,4 +290,5 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ", required"
     value = field.get_default(call_default_factory=True, validated_data={})
+    value = value.style if isinstance(value, TemplateOptions) else value
     return f", default {value if isinstance(value, str) else json.dumps(value)}"
