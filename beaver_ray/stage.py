@@ -170,6 +170,11 @@ class Stage(RunConfig):
         return None
 
     @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """What it trains on, and what it holds out by name (both NAME[:PROPORTION[:PATH]])."""
+        raise NotImplementedError
+
+    @property
     def scoped_data(self) -> list[str]:
         """The data (NAME[:PROPORTION[:PATH]]) whose rows say what counts over them; none where all of it does."""
         return []

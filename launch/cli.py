@@ -146,6 +146,26 @@ def report(
 
 
 @app.command()
+def data(
+    specs: Annotated[
+        list[str], typer.Argument(metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or the YAML file of a stage.")
+    ],
+    held_out: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; of a stage's file its own.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Count lengths in this model's tokens instead of words.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures.")] = None,
+) -> None:
+    """Look through data: what is dropped, lengths, duplicates, labels, held-out prompts that are trained on."""
+    from launch.data_report import show
+
+    show(specs, held_out or [], tokenizer, json_file, page)
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)

@@ -103,6 +103,11 @@ class PolicyStage(PolicyConfig, Stage):
         return evaluate(self, policy)
 
     @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """Prompts and PTX texts, and the prompts of its evaluations."""
+        return [*self.data.prompts, *self.data.ptx], self.evaluation.prompts
+
+    @property
     def scoped_data(self) -> list[str]:
         """The training prompts, where a constraint counts over some of them alone."""
         return self.data.prompts if self.scopes else []

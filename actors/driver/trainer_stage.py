@@ -69,6 +69,11 @@ class TrainerStage(TrainerConfig, Stage):
         return self.template
 
     @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """``train`` and ``eval``."""
+        return self.train, self.eval
+
+    @property
     def trusts_code(self) -> bool:
         """Whether Python code in the model's folder may run."""
         return self.trust_remote_code
