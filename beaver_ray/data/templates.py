@@ -426,7 +426,7 @@ def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, marks: Mapping
     that some special tokens take with them.
     """
     pattern = _spelled(tokenizer)
-    own = tokenizer.convert_tokens_to_ids(pattern.findall(text))
+    own: Any = tokenizer.convert_tokens_to_ids(pattern.findall(text))
     groups: list[list[int]] = [[]]
     for token in tokenizer.encode(text, add_special_tokens=False):
         if token == next(iter(own[len(groups) - 1 :]), None):
