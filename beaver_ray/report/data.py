@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from beaver_ray.data.survey import Survey, quantiles
-from beaver_ray.report.charts import Card, Chart, Panel, Series
+from beaver_ray.report.charts import Card, Chart, Panel, Series, State
 from beaver_ray.report.page import svg, templates
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_page(found: Survey, path: Path) -> None:
     ]
     if found.held_out:
         prompts, trained, nearly = found.held_out.values()
-        state = "bad" if trained else "good"
+        state: State = "bad" if trained else "good"
         cards.append(Card("Held out, trained on", f"{trained:,}", f"of {prompts:,}; {nearly:,} more nearly", state))
     charts = [(chart, svg(chart)) for chart in _charts(found)]
     categories = sorted(found.categories.items(), key=lambda item: -item[1].rows)
