@@ -16,6 +16,7 @@ from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.guard_options import GuardModel, read_guard
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
+from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective
@@ -89,7 +90,9 @@ class PromptData(Strict):
     ptx: list[str] = option(
         "Demonstrations mixed into the policy's loss; see ppo.ptx_coefficient.", default_factory=list
     )
-    template: Literal["auto", "chat", "beaver"] = option("How a prompt is written for the model.", "auto")
+    template: TemplateOptions = option(
+        "How a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
+    )
     max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
 
 
@@ -236,7 +239,9 @@ class TrainerConfig(RunConfig):
     epochs: float = option("Passes over the data; fractions allowed.", 2, gt=0, le=1e6)
     batch_size: int = option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)
     max_tokens: int = option("Longer examples are dropped, with a count.", 512, gt=0)
-    template: Literal["auto", "chat", "beaver"] = option("How a prompt is written for the model.", "auto")
+    template: TemplateOptions = option(
+        "How a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
+    )
     dropout: bool = option("Train with the dropout of the model's configuration; PPO always does without.", True)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
     lora_rank: int = option("Train a LoRA adapter of this rank, and any score heads; 0 trains all parameters.", 0, ge=0)

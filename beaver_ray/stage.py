@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -18,6 +18,7 @@ from beaver_ray.config import RunConfig
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.score_sources import ScoreSource
+from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,7 +142,7 @@ class Stage(RunConfig):
         raise NotImplementedError
 
     @property
-    def prompt_template(self) -> Literal["auto", "chat", "beaver"]:
+    def prompt_template(self) -> TemplateOptions:
         """How prompts are written for its models."""
         raise NotImplementedError
 
@@ -169,6 +170,11 @@ class Stage(RunConfig):
     def trajectories(self) -> Trajectories | None:
         """How to read what it writes to trajectories/; None of a stage that writes nothing there."""
         return None
+
+    @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """What it trains on, and what it holds out by name (both NAME[:PROPORTION[:PATH]])."""
+        raise NotImplementedError
 
     @property
     def scoped_data(self) -> list[str]:

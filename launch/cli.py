@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.template_options import Style, TemplateOptions
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -164,6 +165,26 @@ def export(
 
 
 @app.command()
+def data(
+    specs: Annotated[
+        list[str], typer.Argument(metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or the YAML file of a stage.")
+    ],
+    held_out: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; of a stage's file its own.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Count lengths in this model's tokens instead of words.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures.")] = None,
+) -> None:
+    """Look through data: what is dropped, lengths, duplicates, labels, held-out prompts that are trained on."""
+    from launch.data_report import show
+
+    show(specs, held_out or [], tokenizer, json_file, page)
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)
@@ -280,7 +301,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInf
         origin, kinds = get_origin(field.annotation), (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         instead = isinstance(field.annotation, types.UnionType) and str in kinds  # a text, or a mapping instead
-        if inner is None or instead:
+        if inner is None or instead or issubclass(inner, TemplateOptions):  # which is mostly a word
             found.append((prefix + name, field))
         else:
             entry = "NAME." if origin is list else "ROLE." if origin is dict else ""
@@ -299,6 +320,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if arguments and origin is not dict:
         return " | ".join(str(a) for a in arguments)
+    if annotation is TemplateOptions:
+        return f"{' | '.join(get_args(Style))} or mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     return names.get(annotation, "mapping")
 
@@ -307,4 +330,5 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ", required"
     value = field.get_default(call_default_factory=True, validated_data={})
+    value = value.style if isinstance(value, TemplateOptions) else value
     return f", default {value if isinstance(value, str) else json.dumps(value)}"

@@ -15,6 +15,7 @@ from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import CVaR, WorstOfK
+from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import save_config
 from launch.cli import leaves
 from launch.config_files import load_config, load_pipeline, parse_config
@@ -291,6 +292,26 @@ def test_bad_pipelines(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text((tmp_path / "sft.yaml").read_text())
     _, stages = load_pipeline(write_pipeline(tmp_path), ["stages.0.config=other.yaml"])
     assert stages[0].stage == "sft"
+
+
+def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
+    assert safe_ppo().data.template == TemplateOptions()
+    config = safe_ppo("data.template=beaver")
+    assert config.data.template.style == "beaver" == config.model_dump(mode="json")["data"]["template"]
+    changes = ['data.template.system="Be kind.\\nAlways."', "data.template.arguments={enable_thinking: false}"]
+    whole = safe_ppo(*changes)
+    expected = TemplateOptions(system="Be kind.\nAlways.", arguments={"enable_thinking": False})
+    assert whole.data.template == expected and whole.prompt_template == expected
+    save_config(whole, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == whole
+    assert "data.template.style: Input should be 'auto', 'chat' or 'beaver', not 'chatt'" in error(
+        "data.template=chatt"
+    )
+    assert "unknown key data.template.sytem; did you mean 'system'?" in error("data.template.sytem=a")
+    arguments = "data.template.arguments={%s: 1}"
+    assert "arguments cannot hold tokenize" in error(arguments % "tokenize")
+    assert "style beaver has none" in error("data.template.style=beaver", arguments % "date_string")
+    assert "control character" in error('models.reward="a\\nb"')
 
 
 def test_assignment_is_checked_too() -> None:

@@ -74,7 +74,7 @@ def _written(
     rows = []
     for sample in samples:
         turns = prompt_key(sample)
-        prompt, answer = reader.prompt(turns), reader.answer(reader.form.bare(str(sample.answer)))
+        prompt, answer = reader.prompt(turns, sample.system), reader.answer(reader.form.bare(str(sample.answer)))
         if len(prompt) + len(answer) > longest:
             report.kept -= 1
             report.drop(f"longer than {longest} tokens")

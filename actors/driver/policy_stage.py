@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from beaver_ray.config import DTYPE_BYTES, PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
+from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +101,11 @@ class PolicyStage(PolicyConfig, Stage):
         from actors.driver.evaluate import evaluate
 
         return evaluate(self, policy)
+
+    @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """Prompts and PTX texts, and the prompts of its evaluations."""
+        return [*self.data.prompts, *self.data.ptx], self.evaluation.prompts
 
     @property
     def scoped_data(self) -> list[str]:
@@ -195,7 +201,7 @@ class PolicyStage(PolicyConfig, Stage):
         return Lengths(prompt + answer, options, "lower them")
 
     @property
-    def prompt_template(self) -> Literal["auto", "chat", "beaver"]:
+    def prompt_template(self) -> TemplateOptions:
         """How prompts are written for the policy."""
         return self.data.template
 

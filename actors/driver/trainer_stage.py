@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from beaver_ray.config import SupervisedConfig, TrainerConfig
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training
+from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +67,14 @@ class TrainerStage(TrainerConfig, Stage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it", 2 if self.pairs else 1)
 
     @property
-    def prompt_template(self) -> Literal["auto", "chat", "beaver"]:
+    def prompt_template(self) -> TemplateOptions:
         """How prompts are written for the model."""
         return self.template
+
+    @property
+    def data_sets(self) -> tuple[list[str], list[str]]:
+        """``train`` and ``eval``."""
+        return self.train, self.eval
 
     @property
     def trusts_code(self) -> bool:

@@ -4,8 +4,8 @@
     ->         {"scores": [NUMBER, ...]}
 
 A prompt is what the policy reads, with its template and special tokens; its dialogue is the same as messages
-{"role": "user" or "assistant", "content": TEXT}, for a service whose model has a template of its own. A response is
-without special tokens. At the start each scorer asks with no texts at all whether the service is there.
+{"role": "system", "user" or "assistant", "content": TEXT}, for a service whose model has a template of its own. A
+response is without special tokens. At the start each scorer asks with no texts at all whether the service is there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib3 import Retry
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
-from beaver_ray.data.templates import Template
+from beaver_ray.data.templates import Template, template_options
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.score_sources import ScoreSource
 
@@ -69,7 +69,7 @@ class RemoteScorer(TextScorer):
         """The service's scores [N, 1] of whole sequences."""
         tokens = experience.rows(batch, "prompt_tokens")
         prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
-        dialogues = [_messages(self.dialogues.find(row)) for row in tokens] if self.sends_dialogues else []
+        dialogues = [self._messages(row) for row in tokens] if self.sends_dialogues else []
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
             columns = (prompts, self.responses(batch), dialogues)
@@ -77,9 +77,11 @@ class RemoteScorer(TextScorer):
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
 
-
-def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    def _messages(self, tokens: np.ndarray) -> list[dict[str, str]]:
+        system = self.dialogues.system(tokens) or template_options(self.reader.template).system
+        first = [{"role": "system", "content": system}] if system else []
+        turns = enumerate(self.dialogues.find(tokens))
+        return [*first, *({"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in turns)]
 
 
 class ScoringService:

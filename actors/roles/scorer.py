@@ -158,7 +158,8 @@ class Scorer(ScorerBase):
         ended = ~experience.truncated(batch)
         if self.reads_tokens:
             return self._with_own_end(batch, ended)
-        prompts = [self.reader.prompt(self.dialogues.find(p)) for p in experience.rows(batch, "prompt_tokens")]
+        told = self.dialogues
+        prompts = [self.reader.prompt(told.find(p), told.system(p)) for p in experience.rows(batch, "prompt_tokens")]
         answers = zip(experience.rows(batch, "response_tokens"), ended.tolist(), strict=True)
         texts = [(self.policy.answer_text(answer, whole), whole) for answer, whole in answers]
         return experience.make_batch(

@@ -17,15 +17,16 @@ from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import (
     LATER,
+    SYSTEM,
     USER,
     AnswerForm,
     Template,
     adds_bos,
     answer_form,
     answer_tokens,
+    for_scorer,
     prompt_text,
     prompt_tokens,
-    resolve_template,
 )
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
@@ -42,17 +43,17 @@ class Reader:
 
     @classmethod
     def of_scorer(cls, tokenizer: PreTrainedTokenizerBase, template: Template) -> Reader:
-        """A score model reads by its own chat template, where the policy does so and it has one."""
-        return cls(tokenizer, "beaver" if template == "beaver" else "auto")
+        """A score model reads by its own chat template, where the policy does so and it has one; see `for_scorer`."""
+        return cls(tokenizer, for_scorer(tokenizer, template))
 
     @property
     def form(self) -> AnswerForm:
         """How an answer ends."""
         return answer_form(self.tokenizer, self.template)
 
-    def prompt(self, turns: Sequence[str]) -> list[int]:
-        """The tokens of a prompt."""
-        return prompt_tokens(self.tokenizer, list(turns), self.template)
+    def prompt(self, turns: Sequence[str], system: str | None = None) -> list[int]:
+        """The tokens of a prompt; ``system`` is the system text of its row, where that has one."""
+        return prompt_tokens(self.tokenizer, list(turns), self.template, system)
 
     def answer(self, text: str, ended: bool = True) -> list[int]:
         """The tokens of an answer; never none, since scores need a token to stand at."""
@@ -73,14 +74,13 @@ def read_alike(first: Reader, second: Reader) -> bool:
     if not same_tokenizer(first.tokenizer, second.tokenizer):
         return False
     forms = [(r.form.end, r.form.before, r.form.after, r.form.strips) for r in (first, second)]
-    return forms[0] == forms[1] and all(
-        _tried(first, turns) == _tried(second, turns) for turns in ([USER], [USER, MIDDLE, LATER])
-    )
+    tries: list[tuple[list[str], str | None]] = [([USER], None), ([USER, MIDDLE, LATER], None), ([USER], SYSTEM)]
+    return forms[0] == forms[1] and all(_tried(first, *told) == _tried(second, *told) for told in tries)
 
 
-def _tried(reader: Reader, turns: list[str]) -> list[int] | None:
+def _tried(reader: Reader, turns: list[str], system: str | None) -> list[int] | None:
     try:
-        return reader.prompt(turns)
+        return reader.prompt(turns, system)
     except UserError:  # a template that takes one turn only
         return None
 
@@ -91,7 +91,10 @@ class Dialogues:
     def __init__(self, policy: Reader, prompts: Iterable[Sequence[str]] = ()) -> None:
         """prompts: lists of datasets (NAME[:PROPORTION[:PATH]]), as the run reads them."""
         self.policy = policy
+        self.known: set[tuple[str | None, tuple[str, ...]]] = set()
         self.by_tokens: dict[bytes, tuple[str, ...]] = {}
+        self.systems: dict[bytes, str] = {}
+        """The system text of the row, where it has one, by the same tokens."""
         self.fields: dict[tuple[str, ...], Mapping[str, Any]] = {}
         """What else the first row of each prompt says."""
         for specs in prompts:
@@ -102,9 +105,14 @@ class Dialogues:
         """Know the prompts of these samples too."""
         for sample in samples:
             turns = prompt_key(sample)
-            if turns not in self.fields:
-                self.fields[turns] = sample.fields
-                self.by_tokens.setdefault(_key(self.policy.prompt(turns)), turns)
+            if (sample.system, turns) in self.known:
+                continue
+            self.known.add((sample.system, turns))
+            self.fields.setdefault(turns, sample.fields)
+            key = _key(self.policy.prompt(turns, sample.system))
+            if key not in self.by_tokens:
+                self.by_tokens[key] = turns
+                self.systems |= {key: sample.system} if sample.system else {}
 
     def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The turns of a prompt.
@@ -119,6 +127,10 @@ class Dialogues:
                 "is of no data set that it was told of: name the data under data.prompts or evaluation.prompts"
             )
         return found
+
+    def system(self, tokens: Sequence[int] | np.ndarray) -> str | None:
+        """The system text that a prompt's row has of its own."""
+        return self.systems.get(_key(tokens))
 
 
 def _key(tokens: Sequence[int] | np.ndarray) -> bytes:
@@ -137,8 +149,8 @@ def _read_back(reader: Reader, tokens: list[int]) -> tuple[str, ...] | None:
     start, _, end = one.partition(USER)
     asked, _, rest = three.removeprefix(start).removeprefix(USER).partition(MIDDLE)
     answered = rest.partition(LATER)[0]
-    beaver = resolve_template(reader.tokenizer, reader.template) == "beaver"
-    bos = beaver and adds_bos(reader.tokenizer) and tokens[:1] == [reader.tokenizer.bos_token_id]
+    written = start.startswith(str(reader.tokenizer.bos_token))
+    bos = not written and adds_bos(reader.tokenizer) and tokens[:1] == [reader.tokenizer.bos_token_id]
     text = str(reader.tokenizer.decode(tokens[bos:], clean_up_tokenization_spaces=False))
     if not text.startswith(start) or not text.endswith(end) or len(text) < len(start) + len(end):
         return None

@@ -38,6 +38,7 @@ class RawSample:
     safer: bool | None = None  # `answer` is less harmful than `other_answer`
     is_safe: bool | None = None
     is_other_safe: bool | None = None
+    system: str | None = None  # the row's own system text, which goes before the configured one
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What else the row of a prompt says (category, answer, ...), for functions that score."""
 

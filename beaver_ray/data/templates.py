@@ -7,43 +7,92 @@
 with the tokenizer's EOS after every answer and no space before an answer. "chat" is the tokenizer's own chat
 template with its generation prompt. "auto" is "chat" where the tokenizer has a chat template, else "beaver".
 
+A system text is handed to a chat template as the first message; where the template has no place for one (Gemma, and
+"beaver") it stands in front of the first question, with an empty line between, as Gemma 3's own template writes it.
+
+A prompt has one BOS where the tokenizer starts texts with one, also where a chat template forgets it. Text of a row
+that spells a special token stays text: only the template's own become such tokens.
+
 How an answer ends is said in one place, `answer_form`, for data, calibration, scorers and rollouts alike: a chat
 template may end a turn with another token than the tokenizer's EOS (<end_of_turn>, <|end|>, <|im_end|>, <|eot_id|>).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.folders import find_model
-
-Template = Literal["auto", "beaver", "chat"]
+from beaver_ray.options import near
+from beaver_ray.template_options import Template, TemplateOptions
 
 OTHER_TEMPLATE = "set template=beaver (of a PPO stage data.template=beaver)"
 
 # Turns that a template is asked with to see what it writes around them.
-USER, ANSWER, LATER = "zq1prompt", "zq2answer", "zq3prompt"
+USER, ANSWER, LATER, SYSTEM = "zq1prompt", "zq2answer", "zq3prompt", "zq5system"
+
+
+@lru_cache(maxsize=64)
+def template_options(template: Template) -> TemplateOptions:
+    """All that a template says, of a word too. UserError for another word than auto, chat and beaver."""
+    if isinstance(template, str) and template not in ("auto", "beaver", "chat"):
+        raise UserError(f"unknown template '{template}': use auto, beaver or chat")
+    return TemplateOptions.model_validate(template)
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> Literal["beaver", "chat"]:
-    """What "auto" means for this tokenizer; a UserError where "chat" is asked of one without a chat
-    template."""
-    if template == "auto":
-        return "chat" if tokenizer.chat_template else "beaver"
-    if template == "chat" and not tokenizer.chat_template:
+    """What "auto" means for this tokenizer.
+
+    Raises UserError where "chat", or arguments for a chat template, are asked of a tokenizer without one, and for an
+    argument that its chat template never looks at.
+    """
+    options = template_options(template)
+    if options.style == "beaver":
+        return "beaver"
+    if tokenizer.chat_template:
+        known = _arguments(tokenizer)
+        if unknown := sorted(options.arguments.keys() - known):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} takes no argument {unknown[0]!r}"
+                f"{near(unknown[0], known) if known else '; it takes none'}"
+            )
+        return "chat"
+    if options.style == "chat" or options.arguments:
         raise UserError(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template: {OTHER_TEMPLATE}, "
             "or use a model whose tokenizer has one"
         )
-    if template not in ("beaver", "chat"):
-        raise UserError(f"unknown template '{template}': use auto, beaver or chat")
-    return template
+    return "beaver"
+
+
+def for_scorer(tokenizer: PreTrainedTokenizerBase, template: Template) -> TemplateOptions:
+    """How a score model reads what a run of this template writes: by its own chat template, where the run uses one and
+    it has one, with those of the run's arguments that this knows."""
+    options = template_options(template)
+    if options.style == "beaver":
+        return options
+    known = _arguments(tokenizer) if tokenizer.chat_template else frozenset()
+    kept = {name: value for name, value in options.arguments.items() if name in known}
+    return TemplateOptions(style="auto", system=options.system, arguments=kept)
+
+
+def _arguments(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Names that the chat template looks at, beside those that it is always given."""
+    try:
+        found = _get_template_variables(tokenizer.get_chat_template())
+    except Exception as error:  # a template is a program of the folder's own
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot be read: {first_line(error)}"
+        ) from None
+    given = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
+    return frozenset(found - given)
 
 
 # ---------------------------------------------------------------- how an answer ends
@@ -70,6 +119,11 @@ class AnswerForm:
         """Whether the text is written with a token at its end that would end a rollout."""
         return text.rstrip().endswith(self.stop_texts)
 
+    def spells_end(self, answer: str) -> bool:
+        """Whether such a token's text stands before the answer's end."""
+        bare = self.bare(answer)
+        return any(stop in bare for stop in self.stop_texts)
+
     def bare(self, answer: str) -> str:
         """An answer without the ends that it may have been written with, and as the template would take it."""
         text = answer
@@ -93,13 +147,15 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, template: Template = "auto")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token: set its eos_token")
     chat = resolve_template(tokenizer, template) == "chat"
-    return _form(tokenizer, tokenizer.eos_token_id, str(tokenizer.chat_template) if chat else None)
+    return _form(tokenizer, tokenizer.eos_token_id, str(tokenizer.chat_template) if chat else None, template)
 
 
 @lru_cache(maxsize=16)  # of a few tokenizers, for very many answers
-def _form(tokenizer: PreTrainedTokenizerBase, eos: int, chat: str | None) -> AnswerForm:
+def _form(tokenizer: PreTrainedTokenizerBase, eos: int, chat: str | None, template: Template) -> AnswerForm:
     configured = _configured_ends(tokenizer.name_or_path)
-    end, around = _chat_end(tokenizer, {eos, *configured}) if chat else (None, {})
+    # What a system prompt spells is none of the template's own ends.
+    template = template_options(template).model_copy(update={"system": None})
+    end, around = _chat_end(tokenizer, {eos, *configured}, template) if chat else (None, {})
     end = eos if end is None else end
     stops = tuple(sorted({end, eos, *configured}))
     # A word that ends a rollout may well end an answer in data for its own sake.
@@ -155,11 +211,13 @@ def _configured_ends(folder: str) -> list[int]:
         return []
 
 
-def _chat_end(tokenizer: PreTrainedTokenizerBase, known: set[int]) -> tuple[int | None, dict[str, Any]]:
+def _chat_end(
+    tokenizer: PreTrainedTokenizerBase, known: set[int], template: Template
+) -> tuple[int | None, dict[str, Any]]:
     """(the token that ends an answer, None where the template writes none; the other fields of the form)."""
     try:
-        prompt = render(tokenizer, [USER])
-        head, _, tail = render(tokenizer, [USER, ANSWER]).partition(ANSWER)
+        prompt = render(tokenizer, [USER], template)
+        head, _, tail = render(tokenizer, [USER, ANSWER], template).partition(ANSWER)
     except UserError:  # a template without answers, which the prompts may yet fit
         return None, {}
     special = _special_texts(tokenizer)
@@ -168,7 +226,7 @@ def _chat_end(tokenizer: PreTrainedTokenizerBase, known: set[int]) -> tuple[int 
     if end is None:
         # Templates that leave the end of the last turn to the model write that of an earlier one, or the next turn.
         try:
-            middle = render(tokenizer, [USER, ANSWER, LATER]).partition(ANSWER)[2].partition(LATER)[0]
+            middle = render(tokenizer, [USER, ANSWER, LATER], template).partition(ANSWER)[2].partition(LATER)[0]
         except UserError:
             middle = ""
         end, after = _first_special(tokenizer, middle, special, known, _last_special(head.partition(USER)[0], special))
@@ -176,7 +234,7 @@ def _chat_end(tokenizer: PreTrainedTokenizerBase, known: set[int]) -> tuple[int 
         return None, {}
     before = head.removeprefix(prompt) if head.startswith(prompt) else ""
     try:
-        strips = f"\n{ANSWER}\n" not in render(tokenizer, [USER, f"\n{ANSWER}\n"])
+        strips = f"\n{ANSWER}\n" not in render(tokenizer, [USER, f"\n{ANSWER}\n"], template)
     except UserError:
         strips = False
     return end, {"before": before if before.isspace() else "", "after": after, "strips": strips}
@@ -208,13 +266,19 @@ def _last_special(text: str, special: list[str]) -> str | None:
 # ---------------------------------------------------------------- text and tokens
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
-    """Turns user, assistant, ... by the tokenizer's chat template, with the generation prompt behind a user's."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    asks = len(turns) % 2 == 1
+def render(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], template: Template = "chat", system: str | None = None
+) -> str:
+    """Turns user, assistant, ... by the tokenizer's chat template, with the generation prompt behind a user's.
+
+    system: text for the system's turn instead of the one that ``template`` may have.
+    """
+    options = template_options(template)
+    system = system or options.system
+    if system and not has_system_turn(tokenizer, str(tokenizer.chat_template), options):
+        turns, system = _folded(system, turns), None
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+        return _apply(tokenizer, turns, options, system)
     except Exception as error:  # a template is a program of the folder's own
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} fails on {len(turns)} turns ({first_line(error)}): "
@@ -222,34 +286,81 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
         ) from error
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], options: TemplateOptions, system: str | None
+) -> str:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    asks: Any = {**options.arguments, "tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}
+    return str(tokenizer.apply_chat_template(messages, **asks))
+
+
+@lru_cache(maxsize=16)
+def has_system_turn(tokenizer: PreTrainedTokenizerBase, chat: str, options: TemplateOptions) -> bool:
+    """Whether the chat template writes what a system's turn says; some refuse one, and some leave it out."""
+    try:
+        return SYSTEM in _apply(tokenizer, [USER], options, SYSTEM)
+    except Exception:  # raise_exception('System role not supported'), in whatever way
+        return False
+
+
+def _folded(system: str, turns: Sequence[str]) -> list[str]:
+    """The turns with the system text in front of the first one."""
+    return [f"{system}\n\n{turns[0]}", *turns[1:]]
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template, system: str | None = None
+) -> str:
     """The prompt as text, up to where the answer starts. BOS is part of it only where a chat template writes
     it."""
+    return _prompt_text(tokenizer, _turns(tokenizer, input, template), template, system)
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template) -> list[str]:
+    """The turns of a prompt, earlier answers without their ends, which the template writes itself."""
     turns = [input] if isinstance(input, str) else list(input)
     if len(turns) % 2 == 0:
         raise ValueError(f"a prompt has an odd number of turns, not {len(turns)}")
-    if len(turns) > 1:  # the template ends earlier answers itself
+    if len(turns) > 1:
         form = answer_form(tokenizer, template)
         turns[1::2] = [form.bare(turn) for turn in turns[1::2]]
+    return turns
+
+
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], template: Template, system: str | None
+) -> str:
     if resolve_template(tokenizer, template) == "chat":
-        return render(tokenizer, turns)
+        return render(tokenizer, turns, template, system)
+    system = system or template_options(template).system
     pieces = ["BEGINNING OF CONVERSATION: "]
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(_folded(system, turns) if system else turns):
         pieces.append(f"USER: {turn} ASSISTANT:" if number % 2 == 0 else f"{turn}{tokenizer.eos_token}")
     return "".join(pieces)
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template, system: str | None = None
+) -> list[int]:
     """Token ids of a prompt, up to where the answer starts; exactly one BOS where the tokenizer uses one.
 
-    Text that spells a special token becomes that token, as in every Hugging Face pipeline.
+    system: the row's own system text, which goes before the template's. Text that spells a special token stays text.
     """
-    text = prompt_text(tokenizer, input, template)
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    turns = _turns(tokenizer, input, template)
+    system = system or template_options(template).system
+    texts = [*turns, *([system] if system else [])]
+    marks = _marks(tokenizer, texts)
+    if marks:
+        texts = [_spelled(tokenizer).sub(lambda found: marks[found[0]], text) for text in texts]
+        text = _prompt_text(tokenizer, texts[: len(turns)], template, texts[-1] if system else None)
+        tokens = _encode_marked(tokenizer, text, {mark: spelled for spelled, mark in marks.items()})
+    else:
+        tokens = tokenizer.encode(_prompt_text(tokenizer, turns, template, system), add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    if resolve_template(tokenizer, template) == "beaver" and bos is not None and adds_bos(tokenizer):
-        tokens = [bos, *tokens]
-    return tokens
+    return [bos, *tokens] if bos is not None and tokens[:1] != [bos] and adds_bos(tokenizer) else tokens
 
 
 def answer_tokens(
@@ -262,20 +373,81 @@ def answer_tokens(
     """Token ids of an answer that follows a prompt, with the token that ends it behind it (once) and no BOS.
 
     ended: false for an answer that was cut, which has no end. form: `answer_form`, for whoever has it already.
-
-    Encoded behind a colon, as the beaver template has it, which is then cut off: sentencepiece tokenizers
-    would otherwise start the answer with a space that is not there. Where the colon melts into the answer, it
-    is encoded on its own.
+    Text that spells a special token stays text.
     """
     form = form or answer_form(tokenizer, template)
     text = form.before + form.bare(answer) + (form.after if ended else "")
-    colon = tokenizer.encode(":", add_special_tokens=False)
-    tokens: list[int] = tokenizer.encode(":" + text, add_special_tokens=False)
-    if tokens[: len(colon)] == colon and tokenizer.unk_token_id not in colon:
-        tokens = tokens[len(colon) :]
-    else:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+    tokens = _encode_inside(tokenizer, text)
     return [*tokens, form.end] if ended else tokens
+
+
+def _encode_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that something stands before; special tokens that it spells stay text.
+
+    Encoded behind a colon, as the beaver template has it, which is then cut off: sentencepiece tokenizers
+    would otherwise start the text with a space that is not there. Where the colon melts into the text, it
+    is encoded on its own.
+    """
+    colon = tokenizer.encode(":", add_special_tokens=False)
+    tokens = _encode_alone(tokenizer, ":" + text)
+    if tokens[: len(colon)] == colon and tokenizer.unk_token_id not in colon:
+        return tokens[len(colon) :]
+    return _encode_alone(tokenizer, text)
+
+
+def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return found
+
+
+# ---------------------------------------------------------------- special tokens that a row's text spells
+
+
+@lru_cache(maxsize=16)
+def _spelled(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds every special token in a text, of two at one place the longer."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token)]
+    texts = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, str]:
+    """For each special token that the texts spell a character, of those for private use, that none of them has."""
+    spelled = sorted({found for text in texts for found in _spelled(tokenizer).findall(text)})
+    free = (chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
+    return dict(zip(spelled, free, strict=False))
+
+
+def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, marks: Mapping[str, str]) -> list[int]:
+    """Token ids of a prompt in which characters stand for special tokens that its rows spell.
+
+    The special tokens that are in it are the template's own. What stands between two of them is encoded by itself, in
+    the way that gives what the whole text gives for it: alone, or with something before it, and without the white space
+    that some special tokens take with them.
+    """
+    pattern = _spelled(tokenizer)
+    own: Any = tokenizer.convert_tokens_to_ids(pattern.findall(text))
+    groups: list[list[int]] = [[]]
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if token == next(iter(own[len(groups) - 1 :]), None):
+            groups.append([])
+        else:
+            groups[-1].append(token)
+    known = len(groups) == len(own) + 1 and tokenizer.unk_token_id not in own
+    tokens: list[int] = []
+    for number, part in enumerate(pattern.split(text)):
+        ways = [
+            (way, cut) for cut in (str, str.lstrip, str.rstrip, str.strip) for way in (_encode_alone, _encode_inside)
+        ]
+        if known and marks.keys().isdisjoint(part):
+            tokens += groups[number]
+        elif part:
+            way, cut = ways[number > 0]
+            if known:
+                way, cut = next((w for w in ways if w[0](tokenizer, w[1](part)) == groups[number]), (way, cut))
+            tokens += way(tokenizer, "".join(marks.get(character, character) for character in cut(part)))
+        tokens += own[number : number + 1]
+    return tokens
 
 
 def stops_inside(tokens: Iterable[int], form: AnswerForm) -> bool:
@@ -283,6 +455,7 @@ def stops_inside(tokens: Iterable[int], form: AnswerForm) -> bool:
     return not set(form.stops).isdisjoint(tokens)
 
 
+@lru_cache(maxsize=16)
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself starts a text with BOS (Llama does, GPT-2 and Qwen do not)."""
     return tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]

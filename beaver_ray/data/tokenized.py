@@ -99,12 +99,12 @@ class _Encoder:
         check_tokenizer(tokenizer)
         self.tokenizer, self.template, self.max_length, self.report = tokenizer, template, max_length, report
         self.form = answer_form(tokenizer, template)
-        self.prompts: dict[tuple[str, ...], list[int]] = {}
+        self.prompts: dict[tuple[str | None, tuple[str, ...]], list[int]] = {}
 
     def prompt(self, sample: RawSample) -> list[int]:
-        key = prompt_key(sample)
+        key = (sample.system, prompt_key(sample))
         if key not in self.prompts:
-            self.prompts[key] = prompt_tokens(self.tokenizer, sample.input, self.template)
+            self.prompts[key] = prompt_tokens(self.tokenizer, sample.input, self.template, system=sample.system)
         return self.prompts[key]
 
     def sequence(self, sample: RawSample, answer: str | None) -> list[int]:
@@ -124,6 +124,8 @@ class _Encoder:
         for answer in (sample.answer, sample.other_answer)[: len(rows)]:
             if answer is not None and self.form.ends(answer):
                 self.report.remark("answers had their end token already, which they do not get twice")
+            if answer is not None and self.form.spells_end(answer):
+                self.report.remark("answers spell a token in their middle that would end a rollout; it stays text")
         for row in rows:
             if stops_inside(row[start:-1], self.form):
                 self.report.remark("answers hold a token in their middle that would end a rollout")

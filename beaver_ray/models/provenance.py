@@ -13,17 +13,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.templates import Template, resolve_template
+from beaver_ray.data.templates import Template, for_scorer, resolve_template, template_options
 
 KEY = "score_trained_with"
 
 
-def trained_with(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, str]:
-    """The template by name, and digests of the chat template, where that is it, and of what makes up the tokenizer."""
+def trained_with(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, Any]:
+    """The template by name, with its system prompt and arguments where it has them, and digests of the chat template,
+    where that is it, and of what makes up the tokenizer."""
     name = resolve_template(tokenizer, template)
     tokens = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     chat = {"chat_template": _digest(tokenizer.chat_template)} if name == "chat" else {}
-    return {"template": name, "tokenizer": _digest(tokens), **chat}
+    options = template_options(template)
+    own = {key: value for key in ("system", "arguments") if (value := getattr(options, key))}
+    return {"template": name, "tokenizer": _digest(tokens), **chat, **own}
 
 
 def difference(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> str | None:
@@ -31,12 +34,16 @@ def difference(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, te
     then = config.get(KEY)
     if not isinstance(then, Mapping):
         return None
-    now = trained_with(tokenizer, template)
+    now = trained_with(tokenizer, for_scorer(tokenizer, template))
     changed = []
     if now["template"] != then.get("template"):
         changed.append(f"the {then.get('template')} template, not {now['template']}")
     elif now.get("chat_template") != then.get("chat_template"):
         changed.append("another chat template")
+    if now.get("system") != then.get("system"):
+        changed.append("another system prompt")
+    if now.get("arguments", {}) != then.get("arguments", {}):
+        changed.append("other template arguments")
     if now["tokenizer"] != then.get("tokenizer"):
         changed.append("another tokenizer")
     return f"was trained with {' and '.join(changed)}" if changed else None

@@ -1,4 +1,5 @@
-"""Tiny random models of every family that the README names, the whole way: SFT, reward model, cost model, Safe PPO.
+"""Tiny random models of every family that the README names, through every stage: SFT, DPO, reward, cost and two-headed
+score models, Safe PPO with critics and without.
 
 Each family goes it twice, once on Ray with vLLM and once in debug mode. A stage is passed when it has left its final/.
 The other figure is what new weights must not change: the largest difference between a token's log-prob by the
@@ -26,7 +27,7 @@ from launch.bench.iteration import finish
 from launch.bench.measure import Figure, Goal, Outcome
 from launch.bench.options import Options
 
-STAGES = ("sft", "reward_model", "cost_model", "safe_ppo")
+STAGES = ("sft", "dpo", "reward_model", "cost_model", "score_model", "safe_ppo", "critic_free")
 MODES = {"on Ray": False, "debug": True}
 AGREEMENT = 1e-4
 ROWS = 32
@@ -79,7 +80,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_pipeline(folder: Path, mode: str, debug: bool) -> Path:
-    """The four stages in ``mode``, each a file, and the pipeline over them."""
+    """The stages in ``mode``, each a file, and the pipeline over them."""
     workspace = folder / mode
     workspace.mkdir()
     common = {"workspace": str(workspace), "debug": debug, "save_every": 0, "engine": {"micro_batch_tokens": 256}}
@@ -88,25 +89,37 @@ def write_pipeline(folder: Path, mode: str, debug: bool) -> Path:
     supervised |= {"cluster": {"threads": 1, "placement": {"trainer": {"cpus": 0.5}}}}
     trained = {name: f"{workspace}/{name}/final/{name}" for name in ("reward_model", "cost_model")}
     policy = f"{workspace}/sft/final/policy"
+    ppo: dict[str, Any] = {
+        "stage": "safe_ppo",
+        "steps": STEPS,
+        "models": {"policy": policy, "reward": trained["reward_model"]},
+        "constraints": [{"name": "harm", "model": trained["cost_model"], "limit": 0.0}],
+        "data": {"prompts": [f"prompts:1:{folder}/prompts.jsonl"], "max_prompt_tokens": 24},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 12, "max_sequences": 8, "kv_cache_gib": 0.05},
+        "policy": RATE,
+        "trajectory_every": 1,
+        "cluster": {"threads": 1, "placement": PLACEMENT},
+    }
+    both = f"{workspace}/score_model/final/score_model"
     own: dict[str, dict[str, Any]] = {
         "sft": {**supervised, "model": model, "train": [f"demonstrations:1:{folder}/demonstrations.jsonl"]},
         "reward_model": {**supervised, "model": policy, "train": [pairs]},
         "cost_model": {**supervised, "model": policy, "train": [pairs]},
-        "safe_ppo": {
-            "steps": STEPS,
-            "models": {"policy": policy, "reward": trained["reward_model"]},
-            "constraints": [{"name": "harm", "model": trained["cost_model"], "limit": 0.0}],
-            "data": {"prompts": [f"prompts:1:{folder}/prompts.jsonl"], "max_prompt_tokens": 24},
-            "rollout": {"prompts_per_step": 8, "max_new_tokens": 12, "max_sequences": 8, "kv_cache_gib": 0.05},
-            "ppo": {"minibatches": 2},
-            "policy": RATE,
-            "critic": RATE,
-            "trajectory_every": 1,
-            "cluster": {"threads": 1, "placement": PLACEMENT},
+        "dpo": {**supervised, "model": policy, "train": [pairs]},
+        "score_model": {**supervised, "model": policy, "train": [pairs]},
+        "safe_ppo": {**ppo, "ppo": {"minibatches": 2}, "critic": RATE},
+        # Both scores from one model, and answers to a prompt compared with one another.
+        "critic_free": {
+            **ppo,
+            "models": {"policy": policy, "reward": both},
+            "constraints": [{"name": "harm", "model": both, "limit": 0.0}],
+            "rollout": {**ppo["rollout"], "prompts_per_step": 4, "samples_per_prompt": 2},
+            "ppo": {"minibatches": 2, "advantage": "leave_one_out"},
+            "cluster": {"threads": 1, "placement": {r: p for r, p in PLACEMENT.items() if "critic" not in r}},
         },
     }
     for stage in STAGES:
-        tree = {**common, **own[stage], "stage": stage, "name": stage}
+        tree = {**common, "stage": stage, **own[stage], "name": stage}
         (workspace / f"{stage}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     path = workspace / "pipeline.yaml"
     tree = {"workspace": str(workspace), "stages": [{"config": f"{stage}.yaml"} for stage in STAGES]}
@@ -117,8 +130,8 @@ def write_pipeline(folder: Path, mode: str, debug: bool) -> Path:
 def figures(name: str, workspace: Path) -> list[Figure]:
     """What a family came to in one mode."""
     passed = sum(is_finished(workspace / stage) for stage in STAGES)
-    found = [Figure(f"{name}: stages passed", float(passed), "", passed / len(STAGES), "all four", Goal(1))]
-    worst = largest_difference(workspace / "safe_ppo" / "trajectories")
+    found = [Figure(f"{name}: stages passed", float(passed), "", passed / len(STAGES), "all of them", Goal(1))]
+    worst = max(largest_difference(workspace / stage / "trajectories") for stage in ("safe_ppo", "critic_free"))
     goal = Goal(1, at_most=True)
     return [*found, Figure(f"{name}: log-probs", worst, "", worst / AGREEMENT, f"{AGREEMENT:g}", goal)]
 

@@ -165,14 +165,14 @@ def test_ends_in_the_data_are_counted(byte_tokenizer: PreTrainedTokenizerFast) -
     assert [row[start:].tolist().count(end) for row, start in zip(data.worse, data.prompt_length, strict=True)] == [
         1,
         1,
-        2,
+        1,
     ]
     assert all(row[-1] == end for row in [*data.better, *data.worse])
     assert data.better[0].tolist() == data.better[1].tolist() and data.worse[0].tolist() == data.worse[1].tolist()
     assert data.report.line() == (
         "kept 3 of 5; dropped 2: 1 identical responses, 1 answer that is nothing but its end; "
         "3 answers had their end token already, which they do not get twice; "
-        "2 answers hold a token in their middle that would end a rollout"
+        "2 answers spell a token in their middle that would end a rollout; it stays text"
     )
     supervised = SupervisedDataset.build(samples, tokenizer, 200)
     assert supervised.report.remarks.total() == 3  # of the first answers alone

@@ -20,6 +20,7 @@ from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.score_sources import ALLOWED_HOSTS, check_allowed
+from beaver_ray.template_options import TemplateOptions
 from tests.actors.scoring_service import Service, serving
 from tests.actors.support import ppo_config, random_sequences
 
@@ -78,6 +79,16 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
     sent = service.requests[-1]
     assert sent["dialogues"] == [[{"role": "user", "content": sample.input}] for sample in samples]
     assert sent["responses"] == [tokenizer.decode(tokens) for tokens in ([7, 8], [9], [10])]
+    # With the system prompt, which the small world's template has no turn for.
+    options = TemplateOptions(system="Be kind.")
+    place = batch.schema.get_field_index("prompt_tokens")
+    asked = list(PromptDataset.build(samples, tokenizer, 64, options).prompts)
+    kind = experience.make_batch({"prompt_tokens": asked}).column(0)
+    RemoteScorer(service.url, {"cost/harm": 0}, model, 60.0, False, options, [specs]).score(
+        batch.set_column(place, batch.schema.field(place), kind)
+    )
+    first = {"role": "system", "content": "Be kind."}
+    assert service.requests[-1]["dialogues"] == [[first, *dialogue] for dialogue in sent["dialogues"]]
     service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]
     pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
     with contextlib.suppress(UserError):

@@ -13,6 +13,7 @@ import pytest
 import actors.stages
 from actors.stages import stages
 from beaver_ray.stage import RoleSpec, Stage
+from beaver_ray.template_options import TemplateOptions
 from launch.cli import leaves
 
 FOLDER = Path(actors.stages.__file__).parent
@@ -69,7 +70,7 @@ def test_what_it_declares(name: str) -> None:
     folders = [role.training.folder for role in roles if role.training is not None]
     assert len(set(folders)) == len(folders)
     assert stage.lengths().longest > 0
-    assert isinstance(stage.trusts_code, bool) and stage.prompt_template == "auto"
+    assert isinstance(stage.trusts_code, bool) and stage.prompt_template == TemplateOptions()
     assert {"stage", "name", "workspace", "seed", "cluster.threads"} <= {path for path, _ in leaves(type(stage))}
 
 

@@ -1,0 +1,54 @@
+"""`beaver-ray data`: a survey of data sets on the console, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from beaver_ray.data.survey import Measure, survey, words
+from beaver_ray.report.data import tables, write_page
+from launch.config_files import load_config
+
+
+def show(
+    specs: list[str], held_out: list[str], tokenizer: str | None, json_file: Path | None, page: Path | None
+) -> None:
+    """Look through the data that ``specs`` name, some of them by the file of a stage, and say what was found."""
+    train: list[str] = []
+    for spec in specs:
+        if spec.endswith((".yaml", ".yml")):
+            of_stage, kept = load_config(spec).data_sets
+            train += of_stage
+            held_out = [*held_out, *kept]
+        else:
+            train.append(spec)
+    measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
+    found = survey(list(dict.fromkeys(train)), list(dict.fromkeys(held_out)), measure, unit)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in tables(found):
+        console.print(table)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found.figures(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"figures: {json_file}")
+    if page:
+        write_page(found, page)
+        print(f"page: {page}")
+
+
+def _tokens(folder: str) -> Measure:
+    """Lengths in tokens of the model in ``folder``, without what a template adds."""
+    from beaver_ray.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder, False)
+
+    def measure(texts: Sequence[str]) -> list[int]:
+        found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [len(tokens) for tokens in found]
+
+    return measure
