@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from beaver_ray.config import DTYPE_BYTES, PolicyConfig
+from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
@@ -102,7 +103,7 @@ class PolicyStage(PolicyConfig, Stage):
         return evaluate(self, policy)
 
     @property
-    def scoped_data(self) -> list[str]:
+    def scoped_data(self) -> list[str | DataEntry]:
         """The training prompts, where a constraint counts over some of them alone."""
         return self.data.prompts if self.scopes else []
 

@@ -22,6 +22,7 @@ from urllib3 import Retry
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
+from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
 
@@ -51,7 +52,7 @@ class RemoteScorer(TextScorer):
         timeout_s: float,
         trust_remote_code: bool = False,
         template: Template = "auto",
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         super().__init__(columns, policy, trust_remote_code, template, prompts)
         self.sends_dialogues = bool(prompts)
@@ -68,7 +69,7 @@ class RemoteScorer(TextScorer):
         """The service's scores [N, 1] of whole sequences."""
         tokens = experience.rows(batch, "prompt_tokens")
         prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
-        dialogues = [_messages(self.dialogues.find(row)) for row in tokens] if self.sends_dialogues else []
+        dialogues = [self._messages(row) for row in tokens] if self.sends_dialogues else []
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
             columns = (prompts, self.responses(batch), dialogues)
@@ -76,9 +77,12 @@ class RemoteScorer(TextScorer):
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
 
-
-def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    def _messages(self, prompt: np.ndarray) -> list[dict[str, str]]:
+        """The dialogue of a prompt's tokens, below its system prompt where it has one of its own."""
+        system = self.dialogues.system(prompt)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        turns = enumerate(self.dialogues.find(prompt))
+        return first + [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in turns]
 
 
 class ScoringService:

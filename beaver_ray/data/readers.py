@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.mixing import load_mix, prompt_key
+from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import (
     LATER,
@@ -50,9 +50,9 @@ class Reader:
         """How an answer ends."""
         return answer_form(self.tokenizer, self.template)
 
-    def prompt(self, turns: Sequence[str]) -> list[int]:
+    def prompt(self, turns: Sequence[str], system: str | None = None) -> list[int]:
         """The tokens of a prompt."""
-        return prompt_tokens(self.tokenizer, list(turns), self.template)
+        return prompt_tokens(self.tokenizer, list(turns), self.template, system=system)
 
     def answer(self, text: str, ended: bool = True) -> list[int]:
         """The tokens of an answer; never none, since scores need a token to stand at."""
@@ -88,10 +88,12 @@ def _tried(reader: Reader, turns: list[str]) -> list[int] | None:
 class Dialogues:
     """The dialogue of every prompt that a policy is asked, by the tokens that the policy reads."""
 
-    def __init__(self, policy: Reader, prompts: Iterable[Sequence[str]] = ()) -> None:
-        """prompts: lists of datasets (NAME[:PROPORTION[:PATH]]), as the run reads them."""
+    def __init__(self, policy: Reader, prompts: Iterable[Sequence[Spec]] = ()) -> None:
+        """prompts: lists of datasets, as the run reads them."""
         self.policy = policy
         self.by_tokens: dict[bytes, tuple[str, ...]] = {}
+        self.systems: dict[bytes, str] = {}
+        """The system prompts of those that have one of their own."""
         self.fields: dict[tuple[str, ...], Mapping[str, Any]] = {}
         """What else the first row of each prompt says."""
         for specs in prompts:
@@ -102,9 +104,17 @@ class Dialogues:
         """Know the prompts of these samples too."""
         for sample in samples:
             turns = prompt_key(sample)
-            if turns not in self.fields:
-                self.fields[turns] = sample.fields
-                self.by_tokens.setdefault(_key(self.policy.prompt(turns)), turns)
+            if turns in self.fields and sample.system is None:
+                continue
+            self.fields.setdefault(turns, sample.fields)
+            key = _key(self.policy.prompt(turns, sample.system))
+            self.by_tokens.setdefault(key, turns)
+            if sample.system is not None:
+                self.systems.setdefault(key, sample.system)
+
+    def system(self, tokens: Sequence[int] | np.ndarray) -> str | None:
+        """The system prompt that the data give these tokens of a prompt, None where they give none."""
+        return self.systems.get(_key(tokens))
 
     def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The turns of a prompt.

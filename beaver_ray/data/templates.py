@@ -208,10 +208,12 @@ def _last_special(text: str, special: list[str]) -> str | None:
 # ---------------------------------------------------------------- text and tokens
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[str], system: str | None = None) -> str:
     """Turns user, assistant, ... by the tokenizer's chat template, with the generation prompt behind a user's."""
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
     asks = len(turns) % 2 == 1
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
@@ -222,7 +224,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
         ) from error
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template, system: str | None = None
+) -> str:
     """The prompt as text, up to where the answer starts. BOS is part of it only where a chat template writes
     it."""
     turns = [input] if isinstance(input, str) else list(input)
@@ -232,19 +236,21 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, input: str | list[str], temp
         form = answer_form(tokenizer, template)
         turns[1::2] = [form.bare(turn) for turn in turns[1::2]]
     if resolve_template(tokenizer, template) == "chat":
-        return render(tokenizer, turns)
-    pieces = ["BEGINNING OF CONVERSATION: "]
+        return render(tokenizer, turns, system)
+    pieces = ["BEGINNING OF CONVERSATION: ", *([f"{system} "] if system is not None else [])]
     for number, turn in enumerate(turns):
         pieces.append(f"USER: {turn} ASSISTANT:" if number % 2 == 0 else f"{turn}{tokenizer.eos_token}")
     return "".join(pieces)
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, input: str | list[str], template: Template, system: str | None = None
+) -> list[int]:
     """Token ids of a prompt, up to where the answer starts; exactly one BOS where the tokenizer uses one.
 
     Text that spells a special token becomes that token, as in every Hugging Face pipeline.
     """
-    text = prompt_text(tokenizer, input, template)
+    text = prompt_text(tokenizer, input, template, system)
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     if resolve_template(tokenizer, template) == "beaver" and bos is not None and adds_bos(tokenizer):
