@@ -68,7 +68,8 @@ class MappedReader:
         fields = {key: value for key, value in row.items() if key not in used}
         return RawSample(
             turns[0] if len(turns) == 1 else turns,
-            *answers,
+            answers[0] if answers else None,
+            answers[1] if len(answers) > 1 else None,
             better=self._compared(row, "better"),
             safer=self._compared(row, "safer"),
             is_safe=self._safe(row, entry.is_safe),
@@ -84,7 +85,7 @@ class MappedReader:
             system, turns = read_messages(field_value(row, entry.messages), entry.messages)
             answers = [] if len(turns) % 2 else [turns.pop()]
             return system, turns, answers + self._answers(row, entry.answer, entry.other_answer)
-        chosen = None if entry.chosen is None else field_value(row, entry.chosen)
+        chosen: Any = None if entry.chosen is None else field_value(row, entry.chosen)
         rejected = None if entry.rejected is None else field_value(row, entry.rejected)
         if is_messages(chosen) and (entry.prompt is None or len(chosen) > 1):
             system, turns, pair = pair_of_dialogues(chosen, rejected)

@@ -1,8 +1,8 @@
 """Data sets of millions of rows: read as a stream, tokenised on all cores, kept on disk by their content.
 
-What a small file holds is tokenised on the spot. Of a large one the tokens are kept in `cache_folder`, one folder each
-for a content: KEY/tokens.arrow (read by memory mapping) and KEY/report.json (what was dropped). KEY is a hash of what the
-tokens depend on: the bytes of the files (or the revision of the hub's data set), the reader with its mapping and
+What a small file holds is tokenised on the spot. Of a large one the tokens are kept in `cache_folder`, a folder for
+each content: KEY/tokens.arrow (read by memory mapping) and KEY/report.json (what was dropped). KEY is a hash of all
+that the tokens depend on: the bytes of the files (or the revision of the hub's data set), the reader with its mapping and
 filter, tokenizer, template, longest sequence, and this package's own code. An entry is whole or absent: it is written
 under another name and renamed. Of several processes that want the same one, one makes it, the others wait.
 
@@ -22,7 +22,7 @@ import pickle
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -321,7 +321,7 @@ def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
     return job.encode(encoder, block)
 
 
-def _encoded(job: _Job, place: Place, report: DropReport) -> Iterator[tuple[pa.RecordBatch, Counter[str], int]]:
+def _encoded(job: _Job, place: Place, report: DropReport) -> Generator[tuple[pa.RecordBatch, Counter[str], int]]:
     """Blocks in tokens, in their order: on all cores, with no more than two for each in memory."""
     cores = len(os.sched_getaffinity(0))
     pickled = _pickled(job) if cores > 1 else None

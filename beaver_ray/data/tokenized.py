@@ -338,7 +338,8 @@ class PreferenceDataset(SequenceDataset):
     @classmethod
     def assemble(cls, columns: Columns, report: DropReport) -> Self:
         """The data set of these columns."""
-        return cls(*columns.sequences, columns.prompt_length, report)
+        better, worse = columns.sequences
+        return cls(better, worse, columns.prompt_length, report)
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,8 @@ class SafetyPreferenceDataset(SequenceDataset):
     def assemble(cls, columns: Columns, report: DropReport) -> Self:
         """The data set of these columns."""
         signs_N2, better_N = columns.labels[:, :2], columns.labels[:, 2].astype(np.bool_)
-        return cls(*columns.sequences, signs_N2[:, 0], signs_N2[:, 1], better_N, columns.prompt_length, report)
+        safer, unsafer = columns.sequences
+        return cls(safer, unsafer, signs_N2[:, 0], signs_N2[:, 1], better_N, columns.prompt_length, report)
 
 
 @dataclass(frozen=True)
