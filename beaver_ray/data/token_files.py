@@ -2,8 +2,8 @@
 
 What a small file holds is tokenised on the spot. Of a large one the tokens are kept in `cache_folder`, a folder for
 each content: KEY/tokens.arrow (read by memory mapping) and KEY/report.json (what was dropped). KEY is a hash of all
-that the tokens depend on: the bytes of the files (or the revision of the hub's data set), the reader with its mapping and
-filter, tokenizer, template, longest sequence, and this package's own code. An entry is whole or absent: it is written
+that the tokens depend on: the bytes of the files (or the revision of the hub's data set), the reader with its mapping
+and filter, tokenizer, template, longest sequence, and this package's own code. An entry is whole or absent: it is written
 under another name and renamed. Of several processes that want the same one, one makes it, the others wait.
 
 Never more than a few blocks of rows are in memory, beyond the tokens of what is kept.
@@ -321,7 +321,9 @@ def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
     return job.encode(encoder, block)
 
 
-def _encoded(job: _Job, place: Place, report: DropReport) -> Generator[tuple[pa.RecordBatch, Counter[str], int]]:
+def _encoded(
+    job: _Job, place: Place, report: DropReport
+) -> Generator[tuple[pa.RecordBatch, Counter[str], int], None, None]:
     """Blocks in tokens, in their order: on all cores, with no more than two for each in memory."""
     cores = len(os.sched_getaffinity(0))
     pickled = _pickled(job) if cores > 1 else None
