@@ -3,8 +3,8 @@
 What a small file holds is tokenised on the spot. Of a large one the tokens are kept in `cache_folder`, a folder for
 each content: KEY/tokens.arrow (read by memory mapping) and KEY/report.json (what was dropped). KEY is a hash of all
 that the tokens depend on: the bytes of the files (or the revision of the hub's data set), the reader with its mapping
-and filter, tokenizer, template, longest sequence, and this package's own code. An entry is whole or absent: it is written
-under another name and renamed. Of several processes that want the same one, one makes it, the others wait.
+and filter, tokenizer, template, longest sequence, and this package's own code. An entry is whole or absent: it is
+written under another name and renamed. Of several processes that want the same one, one makes it, the others wait.
 
 Never more than a few blocks of rows are in memory, beyond the tokens of what is kept.
 """
