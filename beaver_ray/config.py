@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from beaver_ray.constraint_options import ConstraintConfig
+from beaver_ray.data_options import DataSpec
 from beaver_ray.guard_options import GuardModel, read_guard
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
@@ -84,10 +85,10 @@ class PolicyModels(Strict):
 
 
 class PromptData(Strict):
-    """Where prompts and PTX texts come from (NAME[:PROPORTION[:PATH]])."""
+    """Where prompts and PTX texts come from: NAME[:PROPORTION[:PATH]], or a mapping (docs/data.md)."""
 
-    prompts: list[str] = option("Training prompts.", min_length=1)
-    ptx: list[str] = option(
+    prompts: list[DataSpec] = option("Training prompts.", min_length=1)
+    ptx: list[DataSpec] = option(
         "Demonstrations mixed into the policy's loss; see ppo.ptx_coefficient.", default_factory=list
     )
     template: TemplateOptions = option(
@@ -191,7 +192,7 @@ class ClusterConfig(Strict):
 class EvaluationConfig(Strict):
     """Held-out prompts, and the truth where it is known."""
 
-    prompts: list[str] = option("Held-out prompts (NAME[:PROPORTION[:PATH]]).", default_factory=list)
+    prompts: list[DataSpec] = option("Held-out prompts (NAME[:PROPORTION[:PATH]], or a mapping).", default_factory=list)
     world: str | None = option("world.json of a small world: evaluate by its true reward and cost.", None)
     every: int = option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
 
@@ -233,8 +234,8 @@ class TrainerConfig(RunConfig):
     """What stages share that train one model on a data set."""
 
     model: str = option("Folder of the model to start from.")
-    train: list[str] = option("Training data (NAME[:PROPORTION[:PATH]]).", min_length=1)
-    eval: list[str] = option("Held-out data; empty for a split of the training data.", default_factory=list)
+    train: list[DataSpec] = option("Training data (NAME[:PROPORTION[:PATH]], or a mapping).", min_length=1)
+    eval: list[DataSpec] = option("Held-out data; empty for a split of the training data.", default_factory=list)
     eval_fraction: float = option("Share held out of the training data where eval is empty.", 0.05, gt=0, lt=1)
     epochs: float = option("Passes over the data; fractions allowed.", 2, gt=0, le=1e6)
     batch_size: int = option("Examples (pairs) in one optimizer step, over all ranks.", 64, gt=0)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from beaver_ray.data_options import DataSpec, Scalar
 from beaver_ray.guard_options import GuardModel, read_guard
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
-Scalar = bool | int | float | str | None
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 FORM = re.compile(r"mean|hinge|worst_of_k|cvar:0?\.\d*[1-9]\d*")
 
@@ -68,7 +68,7 @@ class ConstraintConfig(Strict):
     violation_rate: float | None = option(
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
-    calibration: list[str] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
+    calibration: list[DataSpec] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
     confidence: float | None = option(
         "Probability with which the mean cost is to be within the bound, sampling errors counted.", None, gt=0.5, lt=1
     )

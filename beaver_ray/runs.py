@@ -168,6 +168,13 @@ class RunFolder:
         return self._tracker
 
 
+def say_rows(label: str, rows: int, seconds: float) -> None:
+    """How far the tokenising of a data set is."""
+    print(
+        f"tokenising {label}: {rows:,} rows, {duration(seconds)}, {rows / max(seconds, 1e-9):,.0f} a second", flush=True
+    )
+
+
 class Progress:
     """How far a piece of work is; ``advance`` takes the latest figures, the ones worth seeing."""
 

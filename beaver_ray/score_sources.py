@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
 
@@ -48,7 +49,7 @@ class ScorerSetting:
     threads: int
     trust_remote_code: bool
     template: Any
-    prompts: Sequence[Sequence[str]]
+    prompts: Sequence[Sequence[str | DataEntry]]
     """Lists of the data sets that the policy's prompts are of."""
     timeout_s: float
 

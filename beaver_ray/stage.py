@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import model_validator
 
 from beaver_ray.config import RunConfig
+from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.score_sources import ScoreSource
@@ -172,13 +173,13 @@ class Stage(RunConfig):
         return None
 
     @property
-    def data_sets(self) -> tuple[list[str], list[str]]:
-        """What it trains on, and what it holds out by name (both NAME[:PROPORTION[:PATH]])."""
+    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+        """What it trains on, and what it holds out by name."""
         raise NotImplementedError
 
     @property
-    def scoped_data(self) -> list[str]:
-        """The data (NAME[:PROPORTION[:PATH]]) whose rows say what counts over them; none where all of it does."""
+    def scoped_data(self) -> list[str | DataEntry]:
+        """The data whose rows say what counts over them; none where all of it does."""
         return []
 
     def check_scopes(self, tokenized: bool) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from beaver_ray.data_options import TAGS
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 
@@ -235,7 +236,7 @@ def as_yaml(value: Any) -> str:
 def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """pydantic's first complaint as one line, with the near key for an unknown one."""
     first = error.errors(include_url=False)[0]
-    location = list(first["loc"])
+    location = [part for part in first["loc"] if part not in TAGS]
     path = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -249,6 +250,13 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
     return f"{prefix}{message}{shown}{more}"
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The group of options that a field holds, perhaps in a list or beside other types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+
+
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
     """Names of the fields of the section at ``location``."""
     current: Any = model
@@ -258,6 +266,5 @@ def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
         field = current.model_fields.get(str(part))
         if field is None:  # a key of a mapping
             continue
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+        current = _section(field.annotation) or current
     return list(current.model_fields)

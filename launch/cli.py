@@ -314,6 +314,8 @@ def type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in arguments)
     if origin is list:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from beaver_ray.data.mixing import Spec
 from beaver_ray.data.survey import Measure, survey, words
 from beaver_ray.report.data import tables, write_page
 from launch.config_files import load_config
@@ -17,16 +18,17 @@ def show(
     specs: list[str], held_out: list[str], tokenizer: str | None, json_file: Path | None, page: Path | None
 ) -> None:
     """Look through the data that ``specs`` name, some of them by the file of a stage, and say what was found."""
-    train: list[str] = []
+    train: list[Spec] = []
+    kept_out: list[Spec] = [*held_out]
     for spec in specs:
         if spec.endswith((".yaml", ".yml")):
             of_stage, kept = load_config(spec).data_sets
             train += of_stage
-            held_out = [*held_out, *kept]
+            kept_out += kept
         else:
             train.append(spec)
     measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
-    found = survey(list(dict.fromkeys(train)), list(dict.fromkeys(held_out)), measure, unit)
+    found = survey(_once(train), _once(kept_out), measure, unit)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -39,6 +41,10 @@ def show(
     if page:
         write_page(found, page)
         print(f"page: {page}")
+
+
+def _once(specs: list[Spec]) -> list[Spec]:
+    return [spec for place, spec in enumerate(specs) if spec not in specs[:place]]
 
 
 def _tokens(folder: str) -> Measure:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beaver_ray.config import ClusterConfig
-from beaver_ray.data.mixing import parse_spec
+from beaver_ray.data_options import data_paths
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_weights, models_of, token_notes
 from beaver_ray.models.folders import weight_files
@@ -158,7 +158,7 @@ def tokenizers(stage: Stage) -> Finding:
 
 def scopes(stage: Stage, made: Sequence[Path], tokenized: bool) -> Finding:
     """Every constraint with a ``where`` counts over some prompt; prompts in folders of ``made`` may be yet to come."""
-    paths = [path for spec in stage.scoped_data if (path := parse_spec(spec).path)]
+    paths = data_paths(stage.scoped_data)
     if later := [path for path in paths if not Path(path).exists() and _is_inside(path, made)]:
         return Finding("pass", f"prompts yet to come from an earlier stage: {', '.join(later)}")
     return Finding("pass", "; ".join(stage.check_scopes(tokenized)))

@@ -326,6 +326,20 @@ def test_every_field_has_a_line_of_help(model: type[BaseModel]) -> None:
         assert "\n" not in field.description and field.description.endswith("."), path
 
 
+def test_data_sets_as_mappings(tmp_path: Path) -> None:
+    file = "configs/local/reward_model.yaml"
+    for given, message in (
+        ("{path: f.jsonl, promt: q}", "unknown key train.0.promt; did you mean 'prompt'"),
+        ("3", "train.0: Input should be a valid string, not 3"),
+        ("{path: f.jsonl}", "train.0: give name .a known data set., or the fields"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(file, [f"train=[{given}]"])
+    config = load_config(file, ["train=[{path: f.jsonl, prompt: q, chosen: a, rejected: b}, 'PKU-SafeRLHF:0.5']"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_configuration_stays_small() -> None:
     paths = [path for path, _ in leaves(stages()["safe_ppo"])]
     assert {"constraints.NAME.multiplier.time_constant", "cluster.placement.ROLE.workers", "steps"} <= set(paths)

@@ -16,6 +16,7 @@ from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.scopes import in_words
 from beaver_ray.data.sealed import Sealed, seal
+from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples
 from beaver_ray.models.folders import fingerprint
@@ -40,7 +41,8 @@ def certify(
     sealed = seal(load_mix(specs)[0], tree, judged.models.policy)
     if not sealed.samples:
         raise UserError(
-            f"no prompt of {', '.join(specs)} is left to certify on ({_why(sealed)}); give others (--prompts)"
+            f"no prompt of {', '.join(map(data_label, specs))} is left to certify on ({_why(sealed)}); give others "
+            "(--prompts)"
         )
     held_out = HeldOut(judged, sealed.samples)
     check_enough(held_out, sealed, confidence)
@@ -67,7 +69,7 @@ def certify(
         temperature=judged.rollout.temperature,
         max_new_tokens=judged.rollout.max_new_tokens,
         answers=answers,
-        prompts=specs,
+        prompts=list(map(data_label, specs)),
         sealed=len(held_out.prompts),
         left_out=sealed.left_out | dict(held_out.prompts.report.dropped),
         unchecked=sealed.unchecked,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from beaver_ray.config import DTYPE_BYTES, PolicyConfig
+from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
@@ -103,12 +104,12 @@ class PolicyStage(PolicyConfig, Stage):
         return evaluate(self, policy)
 
     @property
-    def data_sets(self) -> tuple[list[str], list[str]]:
+    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """Prompts and PTX texts, and the prompts of its evaluations."""
         return [*self.data.prompts, *self.data.ptx], self.evaluation.prompts
 
     @property
-    def scoped_data(self) -> list[str]:
+    def scoped_data(self) -> list[str | DataEntry]:
         """The training prompts, where a constraint counts over some of them alone."""
         return self.data.prompts if self.scopes else []
 

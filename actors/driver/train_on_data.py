@@ -12,9 +12,10 @@ from actors.driver.trainer_stage import TrainerStage
 from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError
 from actors.roles.trainer import Trainer
+from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.fit import check_fit
-from beaver_ray.models.loading import check_model_folder
-from beaver_ray.runs import RunFolder
+from beaver_ray.models.loading import check_model_folder, load_tokenizer
+from beaver_ray.runs import RunFolder, say_rows
 
 
 def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
@@ -22,6 +23,7 @@ def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
     check_model_folder(stage.model, "model")
     for line in check_fit(stage):
         run.note(line)
+    _have_tokens(stage)
     roles = stage.roles()
     cluster = open_cluster(stage, roles)
     try:
@@ -46,6 +48,13 @@ def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
     finally:
         if cluster:
             cluster.close()
+
+
+def _have_tokens(stage: TrainerStage) -> None:
+    """Tokenise large data here, where it is seen how far that is; the ranks then read what is on disk."""
+    tokenizer = load_tokenizer(stage.model, stage.trust_remote_code)
+    specs = [*stage.train, *stage.eval]
+    keep_tokens(stage.dataset(), specs, tokenizer, stage.max_tokens, stage.template, say_rows)
 
 
 def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) -> None:

@@ -12,12 +12,13 @@ from actors.driver.recovery import Recovery, start_surely
 from actors.driver.tracing import StepTrace
 from actors.driver.training_state import TrainingState
 from actors.weights.direct import obstacle
-from beaver_ray.data.mixing import held_out_too
+from beaver_ray.data.mixing import held_out_too, prompt_keys
 from beaver_ray.data.scopes import lines
-from beaver_ray.data.tokenized import check_tokenizer
+from beaver_ray.data.token_files import keep_tokens
+from beaver_ray.data.tokenized import SupervisedDataset, check_tokenizer
 from beaver_ray.fit import check_tokenizers
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.runs import RunFolder
+from beaver_ray.runs import RunFolder, say_rows
 
 
 def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
@@ -36,8 +37,11 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     held_out = HeldOut(stage) if stage.evaluation.prompts else None
     for line in held_out.remarks if held_out else []:
         run.note(line)
-    if held_out and (both := held_out_too(samples, held_out.samples)):
+    if held_out and (both := held_out_too(prompt_keys(samples), prompt_keys(held_out.samples))):
         run.note(both)
+    if stage.data.ptx:
+        longest = stage.lengths().longest
+        keep_tokens(SupervisedDataset, stage.data.ptx, tokenizer, longest, stage.data.template, say_rows)
     cluster = open_cluster(stage, stage.roles())
     try:
         roles = start_surely(stage, cluster, run.note)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from beaver_ray.config import SupervisedConfig, TrainerConfig
+from beaver_ray.data_options import DataEntry
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training
 from beaver_ray.template_options import TemplateOptions
 
@@ -72,7 +73,7 @@ class TrainerStage(TrainerConfig, Stage):
         return self.template
 
     @property
-    def data_sets(self) -> tuple[list[str], list[str]]:
+    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """``train`` and ``eval``."""
         return self.train, self.eval
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
+from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScoreSource
@@ -53,7 +54,7 @@ class FunctionScorer(TextScorer):
         policy: str,
         trust_remote_code: bool = False,
         template: Template = "auto",
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         super().__init__(columns, policy, trust_remote_code, template, prompts)
         self.source, self.keywords = source, dict(keywords)

@@ -25,7 +25,7 @@ from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatche
 from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
-from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
@@ -69,9 +69,9 @@ class PolicyTrainer(TrainingRank):
         self.scale = 0.5 if config.data.ptx else 1.0
         self.ptx: SupervisedDataset | None = None
         if config.data.ptx:
-            samples, _ = load_mix(config.data.ptx)
             longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-            self.ptx = SupervisedDataset.build(samples, self.tokenizer, longest, config.data.template)
+            ptx = read_tokens(SupervisedDataset, config.data.ptx, self.tokenizer, longest, config.data.template)
+            self.ptx = ptx.dataset()
             rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt // config.ppo.minibatches
             self.ptx_sampler = BatchSampler(len(self.ptx), min(rows, len(self.ptx)), config.seed)
 

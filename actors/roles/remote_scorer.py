@@ -22,6 +22,7 @@ from urllib3 import Retry
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
+from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template, template_options
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.score_sources import ScoreSource
@@ -52,7 +53,7 @@ class RemoteScorer(TextScorer):
         timeout_s: float,
         trust_remote_code: bool = False,
         template: Template = "auto",
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         super().__init__(columns, policy, trust_remote_code, template, prompts)
         self.sends_dialogues = bool(prompts)

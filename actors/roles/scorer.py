@@ -11,7 +11,7 @@ import torch
 
 from actors.roles.micro_batches import SequenceRows, token_column
 from beaver_ray import experience
-from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.readers import Dialogues, Reader, read_alike
 from beaver_ray.data.templates import Template
 from beaver_ray.data.tokenized import SafetyPreferenceDataset
@@ -53,7 +53,7 @@ class ScorerBase(ABC):
             found[column] = scores.astype(np.float32)
         return experience.make_batch(found)
 
-    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+    def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """Fit P(unsafe) on labelled pairs, read as rollouts are; from now on it is the cost in ``column``."""
         samples, _ = load_mix(specs)
         data = SafetyPreferenceDataset.build(samples, self.reader.tokenizer, max_tokens, self.reader.template)
@@ -93,7 +93,7 @@ class TextScorer(ScorerBase):
         policy: str,
         trust_remote_code: bool,
         template: Template,
-        prompts: Sequence[Sequence[str]],
+        prompts: Sequence[Sequence[Spec]],
     ) -> None:
         reader = Reader(load_tokenizer(policy, trust_remote_code), template)
         super().__init__(columns, reader, Dialogues(reader, prompts))
@@ -105,7 +105,7 @@ class TextScorer(ScorerBase):
         whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
         return [self.reader.answer_text(answer, ended) for answer, ended in zip(tokens, whole.tolist(), strict=True)]
 
-    def calibrate(self, column: str, specs: list[str], max_tokens: int) -> dict[str, float]:
+    def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """As any scorer; the prompts of the pairs are no prompts of the run."""
         self.dialogues.add(load_mix(specs)[0])
         return super().calibrate(column, specs, max_tokens)
@@ -129,7 +129,7 @@ class Scorer(ScorerBase):
         threads: int,
         trust_remote_code: bool = False,
         template: Template = "auto",
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         torch.set_num_threads(threads)
         own = Reader.of_scorer(load_tokenizer(model, trust_remote_code), template)

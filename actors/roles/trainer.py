@@ -14,7 +14,8 @@ from torch import Tensor
 from actors.machine.engine import LossTerms, TrainingEngine
 from actors.machine.ranks import TrainingRank
 from beaver_ray.config import TrainerConfig
-from beaver_ray.data.mixing import held_out_too, load_mix, split
+from beaver_ray.data.mixing import held_out_too
+from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, Ragged
 from beaver_ray.models.loading import DTYPES, load_tokenizer
 from beaver_ray.packing import check_packing, plan_micro_batches
@@ -75,17 +76,16 @@ class Trainer(TrainingRank):
         """Load model and data."""
         config = self.config
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        samples, reports = load_mix(config.train)
+        kind, both = self.task.dataset(), None
+        train = read_tokens(kind, config.train, self.tokenizer, config.max_tokens, config.template)
+        reports = train.reports
         if config.eval:
-            held_out, more = load_mix(config.eval)
-            reports = reports | more
-            both = held_out_too(samples, held_out)
+            held_out = read_tokens(kind, config.eval, self.tokenizer, config.max_tokens, config.template)
+            reports = reports | held_out.reports
+            both = held_out_too(train.keys, held_out.keys)
         else:
-            samples, held_out = split(samples, config.eval_fraction, config.seed)
-            both = None
-        make: Any = self.task.dataset().build
-        self.train_data = make(samples, self.tokenizer, config.max_tokens, config.template)
-        self.eval_data = make(held_out, self.tokenizer, config.max_tokens, config.template)
+            train, held_out = train.split(config.eval_fraction, config.seed)
+        self.train_data, self.eval_data = train.dataset(), held_out.dataset()
         self.notes = [f"{spec}: {report.line()}" for spec, report in reports.items()]
         self.notes += [
             f"{name} data: {len(data)} kept; {data.report.line()}"

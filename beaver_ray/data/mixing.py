@@ -1,18 +1,26 @@
-"""Mixing datasets: the `NAME[:PROPORTION[:PATH]]` syntax of Safe RLHF, and a hold-out split by prompt."""
+"""Mixing datasets: the `NAME[:PROPORTION[:PATH]]` syntax of Safe RLHF or mappings, and a hold-out split by prompt."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from beaver_ray.data.sources import DropReport, RawSample, find_source, read_source
+from beaver_ray.data.mapping import entry_source
+from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, read_source
+from beaver_ray.data_options import DataEntry, data_entry, data_label
 from beaver_ray.errors import UserError
+
+Spec = str | DataEntry | Mapping[str, Any]
+"""An entry of a list of data sets: as text, as an option, or as such an option's plain values."""
 
 MOST_COPIES = 1000
 SYNTAX = "NAME[:PROPORTION[:PATH]] with PROPORTION a number, a/b, or n/-1 for exactly n samples"
@@ -26,20 +34,48 @@ class MixSpec:
     proportion: float | Fraction = 1.0
     count: int | None = None
     path: str | None = None
+    entry: DataEntry | None = None
+    """The mapping that it was given as."""
+
+    @property
+    def source(self) -> Source:
+        """How its rows are read. Raises UserError for an unknown name."""
+        return find_source(self.name) if self.entry is None else entry_source(self.entry)
+
+    @property
+    def where(self) -> Mapping[str, Any]:
+        """Field to a value or several; other rows are left out."""
+        return {} if self.entry is None else self.entry.where
+
+    @property
+    def rows(self) -> str:
+        """What rows it means, on one line; the same for two that differ in their proportions alone."""
+        path = os.path.abspath(os.path.expanduser(self.path)) if self.path else None
+        entry = None if self.entry is None else data_label(self.entry.model_copy(update={"proportion": 1.0}))
+        return f"{self.name}:{path}:{entry}"
 
     def size(self, available: int) -> int:
         """How many samples are taken of `available`; round() is Python's, halves to the even number."""
         return round(self.proportion * available) if self.count is None else self.count
 
 
-def parse_spec(text: str) -> MixSpec:
-    """Read one `NAME[:PROPORTION[:PATH]]`; the path may hold colons itself, an empty part means its
-    default."""
-    name, _, rest = text.strip().partition(":")
+def parse_spec(spec: Spec) -> MixSpec:
+    """Read one `NAME[:PROPORTION[:PATH]]` (the path may hold colons itself, an empty part means its default), or one
+    mapping."""
+    if not isinstance(spec, str):
+        entry = spec if isinstance(spec, DataEntry) else data_entry(spec)
+        entry_source(entry)
+        found = _proportion(str(entry.proportion), data_label(entry))
+        return replace(found, name=entry.name or str(entry.path), path=entry.path, entry=entry)
+    name, _, rest = spec.strip().partition(":")
     amount, _, path = rest.partition(":")
     if not name:
-        raise UserError(f"dataset '{text}' has no name: write {SYNTAX}")
+        raise UserError(f"dataset '{spec}' has no name: write {SYNTAX}")
     find_source(name)
+    return replace(_proportion(amount, spec), name=name, path=path.strip() or None)
+
+
+def _proportion(amount: str, text: str) -> MixSpec:
     proportion: float | Fraction = 1.0
     count: int | None = None
     try:
@@ -56,24 +92,43 @@ def parse_spec(text: str) -> MixSpec:
         raise UserError(f"proportion '{amount}' in dataset '{text}' is negative or infinite: write {SYNTAX}")
     if proportion > MOST_COPIES:
         raise UserError(f"proportion '{amount}' in dataset '{text}' is above {MOST_COPIES}: lower it")
-    return MixSpec(name, proportion, count, path.strip() or None)
+    return MixSpec("", proportion, count)
 
 
-def resample(samples: Sequence[RawSample], size: int, name: str, seed: int = 42) -> list[RawSample]:
-    """`size` samples: whole copies as long as they fit, then a random remainder without replacement, in file
-    order.
+def parse_mix(specs: Sequence[Spec]) -> dict[str, MixSpec]:
+    """What is to be read, by its label; a proportion of 0 skips a data set without opening it.
+
+    Raises UserError: bad syntax, or the same rows twice.
+    """
+    parsed = {data_label(spec): parse_spec(spec) for spec in specs}
+    seen: set[str] = set()
+    if len(parsed) < len(specs):
+        raise UserError("a dataset is given twice: keep one and raise its proportion")
+    for spec in parsed.values():
+        if spec.rows in seen:
+            raise UserError(f"dataset '{spec.name}' is given twice: keep one and raise its proportion")
+        seen.add(spec.rows)
+    return {label: spec for label, spec in parsed.items() if 0 not in (spec.proportion, spec.count)}
+
+
+def take(label: str, spec: MixSpec, available: int, seed: int = 42) -> NDArray[np.int64]:
+    """Which of the ``available`` samples of a data set are in the mix: whole copies as long as they fit, then a
+    random remainder without replacement, in file order.
 
     The draw depends on the seed, the name and the number of samples, not on the other datasets of a mix.
+
+    Raises UserError for many more samples than there are.
     """
-    if size and not samples:
-        raise ValueError(f"cannot take {size} of no samples")
-    copies, remainder = divmod(size, len(samples)) if samples else (0, 0)
-    seeds = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(name.encode()),))
-    chosen = np.random.default_rng(seeds).permutation(len(samples))[:remainder]
-    return [*list(samples) * copies, *(samples[index] for index in sorted(chosen))]
+    size = spec.size(available)
+    if size > MOST_COPIES * available:
+        raise UserError(f"dataset '{label}' has {available} samples, far fewer than it should give: ask for less")
+    copies, remainder = divmod(size, available) if available else (0, 0)
+    seeds = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(spec.name.encode()),))
+    chosen = np.random.default_rng(seeds).permutation(available)[:remainder]
+    return np.concatenate([np.tile(np.arange(available), copies), np.sort(chosen)]).astype(np.int64)
 
 
-def load_mix(specs: Sequence[str], seed: int = 42) -> tuple[list[RawSample], dict[str, DropReport]]:
+def load_mix(specs: Sequence[Spec], seed: int = 42) -> tuple[list[RawSample], dict[str, DropReport]]:
     """Read the datasets and mix them, one after another (batches are shuffled later).
 
     Returns:
@@ -81,63 +136,67 @@ def load_mix(specs: Sequence[str], seed: int = 42) -> tuple[list[RawSample], dic
         the dataset without opening it.
 
     Raises:
-        UserError: bad syntax, the same dataset (name and path) twice, a source without good rows, or an empty
-        mix.
+        UserError: bad syntax, the same dataset (name, path and where) twice, a source without good rows, or an
+        empty mix.
     """
-    parsed = [parse_spec(text) for text in specs]
-    seen: set[tuple[str, str | None]] = set()
-    for spec in parsed:
-        key = (spec.name, os.path.abspath(os.path.expanduser(spec.path)) if spec.path else None)
-        if key in seen:
-            raise UserError(f"dataset '{spec.name}' is given twice: keep one and raise its proportion")
-        seen.add(key)
     mixed: list[RawSample] = []
     reports: dict[str, DropReport] = {}
-    for text, spec in zip(specs, parsed, strict=True):
-        if 0 in (spec.proportion, spec.count):
-            continue
-        samples, reports[text] = read_source(spec.name, spec.path)
-        if spec.size(len(samples)) > MOST_COPIES * len(samples):
-            raise UserError(f"dataset '{text}' has {len(samples)} samples, far fewer than it should give: ask for less")
-        mixed += resample(samples, spec.size(len(samples)), spec.name, seed)
-    if not mixed:
-        raise UserError(f"the datasets {list(specs)} give no samples: raise a proportion")
+    for label, spec in parse_mix(specs).items():
+        samples, reports[label] = read_source(spec.source, spec.path, spec.where)
+        mixed += [samples[index] for index in take(label, spec, len(samples), seed)]
+    check_mix(specs, len(mixed))
     return mixed, reports
 
 
-def split(samples: Sequence[RawSample], ratio: float, seed: int = 42) -> tuple[list[RawSample], list[RawSample]]:
-    """(rest, held out), in order, cut by prompt: all samples of one prompt fall on the same side.
+def check_mix(specs: Sequence[Spec], size: int) -> None:
+    """UserError for a mix without samples."""
+    if not size:
+        raise UserError(f"the datasets {list(map(data_label, specs))} give no samples: raise a proportion")
 
-    `ratio` of the distinct prompts, at least one, are held out.
+
+def hold_out(keys_N: NDArray[np.uint64], ratio: float, seed: int = 42) -> NDArray[np.bool_]:
+    """Which samples [N] are held out, cut by prompt: all samples of one prompt fall on the same side.
+
+    keys_N: the `prompt_keys` of the samples. `ratio` of the distinct prompts, at least one, are held out.
 
     Raises:
         UserError: ratio outside (0, 1), or fewer than two distinct prompts.
     """
     if not 0 < ratio < 1:
         raise UserError(f"split ratio {ratio} must lie between 0 and 1")
-    keys = [prompt_key(sample) for sample in samples]
-    distinct = list(dict.fromkeys(keys))
-    if len(distinct) < 2:
+    _, first, numbers_N = np.unique(keys_N, return_index=True, return_inverse=True)
+    distinct = len(first)
+    if distinct < 2:
         raise UserError(
-            f"cannot hold out from {len(distinct)} distinct prompts: give at least two, or held-out data under eval"
+            f"cannot hold out from {distinct} distinct prompts: give at least two, or held-out data under eval"
         )
-    count = min(max(1, math.floor(ratio * len(distinct) + 0.5)), len(distinct) - 1)
-    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(distinct))
-    held_out = {distinct[index] for index in order[:count]}
-    rest = [sample for sample, key in zip(samples, keys, strict=True) if key not in held_out]
-    return rest, [sample for sample, key in zip(samples, keys, strict=True) if key in held_out]
+    count = min(max(1, math.floor(ratio * distinct + 0.5)), distinct - 1)
+    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(distinct)
+    chosen = np.zeros(distinct, dtype=np.bool_)
+    chosen[np.argsort(first)[order[:count]]] = True  # the order is over prompts as they first appear
+    return np.asarray(chosen[numbers_N.reshape(-1)], dtype=np.bool_)
 
 
-def held_out_too(samples: Sequence[RawSample], held_out: Sequence[RawSample]) -> str | None:
-    """A line about held-out prompts that are trained on as well; None where there are none.
-
-    White space around a turn makes no other prompt.
-    """
-    trained, kept = prompt_texts(samples), prompt_texts(held_out)
-    both = len(trained & kept)
+def held_out_too(trained: NDArray[np.uint64], held_out: NDArray[np.uint64]) -> str | None:
+    """A line about held-out prompts that are trained on as well (`prompt_keys` of both); None where there are none."""
+    kept = np.unique(held_out)
+    both = int(np.isin(kept, trained).sum())
     if not both:
         return None
     return f"{both} of {len(kept)} held-out prompts are training prompts too; figures on them flatter the model"
+
+
+def prompt_keys(samples: Iterable[RawSample]) -> NDArray[np.uint64]:
+    """64 bits of each sample's prompt: equal where its turns are, white space around them aside."""
+    return np.fromiter(map(prompt_hash, samples), dtype=np.uint64)
+
+
+def prompt_hash(sample: RawSample) -> int:
+    """64 bits of the turns of a prompt, without white space around them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for turn in prompt_key(sample):
+        digest.update(turn.strip().encode() + b"\0")
+    return int.from_bytes(digest.digest(), "little")
 
 
 def prompt_texts(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.mixing import load_mix, prompt_key
+from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import (
     LATER,
@@ -88,8 +88,8 @@ def _tried(reader: Reader, turns: list[str], system: str | None) -> list[int] | 
 class Dialogues:
     """The dialogue of every prompt that a policy is asked, by the tokens that the policy reads."""
 
-    def __init__(self, policy: Reader, prompts: Iterable[Sequence[str]] = ()) -> None:
-        """prompts: lists of datasets (NAME[:PROPORTION[:PATH]]), as the run reads them."""
+    def __init__(self, policy: Reader, prompts: Iterable[Sequence[Spec]] = ()) -> None:
+        """prompts: lists of datasets, as the run reads them."""
         self.policy = policy
         self.known: set[tuple[str | None, tuple[str, ...]]] = set()
         self.by_tokens: dict[bytes, tuple[str, ...]] = {}

@@ -1,8 +1,8 @@
 """Which prompts a constraint counts over: those whose row says what its ``where`` does.
 
 A row's value and the wanted one are compared as text, so that true in a JSON file is "true" in a CSV file, and 1 is
-1.0. All fields of a ``where`` must match, each any one of its values. What is no text, number, true, false or null
-matches nothing.
+1.0. All fields of a ``where`` must match, each any one of its values; of a list in a row any item will do, and ``a.b``
+is b of what stands in a. What is no text, number, true, false or null matches nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.data.sources import RawSample
+from beaver_ray.data.sources import RawSample, as_text, fits, several
 from beaver_ray.errors import UserError
 
 SHOWN = 5  # values of a field that an error names
@@ -26,7 +26,7 @@ Where = Mapping[str, Any]
 def masks(scopes: Mapping[str, Where], samples: Sequence[RawSample]) -> dict[str, NDArray[np.bool_]]:
     """For each constraint that has a scope, which of the samples [N] it counts over."""
     return {
-        name: np.fromiter((_fits(where, sample.fields) for sample in samples), dtype=np.bool_, count=len(samples))
+        name: np.fromiter((fits(where, sample.fields) for sample in samples), dtype=np.bool_, count=len(samples))
         for name, where in scopes.items()
     }
 
@@ -52,33 +52,11 @@ def lines(scopes: Mapping[str, Where], inside: Mapping[str, NDArray[np.bool_]]) 
 
 def in_words(where: Where) -> str:
     """A scope on one line: "kind: benign or edge, safe: true"."""
-    return ", ".join(f"{field}: {' or '.join(map(_shown, _several(wanted)))}" for field, wanted in where.items())
-
-
-def _fits(where: Where, fields: Mapping[str, Any]) -> bool:
-    return all(
-        field in fields and (said := _as_text(fields[field])) is not None and said in map(_as_text, _several(wanted))
-        for field, wanted in where.items()
-    )
-
-
-def _several(wanted: Any) -> Sequence[Any]:
-    return wanted if isinstance(wanted, list | tuple) else (wanted,)
-
-
-def _as_text(value: Any) -> str | None:
-    """The text that a value is compared as; None for a list or an object."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, str | int | float) else None
+    return ", ".join(f"{field}: {' or '.join(map(_shown, several(wanted)))}" for field, wanted in where.items())
 
 
 def _shown(value: Any) -> str:
-    text = _as_text(value) or "..."
+    text = as_text(value) or "..."
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -89,7 +67,7 @@ def _known(samples: Sequence[RawSample]) -> str:
         for field, value in sample.fields.items():
             counts.setdefault(field, Counter())[_shown(value)] += 1
     if not counts:
-        return "no further fields (those of data set 'prompts' alone are kept)"
+        return "no further fields"
     described = []
     for field in sorted(counts):
         values = [value for value, _ in counts[field].most_common(SHOWN)]

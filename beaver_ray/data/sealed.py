@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.data.mixing import load_mix, prompt_texts
+from beaver_ray.data.mixing import Spec, load_mix, prompt_texts
 from beaver_ray.data.sources import RawSample
+from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
 from beaver_ray.yaml_files import read_yaml
 
@@ -35,8 +36,8 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
     sealed, read = Sealed(list(samples)), set[str]()
     for run, tree in _runs(config, policy, sealed.unchecked):
         for part, specs in _data(tree):
-            new = [spec for spec in specs if spec not in read]
-            read.update(new)
+            new = [spec for spec in specs if data_label(spec) not in read]
+            read.update(map(data_label, new))
             name = f"{part} of {run}" if run else part
             try:
                 seen = prompt_texts(load_mix(new)[0]) if new else set()
@@ -77,7 +78,7 @@ def _run_of(folder: Path) -> Path | None:
     return runs[0] if runs else None
 
 
-def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:
     data = tree.get("data") or {}
     yield "train", tree.get("train") or []
     yield "data.prompts", data.get("prompts") or []

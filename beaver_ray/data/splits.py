@@ -16,21 +16,28 @@ from beaver_ray.errors import UserError, first_line
 SUBSETS = ("harmless-base", "helpful-base")
 # Texts may be packed; Parquet packs itself.
 SUFFIXES = (
-    *(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv") for packed in ("", ".gz", ".bz2", ".xz", ".zst")),
+    *(
+        f"{kind}{packed}"
+        for kind in (".jsonl", ".json", ".csv", ".tsv")
+        for packed in ("", ".gz", ".bz2", ".xz", ".zst")
+    ),
     ".parquet",
 )
 
 
-def split_files(folder: Path, subset: str | None, split: str, strict: bool) -> list[Path]:
+def split_files(
+    folder: Path, subset: str | None, split: str, strict: bool, configuration: str | None = None
+) -> list[Path]:
     """The files of one split, sorted.
 
     subset: folder that has it inside a clone; where ``folder`` holds no subsets it is taken for that one itself.
+    configuration: the one of the dataset card that is meant; None for the default one.
     strict: the name means this split and no other; else the only one that there is will do.
 
     Raises:
         UserError: no data file, no such split or subset, or a card that cannot be understood.
     """
-    splits = _splits(_subset_folder(folder, subset), card=folder if subset is None else None)
+    splits = _splits(_subset_folder(folder, subset), folder if subset is None else None, configuration)
     found = {name: files for name, files in splits.items() if files}
     if not found:
         raise UserError(f"no file in folder {folder}: it needs files ending in {', '.join(SUFFIXES)}")
@@ -55,11 +62,11 @@ def _subset_folder(folder: Path, subset: str | None) -> Path:
     return folder
 
 
-def _splits(folder: Path, card: Path | None) -> dict[str, list[Path]]:
+def _splits(folder: Path, card: Path | None, configuration: str | None) -> dict[str, list[Path]]:
     """The data files of each split."""
     from datasets.data_files import EmptyDatasetError, get_data_patterns, sanitize_patterns
 
-    entry = _default_config(card) if card else {}
+    entry = _configured(card, configuration) if card else {}
     base = folder.absolute() / str(entry.get("data_dir") or "")
     root = glob.escape(base.as_posix())
     try:
@@ -84,8 +91,8 @@ def _matches(root: str, patterns: list[str]) -> list[Path]:
     return sorted(Path(name) for name in found if name.endswith(SUFFIXES))
 
 
-def _default_config(folder: Path) -> dict[str, Any]:
-    """What the dataset card says of the configuration that is read where none is named; empty where it says nothing."""
+def _configured(folder: Path, configuration: str | None) -> dict[str, Any]:
+    """What the dataset card says of a configuration, or of the default one; empty where it says nothing."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
@@ -94,15 +101,17 @@ def _default_config(folder: Path) -> dict[str, Any]:
         if not card.is_file() or not card.read_text(encoding="utf-8", errors="replace").startswith("---"):
             return {}
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card, ignore_metadata_errors=True).data)
-        name = configs.get_default_config_name()
+        name = configuration or configs.get_default_config_name()
     except Exception as error:  # of broken cards these raise nearly anything
         raise _bad_card(folder, error) from None
     if configs and name is None:
         raise UserError(
             f"folder {folder} has several subsets ({', '.join(configs)}) and no default one: give the path of the "
-            "files of one"
+            "files of one, or {path: FOLDER, subset: ONE, ...}"
         )
-    return dict(configs[name]) if name is not None else {}
+    if configs and name not in configs:
+        raise UserError(f"folder {folder} has no subset '{name}', only {', '.join(configs)}: give one of those")
+    return dict(configs[name]) if configs and name is not None else {}
 
 
 def _bad_card(folder: Path, error: Exception) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.data.mixing import load_mix, prompt_key
+from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.near import NearTexts
 from beaver_ray.data.sources import DropReport, RawSample
 
@@ -98,7 +98,9 @@ def quantiles(lengths: NDArray[np.int64]) -> dict[str, float]:
     return {"texts": len(lengths), "mean": float(lengths.mean()), **dict(zip(QUANTILES, found.tolist(), strict=True))}
 
 
-def survey(specs: Sequence[str], held_out: Sequence[str] = (), measure: Measure = words, unit: str = "words") -> Survey:
+def survey(
+    specs: Sequence[Spec], held_out: Sequence[Spec] = (), measure: Measure = words, unit: str = "words"
+) -> Survey:
     """Read the data sets (NAME[:PROPORTION[:PATH]]) and look through them.
 
     Raises:

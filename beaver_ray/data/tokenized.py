@@ -7,10 +7,11 @@ answer). A row that is too long is dropped and counted, never cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,13 @@ class Ragged:
         arrays = [np.asarray(row, dtype=np.int32) for row in rows]
         self.offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int64)
         self.flat = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
+
+    @classmethod
+    def of(cls, flat: NDArray[np.int32], lengths: NDArray[np.integer[Any]]) -> Ragged:
+        """Rows of these lengths, which stand one behind another in ``flat``."""
+        ragged = cls([])
+        ragged.flat, ragged.offsets = flat, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return ragged
 
     def __len__(self) -> int:
         return self.offsets.size - 1
@@ -90,24 +98,43 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 # ---------------------------------------------------------------- datasets
 
 
-class _Encoder:
-    """Encodes prompts (each distinct one once) and whole sequences, and refuses what is too long."""
+KEPT_PROMPTS = 4096  # of which an encoder knows the tokens
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int, report: DropReport
-    ) -> None:
+
+class EncodedRow(NamedTuple):
+    """One sample in tokens."""
+
+    sequences: tuple[list[int], ...]
+    prompt_length: int
+    labels: tuple[int, ...] = ()
+    ended: int = 0
+    """Answers that had their end token already."""
+    stops_inside: int = 0
+    """Answers with a token in their middle that would end a rollout."""
+    spell_end: int = 0
+    """Answers that spell such a token in their middle."""
+
+
+class Encoder:
+    """Encodes prompts (a repeated one once) and whole sequences, and refuses what is too long."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int) -> None:
         check_tokenizer(tokenizer)
-        self.tokenizer, self.template, self.max_length, self.report = tokenizer, template, max_length, report
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.form = answer_form(tokenizer, template)
         self.prompts: dict[tuple[str | None, tuple[str, ...]], list[int]] = {}
 
     def prompt(self, sample: RawSample) -> list[int]:
+        """The tokens of a sample's prompt."""
         key = (sample.system, prompt_key(sample))
         if key not in self.prompts:
+            if len(self.prompts) >= KEPT_PROMPTS:
+                self.prompts.clear()
             self.prompts[key] = prompt_tokens(self.tokenizer, sample.input, self.template, system=sample.system)
         return self.prompts[key]
 
     def sequence(self, sample: RawSample, answer: str | None) -> list[int]:
+        """Prompt, answer and its end. Raises BadRow."""
         if answer is None:
             raise BadRow("no answer")
         bare = self.form.bare(answer)
@@ -118,25 +145,33 @@ class _Encoder:
             raise BadRow(f"longer than {self.max_length} tokens")
         return tokens
 
-    def keep(self, sample: RawSample, *rows: list[int]) -> None:
-        """Count what is odd about the one or two answers in these rows, which are kept."""
-        start = len(self.prompt(sample))
-        for answer in (sample.answer, sample.other_answer)[: len(rows)]:
-            if answer is not None and self.form.ends(answer):
-                self.report.remark("answers had their end token already, which they do not get twice")
-            if answer is not None and self.form.spells_end(answer):
-                self.report.remark("answers spell a token in their middle that would end a rollout; it stays text")
-        for row in rows:
-            if stops_inside(row[start:-1], self.form):
-                self.report.remark("answers hold a token in their middle that would end a rollout")
-
     def pair(self, sample: RawSample) -> tuple[list[int], list[int]]:
+        """Both answers behind the prompt. Raises BadRow."""
         if sample.answer is None or sample.other_answer is None:
             raise BadRow("not two answers")
         first, second = self.sequence(sample, sample.answer), self.sequence(sample, sample.other_answer)
         if first == second:
             raise BadRow("identical responses")
         return first, second
+
+    def row(self, sample: RawSample, sequences: tuple[list[int], ...], labels: tuple[int, ...] = ()) -> EncodedRow:
+        """A row of these sequences, with what is odd about the one or two answers in them."""
+        start = len(self.prompt(sample))
+        answers = (sample.answer, sample.other_answer)[: len(sequences)]
+        ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
+        inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
+        spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
+        return EncodedRow(sequences, start, labels, ended, inside, spelled)
+
+
+def _remark(report: DropReport, ended: int, inside: int, spelled: int) -> None:
+    for count, what in (
+        (ended, "answers had their end token already, which they do not get twice"),
+        (spelled, "answers spell a token in their middle that would end a rollout; it stays text"),
+        (inside, "answers hold a token in their middle that would end a rollout"),
+    ):
+        if count:
+            report.remarks[what] += count
 
 
 def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
@@ -147,6 +182,75 @@ def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
             f"no {kind} is left ({report.line()}): raise {longer}, or use a dataset that has what this stage needs"
         )
     return report
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a data set of sequences is made of."""
+
+    sequences: tuple[Ragged, ...]
+    prompt_length: NDArray[np.int32]  # [N]
+    labels: NDArray[np.int8]  # [N, L]
+    ended: int
+    stops_inside: int
+    spell_end: int
+    dropped: Counter[str]
+
+
+class SequenceDataset:
+    """What data sets of whole sequences share: how they are built of samples, or of tokens that were kept."""
+
+    what: ClassVar[str]
+    """What a row is called."""
+    width: ClassVar[int] = 2
+    """Sequences in a row."""
+
+    @classmethod
+    def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """One sample in tokens. Raises BadRow for one that the data set has no use for."""
+        raise NotImplementedError
+
+    @classmethod
+    def assemble(cls, columns: Columns, report: DropReport) -> Self:
+        """The data set of these columns."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_columns(cls, columns: Columns) -> Self:
+        """The data set of these columns. Raises UserError where they are empty."""
+        report = DropReport(dropped=columns.dropped)
+        _remark(report, columns.ended, columns.stops_inside, columns.spell_end)
+        return cls.assemble(columns, _finish(report, len(columns.prompt_length), cls.what))
+
+    @classmethod
+    def build(
+        cls,
+        samples: Sequence[RawSample],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        template: Template = "auto",
+    ) -> Self:
+        """Encode every sample that has what is needed; what is over `max_length` tokens, or unfit, is dropped and
+        counted."""
+        encoder = Encoder(tokenizer, template, max_length)
+        rows: list[EncodedRow] = []
+        dropped: Counter[str] = Counter()
+        for sample in samples:
+            try:
+                rows.append(cls.encode(encoder, sample))
+            except BadRow as reason:
+                dropped[str(reason)] += 1
+        return cls.of_columns(
+            Columns(
+                tuple(Ragged(row.sequences[side] for row in rows) for side in range(cls.width)),
+                np.array([row.prompt_length for row in rows], dtype=np.int32),
+                np.array([row.labels for row in rows], dtype=np.int8),
+                sum(row.ended for row in rows),
+                sum(row.stops_inside for row in rows),
+                sum(row.spell_end for row in rows),
+                dropped,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +279,7 @@ class PromptDataset:
         Of a repeated prompt the first row says whether it is in a scope.
         """
         report = DropReport()
-        encoder = _Encoder(tokenizer, template, max_prompt_tokens, report)
+        encoder = Encoder(tokenizer, template, max_prompt_tokens)
         rows: dict[tuple[int, ...], RawSample] = {}
         for sample in samples:
             tokens = tuple(encoder.prompt(sample))
@@ -189,8 +293,11 @@ class PromptDataset:
 
 
 @dataclass(frozen=True)
-class SupervisedDataset:
+class SupervisedDataset(SequenceDataset):
     """Row i is a prompt of `prompt_length[i]` tokens, then the answer and the token that ends it."""
+
+    what: ClassVar[str] = "demonstration"
+    width: ClassVar[int] = 1
 
     tokens: Ragged
     prompt_length: NDArray[np.int32]  # [N]
@@ -200,35 +307,21 @@ class SupervisedDataset:
         return len(self.tokens)
 
     @classmethod
-    def build(
-        cls,
-        samples: Sequence[RawSample],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        template: Template = "auto",
-    ) -> SupervisedDataset:
-        """Encode prompt + answer + its end of every sample; those over `max_length` tokens are dropped and
-        counted."""
-        report = DropReport()
-        encoder = _Encoder(tokenizer, template, max_length, report)
-        rows, prompt_lengths = [], []
-        for sample in samples:
-            try:
-                tokens = encoder.sequence(sample, sample.answer)
-            except BadRow as reason:
-                report.drop(str(reason))
-                continue
-            encoder.keep(sample, tokens)
-            rows.append(tokens)
-            prompt_lengths.append(len(encoder.prompt(sample)))
-        report = _finish(report, len(rows), "demonstration")
-        return cls(Ragged(rows), np.array(prompt_lengths, dtype=np.int32), report)
+    def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """Prompt + answer + its end."""
+        return encoder.row(sample, (encoder.sequence(sample, sample.answer),))
+
+    @classmethod
+    def assemble(cls, columns: Columns, report: DropReport) -> Self:
+        """The data set of these columns."""
+        return cls(columns.sequences[0], columns.prompt_length, report)
 
 
 @dataclass(frozen=True)
-class PreferenceDataset:
+class PreferenceDataset(SequenceDataset):
     """Pairs of sequences on one prompt: the more helpful answer and the less helpful one."""
 
+    what: ClassVar[str] = "preference pair"
     label: ClassVar[Literal["better", "safer"]] = "better"
     """The label that says which answer of a sample is the better one."""
 
@@ -241,31 +334,18 @@ class PreferenceDataset:
         return len(self.better)
 
     @classmethod
-    def build(
-        cls,
-        samples: Sequence[RawSample],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        template: Template = "auto",
-    ) -> PreferenceDataset:
-        """Encode both answers of every sample that has the label; too long pairs are dropped and counted."""
-        report = DropReport()
-        encoder = _Encoder(tokenizer, template, max_length, report)
-        better, worse, prompt_lengths = [], [], []
-        for sample in samples:
-            try:
-                first, second = encoder.pair(sample)
-                if (preferred := getattr(sample, cls.label)) is None:
-                    raise BadRow(f"no label which answer is {cls.label}")
-            except BadRow as reason:
-                report.drop(str(reason))
-                continue
-            encoder.keep(sample, first, second)
-            better.append(first if preferred else second)
-            worse.append(second if preferred else first)
-            prompt_lengths.append(len(encoder.prompt(sample)))
-        report = _finish(report, len(better), "preference pair")
-        return cls(Ragged(better), Ragged(worse), np.array(prompt_lengths, dtype=np.int32), report)
+    def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """Both answers of a sample that has the label, the better one first."""
+        first, second = encoder.pair(sample)
+        if (preferred := getattr(sample, cls.label)) is None:
+            raise BadRow(f"no label which answer is {cls.label}")
+        return encoder.row(sample, (first, second) if preferred else (second, first))
+
+    @classmethod
+    def assemble(cls, columns: Columns, report: DropReport) -> Self:
+        """The data set of these columns."""
+        better, worse = columns.sequences
+        return cls(better, worse, columns.prompt_length, report)
 
 
 @dataclass(frozen=True)
@@ -276,13 +356,14 @@ class SaferPreferenceDataset(PreferenceDataset):
 
 
 @dataclass(frozen=True)
-class SafetyPreferenceDataset:
+class SafetyPreferenceDataset(SequenceDataset):
     """Pairs of sequences on one prompt: the less harmful answer and the more harmful one, each with its sign.
 
     A sign is +1 for an unsafe answer and -1 for a safe one (cost > 0 means unsafe); both of a pair may be
     alike.
     """
 
+    what: ClassVar[str] = "safety preference pair"
     needs_better: ClassVar[bool] = False
 
     safer: Ragged
@@ -297,44 +378,28 @@ class SafetyPreferenceDataset:
         return len(self.safer)
 
     @classmethod
-    def build(
-        cls,
-        samples: Sequence[RawSample],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        template: Template = "auto",
-    ) -> SafetyPreferenceDataset:
-        """Encode both answers of every sample with all safety labels; too long or inconsistent ones are
-        dropped."""
-        report = DropReport()
-        encoder = _Encoder(tokenizer, template, max_length, report)
-        safer, unsafer, signs, better, prompt_lengths = [], [], [], [], []
-        for sample in samples:
-            try:
-                first, second = encoder.pair(sample)
-                if sample.safer is None or sample.is_safe is None or sample.is_other_safe is None:
-                    raise BadRow("no safety labels")
-                if cls.needs_better and sample.better is None:
-                    raise BadRow("no label which answer is better")
-                sign_first, sign_second = 1 - 2 * sample.is_safe, 1 - 2 * sample.is_other_safe
-                if not sample.safer:
-                    first, second, sign_first, sign_second = second, first, sign_second, sign_first
-                if sign_first > sign_second:
-                    raise BadRow("safer answer is not safer")
-            except BadRow as reason:
-                report.drop(str(reason))
-                continue
-            encoder.keep(sample, first, second)
-            safer.append(first)
-            unsafer.append(second)
-            signs.append((sign_first, sign_second))
-            better.append(sample.better is not None and sample.better == sample.safer)
-            prompt_lengths.append(len(encoder.prompt(sample)))
-        report = _finish(report, len(safer), "safety preference pair")
-        signs_N2 = np.array(signs, dtype=np.int8)
-        lengths = np.array(prompt_lengths, dtype=np.int32)
-        better_N = np.array(better, dtype=np.bool_)
-        return cls(Ragged(safer), Ragged(unsafer), signs_N2[:, 0], signs_N2[:, 1], better_N, lengths, report)
+    def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """Both answers of a sample with all safety labels, the safer one first; labels that contradict one another
+        are refused."""
+        first, second = encoder.pair(sample)
+        if sample.safer is None or sample.is_safe is None or sample.is_other_safe is None:
+            raise BadRow("no safety labels")
+        if cls.needs_better and sample.better is None:
+            raise BadRow("no label which answer is better")
+        sign_first, sign_second = 1 - 2 * sample.is_safe, 1 - 2 * sample.is_other_safe
+        if not sample.safer:
+            first, second, sign_first, sign_second = second, first, sign_second, sign_first
+        if sign_first > sign_second:
+            raise BadRow("safer answer is not safer")
+        better = sample.better is not None and sample.better == sample.safer
+        return encoder.row(sample, (first, second), (sign_first, sign_second, better))
+
+    @classmethod
+    def assemble(cls, columns: Columns, report: DropReport) -> Self:
+        """The data set of these columns."""
+        signs_N2, better_N = columns.labels[:, :2], columns.labels[:, 2].astype(np.bool_)
+        safer, unsafer = columns.sequences
+        return cls(safer, unsafer, signs_N2[:, 0], signs_N2[:, 1], better_N, columns.prompt_length, report)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _fold_into_norm(trunk: PreTrainedModel, weight: Tensor, bias: Tensor) -> boo
     outside = [module for name, module in trunk.named_modules() if not any(p.isdigit() for p in name.split("."))]
     for norm in (module for module in outside if isinstance(module, nn.LayerNorm) and module.bias is not None):
         kept = norm.bias.clone()
-        norm.bias += shift.to(norm.bias.dtype)
+        norm.bias.add_(shift.to(norm.bias.dtype))
         after = trunk(input_ids=ids, use_cache=False).last_hidden_state.float() @ weight.T
         if torch.allclose(after, before + bias, atol=1e-5 if trunk.dtype == torch.float32 else 5e-2):
             return True

@@ -219,7 +219,7 @@ def _statistics(config: Mapping[str, Any], path: str, heads: int) -> tuple[list[
     return _identity(heads)
 
 
-def _numbers(config: dict[str, Any], name: str, path: str) -> list[float]:
+def _numbers(config: Mapping[str, Any], name: str, path: str) -> list[float]:
     """Numbers that the published configurations also write without a list; none where there is nothing."""
     value = config.get(name)
     values = value if isinstance(value, list) else [] if value is None else [value]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from beaver_ray.data.mixing import load_mix, split
+from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
 from beaver_ray.data.sources import read_source
 from beaver_ray.data.tokenized import (
     LabelledPairDataset,
@@ -75,7 +75,7 @@ def consume(spec: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Read a dataset and make every kind of token dataset of it."""
     loaded = accepted(lambda: load_mix([spec]))
     if loaded is not None:
-        accepted(lambda: split(loaded[0], 0.5))
+        accepted(lambda: hold_out(prompt_keys(loaded[0]), 0.5))
         for builder in BUILDERS:
             accepted(lambda builder=builder: builder.build(loaded[0], tokenizer, 64))  # type: ignore[misc]
 

@@ -37,7 +37,9 @@ ROWS = samples(
         ({"safe": True}, [1, 1, 0, 0, 0]),
         ({"safe": 1}, [0, 0, 1, 0, 0]),
         ({"kind": ["benign", "harmful"], "level": 2}, [0, 1, 0, 0, 0]),
-        ({"tags": "benign"}, [0, 0, 0, 0, 0]),
+        ({"tags": "benign"}, [0, 0, 0, 1, 0]),
+        ({"tags": ["other", "benign"]}, [0, 0, 0, 1, 0]),
+        ({"tags": "other"}, [0, 0, 0, 0, 0]),
         ({"nothing": "benign"}, [0, 0, 0, 0, 0]),
     ],
 )
@@ -56,7 +58,7 @@ def test_a_scope_without_prompts_is_one_line() -> None:
     many = samples(*({"n": n, "long": "x" * 100} for n in range(9)))
     with pytest.raises(UserError, match=r"their rows have long \(x{37}\.\.\.\), n \(0, 1, 2, 3, 4, \.\.\.\)$"):
         check_masks({"c": {"n": 9}}, masks({"c": {"n": 9}}, many), many)
-    with pytest.raises(UserError, match=r"no further fields \(those of data set 'prompts' alone are kept\)"):
+    with pytest.raises(UserError, match=r"no further fields$"):
         check_masks({"c": {"n": 9}}, masks({"c": {"n": 9}}, samples({})), samples({}))
     assert in_words({"kind": ["a", 1], "safe": False}) == "kind: a or 1, safe: false"
 

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 
-from beaver_ray.data.mixing import held_out_too
+from beaver_ray.data.mixing import held_out_too, prompt_keys
 from beaver_ray.data.sources import RawSample, read_source
 from beaver_ray.errors import UserError
 
@@ -143,7 +143,7 @@ def test_files_about_the_data_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_that_are_trained_on() -> None:
-    train = [RawSample("a"), RawSample("a"), RawSample(["b"]), RawSample(["c", "d", "e"])]
-    assert held_out_too(train, [RawSample("x"), RawSample(["c", "d", "f"])]) is None
-    both = held_out_too(train, [RawSample("a "), RawSample("b"), RawSample("b"), RawSample("x")])
+    train = prompt_keys([RawSample("a"), RawSample("a"), RawSample(["b"]), RawSample(["c", "d", "e"])])
+    assert held_out_too(train, prompt_keys([RawSample("x"), RawSample(["c", "d", "f"])])) is None
+    both = held_out_too(train, prompt_keys([RawSample("a "), RawSample("b"), RawSample("b"), RawSample("x")]))
     assert both is not None and both.startswith("2 of 3 held-out prompts are training prompts too")

@@ -1,0 +1,245 @@
+"""Readers of the data sets of the field: preferences, labelled answers, dialogues, prompts of safety benchmarks.
+
+Columns and splits as the data sets' cards on the hub have them (autumn 2026); docs/data.md lists what becomes of each.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from beaver_ray.data.messages import is_messages, read_messages
+from beaver_ray.data.sources import BadRow, RawSample, Reader, flag, flagged, prompt_field, reader, rest, text_field
+
+# ---------------------------------------------------------------- dialogues
+
+
+def dialogue(name: str) -> Reader:
+    """The reader of rows whose field ``name`` is a list of messages; a last turn of the assistant is the answer."""
+    return DialogueReader(name)
+
+
+class DialogueReader:
+    """A class, so that it can travel to other processes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, row: dict[str, Any]) -> RawSample:
+        """The sample of one row."""
+        system, turns = read_messages(row.get(self.name), self.name)
+        if system is None and isinstance(row.get("system"), str) and row["system"].strip():
+            system = text_field(row, "system")
+        fields = rest(row, self.name, "system")
+        if len(turns) % 2:
+            return RawSample(input=turns, fields=fields, system=system)
+        return RawSample(input=turns[:-1], answer=turns[-1], fields=fields, system=system)
+
+
+for _name in ("messages", "conversations"):
+    reader(_name)(dialogue(_name))
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def _pair(row: dict[str, Any], names: tuple[str, str], first_is_better: bool | None, **more: Any) -> RawSample:
+    answers = text_field(row, names[0]), text_field(row, names[1])
+    if answers[0] == answers[1]:
+        raise BadRow("identical responses")
+    return RawSample(answer=answers[0], other_answer=answers[1], better=first_is_better, **more)
+
+
+def _strength(row: dict[str, Any], name: str) -> bool:
+    """-3 (the first answer is much better) to 3 (the second one is): whether it is the first."""
+    value = row.get(name)
+    if not isinstance(value, int | float):
+        raise BadRow(f"no field '{name}'")
+    if value == 0:
+        raise BadRow("no answer is better")
+    return value < 0
+
+
+def helpsteer2(row: dict[str, Any]) -> RawSample:
+    """Preferences (prompt, response_1/2, preference_strength, split), or one scored answer (prompt, response, ...)."""
+    turns = re.split(r"\s*<extra_id_1>(User|Assistant)\n", text_field(row, "prompt"))
+    if turns[1::2] != (["Assistant", "User"] * len(turns))[: len(turns) // 2] or len(turns) % 4 != 1:
+        raise BadRow("turns do not alternate from user to assistant")
+    prompt = prompt_field(turns[0::2], "prompt")
+    if "response" in row:
+        return RawSample(prompt, text_field(row, "response"), fields=rest(row, "prompt", "response"))
+    better = _strength(row, "preference_strength")
+    fields = rest(row, "prompt", "response_1", "response_2", "all_preferences_unprocessed")
+    return _pair(row, ("response_1", "response_2"), better, input=prompt, fields=fields)
+
+
+class _OfSplit:
+    """Rows of one split of a file that holds several."""
+
+    def __init__(self, read_row: Reader, split: str) -> None:
+        self.read_row, self.split = read_row, split
+
+    def __call__(self, row: dict[str, Any]) -> RawSample:
+        if row.get("split", self.split) != self.split:
+            raise BadRow("row of another split")
+        return self.read_row(row)
+
+
+reader("HelpSteer2", "nvidia/HelpSteer2", "preference", "train")(_OfSplit(helpsteer2, "train"))
+reader("HelpSteer2/validation", "nvidia/HelpSteer2", "preference", "train")(_OfSplit(helpsteer2, "val"))
+reader("HelpSteer2-scores", "nvidia/HelpSteer2", None, "train")(helpsteer2)
+reader("HelpSteer2-scores/validation", "nvidia/HelpSteer2", None, "validation")(helpsteer2)
+
+
+@reader("HelpSteer3", "nvidia/HelpSteer3", split="train", subset="preference")
+@reader("HelpSteer3/validation", "nvidia/HelpSteer3", split="validation", subset="preference")
+def helpsteer3(row: dict[str, Any]) -> RawSample:
+    """context (messages), response1/2, overall_preference; domain and language are further fields."""
+    system, turns = read_messages(row.get("context"), "context")
+    if len(turns) % 2 == 0:
+        raise BadRow("'context' has an even number of turns")
+    better = _strength(row, "overall_preference")
+    fields = rest(row, "context", "response1", "response2", "individual_preference")
+    return _pair(row, ("response1", "response2"), better, input=turns, system=system, fields=fields)
+
+
+def chosen_rejected(row: dict[str, Any]) -> RawSample:
+    """chosen and rejected, as texts beside a prompt or as whole dialogues; equal scores are no preference."""
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    if scores[0] is not None and scores[0] == scores[1]:
+        raise BadRow("no answer is better")
+    fields = rest(row, "prompt", "chosen", "rejected", "messages")
+    if not is_messages(row.get("chosen")):
+        prompt = prompt_field(row.get("prompt"), "prompt")
+        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields)
+    system, turns, answers = pair_of_dialogues(row.get("chosen"), row.get("rejected"))
+    return RawSample(turns, *answers, better=True, fields=fields, system=system)
+
+
+def pair_of_dialogues(chosen: Any, rejected: Any) -> tuple[str | None, list[str], tuple[str, str]]:
+    """(System prompt, the turns that both share, the two answers) of two whole dialogues. Raises BadRow."""
+    (system, first), (other_system, second) = read_messages(chosen, "chosen"), read_messages(rejected, "rejected")
+    if len(first) % 2 or len(second) % 2:
+        raise BadRow("a dialogue does not end with an answer")
+    if (system, first[:-1]) != (other_system, second[:-1]):
+        raise BadRow("dialogues differ before the last answer")
+    if first[-1] == second[-1]:
+        raise BadRow("identical responses")
+    return system, first[:-1], (first[-1], second[-1])
+
+
+_UF = "HuggingFaceH4/ultrafeedback_binarized"
+reader("UltraFeedback", _UF, split="train_prefs")(chosen_rejected)
+reader("UltraFeedback/test", _UF, split="test_prefs")(chosen_rejected)
+reader("preferences")(chosen_rejected)
+
+
+# ---------------------------------------------------------------- labelled answers
+
+
+def beavertails(row: dict[str, Any]) -> RawSample:
+    """prompt, response, is_safe, category (14 flags): ``harm`` holds the names that are true."""
+    safe = flag(row, "is_safe")
+    if safe is None:
+        raise BadRow("no field 'is_safe'")
+    fields = {**rest(row, "prompt", "response", "category"), "harm": flagged(row.get("category"))}
+    prompt = prompt_field(row.get("prompt"), "prompt")
+    return RawSample(prompt, text_field(row, "response"), is_safe=safe, fields=fields)
+
+
+for _size, _folder in (("", "330k"), ("-30K", "30k")):
+    for _part in ("train", "test"):
+        _register = reader(f"BeaverTails{_size}/{_part}", "PKU-Alignment/BeaverTails", split=f"{_folder}_{_part}")
+        _register(beavertails)
+    reader(f"BeaverTails{_size}", "PKU-Alignment/BeaverTails", split=f"{_folder}_train")(beavertails)
+
+
+def _answered(row: dict[str, Any], label: str, unsafe: str, *used: str) -> RawSample:
+    """A prompt and perhaps its answer, with a text label that says whether the answer is harmful."""
+    prompt = text_field(row, "prompt")
+    answer = row.get("response")
+    fields = rest(row, "prompt", "response", *used)
+    if answer is None or (isinstance(answer, str) and not answer.strip()):  # many rows are a prompt alone
+        return RawSample(prompt, fields=fields)
+    said = row.get(label)
+    safe = None if said in (None, "") else said != unsafe
+    return RawSample(prompt, text_field(row, "response"), is_safe=safe, fields=fields)
+
+
+@reader("WildGuardMix", "allenai/wildguardmix", split="train", subset="wildguardtrain")
+@reader("WildGuardMix/test", "allenai/wildguardmix", split="test", subset="wildguardtest")
+def wildguardmix(row: dict[str, Any]) -> RawSample:
+    """prompt, response (or null) and response_harm_label harmful / unharmful; the other labels are further fields.
+
+    Those are adversarial, prompt_harm_label, response_refusal_label and subcategory.
+    """
+    return _answered(row, "response_harm_label", "harmful")
+
+
+@reader("Aegis-2.0", "nvidia/Aegis-AI-Content-Safety-Dataset-2.0", split="train")
+@reader("Aegis-2.0/validation", "nvidia/Aegis-AI-Content-Safety-Dataset-2.0", split="validation")
+@reader("Aegis-2.0/test", "nvidia/Aegis-AI-Content-Safety-Dataset-2.0", split="test")
+def aegis(row: dict[str, Any]) -> RawSample:
+    """prompt, response (or null), response_label safe / unsafe; ``harm`` holds violated_categories as a list.
+
+    Rows whose prompt was taken out (REDACTED; its source has to be asked for it) are dropped.
+    """
+    if row.get("prompt") == "REDACTED":
+        raise BadRow("prompt is redacted")
+    sample = _answered(row, "response_label", "unsafe")
+    names = [name.strip() for name in str(row.get("violated_categories") or "").split(",") if name.strip()]
+    return RawSample(sample.input, sample.answer, is_safe=sample.is_safe, fields={**sample.fields, "harm": names})
+
+
+@reader("WildJailbreak", "allenai/wildjailbreak", split="train", subset="train")
+@reader("WildJailbreak/eval", "allenai/wildjailbreak", split="train", subset="eval")
+def wildjailbreak(row: dict[str, Any]) -> RawSample:
+    """adversarial, or where that is empty vanilla, is the prompt, completion the answer; data_type is a further field.
+
+    data_type is vanilla_benign, vanilla_harmful, adversarial_benign or adversarial_harmful. The evaluation set has no
+    completion, and label (1 harmful, 0 benign) instead.
+    """
+    name = "adversarial" if str(row.get("adversarial") or "").strip() else "vanilla"
+    fields = rest(row, name, "completion")
+    if not row.get("completion"):
+        return RawSample(text_field(row, name), fields=fields)
+    return RawSample(text_field(row, name), text_field(row, "completion"), fields=fields)
+
+
+# ---------------------------------------------------------------- prompts of benchmarks
+
+
+@reader("CoCoNot", "allenai/coconot", split="train", subset="original")
+@reader("CoCoNot/test", "allenai/coconot", split="test", subset="original")
+@reader("CoCoNot-contrast", "allenai/coconot", split="test", subset="contrast")
+def coconot(row: dict[str, Any]) -> RawSample:
+    """prompt and response (may be empty); category and subcategory are further fields."""
+    return _answered(row, "", "")
+
+
+reader("CoCoNot-preference", "allenai/coconot", split="train", subset="pref")(chosen_rejected)
+
+
+@reader("XSTest", "Paul/XSTest", split="train")
+def xstest(row: dict[str, Any]) -> RawSample:
+    """prompt; type, label (safe / unsafe), focus and note are further fields."""
+    fields = rest(row, "prompt")
+    if "label" not in row and isinstance(row.get("type"), str):  # the first editions say it in the type alone
+        fields["label"] = "unsafe" if row["type"].startswith("contrast_") else "safe"
+    return RawSample(text_field(row, "prompt"), fields=fields)
+
+
+@reader("HarmBench", "walledai/HarmBench", split="train", subset="standard")
+def harmbench(row: dict[str, Any]) -> RawSample:
+    """Behavior (in the hub's copy prompt), behind its ContextString where it has one; the rest are further fields.
+
+    category is SemanticCategory, as in the hub's copy.
+    """
+    name, context = ("Behavior", "ContextString") if "Behavior" in row else ("prompt", "context")
+    prompt = text_field(row, name)
+    if str(row.get(context) or "").strip():  # written as HarmBench's own templates do
+        prompt = f"{text_field(row, context)}\n\n---\n\n{prompt}"
+    fields = rest(row, name, context)
+    if "SemanticCategory" in fields:
+        fields["category"] = fields["SemanticCategory"]
+    return RawSample(prompt, fields=fields)

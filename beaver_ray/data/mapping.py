@@ -1,0 +1,131 @@
+"""The source of a configuration's entry: a known data set, or one whose fields the entry names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from beaver_ray.data.field_formats import pair_of_dialogues
+from beaver_ray.data.messages import is_messages, read_messages
+from beaver_ray.data.sources import (
+    BadRow,
+    RawSample,
+    Source,
+    field_value,
+    find_source,
+    flag,
+    prompt_field,
+    text_field,
+)
+from beaver_ray.data_options import DataEntry
+
+SAFE = {"safe": True, "unharmful": True, "harmless": True, "unsafe": False, "harmful": False}
+
+
+def entry_source(entry: DataEntry) -> Source:
+    """The source that an entry means, with its split and subset. Raises UserError for an unknown name."""
+    if entry.name is None:
+        return Source(str(entry.path), MappedReader(entry), split=entry.split, subset=entry.subset)
+    source = find_source(entry.name)
+    read_row = source.read_row if entry.keep is None else Keeping(source.read_row, entry.keep)
+    return replace(source, read_row=read_row, split=entry.split or source.split, subset=entry.subset or source.subset)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A reader that keeps some of the further fields alone."""
+
+    read_row: Any
+    keep: list[str]
+
+    def __call__(self, row: dict[str, Any]) -> RawSample:
+        """The sample of one row."""
+        sample: RawSample = self.read_row(row)
+        return replace(sample, fields=_kept(self.keep, {**row, **sample.fields}))
+
+
+def _kept(keep: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: field_value(values, name) for name in keep}
+
+
+@dataclass(frozen=True)
+class MappedReader:
+    """A reader by the names of a row's fields."""
+
+    entry: DataEntry
+
+    def __call__(self, row: dict[str, Any]) -> RawSample:
+        """The sample of one row. Raises BadRow."""
+        entry = self.entry
+        system, turns, answers = self._texts(row)
+        if entry.system is not None and field_value(row, entry.system):
+            system = text_field({entry.system: field_value(row, entry.system)}, entry.system)
+        if len(turns) % 2 == 0:
+            raise BadRow("the prompt does not end with a user's turn")
+        if len(answers) == 2 and answers[0] == answers[1]:
+            raise BadRow("identical responses")
+        used = {str(getattr(entry, option)).partition(".")[0] for option in entry.mapped}
+        fields = {key: value for key, value in row.items() if key not in used}
+        return RawSample(
+            turns[0] if len(turns) == 1 else turns,
+            answers[0] if answers else None,
+            answers[1] if len(answers) > 1 else None,
+            better=self._compared(row, "better"),
+            safer=self._compared(row, "safer"),
+            is_safe=self._safe(row, entry.is_safe),
+            is_other_safe=self._safe(row, entry.is_other_safe),
+            fields=fields if entry.keep is None else _kept(entry.keep, row),
+            system=system,
+        )
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str | None, list[str], list[str]]:
+        """(System prompt, turns of the prompt, the answers: none, one or two)."""
+        entry = self.entry
+        if entry.messages is not None:
+            system, turns = read_messages(field_value(row, entry.messages), entry.messages)
+            answers = [] if len(turns) % 2 else [turns.pop()]
+            return system, turns, answers + self._answers(row, entry.answer, entry.other_answer)
+        chosen: Any = None if entry.chosen is None else field_value(row, entry.chosen)
+        rejected = None if entry.rejected is None else field_value(row, entry.rejected)
+        if is_messages(chosen) and (entry.prompt is None or len(chosen) > 1):
+            system, turns, pair = pair_of_dialogues(chosen, rejected)
+            return system, turns, list(pair)
+        if entry.prompt is None:
+            raise BadRow(f"'{entry.chosen}' is no dialogue, and no field is named as the prompt")
+        value = field_value(row, entry.prompt)
+        system, turns = None, value
+        if is_messages(value):
+            system, turns = read_messages(value, entry.prompt)
+        prompt = prompt_field(turns, entry.prompt)
+        names = (entry.answer, entry.other_answer) if entry.chosen is None else (entry.chosen, entry.rejected)
+        return system, [prompt] if isinstance(prompt, str) else prompt, self._answers(row, *names)
+
+    def _answers(self, row: dict[str, Any], *names: str | None) -> list[str]:
+        found = []
+        for name in names:
+            if name is None:
+                continue
+            value = field_value(row, name)
+            if is_messages(value):  # the one turn of the assistant
+                value = value[-1].get("content", value[-1].get("value"))
+            found.append(text_field({name: value}, name))
+        return found
+
+    def _compared(self, row: dict[str, Any], label: str) -> bool | None:
+        """Whether the first answer is the better (the safer) one, None where that is not said."""
+        name = getattr(self.entry, label)
+        if name is None and label == "better" and self.entry.chosen is not None and self.entry.safer is None:
+            return True  # chosen over rejected, with nothing said about why
+        if name is None:
+            return None
+        if name == "chosen":
+            return True
+        return flag({name: field_value(row, name)}, name)
+
+    def _safe(self, row: dict[str, Any], name: str | None) -> bool | None:
+        if name is None:
+            return None
+        value = field_value(row, name)
+        if isinstance(value, str) and value.lower() in SAFE:
+            return SAFE[value.lower()]
+        return flag({name: value}, name)

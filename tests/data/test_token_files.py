@@ -1,0 +1,116 @@
+"""Tokens that are kept on disk are those that are made on the spot, for any mix and split."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from beaver_ray.data import token_files
+from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
+from beaver_ray.data.token_files import keep_tokens, read_tokens
+from beaver_ray.data.tokenized import PreferenceDataset, SafetyPreferenceDataset, SupervisedDataset
+
+ROWS: list[Any] = [
+    {
+        "prompt": f"question {number % 23}",
+        "response_0": "yes " * (number % 7 + 1),
+        "response_1": "no " * (number % 5),
+        "better_response_id": number % 2,
+        "safer_response_id": 0,
+        "is_response_0_safe": number % 3 > 0 or None,
+        "is_response_1_safe": False,
+    }
+    for number in range(60)
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Rows of which some are broken, in a file that counts as large."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_files, "LARGE", 1)
+    monkeypatch.setattr(token_files, "BLOCK", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one test below starts processes
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*ROWS, 7]) + "\n{half a row\n")
+    yield path
+
+
+def entries(file: Path) -> list[str]:
+    return sorted(p.name for p in (file.parent / "cache" / "beaver-ray").iterdir() if p.is_dir())
+
+
+@pytest.mark.parametrize("kind", [SupervisedDataset, PreferenceDataset, SafetyPreferenceDataset])
+def test_kept_tokens_are_those_of_the_samples(file: Path, byte_tokenizer: PreTrainedTokenizerFast, kind: Any) -> None:
+    specs = [
+        f"PKU-SafeRLHF:2.3:{file}",
+        {"name": "PKU-SafeRLHF", "path": str(file), "where": {"better_response_id": 1}},
+    ]
+    mix = read_tokens(kind, specs, byte_tokenizer, 60)
+    samples, reports = load_mix(specs)
+    assert [r.line() for r in mix.reports.values()] == [r.line() for r in reports.values()]
+    assert np.array_equal(mix.keys, prompt_keys(samples))
+    held_N = hold_out(prompt_keys(samples), 0.3, 5)
+    for side, mask in zip(mix.split(0.3, 5), (~held_N, held_N), strict=True):
+        found = side.dataset()
+        wanted = kind.build([s for s, chosen in zip(samples, mask, strict=True) if chosen], byte_tokenizer, 60)
+        assert found.report == wanted.report
+        for name, value in vars(wanted).items():
+            if name != "report":
+                assert [list(np.atleast_1d(r)) for r in getattr(found, name)] == [list(np.atleast_1d(r)) for r in value]
+
+
+def test_an_entry_is_made_once_for_each_content(
+    file: Path, byte_tokenizer: PreTrainedTokenizerFast, llama_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def tokens(tokenizer: Any = byte_tokenizer, longest: int = 60) -> int:
+        spec = f"PKU-SafeRLHF:1:{file}"
+        return len(read_tokens(SupervisedDataset, [spec], tokenizer, longest).dataset().tokens.flat)
+
+    said: list[tuple[str, int]] = []
+    spec = f"PKU-SafeRLHF:1:{file}"
+    keep_tokens(
+        SupervisedDataset, [spec], byte_tokenizer, 60, "auto", lambda label, rows, _: said.append((label, rows))
+    )
+    assert said == [(spec, 62)]
+    (entry,) = entries(file)
+    whole = file.parent / "cache" / "beaver-ray" / entry / "tokens.arrow"
+    made, count = whole.stat().st_mtime_ns, tokens()
+    assert whole.stat().st_mtime_ns == made and entries(file) == [entry]
+    # A file that was cut is made again; so is one that a process left half.
+    whole.write_bytes(whole.read_bytes()[:-50])
+    whole.parent.with_name(f"{entry}.half").mkdir()
+    assert tokens() == count and entries(file) == [entry]
+    # Whatever tokens depend on makes another entry.
+    tokens(longest=50)
+    tokens(llama_tokenizer)
+    file.write_text(file.read_text().replace("yes", "yea", 1))
+    tokens()
+    assert len(entries(file)) == 4
+
+
+def test_on_all_cores_and_for_several_at_once(
+    file: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def tokens(_: int) -> list[int]:
+        spec = f"PKU-SafeRLHF:1:{file}"
+        found: list[int] = read_tokens(SupervisedDataset, [spec], byte_tokenizer, 60).dataset().tokens.flat.tolist()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(tokens, range(2))
+    wanted = SupervisedDataset.build(load_mix([f"PKU-SafeRLHF:1:{file}"])[0], byte_tokenizer, 60)
+    assert first == second == wanted.tokens.flat.tolist()
+    assert len(entries(file)) == 1
