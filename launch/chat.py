@@ -46,10 +46,11 @@ def chat(
     costs: NAME=SOURCE each. Raises UserError for a model or source that is none.
     """
     folders = [ChatFolder.find(text) for text in models]
-    judges = Judges(folders[0].model, reward, costs)
+    templates = [_template(text) for text in models]
+    judges = Judges(folders[0].model, templates[0], reward, costs)
     loaded = [
-        ChatModel(name, folder, sampling, _template(text))
-        for name, folder, text in zip(_names(models), folders, models, strict=True)
+        ChatModel(name, folder, sampling, template)
+        for name, folder, template in zip(_names(models), folders, templates, strict=True)
     ]
     judges.load()
     talk = Chat(loaded, judges, system)
@@ -61,8 +62,11 @@ def chat(
 class Judges:
     """Reward and costs of answers, from any sources that a run could name."""
 
-    def __init__(self, policy: str, reward: str | None, costs: Sequence[str]) -> None:
-        """policy: a folder in whose tokens dialogues are handed to the scorers. UserError for a source that is none."""
+    def __init__(self, policy: str, template: Any, reward: str | None, costs: Sequence[str]) -> None:
+        """policy: a folder in whose tokens, and by whose template, dialogues are handed to the scorers.
+
+        Raises UserError for a source that is none.
+        """
         self.scorers: list[Any] = []
         self.reader: Reader | None = None
         named = dict(_cost(text) for text in costs)
@@ -75,7 +79,7 @@ class Judges:
             # A source must be named for the reward; where none was asked for it is never started.
             "models": {"policy": policy, "reward": "http://localhost" if reward is None else _source(reward)},
             "constraints": [{"name": name, "model": model, "limit": 0.0} for name, model in named.items()],
-            "data": {"prompts": ["prompts"]},
+            "data": {"prompts": ["prompts"], "template": template},
             "ppo": {"advantage": "leave_one_out"},
             "rollout": {"samples_per_prompt": 2},
         }
@@ -83,7 +87,7 @@ class Judges:
         assert isinstance(stage, PolicyStage)
         # Dialogues come from the keyboard, and from no data set.
         stage = stage.model_copy(update={"data": stage.data.model_copy(update={"prompts": []})})
-        self.policy = policy
+        self.policy, self.template = policy, template
         self.specs = [spec for spec in stage.judging_roles() if spec.source is not None]
         self.specs = [spec for spec in self.specs if reward is not None or spec.name != "reward"]
         for spec in self.specs:
@@ -93,7 +97,7 @@ class Judges:
     def load(self) -> None:
         """Start the scorers, in this process."""
         if self.specs:
-            self.reader = Reader(load_tokenizer(self.policy), "auto")
+            self.reader = Reader(load_tokenizer(self.policy), self.template)
         self.scorers = [spec.worker_class()(*spec.arguments(0, 1)) for spec in self.specs]
 
     def scores(self, turns: Sequence[str], answer: Answer) -> dict[str, float]:
@@ -273,9 +277,7 @@ def _template(model: str) -> Any:
 def _cost(text: str) -> tuple[str, Any]:
     name, found, source = text.partition("=")
     if not found or not name or not source:
-        raise UserError(
-            f"--cost {text!r} must be NAME=FOLDER, for example harm=runs/small-world/cost_model/final/cost_model"
-        )
+        raise UserError(f"--cost {text!r} must be NAME=FOLDER, what to call it and its cost model")
     return name, _source(source)
 
 

@@ -54,10 +54,16 @@ def make_model(workspace: Path) -> None:
     sys.path.append(str(download / "reader"))  # transformers finds the package gguf there
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder, name = str((download / file).parent), Path(file).name
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        folder,
+        gguf_file=name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        use_safetensors=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     part = workspace / "model.part"

