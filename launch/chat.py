@@ -55,8 +55,11 @@ def chat(
     judges.load()
     talk = Chat(loaded, judges, system)
     for line in _lines(talk.console.is_terminal):
-        if not talk.take(line):
-            return
+        try:
+            if not talk.take(line):
+                return
+        except KeyboardInterrupt:  # between answers, while one is scored
+            talk.drop_unanswered()
 
 
 class Judges:
@@ -172,6 +175,8 @@ class Chat:
         plain = len(self.models) == 1 or not self.console.is_terminal
         with _nothing() if plain else board.shown():
             for place, (model, turns) in enumerate(zip(self.models, self.turns, strict=True)):
+                if not turns:  # the only question to it was stopped at once
+                    continue
                 if plain and len(self.models) > 1:
                     self.console.print(f"[{model.name}]", markup=False, style="bold")
                 try:
@@ -179,14 +184,23 @@ class Chat:
                         turns, self.system, self._write if plain else lambda piece, at=place: board.write(at, piece)
                     )
                 except UserError as error:  # the dialogue is too long for this model
-                    turns.pop()
                     self._note(board, plain, place, str(error))
                     continue
                 if plain:
                     self.console.print()
-                for line in self._footer(turns, answer):
-                    self._note(board, plain, place, line)
+                asked = list(turns)
                 turns.append(answer.text)
+                for line in self._footer(asked, answer):
+                    self._note(board, plain, place, line)
+        self.drop_unanswered()
+
+    def drop_unanswered(self) -> None:
+        """Forget questions that got no answer, or an empty one because it was stopped at once."""
+        for turns in self.turns:
+            if len(turns) % 2 == 0 and turns and not turns[-1]:
+                turns.pop()
+            if len(turns) % 2:
+                turns.pop()
 
     def _footer(self, turns: Sequence[str], answer: Answer) -> Iterator[str]:
         """What is to be said of an answer: whether it was cut or stopped, and its scores."""
