@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,7 @@ class Chat:
                 if plain and len(self.models) > 1:
                     self.console.print(f"[{model.name}]", markup=False, style="bold")
                 try:
-                    answer = model.answer(
-                        turns, self.system, self._write if plain else lambda piece, at=place: board.write(at, piece)
-                    )
+                    answer = model.answer(turns, self.system, self._write if plain else partial(board.write, place))
                 except UserError as error:  # the dialogue is too long for this model
                     self._note(board, plain, place, str(error))
                     continue
