@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos lint lock clean
+.PHONY: help setup train real test chaos lint lock clean
 
 HARDWARE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := requirements/$(HARDWARE).lock
@@ -22,6 +22,12 @@ $(STAMP): $(LOCK) pyproject.toml requirements/install.sh
 
 train: setup  ## the whole pipeline on the small world, with a report at the end; complete stages are skipped
 	@$(BIN)/beaver-ray pipeline configs/local/pipeline.yaml $(ARGS)
+
+WORKSPACE ?= runs/real
+
+real: setup  ## Safe PPO of a real language model (93 MB), on pairs of yours (PAIRS=FILE) or a small set (docs/real-models.md)
+	@$(BIN)/python -m launch.real_model "$(WORKSPACE)" "$(PAIRS)"
+	@$(BIN)/beaver-ray pipeline configs/real/pipeline.yaml workspace="$(WORKSPACE)" $(ARGS)
 
 test: lint  ## lint, then all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -206,6 +206,29 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def chat(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="A run's folder, a model's, or a LoRA adapter's; or several.")
+    ],
+    reward: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Score each answer, by any source that models.reward may be.")
+    ] = None,
+    cost: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Likewise a cost; above 0 means unsafe.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What models are told before all else.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same chat again gives the same answers.")] = None,
+) -> None:
+    """Talk to a model, or to several side by side; in a pipe, a line in is an answer out."""
+    from beaver_ray.models.chat import Sampling
+    from launch.chat import chat as talk
+
+    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed))
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; all of them without.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was measured as JSON.")] = None,
