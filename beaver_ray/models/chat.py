@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from beaver_ray.data.readers import Reader
-from beaver_ray.data.templates import Template, resolve_template
+from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.loading import check_model_folder, context_length, default_device, load_safely, load_tokenizer
 
@@ -115,7 +115,7 @@ class ChatModel:
 
     def prompt(self, turns: Sequence[str], system: str | None) -> list[int]:
         """The tokens of a dialogue up to where the answer starts."""
-        return _with_system(self.reader, list(turns), system) if system else self.reader.prompt(turns)
+        return self.reader.prompt(turns, system)
 
     @torch.inference_mode()
     def answer(self, turns: Sequence[str], system: str | None, show: Callable[[str], None]) -> Answer:
@@ -148,21 +148,6 @@ class ChatModel:
         except KeyboardInterrupt:
             stopped = True
         return Answer(pieces.shown, len(pieces.tokens), pieces.ended, stopped, time.monotonic() - started)
-
-
-def _with_system(reader: Reader, turns: list[str], system: str) -> list[int]:
-    """A prompt with a system turn; where the template has no place for one it stands before the first question."""
-    tokenizer = reader.tokenizer
-    if resolve_template(tokenizer, reader.template) == "chat":
-        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-        messages.insert(0, {"role": "system", "content": system})
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception:  # templates refuse a system turn in whatever way
-            text = ""
-        if system in text:
-            return list(tokenizer.encode(text, add_special_tokens=False))
-    return reader.prompt([f"{system}\n\n{turns[0]}", *turns[1:]])
 
 
 class _Pieces(BaseStreamer):
