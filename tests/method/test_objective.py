@@ -330,3 +330,22 @@ def test_from_the_configuration() -> None:
             _, objective = of(stage, rollout={"samples_per_prompt": 2}, ppo={"advantage": rule})
             assert objective.settings == Settings(advantage=rule) and objective.critics == ()
             assert list(objective.signals) == (["reward", "harm", "leak"] if stage == "safe_ppo" else ["reward"])
+
+
+def test_what_an_answer_scored_and_what_was_expected_of_its_prompt() -> None:
+    made = constrained(HAND, 1).advantages(by_hand())
+    assert made.scores["reward"].tolist() == [3.0, 1.0] and made.scores["harm"].tolist() == [-2.0, 60.0]
+    # With critics the value before the first token.
+    assert made.baselines["reward"].tolist() == [0.5, 0.0] and made.baselines["harm"].tolist() == [0.0, 2.0]
+    alike = by_hand(prompts_B=np.array([8, 8]), values={}, inside={"harm": np.array([True, False])})
+    free = constrained(replace(HAND, advantage="leave_one_out"), 1).advantages(alike)
+    # Without: the mean of both answers, 3 - 0.5 (0.5 - 1) and 1 - 0.5 x 2, and the cost of the one that counts.
+    assert free.baselines["reward"] == pytest.approx([1.625, 1.625])
+    assert free.baselines["harm"] == pytest.approx([-2.25, 0.0])
+
+
+def test_values_of_all_signals_are_weighed_before_whitening() -> None:
+    values = {"reward": np.array([4.0, 1.0]), "harm": np.array([2.0, -1.0])}
+    objective = constrained(replace(HAND, normalize=True), 1)
+    assert objective.weighed(values, {"harm": 3.0}).tolist() == [(4 - 6) / 4, (1 + 3) / 4]
+    assert objective.combine(values, {"harm": 3.0}) == pytest.approx([-1.0, 1.0])
