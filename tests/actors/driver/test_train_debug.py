@@ -391,10 +391,10 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
     update = PolicyTrainer.update
 
     @functools.wraps(update)
-    def break_off(self: PolicyTrainer, batch: Any, step: int) -> dict[str, float]:
+    def break_off(self: PolicyTrainer, batch: Any, step: int, *more: Any) -> dict[str, float]:
         if step == 2 and len(states) == 1:
             raise KeyboardInterrupt
-        return update(self, batch, step)
+        return update(self, batch, step, *more)
 
     monkeypatch.setattr(PolicyTrainer, "update", break_off)
     with pytest.raises(KeyboardInterrupt):

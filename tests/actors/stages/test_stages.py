@@ -47,7 +47,8 @@ def test_no_file_of_the_product_compares_a_stages_name() -> None:
         for file in (root / package).rglob("*.py"):
             code = file.read_text()
             assert "config.stage ==" not in code and "stage.stage ==" not in code, file
-            assert '"dpo"' not in code or file.parent == FOLDER, file
+            # A benchmark names the stages that it runs.
+            assert '"dpo"' not in code or file.parent in (FOLDER, root / "launch" / "bench"), file
 
 
 def test_files_are_light() -> None:
