@@ -198,6 +198,8 @@ def _child(node: Any, part: str, override: str) -> Any:
     child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
     if child is None and isinstance(node, dict):
         child = node[part] = {}
+    if part == "template" and isinstance(child, str) and isinstance(node, dict):  # a word stands for its style
+        child = node[part] = {"style": child}
     if not isinstance(child, dict | list):
         raise UserError(f"override {override!r}: {part} is a value, not a section")
     return child

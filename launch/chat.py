@@ -104,21 +104,21 @@ class Judges:
             self.reader = Reader(load_tokenizer(self.policy), self.template)
         self.scorers = [spec.worker_class()(*spec.arguments(0, 1)) for spec in self.specs]
 
-    def scores(self, turns: Sequence[str], answer: Answer) -> dict[str, float]:
-        """The score by signal ("reward", names of costs) of an answer to these turns."""
+    def scores(self, turns: Sequence[str], answer: Answer, system: str | None) -> dict[str, float]:
+        """The score by signal ("reward", names of costs) of an answer to these turns under this system text."""
         found: dict[str, float] = {}
         if self.reader is None:
             return found
         batch = experience.make_batch(
             {
                 "sample_id": np.arange(1),
-                "prompt_tokens": [self.reader.prompt(turns)],
+                "prompt_tokens": [self.reader.prompt(turns, system)],
                 "response_tokens": [self.reader.answer(answer.text, answer.ended)],
                 "finish_reason": ["stop" if answer.ended else "length"],
             }
         )
         for scorer in self.scorers:
-            scorer.dialogues.add([RawSample(input=list(turns))])
+            scorer.dialogues.add([RawSample(input=list(turns), system=system)])
             scored = scorer.score(batch)
             columns = [name for name in scored.schema.names if name != "sample_id"]
             found |= {c.removeprefix("cost/"): float(experience.scalars(scored, c)[0]) for c in columns}
@@ -147,7 +147,7 @@ class Chat:
             self._say("the dialogue is forgotten")
         elif command == "/system":
             self.system = rest.strip() or None
-            self._say("system text set" if self.system else "no system text")
+            self._say("system text set" if self.system else "no system text of the chat's own")
         elif command == "/regenerate":
             self.regenerate()
         else:
@@ -207,7 +207,7 @@ class Chat:
             yield "(stopped)"
         elif not answer.ended:
             yield f"(cut after {answer.tokens} tokens)"
-        scores = self.judges.scores(turns, answer)
+        scores = self.judges.scores(turns, answer, self.system)
         if scores:
             yield "  ".join(_score(name, value) for name, value in scores.items())
 

@@ -53,8 +53,8 @@ def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
 def _have_tokens(stage: TrainerStage) -> None:
     """Tokenise large data here, where it is seen how far that is; the ranks then read what is on disk."""
     tokenizer = load_tokenizer(stage.model, stage.trust_remote_code)
-    specs = [*stage.train, *stage.eval]
-    keep_tokens(stage.dataset(), specs, tokenizer, stage.max_tokens, stage.template, say_rows)
+    for specs in (stage.train, stage.eval):
+        keep_tokens(stage.dataset(), specs, tokenizer, stage.max_tokens, stage.template, say_rows)
 
 
 def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) -> None:

@@ -70,19 +70,22 @@ class FunctionScorer(TextScorer):
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The function's scores [N, H], in the order of the columns' numbers."""
-        dialogues = [self.dialogues.find(row) for row in experience.rows(batch, "prompt_tokens")]
+        prompts = experience.rows(batch, "prompt_tokens")
+        dialogues, rows = [self.dialogues.find(row) for row in prompts], [self.dialogues.row(row) for row in prompts]
         responses = self.responses(batch)
         if not dialogues:
             return np.zeros((0, len(self.signals)))
         try:
-            return self._checked(self._call(dialogues, responses), len(dialogues))
+            return self._checked(self._call(dialogues, responses, rows), len(dialogues))
         except Exception as error:  # of whatever kind the user's own code raises
-            raise UserError(f"{self.source}: {self._blame(batch, dialogues, responses)}{_last_line(error)}") from None
+            raise UserError(f"{self.source}: {self._blame(dialogues, responses, rows)}{_last_line(error)}") from None
 
-    def _call(self, dialogues: Sequence[Sequence[str]], responses: list[str]) -> Any:
-        rows = [{"dialogues": list(turns), **self.dialogues.fields.get(tuple(turns), {})} for turns in dialogues]
-        fields = {name: [row.get(name) for row in rows] for name in self.fields}
-        return self.function([turns[-1] for turns in dialogues], responses, **fields, **self.keywords)
+    def _call(
+        self, dialogues: Sequence[Sequence[str]], responses: list[str], fields: Sequence[Mapping[str, Any]]
+    ) -> Any:
+        rows = [{"dialogues": list(turns), **row} for turns, row in zip(dialogues, fields, strict=True)]
+        given = {name: [row.get(name) for row in rows] for name in self.fields}
+        return self.function([turns[-1] for turns in dialogues], responses, **given, **self.keywords)
 
     def _checked(self, returned: Any, count: int) -> np.ndarray:
         """The returned numbers [N, H]; ValueError where they are not what is wanted."""
@@ -104,11 +107,14 @@ class FunctionScorer(TextScorer):
             scores_NH[:, head] = scores
         return scores_NH
 
-    def _blame(self, batch: pa.RecordBatch, dialogues: Sequence[Sequence[str]], responses: list[str]) -> str:
+    def _blame(
+        self, dialogues: Sequence[Sequence[str]], responses: list[str], fields: Sequence[Mapping[str, Any]]
+    ) -> str:
         """The first row with which it fails alone, named; empty where each row alone goes well."""
         for row in range(len(dialogues)):
             try:
-                self._checked(self._call(dialogues[row : row + 1], responses[row : row + 1]), 1)
+                one = slice(row, row + 1)
+                self._checked(self._call(dialogues[one], responses[one], fields[one]), 1)
             except Exception:
                 return f"prompt {dialogues[row][-1]!r:.100}, response {responses[row]!r:.100}: "
         return ""

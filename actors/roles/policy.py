@@ -118,7 +118,7 @@ class PolicyTrainer(TrainingRank):
             shares = np.array_split(np.random.default_rng((seed, step, epoch, 1)).permutation(earlier), len(parts))
             for minibatch, share in zip(parts, shares, strict=True):
                 try:
-                    figures.append(self._step(rows, minibatch, replay, share))
+                    figures.append(self._step(rows, minibatch, replay, share, len(parts)))
                 except NotFiniteError:
                     skipped += 1  # and the driver says so
         metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
@@ -193,7 +193,7 @@ class PolicyTrainer(TrainingRank):
         self.tokenizer.save_pretrained(folder)
 
     def _step(
-        self, rows: SequenceRows, minibatch: np.ndarray, replay: Replay | None, share: np.ndarray
+        self, rows: SequenceRows, minibatch: np.ndarray, replay: Replay | None, share: np.ndarray, parts: int
     ) -> dict[str, float]:
         ppo = self.config.ppo
         tokens = int(rows.own_lengths[minibatch].sum())
@@ -203,7 +203,7 @@ class PolicyTrainer(TrainingRank):
         micro_batches += [(rl_loss, m) for m in self._micro_batches(rows, minibatch)]
         if replay is not None and len(share):
             earlier = SequenceRows(replay.sequences)
-            imitation_loss = partial(self._imitation_loss, earlier, replay, total, 1.0 / len(share))
+            imitation_loss = partial(self._imitation_loss, earlier, replay, total, parts / replay.sequences.num_rows)
             micro_batches += [(imitation_loss, m) for m in self._micro_batches(earlier, share)]
         if self.ptx is not None:
             ptx_rows = SequenceRows(self._ptx_batch(self.ptx, self.ptx_sampler.next_batch()))
@@ -237,7 +237,7 @@ class PolicyTrainer(TrainingRank):
         return LossTerms(self.scale * loss, sums, {"ratio_max_deviation": deviation})
 
     def _imitation_loss(
-        self, rows: SequenceRows, replay: Replay, total: int, share: float, micro_batch: PackedResponses
+        self, rows: SequenceRows, replay: Replay, total: int, weight: float, micro_batch: PackedResponses
     ) -> LossTerms:
         """The log-likelihood of earlier answers, each weighted by how much more it is worth than what is expected now.
 
@@ -254,7 +254,7 @@ class PolicyTrainer(TrainingRank):
         gains_B = torch.from_numpy(replay.gains_M[micro_batch.rows]).to(kl_B) - ppo.kl_coefficient * kl_B
         weight_B = gains_B.clamp(0.0, replay.largest) / replay.scale
         loss = -(weights_T * torch.repeat_interleave(weight_B, micro_batch.lengths_B) * logprobs_T).sum()
-        imitated = micro_batch.weight * share * (gains_B > 0).sum()
+        imitated = micro_batch.weight * weight * (gains_B > 0).sum()
         return LossTerms(self.scale * loss, *self._no_figures(loss, imitated=imitated))
 
     def _ptx_loss(self, total: int, micro_batch: PackedResponses) -> LossTerms:

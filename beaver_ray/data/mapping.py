@@ -84,7 +84,10 @@ class MappedReader:
         if entry.messages is not None:
             system, turns = read_messages(field_value(row, entry.messages), entry.messages)
             answers = [] if len(turns) % 2 else [turns.pop()]
-            return system, turns, answers + self._answers(row, entry.answer, entry.other_answer)
+            answers += self._answers(row, entry.answer, entry.other_answer)
+            if len(answers) > 2:
+                raise BadRow(f"'{entry.messages}' ends with an answer, and two more are named")
+            return system, turns, answers
         chosen: Any = None if entry.chosen is None else field_value(row, entry.chosen)
         rejected = None if entry.rejected is None else field_value(row, entry.rejected)
         if is_messages(chosen) and (entry.prompt is None or len(chosen) > 1):
@@ -107,6 +110,8 @@ class MappedReader:
                 continue
             value = field_value(row, name)
             if is_messages(value):  # the one turn of the assistant
+                if not isinstance(value[-1], dict):
+                    raise BadRow(f"'{name}' is not a list of messages")
                 value = value[-1].get("content", value[-1].get("value"))
             found.append(text_field({name: value}, name))
         return found

@@ -12,12 +12,13 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from beaver_ray.data.mapping import entry_source
 from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, read_source
 from beaver_ray.data_options import DataEntry, data_entry, data_label
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 
 Spec = str | DataEntry | Mapping[str, Any]
 """An entry of a list of data sets: as text, as an option, or as such an option's plain values."""
@@ -62,6 +63,11 @@ class MixSpec:
 def parse_spec(spec: Spec) -> MixSpec:
     """Read one `NAME[:PROPORTION[:PATH]]` (the path may hold colons itself, an empty part means its default), or one
     mapping."""
+    if isinstance(spec, str) and spec.startswith("{"):  # a mapping on a command line
+        try:
+            spec = data_entry(yaml.safe_load(spec))
+        except yaml.YAMLError as error:
+            raise UserError(f"dataset {spec!r} is no mapping: {first_line(error)}; write {{path: FILE, ...}}") from None
     if not isinstance(spec, str):
         entry = spec if isinstance(spec, DataEntry) else data_entry(spec)
         entry_source(entry)

@@ -95,7 +95,7 @@ class Dialogues:
         self.by_tokens: dict[bytes, tuple[str, ...]] = {}
         self.systems: dict[bytes, str] = {}
         """The system text of the row, where it has one, by the same tokens."""
-        self.fields: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        self.fields: dict[bytes, Mapping[str, Any]] = {}
         """What else the first row of each prompt says."""
         for specs in prompts:
             if specs:
@@ -108,8 +108,8 @@ class Dialogues:
             if (sample.system, turns) in self.known:
                 continue
             self.known.add((sample.system, turns))
-            self.fields.setdefault(turns, sample.fields)
             key = _key(self.policy.prompt(turns, sample.system))
+            self.fields.setdefault(key, sample.fields)
             if key not in self.by_tokens:
                 self.by_tokens[key] = turns
                 self.systems |= {key: sample.system} if sample.system else {}
@@ -127,6 +127,10 @@ class Dialogues:
                 "is of no data set that it was told of: name the data under data.prompts or evaluation.prompts"
             )
         return found
+
+    def row(self, tokens: Sequence[int] | np.ndarray) -> Mapping[str, Any]:
+        """What else the row of a prompt says."""
+        return self.fields.get(_key(tokens), {})
 
     def system(self, tokens: Sequence[int] | np.ndarray) -> str | None:
         """The system text that a prompt's row has of its own."""

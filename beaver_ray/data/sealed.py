@@ -93,4 +93,5 @@ def _models(tree: Mapping[str, Any]) -> list[str]:
     named = [tree.get("model"), tree.get("reference")]
     named += [models.get(part) for part in ("policy", "reward", "reference", "reward_critic")]
     named += [constraint.get(part) for constraint in tree.get("constraints") or [] for part in ("model", "critic")]
-    return [name for name in named if name and "://" not in name and not name.startswith("python:")]
+    folders = [name["folder"] if isinstance(name, Mapping) else name for name in named]  # a guard is a mapping
+    return [name for name in folders if name and "://" not in name and not name.startswith("python:")]

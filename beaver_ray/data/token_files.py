@@ -18,7 +18,6 @@ import inspect
 import itertools
 import json
 import os
-import pickle
 import shutil
 import time
 from collections import Counter, deque
@@ -311,11 +310,10 @@ def _count(report: DropReport, batch: pa.RecordBatch, dropped: Counter[str]) -> 
 _here: tuple[_Job, Encoder] | None = None
 
 
-def _start(pickled: bytes) -> None:
+def _start(job: _Job) -> None:
     """In each process of the pool."""
     global _here
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
-    job: _Job = pickle.loads(pickled)
     _here = job, job.encoder()
 
 
@@ -330,8 +328,7 @@ def _encoded(
 ) -> Generator[tuple[pa.RecordBatch, Counter[str], int], None, None]:
     """Blocks in tokens, in their order: on all cores, with no more than two for each in memory."""
     cores = len(os.sched_getaffinity(0))
-    pickled = _pickled(job) if cores > 1 else None
-    if pickled is None:
+    if cores == 1 or not _travels(job):
         encoder = job.encoder()
         for block in _blocks(place, report):
             yield (*job.encode(encoder, block), len(block))
@@ -340,7 +337,7 @@ def _encoded(
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     waiting: deque[tuple[Future[tuple[pa.RecordBatch, Counter[str]]], int]] = deque()
-    with ProcessPoolExecutor(cores, context, _start, (pickled,)) as pool:
+    with ProcessPoolExecutor(cores, context, _start, (job,)) as pool:
         try:
             for block in _blocks(place, report):
                 waiting.append((pool.submit(_encode_here, block), len(block)))
@@ -358,19 +355,16 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _pickled(job: _Job) -> bytes | None:
-    """The job for other processes; None where they could not make sense of it.
+def _travels(job: _Job) -> bool:
+    """Whether other processes could make sense of the job.
 
-    That is so of a reader that a script defines in itself, and of a tokenizer whose code came with its folder.
+    Not of a reader that a script defines in itself or a function in its body, nor of a tokenizer whose code came with
+    its folder.
     """
     reader: Any = job.read_row.source.read_row
     homes = {getattr(thing, "__module__", "__main__") for thing in (reader, type(reader), type(job.tokenizer))}
-    if "__main__" in homes or any(home.startswith("transformers_modules") for home in homes):
-        return None
-    try:
-        return pickle.dumps(job)
-    except (pickle.PicklingError, AttributeError, TypeError):  # a reader within a function
-        return None
+    local = "<locals>" in getattr(reader, "__qualname__", type(reader).__qualname__)
+    return not local and "__main__" not in homes and not any(home.startswith("transformers_modules") for home in homes)
 
 
 # ---------------------------------------------------------------- tokens on disk
@@ -438,7 +432,8 @@ def _key(job: _Job, place: Place) -> str:
     for part in (
         [_content(file) for file in _files(place)] or hub_dataset(place)._fingerprint,
         _code(),
-        _reader_text(job.read_row),
+        job.read_row.source.name,
+        _reader_text(job.read_row.source.read_row),
         sorted((name, str(wanted)) for name, wanted in job.read_row.where.items()),
         job.read_row.column,
         f"{job.kind.__module__}.{job.kind.__qualname__}",
@@ -469,15 +464,15 @@ def _code() -> list[tuple[str, str]]:
     return [_content(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
 
 
-def _reader_text(read_row: RowReader) -> str:
-    """A reader with all that it is set to, and the file that it is written in."""
-    reader: Any = read_row.source.read_row
+def _reader_text(reader: Any) -> str:
+    """A reader with all that it is set to, readers in it too, and the files that they are written in."""
     home = reader if inspect.isfunction(reader) else type(reader)
     module = importlib.import_module(home.__module__) if home.__module__ != "__main__" else None
     file = getattr(module, "__file__", None)
     code = _content(Path(file)) if file else inspect.getsource(home)
-    state = "" if inspect.isfunction(reader) else repr(sorted(vars(reader).items(), key=lambda pair: pair[0]))
-    return f"{read_row.source.name} {home.__qualname__} {state} {code}"
+    settings = {} if inspect.isfunction(reader) else vars(reader)
+    state = [(name, _reader_text(value) if callable(value) else value) for name, value in sorted(settings.items())]
+    return f"{home.__qualname__} {state} {code}"
 
 
 def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
