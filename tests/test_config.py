@@ -304,6 +304,9 @@ def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
     assert whole.data.template == expected and whole.prompt_template == expected
     save_config(whole, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == whole
+    # A word stands for its style, and may be added to.
+    both = safe_ppo("data.template=chat", "data.template.system=Be kind.").data.template
+    assert both == TemplateOptions(style="chat", system="Be kind.")
     assert "data.template.style: Input should be 'auto', 'chat' or 'beaver', not 'chatt'" in error(
         "data.template=chatt"
     )

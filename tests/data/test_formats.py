@@ -357,6 +357,20 @@ def test_entries_that_mean_nothing_are_one_line(entry: dict[str, Any], message: 
     assert "\n" not in str(caught.value)
 
 
+def test_broken_dialogues_are_counted_and_mappings_may_be_texts(tmp_path: Path) -> None:
+    rows = [{"q": "q", "a": [said("assistant", "x"), "y"]}, {"q": "q", "a": [said("assistant", "x")]}]
+    entry = f"{{path: {write(tmp_path / 'a.jsonl', rows)}, prompt: q, answer: a}}"
+    samples, reports = load_mix([entry])
+    assert samples == [RawSample("q", "x")]
+    assert [report.dropped for report in reports.values()] == [{"'a' is not a list of messages": 1}]
+    with pytest.raises(UserError, match="is no mapping: "):
+        load_mix(["{path: a.jsonl, prompt"])
+    three = {"q": [said("user", "q"), said("assistant", "x")], "a": "b", "b": "c", "label": 0}
+    whole = {"messages": "q", "answer": "a", "other_answer": "b", "better": "label"}
+    with pytest.raises(UserError, match="'q' ends with an answer, and two more are named"):
+        load_mix([{"path": write(tmp_path / "b.jsonl", [three]), **whole}])
+
+
 def test_system_prompts_reach_the_tokens(tmp_path: Path, byte_tokenizer: Any) -> None:
     from tests.data.conftest import CHATML, with_template
 

@@ -95,3 +95,10 @@ def test_models_of_checkpoints_are_of_their_run(tmp_path: Path, candidates: list
     run_with(tmp_path / "sft", model="m", train=[prompts_file(tmp_path / "sft.jsonl", "question 4")])
     sealed = seal(candidates, config(tmp_path), str(tmp_path / "sft" / "checkpoints" / "step_20" / "policy"))
     assert sealed.left_out[f"in train of {tmp_path / 'sft'}"] == 1
+
+
+def test_guards_are_models_too(tmp_path: Path, candidates: list[Any]) -> None:
+    guard = {"folder": str(tmp_path / "guard"), "guard": "qwen3guard"}
+    ppo = config(tmp_path, constraints=[{"name": "harm", "model": guard}])
+    sealed = seal(candidates, ppo, run_with(tmp_path / "ppo", **ppo))
+    assert f"what {tmp_path / 'guard'} was trained on: no run lies around it" in sealed.unchecked

@@ -14,7 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from beaver_ray.data import token_files
+from beaver_ray.data.mapping import Keeping
 from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
+from beaver_ray.data.sources import find_source
 from beaver_ray.data.token_files import keep_tokens, read_tokens
 from beaver_ray.data.tokenized import PreferenceDataset, SafetyPreferenceDataset, SupervisedDataset
 
@@ -114,3 +116,12 @@ def test_on_all_cores_and_for_several_at_once(
     wanted = SupervisedDataset.build(load_mix([f"PKU-SafeRLHF:1:{file}"])[0], byte_tokenizer, 60)
     assert first == second == wanted.tokens.flat.tolist()
     assert len(entries(file)) == 1
+
+
+def test_readers_in_readers_are_known_by_what_they_are(file: Path) -> None:
+    """Not by where they lie in memory, which is elsewhere in each process."""
+    places = ("HelpSteer2", "HelpSteer2/validation")
+    texts = [token_files._reader_text(find_source(name).read_row) for name in places]
+    texts += [token_files._reader_text(Keeping(find_source(name).read_row, ["a"])) for name in places]
+    assert len(set(texts)) == 4 and not any(" at 0x" in text for text in texts)
+    assert "helpsteer2" in texts[0] and "helpsteer2" in texts[2]

@@ -238,3 +238,14 @@ def test_a_run_without_a_score_model(one_rank: None, tiny_world: Path, file: Pat
         stages()["safe_ppo"].model_validate(
             config.model_dump() | {"constraints": [constraint | {"critic": None}], "name": "other"}
         )
+
+
+def test_a_prompt_under_another_system_text_has_fields_of_its_own(tiny_world: Path, file: Path, tmp_path: Path) -> None:
+    texts = {1: "well", 2: "maybe"}
+    rows = [{"system": t, "prompt": "how to clean the lock", "number": n, "kind": "odd"} for n, t in texts.items()]
+    path = tmp_path / "system.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {"path": str(path), "prompt": "prompt", "system": "system"}
+    batch = sequences_of(tiny_world, spec, ANSWERS[:2])  # type: ignore[arg-type]
+    scorer = scorer_of(tiny_world, f"python:{file}:everything", {"reward": 0}, spec)  # type: ignore[arg-type]
+    assert experience.scalars(scorer.score(batch), "reward").tolist() == [1.0, 2.0]
