@@ -53,6 +53,11 @@ class ScorerSetting:
     """Lists of the data sets that the policy's prompts are of."""
     timeout_s: float
 
+    def of_a_model(self, model: Any, columns: dict[str, int]) -> tuple[Any, ...]:
+        """What the scorers are given that run ``model`` themselves."""
+        runs = (self.dtype, self.token_budget, self.threads, self.trust_remote_code)
+        return (model, columns, self.policy, *runs, self.template, self.prompts)
+
 
 class ScoreSource(ABC):
     """One source of scores; ``text`` is what the configuration calls it."""
@@ -108,17 +113,7 @@ class FolderSource(ScoreSource):
 
     def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
         """Of `Scorer`."""
-        return (
-            self.text,
-            columns,
-            setting.policy,
-            setting.dtype,
-            setting.token_budget,
-            setting.threads,
-            setting.trust_remote_code,
-            setting.template,
-            setting.prompts,
-        )
+        return setting.of_a_model(self.text, columns)
 
 
 class GuardSource(ScoreSource):
@@ -164,17 +159,7 @@ class GuardSource(ScoreSource):
 
     def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
         """Of `GuardScorer`."""
-        return (
-            self.guard,
-            columns,
-            setting.policy,
-            setting.dtype,
-            setting.token_budget,
-            setting.threads,
-            setting.trust_remote_code,
-            setting.template,
-            setting.prompts,
-        )
+        return setting.of_a_model(self.guard, columns)
 
 
 class ServiceSource(ScoreSource):
