@@ -28,6 +28,7 @@ TRUTH = "python:beaver_ray/small_world/truth.py:{}(world='${{workspace}}/world/w
 METHODS = {
     "safe_ppo": [],
     "safe_ppo_without_replay": ["ppo.replay=0"],
+    "safe_ppo_confidence": ["constraints.harm.confidence=0.9"],
     "safe_ppo_true_scores": [
         f"models.reward={TRUTH.format('reward')}",
         "models.reward_critic=${workspace}/reward_model/final/reward_model",
