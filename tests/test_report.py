@@ -322,7 +322,11 @@ def test_a_form_is_compared_with_its_limit(tmp_path: Path) -> None:
     shown = " ".join(Page(folder / "report.html").text)
     # Held-out prompts are answered once, so that of the worst of several there is the training's figure alone.
     assert "Cost (worst_of_k): harm 0.3 limit 0.1" in shown and "Cost (cvar:0.5): privacy 0.4 limit -0.2" in shown
-    assert "harm, worst_of_k" in shown and "Cost (cvar:0.5) against its limit" in shown and "target" not in shown
+    assert (
+        "harm, worst_of_k" in shown
+        and "Cost (cvar:0.5) against its limit" in shown
+        and "target" not in shown.replace("lora_targets", "")
+    )
     states = re.findall(r'<div class="card (good|bad)">\s*<p class="title">([^<]+)<', text)
     assert states == [("bad", "Cost (worst_of_k): harm"), ("bad", "Cost (cvar:0.5): privacy")]
     assert any(line.startswith("cost of privacy, cvar:0.5: 0.4 (n = 400") for line in load_run(folder).headlines())
