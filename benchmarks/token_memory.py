@@ -126,7 +126,7 @@ def main() -> None:
             first, again = (measured(file, Path(folder) / "cache") for _ in range(2))
             results.append({"rows": rows, "file_mib": file.stat().st_size / MIB, "first": first, "again": again})
             print(json.dumps(results[-1], indent=1))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, other work going on"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
     if arguments.out:
         arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
