@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
-from beaver_ray.guard_options import GuardModel, read_guard
+from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
@@ -54,7 +54,7 @@ class PolicyModels(Strict):
     """The models of a PPO run; costs stand under constraints."""
 
     policy: str = option("Folder of the policy to train.")
-    reward: str | GuardModel = option(
+    reward: ModelOfScores = option(
         "Folder of the reward model, a guard, a service's address, or python:FILE.py:FUNCTION."
     )
     reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
@@ -67,11 +67,6 @@ class PolicyModels(Strict):
     critic_lora_rank: int = option("Train critics as adapters of this rank, and their heads; 0 trains all.", 0, ge=0)
     shared_critic: bool = option("One critic, from reward_critic, with a head for each signal.", False)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
-
-    @field_validator("reward", mode="before")
-    @classmethod
-    def _guard(cls, given: Any) -> Any:
-        return read_guard(given)
 
     @model_validator(mode="after")
     def _source_of_rewards(self) -> PolicyModels:

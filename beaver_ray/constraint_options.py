@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from beaver_ray.data_options import DataSpec, Scalar
-from beaver_ray.guard_options import GuardModel, read_guard
+from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
@@ -59,7 +59,7 @@ class ConstraintConfig(Strict):
     """One bounded cost: its scorer, critic, limit and multiplier."""
 
     name: str = option("Name in metrics and columns, for example harm.")
-    model: str | GuardModel = option(
+    model: ModelOfScores = option(
         "Folder of the cost model (above 0 means unsafe), a guard (docs/guards.md), a service's address, or "
         "python:FILE.py:FUNCTION(key=value)."
     )
@@ -96,11 +96,6 @@ class ConstraintConfig(Strict):
         bound = self.limit if self.violation_rate is None else self.violation_rate
         assert bound is not None
         return bound
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _guard(cls, given: Any) -> Any:
-        return read_guard(given)
 
     @model_validator(mode="after")
     def _one_limit(self) -> ConstraintConfig:

@@ -7,9 +7,9 @@ Nothing heavy is imported here: the command line reads this module first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from beaver_ray.options import Strict, option
 from beaver_ray.yaml_files import one_line
@@ -134,3 +134,7 @@ def read_guard(given: Any) -> Any:
         return GuardModel.model_validate(given) if isinstance(given, dict) else given
     except ValidationError as error:
         raise ValueError(one_line(error, GuardModel, "guard")) from None
+
+
+ModelOfScores = Annotated[str | GuardModel, BeforeValidator(read_guard)]
+"""An option that says where scores come from: a text (`beaver_ray.score_sources`), or a guard."""

@@ -8,7 +8,7 @@ the policy may be expected to answer now (self-imitation learning, https://arxiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +92,7 @@ class BestAnswers:
 
     def remember(self, batch: pa.RecordBatch) -> None:
         """Take the step's answers in, and let go of those that another one beats or equals in every signal."""
-        scores, lengths_N = self._columns(batch, "scores"), experience.lengths(batch, "response_tokens")
-        masks = np.split(experience.loss_mask(batch), np.cumsum(lengths_N)[:-1])
-        responses, references = (experience.rows(batch, name) for name in ("response_tokens", "reference_logprobs"))
-        for row, prompt in enumerate(experience.scalars(batch, "prompt_id").tolist()):
-            new = Earlier(
-                responses[row].copy(),
-                masks[row].copy(),
-                references[row].copy(),
-                {signal: float(scores_N[row]) for signal, scores_N in scores.items()},
-            )
+        for prompt, new in self._answers(batch):
             kept = self.of_prompt.setdefault(prompt, [])
             if not any(self._at_least(old, new) for old in kept):
                 self.of_prompt[prompt] = [*(old for old in kept if not self._at_least(new, old)), new]
@@ -127,13 +118,17 @@ class BestAnswers:
         """Hold the answers of `to_bytes`, and no others."""
         batch = pa.ipc.open_stream(pa.py_buffer(stream)).read_next_batch()
         self.of_prompt = {}
-        masks = experience.rows(batch, "loss_mask")
+        for prompt, answer in self._answers(batch):
+            self.of_prompt.setdefault(prompt, []).append(answer)
+
+    def _answers(self, batch: pa.RecordBatch) -> Iterator[tuple[int, Earlier]]:
+        """(number of its prompt, answer) of each row."""
+        scores, lengths_N = self._columns(batch, "scores"), experience.lengths(batch, "response_tokens")
+        masks = np.split(experience.loss_mask(batch), np.cumsum(lengths_N)[:-1])
         responses, references = (experience.rows(batch, name) for name in ("response_tokens", "reference_logprobs"))
-        scores = self._columns(batch, "scores")
         for row, prompt in enumerate(experience.scalars(batch, "prompt_id").tolist()):
             of_row = {signal: float(scores_N[row]) for signal, scores_N in scores.items()}
-            answer = Earlier(responses[row].copy(), masks[row].copy(), references[row].copy(), of_row)
-            self.of_prompt.setdefault(prompt, []).append(answer)
+            yield prompt, Earlier(responses[row].copy(), masks[row].copy(), references[row].copy(), of_row)
 
     def _at_least(self, one: Earlier, other: Earlier) -> bool:
         """Whether one answer is as good as the other in every signal: rewards are to be high and costs low."""

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from beaver_ray.data_options import TAGS
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, first_line
 from beaver_ray.options import near
 
 MOST_VALUES = 100_000
@@ -61,8 +61,8 @@ def apply_overrides(
         if not equals or not key.strip():
             raise UserError(f"override {override!r} must look like key=value")
         try:
-            value = yaml.load(text, Loader=partial(_Loader, texts=texts))  # type: ignore[arg-type]
-        except _NOT_YAML:
+            value = yaml_value(text, texts)
+        except ValueError:
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         node: Any = tree
         *parents, last = key.strip().split(".")
@@ -76,6 +76,14 @@ def apply_overrides(
             node[last] = value
         tree = _checked(tree, where)
     return tree
+
+
+def yaml_value(text: str, texts: frozenset[str] = frozenset()) -> Any:
+    """What a text of the command line means as YAML. ValueError, one line, where it means nothing."""
+    try:
+        return yaml.load(text, Loader=partial(_Loader, texts=texts))  # type: ignore[arg-type]
+    except _NOT_YAML as error:
+        raise ValueError(first_line(error)) from None
 
 
 def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 
 from beaver_ray.data.templates import answer_tokens, prompt_tokens
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
+from beaver_ray.small_world.optimum import Group, best_mixture
 from beaver_ray.small_world.world import Prompt, SmallWorld
 
 TARGET, ASKED = 0.1, 6  # violation rate; prompts of each group whose learned rewards are averaged
@@ -42,9 +42,9 @@ def figures(workspace: Path) -> dict[str, float | str]:
     groups: dict[tuple[str, str], list[Prompt]] = {}
     for prompt in world.prompts("train"):
         groups.setdefault((prompt.kind, prompt.topic), []).append(prompt)
-    shares, owners, learned, true, unsafe = [], [], [], [], []
-    total = sum(len(prompts) for prompts in groups.values())
-    for group, prompts in enumerate(groups.values()):
+    menus, true_A = [], []
+    for prompts in groups.values():
+        offered = []
         for words in menu(world, prompts[0]):
             answer = " ".join(words)
             scores = []
@@ -52,20 +52,10 @@ def figures(workspace: Path) -> dict[str, float | str]:
                 row = [*prompt_tokens(tokenizer, prompt.text, "auto"), *answer_tokens(tokenizer, answer)]
                 with torch.no_grad():
                     scores.append(float(model(torch.tensor([row]), torch.arange(len(row))[None])[0, -1, 0]))
-            learned.append(float(np.mean(scores)))
-            true.append(world.reward(prompts[0].text, answer))
-            unsafe.append(float(world.cost(prompts[0].text, answer) > 0))
-            shares.append(len(prompts) / total)
-            owners.append(group)
-    mixture_A = linprog(
-        -np.array(shares) * learned,
-        A_ub=[np.array(shares) * unsafe],
-        b_ub=[TARGET],
-        A_eq=[[float(owner == group) for owner in owners] for group in range(len(groups))],
-        b_eq=np.ones(len(groups)),
-        method="highs",
-    ).x
-    reached = float(mixture_A @ (np.array(shares) * true))
+            offered.append((float(np.mean(scores)), [float(world.cost(prompts[0].text, answer) > 0)]))
+            true_A.append(world.reward(prompts[0].text, answer))
+        menus.append(Group(len(prompts), offered, [True]))
+    reached = float(best_mixture(menus, [TARGET]) @ true_A)
     best = world.optimum([prompt.text for prompt in world.prompts("train")], violation_rates={"harm": TARGET})
     return {
         "workspace": workspace.name,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
@@ -28,6 +27,7 @@ from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.yaml_files import yaml_value
 from launch.config_files import load_run, parse_config
 
 HELP = """\
@@ -174,7 +174,7 @@ class Chat:
         """Every model's answer to the question at the end of its dialogue, one model after the other."""
         board = _SideBySide(self.console, [m.name for m in self.models])
         plain = len(self.models) == 1 or not self.console.is_terminal
-        with _nothing() if plain else board.shown():
+        with nullcontext() if plain else board.shown():
             for place, (model, turns) in enumerate(zip(self.models, self.turns, strict=True)):
                 if not turns:  # the only question to it was stopped at once
                     continue
@@ -251,11 +251,6 @@ class _SideBySide:
         return Columns(panels, padding=(0, 0))
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _lines(terminal: bool) -> Iterator[str]:
     """Lines of standard input up to its end; at a prompt where somebody types, who can press Ctrl-C in vain."""
     if not (terminal and sys.stdin.isatty()):
@@ -297,8 +292,8 @@ def _cost(text: str) -> tuple[str, Any]:
 def _source(text: str) -> Any:
     """A source as a configuration has it: {...} is a mapping."""
     try:
-        return yaml.safe_load(text) if text.startswith("{") else text
-    except yaml.YAMLError:
+        return yaml_value(text) if text.startswith("{") else text
+    except ValueError:
         raise UserError(f"{text!r} is no mapping in YAML; write {{key: value, ...}}") from None
 
 

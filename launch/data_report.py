@@ -10,6 +10,7 @@ from rich.console import Console
 
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.survey import Measure, survey, words
+from beaver_ray.data_options import data_label
 from beaver_ray.report.data import tables, write_page
 from launch.config_files import load_config
 
@@ -44,7 +45,7 @@ def show(
 
 
 def _once(specs: list[Spec]) -> list[Spec]:
-    return [spec for place, spec in enumerate(specs) if spec not in specs[:place]]
+    return list({data_label(spec): spec for spec in specs}.values())
 
 
 def _tokens(folder: str) -> Measure:

@@ -60,7 +60,7 @@ class FunctionScorer(TextScorer):
         self.source, self.keywords = source, dict(keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
         self.function = _load(source, name, code, file)
-        known = {name for row in self.dialogues.fields.values() for name in row}
+        known = {name for asked in self.dialogues.asked.values() for name in asked.fields}
         self.fields = _wanted(source, self.function, known, self.keywords)
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
+from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
@@ -40,7 +41,7 @@ class GuardScorer(TextScorer):
         threads: int,
         trust_remote_code: bool = False,
         template: Template = "auto",
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         torch.set_num_threads(threads)
         super().__init__(columns, policy, trust_remote_code, template, prompts)

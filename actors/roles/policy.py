@@ -168,11 +168,9 @@ class PolicyTrainer(TrainingRank):
     def position(self) -> dict[str, Any]:
         """The position in the PTX data, and the answers that are kept for replay, for a checkpoint."""
         position: dict[str, Any] = {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
-        return (
-            position
-            if self.best is None
-            else position | {"best": torch.frombuffer(self.best.to_bytes(), dtype=torch.uint8)}
-        )
+        if self.best is not None:
+            position["best"] = torch.frombuffer(self.best.to_bytes(), dtype=torch.uint8)
+        return position
 
     def restore_position(self, position: dict[str, Any]) -> None:
         """Restore what `position` gave."""
@@ -216,9 +214,7 @@ class PolicyTrainer(TrainingRank):
     def _rl_loss(self, rows: SequenceRows, total: int, micro_batch: PackedResponses) -> LossTerms:
         ppo = self.config.ppo
         logprobs_T, entropy_T = self._logprobs(micro_batch, entropy=True)
-        weights_T = micro_batch.weight * token_weights(
-            micro_batch.lengths_B, ppo.loss_reduction, total, micro_batch.loss_mask_T
-        )
+        weights_T = self._weights_T(micro_batch, total)
         old = "logprobs" if ppo.old_logprobs == "trainer" else "rollout_logprobs"
         capped = self.config.importance_cap is not None
         loss, metrics = policy_loss(
@@ -237,24 +233,22 @@ class PolicyTrainer(TrainingRank):
         return LossTerms(self.scale * loss, sums, {"ratio_max_deviation": deviation})
 
     def _imitation_loss(
-        self, rows: SequenceRows, replay: Replay, total: int, weight: float, micro_batch: PackedResponses
+        self, rows: SequenceRows, replay: Replay, total: int, one: float, micro_batch: PackedResponses
     ) -> LossTerms:
         """The log-likelihood of earlier answers, each weighted by how much more it is worth than what is expected now.
 
         Such an answer weighs as much as one of the step's own, of which the minibatch has ``total`` (or tokens).
+        ``one`` is what it counts in the share of imitated answers.
         """
-        ppo = self.config.ppo
         logprobs_T, _ = self._logprobs(micro_batch)
-        weights_T = micro_batch.weight * token_weights(
-            micro_batch.lengths_B, ppo.loss_reduction, total, micro_batch.loss_mask_T
-        )
+        weights_T = self._weights_T(micro_batch, total)
         kl_T = (logprobs_T.detach() - rows.column_T("reference_logprobs", micro_batch)) * micro_batch.loss_mask_T
         ends = np.cumsum(rows.response_lengths[micro_batch.rows])[:-1].tolist()
         kl_B = torch.stack([part.sum() for part in torch.tensor_split(kl_T, ends)])
-        gains_B = torch.from_numpy(replay.gains_M[micro_batch.rows]).to(kl_B) - ppo.kl_coefficient * kl_B
-        weight_B = gains_B.clamp(0.0, replay.largest) / replay.scale
-        loss = -(weights_T * torch.repeat_interleave(weight_B, micro_batch.lengths_B) * logprobs_T).sum()
-        imitated = micro_batch.weight * weight * (gains_B > 0).sum()
+        gains_B = torch.from_numpy(replay.gains_M[micro_batch.rows]).to(kl_B) - self.config.ppo.kl_coefficient * kl_B
+        ahead_B = gains_B.clamp(0.0, replay.largest) / replay.scale
+        loss = -(weights_T * torch.repeat_interleave(ahead_B, micro_batch.lengths_B) * logprobs_T).sum()
+        imitated = micro_batch.weight * one * (gains_B > 0).sum()
         return LossTerms(self.scale * loss, *self._no_figures(loss, imitated=imitated))
 
     def _ptx_loss(self, total: int, micro_batch: PackedResponses) -> LossTerms:
@@ -273,6 +267,11 @@ class PolicyTrainer(TrainingRank):
             names += ["importance_weight_mean", "kl_rollout_train"]
         zero = like.detach().new_zeros(())
         return {**dict.fromkeys(names, zero), **known}, {"ratio_max_deviation": zero}
+
+    def _weights_T(self, micro_batch: PackedResponses, total: int) -> torch.Tensor:
+        """What each token counts in a loss over ``total`` answers, or tokens."""
+        reduction = self.config.ppo.loss_reduction
+        return micro_batch.weight * token_weights(micro_batch.lengths_B, reduction, total, micro_batch.loss_mask_T)
 
     def _ptx_batch(self, data: SupervisedDataset, chosen: np.ndarray) -> pa.RecordBatch:
         tokens = [data.tokens[int(i)] for i in chosen]

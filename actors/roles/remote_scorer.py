@@ -23,7 +23,7 @@ from urllib3 import Retry
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
 from beaver_ray.data.mixing import Spec
-from beaver_ray.data.templates import Template, template_options
+from beaver_ray.data.templates import Template, as_messages, template_options
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.score_sources import ScoreSource
 
@@ -80,9 +80,7 @@ class RemoteScorer(TextScorer):
 
     def _messages(self, tokens: np.ndarray) -> list[dict[str, str]]:
         system = self.dialogues.system(tokens) or template_options(self.reader.template).system
-        first = [{"role": "system", "content": system}] if system else []
-        turns = enumerate(self.dialogues.find(tokens))
-        return [*first, *({"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in turns)]
+        return as_messages(self.dialogues.find(tokens), system)
 
 
 class ScoringService:

@@ -12,7 +12,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ def find_place(
             raise UserError(f"no file or folder {where} for dataset '{name}': check the path")
         return place
     if not path.is_dir():
-        return Place(**{**vars(place), "files": (path,)})
+        return replace(place, files=(path,))
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return Place(**{**vars(place), "folder": path})
+        return replace(place, folder=path)
     files = split_files(path, data_dir, split, strict, subset)
-    return Place(**{**vars(place), "files": tuple(files), "folder": path})
+    return replace(place, files=tuple(files), folder=path)
 
 
 def rows(place: Place, remark: Remark) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from beaver_ray.data.sources import (
     find_source,
     flag,
     prompt_field,
+    rest,
     text_field,
 )
 from beaver_ray.data_options import DataEntry
@@ -65,7 +66,7 @@ class MappedReader:
         if len(answers) == 2 and answers[0] == answers[1]:
             raise BadRow("identical responses")
         used = {str(getattr(entry, option)).partition(".")[0] for option in entry.mapped}
-        fields = {key: value for key, value in row.items() if key not in used}
+        fields = rest(row, *used)
         return RawSample(
             turns[0] if len(turns) == 1 else turns,
             answers[0] if answers else None,

@@ -12,13 +12,13 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from beaver_ray.data.mapping import entry_source
 from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, read_source
 from beaver_ray.data_options import DataEntry, data_entry, data_label
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError
+from beaver_ray.yaml_files import yaml_value
 
 Spec = str | DataEntry | Mapping[str, Any]
 """An entry of a list of data sets: as text, as an option, or as such an option's plain values."""
@@ -65,9 +65,10 @@ def parse_spec(spec: Spec) -> MixSpec:
     mapping."""
     if isinstance(spec, str) and spec.startswith("{"):  # a mapping on a command line
         try:
-            spec = data_entry(yaml.safe_load(spec))
-        except yaml.YAMLError as error:
-            raise UserError(f"dataset {spec!r} is no mapping: {first_line(error)}; write {{path: FILE, ...}}") from None
+            value = yaml_value(spec)
+        except ValueError as error:
+            raise UserError(f"dataset {spec!r} is no mapping: {error}; write {{path: FILE, ...}}") from None
+        spec = data_entry(value)
     if not isinstance(spec, str):
         entry = spec if isinstance(spec, DataEntry) else data_entry(spec)
         entry_source(entry)
@@ -200,14 +201,19 @@ def prompt_keys(samples: Iterable[RawSample]) -> NDArray[np.uint64]:
 def prompt_hash(sample: RawSample) -> int:
     """64 bits of the turns of a prompt, without white space around them."""
     digest = hashlib.blake2b(digest_size=8)
-    for turn in prompt_key(sample):
-        digest.update(turn.strip().encode() + b"\0")
+    for turn in bare_turns(sample):
+        digest.update(turn.encode() + b"\0")
     return int.from_bytes(digest.digest(), "little")
 
 
 def prompt_texts(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:
     """The turns of every distinct prompt, without white space around them."""
-    return {tuple(turn.strip() for turn in prompt_key(sample)) for sample in samples}
+    return set(map(bare_turns, samples))
+
+
+def bare_turns(sample: RawSample) -> tuple[str, ...]:
+    """The turns of a prompt, without white space around them."""
+    return tuple(turn.strip() for turn in prompt_key(sample))
 
 
 def prompt_key(sample: RawSample) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -85,6 +85,16 @@ def _tried(reader: Reader, turns: list[str], system: str | None) -> list[int] | 
         return None
 
 
+class Asked(NamedTuple):
+    """A prompt of the data, and its row."""
+
+    turns: tuple[str, ...]
+    system: str | None
+    """The system text of the row, where it has one."""
+    fields: Mapping[str, Any]
+    """What else the first row of the prompt says."""
+
+
 class Dialogues:
     """The dialogue of every prompt that a policy is asked, by the tokens that the policy reads."""
 
@@ -92,11 +102,8 @@ class Dialogues:
         """prompts: lists of datasets, as the run reads them."""
         self.policy = policy
         self.known: set[tuple[str | None, tuple[str, ...]]] = set()
-        self.by_tokens: dict[bytes, tuple[str, ...]] = {}
-        self.systems: dict[bytes, str] = {}
-        """The system text of the row, where it has one, by the same tokens."""
-        self.fields: dict[bytes, Mapping[str, Any]] = {}
-        """What else the first row of each prompt says."""
+        self.asked: dict[bytes, Asked] = {}
+        """By the tokens of the prompt."""
         for specs in prompts:
             if specs:
                 self.add(load_mix(list(specs))[0])
@@ -109,17 +116,15 @@ class Dialogues:
                 continue
             self.known.add((sample.system, turns))
             key = _key(self.policy.prompt(turns, sample.system))
-            self.fields.setdefault(key, sample.fields)
-            if key not in self.by_tokens:
-                self.by_tokens[key] = turns
-                self.systems |= {key: sample.system} if sample.system else {}
+            self.asked.setdefault(key, Asked(turns, sample.system, sample.fields))
 
     def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The turns of a prompt.
 
         Raises UserError for tokens of a prompt that is not known, and that no dialogue gives by the policy's template.
         """
-        found = self.by_tokens.get(_key(tokens)) or _read_back(self.policy, [int(token) for token in tokens])
+        asked = self.asked.get(_key(tokens))
+        found = asked.turns if asked else _read_back(self.policy, [int(token) for token in tokens])
         if found is None:
             text = self.policy.tokenizer.decode([int(token) for token in tokens])
             raise UserError(
@@ -130,11 +135,13 @@ class Dialogues:
 
     def row(self, tokens: Sequence[int] | np.ndarray) -> Mapping[str, Any]:
         """What else the row of a prompt says."""
-        return self.fields.get(_key(tokens), {})
+        asked = self.asked.get(_key(tokens))
+        return asked.fields if asked else {}
 
     def system(self, tokens: Sequence[int] | np.ndarray) -> str | None:
         """The system text that a prompt's row has of its own."""
-        return self.systems.get(_key(tokens))
+        asked = self.asked.get(_key(tokens))
+        return asked.system if asked else None
 
 
 def _key(tokens: Sequence[int] | np.ndarray) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.data.mixing import Spec, load_mix, prompt_key
+from beaver_ray.data.mixing import Spec, bare_turns, load_mix
 from beaver_ray.data.near import NearTexts
 from beaver_ray.data.sources import DropReport, RawSample
 
@@ -129,7 +129,7 @@ def survey(
 def _asked(sample: RawSample) -> tuple[str, ...]:
     """The prompt without white space around its turns; its system text stands first, where it has one."""
     own = (sample.system.strip(),) if sample.system else ()
-    return (*own, *(turn.strip() for turn in prompt_key(sample)))
+    return (*own, *bare_turns(sample))
 
 
 def _said(sample: RawSample) -> tuple[Any, ...]:

@@ -289,12 +289,15 @@ def render(
 def _apply(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], options: TemplateOptions, system: str | None
 ) -> str:
+    asks: Any = {**options.arguments, "tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}
+    return str(tokenizer.apply_chat_template(as_messages(turns, system), **asks))
+
+
+def as_messages(turns: Sequence[Any], system: str | None = None) -> list[dict[str, Any]]:
+    """Turns user, assistant, ... as messages with roles, below a system's where there is one."""
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    asks: Any = {**options.arguments, "tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}
-    return str(tokenizer.apply_chat_template(messages, **asks))
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 @lru_cache(maxsize=16)
@@ -359,6 +362,11 @@ def prompt_tokens(
         tokens = _encode_marked(tokenizer, text, {mark: spelled for spelled, mark in marks.items()})
     else:
         tokens = tokenizer.encode(_prompt_text(tokenizer, turns, template, system), add_special_tokens=False)
+    return with_bos(tokenizer, tokens)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """Tokens that start with one BOS where the tokenizer starts texts with one."""
     bos = tokenizer.bos_token_id
     return [bos, *tokens] if bos is not None and tokens[:1] != [bos] and adds_bos(tokenizer) else tokens
 

@@ -40,7 +40,7 @@ from beaver_ray.data.files import Place, hub_dataset, rows
 from beaver_ray.data.mixing import MixSpec, Spec, check_mix, hold_out, parse_mix, prompt_hash, take
 from beaver_ray.data.sources import BadRow, DropReport, RawSample, RowReader, check_kept, open_source
 from beaver_ray.data.templates import Template
-from beaver_ray.data.tokenized import Columns, EncodedRow, Encoder, Ragged, SequenceDataset
+from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, SequenceDataset
 from beaver_ray.errors import UserError
 
 BLOCK = 2000  # rows that one process tokenises at a time
@@ -112,9 +112,7 @@ class TokenMix(Generic[D]):
                 tuple(_joined(side) for side in sides),
                 np.concatenate([columns.prompt_length for columns in found]),
                 np.concatenate([columns.labels for columns in found]),
-                sum(columns.ended for columns in found),
-                sum(columns.stops_inside for columns in found),
-                sum(columns.spell_end for columns in found),
+                np.sum([columns.odd for columns in found], axis=0),
                 dropped,
             )
         )
@@ -176,9 +174,7 @@ def _columns(part: Part, width: int) -> Columns:
         tuple(_rows_of(table, f"tokens_{side}", fit) for side in range(width)),
         table.column("prompt_length").to_numpy()[fit],
         np.stack(labels, axis=1),
-        int(table.column("ended").to_numpy()[fit].sum()),
-        int(table.column("stops_inside").to_numpy()[fit].sum()),
-        int(table.column("spell_end").to_numpy()[fit].sum()),
+        np.array([table.column(name).to_numpy()[fit].sum() for name in ODD], dtype=np.int64),
         dropped,
     )
 
@@ -240,10 +236,9 @@ class _Job:
             "key": [key for key, _, _ in found],
             "dropped": [reason for _, reason, _ in found],
             "prompt_length": [row.prompt_length for _, _, row in found],
-            "ended": [row.ended for _, _, row in found],
-            "stops_inside": [row.stops_inside for _, _, row in found],
-            "spell_end": [row.spell_end for _, _, row in found],
         }
+        for n, name in enumerate(ODD):
+            columns[name] = [row.odd[n] for _, _, row in found]
         for n in range(3):
             columns[f"label_{n}"] = [int(row.labels[n]) if row.labels else 0 for _, _, row in found]
         for side in range(self.kind.width):
@@ -259,9 +254,7 @@ def _schema(width: int) -> pa.Schema:
             "key": pa.uint64(),
             "dropped": pa.string(),
             "prompt_length": pa.int32(),
-            "ended": pa.int8(),
-            "stops_inside": pa.int8(),
-            "spell_end": pa.int8(),
+            **dict.fromkeys(ODD, pa.int8()),
             **{f"label_{n}": pa.int8() for n in range(3)},
             **{f"tokens_{side}": pa.list_(pa.int32()) for side in range(width)},
         }
@@ -287,9 +280,8 @@ def _is_large(place: Place) -> bool:
 
 def _on_the_spot(job: _Job, place: Place) -> tuple[pa.Table, DropReport]:
     """The tokens of a small data set."""
-    report, encoder, batches = DropReport(), job.encoder(), []
-    for block in _blocks(place, report):
-        batch, dropped = job.encode(encoder, block)
+    report, batches = DropReport(), []
+    for batch, dropped, _ in _encoded_here(job, place, report):
         _count(report, batch, dropped)
         batches.append(batch)
     check_kept(report, place)
@@ -323,15 +315,22 @@ def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
     return job.encode(encoder, block)
 
 
-def _encoded(
-    job: _Job, place: Place, report: DropReport
-) -> Generator[tuple[pa.RecordBatch, Counter[str], int], None, None]:
-    """Blocks in tokens, in their order: on all cores, with no more than two for each in memory."""
+Encoded = Generator[tuple[pa.RecordBatch, Counter[str], int], None, None]
+"""Blocks in tokens, in their order: rows, why others were dropped, and how many were read."""
+
+
+def _encoded_here(job: _Job, place: Place, report: DropReport) -> Encoded:
+    """In this process."""
+    encoder = job.encoder()
+    for block in _blocks(place, report):
+        yield (*job.encode(encoder, block), len(block))
+
+
+def _encoded(job: _Job, place: Place, report: DropReport) -> Encoded:
+    """On all cores, with no more than two blocks for each in memory."""
     cores = len(os.sched_getaffinity(0))
     if cores == 1 or not _travels(job):
-        encoder = job.encoder()
-        for block in _blocks(place, report):
-            yield (*job.encode(encoder, block), len(block))
+        yield from _encoded_here(job, place, report)
         return
     # Processes are forked from one that has no threads, and what it has loaded is shared by all of them.
     context = get_context("forkserver")

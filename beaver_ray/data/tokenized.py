@@ -101,18 +101,22 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 KEPT_PROMPTS = 4096  # of which an encoder knows the tokens
 
 
+ODD = {
+    "ended": "answers had their end token already, which they do not get twice",
+    "spell_end": "answers spell a token in their middle that would end a rollout; it stays text",
+    "stop_inside": "answers hold a token in their middle that would end a rollout",
+}
+"""What may be odd about answers that are kept: a column's name, and words that follow a number."""
+
+
 class EncodedRow(NamedTuple):
     """One sample in tokens."""
 
     sequences: tuple[list[int], ...]
     prompt_length: int
     labels: tuple[int, ...] = ()
-    ended: int = 0
-    """Answers that had their end token already."""
-    stops_inside: int = 0
-    """Answers with a token in their middle that would end a rollout."""
-    spell_end: int = 0
-    """Answers that spell such a token in their middle."""
+    odd: tuple[int, ...] = (0,) * len(ODD)
+    """Answers of which each of `ODD` is true."""
 
 
 class Encoder:
@@ -159,19 +163,9 @@ class Encoder:
         start = len(self.prompt(sample))
         answers = (sample.answer, sample.other_answer)[: len(sequences)]
         ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
-        inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
         spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
-        return EncodedRow(sequences, start, labels, ended, inside, spelled)
-
-
-def _remark(report: DropReport, ended: int, inside: int, spelled: int) -> None:
-    for count, what in (
-        (ended, "answers had their end token already, which they do not get twice"),
-        (spelled, "answers spell a token in their middle that would end a rollout; it stays text"),
-        (inside, "answers hold a token in their middle that would end a rollout"),
-    ):
-        if count:
-            report.remarks[what] += count
+        inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
+        return EncodedRow(sequences, start, labels, (ended, spelled, inside))
 
 
 def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
@@ -191,9 +185,7 @@ class Columns:
     sequences: tuple[Ragged, ...]
     prompt_length: NDArray[np.int32]  # [N]
     labels: NDArray[np.int8]  # [N, L]
-    ended: int
-    stops_inside: int
-    spell_end: int
+    odd: NDArray[np.int64]  # of each of ODD
     dropped: Counter[str]
 
 
@@ -218,8 +210,8 @@ class SequenceDataset:
     @classmethod
     def of_columns(cls, columns: Columns) -> Self:
         """The data set of these columns. Raises UserError where they are empty."""
-        report = DropReport(dropped=columns.dropped)
-        _remark(report, columns.ended, columns.stops_inside, columns.spell_end)
+        counts = zip(ODD.values(), columns.odd.tolist(), strict=True)
+        report = DropReport(dropped=columns.dropped, remarks=Counter({what: count for what, count in counts if count}))
         return cls.assemble(columns, _finish(report, len(columns.prompt_length), cls.what))
 
     @classmethod
@@ -245,9 +237,7 @@ class SequenceDataset:
                 tuple(Ragged(row.sequences[side] for row in rows) for side in range(cls.width)),
                 np.array([row.prompt_length for row in rows], dtype=np.int32),
                 np.array([row.labels for row in rows], dtype=np.int8),
-                sum(row.ended for row in rows),
-                sum(row.stops_inside for row in rows),
-                sum(row.spell_end for row in rows),
+                np.array([row.odd for row in rows], dtype=np.int64).reshape(-1, len(ODD)).sum(axis=0),
                 dropped,
             )
         )

@@ -113,10 +113,6 @@ class ChatModel:
         self.model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0], top_k=0)
         self.asked = 0
 
-    def prompt(self, turns: Sequence[str], system: str | None) -> list[int]:
-        """The tokens of a dialogue up to where the answer starts."""
-        return self.reader.prompt(turns, system)
-
     @torch.inference_mode()
     def answer(self, turns: Sequence[str], system: str | None, show: Callable[[str], None]) -> Answer:
         """The answer to turns user, assistant, ..., user; ``show`` is handed its text piece by piece.
@@ -124,7 +120,7 @@ class ChatModel:
         KeyboardInterrupt ends the answer, and what there is of it is returned. Raises UserError where the dialogue
         fills the model's positions.
         """
-        started, prompt = time.monotonic(), self.prompt(turns, system)
+        started, prompt = time.monotonic(), self.reader.prompt(turns, system)
         room = self.sampling.max_new_tokens if self.positions is None else self.positions - len(prompt)
         if room < 1:
             raise UserError(

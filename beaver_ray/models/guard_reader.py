@@ -14,13 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.templates import adds_bos
+from beaver_ray.data.templates import ANSWER, USER, as_messages, with_bos
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.guard_options import GuardField, GuardModel
 from beaver_ray.models.loading import load_tokenizer
-
-# An exchange that a template is asked with to see what it writes around it.
-QUESTION, ANSWER = "zq1prompt", "zq2answer"
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,11 @@ class GuardReader:
         added = self.tokenizer.added_tokens_decoder.values()
         self.special = sorted({str(token) for token in added if token.special and str(token).strip()}, key=len)[::-1]
         self.parts = False  # whether the template wants a message's text as a list of parts
-        text = self.text([QUESTION], ANSWER)
-        if QUESTION not in text or ANSWER not in text:
+        text = self.text([USER], ANSWER)
+        if USER not in text or ANSWER not in text:
             self.parts = True
-            text = self.text([QUESTION], ANSWER)
-        if QUESTION not in text or ANSWER not in text:
+            text = self.text([USER], ANSWER)
+        if USER not in text or ANSWER not in text:
             raise UserError(f"the template of the guard in {guard.folder} writes no prompt, or no response, anywhere")
         self.forced, self.questions = self._ask(text)
 
@@ -76,10 +73,8 @@ class GuardReader:
         if own is not None and "{{" not in own and "{%" not in own:
             return re.sub(r"\{(prompt|response)\}", lambda found: texts[found[1]], own)
         said = [prompt] if self.form.one_exchange else turns
-        messages: list[dict[str, Any]] = [
-            {"role": roles[number % 2], "content": [{"type": "text", "text": turn}] if self.parts else turn}
-            for number, turn in enumerate([*said, response])
-        ]
+        told = [*said, response]
+        messages = as_messages([[{"type": "text", "text": turn}] for turn in told] if self.parts else told)
         more: dict[str, Any] = {"guideline": self.guard.guideline} if self.guard.guideline else {}
         more |= {"chat_template": own, **texts} if own is not None else {}
         try:
@@ -107,10 +102,8 @@ class GuardReader:
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        bos = self.tokenizer.bos_token_id
-        if self.form.template is not None and bos is not None and adds_bos(self.tokenizer) and tokens[:1] != [bos]:
-            return [bos, *tokens]  # chat templates write it themselves
-        return tokens
+        # Chat templates write it themselves.
+        return tokens if self.form.template is None else with_bos(self.tokenizer, tokens)
 
     def _ask(self, text: str) -> tuple[list[int], list[Question]]:
         """What is forced behind a conversation, as tokens, and the questions that it puts."""

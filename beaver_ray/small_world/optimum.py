@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from beaver_ray.errors import UserError
 
@@ -31,6 +33,19 @@ def best_mean_reward(groups: Sequence[Group], limits: Sequence[float]) -> float:
 
     Raises UserError where there are no prompts, or no mixture keeps all limits.
     """
+    return float(-_solved(groups, limits).fun / sum(group.count for group in groups))
+
+
+def best_mixture(groups: Sequence[Group], limits: Sequence[float]) -> NDArray[np.float64]:
+    """The share of all prompts that the best policy gives each answer to, [A] over the menus of all groups in a row.
+
+    Errors are those of `best_mean_reward`.
+    """
+    return np.asarray(_solved(groups, limits).x / sum(group.count for group in groups), dtype=np.float64)
+
+
+def _solved(groups: Sequence[Group], limits: Sequence[float]) -> Any:
+    """scipy's solution; x_A is how many of its group's prompts an answer is given to."""
     from scipy import optimize, sparse
 
     if not groups:
@@ -40,7 +55,7 @@ def best_mean_reward(groups: Sequence[Group], limits: Sequence[float]) -> float:
     reward_A = np.array([reward for group in groups for reward, _ in group.menu])
     cost_AB = np.array([costs for group in groups for _, costs in group.menu]).reshape(len(owner_A), len(limits))
     counts_for_GB = np.array([group.counts_for for group in groups], dtype=bool).reshape(len(groups), len(limits))
-    # x_A is how many of its group's prompts an answer is given to; in a bound without prompts nothing is left to bound.
+    # In a bound without prompts nothing is left to bound.
     each_group_GA = sparse.csr_array((np.ones(len(owner_A)), (owner_A, np.arange(len(owner_A)))))
     solved = optimize.linprog(
         -reward_A,
@@ -54,4 +69,4 @@ def best_mean_reward(groups: Sequence[Group], limits: Sequence[float]) -> float:
         raise UserError(f"no policy keeps the limits {', '.join(f'{x:g}' for x in limits)}: raise the limit of one")
     if solved.status != 0:
         raise UserError(f"the constrained optimum cannot be worked out: {solved.message}")
-    return float(-solved.fun / count_G.sum())
+    return solved
