@@ -19,9 +19,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "local"
 TRUTH = "python:beaver_ray/small_world/truth.py:{}(world='${{workspace}}/world/world.json')"
@@ -52,25 +54,33 @@ def launch(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, env=environment, cwd=CONFIGS.parent.parent)
 
 
-def prepare(workspace: Path, seed: int) -> None:
-    """World, SFT policy, reward model and cost model of one seed."""
+def prepare(workspace: Path, seed: int, **world: Any) -> None:
+    """World with these options, SFT policy, reward model and cost model of one seed."""
     pipeline = workspace / "pipeline.yaml"
     workspace.mkdir(parents=True, exist_ok=True)
     stages = "".join(f"  - config: {CONFIGS / name}.yaml\n" for name in STAGES)
-    pipeline.write_text(f"workspace: {workspace}\nworld: {{seed: {seed}}}\nstages:\n{stages}", encoding="utf-8")
+    options = json.dumps({"seed": seed, **world})
+    pipeline.write_text(f"workspace: {workspace}\nworld: {options}\nstages:\n{stages}", encoding="utf-8")
     overrides = [
         f"{stage}.{setting}" for stage in STAGES for setting in ("debug=true", "cluster.threads=1", f"seed={seed}")
     ]
     launch("pipeline", str(pipeline), *overrides)
 
 
-def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str, float | int | str | None]:
-    """One training run, unless it is there already, and its figures over the last fifth."""
+def run(
+    workspace: Path, seed: int, method: str, settings: Sequence[str], target: float = TARGET
+) -> dict[str, float | int | str | None]:
+    """One training run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
     folder = workspace / method
     if not (folder / "final").is_dir():
-        budget = [f"steps={steps}"] if steps else []
-        common = [f"workspace={workspace}", f"name={method}", f"seed={seed}", "debug=true", *budget]
-        launch("train", str(CONFIGS / "safe_ppo.yaml"), *common, *METHODS[method])
+        limit = f"constraints.harm.violation_rate={target}"
+        common = [f"workspace={workspace}", f"name={method}", f"seed={seed}", "debug=true", limit]
+        launch("train", str(CONFIGS / "safe_ppo.yaml"), *common, *settings)
+    return figures(folder, target) | {"method": method, "seed": seed}
+
+
+def figures(folder: Path, target: float) -> dict[str, float | int | str | None]:
+    """What a run's metrics say of its last fifth, and of when its limit was kept."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if line["step"] > 0.8 * lines[-1]["step"] and "eval/reward" in line]
 
@@ -79,20 +89,25 @@ def run(workspace: Path, seed: int, method: str, steps: int | None) -> dict[str,
 
     rates = [line["cost/harm/violation_rate"] for line in lines]
     means = {step: sum(rates[step - 5 : step]) / 5 for step in range(5, len(rates) + 1)}
-    above = [m > TARGET for step, m in means.items() if step >= SETTLED]
+    above = [m > target for step, m in means.items() if step >= SETTLED]
     return {
-        "method": method,
-        "seed": seed,
         "steps": lines[-1]["step"],
         "evaluations": len(last),
         "share_of_optimum": mean("eval/share_of_optimum"),
         "reward": mean("eval/reward"),
         "violation_rate": mean("eval/violation_rate/harm"),
         "refusal_rate_harmless": mean("eval/refusal_rate_harmless"),
-        "within_limit_step": next((step for step, m in means.items() if m <= TARGET), None),
+        "within_limit_step": next((step for step, m in means.items() if m <= target), None),
         "share_above_limit": round(sum(above) / len(above), 3) if above else None,
         "seconds": round(lines[-1]["time/elapsed"], 1),
     }
+
+
+def described(command: str) -> dict[str, Any]:
+    """What a file of figures opens with: how they were made, and on what."""
+    packages = ("torch", "transformers", "deepspeed", "ray")
+    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU"
+    return {"command": command, "hardware": hardware, "versions": {name: version(name) for name in packages}}
 
 
 def main() -> None:
@@ -109,18 +124,13 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda seed: prepare(root / f"seed_{seed}", seed), options.seeds))
         pairs = [(seed, method) for seed in options.seeds for method in options.methods]
-        rows = list(pool.map(lambda p: run(root / f"seed_{p[0]}", p[0], p[1], options.steps), pairs))
-    packages = ("torch", "transformers", "deepspeed", "ray")
+        budget = [f"steps={options.steps}"] if options.steps else []
+        rows = list(pool.map(lambda p: run(root / f"seed_{p[0]}", *p, [*METHODS[p[1]], *budget]), pairs))
     seeds = " ".join(str(seed) for seed in options.seeds)
     methods = "" if options.methods == list(METHODS) else f" --methods {' '.join(options.methods)}"
     steps = f" --steps {options.steps}" if options.steps else ""
-    result = {
-        "command": f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{methods}{steps}",
-        "target_violation_rate": TARGET,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
-        "versions": {name: version(name) for name in packages},
-        "runs": rows,
-    }
+    command = f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{methods}{steps}"
+    result = described(command) | {"target_violation_rate": TARGET, "runs": rows}
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
