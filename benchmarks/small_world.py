@@ -68,14 +68,19 @@ def prepare(workspace: Path, seed: int, **world: Any) -> None:
 
 
 def run(
-    workspace: Path, seed: int, method: str, settings: Sequence[str], target: float = TARGET
+    workspace: Path,
+    seed: int,
+    method: str,
+    settings: Sequence[str],
+    target: float = TARGET,
+    recipe: str = "safe_ppo.yaml",
 ) -> dict[str, float | int | str | None]:
-    """One training run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
+    """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
     folder = workspace / method
     if not (folder / "final").is_dir():
         limit = f"constraints.harm.violation_rate={target}"
         common = [f"workspace={workspace}", f"name={method}", f"seed={seed}", "debug=true", limit]
-        launch("train", str(CONFIGS / "safe_ppo.yaml"), *common, *settings)
+        launch("train", str(CONFIGS / recipe), *common, *settings)
     return figures(folder, target) | {"method": method, "seed": seed}
 
 

@@ -1,0 +1,75 @@
+"""Safe PPO without critics against Safe PPO with them on the small world: at equal samples, and at equal time.
+
+    python benchmarks/critic_free.py --seeds 0 1 2 3 4 --jobs 2 --out benchmarks/critic_free.json
+
+Both recipes of configs/local/ have steps of 128 answers. Without critics a step is cheaper, so at equal time there are
+more of them: as many as the CPU seconds of the run with critics pay for, by the first seed's two runs of equal steps.
+CPU seconds and not those of a clock are held against each other, because one thread does the work of a run and other
+runs go on beside it. Figures: small_world.py; memory is the highest that the run's process had, in MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from small_world import CONFIGS, TARGET, described, figures, prepare
+
+STEPS, SAMPLES = 80, 128
+COST = "cost.json"
+
+
+def measured_run(workspace: Path, seed: int, name: str, recipe: str, steps: int) -> dict[str, Any]:
+    """One run, unless it is there already, with its CPU seconds and memory."""
+    folder = workspace / name
+    if not (folder / "final").is_dir():
+        settings = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true", f"steps={steps}"]
+        command = [sys.executable, "-m", "launch", "train", str(CONFIGS / recipe), *settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, cwd=CONFIGS.parent.parent)
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} ended with status {status}")
+        cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "memory_mib": used.ru_maxrss // 1024}
+        (folder / COST).write_text(json.dumps(cost), encoding="utf-8")
+    cost = json.loads((folder / COST).read_text(encoding="utf-8"))
+    rate = round(steps * SAMPLES / cost["cpu_seconds"], 1)
+    row = figures(folder, TARGET)
+    return {"method": name, "seed": seed, **row, **cost, "samples_per_cpu_second": rate}
+
+
+def main() -> None:
+    """Run everything and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--workspace", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "critic_free.json")
+    options = parser.parse_args()
+    folders = {seed: options.workspace.resolve() / f"seed_{seed}" for seed in options.seeds}
+
+    def case(chosen: tuple[int, str, int]) -> dict[str, Any]:
+        seed, method, steps = chosen
+        recipe = "safe_ppo.yaml" if method == "with_critics" else "safe_ppo_critic_free.yaml"
+        return measured_run(folders[seed], seed, method, recipe, steps)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda seed: prepare(folders[seed], seed), options.seeds))
+        equal = [(seed, method, STEPS) for seed in options.seeds for method in ("with_critics", "equal_samples")]
+        rows = list(pool.map(case, equal))
+        ratio = rows[0]["cpu_seconds"] / rows[1]["cpu_seconds"]
+        rows += pool.map(case, [(seed, "equal_time", round(STEPS * ratio)) for seed in options.seeds])
+    seeds = " ".join(str(seed) for seed in options.seeds)
+    result = described(f"python benchmarks/critic_free.py --seeds {seeds} --jobs {options.jobs}") | {"runs": rows}
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
