@@ -31,7 +31,7 @@ RATES = np.linspace(0, WORST_RATE, 101)
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:
-    """Area of {(rate, reward): rate <= one half, reward >= 0} that a point with no more harm and no less reward covers."""
+    """Area of the (rate, reward), at most one half and at least 0, that one of the points is at least as good as."""
     area, best = 0.0, 0.0
     inside = sorted((rate, reward) for rate, reward in points if rate < WORST_RATE)
     for i, (rate, reward) in enumerate(inside):

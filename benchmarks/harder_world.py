@@ -2,10 +2,10 @@
 
     python benchmarks/harder_world.py --seeds 0 1 2 --jobs 2 --out benchmarks/harder_world.json
 
-The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm and
-refusal of benign and borderline prompts, and both with privacy. For each run the means over the evaluations in the last
-fifth of training, on held-out prompts: reward as share of the optimum under that run's constraints, rates, and refusals by
-kind of prompt. Complete runs in the working folder are skipped.
+The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
+and refusal of benign and borderline prompts, and both with privacy. For each run the means over the evaluations in the
+last fifth of training, on held-out prompts: reward as share of the optimum under that run's constraints, rates, and
+refusals by kind of prompt. Complete runs in the working folder are skipped.
 """
 
 from __future__ import annotations
