@@ -138,11 +138,7 @@ class BlindReader(Blind, Reader):
     """Cannot read weights on another's."""
 
 
-class BlindGenerator(Blind, VllmGenerator):
-    """Nor can this one."""
-
-
-class OverConfidentGenerator(BlindGenerator):
+class OverConfidentGenerator(Blind, VllmGenerator):
     """On a node without NIXL, which it does not find out in time."""
 
     def read(self, weights: PublishedWeights, timeout_s: float) -> None:

@@ -129,9 +129,8 @@ def test_who_cannot_read_weights_is_replaced_while_the_policy_lives() -> None:
         trained(rollouts, 3)
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize("others", [0, 1])
-def test_weights_that_a_generator_can_never_read_go_another_way(staleness: int, others: int) -> None:
+@pytest.mark.parametrize(("others", "staleness"), [(0, 0), (1, 2)])
+def test_weights_that_a_generator_can_never_read_go_another_way(others: int, staleness: int) -> None:
     names = ["a", *(f"sees-{i}" for i in range(others))]
     group = Group("rollout", [generator(name, blind=name == "a") for name in names], 30.0)
     supply, source, notes = Supply(blind=True), Source(), []
