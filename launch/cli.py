@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.template_options import Style, TemplateOptions
 from launch.config_files import load_config, load_run
 
@@ -31,7 +32,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes by dotted names: rollout.temperature=0.7"),
 ]
-CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig}
+CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig, "judge": JudgeOptions}
 
 
 @app.command(help=f"Run one stage: {', '.join(stages())}.")
@@ -182,6 +183,39 @@ def data(
     from launch.data_report import show
 
     show(specs, held_out or [], tokenizer, json_file, page)
+
+
+@app.command()
+def judge(
+    pairs: Annotated[
+        str, typer.Argument(metavar="PAIRS", help="File with prompt, response_0, response_1, or NAME:PROPORTION:PATH.")
+    ],
+    judge: Annotated[
+        str, typer.Option("--judge", metavar="JUDGE", help="{address: URL, model: NAME}, or a YAML file of that.")
+    ],
+    canaries: Annotated[
+        str, typer.Option(metavar="PAIRS", help="Pairs with known labels, which decide if the judge may label.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets labels.jsonl, audit.jsonl, judge.json.")],
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="helpfulness, harmlessness, safety; all without it.")
+    ] = None,
+    sensitive: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD|FIELD=VALUE", help="Such pairs go to people, and never to the judge."),
+    ] = None,
+    accuracy: Annotated[
+        float, typer.Option(min=0.01, max=0.9999, help="Share of its labels on canaries that must be right.")
+    ] = 0.8,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.9999, help="Of the lower bound that --accuracy is held against.")
+    ] = 0.95,
+) -> None:
+    """Let a judge label pairs: in both orders, if it knows the canaries, with what is in doubt left to people."""
+    from beaver_ray.judge.labels import LABELS
+    from launch.judging import label as label_by_judge
+
+    label_by_judge(pairs, judge, canaries, out, label or list(LABELS), sensitive or [], accuracy, confidence)
 
 
 @app.command()
