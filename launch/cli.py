@@ -361,7 +361,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInf
         if inner is None or instead or issubclass(inner, TemplateOptions):  # which is mostly a word
             found.append((prefix + name, field))
         else:
-            entry = "NAME." if origin is list else "ROLE." if origin is dict else ""
+            entry = "" if origin not in (list, dict) else "ROLE." if name == "placement" else "NAME."
             found += leaves(inner, f"{prefix}{name}.{entry}")
     return found
 

@@ -79,6 +79,12 @@ class Held:
     refused: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     gave_in_at: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    verdicts: dict[str, dict[tuple[str, str], NDArray[np.str_]]] = field(default_factory=dict)
+    """By judge of pairs and by pair, [N, K] (`actors.driver.arena_judges`)."""
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    """How each judge compared each pair: counts of both orders."""
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By judge what was asked of it: requests, tokens, cost."""
 
 
 def hold(arena: ArenaConfig, scratch: Path, note: Note) -> Held:

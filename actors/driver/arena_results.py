@@ -49,6 +49,7 @@ def match_of(arena: ArenaConfig, held: Held) -> Match:
         targets={cost.name: cost.violation_rate for cost in arena.costs if cost.violation_rate is not None},
         optimum=optimum(arena, held),
         insisted=arena.insist,
+        verdicts=held.verdicts,
     )
 
 
@@ -81,7 +82,9 @@ def judges(arena: ArenaConfig) -> dict[str, str]:
         found["reward"] = TRUTH
     for cost in arena.costs:
         found[f"cost/{cost.name}"] = TRUTH if cost.model is None else score_source(cost.model).text
-    return found
+    return found | {
+        name: f"{judge.model} at {judge.address}, rubric {judge.rubric}" for name, judge in arena.judges.items()
+    }
 
 
 def own_judges(arena: ArenaConfig) -> dict[str, list[str]]:
@@ -113,6 +116,8 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "benign": int(match.benign_N.sum()),
         "insisted": arena.insist,
         "remarks": remarks + lacking,
+        "judged_pairs": held.judged,
+        "judges_asked": held.asked,
         **figures(match),
     }
     (folder / "arena.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -44,6 +44,7 @@ class Arena(ArenaConfig, Stage):
     def run(self, run: RunFolder) -> None:
         """Ask, judge, and write what came of it."""
         from actors.driver.arena import clear, hold
+        from actors.driver.arena_judges import find_judges, judge_pairs
         from actors.driver.arena_results import write_results
         from beaver_ray.fit import check_fit
 
@@ -55,7 +56,9 @@ class Arena(ArenaConfig, Stage):
 
         started, cpu = time.monotonic(), time.process_time()
         scratch = run.folder / "merged"
+        judges = find_judges(self, note)
         held = hold(self, scratch, note)
+        judge_pairs(judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
         clear(scratch)
         elapsed = time.monotonic() - started

@@ -14,6 +14,7 @@ from beaver_ray.config import RunConfig
 from beaver_ray.constraint_options import SIGNAL_NAME
 from beaver_ray.data_options import DataSpec, Scalar
 from beaver_ray.guard_options import PerhapsModelOfScores
+from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
@@ -70,6 +71,10 @@ class ArenaConfig(RunConfig):
         None,
     )
     costs: list[CostOfArena] = option("Named costs by which answers are judged.", default_factory=list)
+    judges: dict[str, JudgeOptions] = option(
+        "Name: a model behind an address that reads the answers of two policies and says which is better.",
+        default_factory=dict,
+    )
     world: str | None = option(
         "world.json of a small world: judge by its true reward, and costs without a model.", None
     )
@@ -120,6 +125,9 @@ class ArenaConfig(RunConfig):
         for name in self.policies:
             if not POLICY_NAME.fullmatch(name):
                 raise ValueError(f"policy {name!r}: a name is made of letters, digits, _ and -")
+        for name in self.judges:
+            if not POLICY_NAME.fullmatch(name) or name == "reward":
+                raise ValueError(f"judge {name!r}: a name is made of letters, digits, _ and -, and is not 'reward'")
         names = [cost.name for cost in self.costs]
         if len(set(names)) < len(names):
             raise ValueError(f"costs must have different names, not {names}")

@@ -90,6 +90,8 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
         _worst_of_k(found, costs),
         _insistence(found),
         _groups(found, costs),
+        _both_orders(found),
+        _asked(found),
     ]
     return [table for table in made if table.rows]
 
@@ -198,6 +200,26 @@ def _groups(found: Mapping[str, Any], costs: list[str]) -> Table:
     ]
     caption = "The same figures over parts of the prompts; held out are the categories that no policy was trained on."
     return _filled(Table("categories", "By category", caption, columns, rows))
+
+
+def _both_orders(found: Mapping[str, Any]) -> Table:
+    keys = ("judge", "first", "second", "comparisons", "identical", "position_disagreement", "unparsed", "refused")
+    titles = ("judge", "first", "second", "comparisons", "identical answers", "orders disagree", "unparsed", "declined")
+    caption = (
+        "Judges of pairs read each pair of answers in both orders. Where the orders disagree it counts as a tie; "
+        "identical answers tie unasked. A fair judge chooses what it is shown first in half of its decisions."
+    )
+    rows = [[row[key] for key in (*keys, "position_bias")] for row in found.get("judged_pairs", [])]
+    columns = [*map(Column, titles), Column("chose what stood first", SHARE)]
+    return _filled(Table("both_orders", "Judges of pairs in both orders", caption, columns, rows))
+
+
+def _asked(found: Mapping[str, Any]) -> Table:
+    keys = ("model", "rubric", "requests", "from_cache", "prompt_tokens", "completion_tokens", "not_taken", "cost")
+    columns = [Column(title) for title in ("judge", *(key.replace("_", " ") for key in keys))]
+    rows = [[name, *(asked[key] for key in keys)] for name, asked in found.get("judges_asked", {}).items()]
+    caption = "Requests and tokens of this run; from cache are replies that an earlier run had paid for."
+    return _filled(Table("judges_asked", "What judges were asked", caption, columns, rows))
 
 
 def _filled(table: Table) -> Table:

@@ -66,7 +66,7 @@ Running = TypeVar("Running", bound=Service)
 def running(service: Running) -> Iterator[Running]:
     """The service, answering while the block runs."""
     with service:
-        thread = threading.Thread(target=service.serve_forever, daemon=True)
+        thread = threading.Thread(target=service.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield service
         service.shutdown()
