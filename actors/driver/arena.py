@@ -78,6 +78,8 @@ class Held:
     """By policy, then by cost."""
     refused: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     gave_in_at: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    verdicts: dict[str, dict[tuple[str, str], NDArray[np.str_]]] = field(default_factory=dict)
+    """Of judges who read two answers, as `beaver_ray.arena.figures.Match` has them."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
