@@ -123,7 +123,7 @@ def find_contenders(arena: ArenaConfig) -> list[Contender]:
     """The policies that are folders. UserError for one that holds no model."""
     found = []
     for name, place in arena.folders.items():
-        folder = ChatFolder.find(place)
+        folder = ChatFolder.find(place, f"policy {name}")
         template: Template = arena.template if arena.template is not None else template_of(run_of(place))
         found.append(Contender(name, folder.model, template, folder.adapter))
     return found
