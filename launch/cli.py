@@ -16,6 +16,7 @@ from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.stage import Stage
 from beaver_ray.template_options import Style, TemplateOptions
 from launch.config_files import load_config, load_run
 
@@ -38,12 +39,15 @@ CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineCo
 @app.command(help=f"Run one stage: {', '.join(stages())}.")
 def train(config: Config, overrides: Overrides = None) -> None:
     """Run one stage, with its report."""
-    loaded = load_config(config, overrides)
+    _run(load_config(config, overrides))
+
+
+def _run(stage: Stage) -> None:
     from launch.pipeline import run_stage
 
-    run_stage(loaded)
-    print(f"report: {loaded.folder / 'report.html'}")
-    for line in loaded.headlines():
+    run_stage(stage)
+    print(f"report: {stage.folder / 'report.html'}")
+    for line in stage.headlines():
         print(line)
 
 
@@ -260,6 +264,42 @@ def chat(
     from launch.chat import chat as talk
 
     talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed))
+
+
+@app.command()
+def arena(
+    policies: Annotated[
+        list[str], typer.Argument(metavar="NAME=POLICY", help="A run's folder, a model's, an adapter's, or FILE.jsonl.")
+    ],
+    prompts: Annotated[
+        list[str], typer.Option(metavar="NAME[:PROPORTION[:PATH]]", help="What every policy is asked; or a mapping.")
+    ],
+    reward: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Who says how good an answer is, as models.reward has it.")
+    ] = None,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SOURCE", help="Likewise a cost; NAME alone is the world's true one."),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JUDGE", help="A model that compares answers: {address: URL, model: NAME}."),
+    ] = None,
+    world: Annotated[str | None, typer.Option(metavar="FILE", help="Judge by the truth of this world.json.")] = None,
+    answers: Annotated[int, typer.Option(min=1, metavar="N", help="Answers to each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write.")] = Path("runs/arena"),
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of stage arena.")
+    ] = None,
+) -> None:
+    """Compare policies: the same prompts, seeds and judges for all, with win rates, Elo, safety figures and a page.
+
+    Writes the configuration of stage arena and runs it; `beaver-ray train` runs one from a file.
+    """
+    from launch.arena import arena_config
+
+    scores = (reward, cost or [], world)
+    _run(arena_config(policies, prompts, scores, answers, out, changes or [], judge or []))
 
 
 @app.command()

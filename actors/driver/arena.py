@@ -78,9 +78,9 @@ class Held:
     """By policy, then by cost."""
     refused: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     gave_in_at: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, dict[tuple[str, str], NDArray[np.str_]]] = field(default_factory=dict)
-    """By judge of pairs and by pair, [N, K] (`actors.driver.arena_judges`)."""
+    """Of judges who read two answers, as `beaver_ray.arena.figures.Match` has them."""
+    seconds: dict[str, float] = field(default_factory=dict)
     judged: list[dict[str, Any]] = field(default_factory=list)
     """How each judge compared each pair: counts of both orders."""
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def find_contenders(arena: ArenaConfig) -> list[Contender]:
     """The policies that are folders. UserError for one that holds no model."""
     found = []
     for name, place in arena.folders.items():
-        folder = ChatFolder.find(place)
+        folder = ChatFolder.find(place, f"policy {name}")
         template: Template = arena.template if arena.template is not None else template_of(run_of(place))
         found.append(Contender(name, folder.model, template, folder.adapter))
     return found

@@ -17,6 +17,7 @@ from beaver_ray.arena.origins import identity, run_of, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import as_text, field_value, several
+from beaver_ray.data_options import data_label
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
 from beaver_ray.small_world.world import SmallWorld
@@ -110,7 +111,7 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "seed": arena.seed,
         "temperature": arena.rollout.temperature,
         "max_new_tokens": arena.rollout.max_new_tokens,
-        "prompts_from": [str(spec) for spec in arena.prompts],
+        "prompts_from": [data_label(spec) for spec in arena.prompts],
         "places": arena.policies,
         "harmful": int(match.harmful_N.sum()),
         "benign": int(match.benign_N.sum()),

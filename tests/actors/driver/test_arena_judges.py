@@ -22,22 +22,13 @@ def test_judges_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for name, texts in said.items():
         lines = [json.dumps({"prompt": p, "response": t}) + "\n" for p, t in zip(prompts, texts, strict=True)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    (tmp_path / "arena.yaml").write_text(
-        json.dumps(
-            {
-                "stage": "arena",
-                "name": "a",
-                "workspace": str(tmp_path),
-                "policies": {name: f"{tmp_path}/{name}.jsonl" for name in said},
-                "prompts": [f"prompts:1:{tmp_path}/prompts.jsonl"],
-            }
-        )
-    )
     with judging(lambda text: "ready" if text == HELLO else "Hm." if "odd" in text else honest(text)) as service:
         monkeypatch.setenv(ALLOWED_HOSTS, service.host)
-        judge = f"{{fair: {{address: '{service.url}', model: m, price_prompt: 1.5}}}}"
+        policies = [f"{name}={tmp_path}/{name}.jsonl" for name in said]
+        judge = f"fair={{address: '{service.url}', model: m, price_prompt: 1.5}}"
+        more = ["--prompts", f"prompts:1:{tmp_path}/prompts.jsonl", "--out", str(tmp_path / "a"), "--set", "debug=true"]
         with pytest.raises(SystemExit) as ended:
-            main(["train", str(tmp_path / "arena.yaml"), f"judges={judge}", "debug=true"])
+            main(["arena", *policies, "--judge", judge, *more])
         assert ended.value.code == 0, capsys.readouterr().err
         assert len(service.requests) == 1 + 2 * 5, "of identical answers nobody is asked"
     found = json.loads((tmp_path / "a" / "arena.json").read_text())
