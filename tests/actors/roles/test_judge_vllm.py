@@ -28,7 +28,7 @@ COMPARISONS = [Comparison(("Two and two?",), f"It is {n}.", f"Perhaps {n + 1}?")
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    model = write_guard(tmp_path / "model", "qwen3guard", max_position_embeddings=4096)
+    model = write_guard(tmp_path / "model", "qwen3guard", max_position_embeddings=4096, head_dim=32)
     port, log = free_port(), tmp_path / "server.log"
     sizes = {
         "max-model-len": 4096,
@@ -38,7 +38,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", *(part for name, size in sizes.items() for part in (f"--{name}", str(size)))]
+    command += ["--enforce-eager", "--distributed-executor-backend", "uni"]  # a process less
+    command += [*(part for name, size in sizes.items() for part in (f"--{name}", str(size)))]
     environment = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",
