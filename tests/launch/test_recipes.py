@@ -100,7 +100,7 @@ def test_one_gpu_by_hand(tmp_path: Path, write_model: Callable[..., Path]) -> No
 
 
 def test_three_rounds(tmp_path: Path) -> None:
-    """Each round trains on its data and all labels so far, judges by its own models, starts where the last one ended."""
+    """Each round trains on its data and all labels so far, judges by its own models, starts where the last ended."""
     stages = {s.name: s.model_dump() for s in stages_of(CONFIGS / "beaver-7b" / "rounds.yaml", tmp_path)}
     kinds = ("generate", "label", "reward", "cost", "policy")
     assert list(stages) == ["round_0/policy", *(f"round_{n}/{kind}" for n in (1, 2, 3) for kind in kinds)]
