@@ -18,6 +18,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.stage import Stage
 from beaver_ray.template_options import Style, TemplateOptions
+from launch import label
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(label.app, name="label")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a stage.")]
 Overrides = Annotated[

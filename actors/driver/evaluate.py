@@ -29,7 +29,7 @@ from beaver_ray.reliability import compare
 from beaver_ray.signals import scorers
 from beaver_ray.small_world.judging import truths
 from beaver_ray.small_world.world import SmallWorld
-from beaver_ray.stage import RoleSpec
+from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.verdicts import Calibrated, Reliability
 
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
@@ -70,7 +70,7 @@ def with_policy(config: PolicyStage, policy: str | None) -> PolicyStage:
 
 
 @contextmanager
-def judging(config: PolicyStage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
+def judging(config: Stage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
     """The ``wanted`` generators and scorers, which end with the context."""
     cluster = open_cluster(config, wanted)
     try:
