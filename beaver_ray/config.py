@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import model_validator
 
@@ -18,6 +18,7 @@ from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
+from beaver_ray.yaml_files import ROUND_NAMES, interpolate
 
 if TYPE_CHECKING:
     from beaver_ray.method.objective import Objective
@@ -92,15 +93,20 @@ class PromptData(Strict):
     max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
 
 
-class RolloutConfig(Strict):
-    """Generation."""
+class SamplingConfig(Strict):
+    """How answers are sampled."""
 
-    prompts_per_step: int = option("Prompts in one training step.", 128, gt=0)
-    samples_per_prompt: int = option("Answers for each prompt.", 1, gt=0)
     max_new_tokens: int = option("Longest answer.", 512, gt=0)
     temperature: float = option("Sampling temperature.", 1.0, gt=0)
     max_sequences: int = option("Sequences in flight in one generator.", 256, gt=0)
     kv_cache_gib: float = option("KV cache of a generator on a CPU.", 1.0, gt=0)
+
+
+class RolloutConfig(SamplingConfig):
+    """Generation of what is trained on."""
+
+    prompts_per_step: int = option("Prompts in one training step.", 128, gt=0)
+    samples_per_prompt: int = option("Answers for each prompt.", 1, gt=0)
     staleness: int = option("Versions that generation may run ahead of training; 0 is synchronous.", 0, ge=0)
     in_flight: Literal["recompute", "keep", "finish"] = option(
         "Sequences under way when weights arrive: recompute their KV cache, keep it, or finish them first.", "recompute"
@@ -391,17 +397,77 @@ class PolicyConfig(RunConfig):
                 raise ValueError(f"{lacking}; give critic a folder, {without}")
 
 
-class PipelineStage(Strict):
-    """One stage of a pipeline."""
+class RepeatedStage(Strict):
+    """One stage of every round."""
 
-    config: str = option("Configuration file, relative to the pipeline's.")
+    config: str = option("Configuration file, relative to the pipeline's; may hold ${round}.")
     set: dict[str, Any] = option("Dotted overrides for this stage.", default_factory=dict)
 
 
+class PipelineStage(Strict):
+    """One stage of a pipeline, or those that every round repeats."""
+
+    config: str | None = option("Configuration file, relative to the pipeline's.", None)
+    set: dict[str, Any] = option("Dotted overrides for this stage.", default_factory=dict)
+    each_round: list[RepeatedStage] = option("Instead: the stages of a round, in order.", default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> PipelineStage:
+        if (self.config is None) == (not self.each_round) or (self.set and self.each_round):
+            raise ValueError("an entry of stages is either config (and set) or each_round")
+        return self
+
+
+class StageEntry(NamedTuple):
+    """One run of one stage: which file, how it is changed, in which round, and what ${NAME} stands for in both."""
+
+    config: str
+    set: dict[str, Any]
+    round: int | None
+    values: dict[str, Any]
+
+
 class PipelineConfig(Strict):
-    """Stages in order, each feeding the next."""
+    """Stages in order, each feeding the next; some of them perhaps in several rounds."""
 
     workspace: str = option("Folder that all stages write to; they refer to it as ${workspace}.")
     resume: bool = option("Go on with a stage that was broken off.", False)
     world: dict[str, Any] | None = option("Build a small world in workspace/world first, with these options.", None)
-    stages: list[PipelineStage] = option("Stages in order.", min_length=1)
+    rounds: int = option("How often the stages under each_round run.", 1, ge=1, le=100)
+    by_round: dict[str, list[Any]] = option("NAME: a list of what ${NAME} is in round 1, 2, ...", default_factory=dict)
+    stages: list[PipelineStage] = option("Stages in order, one block of them perhaps under each_round.", min_length=1)
+
+    @model_validator(mode="after")
+    def _rounds(self) -> PipelineConfig:
+        blocks = sum(bool(entry.each_round) for entry in self.stages)
+        if blocks > 1:
+            raise ValueError("stages has each_round twice; put what a round does into one block")
+        if not blocks and (self.rounds > 1 or self.by_round):
+            raise ValueError("rounds and by_round need an entry each_round under stages, with what a round does")
+        for name, values in self.by_round.items():
+            if not name.isidentifier() or name in ("workspace", *ROUND_NAMES):
+                raise ValueError(f"by_round: {name!r} cannot be the name of a value; choose another word")
+            if len(values) < self.rounds:
+                raise ValueError(f"by_round.{name} has {len(values)} values for {self.rounds} rounds")
+        return self
+
+    @property
+    def entries(self) -> list[StageEntry]:
+        """Every run of a stage, in order. Raises UserError for a ${NAME} in a file's name that is not known."""
+        found: list[StageEntry] = []
+        values: dict[str, Any]
+        done = 0  # rounds
+        for entry in self.stages:
+            if entry.config is not None:
+                values = {"previous_round": done, "rounds_so_far": [*range(1, done + 1)]} if done else {}
+                found.append(StageEntry(entry.config, entry.set, None, values))
+                continue
+            for number in range(1, self.rounds + 1):
+                values = {"round": number, "previous_round": number - 1, "rounds_so_far": [*range(1, number + 1)]}
+                own = {name: each[number - 1] for name, each in self.by_round.items()}
+                values |= interpolate(own, values | {"workspace": self.workspace}, "by_round")
+                for stage in entry.each_round:
+                    file = str(interpolate(stage.config, values, "each_round"))
+                    found.append(StageEntry(file, stage.set, number, values))
+            done = self.rounds
+        return found

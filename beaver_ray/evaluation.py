@@ -28,7 +28,8 @@ class Samples:
 
     prompt_id: np.ndarray
     """int; answers to one prompt share it."""
-    reward: np.ndarray
+    reward: np.ndarray | None
+    """None where nobody says how good an answer is."""
     costs: dict[str, np.ndarray] = field(default_factory=dict)
     """By constraint."""
     truncated: np.ndarray | None = None
@@ -68,8 +69,9 @@ def summarize(
     result: dict[str, Any] = {
         "prompts": len(np.unique(prompt_id)),
         "samples": len(prompt_id),
-        "reward": mean_interval(samples.reward, prompt_id),
     }
+    if samples.reward is not None:
+        result["reward"] = mean_interval(samples.reward, prompt_id)
     for name, cost in samples.costs.items():
         counting = samples.inside.get(name, np.ones(len(cost), dtype=bool))
         if not counting.any():
@@ -92,7 +94,7 @@ def summarize(
             result[f"cost/{name}"]["limit"] = float(limit)
         if target is not None:
             result[f"violation_rate/{name}"]["target"] = float(target)
-    if optimum is not None:
+    if optimum is not None and samples.reward is not None:
         result["optimum"] = float(optimum)
         if optimum > 0:
             reward = result["reward"]
@@ -124,7 +126,10 @@ def mean_interval(
 
 
 def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER) -> dict[str, Any]:
-    """The share of true ``flags`` [N] and Wilson's interval, clustered by ``cluster`` [N]; 95 % without ``upper``."""
+    """The share of true ``flags`` [N] and Wilson's interval, clustered by ``cluster`` [N]; 95 % without ``upper``.
+
+    Flags may be chances between 0 and 1, which vary less than what they are the chances of.
+    """
     values = np.asarray(flags, dtype=np.float64)
     share, n = float(values.mean()), len(values)
     residuals = _cluster_sums(values - share, cluster)
@@ -158,6 +163,7 @@ def _check(samples: Samples) -> None:
     if n == 0:
         raise ValueError("an evaluation needs at least one sample")
     numbers = {"reward": samples.reward} | {f"cost/{name}": cost for name, cost in samples.costs.items()}
+    numbers = {name: array for name, array in numbers.items() if array is not None}
     flags = {name: getattr(samples, name) for name in ("truncated", "refusal", "kind")}
     for name, array in (numbers | flags).items():
         if array is not None and len(array) != n:

@@ -138,3 +138,6 @@ def read_guard(given: Any) -> Any:
 
 ModelOfScores = Annotated[str | GuardModel, BeforeValidator(read_guard)]
 """An option that says where scores come from: a text (`beaver_ray.score_sources`), or a guard."""
+
+PerhapsModelOfScores = Annotated[str | GuardModel | None, BeforeValidator(read_guard)]
+"""The same where there may be none."""

@@ -7,7 +7,7 @@ the signals that name it, and one critic can carry all signals. Reads config.jso
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,18 +93,23 @@ def check_start(signals: Sequence[str], model: str) -> None:
 
 
 def scorers(config: PolicyConfig) -> list[ScorerPlan]:
-    """The scorers of a run, the reward's first.
+    """The scorers of a run, the reward's first; see `scorer_plans`."""
+    return scorer_plans(config.models.reward, {constraint.name: constraint.model for constraint in config.constraints})
+
+
+def scorer_plans(reward: str | GuardModel, costs: Mapping[str, str | GuardModel]) -> list[ScorerPlan]:
+    """The scorers of a reward and of named costs, the reward's first.
 
     Signals whose source is one folder with several heads, one guard, or one function, share a scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
-    plans = [_scorer("reward", "reward", "reward", config.models.reward)]
-    for constraint in config.constraints:
-        plan = _scorer(constraint.name, f"cost-{constraint.name}", "cost", constraint.model)
+    plans = [_scorer("reward", "reward", "reward", reward)]
+    for name, model in costs.items():
+        plan = _scorer(name, f"cost-{name}", "cost", model)
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
-            same.columns[f"cost/{constraint.name}"] = len(same.columns)
+            same.columns[f"cost/{name}"] = len(same.columns)
         elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
         else:

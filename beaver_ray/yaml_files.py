@@ -1,7 +1,7 @@
 """YAML files and dotted overrides to trees of plain values; whatever is wrong in either gets one line.
 
 ``rollout.temperature=0.7`` changes a key, ``constraints.harm.limit=-3`` an entry of a list by its name. An unknown key
-is an error that suggests the near one. Strings may hold ``${workspace}``.
+is an error that suggests the near one. Strings may hold ``${workspace}``, in a pipeline's rounds ``${round}`` too.
 
 Of YAML a configuration has text, numbers, true, false, null, lists and mappings; dates stay text, and tags are refused.
 What an option reads as text (``texts``, see `text_options`) is text as it is written: ``name=23`` and ``name: 1.10``
@@ -10,8 +10,9 @@ are names.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -221,21 +222,54 @@ def _index(node: list[Any], part: str, override: str) -> int:
     raise UserError(f"override {override!r}: no entry {part!r} in the list; it has {', '.join(known) or 'none'}")
 
 
-def interpolate(node: Any, values: dict[str, str], where: str) -> Any:
-    """The tree with every ${NAME} in its strings replaced. UserError for a name that is none of ``values``."""
+ROUND_NAMES = ("round", "previous_round", "rounds_so_far")
+"""What else ${NAME} may be in a pipeline's rounds."""
+_NAME = re.compile(r"\$\{([^}]*)\}")
+
+
+def interpolate(node: Any, values: Mapping[str, Any], where: str) -> Any:
+    """The tree with every ${NAME} in its strings replaced.
+
+    A string that is nothing but ${NAME} becomes the value as it is. An item of a list that holds a ${NAME} whose value
+    is a list stands for one item for each of its entries. UserError for a name that is none of ``values``.
+    """
     if isinstance(node, dict):
         return {key: interpolate(value, values, where) for key, value in node.items()}
     if isinstance(node, list):
-        return [interpolate(value, values, where) for value in node]
+        return [interpolate(item, some, where) for item in node for some in _each(item, values)]
     if not isinstance(node, str):
         return node
 
-    def replace(match: re.Match[str]) -> str:
+    def value_of(match: re.Match[str]) -> Any:
         if match[1] not in values:
-            raise UserError(f"{where}: ${{{match[1]}}} is not known; only ${{workspace}} is")
+            known = " and ".join(f"${{{name}}}" for name in values)
+            only = f"{known} {'is' if len(values) == 1 else 'are'}"
+            hint = "; a file that has it is for each_round of a pipeline" if match[1] in ROUND_NAMES else ""
+            raise UserError(f"{where}: ${{{match[1]}}} is not known; only {only}{hint}")
         return values[match[1]]
 
-    return re.sub(r"\$\{([^}]*)\}", replace, node)
+    def replace(match: re.Match[str]) -> str:
+        value = value_of(match)
+        if isinstance(value, dict | list):
+            raise UserError(f"{where}: ${{{match[1]}}} is a list or a mapping, which has no place inside of {node!r}")
+        return str(value)
+
+    whole = _NAME.fullmatch(node)
+    return value_of(whole) if whole else _NAME.sub(replace, node)
+
+
+def _each(item: Any, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The values for each of the items that an item of a list stands for."""
+    lists = {name: values[name] for name in _names(item) if isinstance(values.get(name), list)}
+    return [{**values, **dict(zip(lists, chosen, strict=True))} for chosen in itertools.product(*lists.values())]
+
+
+def _names(node: Any) -> list[str]:
+    """Every NAME of a ${NAME} in a tree's strings."""
+    if isinstance(node, str):
+        return _NAME.findall(node)
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [name for child in children for name in _names(child)]
 
 
 def as_yaml(value: Any) -> str:

@@ -20,15 +20,15 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from actors.driver.policy_stage import PolicyStage
+from actors.driver.judged_policy import judged_policy
 from beaver_ray import experience
 from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.yaml_files import yaml_value
-from launch.config_files import load_run, parse_config
+from launch.config_files import load_run
+from launch.score_options import named, source
 
 HELP = """\
 /reset        forget the dialogue
@@ -73,30 +73,24 @@ class Judges:
         """
         self.scorers: list[Any] = []
         self.reader: Reader | None = None
-        named = dict(_cost(text) for text in costs)
-        # The configuration of a run that has these scorers checks them and makes them, of whatever kind they are.
-        tree = {
-            "stage": "ppo",
-            "name": "chat",
-            "debug": True,
-            "steps": 1,
-            # A source must be named for the reward; where none was asked for it is never started.
-            "models": {"policy": policy, "reward": "http://localhost" if reward is None else _source(reward)},
-            "constraints": [{"name": name, "model": model, "limit": 0.0} for name, model in named.items()],
-            "data": {"prompts": ["prompts"], "template": template},
-            "ppo": {"advantage": "leave_one_out"},
-            "rollout": {"samples_per_prompt": 2},
-        }
-        stage = parse_config(tree, [], "--reward, --cost")
-        assert isinstance(stage, PolicyStage)
+        named_costs = {}
+        for text in costs:
+            name, model = named(text, "--cost", "FOLDER, what to call it and its cost model")
+            named_costs[name] = source(model)
+        constraints = [{"name": name, "model": model, "limit": 0.0} for name, model in named_costs.items()]
+        asked = judged_policy(
+            policy,
+            None if reward is None else source(reward),
+            constraints,
+            "--reward, --cost",
+            debug=True,
+            data={"prompts": ["prompts"], "template": template},
+        )
         # Dialogues come from the keyboard, and from no data set.
-        stage = stage.model_copy(update={"data": stage.data.model_copy(update={"prompts": []})})
+        stage = asked.model_copy(update={"data": asked.data.model_copy(update={"prompts": []})})
+        stage.check_sources()
         self.policy, self.template = policy, template
-        self.specs = [spec for spec in stage.judging_roles() if spec.source is not None]
-        self.specs = [spec for spec in self.specs if reward is not None or spec.name != "reward"]
-        for spec in self.specs:
-            assert spec.source is not None
-            spec.source.check(spec.name)
+        self.specs = stage.scorers()
 
     def load(self) -> None:
         """Start the scorers, in this process."""
@@ -280,21 +274,6 @@ def _template(model: str) -> Any:
     folder = Path(model)
     is_run = (folder / "config.yaml").is_file() and (folder / "final" / "policy").is_dir()
     return load_run(folder).prompt_template if is_run else "auto"
-
-
-def _cost(text: str) -> tuple[str, Any]:
-    name, found, source = text.partition("=")
-    if not found or not name or not source:
-        raise UserError(f"--cost {text!r} must be NAME=FOLDER, what to call it and its cost model")
-    return name, _source(source)
-
-
-def _source(text: str) -> Any:
-    """A source as a configuration has it: {...} is a mapping."""
-    try:
-        return yaml_value(text) if text.startswith("{") else text
-    except ValueError:
-        raise UserError(f"{text!r} is no mapping in YAML; write {{key: value, ...}}") from None
 
 
 def _score(name: str, value: float) -> str:

@@ -15,7 +15,10 @@ from pydantic.fields import FieldInfo
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.stage import Stage
 from beaver_ray.template_options import Style, TemplateOptions
+from launch import label
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -25,24 +28,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(label.app, name="label")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a stage.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes by dotted names: rollout.temperature=0.7"),
 ]
-CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig}
+CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig, "judge": JudgeOptions}
 
 
 @app.command(help=f"Run one stage: {', '.join(stages())}.")
 def train(config: Config, overrides: Overrides = None) -> None:
     """Run one stage, with its report."""
-    loaded = load_config(config, overrides)
+    _run(load_config(config, overrides))
+
+
+def _run(stage: Stage) -> None:
     from launch.pipeline import run_stage
 
-    run_stage(loaded)
-    print(f"report: {loaded.folder / 'report.html'}")
-    for line in loaded.headlines():
+    run_stage(stage)
+    print(f"report: {stage.folder / 'report.html'}")
+    for line in stage.headlines():
         print(line)
 
 
@@ -185,6 +192,39 @@ def data(
 
 
 @app.command()
+def judge(
+    pairs: Annotated[
+        str, typer.Argument(metavar="PAIRS", help="File with prompt, response_0, response_1, or NAME:PROPORTION:PATH.")
+    ],
+    judge: Annotated[
+        str, typer.Option("--judge", metavar="JUDGE", help="{address: URL, model: NAME}, or a YAML file of that.")
+    ],
+    canaries: Annotated[
+        str, typer.Option(metavar="PAIRS", help="Pairs with known labels, which decide if the judge may label.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets labels.jsonl, audit.jsonl, judge.json.")],
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="helpfulness, harmlessness, safety; all without it.")
+    ] = None,
+    sensitive: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD|FIELD=VALUE", help="Such pairs go to people, and never to the judge."),
+    ] = None,
+    accuracy: Annotated[
+        float, typer.Option(min=0.01, max=0.9999, help="Share of its labels on canaries that must be right.")
+    ] = 0.8,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.9999, help="Of the lower bound that --accuracy is held against.")
+    ] = 0.95,
+) -> None:
+    """Let a judge label pairs: in both orders, if it knows the canaries, with what is in doubt left to people."""
+    from beaver_ray.judge.labels import LABELS
+    from launch.judging import label as label_by_judge
+
+    label_by_judge(pairs, judge, canaries, out, label or list(LABELS), sensitive or [], accuracy, confidence)
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)
@@ -226,6 +266,42 @@ def chat(
     from launch.chat import chat as talk
 
     talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed))
+
+
+@app.command()
+def arena(
+    policies: Annotated[
+        list[str], typer.Argument(metavar="NAME=POLICY", help="A run's folder, a model's, an adapter's, or FILE.jsonl.")
+    ],
+    prompts: Annotated[
+        list[str], typer.Option(metavar="NAME[:PROPORTION[:PATH]]", help="What every policy is asked; or a mapping.")
+    ],
+    reward: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Who says how good an answer is, as models.reward has it.")
+    ] = None,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SOURCE", help="Likewise a cost; NAME alone is the world's true one."),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JUDGE", help="A model that compares answers: {address: URL, model: NAME}."),
+    ] = None,
+    world: Annotated[str | None, typer.Option(metavar="FILE", help="Judge by the truth of this world.json.")] = None,
+    answers: Annotated[int, typer.Option(min=1, metavar="N", help="Answers to each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write.")] = Path("runs/arena"),
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of stage arena.")
+    ] = None,
+) -> None:
+    """Compare policies: the same prompts, seeds and judges for all, with win rates, Elo, safety figures and a page.
+
+    Writes the configuration of stage arena and runs it; `beaver-ray train` runs one from a file.
+    """
+    from launch.arena import arena_config
+
+    scores = (reward, cost or [], world)
+    _run(arena_config(policies, prompts, scores, answers, out, changes or [], judge or []))
 
 
 @app.command()
@@ -327,7 +403,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInf
         if inner is None or instead or issubclass(inner, TemplateOptions):  # which is mostly a word
             found.append((prefix + name, field))
         else:
-            entry = "NAME." if origin is list else "ROLE." if origin is dict else ""
+            entry = "" if origin not in (list, dict) else "ROLE." if name == "placement" else "NAME."
             found += leaves(inner, f"{prefix}{name}.{entry}")
     return found
 

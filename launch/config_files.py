@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from pydantic import ValidationError
 from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
+from beaver_ray.options import near
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import apply_overrides, as_yaml, interpolate, one_line, read_yaml, text_options
 
@@ -31,13 +35,18 @@ def load_run(folder: Path) -> Stage:
     return load_config(file)
 
 
-def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> Stage:
-    """The stage's configuration from an already read tree; ``where`` names its origin in errors."""
+def parse_config(
+    tree: dict[str, Any], overrides: list[str], where: str, values: Mapping[str, Any] | None = None
+) -> Stage:
+    """The stage's configuration from an already read tree.
+
+    where: names its origin in errors. values: what ${NAME} stands for besides ${workspace}.
+    """
     tree = apply_overrides(tree, overrides, where, _texts())
     workspace = str(tree.get("workspace", "runs"))
     if "${" in workspace:
         raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
-    tree = interpolate(tree, {"workspace": workspace}, where)
+    tree = interpolate(tree, {"workspace": workspace} | dict(values or {}), where)
     name = tree.get("stage")
     if not isinstance(name, str) or name not in stages():
         raise UserError(f"{where}: stage must be one of {', '.join(sorted(stages()))}")
@@ -48,24 +57,19 @@ def parse_config(tree: dict[str, Any], overrides: list[str], where: str) -> Stag
 
 
 def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple[PipelineConfig, list[Stage]]:
-    """A pipeline and its stages' configurations, all checked before anything runs.
+    """A pipeline and the configuration of each of its `entries`, all checked before anything runs.
 
-    An override whose first word is a stage's name (``safe_ppo.steps=20``) goes to that stage, any other to
-    the pipeline itself.
+    An override whose first word is a stage's name (``safe_ppo.steps=20``) goes to that stage, in every round, any other
+    to the pipeline itself.
     """
     tree = read_yaml(path, _texts())
-    entries = tree.get("stages")
-    names = (
-        [Path(str(e.get("config", ""))).stem for e in entries if isinstance(e, dict)]
-        if isinstance(entries, list)
-        else []
-    )
-    to_stage: dict[str, list[str]] = {name: [] for name in names}
+    names = _stage_names(tree)
+    to_stage: dict[str, list[str]] = {}
     own: list[str] = []
     for override in overrides or []:
         first, _, rest = override.partition(".")
-        if first in to_stage and "=" in rest:
-            to_stage[first].append(rest)
+        if "=" in rest and any(fnmatchcase(first, name) for name in names):
+            to_stage.setdefault(first, []).append(rest)
         else:
             own.append(override)
     try:
@@ -73,12 +77,26 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     except ValidationError as error:
         raise UserError(one_line(error, PipelineConfig, str(path))) from None
     configs = []
-    for entry in pipeline.stages:
+    for entry in pipeline.entries:
         file = Path(path).parent / entry.config
         settings = [f"{key}={as_yaml(value)}" for key, value in entry.set.items()]
         own = [f"workspace={as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
-        configs.append(load_config(file, [*own, *settings, *to_stage.get(file.stem, [])]))
+        changes = [*own, *settings, *to_stage.get(file.stem, [])]
+        configs.append(parse_config(read_yaml(file, _texts()), changes, str(file), entry.values))
+    files = {Path(entry.config).stem for entry in pipeline.entries}
+    if lost := [name for name in to_stage if name not in files]:
+        name = lost[0]
+        raise UserError(f"override {name}.{to_stage[name][0]}: no stage is called {name!r}{near(name, files)}")
     return pipeline, configs
+
+
+def _stage_names(tree: dict[str, Any]) -> list[str]:
+    """Names of the files under ``stages``, as patterns where they hold a ${NAME}; the tree is not checked yet."""
+    listed = tree.get("stages")
+    entries = [entry for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, dict)]
+    blocks = [entry.get("each_round") for entry in entries]
+    entries += [entry for block in blocks if isinstance(block, list) for entry in block if isinstance(entry, dict)]
+    return [re.sub(r"\$\{[^}]*\}", "*", Path(str(e["config"])).stem) for e in entries if e.get("config")]
 
 
 @cache

@@ -70,7 +70,7 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
     for stage in stages:
         checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
         missing = [model for model in _folders(stage) if not _is_there(model)]
-        if not missing:
+        if not missing and models_of(stage):
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
         if stage.scoped_data:
             checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))

@@ -1,7 +1,8 @@
 """Stages in order, each feeding the next; what is complete already is skipped.
 
 A stage is complete where its final/ is there and its config.yaml is the one that would run now. Everything
-that can be known to go wrong is checked before the first stage starts.
+that can be known to go wrong is checked before the first stage starts. Stages under each_round run several times, and
+each round leaves a manifest (`beaver_ray.manifest`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.runs import has_started, is_finished
 from beaver_ray.stage import Stage
@@ -35,11 +37,26 @@ def run_pipeline(path: Path, overrides: list[str]) -> Path:
         title = f"[{number}/{len(stages)}] {stage.stage}: {stage.folder}"
         print(f"{title} is complete, skipped" if done else title, flush=True)
         run_stage(stage, done)
+        _close_round(pipeline, stages, complete, number - 1)
     report = stages[-1].folder / "report.html"
     print(f"report: {report}")
     for line in next(filter(None, (stage.headlines() for stage in reversed(stages))), []):
         print(line)
     return report
+
+
+def _close_round(pipeline: PipelineConfig, stages: list[Stage], complete: list[bool], number: int) -> None:
+    """Write the manifest of a round after the last of its stages, ``stages[number]``, where it is not there."""
+    rounds = [entry.round for entry in pipeline.entries]
+    current = rounds[number]
+    if current is None or rounds[number + 1 : number + 2] == [current]:
+        return
+    from beaver_ray.manifest import MANIFEST, write_round
+
+    own = [place for place, of in enumerate(rounds) if of == current]
+    workspace = Path(pipeline.workspace)
+    if not all(complete[place] for place in own) or not (workspace / f"round_{current}" / MANIFEST).is_file():
+        print(f"round {current}: {write_round(workspace, current, [stages[place] for place in own])}", flush=True)
 
 
 def run_stage(config: Stage, complete: bool = False) -> None:

@@ -95,7 +95,7 @@ def check_stages(config: Path, overrides: Sequence[str]) -> tuple[str, list[Path
         command = "pipeline"
         pipeline, _ = load_pipeline(config, list(overrides))
         workspace = pipeline.workspace
-        files += [config.parent / stage.config for stage in pipeline.stages]
+        files += dict.fromkeys(config.parent / entry.config for entry in pipeline.entries)
     else:
         workspace = load_config(config, list(overrides)).workspace
     for file in files:

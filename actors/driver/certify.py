@@ -53,6 +53,7 @@ def certify(
     if lost:
         raise UserError(f"nothing is certified on a part of the answers: {lost}; mend the model that scores them")
     samples, _ = held_out.judged(batch)
+    assert samples.reward is not None
     rewards_NK = samples.reward.reshape(answers, -1).T
     found = [
         statement

@@ -27,8 +27,9 @@ from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.reliability import compare
 from beaver_ray.signals import scorers
+from beaver_ray.small_world.judging import truths
 from beaver_ray.small_world.world import SmallWorld
-from beaver_ray.stage import RoleSpec
+from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.verdicts import Calibrated, Reliability
 
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
@@ -69,7 +70,7 @@ def with_policy(config: PolicyStage, policy: str | None) -> PolicyStage:
 
 
 @contextmanager
-def judging(config: PolicyStage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
+def judging(config: Stage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
     """The ``wanted`` generators and scorers, which end with the context."""
     cluster = open_cluster(config, wanted)
     try:
@@ -237,19 +238,17 @@ class HeldOut:
         truncated = experience.truncated(answers)
         prompts = self._texts(answers, "prompt_tokens")
         responses = self._texts(answers, "response_tokens")
-        pairs = list(zip(prompts, responses, strict=True))
-        rewards = [world.reward(p, r, bool(t)) for (p, r), t in zip(pairs, truncated, strict=True)]
+        truth = truths(world, prompts, responses, truncated)
         costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
-        truth = [world.costs(p, r) for p, r in pairs]
-        costs |= {name: np.array([true[cost] for true in truth]) for name, cost in self.truths.items()}
+        costs |= {name: truth.costs[cost] for name, cost in self.truths.items()}
         order = [c.name for c in self.config.constraints] or list(self.truths)
         samples = Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
-            reward=np.array(rewards),
+            reward=truth.reward,
             costs={name: costs[name] for name in order},
             truncated=truncated,
-            refusal=np.array([world.is_refusal(r) for r in responses]),
-            kind=np.array([world.parse(p).kind for p in prompts]),
+            refusal=truth.refusal,
+            kind=truth.kind,
             inside=self._inside(answers),
         )
         return samples, self._optimum(world, prompts, samples.inside)

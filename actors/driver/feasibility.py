@@ -72,7 +72,7 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
             "ppo.advantage: group_standardized weighs standard deviations, so that a run's multipliers are others"
         )
     most = {c.name: c.multiplier.max for c in config.constraints}
-    out = out or config.folder.with_name(f"{config.name}-feasibility")
+    out = out or config.folder.with_name(f"{config.folder.name}-feasibility")
     found = Feasibility(config.name, folder, study(sampled.reference, sampled.names), most, remarks, out)
     write_feasibility(found)
     return found

@@ -32,6 +32,23 @@ START_PROMPTS, START_ANSWERS = 128, 8
 """What a run samples at its start for ``multiplier.initial: auto``, or as many prompts as there are."""
 
 
+def scorer_role(plan: ScorerPlan, setting: ScorerSetting) -> RoleSpec:
+    """The role of one scorer."""
+    source = plan.source
+    # Of a language model no head is asked for.
+    signals = tuple(column.removeprefix("cost/") for column in plan.columns if source.is_score_model)
+    folder = source.folder
+    return RoleSpec(
+        plan.name,
+        plan.kind,
+        source.worker,
+        lambda rank, world: source.arguments(plan.columns, setting),
+        () if folder is None else (ModelUse(plan.name, folder, signals, scores=source.is_score_model),),
+        source=source,
+        gpu_part=0 if folder is None else 1,
+    )
+
+
 class PolicyStage(PolicyConfig, Stage):
     """A policy trained on prompts with PPO, its answers scored by models or services."""
 
@@ -268,7 +285,6 @@ class PolicyStage(PolicyConfig, Stage):
         return RoleSpec("rollout", "rollout", worker, arguments, (policy,), kv_cache_gib=cache, gpu_part=GENERATOR_PART)
 
     def _scorer(self, plan: ScorerPlan) -> RoleSpec:
-        source = plan.source
         setting = ScorerSetting(
             policy=self.models.policy,
             dtype=self.engine.dtype,
@@ -279,18 +295,7 @@ class PolicyStage(PolicyConfig, Stage):
             prompts=(self.data.prompts, self.evaluation.prompts),
             timeout_s=self.cluster.step_timeout,
         )
-        # Of a language model no head is asked for.
-        signals = tuple(column.removeprefix("cost/") for column in plan.columns if source.is_score_model)
-        folder = source.folder
-        return RoleSpec(
-            plan.name,
-            plan.kind,
-            source.worker,
-            lambda rank, world: source.arguments(plan.columns, setting),
-            () if folder is None else (ModelUse(plan.name, folder, signals, scores=source.is_score_model),),
-            source=source,
-            gpu_part=0 if folder is None else 1,
-        )
+        return scorer_role(plan, setting)
 
     def _reference(self) -> RoleSpec:
         models, engine = self.models, self.engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.driver.policy_stage import PolicyStage
@@ -12,12 +12,13 @@ from actors.machine.handles import Group, Handle, LocalHandle
 from actors.machine.ranks import TrainingRank
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from actors.roles.scorer import ScorerBase
-from beaver_ray.config import GPU_SHARE, ClusterConfig, PolicyConfig
+from beaver_ray.config import GPU_SHARE, ClusterConfig, PolicyConfig, RunConfig, SamplingConfig
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.score_sources import score_source
 from beaver_ray.signals import scorers
 from beaver_ray.stage import RoleSpec, Stage
+from beaver_ray.template_options import TemplateOptions
 
 
 @dataclass
@@ -83,15 +84,19 @@ def start_roles(stage: PolicyStage, cluster: Cluster | None) -> Roles:
     return roles
 
 
-def start_judging_roles(stage: PolicyStage, wanted: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
-    """Generators and scorers alone, or those of them that are ``wanted``."""
+def start_judging_roles(stage: Stage, wanted: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
+    """Generators and scorers alone, or those of them that are ``wanted``.
+
+    Costs of a stage with constraints are calibrated.
+    """
     roles = _start(stage, wanted, cluster)
     _wait_started(roles, cluster)
-    _calibrate(stage, roles)
+    if isinstance(stage, PolicyStage):
+        _calibrate(stage, roles)
     return roles
 
 
-def _start(stage: PolicyStage, specs: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
+def _start(stage: Stage, specs: Sequence[RoleSpec], cluster: Cluster | None) -> Roles:
     groups = {spec.name: start_role(spec, stage.cluster, cluster) for spec in specs}
     trained = {spec.training.folder: groups.pop(spec.name) for spec in specs if spec.training is not None}
     nobody = Group("none", [], 0.0)
@@ -121,25 +126,40 @@ def connect(groups: Sequence[Group]) -> None:
 
 
 def generator_spec(config: PolicyConfig) -> GeneratorSpec:
-    """The generators' settings from the configuration."""
-    rollout, policy = config.rollout, config.models.policy
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    limit = context_length(policy, config.models.trust_remote_code)
+    """The generators' settings from the configuration of a PPO run."""
+    data, models = config.data, config.models
+    spec = sampling_spec(
+        config, models.policy, config.rollout, data.max_prompt_tokens, data.template, models.trust_remote_code
+    )
+    return replace(spec, in_flight=config.rollout.in_flight)
+
+
+def sampling_spec(
+    config: RunConfig,
+    policy: str,
+    sampling: SamplingConfig,
+    max_prompt_tokens: int,
+    template: TemplateOptions,
+    trust_remote_code: bool,
+) -> GeneratorSpec:
+    """The settings of generators of a stage that samples from ``policy``."""
+    longest = max_prompt_tokens + sampling.max_new_tokens
+    limit = context_length(policy, trust_remote_code)
+    gpus = config.cluster.of("rollout").gpus
     return GeneratorSpec(
         model=policy,
         dtype=config.engine.dtype,
         max_model_len=min(longest, limit) if limit else longest,
-        max_new_tokens=rollout.max_new_tokens,
-        max_sequences=rollout.max_sequences,
-        temperature=rollout.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        max_sequences=sampling.max_sequences,
+        temperature=sampling.temperature,
         seed=config.seed,
-        in_flight=rollout.in_flight,
-        eos_token_ids=read_eos_token_ids(policy, config.models.trust_remote_code, config.data.template),
-        tensor_parallel_size=max(1, int(config.cluster.of("rollout").gpus)),
-        kv_cache_gib=rollout.kv_cache_gib,
-        gpu_memory_utilization=GPU_SHARE * min(1.0, config.cluster.of("rollout").gpus or 1.0),
-        shares_gpu=0 < config.cluster.of("rollout").gpus < 1,
-        trust_remote_code=config.models.trust_remote_code,
+        eos_token_ids=read_eos_token_ids(policy, trust_remote_code, template),
+        tensor_parallel_size=max(1, int(gpus)),
+        kv_cache_gib=sampling.kv_cache_gib,
+        gpu_memory_utilization=GPU_SHARE * min(1.0, gpus or 1.0),
+        shares_gpu=0 < gpus < 1,
+        trust_remote_code=trust_remote_code,
         threads=config.cluster.threads,
         load_timeout_s=config.cluster.step_timeout,
     )

@@ -14,6 +14,7 @@ from beaver_ray.data.sources import BadRow, RawSample, flag, flagged, prompt_fie
 def pku_saferlhf(row: dict[str, Any]) -> RawSample:
     """prompt, response_0/1 and, where given, better_response_id, safer_response_id, is_response_0/1_safe.
 
+    A row may have a ``system`` text of its own (those of stage generate do where their prompts had one).
     Of v1.0 also response_0/1_harm_category (19 flags) and response_0/1_severity_level (0 to 3): the further fields
     are ``harm``, the names that either answer is flagged with, ``severity``, the higher one, and the rest of the row.
     """
@@ -33,6 +34,7 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
         safer=None if safer_is_1 is None else not safer_is_1,
         is_safe=safe[0],
         is_other_safe=safe[1],
+        system=text_field(row, "system") if row.get("system") else None,
         fields=_pku_fields(row),
     )
 
@@ -40,7 +42,7 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
 def _pku_fields(row: dict[str, Any]) -> dict[str, Any]:
     flags = [row.get(f"response_{number}_harm_category") for number in (0, 1)]
     levels = [row.get(f"response_{number}_severity_level") for number in (0, 1)]
-    fields = rest(row, "prompt", "response_0", "response_1", *(f"response_{n}_harm_category" for n in (0, 1)))
+    fields = rest(row, "prompt", "system", "response_0", "response_1", *(f"response_{n}_harm_category" for n in (0, 1)))
     if any(isinstance(of_answer, dict) for of_answer in flags):
         fields["harm"] = flagged(*flags)
     if known := [level for level in levels if isinstance(level, int | float)]:

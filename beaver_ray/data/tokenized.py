@@ -251,6 +251,8 @@ class PromptDataset:
     report: DropReport
     inside: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     """[N] of each constraint that has a scope, by its name: which prompts it counts over."""
+    samples: Sequence[RawSample] = ()
+    """[N] the row that each prompt came first in."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -279,7 +281,8 @@ class PromptDataset:
                 report.drop("repeated prompt")
             else:
                 rows[tokens] = sample
-        return cls(Ragged(rows), _finish(report, len(rows), "prompt"), masks(scopes, list(rows.values())))
+        first = list(rows.values())
+        return cls(Ragged(rows), _finish(report, len(rows), "prompt"), masks(scopes, first), first)
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ class ChatFolder:
     adapter: Path | None = None
 
     @classmethod
-    def find(cls, text: str) -> ChatFolder:
+    def find(cls, text: str, part: str = "chat") -> ChatFolder:
         """What a run's folder (its final/policy), a LoRA adapter's folder or an ordinary one means.
 
-        Raises UserError where there is no model, and for a run that left no policy.
+        Raises UserError, with the ``part`` it is for, where there is no model, and for a run that left no policy.
         """
         folder = Path(text)
         if os.path.isfile(folder / "final" / "policy" / "config.json"):
@@ -64,7 +64,7 @@ class ChatFolder:
             base = _base_of(folder)
             check_model_folder(base, f"the base of the adapter in {text}")
             return cls(base, folder)
-        check_model_folder(text, "chat")
+        check_model_folder(text, part)
         return cls(text)
 
     def load(self, dtype: torch.dtype) -> Any:

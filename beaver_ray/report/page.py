@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from beaver_ray.verdicts import Certificate, Reliability
 FIRST_SAMPLES, LAST_SAMPLES = 6, 18
 SERIES = 6
 # Colours that the page replaces: series, text, grid lines.
-_SERIES = [f"#00ff{index:02x}" for index in range(SERIES)]
-_INK, _GRID = "#00fe00", "#00fe01"
+SERIES_COLORS = [f"#00ff{index:02x}" for index in range(SERIES)]
+INK, GRID = "#00fe00", "#00fe01"
 _COLUMNS = ("prompt_tokens", "response_tokens", "finish_reason", "reward")
 
 
@@ -158,25 +159,33 @@ def svg(chart: Chart, steps: np.ndarray | None = None) -> str:
     """The chart, over ``steps`` where it has no x of its own, as an <svg> whose colours are the page's variables."""
     x = steps if chart.x is None else chart.x
     assert x is not None
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": chart.title,  # ids of two figures on one page must differ
-        "font.size": 10,
-        "font.family": "sans-serif",
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-        "axes.edgecolor": _GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
-        height = 1.75 * max(2, len(chart.panels))
-        figure = Figure(figsize=(6.2, height), layout="constrained")
-        figure.patch.set_alpha(0)
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
             ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
             _draw(ax, panel, x)
         axes[-1].set_xlabel(chart.xlabel)
+
+    return drawing(chart.title, 1.75 * max(2, len(chart.panels)), draw)
+
+
+def drawing(title: str, height: float, draw: Callable[[Figure], None]) -> str:
+    """What ``draw`` puts on a figure, as an <svg>; SERIES_COLORS, INK and GRID become the page's variables."""
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,  # ids of two figures on one page must differ
+        "font.size": 10,
+        "font.family": "sans-serif",
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        "axes.edgecolor": GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.2, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -184,21 +193,21 @@ def svg(chart: Chart, steps: np.ndarray | None = None) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Inside HTML, svg needs neither namespaces nor a fixed size.
     opening = re.compile(r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", re.DOTALL)
-    label = jinja2.utils.htmlsafe_json_dumps(chart.title)
+    label = jinja2.utils.htmlsafe_json_dumps(title)
     text = opening.sub(lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label={label}>', text, count=1)
     text = text.replace("xlink:href", "href")
-    for index, color in enumerate(_SERIES):
+    for index, color in enumerate(SERIES_COLORS):
         text = text.replace(color, f"var(--series-{index})")
-    text = text.replace(_INK, "var(--muted)").replace(_GRID, "var(--line)")
+    text = text.replace(INK, "var(--muted)").replace(GRID, "var(--line)")
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
 
 
 def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
     ax.patch.set_alpha(0)
-    ax.grid(axis="y", color=_GRID, linewidth=0.6)
+    ax.grid(axis="y", color=GRID, linewidth=0.6)
     ax.tick_params(length=0)
     ax.set_ylabel(panel.ylabel)
-    colors = [_SERIES[index % SERIES] for index in range(len(panel.series))]
+    colors = [SERIES_COLORS[index % SERIES] for index in range(len(panel.series))]
     if panel.bars:
         ax.bar(steps, panel.series[0].y, width=0.08, color=colors[0])
     elif panel.stacked:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 Score = Callable[[list[str], list[str]], list[float]]
 
@@ -23,6 +23,10 @@ class Service(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.instead: list[tuple[int, dict[str, str], bytes]] = []
         self.silent = threading.Event()
+
+    def answer(self, body: dict[str, Any]) -> Any:
+        """What goes back, as JSON."""
+        return {"scores": self.score(body["prompts"], body["responses"])}
 
     @property
     def host(self) -> str:
@@ -44,8 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.instead:
             status, headers, answer = self.server.instead.pop(0)
         else:
-            scores = self.server.score(body["prompts"], body["responses"])
-            status, headers, answer = 200, {}, json.dumps({"scores": scores}).encode()
+            status, headers, answer = 200, {}, json.dumps(self.server.answer(body)).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(answer)), **headers}.items():
             self.send_header(name, value)
@@ -56,12 +59,22 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
+Running = TypeVar("Running", bound=Service)
+
+
 @contextmanager
-def serving(score: Score) -> Iterator[Service]:
-    """A service that is there while the block runs."""
-    with Service(score) as service:
-        thread = threading.Thread(target=service.serve_forever, daemon=True)
+def running(service: Running) -> Iterator[Running]:
+    """The service, answering while the block runs."""
+    with service:
+        thread = threading.Thread(target=service.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield service
         service.shutdown()
         thread.join()
+
+
+@contextmanager
+def serving(score: Score) -> Iterator[Service]:
+    """A service that is there while the block runs."""
+    with running(Service(score)) as service:
+        yield service

@@ -100,25 +100,23 @@ def test_one_gpu_by_hand(tmp_path: Path, write_model: Callable[..., Path]) -> No
 
 
 def test_three_rounds(tmp_path: Path) -> None:
-    """Each round trains on its data, judges by its own models, and starts where the one before ended."""
+    """Each round trains on its data and all labels so far, judges by its own models, starts where the last ended."""
     stages = {s.name: s.model_dump() for s in stages_of(CONFIGS / "beaver-7b" / "rounds.yaml", tmp_path)}
-    assert list(stages) == ["sft", *(f"v{n}{kind}" for n in (1, 2, 3) for kind in ("-reward", "-cost", ""))]
-    starts = {"v1": "sft", "v2": "v1", "v3": "v2"}
+    kinds = ("generate", "label", "reward", "cost", "policy")
+    assert list(stages) == ["round_0/policy", *(f"round_{n}/{kind}" for n in (1, 2, 3) for kind in kinds)]
     # Table 4 of the paper: epochs, limit, first multiplier and its step size.
-    table = {"v1": (3, 0, 1, 0.01), "v2": (3, -3, 0.5, 0.04), "v3": (4, -3, 1, 0.04)}
-    for name, data in (
-        ("v1", "PKU-SafeRLHF-10K/train"),
-        ("v2", "PKU-SafeRLHF-30K/train"),
-        ("v3", "PKU-SafeRLHF/train"),
-    ):
-        policy, (harm,) = stages[name], stages[name]["constraints"]
-        assert policy["models"]["policy"] == f"{tmp_path}/{starts[name]}/final/policy"
-        assert policy["models"]["reward"] == f"{tmp_path}/{name}-reward/final/reward_model"
-        assert harm["model"] == f"{tmp_path}/{name}-cost/final/cost_model"
+    table = {1: (3, 0, 1, 0.01), 2: (3, -3, 0.5, 0.04), 3: (4, -3, 1, 0.04)}
+    for number, data in ((1, "PKU-SafeRLHF-10K/train"), (2, "PKU-SafeRLHF-30K/train"), (3, "PKU-SafeRLHF/train")):
+        generate, label, reward, cost, policy = (stages[f"round_{number}/{kind}"] for kind in kinds)
+        (harm,), start = policy["constraints"], f"{tmp_path}/round_{number - 1}/policy/final/policy"
+        assert policy["models"]["policy"] == start == label["policy"] and generate["policies"] == [start]
+        assert policy["models"]["reward"] == f"{tmp_path}/round_{number}/reward/final/reward_model"
+        assert harm["model"] == f"{tmp_path}/round_{number}/cost/final/cost_model"
         multiplier = harm["multiplier"]
-        assert (policy["epochs"], harm["limit"], multiplier["initial"], multiplier["learning_rate"]) == table[name]
-        for stage in (name, f"{name}-reward", f"{name}-cost"):
-            assert stages[stage].get("train", stages[stage].get("data", {}).get("prompts")) == [data]
+        assert (policy["epochs"], harm["limit"], multiplier["initial"], multiplier["learning_rate"]) == table[number]
+        assert policy["data"]["prompts"] == [data] == generate["prompts"]
+        labels = [f"PKU-SafeRLHF:1:{tmp_path}/round_{k}/label/final/train.jsonl" for k in range(1, number + 1)]
+        assert reward["train"] == cost["train"] == [data, *labels]
 
 
 def test_the_small_set_is_what_it_says() -> None:

@@ -27,10 +27,16 @@ ON_PROMPTS: dict[str, Any] = {
 }
 
 
+MAKES_DATA: dict[str, dict[str, Any]] = {
+    "generate": {"name": "x", "policies": ["p"], "prompts": ["prompts:1:f"]},
+    "label": {"name": "x", "pairs": "f.jsonl", "reward": "r", "cost": "c", "policy": "p"},
+}
+
+
 def of(name: str, **changes: Any) -> Stage:
     """A stage with the options that it must have."""
     kind = stages()[name]
-    tree = ON_DATA if "model" in kind.model_fields else ON_PROMPTS
+    tree = MAKES_DATA.get(name) or (ON_DATA if "model" in kind.model_fields else ON_PROMPTS)
     return kind.model_validate({"stage": name} | tree | changes)
 
 

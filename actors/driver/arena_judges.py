@@ -1,0 +1,72 @@
+"""Judges who read both answers: models behind an address that compare an arena's policies pair by pair."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.driver.arena import Held
+from actors.roles.judge import Judge
+from beaver_ray.arena.comparisons import VERDICT
+from beaver_ray.arena.options import ArenaConfig
+from beaver_ray.data.mixing import prompt_key
+from beaver_ray.evaluation import mean_interval
+from beaver_ray.judge.pairwise import Comparison, PairCounts, Verdict, compare
+from beaver_ray.judge.prompts import Rubric, load_rubric
+from beaver_ray.judge.replies import PAIR
+
+REPLIES = "judge_replies.jsonl"
+"""In the workspace, for all arenas there and all their judges."""
+
+_UNREAD = ("unparsed", "refused")
+_COUNTS = ("comparisons", "identical", "position_disagreement", *_UNREAD)
+
+Judges = dict[str, tuple[Judge, Rubric]]
+
+
+def find_judges(arena: ArenaConfig, note: Callable[[str], None]) -> Judges:
+    """The judges, none of whom has been asked. UserError for one that may not be, or has no such rubric."""
+    replies = Path(arena.workspace) / REPLIES
+    return {
+        name: (Judge(options, replies, note), load_rubric(options.rubric, PAIR, options.rubrics))
+        for name, options in arena.judges.items()
+    }
+
+
+def judge_pairs(judges: Judges, held: Held) -> None:
+    """Put every judge's verdicts on every pair of policies into ``held``, and what is to be known of the judge."""
+    for name, (judge, rubric) in judges.items():
+        held.verdicts[name] = {}
+        for first, second in itertools.combinations(held.said, 2):
+            answers = min(held.said[first].answers, held.said[second].answers)
+            comparisons = [
+                Comparison(
+                    prompt_key(sample), held.said[first].texts[n][k], held.said[second].texts[n][k], sample.system
+                )
+                for n, sample in enumerate(held.samples)
+                for k in range(answers)
+            ]
+            verdicts = compare(comparisons, rubric, judge)
+            values_NK = np.array([v.value for v in verdicts], dtype=VERDICT).reshape(len(held.samples), answers)
+            held.verdicts[name][first, second] = values_NK
+            held.judged.append({"judge": name, "first": first, "second": second, **_in_both_orders(verdicts, answers)})
+        held.asked[name] = {"model": judge.options.model, "rubric": rubric.name, "rubric_hash": rubric.digest}
+        held.asked[name] |= asdict(judge.usage) | {"cost": judge.usage.cost(judge.options)}
+
+
+def _in_both_orders(verdicts: list[Verdict], answers: int) -> dict[str, Any]:
+    """Counts of the comparisons, ``answers`` to a prompt, and how often what stood first was chosen."""
+    read = [(i // answers, v.orders) for i, v in enumerate(verdicts) if v.orders and v.value not in _UNREAD]
+    chose_a = [(n, orders[0] == "first") for n, orders in read if orders[0] != "tie"]
+    chose_a += [(n, orders[1] == "second") for n, orders in read if orders[1] != "tie"]
+    bias = None
+    if chose_a:
+        prompts_M, flags_M = np.array([n for n, _ in chose_a]), np.array([float(flag) for _, flag in chose_a])
+        bias = mean_interval(flags_M, prompts_M, within=(0.0, 1.0))
+    counts = asdict(PairCounts.of(verdicts))
+    return {name: counts[name] for name in _COUNTS} | {"position_bias": bias}

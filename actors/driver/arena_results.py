@@ -1,0 +1,153 @@
+"""What comes of an arena: arena.json, tables, the page, and the answers with their scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.driver.arena import Held, harmful_and_benign
+from beaver_ray.arena.figures import Entrant, Match, figures
+from beaver_ray.arena.finished import write_answers
+from beaver_ray.arena.options import ArenaConfig
+from beaver_ray.arena.origins import identity, run_of, trained_against
+from beaver_ray.arena.tables import tables_of, write_tables
+from beaver_ray.data.mixing import prompt_key
+from beaver_ray.data.sources import as_text, field_value, several
+from beaver_ray.data_options import data_label
+from beaver_ray.report.arena import Shown, write_page
+from beaver_ray.score_sources import score_source
+from beaver_ray.small_world.world import SmallWorld
+
+TRUTH = "the small world's truth"
+
+
+def match_of(arena: ArenaConfig, held: Held) -> Match:
+    """What the figures are made of."""
+    harmful_N, benign_N = harmful_and_benign(arena, held.samples)
+    entrants = {
+        name: Entrant(
+            costs={cost.name: held.costs[name][cost.name] for cost in arena.costs},
+            refused_NK=held.refused[name],
+            truncated_NK=~said.ended_NK,
+            words_NK=np.array([[len(text.split()) for text in texts] for texts in said.texts], dtype=np.int64),
+            rewards_NK=held.rewards.get(name),
+            gave_in_at_R=held.gave_in_at.get(name),
+        )
+        for name, said in held.said.items()
+    }
+    return Match(
+        entrants,
+        harmful_N,
+        benign_N,
+        categories=categories(arena, held),
+        held_out=arena.held_out,
+        probabilities=frozenset(cost.name for cost in arena.costs if cost.calibration),
+        limits={cost.name: cost.limit for cost in arena.costs if cost.limit is not None},
+        targets={cost.name: cost.violation_rate for cost in arena.costs if cost.violation_rate is not None},
+        optimum=optimum(arena, held),
+        insisted=arena.insist,
+        verdicts=held.verdicts,
+    )
+
+
+def categories(arena: ArenaConfig, held: Held) -> dict[str, NDArray[np.bool_]]:
+    """By value of the field that names categories, which prompts [N] have it, the most frequent first."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    for n, sample in enumerate(held.samples if arena.category is not None else []):
+        for value in several(field_value(sample.fields, str(arena.category))):
+            name = as_text(value) if value is not None else None
+            if name is not None:
+                found.setdefault(name, np.zeros(len(held.samples), dtype=bool))[n] = True
+    return dict(sorted(found.items(), key=lambda item: -int(item[1].sum())))
+
+
+def optimum(arena: ArenaConfig, held: Held) -> float | None:
+    """The best mean reward under the violation rates; None where the world does not know all that they bound."""
+    rates = {cost.name: cost.violation_rate for cost in arena.costs if cost.model is None}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    bounded = [cost for cost in arena.costs if cost.violation_rate is not None]
+    if not arena.true_reward or not known or len(known) < len(bounded):
+        return None
+    world = SmallWorld.load(Path(str(arena.world)))
+    return world.optimum([prompt_key(sample)[-1] for sample in held.samples], violation_rates=known)
+
+
+def judges(arena: ArenaConfig) -> dict[str, str]:
+    """Who says what, by column."""
+    found = {} if arena.reward is None else {"reward": score_source(arena.reward).text}
+    if arena.true_reward:
+        found["reward"] = TRUTH
+    for cost in arena.costs:
+        found[f"cost/{cost.name}"] = TRUTH if cost.model is None else score_source(cost.model).text
+    return found | {
+        name: f"{judge.model} at {judge.address}, rubric {judge.rubric}" for name, judge in arena.judges.items()
+    }
+
+
+def own_judges(arena: ArenaConfig) -> dict[str, list[str]]:
+    """By policy the columns whose judge is one that the policy was trained against, as its run's configuration says."""
+    sources: dict[str, Any] = {"reward": arena.reward}
+    sources |= {f"cost/{cost.name}": cost.model for cost in arena.costs}
+    ours = {column: identity(source) for column, source in sources.items() if source is not None}
+    found = {}
+    for name, place in arena.folders.items():
+        trained = trained_against(run_of(place))
+        found[name] = [column for column, source in ours.items() if source in trained]
+    return {name: columns for name, columns in found.items() if columns}
+
+
+def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Path, answers: Path) -> dict[str, Any]:
+    """Write everything into ``folder`` and all answers into ``answers``; returns the content of arena.json."""
+    match = match_of(arena, held)
+    lacking = [f"no prompt has {arena.category}: {name}" for name in arena.held_out if name not in match.categories]
+    found: dict[str, Any] = {
+        "judges": judges(arena),
+        "own_judges": own_judges(arena),
+        "refusals": "the small world's own rule" if arena.world else "the rule of beaver_ray/rules/refusals.py",
+        "seed": arena.seed,
+        "temperature": arena.rollout.temperature,
+        "max_new_tokens": arena.rollout.max_new_tokens,
+        "prompts_from": [data_label(spec) for spec in arena.prompts],
+        "places": arena.policies,
+        "harmful": int(match.harmful_N.sum()),
+        "benign": int(match.benign_N.sum()),
+        "insisted": arena.insist,
+        "remarks": remarks + lacking,
+        "judged_pairs": held.judged,
+        "judges_asked": held.asked,
+        **figures(match),
+    }
+    (folder / "arena.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    tables = tables_of(found)
+    write_tables(tables, folder / "tables")
+    for name in held.said:
+        write_answers(answers / f"{name}.jsonl", _rows(held, name))
+    write_page(folder / "arena.html", arena.name, found, tables, match, _shown(held, match))
+    return found
+
+
+def _rows(held: Held, name: str) -> list[dict[str, Any]]:
+    """Each of a policy's answers with its scores; lines that an arena can read again."""
+    said, costs = held.said[name], held.costs.get(name, {})
+    rows = []
+    for n, sample in enumerate(held.samples):
+        for k in range(said.answers):
+            row: dict[str, Any] = {"prompt": sample.input, "response": said.texts[n][k]}
+            row |= {"ended": bool(said.ended_NK[n, k]), "refused": bool(held.refused[name][n, k])}
+            if name in held.rewards:
+                row["reward"] = float(held.rewards[name][n, k])
+            rows.append(row | {f"cost/{cost}": float(scores_NK[n, k]) for cost, scores_NK in costs.items()})
+    return rows
+
+
+def _shown(held: Held, match: Match) -> Shown:
+    """What the page shows of the first answers."""
+    return Shown(
+        prompts=["\n\n".join(prompt_key(sample)) for sample in held.samples],
+        texts={name: [texts[0] for texts in said.texts] for name, said in held.said.items()},
+        categories=[[name for name, inside in match.categories.items() if inside[n]] for n in range(len(held.samples))],
+    )

@@ -1,0 +1,224 @@
+"""A judge over HTTP: any service that speaks OpenAI's chat completions (vLLM's own server does).
+
+Replies are kept by what was asked, so that nothing is asked twice, also in the next run. Requests go out in threads;
+what is busy or away is asked again until the deadline, and what the service will not take is counted, not guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+
+from actors.roles.remote_scorer import BUSY
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.judge.cache import ReplyCache, request_key
+from beaver_ray.judge.prompts import request
+from beaver_ray.judge.replies import Reply
+from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.score_sources import check_allowed
+
+PAUSE = 1.0  # seconds before the second try, twice as long before each further one
+LONGEST_PAUSE = 30.0
+NOT_TAKEN = (400, 413, 422)  # this text, for example because it is too long; others may do
+HELLO = "Answer with the one word: ready"
+
+
+@dataclass
+class Usage:
+    """What the judge was asked since it was made."""
+
+    requests: int = 0
+    """Answered by the service."""
+    from_cache: int = 0
+    retries: int = 0
+    not_taken: int = 0
+    """Requests that the service refused to take, which are unparsed."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens_saved: int = 0
+    """That the replies from the cache took when they were made."""
+
+    def cost(self, options: JudgeOptions) -> float | None:
+        """In the currency of the prices; None where none is given."""
+        prices = (options.price_prompt, options.price_completion)
+        if prices == (None, None):
+            return None
+        tokens = (self.prompt_tokens, self.completion_tokens)
+        return sum(count * (price or 0.0) / 1e6 for count, price in zip(tokens, prices, strict=True))
+
+    def line(self, options: JudgeOptions) -> str:
+        """All of it in words."""
+        cost = self.cost(options)
+        spent = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        parts = [f"{self.requests:,} requests, {spent}", f"{self.from_cache:,} replies from the cache"]
+        parts[0] += "" if cost is None else f", cost {cost:,.4f}"
+        parts[1] += f" ({self.tokens_saved:,} tokens saved)" if self.from_cache else ""
+        parts += [f"{self.retries:,} tries again"] if self.retries else []
+        parts += [f"{self.not_taken:,} texts not taken by the service"] if self.not_taken else []
+        return "; ".join(parts)
+
+
+class Judge:
+    """The model of ``options``, with its replies kept in ``cache``; an `Ask` (`beaver_ray.judge.pairwise`).
+
+    No redirect is followed. The key goes into the header of requests and nowhere else.
+
+    remark: is told of what is odd, and how far a long list is.
+
+    Raises UserError, from here where the host is not allowed or the key is not there, and from each call where the
+    service cannot be had before the deadline, does not know the key or the model, or speaks another protocol.
+    """
+
+    def __init__(self, options: JudgeOptions, cache: Path, remark: Callable[[str], None] = print) -> None:
+        check_allowed(options.address)
+        self.options, self.remark, self.usage = options, remark, Usage()
+        self.url = f"{options.address}/chat/completions"
+        self._auth = _Key(options.api_key_env)
+        self._cache = ReplyCache(cache)
+        if self._cache.broken:
+            remark(f"{cache}: {self._cache.broken} broken lines passed over; what they held is asked again")
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=options.concurrency))
+        self._counting = threading.Lock()
+        self._known = False
+        """Whether the service has answered."""
+
+    def __call__(self, texts: Sequence[str]) -> list[Reply]:
+        """A reply to each text; texts that are alike are asked once."""
+        keys = [request_key(request(self.options, text)) for text in texts]
+        found = {key: reply for key in set(keys) if (reply := self._cache.get(key))}
+        self.usage.from_cache += len(found)
+        self.usage.tokens_saved += sum(r.prompt_tokens + r.completion_tokens for r in found.values())
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        if missing and not self._known:
+            self._ask(HELLO, first=True)
+            self._known = True
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
+            replies = pool.map(self._ask, missing.values())
+            for number, (key, reply) in enumerate(zip(missing, replies, strict=True), 1):
+                found[key] = reply
+                if number % max(1000, len(missing) // 10) == 0:
+                    self.remark(f"judge {self.options.model}: {number} of {len(missing)} replies")
+        return [found[key] for key in keys]
+
+    def _ask(self, text: str, first: bool = False) -> Reply:
+        """The reply to one text, kept. first: nobody knows yet that the service is there, and takes such requests."""
+        body = request(self.options, text)
+        answer = self._post(body, wait_for_it=not first)
+        if answer.status_code in NOT_TAKEN and not first:
+            with self._counting:
+                self.usage.not_taken += 1
+                if self.usage.not_taken == 1:
+                    self.remark(f"the judge does not take a text, which is unparsed: {self._said(answer)}")
+            return Reply("")
+        if answer.status_code != requests.codes.ok:
+            raise UserError(self._complaint(answer))
+        reply = self._read(answer)
+        with self._counting:
+            self.usage.requests += 1
+            self.usage.prompt_tokens += reply.prompt_tokens
+            self.usage.completion_tokens += reply.completion_tokens
+        if not first:
+            self._cache.add(request_key(body), reply)
+        return reply
+
+    def _post(self, body: dict[str, Any], wait_for_it: bool) -> requests.Response:
+        """What the service answers when it is not busy. UserError where it is, or is away, until the deadline."""
+        end, pause = time.monotonic() + self.options.deadline, PAUSE
+        while True:
+            asked_for = 0.0
+            silence = min(self.options.timeout, max(end - time.monotonic(), 0.01))
+            try:
+                answer = self._session.post(
+                    self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False
+                )
+                if answer.status_code not in BUSY:
+                    return answer
+                problem, asked_for = f"{answer.status_code} {answer.reason}", _retry_after(answer)
+            except requests.RequestException as error:
+                problem = first_line(error)
+                if isinstance(error, requests.ConnectionError) and not wait_for_it:
+                    raise UserError(f"no judge answers at {self.url} ({problem}); start it, or mend address") from None
+            wait = max(pause, asked_for)
+            if time.monotonic() + wait >= end:
+                raise UserError(
+                    f"no reply from the judge at {self.url} within {self.options.deadline:g} s ({problem}); replies so "
+                    "far are kept: run it again, with a longer deadline or less concurrency"
+                )
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            with self._counting:
+                self.usage.retries += 1
+
+    def _read(self, answer: requests.Response) -> Reply:
+        try:
+            content = answer.json()
+            choice, usage = content["choices"][0], content.get("usage") or {}
+            text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("content is no text")
+            return Reply(
+                text,
+                str(choice.get("finish_reason") or "stop"),
+                bool(choice["message"].get("refusal")),
+                int(usage.get("prompt_tokens") or 0),
+                int(usage.get("completion_tokens") or 0),
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise UserError(
+                f"the judge at {self.url} must answer as OpenAI's chat completions do, not {self._said(answer)}"
+            ) from None
+
+    def _complaint(self, answer: requests.Response) -> str:
+        if answer.status_code in (401, 403):  # what it says may repeat the key
+            name = self.options.api_key_env
+            key = f"the key in {name}" if name else "requests without a key; name its variable in api_key_env"
+            return f"the judge at {self.url} answers {answer.status_code}: it does not take {key}"
+        if answer.status_code == requests.codes.not_found:
+            return (
+                f"the judge at {self.url} knows no model {self.options.model!r}, or the address is not that of an "
+                f"OpenAI service (it mostly ends in /v1): {self._said(answer)}"
+            )
+        return f"the judge at {self.url} does not answer but says {self._said(answer)}"
+
+    def _said(self, answer: requests.Response) -> str:
+        return self._auth.without(f"{answer.status_code} {answer.reason}: {answer.text[:300]}")
+
+
+class _Key(AuthBase):
+    """The key of the service, where it has one. Also keeps requests from sending what ~/.netrc holds instead."""
+
+    def __init__(self, variable: str | None) -> None:
+        self._key = os.environ.get(variable, "").strip() if variable else ""
+        if variable and not self._key:
+            raise UserError(f"the judge's key should stand in {variable}, which is not set: export {variable}=...")
+        if not self._key.isascii() or not self._key.isprintable():
+            raise UserError(f"the key in {variable} holds characters that no key has: set it again")
+
+    def __call__(self, prepared: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            prepared.headers["Authorization"] = f"Bearer {self._key}"
+        return prepared
+
+    def without(self, text: str) -> str:
+        """A text without the key."""
+        return text.replace(self._key, "...") if self._key else text
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Seconds that a busy service asks for; 0 where it names none, or a date."""
+    try:
+        return max(0.0, float(answer.headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,124 @@
+"""Policies beside one another: the same prompts, seeds and judges for all, and figures, tables and a page of it.
+
+`beaver-ray arena` writes such a configuration from a command line; docs/evaluation.md says what its figures mean.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from beaver_ray.arena.options import ArenaConfig
+from beaver_ray.data_options import DataEntry
+from beaver_ray.options import option
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
+from beaver_ray.template_options import TemplateOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.runs import RunFolder
+
+
+class Arena(ArenaConfig, Stage):
+    """Options of stage arena."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("rollout", "reward", "cost")
+
+    stage: Literal["arena"] = option("Compare policies.")
+
+    def roles(self) -> list[RoleSpec]:
+        """Generators, which hold one policy after another, and scorers, which are started when these have ended."""
+        from actors.driver.arena import asking_config, find_contenders, judge_config
+
+        contenders = find_contenders(self)
+        roles = judge_config(self, contenders).scorers()
+        if not contenders:
+            return roles
+        (generator,) = asking_config(self, contenders[0]).generators()
+        return [replace(generator, models=tuple(ModelUse(c.name, c.model) for c in contenders)), *roles]
+
+    def run(self, run: RunFolder) -> None:
+        """Ask, judge, and write what came of it."""
+        from actors.driver.arena import clear, hold
+        from actors.driver.arena_judges import find_judges, judge_pairs
+        from actors.driver.arena_results import write_results
+        from beaver_ray.fit import check_fit
+
+        remarks = check_fit(self)
+
+        def note(line: str) -> None:
+            remarks.append(line)
+            run.note(line)
+
+        started, cpu = time.monotonic(), time.process_time()
+        scratch = run.folder / "merged"
+        judges = find_judges(self, note)
+        held = hold(self, scratch, note)
+        judge_pairs(judges, held)
+        found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
+        clear(scratch)
+        elapsed = time.monotonic() - started
+        answers = sum(said.ended_NK.size for said in held.said.values())
+        figures = {f"time/{name}": seconds for name, seconds in held.seconds.items()}
+        figures |= {"time/elapsed": elapsed, "throughput/answers_per_second": answers / elapsed}
+        figures["driver/cores"] = (time.process_time() - cpu) / elapsed
+        run.log(1, figures | _means(found))
+
+    def lengths(self) -> Lengths:
+        """Of a prompt and its answer."""
+        prompt, answer = self.max_prompt_tokens, self.rollout.max_new_tokens
+        return Lengths(prompt + answer, f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}", "lower them")
+
+    @property
+    def prompt_template(self) -> TemplateOptions:
+        """How prompts are written, where it is the same for all policies."""
+        return self.template or TemplateOptions()
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code in a model's folder may run."""
+        return self.trust_remote_code
+
+    @property
+    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+        """The prompts; nothing is trained on them."""
+        return self.prompts, []
+
+    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
+        """None: the pictures are on its own page, arena.html."""
+        return []
+
+    def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
+        """The means of each policy."""
+        from beaver_ray.report.charts import Card, running_cards
+
+        columns = ("reward", *(f"violation_rate/{cost.name}" for cost in self.costs))
+        cards = [
+            Card(f"{name}: {column.replace('_', ' ')}", f"{metrics[key][-1]:.4g}", "see arena.html")
+            for name in self.policies
+            for column in columns
+            if (key := f"{name}/{column}") in metrics
+        ]
+        return cards + running_cards(metrics, ("throughput/answers_per_second", "Answers/s"))
+
+    def headlines(self) -> list[str]:
+        """A line for each policy, and where the page is."""
+        found = json.loads((self.folder / "arena.json").read_text(encoding="utf-8"))
+        from beaver_ray.arena.tables import in_a_line
+
+        lines = [in_a_line(name, mine) for name, mine in found["policies"].items()]
+        return [*lines, f"page: {self.folder / 'arena.html'}"]
+
+
+def _means(found: dict[str, Any]) -> dict[str, float]:
+    """The means of all figures of each policy as metrics."""
+    return {
+        f"{name}/{key}": figure["mean"]
+        for name, mine in found["policies"].items()
+        for key, figure in mine.items()
+        if isinstance(figure, dict) and "mean" in figure
+    }

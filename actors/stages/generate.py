@@ -1,0 +1,262 @@
+"""Several answers to every prompt, of one model or of several mixed, and pairs of them to be labelled.
+
+final/answers.jsonl has every answer, final/pairs.jsonl the pairs (`beaver_ray.data.pairs`), final/manifest.json what
+they were made from. Prompts are answered in blocks that are kept in answers/, so that a resumed run answers what is
+left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from actors.driver.policy_stage import GENERATOR_PART
+from beaver_ray.config import SamplingConfig
+from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.options import option
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
+from beaver_ray.template_options import TemplateOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from actors.driver.processes import Roles
+    from beaver_ray.data.tokenized import PromptDataset
+    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.runs import RunFolder
+
+BLOCK = 512
+"""Prompts whose answers are kept together."""
+
+
+class Generate(Stage):
+    """Options of stage generate."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("rollout",)
+
+    stage: Literal["generate"] = option("Sample answers and draw pairs of them.")
+    policies: list[str] = option("Folders of models, each of which answers every prompt.", min_length=1)
+    prompts: list[DataSpec] = option("Prompts (NAME[:PROPORTION[:PATH]], or a mapping).", min_length=1)
+    max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
+    answers: int = option("Answers of each model to each prompt.", 4, gt=0)
+    pairs: int = option("Pairs drawn from a prompt's answers, as far as there are different ones.", 2, gt=0)
+    rollout: SamplingConfig = option("Sampling.", default_factory=SamplingConfig)
+    template: TemplateOptions = option(
+        "How a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
+    )
+    trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
+
+    @model_validator(mode="after")
+    def _makes_pairs(self) -> Generate:
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError("policies names a model twice; raise answers instead")
+        if self.answers * len(self.policies) < 2:
+            raise ValueError("one answer to a prompt is no pair; raise answers to 2 at least, or name a second policy")
+        return self
+
+    def roles(self) -> list[RoleSpec]:
+        """The generators, which hold one model after the other."""
+
+        def arguments(rank: int, world: int) -> tuple[Any, ...]:
+            return self._spec(self.policies[0])
+
+        models = tuple(ModelUse(f"policies.{number}", policy) for number, policy in enumerate(self.policies))
+        worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
+        cache = None if self.debug else self.rollout.kv_cache_gib
+        return [RoleSpec("rollout", "rollout", worker, arguments, models, kv_cache_gib=cache, gpu_part=GENERATOR_PART)]
+
+    def _spec(self, policy: str) -> tuple[Any, ...]:
+        from actors.driver.processes import sampling_spec
+
+        trust = self.trust_remote_code
+        return (sampling_spec(self, policy, self.rollout, self.max_prompt_tokens, self.template, trust),)
+
+    def run(self, run: RunFolder) -> None:
+        """Let every model answer, draw the pairs, and write both."""
+        from beaver_ray.data.mixing import load_mix
+        from beaver_ray.data.pairs import draw_pairs
+        from beaver_ray.fit import check_fit
+        from beaver_ray.manifest import write_rows, write_stage_manifest
+        from beaver_ray.models.loading import check_model_folder
+
+        for use in self.roles()[0].models:
+            check_model_folder(use.folder, use.part)
+        for line in check_fit(self):
+            run.note(line)
+        samples, reports = load_mix(self.prompts)
+        for label, report in reports.items():
+            run.note(f"{label}: {report.line()}")
+        run.rewind(0)  # figures of the blocks that are there already are logged again
+        rows: list[dict[str, Any]] = []
+        for number in range(len(self.policies)):
+            rows += self._answers_of(number, samples, run)
+        pairs, left_out = draw_pairs(rows, self.pairs, self.seed)
+        counts = {"answers": len(rows), "pairs": len(pairs), **left_out}
+        run.note(", ".join(f"{count} {what}" for what, count in counts.items()))
+        folder = run.folder / "final.part"
+        write_rows(folder / "answers.jsonl", rows)
+        write_rows(folder / "pairs.jsonl", pairs)
+        write_stage_manifest(self, folder, counts)
+
+    def _answers_of(self, number: int, samples: Sequence[Any], run: RunFolder) -> list[dict[str, Any]]:
+        """The answers of one model, block by block; those that an earlier start has left are read."""
+        from actors.driver.evaluate import judging
+        from beaver_ray.data.tokenized import PromptDataset
+        from beaver_ray.manifest import read_rows, write_rows
+        from beaver_ray.models.loading import load_tokenizer
+
+        policy = self.policies[number]
+        tokenizer = load_tokenizer(policy, self.trust_remote_code)
+        prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
+        run.note(f"{policy}: prompts {prompts.report.line()}")
+        starts = range(0, len(prompts), BLOCK)
+        folder = run.folder / "answers" / f"{number}-{self._key(policy)}"
+        files = [folder / f"{start:08d}.jsonl" for start in starts]
+        (role,) = self.roles()
+        use = ModelUse(f"policies.{number}", policy)
+        own = replace(role, models=(use,), arguments=lambda rank, world: self._spec(policy))
+        first = number * len(starts) + 1
+        with run.progress(f"answers of {policy}", len(prompts)) as progress:
+
+            def done(block: int, rows: list[dict[str, Any]], seconds: float | None) -> None:
+                run.log(first + block, _figures(rows, seconds))
+                progress.advance(len(rows) // self.answers)
+
+            blocks = [read_rows(file) if file.is_file() else None for file in files]
+            for block, rows in enumerate(blocks):
+                if rows is not None:
+                    done(block, rows, None)
+            if missing := [block for block, rows in enumerate(blocks) if rows is None]:
+                with judging(self, [own]) as roles:
+                    for block in missing:
+                        began = time.perf_counter()
+                        rows = self._sample(number, starts[block], prompts, roles)
+                        write_rows(files[block], rows)
+                        blocks[block] = rows
+                        done(block, rows, time.perf_counter() - began)
+        return [row for rows in blocks for row in rows or ()]
+
+    def _sample(self, number: int, start: int, prompts: PromptDataset, roles: Roles) -> list[dict[str, Any]]:
+        """The answers to a block of prompts from ``start`` on, in order.
+
+        A sample's random numbers depend on the seed, the model's number and the prompt's, and not on the block.
+        """
+        import numpy as np
+        import pyarrow.compute as pc
+
+        from actors.driver.evaluate import answers_to
+        from actors.driver.rollouts import Rollouts
+        from beaver_ray import experience
+        from beaver_ray.data.readers import Reader
+        from beaver_ray.models.loading import load_tokenizer
+
+        prompt_ids = np.repeat(np.arange(start, min(start + BLOCK, len(prompts))), self.answers)
+        place = prompt_ids * self.answers + np.tile(np.arange(self.answers), len(prompt_ids) // self.answers)
+        batch = experience.make_batch(
+            {
+                "sample_id": (number << 40) + place,
+                "prompt_id": prompt_ids,
+                "prompt_tokens": [prompts.prompts[int(i)] for i in prompt_ids],
+            }
+        )
+        rollouts = Rollouts(roles.rollout, self.rollout.max_sequences, self.cluster.step_timeout)
+        columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
+        answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
+        answered = answered.take(pc.sort_indices(answered.column("sample_id")))
+        policy = self.policies[number]
+        reader = Reader(load_tokenizer(policy, self.trust_remote_code), self.template)
+        tokens, cut = experience.rows(answered, "response_tokens"), experience.truncated(answered).tolist()
+        ids = experience.scalars(answered, "prompt_id").tolist()
+        return [
+            self._asked(prompts.samples[prompt])
+            | {
+                "temperature": self.rollout.temperature,
+                "response": reader.answer_text(answer, not truncated),
+                "model": policy,
+                "truncated": truncated,
+                "tokens": len(answer),
+            }
+            for prompt, answer, truncated in zip(ids, tokens, cut, strict=True)
+        ]
+
+    def _asked(self, sample: Any) -> dict[str, Any]:
+        """What a row says of its prompt: also what it is about, where the data say so."""
+        from beaver_ray.data.survey import CATEGORIES
+
+        about = {name: sample.fields[name] for name in CATEGORIES if sample.fields.get(name) is not None}
+        return {"prompt": sample.input} | ({"system": sample.system} if sample.system else {}) | about
+
+    def _key(self, policy: str) -> str:
+        """Equal where answers that an earlier start has left are those that this one would give."""
+        from beaver_ray.models.folders import fingerprint
+
+        part = self.model_dump(mode="json", include={"prompts", "max_prompt_tokens", "answers", "template", "seed"})
+        part |= {"rollout": [self.rollout.max_new_tokens, self.rollout.temperature], "dtype": self.engine.dtype}
+        return hashlib.blake2b((fingerprint(policy) + json.dumps(part)).encode(), digest_size=8).hexdigest()
+
+    def lengths(self) -> Lengths:
+        """Of a prompt and its answer."""
+        prompt, answer = self.max_prompt_tokens, self.rollout.max_new_tokens
+        options = f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
+        return Lengths(prompt + answer, options, "lower them")
+
+    @property
+    def prompt_template(self) -> TemplateOptions:
+        """How prompts are written for the models."""
+        return self.template
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code in a model's folder may run."""
+        return self.trust_remote_code
+
+    @property
+    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+        """The prompts."""
+        return self.prompts, []
+
+    def headlines(self) -> list[str]:
+        """Where the pairs are."""
+        pairs = self.folder / "final" / "pairs.jsonl"
+        return [f"pairs: {pairs}"] if pairs.is_file() else []
+
+    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
+        """Lengths and what is of no use, block by block."""
+        from beaver_ray.report.charts import Chart, Panel, Series, drawable
+
+        shares = [Series(key.replace("_", " "), metrics[key]) for key in ("cut", "repeated") if key in metrics]
+        return drawable(
+            [
+                Chart("Length", "Mean tokens of an answer.", [Panel("tokens", [Series("tokens", metrics["tokens"])])]),
+                Chart("Of no use", "Answers cut at their longest; repeating another.", [Panel("share", shares)]),
+            ]
+        )
+
+    def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
+        """How many answers there are, and how many are alike."""
+        from beaver_ray.report.charts import Card
+
+        total = metrics["answers"].sum()
+        repeated = float((metrics["repeated"] * metrics["answers"]).sum() / total)
+        return [
+            Card("Answers", f"{int(total):,}", f"of {len(self.policies)} models"),
+            Card("Repeated", f"{repeated:.1%}", "answers that say what another of their prompt says"),
+        ]
+
+
+def _figures(rows: list[dict[str, Any]], seconds: float | None) -> dict[str, float]:
+    """Of one block of answers."""
+    different = {(json.dumps(row["prompt"]), row["response"].strip()) for row in rows}
+    figures = {
+        "answers": len(rows),
+        "tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "cut": sum(row["truncated"] for row in rows) / len(rows),
+        "repeated": 1 - len(different) / len(rows),
+    }
+    return figures | ({"throughput/samples_per_second": len(rows) / seconds} if seconds else {})

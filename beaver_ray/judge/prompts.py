@@ -1,0 +1,100 @@
+"""The texts that a judge is given: rubrics, Jinja files that anybody can replace.
+
+A rubric knows ``turns`` (user, assistant, ..., user), ``system`` (None where there is none), ``mark`` (stands before
+each part of the material, and in none of it), and the answers: ``answer_a`` and ``answer_b`` of a comparison,
+``answer`` of a judgement of one. It must ask for the last line that `beaver_ray.judge.replies` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.judge.replies import Form
+from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.options import near
+
+OURS = Path(__file__).parent / "rubrics"
+_GIVEN = {"turns", "system", "mark"}
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False
+)
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """One question to a judge: its words, and the form of the reply that they ask for."""
+
+    name: str
+    text: str
+    form: Form
+    where: str
+    """Its file, for errors."""
+
+    def write(self, turns: Sequence[str], system: str | None, **answers: str) -> str:
+        """What the judge is given. UserError where the rubric fails on it."""
+        # The same for both orders: they may differ in nothing but the order.
+        content = json.dumps([list(turns), system, sorted(answers.values())])
+        mark = f"[{hashlib.sha256(content.encode()).hexdigest()[:12]}]"
+        try:
+            return self._template.render(turns=list(turns), system=system, mark=mark, **answers)
+        except Exception as error:  # whatever a template of the user's does
+            raise UserError(f"rubric {self.where} fails: {first_line(error)}") from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return _ENVIRONMENT.from_string(self.text)
+
+    @property
+    def digest(self) -> str:
+        """Of its words."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def load_rubric(name: str, form: Form, folder: str | None = None) -> Rubric:
+    """The rubric ``name``: NAME.j2 in ``folder``, else ours.
+
+    Raises UserError where there is none, where it is no template, or where it cannot be of this form: it must show
+    what is judged, use nothing that it is not given, and ask for the reply's last line.
+    """
+    files = [place / f"{name}.j2" for place in (*([Path(folder)] if folder else []), OURS)]
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"no folder {folder} of rubrics: give one that holds NAME.j2")
+    file = next((file for file in files if file.is_file()), None)
+    if file is None or Path(name).name != name:
+        known = {found.stem for place in files for found in place.parent.glob("*.j2")}
+        raise UserError(f"no rubric is called {name!r}{near(name, known)}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
+    except (OSError, ValueError, jinja2.TemplateError) as error:
+        raise UserError(f"rubric {file} cannot be read as a Jinja template: {first_line(error)}") from None
+    if missing := {"turns", *form.answers} - used:
+        raise UserError(f"rubric {file} must show {{{{ {min(missing)} }}}}, or the judge does not see it")
+    if unknown := used - _GIVEN - set(form.answers):
+        given = ", ".join(sorted({*_GIVEN, *form.answers}))
+        raise UserError(f"rubric {file} uses {min(unknown)}, which it is not given; it is given {given}")
+    if f"{form.label}:" not in text:
+        raise UserError(f"rubric {file} must ask for a last line {form.label}: {' or '.join(form.shown)}")
+    return Rubric(name, text, form, str(file))
+
+
+def sampling(options: JudgeOptions) -> dict[str, Any]:
+    """The fields of a request besides the text itself."""
+    fields = {"model": options.model, "temperature": options.temperature, "max_tokens": options.max_tokens}
+    return {key: value for key, value in {**fields, **options.extra}.items() if value is not None}
+
+
+def request(options: JudgeOptions, prompt: str) -> dict[str, Any]:
+    """The body of a request to OpenAI's chat completions."""
+    return {**sampling(options), "messages": [{"role": "user", "content": prompt}]}

@@ -1,0 +1,162 @@
+"""What a stage, and a round of stages, was made from and has made: hashes of models and data, counts, seeds.
+
+final/manifest.json of a stage that makes data, and workspace/round_N/manifest.json of a round of a pipeline. The hash
+of a file is its SHA-256, that of a model the one of `beaver_ray.models.folders.fingerprint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.runs import read_evaluation
+from beaver_ray.stage import Stage
+
+MANIFEST = "manifest.json"
+
+
+class DataFile(BaseModel):
+    """A file of rows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: str
+    rows: int
+
+
+class StageManifest(BaseModel):
+    """One run of one stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    name: str
+    seed: int
+    parents: dict[str, str]
+    """Models, by folder or name of the hub, and data, by path: their hashes. ``hub`` where the data lie there."""
+    files: dict[str, DataFile] = {}
+    """What it has written, by name under final/."""
+    models: dict[str, str] = {}
+    """Likewise the models."""
+    counts: dict[str, int] = {}
+    evaluation: dict[str, float] = {}
+    """The means of its evaluation on held-out prompts."""
+
+
+class RoundManifest(BaseModel):
+    """One round of a pipeline."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int
+    previous: str | None
+    """SHA-256 of the manifest of the round before."""
+    stages: list[StageManifest]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON lines; the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part.rename(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_rows` wrote. Raises UserError for anything else."""
+    from beaver_ray.data.files import file_rows
+
+    try:
+        rows = [json.loads(row) if isinstance(row, str) else row for row in file_rows(path)]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a line that is not JSON ({first_line(error)}); write the file again") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} has a row that is no object; write the file again")
+    return rows
+
+
+def parents_of(stage: Stage) -> dict[str, str]:
+    """The hashes of all models and data that the stage reads."""
+    from beaver_ray.data.mixing import parse_mix
+    from beaver_ray.data.sources import open_source
+    from beaver_ray.fit import models_of
+    from beaver_ray.models.folders import fingerprint
+
+    found = {use.folder: fingerprint(use.folder) for use in models_of(stage)}
+    calibrations = [constraint.calibration for constraint in getattr(stage, "constraints", [])]
+    for specs in (*stage.data_sets, *calibrations):
+        for label, spec in parse_mix(specs).items():
+            place = open_source(spec.source, spec.path)[0]
+            found |= {str(file): file_hash(file) for file in place.files} or {label: "hub"}
+    return found
+
+
+def write_stage_manifest(stage: Stage, folder: Path, counts: Mapping[str, int], more: Sequence[str] = ()) -> None:
+    """Write the manifest of a stage that has put JSON lines into ``folder``.
+
+    more: files that it was made from besides its models and data sets.
+    """
+    parents = parents_of(stage) | {file: file_hash(Path(file)) for file in more}
+    files = {
+        file.name: DataFile(sha256=file_hash(file), rows=len(read_rows(file)))
+        for file in sorted(folder.glob("*.jsonl"))
+    }
+    made = StageManifest(
+        stage=stage.stage, name=stage.name, seed=stage.seed, parents=parents, files=files, counts={**counts}
+    )
+    (folder / MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def stage_manifest(stage: Stage) -> StageManifest:
+    """The manifest that the finished stage has left, else one of what lies in its folder."""
+    from beaver_ray.models.folders import fingerprint
+
+    final = stage.folder / "final"
+    if (final / MANIFEST).is_file():
+        return _read(final / MANIFEST, StageManifest)
+    models = sorted(file.parent for file in final.glob("*/config.json"))
+    means = {key: value["mean"] for key, value in read_evaluation(stage.folder).items() if isinstance(value, dict)}
+    return StageManifest(
+        stage=stage.stage,
+        name=stage.name,
+        seed=stage.seed,
+        parents=parents_of(stage),
+        models={folder.name: fingerprint(str(folder)) for folder in models},
+        evaluation=means,
+    )
+
+
+def write_round(workspace: Path, number: int, stages: Sequence[Stage]) -> Path:
+    """Write the manifest of a round, all whose stages are complete; returns its path."""
+    before = workspace / f"round_{number - 1}" / MANIFEST
+    previous = file_hash(before) if before.is_file() else None
+    made = RoundManifest(round=number, previous=previous, stages=[stage_manifest(stage) for stage in stages])
+    path = workspace / f"round_{number}" / MANIFEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_round(workspace: Path, number: int) -> RoundManifest:
+    """The manifest of a round. UserError where there is none."""
+    return _read(workspace / f"round_{number}" / MANIFEST, RoundManifest)
+
+
+def _read(path: Path, kind: type[Any]) -> Any:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path} is no manifest ({first_line(error)}); run its stage again") from None

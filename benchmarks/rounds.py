@@ -1,0 +1,194 @@
+"""Three rounds on the small world: reward and violation by the truth, and how far each cost model can be trusted.
+
+    python benchmarks/rounds.py --seeds 0 1 2 --jobs 2 --out benchmarks/rounds.json
+
+For each seed `configs/local/rounds.yaml` is run in one process (debug mode). A cost model is held against the truth on
+pairs of answers to held-out prompts: on those that it was made for (answers of the policy of the round before), and on
+answers of the policy that was then trained on it. Of each: the share of answers whose sign it has right, the share of
+pairs whose more harmful answer it knows (of those whose true costs differ), and the share of unsafe answers among
+them. The picture, beside the JSON file, has reward and violation rate over the steps of all rounds, and these shares.
+Complete stages in the working folder are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from small_world import CONFIGS, TARGET, launch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from beaver_ray.manifest import read_rows
+from beaver_ray.runs import read_evaluation, read_metrics
+
+STAGES = ("sft", "generate", "label", "reward_model", "cost_model", "safe_ppo")
+BLUE, RED, GREEN, GREY = "#1f5fa8", "#b8432f", "#3c7d4f", "#666666"
+Row = dict[str, Any]
+
+
+def run(root: Path, seed: int, rounds: int, steps: int | None, changes: list[str]) -> Row:
+    """The rounds of one seed, as far as they are not there, and their figures."""
+    workspace = root / f"seed_{seed}"
+    common = [f"workspace={workspace}", f"world.seed={seed}", f"rounds={rounds}", "resume=true", *changes]
+    common += [f"{stage}.debug=true" for stage in STAGES]
+    common += [f"{stage}.seed={seed}" for stage in ("sft", "reward_model", "cost_model", "safe_ppo")]
+    common += [f"safe_ppo.steps={steps}"] if steps else []
+    launch("pipeline", str(CONFIGS / "rounds.yaml"), *common)
+    start = workspace / "round_0" / "policy" / "final" / "policy"
+    judge = [f"models.reward={workspace}/round_1/reward/final/reward_model", f"workspace={workspace}", "debug=true"]
+    judge += [f"constraints.harm.model={workspace}/round_1/cost/final/cost_model"]
+    judge += [f"constraints.harm.calibration=['PKU-SafeRLHF:1:{workspace}/round_1/label/final/test.jsonl']"]
+    if not (start / "evaluation.json").is_file():
+        launch("evaluate", str(CONFIGS / "safe_ppo.yaml"), *judge, "--policy", str(start))
+    stages: list[Row] = [{"round": 0, **figures(start)}]
+    label_again(workspace, rounds)
+    for number in range(1, rounds + 1):
+        policy = workspace / f"round_{number}" / "policy"
+        own, next_ = (accuracy(workspace, number, of) for of in (number, number + 1))
+        stages.append({"round": number, **figures(policy), "cost_model_before": own, "cost_model_after": next_})
+    return {"seed": seed, "rounds": stages, "curve": curve(workspace, rounds)}
+
+
+def label_again(workspace: Path, rounds: int) -> None:
+    """Answers of the last policy with the truth of them, and the scores of each cost model where they are compared."""
+    last, after = f"{workspace}/round_{rounds}/policy/final/policy", f"round_{rounds + 1}"
+    common = [f"workspace={workspace}", "debug=true", "resume=true"]
+    launch("train", str(CONFIGS / "generate.yaml"), *common, f"name={after}/generate", f"policies=[{last}]")
+    pairs = f"pairs=${{workspace}}/{after}/generate/final/pairs.jsonl"
+    launch("train", str(CONFIGS / "label.yaml"), *common, f"name={after}/label", pairs)
+    for number in range(1, rounds + 1):
+        models = [f"{kind}={workspace}/round_{number}/{kind}/final/{kind}_model" for kind in ("reward", "cost")]
+        for of in (number, number + 1):
+            pairs = f"pairs=${{workspace}}/round_{of}/generate/final/pairs.jsonl"
+            source = ["world=null", f"policy={workspace}/round_0/policy/final/policy", *models]
+            name = f"name=compared/{number}_on_{of}"
+            launch(
+                "train", str(CONFIGS / "label.yaml"), *common, name, pairs, *source, "engine.micro_batch_tokens=2048"
+            )
+
+
+def figures(run_folder: Path) -> Row:
+    """What the evaluation of a policy says."""
+    found = read_evaluation(run_folder)
+    names = {"reward": "reward", "share_of_optimum": "share_of_optimum", "violation_rate": "violation_rate/harm"}
+    return {name: round(found[key]["mean"], 4) for name, key in names.items()}
+
+
+def accuracy(workspace: Path, number: int, of: int) -> Row:
+    """The cost model of a round against the truth, on held-out pairs of the answers that round ``of`` has labelled."""
+    truth = read_rows(workspace / f"round_{of}" / "label" / "final" / "test.jsonl")
+    scores = {
+        row["id"]: row for row in read_rows(workspace / "compared" / f"{number}_on_{of}" / "final" / "test.jsonl")
+    }
+    signs, orders = [], []
+    for row in truth:
+        true, said = ([one[f"cost_{k}"] for k in (0, 1)] for one in (row, scores[row["id"]]))
+        signs += [(t > 0) == (s > 0) for t, s in zip(true, said, strict=True)]
+        if true[0] != true[1]:
+            orders.append((true[0] > true[1]) == (said[0] > said[1]))
+    unsafe = sum(row[f"cost_{k}"] > 0 for row in truth for k in (0, 1))
+    return {
+        "answers": len(signs),
+        "sign": round(sum(signs) / len(signs), 4),
+        "order": round(sum(orders) / len(orders), 4) if orders else None,
+        "unsafe": round(unsafe / len(signs), 4),
+    }
+
+
+def curve(workspace: Path, rounds: int) -> list[Row]:
+    """Evaluations on held-out prompts during training, with steps counted over all rounds."""
+    found: list[Row] = []
+    before = 0
+    for number in range(1, rounds + 1):
+        rows = read_metrics(workspace / f"round_{number}" / "policy")
+        found += [
+            {
+                "round": number,
+                "step": before + row["step"],
+                "reward": round(row["eval/reward"], 4),
+                "violation_rate": round(row["eval/violation_rate/harm"], 4),
+            }
+            for row in rows
+            if "eval/reward" in row
+        ]
+        before += rows[-1]["step"]
+    return found
+
+
+def draw(runs: list[Row], target: Path) -> None:
+    """Reward and violation over the steps of all rounds, and the cost models' right signs, a line a seed."""
+    plt.rcParams["svg.hashsalt"] = "beaver"
+    figure, (reward, unsafe, right) = plt.subplots(3, 1, figsize=(8, 8), layout="constrained")
+    for run_ in runs:
+        steps = [row["step"] for row in run_["curve"]]
+        reward.plot(steps, [row["reward"] for row in run_["curve"]], color=BLUE, marker="o", markersize=2.5, alpha=0.7)
+        unsafe.plot(steps, [row["violation_rate"] for row in run_["curve"]], color=RED, marker="o", markersize=2.5)
+        places, values = [], []
+        for row in run_["rounds"][1:]:
+            places += [row["round"] - 0.5, row["round"]]
+            values += [row["cost_model_before"]["sign"], row["cost_model_after"]["sign"]]
+        right.plot(places, values, color=GREEN, marker="o", markersize=4, alpha=0.7)
+    rounds = len(runs[0]["rounds"]) - 1
+    ends = [max(row["step"] for row in runs[0]["curve"] if row["round"] == number) for number in range(1, rounds + 1)]
+    for axes in (reward, unsafe):
+        for end in ends[:-1]:
+            axes.axvline(end, color=GREY, linestyle=":", linewidth=1)
+        axes.set_xlabel("step, over all rounds")
+    reward.set_ylabel("true reward")
+    unsafe.set_ylabel("true violation rate")
+    unsafe.axhline(TARGET, color=GREY, linestyle="--", linewidth=1.2, label=f"target {TARGET:.0%}")
+    unsafe.set_ylim(bottom=0)
+    unsafe.legend(frameon=False)
+    right.set_ylabel("signs that the cost model has right")
+    right.set_xticks([place / 2 for place in range(1, 2 * rounds + 1)])
+    names = [name for n in range(1, rounds + 1) for name in (f"round {n}\nbefore PPO", f"round {n}\nafter PPO")]
+    right.set_xticklabels(names)
+    for axes in (reward, unsafe, right):
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, facecolor="white", metadata={"Date": None})
+
+
+def main() -> None:
+    """Run everything, and write one JSON file and one picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="Safe PPO steps of each round (default: the recipe's)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes of the recipe")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time, one thread each")
+    parser.add_argument("--workspace", type=Path, default=Path("runs/rounds-benchmark"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "rounds.json")
+    options = parser.parse_args()
+    root = options.workspace.resolve()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        each = pool.map(lambda seed: run(root, seed, options.rounds, options.steps, options.set), options.seeds)
+        runs = list(each)
+    words = [f"--seeds {' '.join(map(str, options.seeds))}", f"--rounds {options.rounds}", f"--jobs {options.jobs}"]
+    words += [f"--steps {options.steps}"] if options.steps else []
+    words += [f"--set {' '.join(options.set)}"] if options.set else []
+    result = {
+        "command": f"python benchmarks/rounds.py {' '.join(words)}",
+        "target_violation_rate": TARGET,
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray")},
+        "runs": runs,
+    }
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    draw(runs, options.out.with_suffix(".svg"))
+    for run_ in runs:
+        for row in run_["rounds"]:
+            print(f"seed {run_['seed']}", json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

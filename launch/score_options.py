@@ -1,0 +1,24 @@
+"""How a command line names who scores: SOURCE, or NAME=SOURCE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from beaver_ray.errors import UserError
+from beaver_ray.yaml_files import yaml_value
+
+
+def named(text: str, option: str, what: str) -> tuple[str, str]:
+    """NAME and the rest of NAME=REST. UserError where one of them is missing."""
+    name, found, rest = text.partition("=")
+    if not found or not name or not rest:
+        raise UserError(f"{option} {text!r} must be NAME={what}")
+    return name, rest
+
+
+def source(text: str) -> Any:
+    """A source as a configuration has it: {...} is a mapping."""
+    try:
+        return yaml_value(text) if text.startswith("{") else text
+    except ValueError:
+        raise UserError(f"{text!r} is no mapping in YAML; write {{key: value, ...}}") from None

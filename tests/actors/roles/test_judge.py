@@ -1,0 +1,179 @@
+"""A judge over HTTP: what it is sent, how often, what is kept, and what becomes of a service's mistakes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.roles import judge as judge_module
+from actors.roles.judge import Judge
+from beaver_ray.errors import UserError
+from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.score_sources import ALLOWED_HOSTS
+from launch.__main__ import main
+from tests.actors.judging_service import JudgeService, judging
+from tests.judge.test_judge_labels import honest
+
+SECRET = "sk-c0ffee-not-to-be-seen"
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeService]:
+    monkeypatch.setattr(judge_module, "PAUSE", 1e-3)
+    with judging(lambda text: f"You said {text}.") as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        yield service
+
+
+def judge_of(service: JudgeService, cache: Path, **options: Any) -> Judge:
+    return Judge(JudgeOptions(address=service.url, model="m", **options), cache)
+
+
+def test_each_text_is_asked_once_and_never_again(
+    service: JudgeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "replies.jsonl"
+    judge = judge_of(service, cache, concurrency=3, price_prompt=2.0, price_completion=10.0)
+    texts = [f"number {n % 40}" for n in range(80)]
+    answer = service.says
+    service.says = lambda text: (time.sleep(0.01), answer(text))[1]
+    replies = judge(texts)
+    assert [reply.text for reply in replies] == [f"You said {text}." for text in texts]
+    hello, *asked = service.requests
+    assert hello["messages"][0]["content"] == judge_module.HELLO
+    assert sorted(r["messages"][0]["content"] for r in asked) == sorted(set(texts))
+    assert asked[0] | {"messages": []} == {"model": "m", "temperature": 0.0, "max_tokens": 1024, "messages": []}
+    assert 1 < service.most_in_flight <= 3
+    # Two words each asked, four answered, and those of the greeting.
+    words = len(judge_module.HELLO.split())
+    usage = judge.usage
+    assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (41, 80 + words, 160 + words + 2)
+    assert usage.cost(judge.options) == pytest.approx((2 * usage.prompt_tokens + 10 * usage.completion_tokens) / 1e6)
+    again = judge_of(service, cache)
+    assert again(texts) == replies and len(service.requests) == 41, "another process, and nobody is asked"
+    assert (again.usage.requests, again.usage.from_cache, again.usage.tokens_saved) == (0, 40, 240)
+    assert again.usage.cost(again.options) is None
+    assert judge_of(service, cache, temperature=0.5)(texts[:1]) and len(service.requests) == 43
+
+
+def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path) -> None:
+    service.instead = [(429, {"Retry-After": "0.01"}, b"slow down"), (503, {}, b""), (500, {}, b"")]
+    judge = judge_of(service, tmp_path / "r")
+    assert judge(["Hi"])[0].text == "You said Hi." and judge.usage.retries == 3
+    service.silent.set()
+    with pytest.raises(UserError, match=r"no reply from the judge at .* within 0\.5 s \((ReadTimeout|Connection)"):
+        judge_of(service, tmp_path / "s", timeout=0.1, deadline=0.5)(["Hi"])
+    service.silent.clear()
+    service.instead = [(429, {"Retry-After": "3600"}, b"")]
+    with pytest.raises(UserError, match="429 Too Many Requests"):
+        judge_of(service, tmp_path / "s")(["Hi"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ((404, {}, b"The model m does not exist"), "knows no model 'm', or the address .* does not exist"),
+        ((401, {}, f"bad key {SECRET}".encode()), "answers 401: it does not take the key in JUDGE_KEY$"),
+        ((302, {"Location": "http://elsewhere/"}, b""), "does not answer but says 302"),
+        ((400, {}, f"max_tokens, {SECRET}".encode()), r"does not answer but says 400 Bad Request: max_tokens, \.\.\."),
+        ((200, {}, b"<html>"), "must answer as OpenAI's chat completions do, not 200 OK: <html>"),
+        ((200, {}, b'{"choices": []}'), "must answer as OpenAI's"),
+        ((200, {}, b'{"choices": [{"message": {"content": 3}}]}'), "must answer as OpenAI's"),
+    ],
+)
+def test_mistakes_are_one_line(
+    service: JudgeService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: tuple[int, dict[str, str], bytes],
+    complaint: str,
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    service.instead = [answer]
+    with pytest.raises(UserError, match=complaint) as caught:
+        judge_of(service, tmp_path / "r", api_key_env="JUDGE_KEY")(["Hi"])
+    assert SECRET not in str(caught.value) and len(service.requests) == 1
+
+
+def test_nobody_there_not_allowed_and_no_key(
+    service: JudgeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="JUDGE_KEY, which is not set"):
+        judge_of(service, tmp_path / "r", api_key_env="JUDGE_KEY")
+    options = JudgeOptions(address="http://127.0.0.1:1/v1", model="m")
+    with pytest.raises(UserError, match=f"which {ALLOWED_HOSTS} does not name"):
+        Judge(options, tmp_path / "r")
+    monkeypatch.setenv(ALLOWED_HOSTS, "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"no judge answers at http://127\.0\.0\.1:1/v1/chat/completions"):
+        Judge(options, tmp_path / "r")(["Hi"])
+    with pytest.raises(UserError, match="cannot keep a judge's replies"):
+        Judge(options, Path("/dev/null/r"))
+
+
+def test_a_text_that_is_not_taken_is_counted(
+    service: JudgeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = judge_of(service, tmp_path / "r", concurrency=1)
+    judge(["Hi"])
+    service.instead = [(400, {}, b"too long"), (413, {}, b"")]
+    assert [reply.text for reply in judge(["long", "longer", "short"])] == ["", "", "You said short."]
+    assert judge.usage.not_taken == 2 and "2 texts not taken" in judge.usage.line(judge.options)
+    assert capsys.readouterr().out.count("400 Bad Request: too long") == 1
+    assert judge(["long"])[0].text == "You said long.", "it is not kept, and asked again"
+
+
+# The command
+
+
+def rows(count: int, **labels: object) -> list[dict[str, object]]:
+    return [
+        {"prompt": f"Is it {n}?", "response_0": f"+ yes {n}", "response_1": f"no - {n}", **labels} for n in range(count)
+    ]
+
+
+KNOWN = {"better_response_id": 0, "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], service: JudgeService, *more: str) -> tuple[int, str, str]:
+    judge = f"{{address: '{service.url}', model: m, api_key_env: JUDGE_KEY, price_prompt: 1}}"
+    files = [str(tmp_path / "pairs.jsonl"), "--canaries", str(tmp_path / "canaries.jsonl"), "--judge", judge]
+    with pytest.raises(SystemExit) as ended:
+        main(["judge", *files, "--out", str(tmp_path / "out"), *more])
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
+def test_the_command(
+    service: JudgeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    pairs = [*rows(3), {"prompt": "And?", "response_0": "same", "response_1": "same"}]
+    for name, content in (("pairs", pairs), ("canaries", rows(20, **KNOWN))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    # A judge that always takes the first place is no judge, and nothing is labelled by it.
+    service.says = lambda text: "ready" if text == judge_module.HELLO else "VERDICT: A"
+    code, out, err = run(tmp_path, capsys, service)
+    assert code == 2 and err.count("\n") == 1
+    assert "the labels of m may not be used: helpfulness: none of the labels it gave to 20 canaries" in err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["replies.jsonl"]
+    (tmp_path / "out" / "replies.jsonl").unlink()
+    # One that knows may label.
+    service.says = lambda text: "ready" if text == judge_module.HELLO else honest(text)
+    code, out, err = run(tmp_path, capsys, service, "--sensitive", "2")
+    assert (code, err) == (0, ""), err
+    assert "canaries, safety: 19 of 19 right" in out, "the sensitive one is left out"
+    written = [json.loads(line) for line in (tmp_path / "out" / "labels.jsonl").open()]
+    assert written == [row | KNOWN for row in rows(2)]
+    (audit,) = [json.loads(line) for line in (tmp_path / "out" / "audit.jsonl").open()]
+    assert audit == rows(3)[2] | {"audit": ["sensitive: 2"], "judge": {}}
+    figures = json.loads((tmp_path / "out" / "judge.json").read_text())
+    assert figures["counts"]["labelled"] == 2 and figures["counts"]["for people"] == 1
+    assert figures["comparisons"]["helpfulness"]["first"] == 2 and figures["safety"] == {"SAFE": 2, "UNSAFE": 2}
+    assert figures["cost"] == pytest.approx(figures["usage"]["prompt_tokens"] / 1e6) and "cost 0.0" in out
+    assert not any(SECRET in file.read_text() for file in (tmp_path / "out").iterdir()) and SECRET not in out
+    code, out, err = run(tmp_path, capsys, service)
+    assert code == 2 and "labels.jsonl is there already" in err

@@ -1,0 +1,147 @@
+"""An arena in one process: answers as transformers gives them, scores as the tensors have them, files like models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from actors.stages.arena import Arena
+from beaver_ray.errors import UserError
+from beaver_ray.small_world.world import SmallWorld
+from launch.pipeline import run_stage
+
+LONGEST = 6
+
+
+def arena(home: Path, workspace: Path, name: str, **changes: Any) -> Arena:
+    tree: dict[str, Any] = {
+        "stage": "arena",
+        "workspace": str(workspace),
+        "name": name,
+        "debug": True,
+        "policies": {"one": str(home / "model"), "same": str(home / "model")},
+        "prompts": [f"prompts:1:{home}/prompts/test.jsonl"],
+        "world": str(home / "world.json"),
+        "costs": [{"name": "harm"}, {"name": "learned", "model": str(home / "cost_model")}],
+        "category": "kind",
+        "harmful": {"kind": "adversarial"},
+        "benign": {"kind": "harmless"},
+        "max_prompt_tokens": 32,
+        "rollout": {"max_new_tokens": LONGEST, "max_sequences": 16},
+    }
+    return Arena.model_validate(tree | changes)
+
+
+def answers_in(folder: Path, policy: str) -> list[dict[str, Any]]:
+    lines = (folder / "final" / "answers" / f"{policy}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    """One policy under two names, two answers to each prompt, and asked again where it refuses."""
+    stage = arena(tiny_world, tmp_path_factory.mktemp("arena"), "sampled", answers=2, insist=2, insistence="show me")
+    run_stage(stage)
+    return stage
+
+
+def test_the_same_policy_says_the_same_and_ties_with_itself(sampled: Arena, tiny_world: Path) -> None:
+    folder, world = sampled.folder, SmallWorld.load(tiny_world / "world.json")
+    found = json.loads((folder / "arena.json").read_text())
+    one = answers_in(folder, "one")
+    assert one == answers_in(folder, "same") and len(one) == 2 * found["prompts"] == 32
+    assert len({row["response"] for row in one}) > 16, "another answer with another seed"
+    for row in one:
+        prompt, response = row["prompt"], row["response"]
+        assert row["reward"] == pytest.approx(world.reward(prompt, response, not row["ended"]))
+        assert row["cost/harm"] == world.cost(prompt, response)
+        assert row["refused"] == world.is_refusal(response)
+    assert {(pair["by"], pair["tie"]["mean"]) for pair in found["pairs"]} == {
+        ("reward", 1.0),
+        ("cost/harm", 1.0),
+        ("cost/learned", 1.0),
+    }
+    assert found["policies"]["one"]["reward"]["mean"] == pytest.approx(sum(row["reward"] for row in one) / 32)
+    unsafe = [row["cost/learned"] > 0 for row in one]
+    worst = found["policies"]["one"]["worst_of_k"]["learned"][1]
+    assert worst["mean"] == sum(unsafe[i] or unsafe[i + 1] for i in range(0, 32, 2)) / 16
+    assert set(found["categories"]) == {"harmless", "adversarial"} and found["harmful"] == 8
+    assert found["policies"]["one"]["insistence"]["refused_at_first"]["n"] == 8
+    assert "arena.html" in sampled.headlines()[-1] and (folder / "report.html").is_file()
+
+
+def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_good(
+    sampled: Arena, tiny_world: Path, tmp_path: Path
+) -> None:
+    said = sampled.folder / "final" / "answers" / "one.jsonl"
+    cut = tmp_path / "some.jsonl"
+    cut.write_text("\n".join(said.read_text().splitlines()[4:]), encoding="utf-8")  # without the first two prompts
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    torch.manual_seed(0)
+    layers = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    adapted = get_peft_model(base, layers).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    places = {"one": str(tiny_world / "model"), "adapted": str(tmp_path / "adapter")}
+    places |= {"said": str(said), "cut": str(cut)}
+    greedy = {"max_new_tokens": LONGEST, "max_sequences": 16, "temperature": 0.0}
+    costs = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
+    stage = arena(
+        tiny_world, tmp_path, "greedy", policies=places, rollout=greedy, costs=costs, world=None, harmful={}, benign={}
+    )
+    run_stage(stage)
+    found = json.loads((stage.folder / "arena.json").read_text())
+    assert found["prompts"] == 14
+    assert "cut has no answer to 2 of 16 prompts, which are left out for all" in found["remarks"]
+    again = answers_in(stage.folder, "said")
+    before = answers_in(sampled.folder, "one")[4:]
+    assert [row["response"] for row in again] == [row["response"] for row in before]
+    assert [row["cost/learned"] for row in again] == pytest.approx([row["cost/learned"] for row in before], abs=1e-5)
+    assert "reward" not in again[0] and not [pair for pair in found["pairs"] if pair["by"] == "reward"]
+
+    trunk = AutoModel.from_pretrained(tiny_world / "cost_model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
+    head, end = load_file(tiny_world / "cost_model" / "model.safetensors"), tokenizer.eos_token_id
+    asked = [(model, row) for row in answers_in(stage.folder, "one")[:3]]
+    asked += [(adapted, row) for row in answers_in(stage.folder, "adapted")[:3]]
+    assert [row["response"] for row in answers_in(stage.folder, "one")] != [
+        row["response"] for row in answers_in(stage.folder, "adapted")
+    ]
+    for asks, row in asked:
+        messages = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        with torch.no_grad():
+            settings = {"do_sample": False, "max_new_tokens": LONGEST, "eos_token_id": end, "pad_token_id": end}
+            whole = asks.generate(input_ids=torch.tensor([prompt]), **settings)[0]
+            answer = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)
+            tokens = prompt + tokenizer.encode(answer, add_special_tokens=False) + [end] * row["ended"]
+            hidden_D = trunk(torch.tensor([tokens])).last_hidden_state[0, -1]
+        assert row["response"] == answer and row["ended"] == bool(whole[-1] == end)
+        score = float(hidden_D @ head["score_head.weight"][0] + head["score_head.bias"][0])
+        assert row["cost/learned"] == pytest.approx(score, abs=1e-4)
+
+
+def test_what_cannot_be_compared_is_said_in_one_line(tiny_world: Path, tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(UserError) as error:
+            run_stage(arena(tiny_world, tmp_path, "refused", **changes))
+        return str(error.value)
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "hello", "response": "hello"}\n')
+    assert "the world knows harm, refusal alone" in refused(costs=[{"name": "leak"}])
+    assert "no prompt is left" in refused(policies={"said": str(answers)}, costs=[])
+    function = "python:beaver_ray/rules/text.py:refuses"
+    assert "nobody here has a tokenizer" in refused(
+        policies={"said": str(answers)}, costs=[{"name": "refusal", "model": function}]
+    )
+    assert "policy nobody" in refused(policies={"nobody": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "refused" / "final").exists()

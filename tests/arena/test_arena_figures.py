@@ -1,0 +1,192 @@
+"""What an arena says of answers, on cases whose outcome is known or can be counted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from beaver_ray.arena.comparisons import VERDICT, compare, win_tie_loss
+from beaver_ray.arena.figures import Entrant, Match, figures
+from beaver_ray.arena.ratings import AVERAGE, elo
+from beaver_ray.arena.safety import STOOD_FIRM, insistence, safety_matrix, worst_of_k
+
+PROMPTS, ANSWERS = 60, 3
+
+
+def entrant(seed: int, answers: int = ANSWERS) -> Entrant:
+    draw = np.random.default_rng(seed)
+    shape = (PROMPTS, answers)
+    return Entrant(
+        costs={"harm": draw.normal(size=shape)},
+        refused_NK=draw.random(shape) < 0.3,
+        truncated_NK=np.zeros(shape, dtype=bool),
+        words_NK=draw.integers(1, 9, shape),
+        rewards_NK=draw.normal(size=shape),
+    )
+
+
+def match(**entrants: Entrant) -> Match:
+    half = np.arange(PROMPTS) < PROMPTS // 2
+    return Match(entrants, half, ~half, {"all": np.ones(PROMPTS, dtype=bool), "first half": half})
+
+
+def flat(verdicts: list[str]) -> tuple[Any, Any]:
+    return np.array(verdicts), np.arange(len(verdicts))
+
+
+def test_identical_policies_tie() -> None:
+    same = entrant(0)
+    found = figures(match(one=same, other=same, third=replace(same)))
+    for pair in found["pairs"]:
+        assert (pair["win"]["mean"], pair["tie"]["mean"], pair["loss"]["mean"]) == (0.0, 1.0, 0.0)
+        assert pair["win_rate"]["mean"] == 0.5
+        assert pair["difference"]["mean"] == 0.0
+    assert {by: {r["mean"] for r in ratings.values()} for by, ratings in found["elo"].items()} == {
+        "reward": {AVERAGE},
+        "cost/harm": {AVERAGE},
+    }
+    assert all(m["safe/unsafe"]["mean"] == m["unsafe/safe"]["mean"] == 0.0 for m in found["safety_matrix"])
+
+
+def test_a_coin_flip_judge_gives_half_within_its_interval_19_times_in_20() -> None:
+    draw, prompts = np.random.default_rng(1), np.repeat(np.arange(100), 2)
+    covered = 0
+    for _ in range(400):
+        rate = win_tie_loss(draw.choice(["first", "second"], 200), prompts)["win_rate"]
+        covered += rate["low"] <= 0.5 <= rate["high"]
+    assert 0.92 <= covered / 400 <= 0.98  # four standard errors of a share of 0.95 are 0.044
+
+
+def test_intervals_know_that_answers_to_one_prompt_are_alike() -> None:
+    verdicts = np.repeat(np.where(np.arange(50) % 2 == 0, "first", "second"), 10)
+    clustered = win_tie_loss(verdicts, np.repeat(np.arange(50), 10))["win_rate"]
+    once = win_tie_loss(verdicts[::10], np.arange(50))["win_rate"]
+    assert (clustered["low"], clustered["high"]) == pytest.approx((once["low"], once["high"]))
+
+
+def test_a_judge_s_failures_are_counted_and_in_no_share() -> None:
+    found = win_tie_loss(*flat(["first", "first", "second", "tie", "unparsed", "refused", "refused", "first"]))
+    assert (found["comparisons"], found["unparsed"], found["refused"]) == (8, 1, 2)
+    assert found["win"]["mean"] == 3 / 5 and found["win"]["n"] == 5
+    assert found["win_rate"]["mean"] == pytest.approx(3.5 / 5)
+    nothing = win_tie_loss(*flat(["refused", "unparsed"]))
+    assert nothing["win_rate"] is None and nothing["comparisons"] == 2
+    with pytest.raises(ValueError, match="'draw' is no verdict"):
+        win_tie_loss(*flat(["first", "draw"]))
+
+
+def test_a_lower_cost_wins() -> None:
+    assert compare(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 1.0]), higher_wins=False).tolist() == [
+        "first",
+        "tie",
+        "second",
+    ]
+
+
+def test_elo_of_known_win_rates() -> None:
+    ten_of_eleven = flat(["first"] * 10 + ["second"])
+    ratings = elo(["a", "b"], {("a", "b"): ten_of_eleven})
+    assert ratings is not None
+    assert ratings["a"]["mean"] - ratings["b"]["mean"] == pytest.approx(400.0)
+    assert ratings["a"]["mean"] + ratings["b"]["mean"] == pytest.approx(2 * AVERAGE)
+    assert ratings["a"]["n"] == 11
+    # Of one pair: the delta method on the logarithm of the odds of a share with variance s^2 (G / (G - 1)) / G.
+    share, scale, games = 10 / 11, 400 / math.log(10), 11
+    error = scale * math.sqrt(share * (1 - share) / (games - 1)) / (share * (1 - share)) / 2
+    assert ratings["a"]["high"] - ratings["a"]["mean"] == pytest.approx(2.228139 * error, rel=1e-4)  # t(0.975, 10)
+
+
+def test_elo_recovers_strengths_and_is_their_maximum_likelihood() -> None:
+    strengths = {"a": 1.0, "b": 0.2, "c": -0.4, "d": -0.8}
+    draw = np.random.default_rng(5)
+    pairs = {}
+    for one, other in itertools.combinations(strengths, 2):
+        chance = 1 / (1 + math.exp(strengths[other] - strengths[one]))
+        verdicts = np.where(draw.random(4000) < chance, "first", "second").astype(VERDICT)
+        pairs[one, other] = verdicts, np.arange(4000)
+    pairs["a", "b"][0][:100] = "unparsed"
+    ratings = elo(list(strengths), pairs)
+    assert ratings is not None
+    for name, strength in strengths.items():
+        truth = AVERAGE + 400 / math.log(10) * strength
+        assert abs(ratings[name]["mean"] - truth) < 25
+        assert ratings[name]["low"] - 5 < truth < ratings[name]["high"] + 5
+
+    def loss(free: np.ndarray) -> float:
+        known = dict(zip(strengths, [0.0, *free], strict=True))
+        total = 0.0
+        for (one, other), (verdicts, _) in pairs.items():
+            gap = known[one] - known[other]
+            total += (verdicts == "first").sum() * math.log1p(math.exp(-gap))
+            total += (verdicts == "second").sum() * math.log1p(math.exp(gap))
+        return total
+
+    by_simplex = optimize.minimize(loss, np.zeros(3), method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-8}).x
+    gaps = [(ratings[name]["mean"] - ratings["a"]["mean"]) * math.log(10) / 400 for name in "bcd"]
+    assert gaps == pytest.approx(by_simplex, abs=1e-5)
+
+
+def test_there_are_no_finite_ratings_of_one_who_wins_always() -> None:
+    assert elo(["a", "b"], {("a", "b"): flat(["first"] * 9)}) is None
+    never_met = {("a", "b"): flat(["first", "second"]), ("c", "d"): flat(["first", "second"])}
+    assert elo(["a", "b", "c", "d"], never_met) is None
+    assert elo(["a", "b"], {("a", "b"): flat(["first"] * 9 + ["tie"])}) is not None
+
+
+def test_worst_of_k_is_the_mean_over_all_ways_to_draw_k() -> None:
+    unsafe_NK = np.random.default_rng(3).random((7, 6)) < 0.3
+    for k, found in enumerate(worst_of_k(unsafe_NK), start=1):
+        drawn = [any(row[list(some)]) for row in unsafe_NK for some in itertools.combinations(range(6), k)]
+        assert found["mean"] == pytest.approx(np.mean(drawn))
+        assert found["n"] == 7
+        assert found["low"] < found["mean"] < found["high"] or found["mean"] == 1.0
+    assert worst_of_k(np.zeros((20, 2), dtype=bool))[1]["high"] == pytest.approx(0.161, abs=1e-3)  # Wilson, 0 of 20
+
+
+def test_the_safety_matrix_counts_answers_of_equal_number() -> None:
+    first = np.array([[True, False], [False, False]])
+    second = np.array([[True, True], [False, True]])
+    shares = {key: figure["mean"] for key, figure in safety_matrix(first, second).items()}
+    assert shares == {"safe/safe": 0.25, "safe/unsafe": 0.5, "unsafe/safe": 0.0, "unsafe/unsafe": 0.25}
+
+
+def test_insistence_counts_only_who_was_refused() -> None:
+    found = insistence(np.array([0, 0, 1, 1, 2, STOOD_FIRM, STOOD_FIRM, STOOD_FIRM]), turns=3)
+    assert found["refused_at_first"]["mean"] == 6 / 8
+    assert [figure["mean"] for figure in found["gave_in_by_turn"]] == [2 / 6, 3 / 6, 3 / 6]
+    assert found["gave_in_by_turn"][0]["n"] == 6
+    assert insistence(np.array([0, 0]), turns=1)["gave_in_by_turn"] == [None]
+
+
+def test_policies_with_other_numbers_of_answers_meet_in_the_first_ones() -> None:
+    many, few = entrant(1), entrant(2, answers=1)
+    found = figures(match(many=many, few=few))
+    (pair,) = [pair for pair in found["pairs"] if pair["by"] == "reward"]
+    assert many.rewards_NK is not None and few.rewards_NK is not None
+    assert pair["win"]["mean"] == np.mean(many.rewards_NK[:, 0] > few.rewards_NK[:, 0])
+    assert pair["comparisons"] == PROMPTS
+
+
+def test_figures_over_categories_refusals_and_a_judge_of_pairs() -> None:
+    one, other = entrant(1), entrant(2)
+    verdicts = np.full((PROMPTS, ANSWERS), "second")
+    verdicts[:, 0] = "first"
+    judged = replace(match(one=one, other=other), verdicts={"judge": {("one", "other"): verdicts}})
+    found = figures(replace(judged, held_out=["first half"]))
+    harmful = judged.harmful_N
+    refused = found["policies"]["one"]["refusal_rate_harmful"]
+    assert refused["mean"] == one.refused_NK[harmful].mean() and refused["n"] == harmful.sum() * ANSWERS
+    assert found["policies"]["one"]["refusal_rate_benign"]["mean"] == pytest.approx(one.refused_NK[~harmful].mean())
+    inside = found["categories"]["first half"]["other"]["violation_rate/harm"]
+    assert inside["mean"] == pytest.approx((other.costs["harm"][harmful] > 0).mean())
+    assert found["held_out"]["held out"] == found["categories"]["first half"]
+    assert found["held_out"]["others"]["one"]["prompts"] == PROMPTS - harmful.sum()
+    by_judge = next(pair for pair in found["pairs"] if pair["by"] == "judge")
+    assert by_judge["win"]["mean"] == pytest.approx(1 / 3) and "difference" not in by_judge
+    assert set(found["elo"]) == {"reward", "cost/harm", "judge"}

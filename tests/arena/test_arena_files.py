@@ -1,0 +1,186 @@
+"""Files of answers, where policies come from, tables, and the page of an arena."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from actors.stages.arena import Arena
+from beaver_ray.arena.figures import Entrant, Match, figures
+from beaver_ray.arena.finished import Said, read_answers, write_answers
+from beaver_ray.arena.origins import run_of, template_of, trained_against
+from beaver_ray.arena.tables import tables_of, write_tables
+from beaver_ray.data.sources import RawSample
+from beaver_ray.errors import UserError
+from beaver_ray.report.arena import Shown, write_page
+from launch.arena import arena_config
+
+HOSTILE = '</script><img src=x onerror="alert(1)"> & \u2028 |'
+
+
+def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "one", "response": HOSTILE, "ended": False},
+        {"prompt": ["a", "b", "c"], "response": "first", "reward": 1.0},
+        {"prompt": "one", "response": ""},
+        {"prompt": ["a", "b", "c"], "response": "second"},
+        {"prompt": ["a", "b", "c"], "response": "third"},
+    ]
+    write_answers(tmp_path / "a.jsonl", rows)
+    read = read_answers(tmp_path / "a.jsonl")
+    said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")])
+    assert said.texts == [["first", "second"], [HOSTILE, ""]]
+    assert said.ended_NK.tolist() == [[True, True], [False, True]]
+    rounds = [("a1", True), ("b1", True), ("a2", False), ("b2", True)]
+    assert Said.of_rounds(rounds, 2).texts == [["a1", "a2"], ["b1", "b2"]]
+    assert Said.of_rounds(rounds, 2).ended_NK.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"prompt": "a"}', "line 2 needs prompt .* and response"),
+        ('{"prompt": ["a", "b"], "response": "c"}', "an odd number of turns"),
+        ("[]", "line 2 needs prompt"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=said):
+        read_answers(file)
+
+
+def test_a_run_says_how_it_was_asked_and_by_whom_it_was_judged(tmp_path: Path) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "reward")
+    run = {
+        "models": {"policy": "x", "reward": str(tmp_path / "link")},
+        "constraints": [
+            {"name": "harm", "model": {"folder": "org/guard", "guard": "wildguard"}},
+            {"name": "length", "model": "python:rules.py:length"},
+        ],
+        "data": {"template": {"system": "Be kind."}},
+    }
+    policy = tmp_path / "run" / "final" / "policy"
+    policy.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run))
+    assert run_of(str(policy)) == run_of(str(tmp_path / "run")) == run
+    assert run_of(str(tmp_path / "run" / "final")) == run_of(str(tmp_path)) == {}
+    assert trained_against(run) == {str((tmp_path / "reward").resolve()), "org/guard", "python:rules.py:length"}
+    assert trained_against({"stage": "sft", "model": "x"}) == set()
+    assert template_of(run).system == "Be kind."
+    assert template_of({"stage": "sft", "template": "beaver"}).style == "beaver"
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def made() -> tuple[Match, dict[str, Any], Shown]:
+    draw, names = np.random.default_rng(0), ("a", "b")
+    entrants = {
+        name: Entrant(
+            costs={"harm": draw.normal(size=(6, 2))},
+            refused_NK=np.zeros((6, 2), dtype=bool),
+            truncated_NK=np.zeros((6, 2), dtype=bool),
+            words_NK=np.ones((6, 2), dtype=int),
+            rewards_NK=draw.normal(size=(6, 2)),
+            gave_in_at_R=np.array([0, 1, -1]),
+        )
+        for name in names
+    }
+    nowhere = np.zeros(6, dtype=bool)
+    match = Match(entrants, nowhere, nowhere, {HOSTILE: ~nowhere}, [HOSTILE], targets={"harm": 0.1}, insisted=1)
+    told = {"judges": {"reward": "a <b>model</b>"}, "own_judges": {"a": ["reward"]}, "remarks": [HOSTILE]}
+    told |= {"refusals": "a rule", "seed": 1, "temperature": 1.0, "harmful": 0, "benign": 0, "insisted": 1}
+    shown = Shown([HOSTILE] * 6, {name: [HOSTILE] * 6 for name in names}, [[HOSTILE]] * 6)
+    return match, told | figures(match), shown
+
+
+def test_tables_say_what_the_figures_are(tmp_path: Path) -> None:
+    match, found, _ = made()
+    tables = tables_of(found)
+    write_tables(tables, tmp_path)
+    assert [table.name for table in tables] == [
+        *("policies", "pairs", "elo", "safety_matrix", "worst_of_k", "insistence", "categories")
+    ]
+    with (tmp_path / "policies.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    rate = found["policies"]["b"]["violation_rate/harm"]
+    assert float(rows[1]["violation rate harm"]) == rate["mean"] == (match.entrants["b"].costs["harm"] > 0).mean()
+    assert [float(rows[1][f"violation rate harm {end}"]) for end in ("low", "high", "n")] == [
+        *(rate["low"], rate["high"], 12)
+    ]
+    lines = (tmp_path / "tables.md").read_text(encoding="utf-8").split("\n")
+    row = next(line for line in lines if line.startswith("| b | "))
+    assert f"{rate['mean']:.1%} ({rate['low']:.1%} to {rate['high']:.1%}, n 12)" in row
+    assert row.count("|") - row.count("\\|") == lines[lines.index(row) - 2].count("|")
+
+
+def test_the_page_escapes_what_policies_say_and_marks_their_own_judges(tmp_path: Path) -> None:
+    match, found, shown = made()
+    write_page(tmp_path / "arena.html", "mine", found, tables_of(found), match, shown)
+    text = (tmp_path / "arena.html").read_text(encoding="utf-8")
+    page = Tags()
+    page.feed(text)
+    assert "img" not in {tag for tag, _ in page.tags} and "b" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not [attrs for _, attrs in page.tags if any(str(v).startswith(("http", "//")) for v in attrs.values())]
+    rows = [attrs for tag, attrs in page.tags if tag == "tr" and "data-categories" in attrs]
+    assert len(rows) == 6 and json.loads(str(rows[0]["data-categories"])) == [HOSTILE]
+    unsafe = [bool(entrant.costs["harm"][0, 0] > 0) for entrant in match.entrants.values()]
+    assert ("unsafe" in str(rows[0]["data-verdicts"]).split()) == any(unsafe)
+    assert ("differ" in str(rows[0]["data-verdicts"]).split()) == (any(unsafe) and not all(unsafe))
+    assert "Judged by its own judge: a by reward." in text
+
+
+def test_the_command_line_is_a_configuration(tmp_path: Path) -> None:
+    stage = arena_config(
+        ["a=runs/a", "b=b.jsonl"],
+        ["prompts:1:p.jsonl"],
+        ("reward", ["harm", "guard={folder: g, guard: wildguard}"], "world.json"),
+        3,
+        tmp_path / "out",
+        ["insist=2", "category=kind"],
+    )
+    assert isinstance(stage, Arena)
+    assert (stage.folder, stage.answers, stage.insist) == (tmp_path / "out", 3, 2)
+    assert (stage.folders, stage.files) == ({"a": "runs/a"}, {"b": "b.jsonl"})
+    assert [(cost.name, getattr(cost.model, "guard", cost.model)) for cost in stage.costs] == [
+        *(("harm", None), ("guard", "wildguard"))
+    ]
+    for words, said in (["a"], "must be NAME=FOLDER"), (["a=x", "a=y"], "two policies are called a"):
+        with pytest.raises(UserError, match=said):
+            arena_config(words, ["p"], (None, [], None), 1, tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": {"a b": "x"}}, "letters, digits"),
+        ({"costs": [{"name": "harm"}]}, "no world that knows it"),
+        ({"held_out": ["x"]}, "give category"),
+        ({"policies": {"a": "a.jsonl"}, "insist": 1}, "cannot be asked"),
+        ({"costs": [{"name": "harm", "model": "x"}, {"name": "harm", "model": "y"}]}, "different names"),
+        ({"costs": [{"name": "harm", "calibration": ["p"]}], "world": "w"}, "needs no calibration"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
+    tree = {"stage": "arena", "name": "a", "policies": {"a": "x"}, "prompts": ["p"]}
+    with pytest.raises(ValidationError, match=said):
+        Arena.model_validate(tree | changes)
