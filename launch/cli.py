@@ -172,6 +172,19 @@ def export(
 
 
 @app.command()
+def merge(
+    first: Annotated[str, typer.Argument(metavar="POLICY", help="Folder of a policy, or of a run.")],
+    second: Annotated[str, typer.Argument(metavar="POLICY", help="Another one of the same architecture.")],
+    weight: Annotated[float, typer.Option(metavar="Q", help="(1 - Q) of the first and Q of the second, 0 to 1.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write.")],
+) -> None:
+    """Write the weighted mean of two policies' weights as a policy (P-SACPO)."""
+    from beaver_ray.models.merge import merge as write
+
+    print(f"written: {write(first, second, weight, to)}")
+
+
+@app.command()
 def data(
     specs: Annotated[
         list[str], typer.Argument(metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or the YAML file of a stage.")

@@ -138,16 +138,20 @@ class HeldOut:
         return figures
 
     def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
-        """The content of evaluation.json; ``step`` only chooses the random numbers.
+        """The content of evaluation.json; ``step`` only chooses the random numbers."""
+        return self.summary(self.answers(roles, rollouts, step), rollouts.note, step)
+
+    def summary(self, answers: pa.RecordBatch, note: Callable[[str], None], step: int) -> dict[str, Any]:
+        """The content of evaluation.json about these answers.
 
         Where the truth is known of calibrated costs, `reliability` says afterwards whether they fit; a calibration that
         did in the evaluation before and no longer does is noted.
         """
-        answers, unusable = self._usable(self.answers(roles, rollouts, step), rollouts.note)
+        answers, unusable = self._usable(answers, note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self.judged(answers)
-        self._compare(answers, samples, rollouts.note, step)
+        self._compare(answers, samples, note, step)
         probabilities = targets.keys() & set(self.learned)
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
         if self.world and self.learned:

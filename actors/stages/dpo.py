@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from actors.driver.trainer_stage import TrainerStage
 from beaver_ray.options import option
 from beaver_ray.stage import ModelUse, RoleSpec
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from beaver_ray.data.tokenized import Ragged
     from beaver_ray.report.charts import Chart
 
+DELTA = 10.0  # SafeDPO's
+
 
 class Dpo(TrainerStage):
     """Options of stage dpo."""
@@ -32,12 +36,25 @@ class Dpo(TrainerStage):
     trained: ClassVar[str] = "policy"
 
     stage: Literal["dpo"] = option("Train a policy on preferences directly.")
-    label: Literal["better", "safer"] = option(
-        "Which preference is learned: for the more helpful answer, or for the safer one.", "better"
+    label: Literal["better", "safer", "safe_dpo"] = option(
+        "Which preference is learned: for the more helpful answer, for the safer one, or for the more helpful one "
+        "that is safe (SafeDPO).",
+        "better",
     )
     beta: float = option("How dearly a departure from the reference is paid for.", 0.1, gt=0)
+    delta: float | None = option(
+        "safe_dpo: how much further a safe answer is to move from the reference than an unsafe one; null: 10.",
+        None,
+        ge=0,
+    )
     reference: str | None = option("Folder of the frozen reference; null for the model's start.", None)
     dropout: bool = option("Train with the dropout of the model's configuration, which the reference has not.", False)
+
+    @model_validator(mode="after")
+    def _delta_of_safe_dpo(self) -> Dpo:
+        if self.delta is not None and self.label != "safe_dpo":
+            raise ValueError(f"delta belongs to label safe_dpo, not to {self.label}; leave it out, or change label")
+        return self
 
     def roles(self) -> list[RoleSpec]:
         """The trainer, which also reads another reference than its own start where there is one."""
@@ -49,9 +66,10 @@ class Dpo(TrainerStage):
 
     def dataset(self) -> Any:
         """Pairs that have the label."""
-        from beaver_ray.data.tokenized import PreferenceDataset, SaferPreferenceDataset
+        from beaver_ray.data.tokenized import PreferenceDataset, SafeDpoDataset, SaferPreferenceDataset
 
-        return PreferenceDataset if self.label == "better" else SaferPreferenceDataset
+        kinds = {"better": PreferenceDataset, "safer": SaferPreferenceDataset, "safe_dpo": SafeDpoDataset}
+        return kinds[self.label]
 
     def sequences(self, data: Any) -> tuple[Ragged, ...]:
         """The better sequences and the worse ones."""
@@ -78,7 +96,10 @@ class Dpo(TrainerStage):
         )
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
-        """Minus the log-likelihood that the better answer wins, by how far each is from the reference."""
+        """Minus the log-likelihood that the better answer wins, by how far each is from the reference.
+
+        With label safe_dpo against an unsafe one only by what exceeds `delta`.
+        """
         import torch
 
         from actors.machine.engine import LossTerms
@@ -87,11 +108,16 @@ class Dpo(TrainerStage):
         logprobs_B2 = _pair_logprobs(trainer.engine.engine, trainer, data, rows)
         reference_N2 = trainer.prepared[0 if data is trainer.train_data else 1]
         reference_B2 = torch.from_numpy(reference_N2[rows]).to(logprobs_B2)
+        offset_B = None
+        if self.label == "safe_dpo":
+            delta = DELTA if self.delta is None else self.delta
+            offset_B = delta * torch.from_numpy(data.worse_is_unsafe[rows]).to(logprobs_B2)
         return LossTerms(
             *dpo_loss(
                 *logprobs_B2.unbind(1),
                 *reference_B2.unbind(1),
                 beta=self.beta,
+                offset_B=offset_B,
                 weights_B=torch.full_like(logprobs_B2[:, 0], weight / len(batch)),
             )
         )

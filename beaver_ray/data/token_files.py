@@ -240,7 +240,7 @@ class _Job:
         for n, name in enumerate(ODD):
             columns[name] = [row.odd[n] for _, _, row in found]
         for n in range(3):
-            columns[f"label_{n}"] = [int(row.labels[n]) if row.labels else 0 for _, _, row in found]
+            columns[f"label_{n}"] = [int(row.labels[n]) if n < len(row.labels) else 0 for _, _, row in found]
         for side in range(self.kind.width):
             columns[f"tokens_{side}"] = [row.sequences[side] for _, _, row in found]
         schema = _schema(self.kind.width)

@@ -349,6 +349,40 @@ class SaferPreferenceDataset(PreferenceDataset):
 
 
 @dataclass(frozen=True)
+class SafeDpoDataset(PreferenceDataset):
+    """Pairs as SafeDPO learns them (https://arxiv.org/abs/2505.20065): by helpfulness, but a safe answer before an
+    unsafe one. Where both are unsafe there is nothing to prefer, and the pair is dropped and counted.
+    """
+
+    worse_is_unsafe: NDArray[np.bool_]  # [N]; the better one never is
+
+    @classmethod
+    def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """Both answers of a sample with all labels; swapped where only the more helpful one is unsafe."""
+        pair = encoder.pair(sample)
+        if sample.better is None:
+            raise BadRow("no label which answer is better")
+        if sample.is_safe is None or sample.is_other_safe is None:
+            raise BadRow("no safety labels")
+        safe = (sample.is_safe, sample.is_other_safe)
+        if not any(safe):
+            raise BadRow("both answers unsafe")
+        winner = 0 if sample.better else 1
+        swapped = not safe[winner]
+        better = 1 - winner if swapped else winner
+        return encoder.row(sample, (pair[better], pair[1 - better]), (not safe[1 - better], swapped))
+
+    @classmethod
+    def assemble(cls, columns: Columns, report: DropReport) -> Self:
+        """The data set of these columns, and how many pairs were swapped."""
+        worse_is_unsafe_N, swapped_N = columns.labels[:, :2].astype(np.bool_).T
+        if swapped := int(swapped_N.sum()):
+            report.remarks["pairs were swapped, as only the more helpful answer was unsafe"] = swapped
+        better, worse = columns.sequences
+        return cls(better, worse, columns.prompt_length, report, worse_is_unsafe_N)
+
+
+@dataclass(frozen=True)
 class SafetyPreferenceDataset(SequenceDataset):
     """Pairs of sequences on one prompt: the less harmful answer and the more harmful one, each with its sign.
 

@@ -211,17 +211,21 @@ def dpo_loss(
     reference_worse_B: Tensor,
     *,
     beta: float,
+    offset_B: Tensor | None = None,
     weights_B: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Direct preference optimisation, eq. 7 of https://arxiv.org/abs/2305.18290.
 
-    -log sigmoid(beta * [(pi - ref)(better) - (pi - ref)(worse)]).
+    -log sigmoid(beta * [(pi - ref)(better) - (pi - ref)(worse)] - offset).
     Inputs are log-probs of whole responses, summed over their tokens (those before the first differing token
-    cancel). Metrics: accuracy (margin > 0), margin (beta times the bracket).
+    cancel). offset_B: by how much the margin is to exceed 0, none without; SafeDPO's is Delta times the worse answer's
+    unsafe label less the better one's (https://arxiv.org/abs/2505.20065).
+    Metrics: accuracy (margin > 0), margin (beta times the bracket, without the offset).
     """
     weights_B = _pair_weights(weights_B, better_B)
     margin_B = beta * ((better_B - reference_better_B) - (worse_B - reference_worse_B))
-    return -(weights_B * F.logsigmoid(margin_B)).sum(), {
+    wanted_B = margin_B if offset_B is None else margin_B - offset_B
+    return -(weights_B * F.logsigmoid(wanted_B)).sum(), {
         "accuracy": (weights_B * (margin_B > 0)).sum().detach(),
         "margin": (weights_B * margin_B).sum().detach(),
     }

@@ -15,6 +15,7 @@ from beaver_ray.data.tokenized import (
     PreferenceDataset,
     PromptDataset,
     Ragged,
+    SafeDpoDataset,
     SafetyPreferenceDataset,
     SupervisedDataset,
     check_tokenizer,
@@ -102,6 +103,33 @@ def test_safety_pairs(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     assert data.sign_safer.tolist() == [-1, -1, -1, 1]
     assert data.sign_unsafer.tolist() == [1, 1, -1, 1]
     assert data.report.dropped == {"safer answer is not safer": 1, "no safety labels": 1}
+
+
+def test_safe_dpo_pairs(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of the more helpful answer A and the other one B: swapped where A alone is unsafe, dropped where both are."""
+    samples = [
+        RawSample("q", "A", "B", better=True, is_safe=True, is_other_safe=True),
+        RawSample("q", "A", "B", better=True, is_safe=True, is_other_safe=False),
+        RawSample("q", "A", "B", better=True, is_safe=False, is_other_safe=True),
+        RawSample("q", "B", "A", better=False, is_safe=True, is_other_safe=False),
+        RawSample("q", "B", "A", better=False, is_safe=False, is_other_safe=True),
+        RawSample("q", "A", "B", better=True, is_safe=False, is_other_safe=False),
+        RawSample("q", "A", "B", better=True, is_safe=True),
+        RawSample("q", "A", "B", is_safe=True, is_other_safe=True),
+    ]
+    data = SafeDpoDataset.build(samples, byte_tokenizer, max_length=100)
+    assert texts(byte_tokenizer, data.better, data.prompt_length) == [f"{x}<|end|>" for x in "AABBA"]
+    assert texts(byte_tokenizer, data.worse, data.prompt_length) == [f"{x}<|end|>" for x in "BBAAB"]
+    assert data.worse_is_unsafe.tolist() == [False, True, True, True, True]
+    assert data.report.dropped == {
+        "both answers unsafe": 1,
+        "no safety labels": 1,
+        "no label which answer is better": 1,
+    }
+    assert "2 pairs were swapped, as only the more helpful answer was unsafe" in data.report.line()
+    with pytest.raises(UserError, match=r"no preference pair is left .* 1 no safety labels") as error:
+        SafeDpoDataset.build(samples[6:7], byte_tokenizer, max_length=100)
+    assert "\n" not in str(error.value)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 9))

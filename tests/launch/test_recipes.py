@@ -28,8 +28,9 @@ SHAPES = {
     "7B": (4096, 32, 32_000, 11_008, 32, 32, 4096, False),
     "1B": (2048, 22, 32_000, 5_632, 32, 4, 2048, False),
     "135M": (576, 30, 49_152, 1_536, 9, 3, 8192, True),
+    "1M": (128, 4, 144, 352, 4, 4, 64, True),
 }
-"""hidden, layers, vocabulary, inner, heads, key-value heads, positions, tied: Llama, TinyLlama, SmolLM2."""
+"""hidden, layers, vocabulary, inner, heads, key-value heads, positions, tied: Llama, TinyLlama, SmolLM2, a world's."""
 KEYS = (
     "hidden_size",
     "num_hidden_layers",
@@ -43,7 +44,7 @@ KEYS = (
 RECIPES = [
     *((file, EIGHT_GPUS) for folder in ("beaver-7b", "compat") for file in sorted((CONFIGS / folder).glob("*.yaml"))),
     *((file, ONE_GPU) for file in sorted((CONFIGS / "beaver-1gpu").glob("*.yaml"))),
-    *((file, TWO_CORES) for file in sorted((CONFIGS / "real").glob("*.yaml"))),
+    *((file, TWO_CORES) for folder in ("real", "baselines") for file in sorted((CONFIGS / folder).glob("*.yaml"))),
 ]
 
 
@@ -57,7 +58,8 @@ def with_models(stage: Stage, write_model: Callable[..., Path], folder: Path) ->
     text = json.dumps(stage.model_dump(mode="json"))
     for number, name in enumerate({use.folder for role in stage.roles() for use in role.models}):
         small = "TinyLlama" in name or "beaver-1gpu/score_model" in name
-        size = "135M" if "/real/" in f"{name}/" else "1B" if small else "7B"
+        sizes = {"/real/": "135M", "/baselines/": "1M"}
+        size = next((size for part, size in sizes.items() if part in f"{name}/"), "1B" if small else "7B")
         shape: dict[str, Any] = dict(zip(KEYS, SHAPES[size], strict=True))
         shape |= {"score_heads": ["reward", "cost"]} if name.endswith("/score_model") else {}
         model = write_model(folder / f"{stage.name}-{number}", **shape)
@@ -97,6 +99,23 @@ def test_one_gpu_by_hand(tmp_path: Path, write_model: Callable[..., Path]) -> No
     whole = with_models(stage, write_model, tmp_path / "again").model_dump(mode="json")
     whole["models"]["lora_rank"] = 0
     assert plan(parse_config(whole, [], "f"), ONE_GPU).problems
+
+
+def test_each_baseline_starts_where_it_should(tmp_path: Path) -> None:
+    """SACPO's second step starts at the first one's policy, has no other reference, and learns the other label."""
+    stages = {s.name: s.model_dump() for s in stages_of(CONFIGS / "baselines" / "pipeline.yaml", tmp_path)}
+    files = {file.stem for file in (CONFIGS / "baselines").glob("*.yaml")} - {"pipeline"}
+    assert list(stages)[:3] == ["sft", "reward_model", "cost_model"] and set(stages) == {*list(stages)[:3], *files}
+    steps = {name: (Path(s["model"]).parts[-3], s["label"]) for name, s in stages.items() if s["stage"] == "dpo"}
+    assert steps == {
+        "dpo_helpful": ("sft", "better"),
+        "dpo_safe": ("sft", "safer"),
+        "sacpo": ("dpo_helpful", "safer"),
+        "sacpo_reverse": ("dpo_safe", "better"),
+        "safe_dpo": ("sft", "safe_dpo"),
+    }
+    assert all(stages[name]["reference"] is None and stages[name]["beta"] == 0.1 for name in steps)
+    assert stages["best_of_n_sft"]["train"] == [f"demonstrations:1:{tmp_path}/best_of_n/final/answers.jsonl"]
 
 
 def test_three_rounds(tmp_path: Path) -> None:

@@ -79,6 +79,32 @@ def test_pair_by_pair(one_rank: None, tiny_world: Path, tmp_path: Path, other: P
     assert trainer_of(config).evaluate() == pytest.approx(literal_dpo(tiny_world, other, label), rel=1e-4, abs=1e-5)
 
 
+def test_safe_dpo_pair_by_pair(one_rank: None, tiny_world: Path, tmp_path: Path, other: Path) -> None:
+    changes = {"label": "safe_dpo", "delta": 3.0, "model": str(other), "reference": str(tiny_world / "model")}
+    trainer = trainer_of(config_of(tiny_world, tmp_path, **changes))
+    models = [
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (other, tiny_world / "model")
+    ]
+    losses, swapped, dropped = [], 0, 0
+    for row in rows_of(tiny_world, "reward_model", "test"):
+        winner, unsafe = row["better_response_id"], [not row[f"is_response_{i}_safe"] for i in (0, 1)]
+        if all(unsafe):
+            dropped += 1
+            continue
+        if unsafe[winner]:
+            swapped, winner = swapped + 1, 1 - winner
+        pair = [encoded(tiny_world, row["prompt"], row[f"response_{i}"]) for i in (winner, 1 - winner)]
+        (one, two), (ref_one, ref_two) = ([literal_logprob(m, *side) for side in pair] for m in models)
+        margin = BETA * ((one - ref_one) - (two - ref_two)) - 3.0 * (unsafe[1 - winner] - unsafe[winner])
+        losses.append(float(-logsigmoid(torch.tensor(margin))))
+    assert trainer.evaluate()["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    (note,) = [line for line in trainer.describe()[1] if line.startswith("held-out data")]
+    assert f"{dropped} both answers unsafe" in note and f"{swapped} pairs were swapped" in note
+    assert swapped and dropped
+    with pytest.raises(ValueError, match="delta belongs to label safe_dpo, not to better"):
+        config_of(tiny_world, tmp_path, delta=3.0)
+
+
 def test_the_start_is_the_reference(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     """Nothing has moved before the first step, and what has moved after it is measured from the start."""
     trainer = trainer_of(config_of(tiny_world, tmp_path))

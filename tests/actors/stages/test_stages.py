@@ -37,7 +37,8 @@ def of(name: str, **changes: Any) -> Stage:
     """A stage with the options that it must have."""
     kind = stages()[name]
     tree = MAKES_DATA.get(name) or (ON_DATA if "model" in kind.model_fields else ON_PROMPTS)
-    return kind.model_validate({"stage": name} | tree | changes)
+    known = {key: value for key, value in tree.items() if key in kind.model_fields}
+    return kind.model_validate({"stage": name} | known | changes)
 
 
 def test_a_file_is_a_stage() -> None:

@@ -1,0 +1,48 @@
+"""Best-of-n under a gate, against every draw there is."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from beaver_ray.method.best_of_n import chances, chosen, sizes
+
+
+def test_the_best_that_keeps_the_gate() -> None:
+    rewards = np.array([[1.0, 5.0, 3.0], [2.0, 1.0, 2.0], [9.0, 9.0, 9.0], [np.nan, -4.0, -5.0]])
+    kept = np.array([[True, False, True], [True, True, True], [False, False, False], [False, True, True]])
+    assert chosen(rewards, kept).tolist() == [2, 0, -1, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_chances_are_those_of_all_draws(n: int) -> None:
+    draw = np.random.default_rng(n)
+    rewards, kept = draw.normal(size=(20, 5)).round(1), draw.random((20, 5)) < 0.5
+    found = chances(rewards, kept, n)
+    for row in range(20):
+        order = np.argsort(-rewards[row], kind="stable")
+        given = np.zeros(5)
+        draws = list(combinations(range(5), n))
+        for members in draws:
+            winner = next((int(i) for i in order if i in members and kept[row, i]), None)
+            if winner is not None:
+                given[winner] += 1 / len(draws)
+        np.testing.assert_allclose(found[row], given, atol=1e-12)
+
+
+def test_all_answers_at_once_is_the_choice() -> None:
+    draw = np.random.default_rng(0)
+    rewards, kept = draw.normal(size=(50, 16)), draw.random((50, 16)) < 0.1
+    best = chosen(rewards, kept)
+    expected = np.zeros((50, 16))
+    expected[np.flatnonzero(best >= 0), best[best >= 0]] = 1
+    np.testing.assert_allclose(chances(rewards, kept, 16), expected, atol=1e-12)
+    assert 0 < (best < 0).sum() < 50
+    with pytest.raises(ValueError, match="from 1 to the 16"):
+        chances(rewards, kept, 17)
+
+
+def test_points_of_the_curve() -> None:
+    assert [sizes(n) for n in (1, 2, 5, 16)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8, 16]]
