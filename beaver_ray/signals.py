@@ -99,9 +99,9 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
 
     Raises UserError where none of several heads is the signal's.
     """
-    plans = [_scorer("reward", "reward", "reward", config.models.reward)]
+    plans = [scorer_plan("reward", "reward", "reward", config.models.reward)]
     for constraint in config.constraints:
-        plan = _scorer(constraint.name, f"cost-{constraint.name}", "cost", constraint.model)
+        plan = scorer_plan(constraint.name, f"cost-{constraint.name}", "cost", constraint.model)
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
             same.columns[f"cost/{constraint.name}"] = len(same.columns)
@@ -122,7 +122,8 @@ def critics(config: PolicyConfig) -> list[CriticPlan]:
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def _scorer(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+def scorer_plan(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+    """The scorer ``name`` of one signal, of kind reward or cost. UserError where the model is of another kind."""
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
         return ScorerPlan(name, kind, source, {column: source.head(kind)})

@@ -132,6 +132,23 @@ _UF = "HuggingFaceH4/ultrafeedback_binarized"
 reader("UltraFeedback", _UF, split="train_prefs")(chosen_rejected)
 reader("UltraFeedback/test", _UF, split="test_prefs")(chosen_rejected)
 reader("preferences")(chosen_rejected)
+reader("RewardBench", "allenai/reward-bench", split="filtered")(chosen_rejected)
+
+
+@reader("RewardBench-2", "allenai/reward-bench-2", split="test")
+def rewardbench2(row: dict[str, Any]) -> RawSample:
+    """prompt, and lists of texts chosen (one, of subset Ties several) and rejected: the first of each is the pair.
+
+    Further fields are id, subset, and the two whole lists.
+    """
+    lists = row.get("chosen"), row.get("rejected")
+    if not all(isinstance(texts, list) and texts for texts in lists):
+        raise BadRow("'chosen' and 'rejected' are not lists of answers")
+    chosen, rejected = ([text_field({"answer": text}, "answer") for text in texts] for texts in lists)
+    if set(chosen) & set(rejected):
+        raise BadRow("identical responses")
+    prompt, fields = prompt_field(row.get("prompt"), "prompt"), rest(row, "prompt")
+    return RawSample(prompt, chosen[0], rejected[0], better=True, fields=fields)
 
 
 # ---------------------------------------------------------------- labelled answers
