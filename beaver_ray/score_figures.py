@@ -96,14 +96,19 @@ def agreement(kind: str, first_N: np.ndarray, second_N: np.ndarray, labelled: La
     if len(pairs):
         orders = [np.sign(scores[pairs[:, 0]] - scores[pairs[:, 1]]) for scores in (first_N, second_N)]
         found["order"] = share_interval(orders[0] == orders[1], prompt_N[pairs[:, 0]])
-    x, y = stats.rankdata(first_N), stats.rankdata(second_N)
-    x, y = x - x.mean(), y - y.mean()
-    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
-    found["rank_correlation"] = _bootstrapped(terms, prompt_N, _correlation)
+    found["rank_correlation"] = rank_correlation(first_N, second_N, prompt_N)
     if kind == "cost":
         a, b = first_N > 0, second_N > 0
         found["kappa"] = _bootstrapped(np.stack([a & b, a & ~b, ~a & b, ~a & ~b], axis=1), prompt_N, _kappa)
     return found
+
+
+def rank_correlation(first_N: np.ndarray, second_N: np.ndarray, cluster_N: np.ndarray) -> Figure:
+    """Spearman's, with the interval that it has for these ranks; its mean is None of constants."""
+    x, y = stats.rankdata(first_N), stats.rankdata(second_N)
+    x, y = x - x.mean(), y - y.mean()
+    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+    return _bootstrapped(terms, cluster_N, _correlation)
 
 
 def _ranking(good_N: np.ndarray, pairs_K2: np.ndarray, labelled: Labelled) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def scores(
     if missing := [name for name in judges[-1].kinds.values() if name not in judges[0].kinds.values()]:
         raise UserError(f"{judges[0].name} gives no {missing[0]}, which {against} gives; compare models of one kind")
     answers, scored = score_all(judges, answers, by)
-    found = _report(judges, answers, scored, specs)
+    found = _report(_names(judges), judges, answers, scored, specs)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -44,12 +44,17 @@ def scores(
 
 
 def _report(
-    judges: Sequence[ScoreModel], answers: Answers, scored: Sequence[dict[str, Any]], specs: Sequence[str]
+    names: Sequence[str],
+    judges: Sequence[ScoreModel],
+    answers: Answers,
+    scored: Sequence[dict[str, Any]],
+    specs: Sequence[str],
 ) -> ScoreReport:
+    """What the labels say of the scores of one or two models."""
     labelled = answers.labelled
     judged = [
-        Judged(judge.name, of, {name: figures(judge.kinds[name], of[name], labelled) for name in of})
-        for judge, of in zip(judges, scored, strict=True)
+        Judged(short, judge.name, of, {name: figures(judge.kinds[name], of[name], labelled) for name in of})
+        for short, judge, of in zip(names, judges, scored, strict=True)
     ]
     both = {}
     for first, kind in judges[0].kinds.items() if len(judges) > 1 else []:
@@ -58,6 +63,12 @@ def _report(
             both[name] = agreement(kind, scored[0][first], scored[1][second], labelled)
     rows = [(_asked(answers, int(row)), text) for row, text in zip(answers.row_N.tolist(), answers.texts, strict=True)]
     return ScoreReport(judged, both, labelled, rows, list(specs), answers.report)
+
+
+def _names(judges: Sequence[ScoreModel]) -> list[str]:
+    """What each model is called: the last part of its path, or all of it where two would be called alike."""
+    short = [Path(judge.name).name for judge in judges]
+    return short if len(set(short)) == len(short) else [judge.name for judge in judges]
 
 
 def _asked(answers: Answers, row: int) -> str:

@@ -23,6 +23,7 @@ from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample, as_text, field_value
+from beaver_ray.data_options import DataEntry, data_entry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.folders import find_model, read_config
@@ -189,7 +190,7 @@ class ScoreModel:
                 threads=torch.get_num_threads(),
                 trust_remote_code=trust,
                 template=_template(text) if self.is_model else "auto",
-                prompts=[list(specs)],
+                prompts=[[spec if isinstance(spec, str | DataEntry) else data_entry(spec) for spec in specs]],
                 timeout_s=TIMEOUT_S,
             )
             worker = pkgutil.resolve_name(plans[0].source.worker)

@@ -135,16 +135,19 @@ reader("preferences")(chosen_rejected)
 reader("RewardBench", "allenai/reward-bench", split="filtered")(chosen_rejected)
 
 
+def _texts(value: Any, name: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"'{name}' is not a list of answers")
+    return [text_field({name: text}, name) for text in value]
+
+
 @reader("RewardBench-2", "allenai/reward-bench-2", split="test")
 def rewardbench2(row: dict[str, Any]) -> RawSample:
     """prompt, and lists of texts chosen (one, of subset Ties several) and rejected: the first of each is the pair.
 
     Further fields are id, subset, and the two whole lists.
     """
-    lists = row.get("chosen"), row.get("rejected")
-    if not all(isinstance(texts, list) and texts for texts in lists):
-        raise BadRow("'chosen' and 'rejected' are not lists of answers")
-    chosen, rejected = ([text_field({"answer": text}, "answer") for text in texts] for texts in lists)
+    chosen, rejected = (_texts(row.get(name), name) for name in ("chosen", "rejected"))
     if set(chosen) & set(rejected):
         raise BadRow("identical responses")
     prompt, fields = prompt_field(row.get("prompt"), "prompt"), rest(row, "prompt")

@@ -81,6 +81,9 @@ class Judged:
     """What one model makes of the answers, by signal: its scores [N] and their figures."""
 
     model: str
+    """A short name."""
+    source: str
+    """What its scores come from."""
     scores: Mapping[str, np.ndarray]
     figures: Mapping[str, Mapping[str, Any]]
 
@@ -106,7 +109,7 @@ class ScoreReport:
             "prompts": len(np.unique(self.labelled.prompt_N)),
             "answers": len(self.rows),
             "pairs": len(self.labelled.pairs_P2),
-            "models": [{"model": judged.model, "signals": dict(judged.figures)} for judged in self.judged],
+            "models": [{"model": judged.source, "signals": dict(judged.figures)} for judged in self.judged],
         }
         return found | ({"agreement": dict(self.agreement)} if self.agreement else {})
 
@@ -194,7 +197,8 @@ class ScoreReport:
             .get_template("scores.html.j2")
             .render(
                 name=judged.model,
-                against=[other.model for other in self.judged[1:]],
+                source=judged.source,
+                against=[other.source for other in self.judged[1:]],
                 data=self.data,
                 cards=_cards(rows, len(self.rows), len(self.labelled.pairs_P2)),
                 charts=charts,
