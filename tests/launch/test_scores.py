@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from launch.__main__ import main
+from tests.actors.support import ppo_config
 
 MINE = """
 def marked(prompts, responses):
@@ -66,7 +68,7 @@ def end_scores(folder: Path, rows: list[dict[str, Any]], answer: str) -> list[fl
 def test_a_cost_model_against_plain_transformers(
     tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file of the PKU format with harms and severities, its cost model beside its reward model read as a cost."""
+    """A file of the PKU format with harms and severities, judged by a run's model."""
     rows = [json.loads(line) for line in (tiny_world / "preferences" / "test.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
         for answer in (0, 1):
@@ -75,9 +77,12 @@ def test_a_cost_model_against_plain_transformers(
             row[f"response_{answer}_harm_category"] = {"Violence": unsafe and number % 2 == 0, "Drugs": False}
     data = write(tmp_path / "pairs.jsonl", rows)
     costs = [end_scores(tiny_world / "cost_model", rows, f"response_{answer}") for answer in (0, 1)]
-    spec = f"PKU-SafeRLHF:1:{data}"
-    out = told(capsys, tiny_world / "cost_model", "--data", spec, "--out", tmp_path / "found")
-    tree = json.loads((tmp_path / "found" / "scores.json").read_text())
+    run = {"stage": "cost_model", "workspace": str(tmp_path), "name": "run", "model": "m", "train": ["alpaca"]}
+    shutil.copytree(tiny_world / "cost_model", tmp_path / "run" / "final" / "cost_model")
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(run))
+    out = told(capsys, tmp_path / "run", "--data", f"PKU-SafeRLHF:1:{data}")
+    found = tmp_path / "run" / "scores"
+    tree = json.loads((found / "scores.json").read_text())
     (model,) = tree["models"]
     cost = model["signals"]["cost"]
     ordered = [
@@ -95,11 +100,11 @@ def test_a_cost_model_against_plain_transformers(
         "high": 0,
         "n": len(violent),
     }
-    with (tmp_path / "found" / "scores.csv").open() as file:
+    with (found / "scores.csv").open() as file:
         table = {(row["group"], row["figure"]): row for row in csv.DictReader(file)}
     assert float(table["", "accuracy"]["mean"]) == cost["accuracy"]["mean"]
     assert int(table["severity 2", "unsafe_found"]["n"]) == len(severe)
-    page, markdown = ((tmp_path / "found" / f"scores.{end}").read_text() for end in ("html", "md"))
+    page, markdown = ((found / f"scores.{end}").read_text() for end in ("html", "md"))
     assert page.count("<svg") >= 3 and "Clearest mistakes" in page and "severity 2" in page
     assert "| severity 2 | unsafe answers above 0 |" in markdown and "cost_model" in out
 
@@ -161,7 +166,11 @@ def test_what_cannot_be_judged_is_one_line(
     pairs = f"preferences:1:{write(tmp_path / 'p.jsonl', [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}])}"
     prompts = f"prompts:1:{tiny_world}/prompts/test.jsonl"
     words = function(tmp_path, "marked", monkeypatch)
+    policy = ppo_config(tiny_world, "ppo", workspace=str(tmp_path)).folder
+    policy.mkdir()
+    (policy / "config.yaml").write_text(ppo_config(tiny_world, "ppo").model_dump_json())
     for arguments, says in {
+        (policy, "--data", pairs): "is a run of stage ppo without a trained score model",
         (words, "--data", pairs): "give --as reward, or --as cost",
         (words, "--data", pairs, "--as", "cost"): "which answer is safer",
         (words, "--data", pairs, "--as", "harm"): "--as must be reward or cost",
