@@ -161,7 +161,7 @@ class HeldOut:
         Where the truth is known of calibrated costs, `reliability` says afterwards whether they fit; a calibration that
         did in the evaluation before and no longer does is noted.
         """
-        answers, unusable = self._usable(self.answers(roles, rollouts, step), rollouts.note)
+        answers, unusable = self._usable(self.answers(roles, rollouts, step, proxy=True), rollouts.note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
         samples, optimum = self.judged(answers)
@@ -174,8 +174,14 @@ class HeldOut:
         summary = summarize(samples, optimum, limits, targets, probabilities, forms)
         return {"judged_by": by, **unusable, **summary, **(self._proxy(answers, samples) if self.world else {})}
 
-    def answers(self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1) -> pa.RecordBatch:
-        """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on."""
+    def answers(
+        self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1, proxy: bool = False
+    ) -> pa.RecordBatch:
+        """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on.
+
+        proxy: also with the learned reward, where the truth makes it needless for the figures.
+        """
+        columns = [*self._columns(), *(["reward"] if proxy and self.world else [])]
         prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
@@ -184,7 +190,7 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        return answers_to(batch, lambda chunk: self._judge(roles, chunk), self._columns(), roles, rollouts)
+        return answers_to(batch, lambda chunk: self._judge(roles, chunk, columns), columns, roles, rollouts)
 
     def judged(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
         """What the truth, or else learned scorers, say of answers; and the best mean reward, where that is known."""
@@ -224,9 +230,9 @@ class HeldOut:
         }
         return {name: figure for name, figure in found.items() if figure["mean"] is not None}
 
-    def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
+    def _judge(self, roles: Roles, chunk: Any, columns: Sequence[str]) -> list[Any]:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
-        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
+        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
         return [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
 
     def _scores(self) -> list[str]:
@@ -240,7 +246,6 @@ class HeldOut:
         return [
             *("sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason"),
             *self._scores(),
-            *(["reward"] if self.world else []),
             *probabilities,
         ]
 

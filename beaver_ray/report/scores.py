@@ -303,7 +303,7 @@ def _calibration(signal: str, figures: Mapping[str, Any]) -> Iterator[Chart]:
 
 def _by_length(signal: str, right_K: np.ndarray, longer_K: np.ndarray) -> list[Chart]:
     order = np.argsort(longer_K, kind="stable")
-    parts = np.array_split(order, max(1, min(20, len(order) // FEWEST)))
+    parts = np.array_split(order, max(1, min(10, len(order) // FEWEST)))
     x = np.array([longer_K[part].mean() for part in parts])
     share = Series("right order", np.array([right_K[part].mean() for part in parts]))
     caption = (
