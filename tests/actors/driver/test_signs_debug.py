@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.driver.evaluate import HeldOut
 from actors.driver.train import train
+from beaver_ray.evaluation import summarize
+from beaver_ray.experience import make_batch
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_evaluation, read_metrics
 from tests.actors.support import ppo_config
@@ -41,6 +44,32 @@ def test_signs_are_measured_and_shown(one_rank: None, tiny_world: Path, tmp_path
     assert judged["proxy/reward"]["n"] == judged["reward"]["n"] and "proxy/correlation" in judged
     page = write_report(config, folder).read_text()
     assert "Signs of reward hacking" in page and "None of those" in page and "perplexity of held-out text" in page
+
+
+def test_refusals_by_kind_where_no_truth_is_known(tiny_world: Path, tmp_path: Path) -> None:
+    """Of rows that say what their prompt is; one that does not is of another kind."""
+    rows = [json.loads(line) for line in (tiny_world / "prompts" / "test.jsonl").read_text().splitlines()[:4]]
+    rows = [{"prompt": row["prompt"]} for row in rows]
+    for row, kind in zip(rows, ("safe", "safe", "unsafe"), strict=False):
+        row["label"] = kind
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = HeldOut(ppo_config(tiny_world, evaluation={"prompts": [f"prompts:1:{file}"]}))
+    said = ["sorry i can not help", "oil the lock", "sorry i can not help", "oil the lock"]
+    answers = make_batch(
+        {
+            "sample_id": range(4),
+            "prompt_id": range(4),
+            "prompt_tokens": list(held_out.prompts.prompts),
+            "response_tokens": [held_out.tokenizer.encode(text, add_special_tokens=False) for text in said],
+            "finish_reason": ["stop"] * 4,
+            "reward": [0.0] * 4,
+            "cost/harm": [0.0] * 4,
+        }
+    )
+    summary = summarize(held_out.judged(answers)[0])
+    rates = {key.removeprefix("refusal_rate_"): f["mean"] for key, f in summary.items() if key.startswith("refusal")}
+    assert rates == {"safe": 0.5, "unsafe": 1.0, "other": 0.0}
 
 
 def perplexity(policy: Path, demonstrations: Path) -> float:
