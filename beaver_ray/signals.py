@@ -104,9 +104,9 @@ def scorer_plans(reward: str | GuardModel, costs: Mapping[str, str | GuardModel]
 
     Raises UserError where none of several heads is the signal's.
     """
-    plans = [_scorer("reward", "reward", "reward", reward)]
+    plans = [scorer_plan("reward", "reward", "reward", reward)]
     for name, model in costs.items():
-        plan = _scorer(name, f"cost-{name}", "cost", model)
+        plan = scorer_plan(name, f"cost-{name}", "cost", model)
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
             same.columns[f"cost/{name}"] = len(same.columns)
@@ -127,7 +127,8 @@ def critics(config: PolicyConfig) -> list[CriticPlan]:
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def _scorer(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+def scorer_plan(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+    """The scorer ``name`` of one signal, of kind reward or cost. UserError where the model is of another kind."""
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
         return ScorerPlan(name, kind, source, {column: source.head(kind)})

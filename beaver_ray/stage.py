@@ -160,6 +160,10 @@ class Stage(RunConfig):
         """The headline figures of its report; ``evaluation`` is evaluation.json, or empty."""
         raise NotImplementedError
 
+    def signs(self, metrics: dict[str, np.ndarray]) -> list[str] | None:
+        """What looks like reward hacking in its metrics, one sentence each; None of a stage that has no scorers."""
+        return None
+
     def announcements(self) -> list[str]:
         """What a run does that one may not expect of it, one line each, for its plan."""
         return []

@@ -238,6 +238,35 @@ def judge(
 
 
 @app.command()
+def scores(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run's folder, a score model's, or any source that models.reward may be."
+        ),
+    ],
+    data: Annotated[
+        list[str], typer.Option(metavar="SPEC", help="Preference pairs or labelled answers: NAME[:PROPORTION[:PATH]].")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another one; how far both agree is told as well.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", metavar="reward|cost", help="What MODEL scores, where its folder does not say it."),
+    ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Figures by this field of the rows too.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write, instead of MODEL/scores.")] = None,
+) -> None:
+    """How good the scores of a reward or cost model are, by answers that people have labelled."""
+    from launch.scores import scores as judge
+
+    judge(model, data, against, kind, by or [], out)
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)

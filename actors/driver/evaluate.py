@@ -14,24 +14,32 @@ import pyarrow as pa
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
 from actors.driver.rollouts import Rollouts, Score
+from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
-from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.mixing import load_mix, prompt_key
+from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.scopes import in_words
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
-from beaver_ray.evaluation import Samples, summarize
+from beaver_ray.evaluation import Samples, mean_interval, summarize
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.reliability import compare
+from beaver_ray.rules.refusals import is_refusal
+from beaver_ray.score_figures import rank_correlation
 from beaver_ray.signals import scorers
 from beaver_ray.small_world.judging import truths
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.verdicts import Calibrated, Reliability
 
+MOST_TEXTS = 256
+"""Answers of held-out rows whose perplexity is measured."""
+KINDS = ("kind", "label")
+"""Fields of a held-out prompt that say what it is, as harmless or safe."""
 FIRST_SAMPLE_ID = 1 << 40  # held-out answers share no id, and so no random numbers, with training's
 
 
@@ -126,6 +134,15 @@ class HeldOut:
         """Those whose calibrated probabilities can be held against the truth."""
         self.reliability: dict[str, Calibrated] = {}
         """What came of that in the last evaluation."""
+        reader = Reader(self.tokenizer, config.data.template)
+        self.texts = _demonstrations(
+            self.samples, reader, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        )
+        """Prompts and answers that the rows bring along; None where they have none."""
+        kinds = self.world is None and any(field in s.fields for s in self.samples for field in KINDS)
+        self.dialogues = Dialogues(reader) if kinds else None
+        if self.dialogues:
+            self.dialogues.add(self.samples)
 
     def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
         """The evaluation's means as metrics of one step."""
@@ -135,11 +152,13 @@ class HeldOut:
             shown = {"predicted": found.predicted, "observed": found.observed, "ece": found.ece}
             shown |= {"observed_low": found.low, "observed_high": found.high}
             figures |= {f"eval/calibration/{name}/{key}": value for key, value in shown.items()}
+        if self.texts is not None:
+            figures |= _perplexity(roles.policy.run(PolicyTrainer.logprobs, self.texts))
         return figures
 
     def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
         """The content of evaluation.json; ``step`` only chooses the random numbers."""
-        return self.summary(self.answers(roles, rollouts, step), rollouts.note, step)
+        return self.summary(self.answers(roles, rollouts, step, proxy=True), rollouts.note, step)
 
     def summary(self, answers: pa.RecordBatch, note: Callable[[str], None], step: int) -> dict[str, Any]:
         """The content of evaluation.json about these answers.
@@ -157,10 +176,17 @@ class HeldOut:
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
         forms = self.config.objective().settings.forms
-        return {"judged_by": by, **unusable, **summarize(samples, optimum, limits, targets, probabilities, forms)}
+        summary = summarize(samples, optimum, limits, targets, probabilities, forms)
+        return {"judged_by": by, **unusable, **summary, **self._proxy(answers, samples)}
 
-    def answers(self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1) -> pa.RecordBatch:
-        """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on."""
+    def answers(
+        self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1, proxy: bool = False
+    ) -> pa.RecordBatch:
+        """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on.
+
+        proxy: also with the learned reward, where the truth makes it needless for the figures.
+        """
+        columns = [*self._columns(), *(["reward"] if proxy and self.world else [])]
         prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
@@ -169,7 +195,7 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        return answers_to(batch, lambda chunk: self._judge(roles, chunk), self._columns(), roles, rollouts)
+        return answers_to(batch, lambda chunk: self._judge(roles, chunk, columns), columns, roles, rollouts)
 
     def judged(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
         """What the truth, or else learned scorers, say of answers; and the best mean reward, where that is known."""
@@ -196,9 +222,24 @@ class HeldOut:
                 when = f"step {step}" if 0 < step <= self.config.total_steps(0) else "evaluation"
                 note(f"{when}: the calibration of {name} {found.in_words()}; calibrate on labels of such answers")
 
-    def _judge(self, roles: Roles, chunk: Any) -> list[Any]:
+    def _proxy(self, answers: pa.RecordBatch, samples: Samples) -> dict[str, Any]:
+        """What the learned reward says of answers, and how its order goes with the truth's, where both are there."""
+        if self.world is None or "reward" not in answers.schema.names:
+            return {}
+        learned = experience.scalars(answers, "reward").astype(np.float64)
+        known = np.isfinite(learned)
+        if not known.any():
+            return {}
+        prompt_id = samples.prompt_id[known]
+        found = {
+            "proxy/reward": mean_interval(learned[known], prompt_id),
+            "proxy/correlation": rank_correlation(learned[known], samples.reward[known], prompt_id),
+        }
+        return {name: figure for name, figure in found.items() if figure["mean"] is not None}
+
+    def _judge(self, roles: Roles, chunk: Any, columns: Sequence[str]) -> list[Any]:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
-        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(self._columns())]
+        plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
         return [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
 
     def _scores(self) -> list[str]:
@@ -276,11 +317,18 @@ class HeldOut:
         return world.optimum(prompts, violation_rates=rates, scopes=scopes)
 
     def _by_scorers(self, answers: pa.RecordBatch) -> Samples:
+        kinds, refusals = None, None
+        if self.dialogues is not None:
+            rows = [self.dialogues.row(tokens) for tokens in experience.rows(answers, "prompt_tokens")]
+            kinds = np.array([str(next((row[field] for field in KINDS if field in row), "other")) for row in rows])
+            refusals = np.array([is_refusal(text) for text in self._texts(answers, "response_tokens")])
         return Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
             reward=experience.scalars(answers, "reward").astype(np.float64),
             costs={c.name: experience.scalars(answers, f"cost/{c.name}") for c in self.config.constraints},
             truncated=experience.truncated(answers),
+            refusal=refusals,
+            kind=kinds,
             inside=self._inside(answers),
         )
 
@@ -292,3 +340,31 @@ class HeldOut:
     def _texts(self, answers: pa.RecordBatch, column: str) -> list[str]:
         rows = experience.rows(answers, column)
         return [str(t) for t in self.tokenizer.batch_decode([r.tolist() for r in rows], skip_special_tokens=True)]
+
+
+def _demonstrations(samples: Sequence[RawSample], reader: Reader, longest: int) -> pa.RecordBatch | None:
+    """The first MOST_TEXTS rows that are a prompt with one answer, as far as they are not too long and not unsafe."""
+    rows: list[tuple[list[int], list[int]]] = []
+    for sample in samples:
+        if len(rows) == MOST_TEXTS:
+            break
+        if sample.answer is None or sample.other_answer is not None or sample.is_safe is False:
+            continue
+        prompt = reader.prompt(prompt_key(sample), sample.system)
+        answer = reader.answer(reader.form.bare(sample.answer))
+        if len(prompt) + len(answer) <= longest:
+            rows.append((prompt, answer))
+    if not rows:
+        return None
+    prompts, answers = zip(*rows, strict=True)
+    columns = {"sample_id": np.arange(len(rows)), "prompt_tokens": prompts, "response_tokens": answers}
+    return experience.make_batch(columns)
+
+
+def _perplexity(parts: Sequence[pa.RecordBatch]) -> dict[str, float]:
+    """Of the answers that the rows bring along, by the policy as it samples; empty where log-probs are the
+    reference's alone."""
+    found = [experience.flat(part, "logprobs") for part in parts if "logprobs" in part.schema.names]
+    if not found:
+        return {}
+    return {"eval/perplexity": float(np.exp(-np.concatenate(found).mean(dtype=np.float64)))}

@@ -25,10 +25,12 @@ from actors.roles.scorer import Reference, ScorerBase
 from actors.weights.publishing import publish
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
+from beaver_ray.hacking import Watch
 from beaver_ray.method.calibration import Calibration
 from beaver_ray.method.confidence import safety_margin
 from beaver_ray.method.divergence import PERSISTS, bounded_cost
 from beaver_ray.method.multipliers import Multiplier
+from beaver_ray.runs import read_metrics
 
 
 def train_policy(
@@ -42,6 +44,7 @@ def train_policy(
     """All steps of a PPO run from where its state stands; ``evaluate`` gives figures on held-out prompts."""
     state, run = recovery.state, recovery.run
     steps = config.total_steps(0)
+    signs = Watch(config.evaluation.world is not None, read_metrics(run.folder))
     with run.progress(config.stage, steps) as progress:
         while state.step < steps:
             clock = Clock()
@@ -49,6 +52,8 @@ def train_policy(
             run.log(state.step, metrics)
             if config.save_every and state.step % config.save_every == 0 and state.step < steps:
                 recovery.save()
+            for sign in signs.observe(state.step, metrics):
+                run.note(f"step {state.step}: sign of reward hacking: {sign}")
             watch(config, recovery, metrics)
             trace.record(state.step, clock)
             shown = {f"{c.name} cost": bounded_cost(metrics, c.name) for c in config.constraints}

@@ -257,10 +257,16 @@ class PolicyStage(PolicyConfig, Stage):
         return ppo_cards(metrics, evaluation, self)
 
     def headlines(self) -> list[str]:
-        """How good, how safe and how fast the run was."""
+        """How good, how safe and how fast the run was, and what looks like reward hacking."""
         from beaver_ray.report.policy import ppo_headlines
 
         return ppo_headlines(self)
+
+    def signs(self, metrics: dict[str, np.ndarray]) -> list[str]:
+        """What looks like reward hacking."""
+        from beaver_ray.hacking import signs
+
+        return [sign.sentence for sign in signs(metrics, truth=self.evaluation.world is not None)]
 
     def trajectories(self) -> Trajectories:
         """With a violation rate as its limit a cost is the probability of being unsafe, otherwise a raw score."""

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beaver_ray import experience
+from beaver_ray.answer_figures import answer_figures
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import bounded
 from beaver_ray.method.objective import Answers
+from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.signals import critics, scorers
 
 NAMED = 5  # samples, of those that cannot be used, that a remark names
@@ -25,6 +27,7 @@ class ExperienceBuilder:
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config, self.objective = config, config.objective()
+        self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
 
     def gather(self, wanted: list[list[int]], *chunks: pa.RecordBatch) -> pa.RecordBatch:
         """The ``wanted`` samples of each chunk of finished sequences in one batch, by sample id."""
@@ -167,6 +170,7 @@ class ExperienceBuilder:
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
             "rollout/weight_version_mean": float(experience.own(batch, "token_versions").mean()),
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
+            **answer_figures(batch, lambda rows: self.tokenizer.batch_decode(rows, skip_special_tokens=True)),
         }
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"

@@ -132,6 +132,26 @@ _UF = "HuggingFaceH4/ultrafeedback_binarized"
 reader("UltraFeedback", _UF, split="train_prefs")(chosen_rejected)
 reader("UltraFeedback/test", _UF, split="test_prefs")(chosen_rejected)
 reader("preferences")(chosen_rejected)
+reader("RewardBench", "allenai/reward-bench", split="filtered")(chosen_rejected)
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"'{name}' is not a list of answers")
+    return [text_field({name: text}, name) for text in value]
+
+
+@reader("RewardBench-2", "allenai/reward-bench-2", split="test")
+def rewardbench2(row: dict[str, Any]) -> RawSample:
+    """prompt, and lists of texts chosen (one, of subset Ties several) and rejected: the first of each is the pair.
+
+    Further fields are id, subset, and the two whole lists.
+    """
+    chosen, rejected = (_texts(row.get(name), name) for name in ("chosen", "rejected"))
+    if set(chosen) & set(rejected):
+        raise BadRow("identical responses")
+    prompt, fields = prompt_field(row.get("prompt"), "prompt"), rest(row, "prompt")
+    return RawSample(prompt, chosen[0], rejected[0], better=True, fields=fields)
 
 
 # ---------------------------------------------------------------- labelled answers

@@ -16,7 +16,8 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
 
     A row may have a ``system`` text of its own (those of stage generate do where their prompts had one).
     Of v1.0 also response_0/1_harm_category (19 flags) and response_0/1_severity_level (0 to 3): the further fields
-    are ``harm``, the names that either answer is flagged with, ``severity``, the higher one, and the rest of the row.
+    are ``harm``, the names that either answer is flagged with, ``response_0/1_harm``, those of each, ``severity``, the
+    higher one, and the rest of the row.
     """
     prompt = prompt_field(row.get("prompt"), "prompt")
     responses = text_field(row, "response_0"), text_field(row, "response_1")
@@ -45,6 +46,7 @@ def _pku_fields(row: dict[str, Any]) -> dict[str, Any]:
     fields = rest(row, "prompt", "system", "response_0", "response_1", *(f"response_{n}_harm_category" for n in (0, 1)))
     if any(isinstance(of_answer, dict) for of_answer in flags):
         fields["harm"] = flagged(*flags)
+        fields |= {f"response_{number}_harm": flagged(of_answer) for number, of_answer in enumerate(flags)}
     if known := [level for level in levels if isinstance(level, int | float)]:
         fields["severity"] = max(known)
     return fields

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from tokenizers import Tokenizer
 
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.hacking import columns
 from beaver_ray.report.charts import Chart, Panel, Series, reliability_charts
 from beaver_ray.runs import is_finished, read_evaluation, read_metrics
 from beaver_ray.stage import Stage, Trajectories
@@ -45,7 +46,7 @@ def write_report(stage: Stage, folder: Path) -> Path:
     rows = read_metrics(folder)
     if not rows:
         raise UserError(f"{folder} has no logged step yet; wait for the run's first step")
-    metrics = _columns(rows)
+    metrics = columns(rows)
     evaluation = read_evaluation(folder)
     written = stage.trajectories()
     notes = folder / "notes.log"
@@ -64,6 +65,7 @@ def write_report(stage: Stage, folder: Path) -> Path:
             judged_by=evaluation.get("judged_by"),
             evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
             certificate=certificate,
+            signs=stage.signs(metrics),
             samples=read_samples(folder, written) if written else [],
             costs=list(written.unsafe_above) if written else [],
             notes=notes.read_text(encoding="utf-8", errors="replace") if notes.is_file() else "",
@@ -92,7 +94,7 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, in
     for key, figure in evaluation.items():
         if not isinstance(figure, dict) or "mean" not in figure:
             continue
-        form = ".4g" if key == "reward" or key.startswith(("cost/", "bounded/")) else ".1%"
+        form = ".4g" if key == "reward" or key.startswith(("cost/", "bounded/", "proxy/")) else ".1%"
         bound = next((f"{word} {figure[word]:{form}}" for word in ("limit", "target") if word in figure), "")
         interval = "" if figure["low"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
         rows.append((key.replace("_", " "), f"{figure['mean']:{form}}", interval, figure["n"], bound))
@@ -240,14 +242,3 @@ def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:
         smooth = (sums[1:] - sums[starts]) / (np.arange(len(y)) + 1 - starts)
         ax.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
         ax.plot(x, smooth, color=color, linewidth=1.8, label=series.label)
-
-
-# Reading
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Metrics by key, float64 [rows], nan where a row has none."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {
-        key: np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64) for key in keys
-    }

@@ -8,6 +8,7 @@ import numpy as np
 
 from beaver_ray.config import PolicyConfig
 from beaver_ray.constraint_options import ConstraintConfig
+from beaver_ray.hacking import columns, signs
 from beaver_ray.report.charts import (
     Card,
     Chart,
@@ -98,8 +99,34 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
             ],
         ),
     ]
-    charts += [_held_out_chart(metrics), *(_calibration_chart(metrics, name) for name in names)]
+    charts += [_signs_chart(metrics), _held_out_chart(metrics), *(_calibration_chart(metrics, name) for name in names)]
     return drawable(charts)
+
+
+def _signs_chart(metrics: dict[str, np.ndarray]) -> Chart:
+    """What runs away where a policy pleases its scorers alone."""
+
+    def panel(ylabel: str, **keys: str) -> Panel:
+        return Panel(ylabel, [Series(label, metrics[key]) for label, key in keys.items() if key in metrics])
+
+    proxy = "eval/proxy/reward"
+    truth = Panel("held out", [])
+    if proxy in metrics:
+        truth = panel("held out", learned=proxy, true="eval/reward")
+    refusing = {key.removeprefix("eval/").replace("_", " "): key for key in metrics if "/refusal_rate_" in key}
+    return Chart(
+        "Signs of reward hacking",
+        "Learned reward against the true one and their rank correlation on held-out answers; length of the answers, "
+        "distinct n-grams among them, refusals and disclaimers; perplexity of held-out text.",
+        [
+            truth,
+            panel("correlation", correlation="eval/proxy/correlation"),
+            panel("tokens", length="rollout/response_tokens"),
+            panel("distinct", unigrams="rollout/distinct_1", bigrams="rollout/distinct_2"),
+            panel("share", refusals="rollout/refusal_rate", disclaimers="rollout/disclaimer_rate", **refusing),
+            panel("perplexity", perplexity="eval/perplexity"),
+        ],
+    )
 
 
 def _held_out_chart(metrics: dict[str, np.ndarray]) -> Chart:
@@ -216,7 +243,8 @@ def ppo_headlines(config: PolicyConfig) -> list[str]:
     speeds = [row["throughput/samples_per_second"] for row in rows if row.get("throughput/samples_per_second")]
     if speeds:
         lines.append(f"samples per second: {sorted(speeds)[len(speeds) // 2]:.3g}")
-    return lines
+    found = signs(columns(rows), truth=config.evaluation.world is not None)
+    return lines + [f"sign of reward hacking: {sign.sentence}" for sign in found]
 
 
 def _with_interval(figure: dict[str, Any], form: str) -> str:
