@@ -206,6 +206,7 @@ class HeldOut:
         probabilities = [f"cost/{name}" for name in self.compared]
         return [
             *("sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason"),
+            *(["loss_mask"] if self.config.rollout.environment else []),
             *self._scores(),
             *probabilities,
         ]
@@ -232,15 +233,23 @@ class HeldOut:
         return answers.filter(pa.array(~lost)), {"unusable": int(lost.sum())}
 
     def _by_truth(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
+        """Of a dialogue the mean reward of its answers to the prompt, and the costs of the worst of them.
+
+        Who gives the best of its answers each time has no less reward and no higher costs, so that the optimum is that
+        of one answer.
+        """
         assert self.world is not None
         world = self.world
         truncated = experience.truncated(answers)
-        prompts = self._texts(answers, "prompt_tokens")
-        responses = self._texts(answers, "response_tokens")
-        pairs = list(zip(prompts, responses, strict=True))
-        rewards = [world.reward(p, r, bool(t)) for (p, r), t in zip(pairs, truncated, strict=True)]
+        prompts = self._texts(experience.rows(answers, "prompt_tokens"))
+        responses, rewards, truth, refusal = self._said(answers), [], [], []
+        for prompt, said, cut in zip(prompts, responses, truncated.tolist(), strict=True):
+            last = len(said) - 1
+            rewards.append(float(np.mean([world.reward(prompt, r, cut and n == last) for n, r in enumerate(said)])))
+            each = [world.costs(prompt, r) for r in said]
+            truth.append({name: max(costs[name] for costs in each) for name in each[0]})
+            refusal.append(any(world.is_refusal(r) for r in said))
         costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
-        truth = [world.costs(p, r) for p, r in pairs]
         costs |= {name: np.array([true[cost] for true in truth]) for name, cost in self.truths.items()}
         order = [c.name for c in self.config.constraints] or list(self.truths)
         samples = Samples(
@@ -248,7 +257,7 @@ class HeldOut:
             reward=np.array(rewards),
             costs={name: costs[name] for name in order},
             truncated=truncated,
-            refusal=np.array([world.is_refusal(r) for r in responses]),
+            refusal=np.array(refusal),
             kind=np.array([world.parse(p).kind for p in prompts]),
             inside=self._inside(answers),
         )
@@ -286,6 +295,14 @@ class HeldOut:
         prompts = experience.scalars(answers, "prompt_id")
         return {name: inside[prompts] for name, inside in self.prompts.inside.items()}
 
-    def _texts(self, answers: pa.RecordBatch, column: str) -> list[str]:
-        rows = experience.rows(answers, column)
+    def _said(self, answers: pa.RecordBatch) -> list[list[str]]:
+        """The texts of each response's answers: one, but in dialogues."""
+        places = experience.answers(answers)
+        responses = experience.rows(answers, "response_tokens")
+        return [
+            self._texts([tokens[start:end] for start, end in found])
+            for tokens, found in zip(responses, places, strict=True)
+        ]
+
+    def _texts(self, rows: Sequence[np.ndarray]) -> list[str]:
         return [str(t) for t in self.tokenizer.batch_decode([r.tolist() for r in rows], skip_special_tokens=True)]

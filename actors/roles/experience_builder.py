@@ -168,6 +168,10 @@ class ExperienceBuilder:
             "rollout/weight_version_mean": float(experience.own(batch, "token_versions").mean()),
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
         }
+        if "turns" in batch.schema.names:
+            stats["rollout/answers"] = 1.0 + float(experience.lengths(batch, "turns").mean())
+            ended = np.array(batch.column("finish_reason").to_pylist())
+            stats["rollout/out_of_room"] = float((ended == "room").mean())
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"
             costs, prompts = experience.scalars(batch, column), experience.scalars(batch, "prompt_id")
