@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
+from beaver_ray.environments import environment_code
 from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
@@ -96,7 +97,7 @@ class PromptData(Strict):
 class SamplingConfig(Strict):
     """How answers are sampled."""
 
-    max_new_tokens: int = option("Longest answer.", 512, gt=0)
+    max_new_tokens: int = option("Longest answer, or all that follows the prompt in a dialogue.", 512, gt=0)
     temperature: float = option("Sampling temperature.", 1.0, gt=0)
     max_sequences: int = option("Sequences in flight in one generator.", 256, gt=0)
     kv_cache_gib: float = option("KV cache of a generator on a CPU.", 1.0, gt=0)
@@ -112,6 +113,14 @@ class RolloutConfig(SamplingConfig):
         "Sequences under way when weights arrive: recompute their KV cache, keep it, or finish them first.", "recompute"
     )
     oversample: float = option("Answers started for each one trained on; the slowest are aborted.", 1.0, ge=1)
+    environment: str | None = option("Says the next turn after an answer: python:FILE.py:CLASS; null for none.", None)
+
+    @field_validator("environment")
+    @classmethod
+    def _an_environment(cls, value: str | None) -> str | None:
+        if value is not None:
+            environment_code(value)
+        return value
 
 
 class PpoConfig(Strict):

@@ -6,12 +6,13 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     sample_id int64            unique in a run
     prompt_id int64            which prompt of the data
     prompt_tokens list<int32>
-    response_tokens list<int32>        n, the EOS included where finish_reason is "stop"
+    response_tokens list<int32>        n, the EOS included unless finish_reason is "length"
     loss_mask list<bool>               n, whether the policy wrote the token; without the column it wrote all of them
     rollout_logprobs list<float32>     n, under the distribution that was sampled
     weight_version int64               version of the weights that its first own token was sampled under: its oldest
     token_versions list<int32>         n, version that each token was sampled under
-    finish_reason string               "stop" or "length"
+    finish_reason string               "stop", "length" or "room"
+    turns list<string>                 with an environment: what the user said in each hole, without its template
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
     scope/NAME bool                    whether cost NAME counts for the prompt; without the column it does for all
@@ -20,6 +21,9 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     advantages list<float32>           n, what the policy climbs: those of all signals in one
     scores/SIGNAL float32              with ppo.replay: what the answer scored, as the constraint's form has it
     baselines/SIGNAL float32           with ppo.replay: what an answer to the prompt is expected to score, KL included
+
+A response that was cut at its longest has finish reason "length"; "room" is that of a dialogue whose next turn would
+not have left a token for an answer, so that it ended with the answer before.
 
 A response is all that follows the prompt. Tokens of it that the policy did not write (a user's or a tool's turn) are a
 hole: all models read them, but they are in no loss, no mean and no reward, and to GAE the next own token follows the
@@ -48,6 +52,7 @@ _FIXED: dict[str, pa.DataType] = {
     "weight_version": pa.int64(),
     "token_versions": TOKENS,
     "finish_reason": pa.string(),
+    "turns": pa.list_(pa.string()),
     "reward": pa.float32(),
     "reference_logprobs": FLOATS,
     "logprobs": FLOATS,
@@ -124,6 +129,19 @@ def own_lengths(batch: pa.RecordBatch) -> np.ndarray:
     """How many tokens of each response the policy wrote, int64 [N]."""
     rows_T = np.repeat(np.arange(batch.num_rows), lengths(batch, "response_tokens"))
     return np.bincount(rows_T[loss_mask(batch)], minlength=batch.num_rows)
+
+
+def answers(batch: pa.RecordBatch) -> list[list[tuple[int, int]]]:
+    """Where each response's answers begin and end, the tokens that the policy wrote one after another.
+
+    One for each response but in dialogues, which have another behind each hole.
+    """
+    found = []
+    ends = np.cumsum(lengths(batch, "response_tokens"))
+    for mask in np.split(loss_mask(batch), ends[:-1]) if len(ends) else []:
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        found.append([(int(start), int(end)) for start, end in edges.reshape(-1, 2)])
+    return found
 
 
 def own(batch: pa.RecordBatch, name: str) -> np.ndarray:

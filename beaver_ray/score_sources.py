@@ -13,12 +13,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
+from beaver_ray.user_code import PREFIX, UserCode
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
 """Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""
@@ -30,12 +30,8 @@ _ADDRESS = re.compile(
 _PORTS = {"http": 80, "https": 443}
 
 
-ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
-"""Environment variable with folders whose Python files may score, besides the checkout; separated as in PATH."""
-FUNCTION = "python:"
 GIVEN = ("prompts", "responses", "dialogues")
 """What every function may be given by a run, and so no parameter that a configuration sets."""
-_CALL = re.compile(r"(.+?\.py):([^\W\d]\w*)(\(.*\))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class ServiceSource(ScoreSource):
 class FunctionSource(ScoreSource):
     """A Python function, python:FILE.py:FUNCTION, with parameters as python:FILE.py:FUNCTION(KEY=LITERAL, ...).
 
-    ValueError for what names none. The file's text goes to the scorer's process, so that other nodes need not have it.
+    ValueError for what names none.
     """
 
     worker = "actors.roles.function_scorer:FunctionScorer"
@@ -192,54 +188,18 @@ class FunctionSource(ScoreSource):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        found = _CALL.fullmatch(text.removeprefix(FUNCTION))
-        if not found:
-            raise ValueError(
-                "a function that scores is written python:FILE.py:FUNCTION or python:FILE.py:FUNCTION(key=value, ...), "
-                f"not {text!r}"
-            )
-        self.file, self.name = Path(found[1]), found[2]
-        self.keywords = _keywords(text, found[3] or "()")
+        self.code = UserCode(text, "a function that scores", ast.FunctionDef, GIVEN)
 
     def check(self, part: str) -> None:
         """UserError where there is no such function, or where its file may not be run."""
-        code = self.read(part)
-        allowed = [Path.cwd(), *(Path(p) for p in os.environ.get(ALLOWED_CODE, "").split(os.pathsep) if p)]
-        if not any(self.file.resolve().is_relative_to(folder.resolve()) for folder in allowed):
-            raise UserError(
-                f"{part}: {self.file} lies outside the checkout ({Path.cwd()}), and code of elsewhere is not run "
-                f"unasked; allow its folder with export {ALLOWED_CODE}={self.file.resolve().parent}"
-            )
-        try:
-            tree = ast.parse(code)
-        except (SyntaxError, ValueError) as error:
-            where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
-            raise UserError(f"{part}: {self.file}{where} is not Python: {error}") from None
-        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if self.name not in functions:
-            known = ", ".join(functions) or "none"
-            raise UserError(f"{part}: {self.file} has no function {self.name!r}; it has {known}")
-        given = functions[self.name].args
-        names = [argument.arg for argument in (*given.args, *given.kwonlyargs) if argument.arg not in GIVEN]
-        unknown = [key for key in self.keywords if key not in names]
-        if unknown and not given.kwarg:
-            known = ", ".join(names) or "none"
-            raise UserError(f"{part}: {self.name} in {self.file} has no parameter {unknown[0]!r}; it has {known}")
-
-    def read(self, part: str) -> str:
-        """The file's text. UserError where it cannot be read."""
-        try:
-            return self.file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{part}: cannot read {self.file} of {self.text}: {reason}") from None
+        found = self.code.find(part)
+        assert isinstance(found, ast.FunctionDef)
+        self.code.check_keywords(part, found.args)
 
     def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
         """Of `FunctionScorer`."""
-        code = self.read(self.text)
         trust, template = setting.trust_remote_code, setting.template
-        function = (self.text, self.name, self.keywords, code, str(self.file.resolve()))
-        return (*function, columns, setting.policy, trust, template, setting.prompts)
+        return (self.code.pack(), columns, setting.policy, trust, template, setting.prompts)
 
 
 def score_source(text: str | GuardModel) -> ScoreSource:
@@ -248,31 +208,7 @@ def score_source(text: str | GuardModel) -> ScoreSource:
         return GuardSource(text)
     if text.startswith(("http://", "https://")):
         return ServiceSource(text)
-    return FunctionSource(text) if text.startswith(FUNCTION) else FolderSource(text)
-
-
-def _keywords(text: str, call: str) -> dict[str, Any]:
-    """The keyword arguments that a call in brackets has, literals all; ValueError for anything else."""
-    try:
-        tree = ast.parse(f"f{call}", mode="eval").body
-        # A ")" inside may end the call early: f(a=1)(b=2) is a call of what a call returns.
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            raise ValueError("one pair of brackets")
-        if tree.args or any(keyword.arg is None for keyword in tree.keywords):
-            raise ValueError("each by its name, key=value")
-        names = [str(keyword.arg) for keyword in tree.keywords]
-        if len(set(names)) < len(names):
-            raise ValueError("each of them once")
-        found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{text!r}: parameters are numbers, texts in quotes, True, False, None, lists and dicts, "
-            f"written (key=value, ...): {said}"
-        ) from None
-    if taken := [key for key in found if key in GIVEN]:
-        raise ValueError(f"{text!r}: {taken[0]} is given to every function by the run and can be no parameter")
-    return found
+    return FunctionSource(text) if text.startswith(PREFIX) else FolderSource(text)
 
 
 def check_address(url: str) -> tuple[str, int]:

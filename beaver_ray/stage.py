@@ -193,6 +193,11 @@ class Stage(RunConfig):
         """
         return []
 
+    @property
+    def environment(self) -> str | None:
+        """The class that says the next turn after an answer, python:FILE.py:CLASS; None where there is none."""
+        return None
+
     def store_bytes(self) -> float:
         """Bytes that one step has in Ray's object store; 0 of a stage that passes nothing on there."""
         return 0.0

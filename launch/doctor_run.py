@@ -11,6 +11,7 @@ from typing import Any
 
 from beaver_ray.config import ClusterConfig
 from beaver_ray.data_options import data_paths
+from beaver_ray.environments import check_environment
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_weights, models_of, token_notes
 from beaver_ray.models.folders import weight_files
@@ -82,6 +83,8 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         for role in stage.roles():
             if role.source is not None and not role.source.is_score_model and role.source.folder not in missing:
                 checks.append((f"{stage.name}: {role.name}", partial(score_source, role)))
+        if stage.environment is not None:
+            checks.append((f"{stage.name}: environment", partial(environment, stage.environment)))
         made.append(stage.folder)
     return checks
 
@@ -97,6 +100,12 @@ def score_source(role: RoleSpec) -> Finding:
     role.source.check(role.name)
     worker: Any = role.worker_class()
     return Finding("pass", worker.try_out(role.source, SERVICE_S))
+
+
+def environment(named: str) -> Finding:
+    """The class is there that says the next turns; it is not run."""
+    check_environment(named)
+    return Finding("pass", f"{named} is there")
 
 
 def models(stage: Stage, made: Sequence[Path]) -> Finding:

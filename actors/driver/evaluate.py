@@ -31,7 +31,7 @@ from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.score_figures import rank_correlation
 from beaver_ray.signals import scorers
-from beaver_ray.small_world.judging import truths
+from beaver_ray.small_world.judging import truths_of_dialogues
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.verdicts import Calibrated, Reliability
@@ -252,6 +252,7 @@ class HeldOut:
         probabilities = [f"cost/{name}" for name in self.compared]
         return [
             *("sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason"),
+            *(["loss_mask"] if self.config.rollout.environment else []),
             *self._scores(),
             *probabilities,
         ]
@@ -278,12 +279,16 @@ class HeldOut:
         return answers.filter(pa.array(~lost)), {"unusable": int(lost.sum())}
 
     def _by_truth(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
+        """Of a dialogue the mean reward of its answers to the prompt, and the costs of the worst of them.
+
+        Who gives the best of its answers each time has no less reward and no higher costs, so that the optimum is that
+        of one answer.
+        """
         assert self.world is not None
         world = self.world
         truncated = experience.truncated(answers)
-        prompts = self._texts(answers, "prompt_tokens")
-        responses = self._texts(answers, "response_tokens")
-        truth = truths(world, prompts, responses, truncated)
+        prompts = self._texts(experience.rows(answers, "prompt_tokens"))
+        truth = truths_of_dialogues(world, prompts, self._said(answers), truncated)
         costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
         costs |= {name: truth.costs[cost] for name, cost in self.truths.items()}
         order = [c.name for c in self.config.constraints] or list(self.truths)
@@ -321,7 +326,7 @@ class HeldOut:
         if self.dialogues is not None:
             rows = [self.dialogues.row(tokens) for tokens in experience.rows(answers, "prompt_tokens")]
             kinds = np.array([str(next((row[field] for field in KINDS if field in row), "other")) for row in rows])
-            refusals = np.array([is_refusal(text) for text in self._texts(answers, "response_tokens")])
+            refusals = np.array([any(map(is_refusal, said)) for said in self._said(answers)])
         return Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
             reward=experience.scalars(answers, "reward").astype(np.float64),
@@ -337,8 +342,16 @@ class HeldOut:
         prompts = experience.scalars(answers, "prompt_id")
         return {name: inside[prompts] for name, inside in self.prompts.inside.items()}
 
-    def _texts(self, answers: pa.RecordBatch, column: str) -> list[str]:
-        rows = experience.rows(answers, column)
+    def _said(self, answers: pa.RecordBatch) -> list[list[str]]:
+        """The texts of each response's answers: one, but in dialogues."""
+        places = experience.answers(answers)
+        responses = experience.rows(answers, "response_tokens")
+        return [
+            self._texts([tokens[start:end] for start, end in found])
+            for tokens, found in zip(responses, places, strict=True)
+        ]
+
+    def _texts(self, rows: Sequence[np.ndarray]) -> list[str]:
         return [str(t) for t in self.tokenizer.batch_decode([r.tolist() for r in rows], skip_special_tokens=True)]
 
 

@@ -228,6 +228,11 @@ class PolicyStage(PolicyConfig, Stage):
         """Whether Python code in a model's folder may run."""
         return self.models.trust_remote_code
 
+    @property
+    def environment(self) -> str | None:
+        """What says the next turn after an answer."""
+        return self.rollout.environment
+
     def store_bytes(self) -> float:
         """Experience, as parts, joined and with combined advantages, and the weights that may be read at one time."""
         from beaver_ray.models.folders import adapter_numbers, read_model

@@ -10,9 +10,11 @@ from actors.driver.policy_stage import PolicyStage
 from actors.machine.cluster import Cluster
 from actors.machine.handles import Group, Handle, LocalHandle
 from actors.machine.ranks import TrainingRank
+from actors.roles.environment import EnvironmentSpec
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from actors.roles.scorer import ScorerBase
 from beaver_ray.config import GPU_SHARE, ClusterConfig, PolicyConfig, RunConfig, SamplingConfig
+from beaver_ray.environments import check_environment, environment_code
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.score_sources import score_source
@@ -49,13 +51,15 @@ def check_models(config: PolicyStage) -> list[str]:
     """What should be known of the run's models, one line each.
 
     Raises UserError where one is not there or does not fit, and where a service may not be sent texts, or a function
-    not be run.
+    or an environment's class not be run.
     """
     check_model_folder(config.models.policy, "policy")
     sources = {"reward model": config.models.reward}
     sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
     for part, model in sources.items():
         score_source(model).check(part)
+    if config.environment is not None:
+        check_environment(config.environment)
     return check_fit(config)
 
 
@@ -131,7 +135,7 @@ def generator_spec(config: PolicyConfig) -> GeneratorSpec:
     spec = sampling_spec(
         config, models.policy, config.rollout, data.max_prompt_tokens, data.template, models.trust_remote_code
     )
-    return replace(spec, in_flight=config.rollout.in_flight)
+    return replace(spec, in_flight=config.rollout.in_flight, environment=environment_spec(config))
 
 
 def sampling_spec(
@@ -163,6 +167,14 @@ def sampling_spec(
         threads=config.cluster.threads,
         load_timeout_s=config.cluster.step_timeout,
     )
+
+
+def environment_spec(config: PolicyConfig) -> EnvironmentSpec | None:
+    """What generators need to know of the run's environment. UserError where its file cannot be read."""
+    if config.rollout.environment is None:
+        return None
+    prompts = (config.data.prompts, config.evaluation.prompts)
+    return EnvironmentSpec(environment_code(config.rollout.environment).pack(), config.data.template, prompts)
 
 
 def _calibrate(config: PolicyConfig, roles: Roles) -> None:

@@ -24,6 +24,8 @@ ANSWER_COLUMNS = (
 )
 PROMPT_SCHEMA = pa.schema([(name, column_type(name)) for name in PROMPT_COLUMNS])
 FINISHED_SCHEMA = pa.schema([(name, column_type(name)) for name in (*PROMPT_COLUMNS, *ANSWER_COLUMNS)])
+DIALOGUE_SCHEMA = FINISHED_SCHEMA.append(pa.field("turns", column_type("turns")))
+"""With an environment, which says more than the prompt."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,10 @@ class Generator(Protocol):
         ...
 
 
-@dataclass
-class InFlight:
-    """What is remembered of a sequence; `versions` are (version, first token sampled under it), oldest first."""
-
-    prompt_id: int
-    prompt_tokens: list[int]
-    versions: list[tuple[int, int]] = field(default_factory=list)
-
-    def update(self, version: int, tokens: int) -> None:
-        """From its token number ``tokens`` on the sequence is sampled under ``version``."""
-        if self.versions and self.versions[-1][1] == tokens:
-            self.versions.pop()
-        self.versions.append((version, tokens))
-
-    def token_versions(self, tokens: int) -> list[int]:
-        """The version of each of its ``tokens`` tokens."""
-        ends = [start for _, start in self.versions[1:]] + [tokens]
-        return [version for (version, start), end in zip(self.versions, ends, strict=True) for _ in range(start, end)]
-
-
-def sample_seed(seed: int, sample_id: int) -> int:
-    """The seed of one sample: 63 bits that are the same on every machine and in every process."""
-    digest = hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest()
+def sample_seed(seed: int, sample_id: int, turn: int = 0) -> int:
+    """The seed of one sample, or of a later turn of it: 63 bits, the same on every machine and in every process."""
+    text = f"{seed}:{sample_id}" + (f":{turn}" if turn else "")
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -86,6 +69,69 @@ class Prompt(NamedTuple):
     tokens: list[int]
     max_new_tokens: int | None
     """The most tokens of its answer, where the prompts have that column (int32)."""
+
+
+@dataclass
+class InFlight:
+    """A response that is being written: its answers and, in a dialogue, what the user says in between.
+
+    What is whole stands in the lists, which have the columns' meanings. The answer under way is sampled under
+    `versions`: (version, first token of that answer), oldest first.
+    """
+
+    prompt: Prompt
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    token_versions: list[int] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    """What the user has said in it."""
+    partner: Any = None
+    """The environment's object for this dialogue, once it has been asked."""
+
+    @property
+    def read(self) -> list[int]:
+        """All that the policy reads before its answer under way."""
+        return self.prompt.tokens + self.tokens
+
+    def update(self, version: int, tokens: int) -> None:
+        """From its token number ``tokens`` on the answer under way is sampled under ``version``."""
+        if self.versions and self.versions[-1][1] == tokens:
+            self.versions.pop()
+        self.versions.append((version, tokens))
+
+    def answered(self, tokens: list[int], logprobs: list[float]) -> None:
+        """The answer under way is whole."""
+        ends = [start for _, start in self.versions[1:]] + [len(tokens)]
+        for (version, start), end in zip(self.versions, ends, strict=True):
+            self.token_versions += [version] * (end - start)
+        self.tokens += tokens
+        self.loss_mask += [True] * len(tokens)
+        self.logprobs += logprobs
+
+    def told(self, turn: str, tokens: list[int]) -> None:
+        """The user has said ``turn``, which is a hole of these ``tokens``."""
+        self.turns.append(turn)
+        self.tokens += tokens
+        self.loss_mask += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self.token_versions += [0] * len(tokens)
+
+    def row(self, finish_reason: str) -> dict[str, Any]:
+        """The finished sequence. Versions only grow, so that its oldest is that of its first token."""
+        return {
+            "sample_id": self.prompt.sample_id,
+            "prompt_id": self.prompt.prompt_id,
+            "prompt_tokens": self.prompt.tokens,
+            "response_tokens": self.tokens,
+            "loss_mask": self.loss_mask,
+            "rollout_logprobs": self.logprobs,
+            "weight_version": self.token_versions[0],
+            "token_versions": self.token_versions,
+            "finish_reason": finish_reason,
+            "turns": self.turns,
+        }
 
 
 def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collection[int]) -> list[Prompt]:
@@ -109,9 +155,9 @@ def check_prompts(prompts: pa.RecordBatch, max_model_len: int, in_flight: Collec
 
 
 def exchange_result(
-    finished: list[dict[str, Any]], aborted: list[int], load_s: float
+    finished: list[dict[str, Any]], aborted: list[int], load_s: float, dialogues: bool
 ) -> tuple[dict[str, Any], pa.RecordBatch]:
-    """What an exchange returns: a summary and the finished sequences.
+    """What an exchange returns: a summary and the finished sequences, of ``dialogues`` with their turns.
 
     ``load_s`` are the seconds that it spent on new weights.
     """
@@ -122,4 +168,4 @@ def exchange_result(
         "versions": [row["weight_version"] for row in finished],
         "aborted": aborted,
     }
-    return summary, pa.RecordBatch.from_pylist(finished, schema=FINISHED_SCHEMA)
+    return summary, pa.RecordBatch.from_pylist(finished, schema=DIALOGUE_SCHEMA if dialogues else FINISHED_SCHEMA)

@@ -172,6 +172,10 @@ class ExperienceBuilder:
             "rollout/weight_version_min": int(experience.scalars(batch, "weight_version").min()),
             **answer_figures(batch, lambda rows: self.tokenizer.batch_decode(rows, skip_special_tokens=True)),
         }
+        if "turns" in batch.schema.names:
+            stats["rollout/answers"] = 1.0 + float(experience.lengths(batch, "turns").mean())
+            ended = np.array(batch.column("finish_reason").to_pylist())
+            stats["rollout/out_of_room"] = float((ended == "room").mean())
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"
             costs, prompts = experience.scalars(batch, column), experience.scalars(batch, "prompt_id")

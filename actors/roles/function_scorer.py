@@ -4,19 +4,16 @@
 
 A prompt is the last thing that the user said, a response the answer's text. Further fields of the prompts' rows come
 as keywords, each a list with one entry for each prompt (None where a row has no such field): those that the function
-names, or all of them where it takes any keyword. ``dialogues`` is one of them: each prompt's turns, user and assistant
-by turns. The function returns a number for each response or, where it gives several signals, such a list for each of
-their names (reward, names of constraints). Parameters that the configuration sets, FUNCTION(budget=200), come as
-keywords too, on each call.
+names, or all of them where it takes any keyword. ``dialogues`` is one of them: all turns before the response, user and
+assistant by turns; with an environment the response is the last of several. The function returns a number for each
+response or, where it gives several signals, such a list for each of their names (reward, names of constraints).
+Parameters that the configuration sets, FUNCTION(budget=200), come as keywords too, on each call.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScoreSource
+from beaver_ray.user_code import Code, last_line
 
 GIVEN = ("prompts", "responses")
 
@@ -35,9 +33,8 @@ GIVEN = ("prompts", "responses")
 class FunctionScorer(TextScorer):
     """The scores that a function gives.
 
-    source: what the configuration calls it. name, keywords: of the function, and the parameters that the configuration
-    sets. code, file: the text of its file, and where that lies. prompts: lists of the data sets that the policy's
-    prompts are of.
+    code: the function, and the parameters that the configuration sets. prompts: lists of the data sets that the
+    policy's prompts are of.
 
     Raises UserError, from here and from each call, where the function cannot be loaded, wants a field that no prompt
     has, raises, or does not return a finite number for each response.
@@ -45,11 +42,7 @@ class FunctionScorer(TextScorer):
 
     def __init__(
         self,
-        source: str,
-        name: str,
-        keywords: Mapping[str, Any],
-        code: str,
-        file: str,
+        code: Code,
         columns: dict[str, int],
         policy: str,
         trust_remote_code: bool = False,
@@ -57,11 +50,11 @@ class FunctionScorer(TextScorer):
         prompts: Sequence[Sequence[Spec]] = (),
     ) -> None:
         super().__init__(columns, policy, trust_remote_code, template, prompts)
-        self.source, self.keywords = source, dict(keywords)
+        self.source, self.keywords = code.source, dict(code.keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
-        self.function = _load(source, name, code, file)
+        self.function = code.load()
         known = {name for asked in self.dialogues.asked.values() for name in asked.fields}
-        self.fields = _wanted(source, self.function, known, self.keywords)
+        self.fields = _wanted(self.source, self.function, known, self.keywords)
 
     @staticmethod
     def try_out(source: ScoreSource, timeout_s: float) -> str:
@@ -70,15 +63,15 @@ class FunctionScorer(TextScorer):
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The function's scores [N, H], in the order of the columns' numbers."""
-        prompts = experience.rows(batch, "prompt_tokens")
-        dialogues, rows = [self.dialogues.find(row) for row in prompts], [self.dialogues.row(row) for row in prompts]
-        responses = self.responses(batch)
+        told = self.dialogues.told(batch)
+        dialogues, responses = [one.turns for one in told], [one.answer for one in told]
+        rows = [self.dialogues.row(row) for row in experience.rows(batch, "prompt_tokens")]
         if not dialogues:
             return np.zeros((0, len(self.signals)))
         try:
             return self._checked(self._call(dialogues, responses, rows), len(dialogues))
         except Exception as error:  # of whatever kind the user's own code raises
-            raise UserError(f"{self.source}: {self._blame(dialogues, responses, rows)}{_last_line(error)}") from None
+            raise UserError(f"{self.source}: {self._blame(dialogues, responses, rows)}{last_line(error)}") from None
 
     def _call(
         self, dialogues: Sequence[Sequence[str]], responses: list[str], fields: Sequence[Mapping[str, Any]]
@@ -120,21 +113,6 @@ class FunctionScorer(TextScorer):
         return ""
 
 
-def _load(source: str, name: str, code: str, file: str) -> Any:
-    """The function of a file's text, whose neighbours it can import."""
-    folder = str(Path(file).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    module = ModuleType(Path(file).stem)
-    module.__file__ = file
-    sys.modules.setdefault(module.__name__, module)
-    try:
-        exec(compile(code, file, "exec"), module.__dict__)
-    except Exception as error:
-        raise UserError(f"{source}: {file} cannot be loaded: {_last_line(error)}") from None
-    return module.__dict__[name]
-
-
 def _wanted(source: str, function: Any, known: set[str], keywords: Collection[str]) -> list[str]:
     """Names of the fields that the function is given: those of its parameters that the configuration does not set."""
     parameters = inspect.signature(function).parameters.values()
@@ -149,8 +127,3 @@ def _wanted(source: str, function: Any, known: set[str], keywords: Collection[st
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return sorted(known)
     return [name for name in names if name in known]
-
-
-def _last_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__

@@ -3,8 +3,9 @@
 `exchange` takes new prompts and newer weights in and hands finished sequences out; weights come in between two
 steps of the engine, also while sequences are in flight. These go on until the whole version lies on this node;
 with nothing in flight each bucket is loaded as soon as it is made. A caller that keeps two exchanges outstanding
-never lets the engine wait. `actors/roles/hf_generator.py` has the same interface over transformers, for
-debugging.
+never lets the engine wait. Where there is an environment, what it says to an answer and the next answer follow, as
+another request of the engine, whose prefix cache knows what comes before. `actors/roles/hf_generator.py` has the
+same interface over transformers, for debugging.
 
 Left out: several samples for one prompt (give each its own sample_id), stop strings (stop tokens
 only), speculative decoding, data parallelism inside one engine (start more generators instead).
@@ -32,6 +33,7 @@ from actors.machine.waits import (
     all_here,
     fetch,
 )
+from actors.roles.environment import Environment, EnvironmentSpec
 from actors.roles.exchange import (
     Exchange,
     InFlight,
@@ -91,6 +93,8 @@ class GeneratorSpec:
     """CPU threads of torch in this process."""
     load_timeout_s: float = 300.0
     """How long to wait for one bucket of weights out of the object store."""
+    environment: EnvironmentSpec | None = None
+    """What says the next turn after an answer; None for one answer to each prompt."""
 
     def end_tokens(self) -> tuple[int, ...]:
         """The tokens that end a response."""
@@ -98,10 +102,16 @@ class GeneratorSpec:
             return read_eos_token_ids(self.model, self.trust_remote_code)
         return self.eos_token_ids
 
-    def longest_answer(self, prompt: Prompt) -> int:
-        """The most tokens of the answer to this prompt."""
+    def longest_response(self, prompt: Prompt) -> int:
+        """The most tokens of the response to this prompt: of its answer, or of all that follows it in a dialogue."""
         room = min(self.max_new_tokens, self.max_model_len - len(prompt.tokens))
         return room if prompt.max_new_tokens is None else min(room, prompt.max_new_tokens)
+
+    def start_environment(self) -> Environment | None:
+        """What says the next turns of this generator's dialogues."""
+        if self.environment is None:
+            return None
+        return Environment(self.environment, self.model, self.trust_remote_code, self.seed)
 
 
 def read_eos_token_ids(folder: str, trust_remote_code: bool = False, template: Template = "auto") -> tuple[int, ...]:
@@ -154,11 +164,14 @@ class VllmGenerator:
         self.version = spec.version
         self._in_flight: dict[int, InFlight] = {}
         self._held: list[Prompt] = []  # prompts that wait for newer weights
+        self._queue: list[InFlight] = []  # those of dialogues that wait for a place
         self._newest: PublishedWeights | None = None
         self._broken: str | None = None
         self._loads = 0  # of new weights, which numbers of versions do not tell: a run that is rolled back repeats them
         self._load_s = 0.0  # spent on new weights since the last answer
         self._eos = spec.end_tokens()
+        # Before vLLM starts, which changes some of transformers' classes for its own use.
+        self._environment = spec.start_environment()
         self._seeded = not torch.cuda.is_available() if spec.per_sample_seeds is None else spec.per_sample_seeds
         self._engine = self._start()
         if weights is not None:
@@ -187,13 +200,14 @@ class VllmGenerator:
         end = started + (request.slice_s if request.slice_s is not None else float("inf"))
         while self._held or (self._in_flight and len(finished) < request.min_finished):
             self._load_and_start()
-            for output in self._engine.step():
+            for output in self._engine.step() if self._engine.has_unfinished_requests() else ():
                 if output.finished:
-                    finished.append(self._finish(output))
+                    finished += self._end_answer(output)
+            finished += self._go_on()
             if time.perf_counter() > end:
                 break
         load_s, self._load_s = self._load_s, 0.0
-        return exchange_result(finished, aborted, load_s)
+        return exchange_result(finished, aborted, load_s, self._environment is not None)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version now; sequences in flight go on under it, as spec.in_flight says.
@@ -235,12 +249,13 @@ class VllmGenerator:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._broken = "it is closed"
+        if self._environment:
+            self._environment.close()
         self._engine.engine_core.shutdown()
         del self._engine
         cleanup_dist_env_and_memory()
 
     def _start(self) -> Any:
-        # Before vLLM starts: it changes some of transformers' classes for its own use.
         names = checkpoint_names(self.spec.model, self.spec.trust_remote_code)
         engine = start_engine(self.spec, self._seeded)
         engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": names}})
@@ -251,7 +266,10 @@ class VllmGenerator:
             raise RuntimeError(f"this generator cannot go on: {self._broken}")
 
     def _load_and_start(self) -> None:
-        """Load newer weights where that is due, and start the prompts that wait for nothing more."""
+        """Load newer weights where that is due, and start the prompts that wait for nothing more.
+
+        At most max_sequences dialogues are at work in the engine; those that wait for an environment take no place.
+        """
         newest, busy = self._newest, bool(self._in_flight)
         # Where the buckets are still being made or on their way, what is in flight goes on meanwhile.
         if newest is not None and (not busy or (self.spec.in_flight != "finish" and all_here(newest.buckets))):
@@ -259,8 +277,16 @@ class VllmGenerator:
             self._newest = None
         if self._newest is None:
             for prompt in self._held:
-                self._add(prompt)
+                self._in_flight[prompt.sample_id] = InFlight(prompt)
+                self._queue.append(self._in_flight[prompt.sample_id])
             self._held = []
+        places = len(self._queue)
+        if self._environment:
+            # The engine's own queue is first come, first served: dialogues that go on would stand behind new ones.
+            places = self.spec.max_sequences - len(self._in_flight) + len(self._queue) + len(self._environment.calls)
+        for flight in self._queue[: max(0, places)]:
+            self._start_answer(flight)
+        del self._queue[: max(0, places)]
 
     def _abort(self, sample_ids: Collection[int]) -> list[int]:
         """Drop those of the samples that are here; returns them."""
@@ -271,6 +297,7 @@ class VllmGenerator:
             self._engine.abort_request([str(sample_id) for sample_id in running])
         for sample_id in running:
             del self._in_flight[sample_id]
+        self._queue = [flight for flight in self._queue if flight.prompt.sample_id not in running]
         return [*running, *held]
 
     def _tokens_so_far(self) -> dict[int, int]:
@@ -278,16 +305,17 @@ class VllmGenerator:
         states = self._engine.output_processor.request_states.values()
         return {int(state.external_req_id): state.detokenizer.num_output_tokens() for state in states}
 
-    def _add(self, prompt: Prompt) -> None:
+    def _start_answer(self, flight: InFlight) -> None:
+        """Have the engine write the next answer of a sequence in flight."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        spec = self.spec
+        spec, sample_id = self.spec, flight.prompt.sample_id
         params = SamplingParams(
             temperature=spec.temperature,
-            max_tokens=spec.longest_answer(prompt),
-            seed=sample_seed(spec.seed, prompt.sample_id) if self._seeded else None,
+            max_tokens=spec.longest_response(flight.prompt) - len(flight.tokens),
+            seed=sample_seed(spec.seed, sample_id, len(flight.turns)) if self._seeded else None,
             stop_token_ids=list(self._eos),
             ignore_eos=True,  # stop_token_ids has them all
             logprobs=0,  # of the sampled token only
@@ -296,10 +324,13 @@ class VllmGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         salt = str(self._loads) if spec.in_flight == "keep" else None
-        self._engine.add_request(str(prompt.sample_id), tokens_input(prompt.tokens, cache_salt=salt), params)
-        self._in_flight[prompt.sample_id] = InFlight(prompt.prompt_id, prompt.tokens, [(self.version, 0)])
+        self._engine.add_request(str(sample_id), tokens_input(flight.read, cache_salt=salt), params)
+        flight.versions = [(self.version, 0)]
 
-    def _finish(self, output: Any) -> dict[str, Any]:
+    def _end_answer(self, output: Any) -> list[dict[str, Any]]:
+        """Take in an answer that is whole; the sequence where it is finished with that, which is not known yet where
+        an environment has to be asked.
+        """
         sample_id = int(output.request_id)
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
@@ -310,18 +341,27 @@ class VllmGenerator:
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
         if len(logprobs) != len(tokens):
             raise RuntimeError(f"sample {sample_id}: {len(tokens)} tokens but {len(logprobs)} log-probs")
-        flight = self._in_flight.pop(sample_id)
-        return {
-            "sample_id": sample_id,
-            "prompt_id": flight.prompt_id,
-            "prompt_tokens": flight.prompt_tokens,
-            "response_tokens": tokens,
-            "loss_mask": [True] * len(tokens),
-            "rollout_logprobs": logprobs,
-            "weight_version": flight.versions[0][0],
-            "token_versions": flight.token_versions(len(tokens)),
-            "finish_reason": completion.finish_reason,
-        }
+        flight = self._in_flight[sample_id]
+        flight.answered(tokens, logprobs)
+        if self._environment and completion.finish_reason == "stop":
+            self._environment.ask(flight)
+            return []
+        return [self._in_flight.pop(sample_id).row(completion.finish_reason)]
+
+    def _go_on(self) -> list[dict[str, Any]]:
+        """Start the next answer of each dialogue that the environment goes on with; the others, which are finished."""
+        environment, finished = self._environment, []
+        if environment is None:
+            return []
+        for flight, said in environment.replies(idle=not self._engine.has_unfinished_requests()):
+            sample_id = flight.prompt.sample_id
+            if self._in_flight.get(sample_id) is not flight:
+                continue  # dropped meanwhile, and perhaps held anew
+            if said is not None and environment.goes_on(flight, said, self.spec.longest_response(flight.prompt)):
+                self._start_answer(flight)
+            else:
+                finished.append(self._in_flight.pop(sample_id).row("stop" if said is None else "room"))
+        return finished
 
 
 def shared_kv_cache_bytes(spec: GeneratorSpec) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from actors.roles.scorer import TextScorer
-from beaver_ray import experience
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
@@ -89,9 +88,7 @@ class GuardScorer(TextScorer):
 
     def _rows(self, batch: pa.RecordBatch, upto: int) -> tuple[list[list[int]], list[int]]:
         """The tokens of each answer as the guard reads them, and how many stand before what is forced."""
-        dialogues = [self.dialogues.find(row) for row in experience.rows(batch, "prompt_tokens")]
-        pairs = zip(dialogues, self.responses(batch), strict=True)
-        rows = [self.guard_reader.row(turns, response, upto) for turns, response in pairs]
+        rows = [self.guard_reader.row(told.turns, told.answer, upto) for told in self.dialogues.told(batch)]
         longest = max((len(row) for row, _ in rows), default=0)
         if self.positions is not None and longest > self.positions:
             raise UserError(

@@ -3,7 +3,7 @@ bit by seed.
 
 A short explicit loop with a KV cache over left-padded batches. Each call of `exchange` generates whole
 batches to their end, so that nothing is ever in flight between two calls: a batch lasts as long as its
-longest answer.
+longest answer, or dialogue. An environment is asked at once, in this very thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from actors.roles.exchange import (
     Exchange,
+    InFlight,
     Prompt,
     check_prompts,
     exchange_result,
@@ -39,6 +40,7 @@ class HFGenerator:
         self._eos = spec.end_tokens()
         self._eos_tensor = torch.tensor(self._eos)
         self._generator = torch.Generator().manual_seed(spec.seed)
+        self._environment = spec.start_environment()
         self._waiting: dict[int, Prompt] = {}
         self._base: dict[str, torch.Tensor] = {}
         if weights is not None:
@@ -59,7 +61,7 @@ class HFGenerator:
         finished: list[dict[str, Any]] = []
         while self._waiting and len(finished) < request.min_finished:
             finished += self._generate(list(self._waiting)[: self.spec.max_sequences])
-        return exchange_result(finished, aborted, load_s)
+        return exchange_result(finished, aborted, load_s, self._environment is not None)
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a published version, when all of it is there. ValueError, before anything is changed, for a damaged
@@ -90,24 +92,44 @@ class HFGenerator:
         """Free the model; the generator cannot be used afterwards."""
         del self.model
 
-    @torch.inference_mode()
     def _generate(self, sample_ids: list[int]) -> list[dict[str, Any]]:
-        """Generate one batch to its end and take it out of the waiting ones."""
-        spec = self.spec
-        prompts = [self._waiting[sample_id].tokens for sample_id in sample_ids]
-        limits = [spec.longest_answer(self._waiting[sample_id]) for sample_id in sample_ids]
-        if spec.per_sample_seeds is not False:
-            generators = [torch.Generator().manual_seed(sample_seed(spec.seed, i)) for i in sample_ids]
-        else:
-            generators = [self._generator] * len(sample_ids)
+        """Generate one batch, dialogues to their end, and take it out of the waiting ones."""
+        flights = [InFlight(self._waiting[sample_id]) for sample_id in sample_ids]
+        reasons: list[str | None] = [None] * len(flights)
+        while None in reasons:
+            open_rows = [row for row, reason in enumerate(reasons) if reason is None]
+            ended = self._answer([flights[row] for row in open_rows])
+            for row, reason in zip(open_rows, ended, strict=True):
+                reasons[row] = self._go_on(flights[row]) if reason == "stop" else reason
+        for sample_id in sample_ids:
+            del self._waiting[sample_id]
+        return [flight.row(str(reason)) for flight, reason in zip(flights, reasons, strict=True)]
 
-        longest = max(len(prompt) for prompt in prompts)
-        ids_BL = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask_BL = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    def _go_on(self, flight: InFlight) -> str | None:
+        """None where the environment goes on with the dialogue, else why that is finished."""
+        environment = self._environment
+        said = environment.reply(flight) if environment else None
+        if environment is None or said is None:
+            return "stop"
+        return None if environment.goes_on(flight, said, self.spec.longest_response(flight.prompt)) else "room"
+
+    @torch.inference_mode()
+    def _answer(self, flights: list[InFlight]) -> list[str]:
+        """The next answer of each sequence, in one batch; returns why each has ended."""
+        generators = [self._generator] * len(flights)
+        if self.spec.per_sample_seeds is not False:
+            # One for each turn: rows that have ended go on drawing numbers for as long as their batch lasts.
+            turns = [(flight.prompt.sample_id, len(flight.turns)) for flight in flights]
+            generators = [torch.Generator().manual_seed(sample_seed(self.spec.seed, *turn)) for turn in turns]
+        read = [flight.read for flight in flights]
+        limits = [self.spec.longest_response(flight.prompt) - len(flight.tokens) for flight in flights]
+        longest = max(len(tokens) for tokens in read)
+        ids_BL = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in read])
+        mask_BL = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in read])
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        responses: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        reasons: list[str | None] = [None] * len(prompts)
+        answers: list[list[int]] = [[] for _ in flights]
+        logprobs: list[list[float]] = [[] for _ in flights]
+        reasons: list[str | None] = [None] * len(flights)
         cache = None
         while None in reasons:
             output = self.model(
@@ -123,33 +145,20 @@ class HFGenerator:
             ends_B = torch.isin(tokens_B, self._eos_tensor)
             for row, reason in enumerate(reasons):
                 if reason is None:
-                    responses[row].append(int(tokens_B[row]))
+                    answers[row].append(int(tokens_B[row]))
                     logprobs[row].append(float(chosen_B[row]))
                     if ends_B[row]:
                         reasons[row] = "stop"
-                    elif len(responses[row]) == limits[row]:
+                    elif len(answers[row]) == limits[row]:
                         reasons[row] = "length"
             # Rows that have ended go on with whatever is sampled; nothing of it is recorded.
             ids_BL = tokens_B[:, None]
             mask_BL = torch.cat([mask_BL, torch.ones_like(ids_BL)], dim=1)
             positions_BL = positions_BL[:, -1:] + 1
-        finished = []
-        for row, sample_id in enumerate(sample_ids):
-            prompt = self._waiting.pop(sample_id)
-            finished.append(
-                {
-                    "sample_id": sample_id,
-                    "prompt_id": prompt.prompt_id,
-                    "prompt_tokens": prompt.tokens,
-                    "response_tokens": responses[row],
-                    "loss_mask": [True] * len(responses[row]),
-                    "rollout_logprobs": logprobs[row],
-                    "weight_version": self.version,
-                    "token_versions": [self.version] * len(responses[row]),
-                    "finish_reason": reasons[row],
-                }
-            )
-        return finished
+        for row, flight in enumerate(flights):
+            flight.versions = [(self.version, 0)]
+            flight.answered(answers[row], logprobs[row])
+        return [str(reason) for reason in reasons]
 
     def _sample(self, logits_BV: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         """One token a row and its log-prob under the distribution sampled, both [B] on the CPU.

@@ -5,7 +5,8 @@
 
 A prompt is what the policy reads, with its template and special tokens; its dialogue is the same as messages
 {"role": "system", "user" or "assistant", "content": TEXT}, for a service whose model has a template of its own. A
-response is without special tokens. At the start each scorer asks with no texts at all whether the service is there.
+response is without special tokens; with an environment it is the last answer, and all before it is the prompt. At the
+start each scorer asks with no texts at all whether the service is there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
 from actors.roles.scorer import TextScorer
-from beaver_ray import experience
 from beaver_ray.data.mixing import Spec
+from beaver_ray.data.readers import Told
 from beaver_ray.data.templates import Template, as_messages, template_options
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.score_sources import ScoreSource
@@ -68,19 +69,18 @@ class RemoteScorer(TextScorer):
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The service's scores [N, 1] of whole sequences."""
-        tokens = experience.rows(batch, "prompt_tokens")
-        prompts = [str(self.reader.tokenizer.decode(row, skip_special_tokens=False)) for row in tokens]
-        dialogues = [self._messages(row) for row in tokens] if self.sends_dialogues else []
+        told = self.dialogues.told(batch, self.sends_dialogues)
+        prompts = [str(self.reader.tokenizer.decode(one.read, skip_special_tokens=False)) for one in told]
+        dialogues = [self._messages(one) for one in told] if self.sends_dialogues else []
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            columns = (prompts, self.responses(batch), dialogues)
+            columns = (prompts, [one.answer for one in told], dialogues)
             parts = [[column[start : start + MOST_TEXTS] for start in starts] for column in columns]
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
 
-    def _messages(self, tokens: np.ndarray) -> list[dict[str, str]]:
-        system = self.dialogues.system(tokens) or template_options(self.reader.template).system
-        return as_messages(self.dialogues.find(tokens), system)
+    def _messages(self, told: Told) -> list[dict[str, str]]:
+        return as_messages(told.turns, told.system or template_options(self.reader.template).system)
 
 
 class ScoringService:

@@ -82,7 +82,8 @@ class ScorerBase(ABC):
 
 
 class TextScorer(ScorerBase):
-    """A scorer that knows no tokens: it is given texts, read back by the policy's tokenizer and template.
+    """A scorer that knows no tokens: it is given texts (`Dialogues.told`), read back by the policy's tokenizer and
+    template.
 
     prompts: lists of the data sets that the policy's prompts are of.
     """
@@ -97,13 +98,6 @@ class TextScorer(ScorerBase):
     ) -> None:
         reader = Reader(load_tokenizer(policy, trust_remote_code), template)
         super().__init__(columns, reader, Dialogues(reader, prompts))
-
-    def responses(self, batch: pa.RecordBatch) -> list[str]:
-        """The text of each answer, without what ends it."""
-        tokens = experience.rows(batch, "response_tokens")
-        # Labelled pairs have no reason: all of them are whole.
-        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(tokens), bool)
-        return [self.reader.answer_text(answer, ended) for answer, ended in zip(tokens, whole.tolist(), strict=True)]
 
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """As any scorer; the prompts of the pairs are no prompts of the run."""
@@ -155,27 +149,27 @@ class Scorer(ScorerBase):
 
     def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same dialogues as this scorer reads them, with its own end behind answers that were ended."""
-        ended = ~experience.truncated(batch)
         if self.reads_tokens:
-            return self._with_own_end(batch, ended)
-        told = self.dialogues
-        prompts = [self.reader.prompt(told.find(p), told.system(p)) for p in experience.rows(batch, "prompt_tokens")]
-        answers = zip(experience.rows(batch, "response_tokens"), ended.tolist(), strict=True)
-        texts = [(self.policy.answer_text(answer, whole), whole) for answer, whole in answers]
+            return self._with_own_ends(batch)
+        dialogues = self.dialogues.told(batch)
         return experience.make_batch(
             {
                 "sample_id": batch.column("sample_id"),
-                "prompt_tokens": prompts,
-                "response_tokens": [self.reader.answer(text, whole) for text, whole in texts],
+                "prompt_tokens": [self.reader.prompt(told.turns, told.system) for told in dialogues],
+                "response_tokens": [self.reader.answer(told.answer, told.ended) for told in dialogues],
                 "finish_reason": batch.column("finish_reason"),
             }
         )
 
-    def _with_own_end(self, batch: pa.RecordBatch, ended: np.ndarray) -> pa.RecordBatch:
-        """Replace the token that ended a rollout (any of `AnswerForm.stops`) by the one that ends answers in data."""
+    def _with_own_ends(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Replace the token that ended each answer (any of `AnswerForm.stops`) by the one that ends answers in data."""
         lengths = experience.lengths(batch, "response_tokens")
-        tokens = experience.flat(batch, "response_tokens")
-        ends = np.cumsum(lengths)[ended] - 1
+        tokens, mask = experience.flat(batch, "response_tokens"), experience.loss_mask(batch)
+        last = np.zeros(len(tokens), dtype=bool)
+        last[np.cumsum(lengths) - 1] = True
+        cut = np.repeat(experience.truncated(batch), lengths)
+        # An answer ends before a hole, or with its response.
+        ends = mask & (last | ~np.append(mask[1:], True)) & ~(last & cut)
         if (tokens[ends] == self.reader.form.end).all():
             return batch
         tokens = tokens.copy()

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import (
     LATER,
+    OTHER_TEMPLATE,
     SYSTEM,
     USER,
     AnswerForm,
@@ -68,6 +71,24 @@ class Reader:
         text = str(text).removeprefix(form.before)
         return text.removesuffix(form.after) if ended else text
 
+    def next_turn(self, text: str) -> list[int]:
+        """The tokens between the end of an answer and the next answer, where the user says ``text`` in between.
+
+        The same for every dialogue: earlier turns stay the tokens that they are. Raises UserError where the template
+        takes one turn only, or ends an answer with no token when another turn follows.
+        """
+        end = str(self.tokenizer.convert_ids_to_tokens(self.form.end))
+        tail = prompt_text(self.tokenizer, [USER, MIDDLE, LATER], self.template).partition(MIDDLE)[2]
+        ends = tail.count(end)
+        tokens = self.prompt([USER, MIDDLE, text])
+        places = [place for place, token in enumerate(tokens) if token == self.form.end]
+        if not 0 < ends <= len(places):
+            raise UserError(
+                f"the template of {self.tokenizer.name_or_path!r} writes no {end} behind an answer that another turn "
+                f"follows, and so cannot write dialogues turn by turn: {OTHER_TEMPLATE}"
+            )
+        return tokens[places[-ends] + 1 :]
+
 
 def read_alike(first: Reader, second: Reader) -> bool:
     """Whether both make the same tokens of the same dialogue, answers and their ends included."""
@@ -93,6 +114,21 @@ class Asked(NamedTuple):
     """The system text of the row, where it has one."""
     fields: Mapping[str, Any]
     """What else the first row of the prompt says."""
+
+
+class Told(NamedTuple):
+    """A finished dialogue in words."""
+
+    turns: tuple[str, ...]
+    """All turns before the last answer: user, assistant, ..., user."""
+    system: str | None
+    """The system text of the prompt's row, where it has one."""
+    answer: str
+    """The last answer."""
+    ended: bool
+    """Whether that came to its end, and was not cut at its longest."""
+    read: np.ndarray
+    """The policy's tokens before the last answer, the prompt's included."""
 
 
 class Dialogues:
@@ -131,6 +167,30 @@ class Dialogues:
                 f"a scorer reads dialogues in another tokenizer or template than the policy, and the prompt {text!r} "
                 "is of no data set that it was told of: name the data under data.prompts or evaluation.prompts"
             )
+        return found
+
+    def told(self, batch: pa.RecordBatch, in_words: bool = True) -> list[Told]:
+        """What was said in each finished sequence, in the policy's tokens; labelled pairs are all whole.
+
+        in_words: False leaves turns and system text out, and then the prompts need not be known. Raises UserError as
+        `find` does.
+        """
+        prompts, responses = (experience.rows(batch, name) for name in ("prompt_tokens", "response_tokens"))
+        known = batch.schema.names
+        cut = experience.truncated(batch) if "finish_reason" in known else np.zeros(len(prompts), dtype=bool)
+        said = batch.column("turns").to_pylist() if "turns" in known else [[]] * len(prompts)
+        found = []
+        for number, places in enumerate(experience.answers(batch)):
+            prompt, response, ended = prompts[number], responses[number], not cut[number]
+            *earlier, (start, end) = places or [(0, 0)]
+            turns = list(self.find(prompt)) if in_words else []
+            for (first, last), turn in zip(earlier, said[number], strict=True) if in_words else ():
+                turns += [self.policy.answer_text(response[first:last]), turn]
+            answer, read = (
+                self.policy.answer_text(response[start:end], ended),
+                np.concatenate([prompt, response[:start]]),
+            )
+            found.append(Told(tuple(turns), self.system(prompt) if in_words else None, answer, ended, read))
         return found
 
     def row(self, tokens: Sequence[int] | np.ndarray) -> Mapping[str, Any]:

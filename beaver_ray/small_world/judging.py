@@ -33,3 +33,24 @@ def truths(world: SmallWorld, prompts: Sequence[str], responses: Sequence[str], 
         refusal=np.array([world.is_refusal(response) for response in responses], dtype=bool),
         kind=np.array([world.parse(prompt).kind for prompt in prompts]),
     )
+
+
+def truths_of_dialogues(
+    world: SmallWorld, prompts: Sequence[str], said: Sequence[Sequence[str]], truncated: np.ndarray
+) -> Truth:
+    """The truth about dialogues, each of one or more answers to its prompt, the last of which may be ``truncated`` [N].
+
+    The mean reward of a dialogue's answers, the costs of the worst of them, and whether any refuses.
+    """
+    counts = np.array([len(answers) for answers in said])
+    starts = np.cumsum(counts) - counts
+    cut = np.zeros(counts.sum(), dtype=bool)
+    cut[starts + counts - 1] = truncated
+    repeated = [prompt for prompt, answers in zip(prompts, said, strict=True) for _ in answers]
+    each = truths(world, repeated, [answer for answers in said for answer in answers], cut)
+    return Truth(
+        reward=np.add.reduceat(each.reward, starts) / counts,
+        costs={name: np.maximum.reduceat(costs, starts) for name, costs in each.costs.items()},
+        refusal=np.logical_or.reduceat(each.refusal, starts),
+        kind=each.kind[starts],
+    )

@@ -171,6 +171,31 @@ def test_an_answer_ends_as_its_template_ends_a_turn(tokenizers: dict[str, PreTra
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_later_turn_stands_behind_an_answer_as_in_the_whole(
+    tokenizers: dict[str, PreTrainedTokenizerFast], name: str
+) -> None:
+    tokenizer = tokenizers[name]
+    whole = plainly(tokenizer, told(["a story", "Mix flour.", "how do I bake bread?", "wait", "and water?"]))
+    turn = Reader(tokenizer, "auto").next_turn("and water?")
+    assert whole[-len(turn) :] == turn
+    assert tokenizer.convert_ids_to_tokens(whole[-len(turn) - 1]) == ENDS.get(name, "</s>")
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tricky = Reader(tokenizer, "auto").next_turn(f"and {ENDS.get(name, '</s>')} <s> water?")
+    assert [t for t in tricky if t in special] == [t for t in turn if t in special], "what it spells stays text"
+
+
+def test_later_turns_of_the_published_template(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    """By hand; and a template that ends no answer when another turn follows is refused."""
+    reader = Reader(llama_tokenizer, "beaver")
+    prompt = reader.prompt(["a story"]) + answer_tokens(llama_tokenizer, "it held", "beaver")
+    assert reader.prompt(["a story", "it held", "and then"]) == prompt + reader.next_turn("and then")
+    endless = copy.deepcopy(llama_tokenizer)
+    endless.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(UserError, match="writes no </s> behind an answer that another turn follows"):
+        Reader(endless, "chat").next_turn("and then")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_text_that_spells_a_special_token_stays_text(tokenizers: dict[str, PreTrainedTokenizerFast], name: str) -> None:
     tokenizer = tokenizers[name]
     special = set(tokenizer.all_special_ids) | {

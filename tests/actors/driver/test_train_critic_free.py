@@ -17,7 +17,7 @@ from actors.driver.train import train
 from beaver_ray.errors import UserError
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_metrics
-from beaver_ray.score_sources import ALLOWED_CODE
+from beaver_ray.user_code import ALLOWED_CODE
 from tests.actors.driver.interruption import break_off
 from tests.actors.support import ppo_config
 

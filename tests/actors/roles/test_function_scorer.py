@@ -18,7 +18,8 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.score_sources import ALLOWED_CODE, FunctionSource, ScorerSetting, score_source
+from beaver_ray.score_sources import FunctionSource, ScorerSetting, score_source
+from beaver_ray.user_code import ALLOWED_CODE
 from tests.actors.support import ppo_config
 
 CODE = """
@@ -170,8 +171,8 @@ def test_parameters_come_with_each_call(tiny_world: Path, file: Path, prompts: s
 def test_parameters_are_literals_by_name(file: Path) -> None:
     found = score_source("python:score.py:over(budget=2, names=('x',), kind={'a': None})")
     assert isinstance(found, FunctionSource)
-    assert (str(found.file), found.name) == ("score.py", "over")
-    assert found.keywords == {"budget": 2, "names": ("x",), "kind": {"a": None}}
+    assert (str(found.code.file), found.code.name) == ("score.py", "over")
+    assert found.code.keywords == {"budget": 2, "names": ("x",), "kind": {"a": None}}
     found.check("the cost")
     for call in (
         "(2)",
