@@ -15,7 +15,8 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.folders import read_config
-from beaver_ray.score_sources import GuardSource, ScoreSource, score_source
+from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.score_sources import GuardSource, ModerationSource, ScoreSource, score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
 
@@ -95,7 +96,8 @@ def check_start(signals: Sequence[str], model: str) -> None:
 def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     """The scorers of a run, the reward's first.
 
-    Signals whose source is one folder with several heads, one guard, or one function, share a scorer.
+    Signals whose source is one folder with several heads, one guard, one moderation model, or one function, share a
+    scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
@@ -105,6 +107,9 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
             same.columns[f"cost/{constraint.name}"] = len(same.columns)
+        elif isinstance(plan.source, ModerationSource) and same is not None:
+            assert isinstance(same.source, ModerationSource)
+            same.columns[f"cost/{constraint.name}"] = same.source.join(plan.source)
         elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
         else:
@@ -122,10 +127,12 @@ def critics(config: PolicyConfig) -> list[CriticPlan]:
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def _scorer(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+def _scorer(signal: str, name: str, kind: str, model: str | GuardModel | ModerationModel) -> ScorerPlan:
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
         return ScorerPlan(name, kind, source, {column: source.head(kind)})
+    if isinstance(source, ModerationSource) and kind == "reward":
+        source.groups = [(source.groups[0][0], -1)]
     head = _checked_head(signal, kind, source.text) if source.is_score_model else 0
     return ScorerPlan(name, kind, source, {column: head})
 
@@ -146,7 +153,7 @@ def _checked_head(signal: str, kind: str, folder: str) -> int:
     return head
 
 
-def _folder(model: str | GuardModel) -> str:
+def _folder(model: str | GuardModel | ModerationModel) -> str:
     return model if isinstance(model, str) else model.folder
 
 
