@@ -41,7 +41,7 @@ class Moderation(TrainerStage):
     pairs: ClassVar[bool] = False
 
     stage: Literal["moderation"] = option("Train a classifier of harm with several labels.")
-    labels: LabelSchema = option("beavertails, pku_saferlhf, openai, or a list of names.")
+    labels: LabelSchema = option("beavertails, pku_saferlhf, openai, or a list of names.", "beavertails")
     input: Reads = option("What is read: question, answer, qa (the last turn's both), or the whole dialogue.", "qa")
     max_tokens: int = option("Longer examples are cut at their beginning: the answer's end stays.", 512, gt=1)
     pos_weight: Literal["none", "auto"] | dict[str, float] = option(
@@ -157,12 +157,12 @@ class Moderation(TrainerStage):
         """How well the held-out answers were flagged, then what every supervised stage has."""
         from beaver_ray.report.charts import Card
 
-        found = [Card(title, text, "held out", "") for title, text in self._headings()]
+        found = [Card(f"Flagged: {title}", text, "held out", "") for title, text in self._headings()]
         return [*found, *super().cards(metrics, evaluation)]
 
     def headlines(self) -> list[str]:
         """How well held-out answers were flagged."""
-        return [", ".join(f"{title[0].lower()}{title[1:]} {text}" for title, text in self._headings())]
+        return ["flagged: " + ", ".join(f"{title} {text}" for title, text in self._headings())]
 
     def _headings(self) -> list[tuple[str, str]]:
         """(What, how much) of moderation.json; nothing before the run has ended."""
@@ -173,10 +173,9 @@ class Moderation(TrainerStage):
             return []
         figures = Settings.model_validate_json(file.read_bytes()).figures
         flagged = figures["flagged"]
-        found = [(name, flagged[key]) for name, key in (("F1 of flagging", "f1"), ("AUROC of flagging", "auroc"))]
-        found.append(("Macro-F1 of the labels", figures["macro_f1"]))
+        found = [("F1", flagged["f1"]), ("AUROC", flagged["auroc"]), ("macro-F1 of labels", figures["macro_f1"])]
         if "over_block" in figures:
-            found.append(("Look-alikes flagged", figures["over_block"]["mean"]))
+            found.append(("look-alikes", figures["over_block"]["mean"]))
         return [(name, "unknown" if value is None else f"{value:.3f}") for name, value in found]
 
     @property

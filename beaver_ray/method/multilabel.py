@@ -179,7 +179,8 @@ def group_odds(odds_NK: FloatArray, thresholds_K: FloatArray, chosen: Sequence[i
         return flag_margin(some_NG, thresholds_K[list(chosen)])
     none_N = -np.logaddexp(0.0, some_NG).sum(axis=1)  # log P(no label) = sum of log(1 - p)
     # log(1 - exp(x)) for x < 0, without losing digits at either end.
-    any_N = np.where(none_N > -math.log(2), np.log(-np.expm1(none_N)), np.log1p(-np.exp(none_N)))
+    with np.errstate(divide="ignore"):  # of the branch that is not taken
+        any_N = np.where(none_N > -math.log(2), np.log(-np.expm1(none_N)), np.log1p(-np.exp(none_N)))
     odds: FloatArray = any_N - none_N
     return odds
 
