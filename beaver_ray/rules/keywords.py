@@ -62,7 +62,7 @@ class KeywordRail:
 
 # What evades it. Each is readable by people, and by language models as far as they have seen such text.
 _LEET = str.maketrans("aeiostAEIOST", "4310574310$7")
-_CYRILLIC = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")  # noqa: RUF001 (that they look alike is the point)
+_CYRILLIC = str.maketrans("aceopxyisACEOPX", "асеорхуіѕАСЕОРХ")  # noqa: RUF001 (that they look alike is the point)
 
 
 def leet(text: str) -> str:
