@@ -36,12 +36,13 @@ class RawSample:
     system: str | None = None  # the row's own system text, which goes before the configured one
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What else the row says (category, answer, ...), for scopes and for functions that score."""
-    labels: Mapping[str, bool] = field(default_factory=dict, compare=False, hash=False)
+    labels: Mapping[str, bool] = field(default_factory=lambda: _NO_LABELS, compare=False, hash=False)
     """What `answer` (or, without one, the prompt) is an example of, by name; what is not named is not known, unless
     `REST` says it of all others."""
-    other_labels: Mapping[str, bool] = field(default_factory=dict, compare=False, hash=False)
+    other_labels: Mapping[str, bool] = field(default_factory=lambda: _NO_LABELS, compare=False, hash=False)
 
 
+_NO_LABELS: Mapping[str, bool] = {}  # one for all of a million samples
 REST = "*"
 """The name in a sample's labels that stands for all that are not named."""
 

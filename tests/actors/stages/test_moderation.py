@@ -24,7 +24,7 @@ from beaver_ray.models.moderator import Moderator, Settings
 from beaver_ray.runs import RunFolder, read_metrics
 from launch.config_files import load_config
 from launch.planning import Resources, plan
-from tests.actors.stages.test_supervised import encoded, train_on, trainer_of
+from tests.actors.stages.test_supervised import encoded, trainer_of
 from tests.actors.support import LiteralScoreModel, Ranks, write_score_folder
 from tests.launch.test_recipes import CONFIGS, EIGHT_GPUS, KEYS, ONE_GPU, SHAPES
 from tests.tiny_encoders import write_encoder
@@ -158,6 +158,14 @@ def test_a_run_learns_and_leaves_its_model(
         assert plain.config.id2label == dict(enumerate(LABELS))
 
 
+def train_and_conclude(rank: int, config: Moderation, world: int) -> dict[str, Any]:
+    trainer = trainer_of(config, rank, world)
+    figures = [trainer.train_step() for _ in range(3)]
+    held_out = trainer.evaluate()
+    weights = {name: tensor.detach().clone().numpy() for name, tensor in trainer.engine.full_state()}
+    return {"weights": weights, "figures": figures, "held_out": held_out, "settings": config.conclude(trainer)}
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_two_ranks_train_as_one(
     one_rank: None, two_ranks: Ranks, tiny_world: Path, encoder: Path, tmp_path: Path, kind: str
@@ -180,12 +188,15 @@ def test_two_ranks_train_as_one(
         train=train,
         dropout=False,
         optimizer=optimizer,
+        by=["topic"],
     )
-    alone = train_on(0, config, 1)
-    together = two_ranks.run(train_on, config, 2)
+    alone = train_and_conclude(0, config, 1)
+    together = two_ranks.run(train_and_conclude, config, 2)
     for result in together:
         for name, weight in alone["weights"].items():
             np.testing.assert_allclose(result["weights"][name], weight, atol=2e-5, rtol=0, err_msg=name)
+        assert result["settings"].thresholds == pytest.approx(alone["settings"].thresholds, abs=1e-3)
+        assert result["settings"].figures["by"].keys() == {"topic"}
     summed = {name: sum(t["held_out"][name] for t in together) for name in alone["held_out"]}
     assert summed == pytest.approx(alone["held_out"], rel=1e-4)
 
