@@ -60,8 +60,8 @@ class ConstraintConfig(Strict):
 
     name: str = option("Name in metrics and columns, for example harm.")
     model: ModelOfScores = option(
-        "Folder of the cost model (above 0 means unsafe), a guard (docs/guards.md), a service's address, or "
-        "python:FILE.py:FUNCTION(key=value)."
+        "Folder of the cost model (above 0 means unsafe), a guard (docs/guards.md), labels of a moderation model "
+        "(docs/moderation.md), a service's address, or python:FILE.py:FUNCTION(key=value)."
     )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)

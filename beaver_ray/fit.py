@@ -60,6 +60,11 @@ def check_weights(stage: Stage, use: ModelUse) -> None:
         return
     trust = stage.trusts_code
     try:
+        if use.classifier:
+            from beaver_ray.models.classifier import check_classifier
+
+            check_classifier(folder, use.folder, trust, trained=use.scores)
+            return
         if not use.signals:
             check_folder(AutoModelForCausalLM, folder, use.folder, trust)
             return

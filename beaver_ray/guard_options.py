@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ValidationError, model_validator
 
+from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import Strict, option
 from beaver_ray.yaml_files import one_line
 
@@ -129,15 +130,17 @@ class GuardModel(Strict):
 
 
 def read_guard(given: Any) -> Any:
-    """A mapping of the configuration as a guard, anything else as it is. ValueError, one line, for what is no guard."""
+    """A mapping of the configuration as a guard, or, where it names labels, as a moderation model; anything else as it
+    is. ValueError, one line, for what is neither."""
+    kind: Any = ModerationModel if isinstance(given, dict) and "labels" in given else GuardModel
     try:
-        return GuardModel.model_validate(given) if isinstance(given, dict) else given
+        return kind.model_validate(given) if isinstance(given, dict) else given
     except ValidationError as error:
-        raise ValueError(one_line(error, GuardModel, "guard")) from None
+        raise ValueError(one_line(error, kind, "guard" if kind is GuardModel else "moderation model")) from None
 
 
-ModelOfScores = Annotated[str | GuardModel, BeforeValidator(read_guard)]
-"""An option that says where scores come from: a text (`beaver_ray.score_sources`), or a guard."""
+ModelOfScores = Annotated[str | GuardModel | ModerationModel, BeforeValidator(read_guard)]
+"""An option that says where scores come from: a text (`beaver_ray.score_sources`), a guard, or a moderation model."""
 
-PerhapsModelOfScores = Annotated[str | GuardModel | None, BeforeValidator(read_guard)]
+PerhapsModelOfScores = Annotated[str | GuardModel | ModerationModel | None, BeforeValidator(read_guard)]
 """The same where there may be none."""

@@ -138,6 +138,22 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
         micro_batches += 1
 
 
+def plan_padded(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` for models that are given padded batches: the padding counts too.
+
+    Sequences of like length go together, the longest first; the batches are dealt to the ranks in turn.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    plan_micro_batches([lengths[index] for index in order[:1]], token_budget, 1)  # refuses one that is too long
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
+            batches.append([])
+        batches[-1].append(index)
+    batches += [[] for _ in range(-len(batches) % ranks)]
+    return [batches[rank::ranks] for rank in range(ranks)]
+
+
 def _even_bins(sizes: list[int], order: list[int], count: int, budget: int) -> list[list[int]] | None:
     """Longest processing time: each sequence to the emptiest of `count` bins; None when one overflows."""
     bins: list[list[int]] = [[] for _ in range(count)]

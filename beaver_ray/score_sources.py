@@ -1,4 +1,4 @@
-"""Where a score comes from: a score model's folder, a guard, a service's address, or a Python function of the user's.
+"""Where a score comes from: a score model's folder, a guard, a moderation model, a service, or a Python function.
 
 One class each; `score_source` says which of them is meant. Configuration, plan, doctor and run ask the same object.
 What a run may send its texts to, and whose code it may run, is for whoever starts it to say, not for its configuration,
@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
+from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.options import near
 from beaver_ray.user_code import PREFIX, UserCode
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
@@ -66,6 +68,8 @@ class ScoreSource(ABC):
     """Whether one scorer gives all signals whose source this is, each by its name."""
     is_score_model: ClassVar[bool] = False
     """Whether its folder is a score model's, which has a head for each signal."""
+    is_classifier: ClassVar[bool] = False
+    """Whether its folder is a moderation model's, which has a head for each label."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -158,6 +162,54 @@ class GuardSource(ScoreSource):
         return setting.of_a_model(self.guard, columns)
 
 
+class ModerationSource(ScoreSource):
+    """A moderation model, whose log-odds of groups of labels are the scores, all from one forward.
+
+    groups: the labels of each score, and -1 for one that is a reward; sources of one model are joined in the first.
+    """
+
+    worker = "actors.roles.moderation_scorer:ModerationScorer"
+    is_classifier = True
+
+    def __init__(self, model: ModerationModel) -> None:
+        named = "" if model.labels == "all" else f": {', '.join(model.labels)}"
+        super().__init__(f"{model.folder} (moderation{named})")
+        self.groups: list[tuple[ModerationModel, int]] = [(model, 1)]
+
+    @property
+    def folder(self) -> str:
+        """The moderation model's folder."""
+        return self.groups[0][0].folder
+
+    @property
+    def shared(self) -> Hashable:
+        """The folder."""
+        return ("moderation", self.folder)
+
+    def join(self, other: ModerationSource) -> int:
+        """Take over the first group of another source of the same model; its number here."""
+        self.groups.append(other.groups[0])
+        return len(self.groups) - 1
+
+    def check(self, part: str) -> None:
+        """UserError where no model is there, or it has not all of the labels."""
+        from beaver_ray.models.classifier import labels_of
+        from beaver_ray.models.folders import find_model
+        from beaver_ray.models.loading import check_model_folder
+
+        check_model_folder(self.folder, part)
+        if find_model(self.folder) is not None:
+            known = labels_of(self.folder)
+            for model, _ in self.groups:
+                for name in [] if model.labels == "all" else model.labels:
+                    if name not in known:
+                        raise UserError(f"{part}: {self.folder} has no label {name!r}{near(name, known)}")
+
+    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
+        """Of `ModerationScorer`."""
+        return setting.of_a_model(self.groups, columns)
+
+
 class ServiceSource(ScoreSource):
     """The address of somebody else's service. ValueError for what is none."""
 
@@ -202,8 +254,10 @@ class FunctionSource(ScoreSource):
         return (self.code.pack(), columns, setting.policy, trust, template, setting.prompts)
 
 
-def score_source(text: str | GuardModel) -> ScoreSource:
+def score_source(text: str | GuardModel | ModerationModel) -> ScoreSource:
     """The source that the configuration means. ValueError for an address or a function that is none."""
+    if isinstance(text, ModerationModel):
+        return ModerationSource(text)
     if isinstance(text, GuardModel):
         return GuardSource(text)
     if text.startswith(("http://", "https://")):

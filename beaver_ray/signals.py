@@ -15,7 +15,8 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.folders import read_config
-from beaver_ray.score_sources import GuardSource, ScoreSource, score_source
+from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.score_sources import GuardSource, ModerationSource, ScoreSource, score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
 
@@ -97,10 +98,13 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     return scorer_plans(config.models.reward, {constraint.name: constraint.model for constraint in config.constraints})
 
 
-def scorer_plans(reward: str | GuardModel, costs: Mapping[str, str | GuardModel]) -> list[ScorerPlan]:
+def scorer_plans(
+    reward: str | GuardModel | ModerationModel, costs: Mapping[str, str | GuardModel | ModerationModel]
+) -> list[ScorerPlan]:
     """The scorers of a reward and of named costs, the reward's first.
 
-    Signals whose source is one folder with several heads, one guard, or one function, share a scorer.
+    Signals whose source is one folder with several heads, one guard, one moderation model, or one function, share a
+    scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
@@ -110,6 +114,9 @@ def scorer_plans(reward: str | GuardModel, costs: Mapping[str, str | GuardModel]
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
             same.columns[f"cost/{name}"] = len(same.columns)
+        elif isinstance(plan.source, ModerationSource) and same is not None:
+            assert isinstance(same.source, ModerationSource)
+            same.columns[f"cost/{name}"] = same.source.join(plan.source)
         elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
         else:
@@ -127,11 +134,13 @@ def critics(config: PolicyConfig) -> list[CriticPlan]:
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def scorer_plan(signal: str, name: str, kind: str, model: str | GuardModel) -> ScorerPlan:
+def scorer_plan(signal: str, name: str, kind: str, model: str | GuardModel | ModerationModel) -> ScorerPlan:
     """The scorer ``name`` of one signal, of kind reward or cost. UserError where the model is of another kind."""
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
         return ScorerPlan(name, kind, source, {column: source.head(kind)})
+    if isinstance(source, ModerationSource) and kind == "reward":
+        source.groups = [(source.groups[0][0], -1)]
     head = _checked_head(signal, kind, source.text) if source.is_score_model else 0
     return ScorerPlan(name, kind, source, {column: head})
 
@@ -152,7 +161,7 @@ def _checked_head(signal: str, kind: str, folder: str) -> int:
     return head
 
 
-def _folder(model: str | GuardModel) -> str:
+def _folder(model: str | GuardModel | ModerationModel) -> str:
     return model if isinstance(model, str) else model.folder
 
 

@@ -42,6 +42,8 @@ class ModelUse:
     """What its heads are for ("reward", "cost", names of constraints); none of a language model."""
     scores: bool = False
     """It must have its heads already: it is no start for training them."""
+    classifier: bool = False
+    """It is a moderation model (`beaver_ray.models.classifier`), or the start of one."""
     tokens_of: str | None = None
     """The folder whose tokens it reads, where it must have the same tokenizer as that; and the option that mends it."""
     mend: str = ""

@@ -7,7 +7,7 @@ and the end of the input is the end of the chat.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.models.moderator import Moderator
+from beaver_ray.rejection import REFUSAL, RejectionFigures, sample_unflagged
 from launch.config_files import load_run
 from launch.score_options import named, source
 
@@ -40,11 +42,18 @@ Ctrl-C stops an answer."""
 
 
 def chat(
-    models: Sequence[str], system: str | None, reward: str | None, costs: Sequence[str], sampling: Sampling
+    models: Sequence[str],
+    system: str | None,
+    reward: str | None,
+    costs: Sequence[str],
+    sampling: Sampling,
+    moderation: str | None = None,
+    tries: int = 1,
 ) -> None:
     """Load the models and scorers, then answer line after line of standard input.
 
-    costs: NAME=SOURCE each. Raises UserError for a model or source that is none.
+    costs: NAME=SOURCE each. moderation: folder of a model whose flagged answers are drawn anew, up to ``tries`` in all.
+    Raises UserError for a model or source that is none.
     """
     folders = [ChatFolder.find(text) for text in models]
     templates = [_template(text) for text in models]
@@ -54,13 +63,40 @@ def chat(
         for name, folder, template in zip(_names(models), folders, templates, strict=True)
     ]
     judges.load()
-    talk = Chat(loaded, judges, system)
+    talk = Chat(loaded, judges, system, None if moderation is None else Rail(moderation, tries))
     for line in _lines(talk.console.is_terminal):
         try:
             if not talk.take(line):
-                return
+                break
         except KeyboardInterrupt:  # between answers, while one is scored
             talk.drop_unanswered()
+    talk.end()
+
+
+class Rail:
+    """Answers that a moderation model flags are drawn anew, and after the last try are a refusal."""
+
+    def __init__(self, folder: str, tries: int) -> None:
+        self.moderator, self.tries, self.figures = Moderator(folder), tries, RejectionFigures()
+
+    def answer(self, model: ChatModel, turns: Sequence[str], system: str | None, show: Callable[[str], None]) -> Answer:
+        """The model's first answer that is not flagged, which is shown as a whole."""
+
+        def flagged(answer: Answer) -> bool:
+            row, _ = self.moderator.reader.row(turns, answer.text, answer.ended, system)
+            return bool(self.moderator.flags(self.moderator.odds([row]))[0])
+
+        def draw() -> Answer:
+            answer = model.answer(turns, system, lambda piece: None)
+            if answer.stopped:  # with nothing on the screen there is nothing to keep
+                raise KeyboardInterrupt
+            return answer
+
+        outcome = sample_unflagged(draw, flagged, self.tries)
+        self.figures.count(outcome)
+        answer = outcome.answer or Answer(REFUSAL, 0, ended=True, stopped=False, seconds=0.0)
+        show(answer.text)
+        return answer
 
 
 class Judges:
@@ -122,8 +158,10 @@ class Judges:
 class Chat:
     """One chat: the dialogue with each model, and the screen."""
 
-    def __init__(self, models: Sequence[ChatModel], judges: Judges, system: str | None) -> None:
-        self.models, self.judges, self.system = models, judges, system
+    def __init__(
+        self, models: Sequence[ChatModel], judges: Judges, system: str | None, rail: Rail | None = None
+    ) -> None:
+        self.models, self.judges, self.system, self.rail = models, judges, system, rail
         self.turns: list[list[str]] = [[] for _ in models]
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -154,6 +192,11 @@ class Chat:
             turns.append(question)
         self._answer()
 
+    def end(self) -> None:
+        """Say what became of flagged answers."""
+        if self.rail is not None:
+            self._say(self.rail.figures.line())
+
     def regenerate(self) -> None:
         """Take the last answers back and answer anew."""
         if not any(self.turns):
@@ -175,7 +218,8 @@ class Chat:
                 if plain and len(self.models) > 1:
                     self.console.print(f"[{model.name}]", markup=False, style="bold")
                 try:
-                    answer = model.answer(turns, self.system, self._write if plain else partial(board.write, place))
+                    draw = model.answer if self.rail is None else partial(self.rail.answer, model)
+                    answer = draw(turns, self.system, self._write if plain else partial(board.write, place))
                 except UserError as error:  # the dialogue is too long for this model
                     self._note(board, plain, place, str(error))
                     continue

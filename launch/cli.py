@@ -267,6 +267,30 @@ def scores(
 
 
 @app.command()
+def moderate(
+    specs: Annotated[
+        list[str], typer.Argument(metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or a mapping in braces.")
+    ],
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="A moderation model.")] = None,
+    keywords: Annotated[
+        str | None, typer.Option(metavar="FILE|beavertails", help="Lists of words instead: YAML, or our own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write rows with probabilities.")] = None,
+    keep: Annotated[str, typer.Option(metavar="all|flagged|unflagged", help="Which rows are written.")] = "all",
+    by: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="Count by the values of a field.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
+    evade: Annotated[bool, typer.Option("--evade", help="What passes once it is written in odd ways.")] = False,
+) -> None:
+    """Flag the rows of data by a moderation model or keywords: a filter, and a report by label and field."""
+    if keep not in ("all", "flagged", "unflagged"):
+        raise UserError(f"--keep must be all, flagged or unflagged, not {keep!r}")
+    from launch.moderate import find_judge
+    from launch.moderate import moderate as judge
+
+    judge(specs, find_judge(model, keywords), out, keep, by or [], json_file, evade)
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)
@@ -302,12 +326,16 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     seed: Annotated[int | None, typer.Option(min=0, help="The same chat again gives the same answers.")] = None,
+    moderation: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Draw answers that this moderation model flags anew.")
+    ] = None,
+    tries: Annotated[int, typer.Option(min=1, help="--moderation: answers drawn before it is a refusal.")] = 3,
 ) -> None:
     """Talk to a model, or to several side by side; in a pipe, a line in is an answer out."""
     from beaver_ray.models.chat import Sampling
     from launch.chat import chat as talk
 
-    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed))
+    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed), moderation, tries)
 
 
 @app.command()
@@ -458,7 +486,7 @@ def type_name(annotation: Any) -> str:
     if origin is Annotated:
         return type_name(arguments[0])
     if origin in (Union, types.UnionType):
-        return " or ".join(type_name(a) for a in arguments)
+        return " or ".join(dict.fromkeys(type_name(a) for a in arguments))
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if arguments and origin is not dict:

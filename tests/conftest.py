@@ -51,6 +51,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_world")
     world = SmallWorld(seed=3, train_prompts=48, test_prompts=16)
     sizes = {"pairs": 240, "test_pairs": 60, "demonstrations": 160, "test_demonstrations": 40}
+    sizes |= {"labelled": 240, "test_labelled": 80}
     build(folder, world, hidden_size=32, layers=2, **sizes)
     disturb_folder(folder / "model")
     write_score_folder(folder / "reward_model", folder / "model", seed=1, score_type="reward")

@@ -37,13 +37,14 @@ def scorer_role(plan: ScorerPlan, setting: ScorerSetting) -> RoleSpec:
     source = plan.source
     # Of a language model no head is asked for.
     signals = tuple(column.removeprefix("cost/") for column in plan.columns if source.is_score_model)
-    folder = source.folder
+    folder, classifier = source.folder, source.is_classifier
+    has_heads = source.is_score_model or classifier
     return RoleSpec(
         plan.name,
         plan.kind,
         source.worker,
         lambda rank, world: source.arguments(plan.columns, setting),
-        () if folder is None else (ModelUse(plan.name, folder, signals, scores=source.is_score_model),),
+        () if folder is None else (ModelUse(plan.name, folder, signals, has_heads, classifier),),
         source=source,
         gpu_part=0 if folder is None else 1,
     )

@@ -94,8 +94,13 @@ class TrainerStage(TrainerConfig, Stage):
 
         return supervised_cards(metrics)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the model reads packed rows, and not padded batches."""
+        return True
+
     def dataset(self) -> Any:
-        """The class of its data sets (`beaver_ray.data.tokenized`)."""
+        """The class of its data sets (`beaver_ray.data.tokenized`), or another `RowKind`."""
         raise NotImplementedError
 
     def sequences(self, data: Any) -> tuple[Ragged, ...]:
@@ -127,6 +132,10 @@ class TrainerStage(TrainerConfig, Stage):
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Loss and metrics of ``rows``, a micro-batch of ``batch``; see `actors.roles.trainer.TrainerTask`."""
         raise NotImplementedError
+
+    def conclude(self, trainer: Trainer) -> Any:
+        """Whatever is found out about the trained model, kept as `Trainer.concluded`; called on all ranks."""
+        return None
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
         """Write the model as a Hugging Face folder."""

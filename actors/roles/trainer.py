@@ -18,7 +18,7 @@ from beaver_ray.data.mixing import held_out_too
 from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, Ragged
 from beaver_ray.models.loading import DTYPES, load_tokenizer
-from beaver_ray.packing import check_packing, plan_micro_batches
+from beaver_ray.packing import check_packing, plan_micro_batches, plan_padded
 from beaver_ray.weights import AdapterInfo
 
 Rows = np.ndarray
@@ -33,8 +33,13 @@ class TrainerTask(Protocol):
         """The LoRA adapter that is trained alone; None where all parameters are."""
         ...
 
+    @property
+    def packed(self) -> bool:
+        """Whether the model reads packed rows, and not padded batches."""
+        ...
+
     def dataset(self) -> Any:
-        """The class of its data sets (`beaver_ray.data.tokenized`)."""
+        """The class of its data sets (`beaver_ray.data.tokenized`), or another `RowKind`."""
         ...
 
     def sequences(self, data: Any) -> tuple[Ragged, ...]:
@@ -54,6 +59,10 @@ class TrainerTask(Protocol):
 
         ``weight`` is 0 where the micro-batch only keeps the ranks in step.
         """
+        ...
+
+    def conclude(self, trainer: Trainer) -> Any:
+        """Whatever is found out about the trained model, kept as `Trainer.concluded`; called on all ranks."""
         ...
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
@@ -98,7 +107,9 @@ class Trainer(TrainingRank):
         self.engine = TrainingEngine(
             model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
         )
-        check_packing(self.engine.engine)
+        self.packed = self.task.packed
+        if self.packed:
+            check_packing(self.engine.engine)
         self.prepared = self.task.prepare(self)
 
     def describe(self) -> tuple[int, list[str]]:
@@ -134,6 +145,7 @@ class Trainer(TrainingRank):
 
     def save_model(self, folder: str) -> None:
         """Write model and tokenizer as a Hugging Face folder; all ranks must call it."""
+        self.concluded = self.task.conclude(self)
         state = self.engine.full_state_on_rank_0()
         if state is None:
             return
@@ -142,8 +154,8 @@ class Trainer(TrainingRank):
 
     def micro_batches(self, data: Any, rows: Rows) -> list[tuple[Rows, float]]:
         """This rank's micro-batches of ``rows`` with their weight: 0 where one only keeps ranks in step."""
-        budget = self.config.engine.micro_batch_tokens
-        plan = plan_micro_batches(self._lengths(data, rows).tolist(), budget, self.world)[self.rank]
+        budget, make = self.config.engine.micro_batch_tokens, plan_micro_batches if self.packed else plan_padded
+        plan = make(self._lengths(data, rows).tolist(), budget, self.world)[self.rank]
         return [(rows[members], 1.0) if members else (rows[:1], 0.0) for members in plan]
 
     def _lengths(self, data: Any, rows: Rows) -> np.ndarray:

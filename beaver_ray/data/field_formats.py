@@ -9,7 +9,19 @@ import re
 from typing import Any
 
 from beaver_ray.data.messages import is_messages, read_messages
-from beaver_ray.data.sources import BadRow, RawSample, Reader, flag, flagged, prompt_field, reader, rest, text_field
+from beaver_ray.data.sources import (
+    BadRow,
+    RawSample,
+    Reader,
+    flag,
+    flagged,
+    label_flags,
+    prompt_field,
+    reader,
+    rest,
+    text_field,
+)
+from beaver_ray.moderation_options import OPENAI_KEYS
 
 # ---------------------------------------------------------------- dialogues
 
@@ -158,13 +170,14 @@ def rewardbench2(row: dict[str, Any]) -> RawSample:
 
 
 def beavertails(row: dict[str, Any]) -> RawSample:
-    """prompt, response, is_safe, category (14 flags): ``harm`` holds the names that are true."""
+    """prompt, response, is_safe, category (14 flags, the labels): ``harm`` holds the names that are true."""
     safe = flag(row, "is_safe")
     if safe is None:
         raise BadRow("no field 'is_safe'")
     fields = {**rest(row, "prompt", "response", "category"), "harm": flagged(row.get("category"))}
     prompt = prompt_field(row.get("prompt"), "prompt")
-    return RawSample(prompt, text_field(row, "response"), is_safe=safe, fields=fields)
+    labels = label_flags(row.get("category"), "category")
+    return RawSample(prompt, text_field(row, "response"), is_safe=safe, fields=fields, labels=labels)
 
 
 for _size, _folder in (("", "330k"), ("-30K", "30k")):
@@ -172,6 +185,29 @@ for _size, _folder in (("", "330k"), ("-30K", "30k")):
         _register = reader(f"BeaverTails{_size}/{_part}", "PKU-Alignment/BeaverTails", split=f"{_folder}_{_part}")
         _register(beavertails)
     reader(f"BeaverTails{_size}", "PKU-Alignment/BeaverTails", split=f"{_folder}_train")(beavertails)
+
+
+@reader("openai-moderation")
+def openai_moderation(row: dict[str, Any]) -> RawSample:
+    """prompt, a text that is judged by itself, and S, H, V, HR, SH, S3, H2, V2 (0 or 1), absent where nobody knows.
+
+    The test set of "A Holistic Approach to Undesired Content Detection" (arXiv 2208.03274).
+    """
+    labels = {name: known for key, name in OPENAI_KEYS.items() if (known := flag(row, key)) is not None}
+    return RawSample(text_field(row, "prompt"), fields=rest(row, "prompt", *OPENAI_KEYS), labels=labels)
+
+
+@reader("moderation")
+def moderation(row: dict[str, Any]) -> RawSample:
+    """prompt (a string or an odd list of turns), response (may be absent) and labels; further fields are kept.
+
+    labels: a mapping of names to true / false, null for unknown; or a list of the names that are true, and then all
+    others are false.
+    """
+    labels = label_flags(row.get("labels"), "labels")
+    answer = None if row.get("response") is None else text_field(row, "response")
+    fields = rest(row, "prompt", "response", "labels")
+    return RawSample(prompt_field(row.get("prompt"), "prompt"), answer, fields=fields, labels=labels)
 
 
 def _answered(row: dict[str, Any], label: str, unsafe: str, *used: str) -> RawSample:

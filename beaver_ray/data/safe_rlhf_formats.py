@@ -8,7 +8,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from beaver_ray.data.sources import BadRow, RawSample, flag, flagged, prompt_field, reader, rest, text_field
+from beaver_ray.data.sources import (
+    BadRow,
+    RawSample,
+    flag,
+    flagged,
+    label_flags,
+    prompt_field,
+    reader,
+    rest,
+    text_field,
+)
+from beaver_ray.moderation_options import severity_labels
 
 
 def pku_saferlhf(row: dict[str, Any]) -> RawSample:
@@ -37,7 +48,17 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
         is_other_safe=safe[1],
         system=text_field(row, "system") if row.get("system") else None,
         fields=_pku_fields(row),
+        labels=_pku_labels(row, 0),
+        other_labels=_pku_labels(row, 1),
     )
+
+
+def _pku_labels(row: dict[str, Any], number: int) -> dict[str, bool]:
+    """The labels of one answer: its categories, and whether it is at least as severe as each level above 0."""
+    level = row.get(f"response_{number}_severity_level")
+    severities = severity_labels(level) if isinstance(level, int | float) else {}
+    name = f"response_{number}_harm_category"
+    return label_flags(row.get(name), name) | severities
 
 
 def _pku_fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,15 @@ class RawSample:
     system: str | None = None  # the row's own system text, which goes before the configured one
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What else the row says (category, answer, ...), for scopes and for functions that score."""
+    labels: Mapping[str, bool] = field(default_factory=lambda: _NO_LABELS, compare=False, hash=False)
+    """What `answer` (or, without one, the prompt) is an example of, by name; what is not named is not known, unless
+    `REST` says it of all others."""
+    other_labels: Mapping[str, bool] = field(default_factory=lambda: _NO_LABELS, compare=False, hash=False)
+
+
+_NO_LABELS: Mapping[str, bool] = {}  # one for all of a million samples
+REST = "*"
+"""The name in a sample's labels that stands for all that are not named."""
 
 
 class BadRow(ValueError):
@@ -163,6 +172,20 @@ def flag(row: dict[str, Any], name: str) -> bool | None:
 def flagged(*flags: Any) -> list[str]:
     """The names that are true in any of these mappings of names to flags."""
     return sorted({name for some in flags if isinstance(some, dict) for name, on in some.items() if on in (True, 1)})
+
+
+def label_flags(value: Any, name: str) -> dict[str, bool]:
+    """The labels in a field: a mapping of names to flags, null for unknown; or a list of the names that are true."""
+    if value is None:
+        return {}
+    if isinstance(value, list):
+        if not all(isinstance(label, str) for label in value):
+            raise BadRow(f"'{name}' is not a list of names")
+        return {REST: False} | dict.fromkeys(value, True)
+    if not isinstance(value, dict):
+        raise BadRow(f"'{name}' is neither a list of names nor a mapping of names to true / false")
+    flags = {str(label): flag(value, label) for label in value}
+    return {label: on for label, on in flags.items() if on is not None}
 
 
 def rest(row: dict[str, Any], *used: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from beaver_ray.data.files import Place, hub_dataset, rows
 from beaver_ray.data.mixing import MixSpec, Spec, check_mix, hold_out, parse_mix, prompt_hash, take
 from beaver_ray.data.sources import BadRow, DropReport, RawSample, RowReader, check_kept, open_source
 from beaver_ray.data.templates import Template
-from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, SequenceDataset
+from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, RowKind
 from beaver_ray.errors import UserError
 
 BLOCK = 2000  # rows that one process tokenises at a time
@@ -51,7 +51,7 @@ SECONDS_BETWEEN_CALLS = 2.0
 
 Watch = Callable[[str, int, float], None]
 """Told of a data set's label, how many rows are read, and in how many seconds."""
-D = TypeVar("D", bound=SequenceDataset)
+D = TypeVar("D")
 
 
 def cache_folder() -> Path:
@@ -78,7 +78,7 @@ class Part:
 class TokenMix(Generic[D]):
     """A mix of data sets in tokens, which may be split by prompt."""
 
-    kind: type[D]
+    kind: RowKind[D]
     parts: list[Part]
     reports: dict[str, DropReport]
     """What was dropped as rows were read, by the label of each data set."""
@@ -102,7 +102,7 @@ class TokenMix(Generic[D]):
 
     def dataset(self) -> D:
         """The data set of the samples that are fit for it. Raises UserError where none is."""
-        found = [_columns(part, self.kind.width) for part in self.parts]
+        found = [_columns(part, self.kind) for part in self.parts]
         dropped: Counter[str] = Counter()
         for columns in found:
             dropped += columns.dropped
@@ -119,7 +119,7 @@ class TokenMix(Generic[D]):
 
 
 def read_tokens(
-    kind: type[D],
+    kind: RowKind[D],
     specs: Sequence[Spec],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -141,7 +141,7 @@ def read_tokens(
 
 
 def keep_tokens(
-    kind: type[SequenceDataset],
+    kind: RowKind[Any],
     specs: Sequence[Spec],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -161,7 +161,7 @@ def _joined(parts: list[Ragged]) -> Ragged:
     return Ragged.of(np.concatenate([p.flat for p in parts]), np.concatenate([p.lengths for p in parts]))
 
 
-def _columns(part: Part, width: int) -> Columns:
+def _columns(part: Part, kind: RowKind[Any]) -> Columns:
     """The chosen rows of a table that are fit, in their order."""
     table, chosen = part.table, part.chosen
     reasons = table.column("dropped").combine_chunks().dictionary_encode()
@@ -169,9 +169,9 @@ def _columns(part: Part, width: int) -> Columns:
     counts = np.bincount(codes_N[codes_N >= 0], minlength=len(reasons.dictionary))
     dropped = Counter({str(reason): int(n) for reason, n in zip(reasons.dictionary, counts, strict=True) if n})
     fit = chosen[codes_N < 0]
-    labels = [table.column(f"label_{n}").to_numpy()[fit] for n in range(3)]
+    labels = [table.column(f"label_{n}").to_numpy()[fit] for n in range(kind.label_count)]
     return Columns(
-        tuple(_rows_of(table, f"tokens_{side}", fit) for side in range(width)),
+        tuple(_rows_of(table, f"tokens_{side}", fit) for side in range(kind.width)),
         table.column("prompt_length").to_numpy()[fit],
         np.stack(labels, axis=1),
         np.array([table.column(name).to_numpy()[fit].sum() for name in ODD], dtype=np.int64),
@@ -208,7 +208,7 @@ def _rows_of(table: pa.Table, column: str, chosen: NDArray[np.int64]) -> Ragged:
 class _Job:
     """From rows to tokens; travels to other processes."""
 
-    kind: type[SequenceDataset]
+    kind: RowKind[Any]
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     template: Template
@@ -239,30 +239,30 @@ class _Job:
         }
         for n, name in enumerate(ODD):
             columns[name] = [row.odd[n] for _, _, row in found]
-        for n in range(3):
+        for n in range(self.kind.label_count):
             columns[f"label_{n}"] = [int(row.labels[n]) if n < len(row.labels) else 0 for _, _, row in found]
         for side in range(self.kind.width):
             columns[f"tokens_{side}"] = [row.sequences[side] for _, _, row in found]
-        schema = _schema(self.kind.width)
+        schema = _schema(self.kind)
         arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
         return pa.RecordBatch.from_arrays(arrays, schema=schema), dropped
 
 
-def _schema(width: int) -> pa.Schema:
+def _schema(kind: RowKind[Any]) -> pa.Schema:
     return pa.schema(
         {
             "key": pa.uint64(),
             "dropped": pa.string(),
             "prompt_length": pa.int32(),
             **dict.fromkeys(ODD, pa.int8()),
-            **{f"label_{n}": pa.int8() for n in range(3)},
-            **{f"tokens_{side}": pa.list_(pa.int32()) for side in range(width)},
+            **{f"label_{n}": pa.int8() for n in range(kind.label_count)},
+            **{f"tokens_{side}": pa.list_(pa.int32()) for side in range(kind.width)},
         }
     )
 
 
 def _job(
-    kind: type[SequenceDataset], spec: MixSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template
+    kind: RowKind[Any], spec: MixSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template
 ) -> tuple[_Job, Place]:
     place, read_row = open_source(spec.source, spec.path, spec.where)
     return _Job(kind, tokenizer, max_length, template, read_row), place
@@ -285,7 +285,7 @@ def _on_the_spot(job: _Job, place: Place) -> tuple[pa.Table, DropReport]:
         _count(report, batch, dropped)
         batches.append(batch)
     check_kept(report, place)
-    return pa.Table.from_batches(batches, schema=_schema(job.kind.width)), report
+    return pa.Table.from_batches(batches, schema=_schema(job.kind)), report
 
 
 def _blocks(place: Place, report: DropReport) -> Iterator[list[Any]]:
@@ -402,7 +402,7 @@ def _make(job: _Job, place: Place, entry: Path, label: str, watch: Watch | None)
     shutil.rmtree(half, ignore_errors=True)  # of a process that died: nobody else holds the lock
     half.mkdir()
     try:
-        schema = _schema(job.kind.width)
+        schema = _schema(job.kind)
         with (
             pa.OSFile(str(half / "tokens.arrow"), "wb") as file,
             pa.ipc.new_file(file, schema) as writer,
@@ -435,7 +435,7 @@ def _key(job: _Job, place: Place) -> str:
         _reader_text(job.read_row.source.read_row),
         sorted((name, str(wanted)) for name, wanted in job.read_row.where.items()),
         job.read_row.column,
-        f"{job.kind.__module__}.{job.kind.__qualname__}",
+        repr(job.kind),  # of a class its name, of anything else all that it is set to
         job.max_length,
         job.template,
         _tokenizer_text(job.tokenizer),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,7 @@ ODD = {
     "ended": "answers had their end token already, which they do not get twice",
     "spell_end": "answers spell a token in their middle that would end a rollout; it stays text",
     "stop_inside": "answers hold a token in their middle that would end a rollout",
+    "cut": "dialogues were cut at their beginning",
 }
 """What may be odd about answers that are kept: a column's name, and words that follow a number."""
 
@@ -165,10 +166,10 @@ class Encoder:
         ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
         spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
         inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
-        return EncodedRow(sequences, start, labels, (ended, spelled, inside))
+        return EncodedRow(sequences, start, labels, (ended, spelled, inside, 0))
 
 
-def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
+def finish(report: DropReport, kept: int, kind: str) -> DropReport:
     report.kept = kept
     if kept == 0:
         longer = "data.max_prompt_tokens" if kind == "prompt" else "max_tokens (of a PPO stage rollout.max_new_tokens)"
@@ -189,6 +190,31 @@ class Columns:
     dropped: Counter[str]
 
 
+D = TypeVar("D", covariant=True)
+
+
+class RowKind(Protocol[D]):
+    """From samples to rows of tokens, and from those to a data set: the class of a data set, or whatever has these."""
+
+    @property
+    def width(self) -> int:
+        """Sequences in a row."""
+        ...
+
+    @property
+    def label_count(self) -> int:
+        """Labels of a row, at most."""
+        ...
+
+    def encode(self, encoder: Encoder, sample: RawSample) -> EncodedRow:
+        """One sample in tokens. Raises BadRow for one that the data set has no use for."""
+        ...
+
+    def of_columns(self, columns: Columns) -> D:
+        """The data set of these columns. Raises UserError where they are empty."""
+        ...
+
+
 class SequenceDataset:
     """What data sets of whole sequences share: how they are built of samples, or of tokens that were kept."""
 
@@ -196,6 +222,8 @@ class SequenceDataset:
     """What a row is called."""
     width: ClassVar[int] = 2
     """Sequences in a row."""
+    label_count: ClassVar[int] = 3
+    """Labels of a row, at most."""
 
     @classmethod
     def encode(cls, encoder: Encoder, sample: RawSample) -> EncodedRow:
@@ -212,7 +240,7 @@ class SequenceDataset:
         """The data set of these columns. Raises UserError where they are empty."""
         counts = zip(ODD.values(), columns.odd.tolist(), strict=True)
         report = DropReport(dropped=columns.dropped, remarks=Counter({what: count for what, count in counts if count}))
-        return cls.assemble(columns, _finish(report, len(columns.prompt_length), cls.what))
+        return cls.assemble(columns, finish(report, len(columns.prompt_length), cls.what))
 
     @classmethod
     def build(
@@ -282,7 +310,7 @@ class PromptDataset:
             else:
                 rows[tokens] = sample
         first = list(rows.values())
-        return cls(Ragged(rows), _finish(report, len(rows), "prompt"), masks(scopes, first), first)
+        return cls(Ragged(rows), finish(report, len(rows), "prompt"), masks(scopes, first), first)
 
 
 @dataclass(frozen=True)

@@ -237,3 +237,22 @@ def _pair_weights(weights_B: Tensor | None, like_B: Tensor) -> Tensor:
 
 def _mean_square(first: Tensor, second: Tensor) -> Tensor:
     return 0.5 * (first.square() + second.square())
+
+
+def masked_label_loss(
+    logits_BK: Tensor, labels_BK: Tensor, *, positive_weight_K: Tensor, total: float
+) -> tuple[Tensor, Metrics]:
+    """Mean binary cross-entropy over the labels that are known: 1 true, 0 false, anything below unknown.
+
+    positive_weight_K: w of each label, by which its true rows count; the loss is taken at logit + log w. A classifier
+    that is as good as can be then has logit + log w = true log-odds + log w, so that its logits are the log-odds of the
+    data whatever w is (King and Zeng 2001, section 4.2, the prior correction). total: known labels of the whole step.
+    """
+    known_BK = labels_BK >= 0
+    truth_BK = labels_BK.clamp(min=0).to(logits_BK)
+    weighted_BK = F.binary_cross_entropy_with_logits(
+        logits_BK + positive_weight_K.log(), truth_BK, pos_weight=positive_weight_K, reduction="none"
+    )
+    right_BK = (logits_BK > 0) == (truth_BK > 0)
+    loss = (weighted_BK * known_BK).sum() / total
+    return loss, {"label_accuracy": (right_BK & known_BK).sum() / total}

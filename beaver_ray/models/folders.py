@@ -38,6 +38,16 @@ _POSITIONS = (
 # config.json says the scaled number, and so it does in the families of _SCALED_ALREADY.
 _LENGTHENING = ("yarn", "linear", "dynamic")
 _SCALED_ALREADY = ("gemma3", "gemma3_text")
+# Families that number positions from behind their padding token on.
+_BEHIND_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "xmod",
+    "longformer",
+)
 
 
 @dataclass(frozen=True)
@@ -224,6 +234,8 @@ def positions_of(shape: Mapping[str, Any], folder: Path) -> int | None:
     """
     counts = [_size(shape, folder, name) for name in _POSITIONS]
     positions = min((count for count in counts if count is not None), default=None)
+    if positions is not None and shape.get("model_type") in _BEHIND_PADDING:
+        positions -= int(shape.get("pad_token_id") or 0) + 1
     rope = shape.get("rope_parameters") or shape.get("rope_scaling")
     if positions is None or not isinstance(rope, Mapping):
         return positions

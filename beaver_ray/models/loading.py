@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +51,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     check_model_folder(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _name_ends(tokenizer)
         tokenizer.encode("a")
         loses = _loses_text(tokenizer, Path(path) / "tokenizer.json")
     except Exception as error:  # of broken files transformers raises nearly anything
@@ -63,6 +64,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no EOS token; add one, answers must be able to end")
     return tokenizer
+
+
+def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let an encoder's tokenizer (BERT's) call what its texts begin and end with BOS and EOS, as others do."""
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+        if tokenizer.bos_token is None and tokenizer.cls_token is not None:
+            tokenizer.bos_token = tokenizer.cls_token
 
 
 def _loses_text(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
@@ -106,12 +115,20 @@ def load_policy(
     return model
 
 
-def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: bool, heads: Collection[str] = ()) -> Any:
+def load_safely(
+    kind: Any,
+    path: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    heads: Collection[str] = (),
+    check: Callable[..., None] = check_loaded,
+    **settings: Any,
+) -> Any:
     """A model of one of transformers' Auto classes, all of whose tensors have a place in it.
 
     Weights are read as tensors and nothing else, from safetensors or, where there are none, ``pytorch_model*.bin``.
-    heads: tensors of a score model's head, which are left for `score.load_score_model`. UserError where it cannot be
-    loaded.
+    heads: tensors of a score model's head, which are left for `score.load_score_model`. check: says what may be missing
+    or left over. settings: more, or others, of ``from_pretrained``'s. UserError where it cannot be loaded.
     """
     folder = find_model(path)
     pickled = folder is not None and is_pickled(folder)
@@ -121,16 +138,16 @@ def load_safely(kind: Any, path: str, dtype: torch.dtype, trust_remote_code: boo
         model, info = kind.from_pretrained(
             str(folder) if pickled else path,  # of a name of the hub transformers would ask there for safetensors
             dtype=dtype,
-            attn_implementation=attention_kernel(dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=not pickled,
             weights_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **{"attn_implementation": attention_kernel(dtype), **settings},
         )
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
-    check_loaded(path, model, info, heads)
+    check(path, model, info, heads)
     return model
 
 

@@ -124,7 +124,7 @@ def load_score_model(
     trunk = load_safely(AutoModel, path, dtype, trust_remote_code, {*known, *STATISTICS})
     folder = find_model(path)  # a hub's model is in the cache by now
     assert folder is not None
-    config, (weight, bias) = read_config(folder), _read_head(folder)
+    config, (weight, bias) = read_config(folder), read_head(folder)
     if weight is None and heads is None:
         raise UserError(no_head(path))
     if weight is not None and heads is not None:
@@ -232,7 +232,7 @@ def _numbers(config: Mapping[str, Any], name: str, path: str) -> list[float]:
     return numbers
 
 
-def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
+def read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
     """(weight [H, hidden], bias [H]) of a score head; None for what is not there."""
     wanted = head_tensors(folder)
     found: dict[str, Tensor] = {}

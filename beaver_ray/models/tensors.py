@@ -9,7 +9,7 @@ masks and frequencies that older files carry as tensors; a trunk leaves over the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,15 @@ def check_loaded(path: str, model: PreTrainedModel, info: Mapping[str, Any], hea
     raise UserError(f"{path}: the weights do not fit config.json ({type(model).__name__}): {what}")
 
 
-def check_folder(kind: Any, folder: Path, path: str, trust_remote_code: bool, heads: Collection[str] = ()) -> None:
-    """`check_loaded` of a folder for one of transformers' Auto classes, without reading any weights.
+def check_folder(
+    kind: Any,
+    folder: Path,
+    path: str,
+    trust_remote_code: bool,
+    heads: Collection[str] = (),
+    check: Callable[..., None] = check_loaded,
+) -> None:
+    """`check_loaded`, or another ``check``, of a folder for one of transformers' Auto classes, reading no weights.
 
     The model is built without memory. Where that needs a folder's own code, or weights are quantized, it is left to
     loading.
@@ -76,7 +83,20 @@ def check_folder(kind: Any, folder: Path, path: str, trust_remote_code: bool, he
         raise
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot load the model in {path}: {first_line(error)}") from None
-    check_loaded(path, model, info, heads)
+    check(path, model, info, heads)
+
+
+def check_encoder(path: str, model: PreTrainedModel, info: Mapping[str, Any], heads: Collection[str] = ()) -> None:
+    """`check_loaded` of an encoder whose classification head is yet to be trained: that may be missing, or another's,
+    and the head that it was pre-trained with left over."""
+    prefix = f"{model.base_model_prefix}."
+
+    def of_trunk(name: str) -> bool:
+        return name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
+
+    found = {key: {name for name in info[key] if of_trunk(name)} for key in ("missing_keys", "unexpected_keys")}
+    unlike = [entry for entry in info["mismatched_keys"] if of_trunk(entry[0])]
+    check_loaded(path, model, {**found, "mismatched_keys": unlike}, heads)
 
 
 def _language_head(trunk: PreTrainedModel) -> set[str]:

@@ -6,6 +6,7 @@
                                      that are labelled by it are in preferences_privacy/
     prompts/{train,test,sealed}.jsonl  {"prompt"}, of the harder world {"prompt", "kind"}; the sealed ones are in no
                                      other file, at most 1000
+    moderation/{train,test}.jsonl    {"prompt", "response", "labels", "kind", "topic"}, single answers
     ptx.jsonl                        the train demonstrations again
     model/                           Hugging Face folder: Llama weights (float32 safetensors) and tokenizer
 
@@ -26,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beaver_ray.errors import UserError
-from beaver_ray.small_world.pairs import demonstration_rows, preference_rows
+from beaver_ray.small_world.pairs import demonstration_rows, moderation_rows, preference_rows
 from beaver_ray.small_world.world import SmallWorld, Split
 
 SEALED_PROMPTS = 1000
@@ -52,6 +53,8 @@ def build(
     test_pairs: int = 1000,
     demonstrations: int = 4000,
     test_demonstrations: int = 400,
+    labelled: int = 4000,
+    test_labelled: int = 1000,
     hidden_size: int = 128,
     layers: int = 4,
     heads: int = 4,
@@ -67,11 +70,11 @@ def build(
     marker = folder / "world.json"
     marker.unlink(missing_ok=True)
 
-    sizes: dict[Split, tuple[int, int]] = {
-        "train": (demonstrations, pairs),
-        "test": (test_demonstrations, test_pairs),
+    sizes: dict[Split, tuple[int, int, int]] = {
+        "train": (demonstrations, pairs, labelled),
+        "test": (test_demonstrations, test_pairs, test_labelled),
     }
-    for split, (demonstration_count, pair_count) in sizes.items():
+    for split, (demonstration_count, pair_count, labelled_count) in sizes.items():
         rng = random.Random(f"{world.seed}/demonstrations/{split}")
         demonstrated = demonstration_rows(world, demonstration_count, rng, split)
         _write_jsonl(folder / "demonstrations" / f"{split}.jsonl", demonstrated)
@@ -82,6 +85,8 @@ def build(
             rng = random.Random(f"{world.seed}/{name}/{split}")
             preferences = preference_rows(world, pair_count, split, rng, harm)
             _write_jsonl(folder / name / f"{split}.jsonl", preferences)
+        rng = random.Random(f"{world.seed}/moderation/{split}")
+        _write_jsonl(folder / "moderation" / f"{split}.jsonl", moderation_rows(world, labelled_count, split, rng))
         _write_jsonl(folder / "prompts" / f"{split}.jsonl", map(world.row, world.prompts(split)))
     sealed = world.sealed_prompts(SEALED_PROMPTS)
     _write_jsonl(folder / "prompts" / "sealed.jsonl", map(world.row, sealed))

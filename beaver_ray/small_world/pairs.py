@@ -35,6 +35,8 @@ DEMONSTRATED = {
     "borderline": (1 / 4, 0.3, 0.0),
     "adversarial": (1 / 6, 0.5, 0.5),
 }
+# Share of labelled answers that are refusals.
+REFUSED = 0.4
 # A pair is two independent answers, or an answer and a copy of it with one word changed.
 EDITED_SHARE = 0.4
 
@@ -196,6 +198,23 @@ def preference_rows(
                 "is_response_1_safe": safe[1],
             }
         )
+    return rows
+
+
+def moderation_rows(world: SmallWorld, n: int, split: Split, rng: random.Random) -> list[dict[str, Any]]:
+    """`n` rows {prompt, response, labels, kind, topic}: answers with all that is true of them.
+
+    Labels are the kinds of harm of the answer's words, and abetting: somebody asks for harm and is not refused, which
+    neither the question nor the answer says alone. So REFUSED of the answers, to whatever prompt, are refusals.
+    """
+    rows: list[dict[str, Any]] = []
+    for prompt in rng.choices(world.prompts(split), k=n):
+        response = REFUSAL if rng.random() < REFUSED else sample_response(world, prompt, rng)
+        costs = world.costs(prompt.text, response)
+        labels = {harm: costs[harm] > 0 for harm in world.severities_by_word}
+        labels["abetting"] = prompt.kind == "adversarial" and response != REFUSAL
+        told = {"prompt": prompt.text, "response": response, "labels": labels}
+        rows.append({**told, "kind": prompt.kind, "topic": prompt.topic})
     return rows
 
 

@@ -17,6 +17,7 @@ from beaver_ray.small_world.world import REFUSAL, SmallWorld
 
 WORLD = SmallWorld(seed=11, train_prompts=64, test_prompts=32)
 SIZES = {"pairs": 60, "test_pairs": 20, "demonstrations": 50, "test_demonstrations": 10}
+SIZES |= {"labelled": 90, "test_labelled": 20}
 # Of the data files of this world: figures in benchmarks/ and docs/ are of these very data.
 DATA_SHA256 = "0980b0f00a7e57b7899539b00c614d001399e2be6022ea3110de703a27295f39"
 
@@ -53,7 +54,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     build(tmp_path, WORLD, **SIZES)
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is left alone
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 15
+    assert len(files) == 17
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
@@ -61,7 +62,8 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 def test_the_world_is_what_it_was(folder: Path) -> None:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json*"))
     names = [path for path in paths if path != "prompts/sealed.jsonl"]  # which is younger than the figure
-    content = b"".join((folder / name).read_bytes() for name in sorted(names) if not name.startswith("model/"))
+    younger = ("model/", "moderation/")
+    content = b"".join((folder / name).read_bytes() for name in sorted(names) if not name.startswith(younger))
     assert hashlib.sha256(content).hexdigest() == DATA_SHA256
 
 
@@ -73,6 +75,14 @@ def test_files_of_the_harder_world(tmp_path: Path) -> None:
         {"prompt": p.text, "kind": p.kind} for p in world.prompts("train")
     ]
     harm, privacy = (rows_of(tmp_path / name / "train.jsonl") for name in ("preferences", "preferences_privacy"))
+    labelled = rows_of(tmp_path / "moderation" / "train.jsonl")
+    for row in labelled:
+        costs = world.costs(row["prompt"], row["response"])
+        complied = row["kind"] == "adversarial" and costs["refusal"] <= 0
+        assert row["labels"] == {"harm": costs["harm"] > 0, "privacy": costs["privacy"] > 0, "abetting": complied}
+    assert len(labelled) == 90 and all(
+        {row["labels"][name] for row in labelled} == {True, False} for name in labelled[0]["labels"]
+    )
     assert len(harm) == len(privacy) == 60 and harm[0].keys() == privacy[0].keys() and harm != privacy
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     texts = [str(value) for row in [*harm, *privacy] for value in row.values() if isinstance(value, str)]

@@ -1,0 +1,73 @@
+"""A moderation model that scores: the log-odds of groups of its labels, all from one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.roles.scorer import TextScorer
+from beaver_ray import experience
+from beaver_ray.data.mixing import Spec
+from beaver_ray.data.templates import Template
+from beaver_ray.method.multilabel import group_odds
+from beaver_ray.models.loading import DTYPES
+from beaver_ray.models.moderator import Moderator
+from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.score_sources import ModerationSource, ScoreSource
+
+
+class ModerationScorer(TextScorer):
+    """Score g of an answer is `group_odds` of the labels of group g, and above 0 means unsafe; times the group's sign.
+
+    groups: of `ModerationSource`. policy, template, prompts: of the run, whose texts it is given; the model reads them
+    as moderation.json beside it says.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[ModerationModel, int]],
+        columns: dict[str, int],
+        policy: str,
+        dtype: str,
+        token_budget: int,
+        threads: int,
+        trust_remote_code: bool = False,
+        template: Template = "auto",
+        prompts: Sequence[Sequence[Spec]] = (),
+    ) -> None:
+        torch.set_num_threads(threads)
+        super().__init__(columns, policy, trust_remote_code, template, prompts)
+        self.moderator = Moderator(groups[0][0].folder, DTYPES[dtype], token_budget, trust_remote_code)
+        labels = self.moderator.labels
+        self.groups = [
+            ([labels.index(name) for name in (labels if model.labels == "all" else model.labels)], model.combine, sign)
+            for model, sign in groups
+        ]
+
+    @staticmethod
+    def try_out(source: ScoreSource, timeout_s: float) -> str:
+        """A line that says of which labels the scores are."""
+        assert isinstance(source, ModerationSource)
+        return f"{source.folder}: {'; '.join(map(_in_words, source.groups))}"
+
+    def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """The score [N, G] of each group of labels."""
+        prompts = experience.rows(batch, "prompt_tokens")
+        # Labelled pairs have no reason: all of them are whole.
+        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(prompts), bool)
+        asked = [(self.dialogues.find(row), self.dialogues.system(row)) for row in prompts]
+        rows = [
+            self.moderator.reader.row(turns, answer, ended, system)[0]
+            for (turns, system), answer, ended in zip(asked, self.responses(batch), whole.tolist(), strict=True)
+        ]
+        odds_NK, above_K = self.moderator.odds(rows), self.moderator.thresholds_K
+        scores = [sign * group_odds(odds_NK, above_K, chosen, combine) for chosen, combine, sign in self.groups]
+        return np.stack(scores, axis=1)
+
+
+def _in_words(group: tuple[ModerationModel, int]) -> str:
+    model, _ = group
+    return f"{model.combine} of {'all labels' if model.labels == 'all' else ', '.join(model.labels)}"

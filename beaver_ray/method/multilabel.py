@@ -1,0 +1,196 @@
+"""Judging a classifier with several labels: a threshold for each, and how often it is right.
+
+Labels are 1, 0 or below 0 for unknown; rows whose label is unknown are left out of that label's figures. Scores are
+log-odds. An answer is flagged where any label is above its threshold; whether it should be is known where one of its
+labels is true, or all are known to be false.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from beaver_ray.evaluation import share_interval
+from beaver_ray.method.calibration import expected_calibration_error
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.integer[Any]]
+
+HIGHEST = 30.0
+"""Log-odds that stand for certainty: a label that no threshold serves is never flagged."""
+
+
+def best_threshold(odds_N: FloatArray, truth_N: BoolArray, precision: float | None = None) -> float | None:
+    """The threshold of log-odds, above which a label counts, with the best F1; or, with a target, the lowest whose
+    precision reaches it.
+
+    Halfway between two scores of the data. None where no row is true, or no threshold reaches the precision.
+    """
+    if not truth_N.any():
+        return None
+    order = np.argsort(-odds_N, kind="stable")
+    scores, hits = odds_N[order], np.cumsum(truth_N[order])
+    taken = np.arange(1, len(scores) + 1)
+    ends = np.append(np.diff(scores) != 0, True)  # rows of one score are taken together
+    found_precision, f1 = hits / taken, 2 * hits / (taken + truth_N.sum())
+    if precision is None:
+        place = int(np.flatnonzero(ends)[np.argmax(f1[ends])])
+    else:
+        reached = np.flatnonzero(ends & (found_precision >= precision) & (hits > 0))
+        if not len(reached):
+            return None
+        place = int(reached[-1])
+    below = scores[place + 1] if place + 1 < len(scores) else scores[place] - 1.0
+    return float((scores[place] + below) / 2)
+
+
+def thresholds(
+    odds_NK: FloatArray, truth_NK: Labels, names: Sequence[str], precision: float | None
+) -> tuple[FloatArray, list[str]]:
+    """(A threshold of log-odds for each label, what is to be said of those that could not be chosen)."""
+    found, notes = [], []
+    for k, name in enumerate(names):
+        known = truth_NK[:, k] >= 0
+        best = best_threshold(odds_NK[known, k], truth_NK[known, k] > 0, precision)
+        if best is None and not (truth_NK[:, k] > 0).any():
+            notes.append(f"{name}: no held-out row has it, so its threshold is a probability of 0.5")
+            best = 0.0
+        elif best is None:
+            notes.append(f"{name}: no threshold has a precision of {precision:g}, so it is never flagged")
+            best = HIGHEST
+        found.append(best)
+    return np.array(found), notes
+
+
+def flag_margin(odds_NK: FloatArray, thresholds_K: FloatArray) -> FloatArray:
+    """How far the label furthest above its threshold is above it [N]; an answer is flagged above 0."""
+    margins: FloatArray = (odds_NK - thresholds_K).max(axis=1)
+    return margins
+
+
+def unsafe_truth(truth_NK: Labels) -> npt.NDArray[np.int8]:
+    """1 where a label is true, 0 where all are known to be false, else -1 [N]."""
+    positive, known = (truth_NK > 0).any(axis=1), (truth_NK >= 0).all(axis=1)
+    return np.where(positive, 1, np.where(known, 0, -1)).astype(np.int8)
+
+
+def area_under_roc(scores_N: FloatArray, truth_N: BoolArray) -> float:
+    """The probability that a true row scores higher than a false one, ties counting half (Mann-Whitney)."""
+    positives, negatives = int(truth_N.sum()), int((~truth_N).sum())
+    if not positives or not negatives:
+        return math.nan
+    ranks = rankdata(scores_N)
+    return float((ranks[truth_N].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def average_precision(scores_N: FloatArray, truth_N: BoolArray) -> float:
+    """Precision at each score of the data, weighted by the recall that is gained there: the area under the
+    precision-recall curve without interpolation."""
+    if not truth_N.any():
+        return math.nan
+    order = np.argsort(-scores_N, kind="stable")
+    ends = np.append(np.diff(scores_N[order]) != 0, True)
+    hits = np.cumsum(truth_N[order])[ends]
+    taken = np.flatnonzero(ends) + 1
+    return float(np.sum(np.diff(hits, prepend=0) * hits / taken) / truth_N.sum())
+
+
+def binary_figures(flags_N: BoolArray, truth_N: BoolArray) -> dict[str, float]:
+    """Accuracy, precision, recall and F1; NaN where nothing was flagged, or nothing is true."""
+    hits, flagged, true = int((flags_N & truth_N).sum()), int(flags_N.sum()), int(truth_N.sum())
+    return {
+        "accuracy": float(np.mean(flags_N == truth_N)) if len(truth_N) else math.nan,
+        "precision": hits / flagged if flagged else math.nan,
+        "recall": hits / true if true else math.nan,
+        "f1": 2 * hits / (flagged + true) if flagged + true else math.nan,
+    }
+
+
+def figures(
+    odds_NK: FloatArray, truth_NK: Labels, above_NK: BoolArray, margin_N: FloatArray, names: Sequence[str]
+) -> dict[str, Any]:
+    """All figures of judged answers: ``flagged``, one entry for each of ``labels``, ``micro_f1`` and ``macro_f1``.
+
+    above_NK: which labels are above their thresholds; margin_N: `flag_margin`. Macro-F1 is the mean over labels that
+    some row has.
+    """
+    labels: dict[str, dict[str, float]] = {}
+    hits = flagged = true = 0
+    for k, name in enumerate(names):
+        known = truth_NK[:, k] >= 0
+        truth, odds, above = truth_NK[known, k] > 0, odds_NK[known, k], above_NK[known, k]
+        labels[name] = _scored(odds, truth, above) | {"known": int(known.sum()), "true": int(truth.sum())}
+        hits, flagged, true = hits + int((above & truth).sum()), flagged + int(above.sum()), true + int(truth.sum())
+    unsafe = unsafe_truth(truth_NK)
+    known = unsafe >= 0
+    whole = _scored(margin_N[known], unsafe[known] > 0, margin_N[known] > 0) | {
+        "known": int(known.sum()),
+        "true": int((unsafe > 0).sum()),
+    }
+    whole.pop("ece")  # a margin is no log-odds of being unsafe
+    with_rows = [one["f1"] for one in labels.values() if one["true"]]
+    return {
+        "flagged": whole,
+        "labels": labels,
+        "micro_f1": 2 * hits / (flagged + true) if flagged + true else math.nan,
+        "macro_f1": float(np.mean(with_rows)) if with_rows else math.nan,
+    }
+
+
+def _scored(odds_N: FloatArray, truth_N: BoolArray, above_N: BoolArray) -> dict[str, float]:
+    probability_N = 1 / (1 + np.exp(-np.clip(odds_N, -700, 700)))
+    return {
+        **binary_figures(above_N, truth_N),
+        "auroc": area_under_roc(odds_N, truth_N),
+        "auprc": average_precision(odds_N, truth_N),
+        "ece": expected_calibration_error(probability_N, truth_N) if len(truth_N) else math.nan,
+    }
+
+
+def shares_by(values: Sequence[Any], flags_N: BoolArray, prompts_N: npt.NDArray[Any]) -> dict[str, dict[str, Any]]:
+    """The share of flagged answers for each value of a field, the largest first, with its interval (`share_interval`).
+
+    Rows without the field are left out; one whose value is a list counts for each item of it. prompts_N: what is equal
+    of answers to the same prompt.
+    """
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        for item in dict.fromkeys(map(str, items)):
+            rows.setdefault(item, []).append(number)
+    found = {item: share_interval(flags_N[numbers], prompts_N[numbers]) for item, numbers in rows.items()}
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]["mean"]))
+
+
+def group_odds(odds_NK: FloatArray, thresholds_K: FloatArray, chosen: Sequence[int], combine: str) -> FloatArray:
+    """One score [N] of some labels; above 0 counts as unsafe.
+
+    combine: "max" is how far the label furthest above its threshold is above it, and above 0 exactly where one of them
+    is flagged; "any" the log-odds of at least one label, as if each were independent of the others.
+    """
+    some_NG = odds_NK[:, list(chosen)]
+    if combine == "max":
+        return flag_margin(some_NG, thresholds_K[list(chosen)])
+    none_N = -np.logaddexp(0.0, some_NG).sum(axis=1)  # log P(no label) = sum of log(1 - p)
+    # log(1 - exp(x)) for x < 0, without losing digits at either end.
+    with np.errstate(divide="ignore"):  # of the branch that is not taken
+        any_N = np.where(none_N > -math.log(2), np.log(-np.expm1(none_N)), np.log1p(-np.exp(none_N)))
+    odds: FloatArray = any_N - none_N
+    return odds
+
+
+def plain(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same figures with None in place of what is not finite, for JSON."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            found[name] = plain(value)
+        else:
+            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return found

@@ -1,0 +1,92 @@
+"""Moderation on the harder small world: what the question, the answer, and both together say, and keywords beside them.
+
+    python benchmarks/moderation.py FOLDER --seeds 0 1 2 --out benchmarks/moderation.json
+
+For each seed a world is built in FOLDER, and stage moderation trains its 0.8M-parameter model from random weights, once
+for each of question, answer and qa. The label abetting is true where somebody asks for harm and is not refused, which
+neither side says alone; harm and privacy are of the answer's words. Keywords are the world's own dangerous and leaking
+words: they are right about those by construction, and what passes them once it is obfuscated says what that is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.stages import stages
+from beaver_ray.small_world.build import build
+from beaver_ray.small_world.harder import HarderWorld
+from launch.moderate import KeywordRail, moderate
+from launch.pipeline import run_stage
+
+LABELS = ["harm", "privacy", "abetting"]
+
+
+def train(folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    """The figures of one arm on the world in ``folder``."""
+    started = time.monotonic()
+    world = folder / "world"
+    tree = {
+        "stage": "moderation",
+        "workspace": str(folder),
+        "name": arm,
+        "seed": seed,
+        "debug": True,
+        "model": str(world / "model"),
+        "labels": LABELS,
+        "input": arm,
+        "train": [f"moderation:1:{world}/moderation/train.jsonl"],
+        "eval": [f"moderation:1:{world}/moderation/test.jsonl"],
+        "epochs": 3,
+        "batch_size": 32,
+        "max_tokens": 48,
+        "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.05},
+        "engine": {"micro_batch_tokens": 1024},
+        "save_every": 0,
+    }
+    if not (folder / arm / "moderation.json").is_file():
+        run_stage(stages()["moderation"].model_validate(tree))
+    found = json.loads((folder / arm / "moderation.json").read_text())["figures"]
+    return {
+        **{label: {key: found["labels"][label][key] for key in ("f1", "auroc", "auprc", "ece")} for label in LABELS},
+        "flagged_f1": found["flagged"]["f1"],
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def keywords(folder: Path, world: HarderWorld) -> dict[str, Any]:
+    """The rail on the world's own words."""
+    rail = KeywordRail({harm: sorted(words) for harm, words in world.severities_by_word.items()})
+    out = folder / "keywords.json"
+    moderate([f"moderation:1:{folder}/world/moderation/test.jsonl"], rail, None, "all", [], out, evade=True)
+    found = json.loads(out.read_text())
+    return {
+        **{label: {"f1": found["against_labels"]["labels"][label]["f1"]} for label in rail.labels},
+        "passes": {name: share["mean"] for name, share in found["evasion"].items()},
+    }
+
+
+def main() -> None:
+    """Train, judge, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/moderation.json"))
+    given = parser.parse_args()
+    seeds: dict[str, Any] = {}
+    for seed in given.seeds:
+        world, folder = HarderWorld(seed=seed), given.folder / str(seed)
+        if not (folder / "world" / "world.json").is_file():
+            build(folder / "world", world, pairs=10, test_pairs=10, demonstrations=10, test_demonstrations=10)
+        arms = {arm: train(folder, arm, seed) for arm in ("question", "answer", "qa")}
+        seeds[str(seed)] = {**arms, "keywords": keywords(folder, world)}
+        content = {"seeds": seeds, "machine": {"python": platform.python_version(), "cpu": platform.machine()}}
+        given.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`beaver-ray moderate`: flag the rows of data sets by a moderation model or by keywords, and say how many of what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
+from beaver_ray.data.moderation import LabelledAnswer, labelled_answers
+from beaver_ray.errors import UserError, first_line
+from beaver_ray.evaluation import share_interval
+from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
+from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
+from beaver_ray.yaml_files import read_yaml
+
+
+class Judge(Protocol):
+    """A `Moderator`, or a `KeywordRail`."""
+
+    labels: list[str]
+
+    @property
+    def thresholds_K(self) -> np.ndarray:
+        """Of the log-odds of each label."""
+        ...
+
+    def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None]]) -> np.ndarray:
+        """Log-odds [N, K] of answers."""
+        ...
+
+
+def moderate(
+    specs: Sequence[Spec],
+    judge: Judge,
+    out: Path | None,
+    keep: str,
+    by: Sequence[str],
+    json_file: Path | None,
+    evade: bool,
+) -> None:
+    """Judge every answer of the data sets, write rows, and print and write the figures.
+
+    keep: which rows are written, "all", "flagged" or "unflagged".
+    """
+    samples = load_mix(list(specs))[0]
+    pairs = [(answer, prompt_hash(sample)) for sample in samples for answer in labelled_answers(sample)]
+    answers, prompts_N = [answer for answer, _ in pairs], np.array([key for _, key in pairs], dtype=np.uint64)
+    odds_NK = judge.judge([(answer.turns, answer.answer) for answer in answers])
+    margin_N, above_NK = flag_margin(odds_NK, judge.thresholds_K), odds_NK > judge.thresholds_K
+    if out is not None:
+        written = _write(out, answers, judge, odds_NK, keep)
+        print(f"{written} of {len(answers)} rows written: {out}")
+    found = report(answers, prompts_N, judge, odds_NK, by)
+    if evade:
+        found["evasion"] = evasion(answers, judge, margin_N > 0, prompts_N)
+    for table in _tables(found, judge.labels, above_NK, prompts_N):
+        _console().print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"figures: {json_file}")
+
+
+def report(
+    answers: Sequence[LabelledAnswer], prompts_N: np.ndarray, judge: Judge, odds_NK: np.ndarray, by: Sequence[str]
+) -> dict[str, Any]:
+    """The share of flagged answers, of each label and by fields, with intervals; and how right they are where labels
+    are known."""
+    margin_N, above_NK = flag_margin(odds_NK, judge.thresholds_K), odds_NK > judge.thresholds_K
+    found: dict[str, Any] = {
+        "share": share_interval(margin_N > 0, prompts_N),
+        "labels": {name: share_interval(above_NK[:, k], prompts_N) for k, name in enumerate(judge.labels)},
+        "by": {name: shares_by([a.fields.get(name) for a in answers], margin_N > 0, prompts_N) for name in by},
+    }
+    truth_NK = np.array([answer.truth(judge.labels) for answer in answers], dtype=np.int8)
+    if (truth_NK >= 0).any():
+        found["against_labels"] = figures(odds_NK, truth_NK, above_NK, margin_N, judge.labels)
+    return found
+
+
+def evasion(
+    answers: Sequence[LabelledAnswer], judge: Judge, flagged_N: np.ndarray, prompts_N: np.ndarray
+) -> dict[str, Any]:
+    """Of the flagged answers the share that is flagged no more once question and answer are obfuscated."""
+    caught = [answer for answer, flagged in zip(answers, flagged_N.tolist(), strict=True) if flagged]
+    if not caught:
+        return {}
+    found = {}
+    for name, change in OBFUSCATIONS.items():
+        asked = [([change(turn) for turn in a.turns], None if a.answer is None else change(a.answer)) for a in caught]
+        passes_N = flag_margin(judge.judge(asked), judge.thresholds_K) <= 0
+        found[name] = share_interval(passes_N, prompts_N[flagged_N])
+    return found
+
+
+def find_judge(model: str | None, keywords: str | None) -> Judge:
+    """The moderation model in a folder, or a keyword rail: our own lists, or a YAML file of label: [words].
+
+    Raises UserError for neither or both, and for a file that is none.
+    """
+    if (model is None) == (keywords is None):
+        raise UserError("give --model FOLDER (a moderation model) or --keywords FILE|beavertails, one of them")
+    if model is not None:
+        from beaver_ray.models.moderator import Moderator
+
+        return Moderator(model)
+    assert keywords is not None
+    if keywords == "beavertails":
+        return KeywordRail(KEYWORDS)
+    lists = read_yaml(Path(keywords), frozenset())
+    bad = [name for name, words in lists.items() if not isinstance(words, list) or not words]
+    if bad or not lists:
+        raise UserError(f"{keywords}: {bad[0] if bad else 'the file'} must be a label with a list of words")
+    return KeywordRail({str(name): [str(word) for word in words] for name, words in lists.items()})
+
+
+def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: np.ndarray, keep: str) -> int:
+    """A line for each row that is kept; returns how many. The file is whole or absent."""
+    probability_NK = 1 / (1 + np.exp(-odds_NK))
+    flagged_N, above_NK = flag_margin(odds_NK, judge.thresholds_K) > 0, odds_NK > judge.thresholds_K
+    count, part = 0, out.with_name(f"{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            for row, answer in enumerate(answers):
+                if keep != "all" and bool(flagged_N[row]) != (keep == "flagged"):
+                    continue
+                told = {
+                    **answer.fields,
+                    "prompt": answer.turns[0] if len(answer.turns) == 1 else list(answer.turns),
+                    **({} if answer.answer is None else {"response": answer.answer}),
+                    "flagged": bool(flagged_N[row]),
+                    "flagged_labels": [name for k, name in enumerate(judge.labels) if above_NK[row, k]],
+                    "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(judge.labels)},
+                }
+                file.write(json.dumps(told, ensure_ascii=False) + "\n")
+                count += 1
+        part.replace(out)
+    except (OSError, TypeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {out}: {first_line(error)}") from None
+    return count
+
+
+def _tables(found: dict[str, Any], labels: Sequence[str], above_NK: np.ndarray, prompts_N: np.ndarray) -> list[Table]:
+    known = found.get("against_labels")
+    table = Table(title="Flagged, with 95 % intervals", title_justify="left")
+    for title in ("label", "flagged", "interval", "answers", *(("precision", "recall", "F1") if known else ())):
+        table.add_column(title, justify="left" if title == "label" else "right", overflow="fold")
+    rows = [("any", found["share"], known and known["flagged"])]
+    rows += [(name, found["labels"][name], known and known["labels"][name]) for name in labels]
+    for name, share, right in rows:
+        figures_of = [f"{right[key]:.3f}" for key in ("precision", "recall", "f1")] if right else []
+        table.add_row(name, *_cells(share), *figures_of)
+    tables = [table]
+    others = {f"by {name}": values for name, values in found["by"].items()}
+    others |= {"Flagged answers that pass once obfuscated": found["evasion"]} if found.get("evasion") else {}
+    for title, values in others.items():
+        table = Table(title=title, title_justify="left")
+        for column in ("value", "share", "interval", "answers"):
+            table.add_column(column, justify="left" if column == "value" else "right", overflow="fold")
+        for value, share in values.items():
+            table.add_row(value, *_cells(share))
+        tables.append(table)
+    return tables
+
+
+def _cells(share: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{share['mean']:.3f}", f"{share['low']:.3f} to {share['high']:.3f}", str(share["n"])
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
