@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
-from beaver_ray.guard_options import GuardModel
+from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import near
 from beaver_ray.user_code import PREFIX, UserCode
@@ -254,7 +254,7 @@ class FunctionSource(ScoreSource):
         return (self.code.pack(), columns, setting.policy, trust, template, setting.prompts)
 
 
-def score_source(text: str | GuardModel | ModerationModel) -> ScoreSource:
+def score_source(text: ModelOfScores) -> ScoreSource:
     """The source that the configuration means. ValueError for an address or a function that is none."""
     if isinstance(text, ModerationModel):
         return ModerationSource(text)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
-from beaver_ray.guard_options import GuardModel
+from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.models.folders import read_config
-from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.score_sources import GuardSource, ModerationSource, ScoreSource, score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
@@ -98,9 +97,7 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     return scorer_plans(config.models.reward, {constraint.name: constraint.model for constraint in config.constraints})
 
 
-def scorer_plans(
-    reward: str | GuardModel | ModerationModel, costs: Mapping[str, str | GuardModel | ModerationModel]
-) -> list[ScorerPlan]:
+def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> list[ScorerPlan]:
     """The scorers of a reward and of named costs, the reward's first.
 
     Signals whose source is one folder with several heads, one guard, one moderation model, or one function, share a
@@ -134,7 +131,7 @@ def critics(config: PolicyConfig) -> list[CriticPlan]:
     return [CriticPlan(f"critic-{s}", f"{_kind(s)}_critic", starts[s], (s,), f"{s}_critic") for s in signals]
 
 
-def scorer_plan(signal: str, name: str, kind: str, model: str | GuardModel | ModerationModel) -> ScorerPlan:
+def scorer_plan(signal: str, name: str, kind: str, model: ModelOfScores) -> ScorerPlan:
     """The scorer ``name`` of one signal, of kind reward or cost. UserError where the model is of another kind."""
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
@@ -161,7 +158,7 @@ def _checked_head(signal: str, kind: str, folder: str) -> int:
     return head
 
 
-def _folder(model: str | GuardModel | ModerationModel) -> str:
+def _folder(model: ModelOfScores) -> str:
     return model if isinstance(model, str) else model.folder
 
 

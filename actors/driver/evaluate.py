@@ -224,7 +224,7 @@ class HeldOut:
 
     def _proxy(self, answers: pa.RecordBatch, samples: Samples) -> dict[str, Any]:
         """What the learned reward says of answers, and how its order goes with the truth's, where both are there."""
-        if self.world is None or "reward" not in answers.schema.names:
+        if self.world is None or samples.reward is None or "reward" not in answers.schema.names:
             return {}
         learned = experience.scalars(answers, "reward").astype(np.float64)
         known = np.isfinite(learned)

@@ -25,11 +25,11 @@ from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample, as_text, field_value
 from beaver_ray.data_options import DataEntry, data_entry
 from beaver_ray.errors import UserError
-from beaver_ray.guard_options import GuardModel
-from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import context_length, load_tokenizer
 from beaver_ray.models.provenance import KEY
+from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.rewardbench import Contest
 from beaver_ray.rules.text import word_count
 from beaver_ray.runs import Progress
@@ -174,9 +174,7 @@ class ScoreModel:
     Raises UserError where it is none, or what it scores is not said.
     """
 
-    def __init__(
-        self, source: str | GuardModel | ModerationModel, kind: str | None, specs: Sequence[Spec], trust: bool = False
-    ) -> None:
+    def __init__(self, source: ModelOfScores, kind: str | None, specs: Sequence[Spec], trust: bool = False) -> None:
         text = source if isinstance(source, str) else source.folder
         kinds = _signals(source, kind)
         plans = [scorer_plan(name, text, of_kind, source) for name, of_kind in kinds.items()]
@@ -268,10 +266,12 @@ def score_all(
     return rest, [{name: of_signal[kept_N] for name, of_signal in found.items()} for found in scores]
 
 
-def _signals(source: str | GuardModel | ModerationModel, kind: str | None) -> dict[str, str]:
+def _signals(source: ModelOfScores, kind: str | None) -> dict[str, str]:
     """Name and kind, "reward" or "cost", of every signal that a source is asked for."""
     if isinstance(source, GuardModel):
         return {"reward": "reward"} if kind == "reward" else {source.signal: "cost"}
+    if isinstance(source, ModerationModel):
+        return {"reward": "reward"} if kind == "reward" else {"harm": "cost"}
     heads = head_names(source)
     if len(heads) > 1:
         return {name: "reward" if name == "reward" else "cost" for name in heads}

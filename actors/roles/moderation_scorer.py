@@ -9,7 +9,6 @@ import pyarrow as pa
 import torch
 
 from actors.roles.scorer import TextScorer
-from beaver_ray import experience
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.templates import Template
 from beaver_ray.method.multilabel import group_odds
@@ -55,14 +54,8 @@ class ModerationScorer(TextScorer):
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The score [N, G] of each group of labels."""
-        prompts = experience.rows(batch, "prompt_tokens")
-        # Labelled pairs have no reason: all of them are whole.
-        whole = ~experience.truncated(batch) if "finish_reason" in batch.schema.names else np.ones(len(prompts), bool)
-        asked = [(self.dialogues.find(row), self.dialogues.system(row)) for row in prompts]
-        rows = [
-            self.moderator.reader.row(turns, answer, ended, system)[0]
-            for (turns, system), answer, ended in zip(asked, self.responses(batch), whole.tolist(), strict=True)
-        ]
+        told = self.dialogues.told(batch)
+        rows = [self.moderator.reader.row(one.turns, one.answer, one.ended, one.system)[0] for one in told]
         odds_NK, above_K = self.moderator.odds(rows), self.moderator.thresholds_K
         scores = [sign * group_odds(odds_NK, above_K, chosen, combine) for chosen, combine, sign in self.groups]
         return np.stack(scores, axis=1)
