@@ -26,11 +26,20 @@ ON_PROMPTS: dict[str, Any] = {
     "data": {"prompts": ["d"]},
 }
 
+OF_POLICIES: dict[str, Any] = {
+    "name": "x",
+    "policies": {"one": "org/p"},
+    "prompts": ["d"],
+    "reward": "r",
+    "costs": [{"name": "harm", "model": "c"}],
+}
+
 
 def of(name: str, **changes: Any) -> Stage:
     """A stage with the options that it must have."""
     kind = stages()[name]
-    tree = ON_DATA if "model" in kind.model_fields else ON_PROMPTS
+    given = {"model": ON_DATA, "policies": OF_POLICIES}
+    tree = next((given[field] for field in given if field in kind.model_fields), ON_PROMPTS)
     return kind.model_validate({"stage": name} | tree | changes)
 
 
