@@ -19,6 +19,7 @@ from pydantic import model_validator
 from actors.driver.policy_stage import GENERATOR_PART
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.errors import UserError
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
 from beaver_ray.template_options import TemplateOptions
@@ -99,6 +100,10 @@ class Generate(Stage):
         pairs, left_out = draw_pairs(rows, self.pairs, self.seed)
         counts = {"answers": len(rows), "pairs": len(pairs), **left_out}
         run.note(", ".join(f"{count} {what}" for what, count in counts.items()))
+        if not pairs:
+            raise UserError(
+                f"no prompt has two different whole answers ({dict(left_out)}); raise rollout.max_new_tokens"
+            )
         folder = run.folder / "final.part"
         write_rows(folder / "answers.jsonl", rows)
         write_rows(folder / "pairs.jsonl", pairs)
