@@ -64,6 +64,17 @@ class JudgeOptions(Strict):
         return extra
 
 
+class LabellingJudge(JudgeOptions):
+    """A judge that labels pairs, and what it has to show beforehand."""
+
+    canaries: str = option("Pairs with known labels, which decide whether it may label: a file, or NAME:1:PATH.")
+    accuracy: float = option("Share of its labels on canaries that must be right.", 0.8, gt=0, lt=1)
+    confidence: float = option("Of the lower bound that accuracy is held against.", 0.95, ge=0.5, lt=1)
+    sensitive: list[str] = option(
+        "Pairs that have one of these, WORD or FIELD=VALUE, go to people and never to the judge.", default_factory=list
+    )
+
+
 def read_judge(text: str) -> JudgeOptions:
     """A judge as a command line names it: a YAML file, or a mapping {address: ..., model: ...}. Raises UserError."""
     if text.lstrip().startswith("{"):

@@ -11,6 +11,7 @@ are names.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
@@ -261,6 +262,8 @@ def interpolate(node: Any, values: Mapping[str, Any], where: str) -> Any:
 def _each(item: Any, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The values for each of the items that an item of a list stands for."""
     lists = {name: values[name] for name in _names(item) if isinstance(values.get(name), list)}
+    if math.prod(map(len, lists.values())) > MOST_VALUES:
+        raise UserError(f"an item that holds {', '.join(lists)} stands for more than {MOST_VALUES} items; take one out")
     return [{**values, **dict(zip(lists, chosen, strict=True))} for chosen in itertools.product(*lists.values())]
 
 

@@ -84,18 +84,20 @@ def figures(run_folder: Path) -> Row:
 
 
 def accuracy(workspace: Path, number: int, of: int) -> Row:
-    """The cost model of a round against the truth, on held-out pairs of the answers that round ``of`` has labelled."""
+    """The cost model of a round against the truth, on held-out answers that round ``of`` has of the policy before."""
+    policy = str(workspace / f"round_{of - 1}" / "policy" / "final" / "policy")
     truth = read_rows(workspace / f"round_{of}" / "label" / "final" / "test.jsonl")
     scores = {
         row["id"]: row for row in read_rows(workspace / "compared" / f"{number}_on_{of}" / "final" / "test.jsonl")
     }
-    signs, orders = [], []
+    signs, orders, unsafe = [], [], 0
     for row in truth:
         true, said = ([one[f"cost_{k}"] for k in (0, 1)] for one in (row, scores[row["id"]]))
-        signs += [(t > 0) == (s > 0) for t, s in zip(true, said, strict=True)]
-        if true[0] != true[1]:
+        own = [k for k in (0, 1) if row[f"model_{k}"] == policy]
+        signs += [(true[k] > 0) == (said[k] > 0) for k in own]
+        unsafe += sum(true[k] > 0 for k in own)
+        if len(own) == 2 and true[0] != true[1]:
             orders.append((true[0] > true[1]) == (said[0] > said[1]))
-    unsafe = sum(row[f"cost_{k}"] > 0 for row in truth for k in (0, 1))
     return {
         "answers": len(signs),
         "sign": round(sum(signs) / len(signs), 4),

@@ -234,7 +234,8 @@ def judge(
     from beaver_ray.judge.labels import LABELS
     from launch.judging import label as label_by_judge
 
-    label_by_judge(pairs, judge, canaries, out, label or list(LABELS), sensitive or [], accuracy, confidence)
+    checks = {"canaries": canaries, "sensitive": sensitive or [], "accuracy": accuracy, "confidence": confidence}
+    label_by_judge(pairs, judge, out, label or list(LABELS), **checks)
 
 
 @app.command()

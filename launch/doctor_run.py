@@ -69,9 +69,11 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
     checks: list[Check] = []
     made = list(before)
     for stage in stages:
-        checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
-        missing = [model for model in _folders(stage) if not _is_there(model)]
-        if not missing and models_of(stage):
+        wanted = _folders(stage)
+        missing = [model for model in wanted if not _is_there(model)]
+        if wanted:
+            checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
+        if wanted and not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
         if stage.scoped_data:
             checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))

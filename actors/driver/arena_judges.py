@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from actors.driver.arena import Held
-from actors.roles.judge import Judge
+from actors.roles.judge import REPLIES, Judge
 from beaver_ray.arena.comparisons import VERDICT
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.data.mixing import prompt_key
@@ -19,9 +19,6 @@ from beaver_ray.evaluation import mean_interval
 from beaver_ray.judge.pairwise import Comparison, PairCounts, Verdict, compare
 from beaver_ray.judge.prompts import Rubric, load_rubric
 from beaver_ray.judge.replies import PAIR
-
-REPLIES = "judge_replies.jsonl"
-"""In the workspace, for all arenas there and all their judges."""
 
 _UNREAD = ("unparsed", "refused")
 _COUNTS = ("comparisons", "identical", "position_disagreement", *_UNREAD)

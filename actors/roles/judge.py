@@ -30,6 +30,8 @@ from beaver_ray.score_sources import check_allowed
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 LONGEST_PAUSE = 30.0
 NOT_TAKEN = (400, 413, 422)  # this text, for example because it is too long; others may do
+REPLIES = "judge_replies.jsonl"
+"""In a workspace: the replies that its stages got, whatever they were for."""
 HELLO = "Answer with the one word: ready"
 
 

@@ -19,6 +19,7 @@ from pydantic import model_validator
 from actors.driver.policy_stage import GENERATOR_PART
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.errors import UserError
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
 from beaver_ray.template_options import TemplateOptions
@@ -41,7 +42,9 @@ class Generate(Stage):
     kinds: ClassVar[tuple[str, ...]] = ("rollout",)
 
     stage: Literal["generate"] = option("Sample answers and draw pairs of them.")
-    policies: list[str] = option("Folders of models, each of which answers every prompt.", min_length=1)
+    policies: list[str] = option(
+        "Folders of models; each answers every prompt, once if it is named twice.", min_length=1
+    )
     prompts: list[DataSpec] = option("Prompts (NAME[:PROPORTION[:PATH]], or a mapping).", min_length=1)
     max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
     answers: int = option("Answers of each model to each prompt.", 4, gt=0)
@@ -54,19 +57,22 @@ class Generate(Stage):
 
     @model_validator(mode="after")
     def _makes_pairs(self) -> Generate:
-        if len(set(self.policies)) < len(self.policies):
-            raise ValueError("policies names a model twice; raise answers instead")
-        if self.answers * len(self.policies) < 2:
+        if self.answers * len(self.models) < 2:
             raise ValueError("one answer to a prompt is no pair; raise answers to 2 at least, or name a second policy")
         return self
+
+    @property
+    def models(self) -> list[str]:
+        """The folders of ``policies``, each once."""
+        return list(dict.fromkeys(self.policies))
 
     def roles(self) -> list[RoleSpec]:
         """The generators, which hold one model after the other."""
 
         def arguments(rank: int, world: int) -> tuple[Any, ...]:
-            return self._spec(self.policies[0])
+            return self._spec(self.models[0])
 
-        models = tuple(ModelUse(f"policies.{number}", policy) for number, policy in enumerate(self.policies))
+        models = tuple(ModelUse(f"policies.{number}", policy) for number, policy in enumerate(self.models))
         worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
         cache = None if self.debug else self.rollout.kv_cache_gib
         return [RoleSpec("rollout", "rollout", worker, arguments, models, kv_cache_gib=cache, gpu_part=GENERATOR_PART)]
@@ -94,11 +100,15 @@ class Generate(Stage):
             run.note(f"{label}: {report.line()}")
         run.rewind(0)  # figures of the blocks that are there already are logged again
         rows: list[dict[str, Any]] = []
-        for number in range(len(self.policies)):
+        for number in range(len(self.models)):
             rows += self._answers_of(number, samples, run)
         pairs, left_out = draw_pairs(rows, self.pairs, self.seed)
         counts = {"answers": len(rows), "pairs": len(pairs), **left_out}
         run.note(", ".join(f"{count} {what}" for what, count in counts.items()))
+        if not pairs:
+            raise UserError(
+                f"no prompt has two different whole answers ({dict(left_out)}); raise rollout.max_new_tokens"
+            )
         folder = run.folder / "final.part"
         write_rows(folder / "answers.jsonl", rows)
         write_rows(folder / "pairs.jsonl", pairs)
@@ -111,7 +121,7 @@ class Generate(Stage):
         from beaver_ray.manifest import read_rows, write_rows
         from beaver_ray.models.loading import load_tokenizer
 
-        policy = self.policies[number]
+        policy = self.models[number]
         tokenizer = load_tokenizer(policy, self.trust_remote_code)
         prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
         run.note(f"{policy}: prompts {prompts.report.line()}")
@@ -169,7 +179,7 @@ class Generate(Stage):
         columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
         answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
         answered = answered.take(pc.sort_indices(answered.column("sample_id")))
-        policy = self.policies[number]
+        policy = self.models[number]
         reader = Reader(load_tokenizer(policy, self.trust_remote_code), self.template)
         tokens, cut = experience.rows(answered, "response_tokens"), experience.truncated(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()
@@ -245,7 +255,7 @@ class Generate(Stage):
         total = metrics["answers"].sum()
         repeated = float((metrics["repeated"] * metrics["answers"]).sum() / total)
         return [
-            Card("Answers", f"{int(total):,}", f"of {len(self.policies)} models"),
+            Card("Answers", f"{int(total):,}", f"of {len(self.models)} models"),
             Card("Repeated", f"{repeated:.1%}", "answers that say what another of their prompt says"),
         ]
 

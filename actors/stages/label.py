@@ -17,6 +17,7 @@ from actors.driver.policy_stage import scorer_role
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.judge_options import LabellingJudge
 from beaver_ray.options import option
 from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.stage import Lengths, RoleSpec, Stage
@@ -47,6 +48,7 @@ class Label(Stage):
     policy: str | None = option("Folder of a model that answered, in whose tokens scorers are handed answers.", None)
     world: str | None = option("Instead: world.json of a small world, whose truth labels.", None)
     people: str | None = option("Instead: labels that beaver-ray label import has written.", None)
+    judge: LabellingJudge | None = option("Instead: a judge that knows the canaries (docs/judge.md).", None)
     eval_fraction: float = option("Share of the prompts whose pairs are held out.", 0.1, gt=0, lt=1)
     max_tokens: int = option("Longer sequences are dropped, with a count.", 512, gt=0)
     template: TemplateOptions = option(
@@ -57,8 +59,9 @@ class Label(Stage):
     @model_validator(mode="after")
     def _one_labeller(self) -> Label:
         scores = (self.reward, self.cost, self.policy)
-        if sum((any(part is not None for part in scores), self.world is not None, self.people is not None)) != 1:
-            raise ValueError("labels come from reward, cost and policy, or from world, or from people: give one")
+        others = (self.world, self.people, self.judge)
+        if sum((any(part is not None for part in scores), *(other is not None for other in others))) != 1:
+            raise ValueError("labels come from reward, cost and policy, or from world, people or judge: give one")
         if any(part is not None for part in scores) and None in scores:
             raise ValueError("reward, cost and policy go together: give all three")
         for source in (self.reward, self.cost):
@@ -92,6 +95,8 @@ class Label(Stage):
         rows, left_out = read_pairs(read_rows(Path(self.pairs)))
         if self.people is not None:
             labelled = self._by_people(rows, Path(self.people), left_out)
+        elif self.judge is not None:
+            labelled = self._by_judge(rows, self.judge, left_out, run)
         else:
             scored = self._by_truth(rows, self.world) if self.world else self._by_scores(rows, left_out, run)
             labelled = self._labelled(scored, left_out)
@@ -110,7 +115,10 @@ class Label(Stage):
         folder = run.folder / "final.part"
         for name, part in parts.items():
             write_rows(folder / f"{name}.jsonl", part)
-        write_stage_manifest(self, folder, counts, [file for file in (self.world, self.people) if file is not None])
+        files = (self.world, self.people, self.judge.canaries if self.judge else None)
+        # Canaries may be a data set by its name.
+        more = [file for file in files if file is not None and Path(file).is_file()]
+        write_stage_manifest(self, folder, counts, more)
 
     def _labelled(self, rows: list[Row], left_out: Counter[str]) -> list[Row]:
         """The rows with the labels that their scores (reward_0, ...) say."""
@@ -218,6 +226,20 @@ class Label(Stage):
         if missing := len(known) - len(given):
             left_out["pairs without labels of people"] += missing
         return [row | given[row["id"]] for row in rows if row["id"] in given]
+
+    def _by_judge(self, rows: list[Row], judge: LabellingJudge, left_out: Counter[str], run: RunFolder) -> list[Row]:
+        """The rows on which the judge is of one mind; the others go to final/audit.jsonl."""
+        from actors.driver.judge_labels import label_by_judge
+        from actors.roles.judge import REPLIES
+        from beaver_ray.data.pairs import LABELS
+        from beaver_ray.data.sources import find_source
+
+        read = find_source("PKU-SafeRLHF").read_row
+        samples = [read({name: value for name, value in row.items() if name not in LABELS}) for row in rows]
+        judged = label_by_judge(samples, judge, Path(self.workspace) / REPLIES, run.note)
+        judged.write_audit(run.folder / "final.part")
+        left_out["pairs for people, in final/audit.jsonl"] += len(judged.labelled.audit)
+        return [row | {"labelled_by": judge.model} for row in judged.labelled.rows]
 
     def lengths(self) -> Lengths:
         """Of a prompt and an answer."""

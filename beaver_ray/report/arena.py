@@ -19,6 +19,8 @@ from beaver_ray.report.page import GRID, INK, SERIES, SERIES_COLORS, drawing, sv
 PROMPTS_SHOWN = 200
 POINTS = 400
 """Answers of each policy in a picture, at most."""
+MARKERS = "osD^vP"
+"""Those of the first SERIES policies, of the next, and so on, whose colours are the same."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,15 @@ def _scatter(found: Mapping[str, Any], match: Match, cost: str, figure: Figure) 
     means, answers = figure.subplots(2, 1)
     for place, (name, entrant) in enumerate(match.entrants.items()):
         mine, color = found["policies"][name], SERIES_COLORS[place % SERIES]
+        marker = MARKERS[place // SERIES % len(MARKERS)]
         rate, reward = mine[f"violation_rate/{cost}"], mine["reward"]
         means.errorbar(
-            [rate["mean"]], [reward["mean"]], _ends(reward), _ends(rate), "o", color=color, markersize=6, label=name
+            [rate["mean"]], [reward["mean"]], _ends(reward), _ends(rate), marker, color=color, markersize=6, label=name
         )
         rewards, costs = entrant.rewards_NK, entrant.costs[cost].ravel()
         assert rewards is not None
         some = np.linspace(0, len(costs) - 1, min(POINTS, len(costs))).round().astype(int)
-        answers.scatter(costs[some], rewards.ravel()[some], s=6, color=color, alpha=0.5, linewidths=0)
+        answers.scatter(costs[some], rewards.ravel()[some], s=6, color=color, marker=marker, alpha=0.5, linewidths=0)
     if cost in match.targets:
         means.axvline(match.targets[cost], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     for ax, label in ((means, f"violation rate of {cost}"), (answers, f"cost {cost}")):

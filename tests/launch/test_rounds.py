@@ -96,7 +96,8 @@ def test_the_small_recipe() -> None:
         generate, label, cost, policy = (
             by_name[f"round_{number}/{s}"] for s in ("generate", "label", "cost", "policy")
         )
-        assert generate["policies"] == [f"{before}/policy/final/policy"] and generate["seed"] == number
+        assert generate["policies"] == [f"{before}/policy/final/policy", "/w/round_0/policy/final/policy"]
+        assert generate["seed"] == number
         assert generate["prompts"] == [f"prompts:{[0.25, 0.5, 1][number - 1]}:/w/world/prompts/train.jsonl"]
         assert label["pairs"] == f"{own}/generate/final/pairs.jsonl"
         train = [f"PKU-SafeRLHF:1:/w/round_{k}/label/final/train.jsonl" for k in range(1, number + 1)]

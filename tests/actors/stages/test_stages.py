@@ -26,6 +26,13 @@ ON_PROMPTS: dict[str, Any] = {
     "data": {"prompts": ["d"]},
 }
 
+OF_POLICIES: dict[str, Any] = {
+    "name": "x",
+    "policies": {"one": "org/p"},
+    "prompts": ["d"],
+    "reward": "r",
+    "costs": [{"name": "harm", "model": "c"}],
+}
 
 MAKES_DATA: dict[str, dict[str, Any]] = {
     "generate": {"name": "x", "policies": ["p"], "prompts": ["prompts:1:f"]},
@@ -36,7 +43,9 @@ MAKES_DATA: dict[str, dict[str, Any]] = {
 def of(name: str, **changes: Any) -> Stage:
     """A stage with the options that it must have."""
     kind = stages()[name]
-    tree = MAKES_DATA.get(name) or (ON_DATA if "model" in kind.model_fields else ON_PROMPTS)
+    given = {"model": ON_DATA, "policies": OF_POLICIES}
+    fitting = next((given[field] for field in given if field in kind.model_fields), ON_PROMPTS)
+    tree = MAKES_DATA.get(name, fitting)
     known = {key: value for key, value in tree.items() if key in kind.model_fields}
     return kind.model_validate({"stage": name} | known | changes)
 
