@@ -16,6 +16,7 @@ from actors.stages import stages
 from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.template_options import Style, TemplateOptions
+from launch.bridges.cli import app as bridges
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bridges, name="bridge")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a stage.")]
 Overrides = Annotated[
