@@ -91,7 +91,10 @@ def test_lm_eval(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Bare text and choices by their log-probs; then the run's template and greedy answers."""
+    """Bare text and choices by their log-probs; then the run's template and greedy answers.
+
+    Fault 3 of the published code.
+    """
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
