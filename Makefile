@@ -2,11 +2,12 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train real test chaos lint lock clean
+.PHONY: help setup bridges train real test chaos lint lock clean
 
 HARDWARE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := requirements/$(HARDWARE).lock
 STAMP := .venv/installed-$(HARDWARE)
+BRIDGES := .venv/installed-bridges
 BIN := .venv/bin
 ARGS ?=
 
@@ -20,6 +21,12 @@ $(STAMP): $(LOCK) pyproject.toml requirements/install.sh
 	@PYTHON="$(PYTHON)" requirements/install.sh $(HARDWARE)
 	@touch $@
 
+bridges: $(BRIDGES)  ## lm-evaluation-harness and inspect_ai beside it, for `beaver-ray bridge` (docs/bridges.md)
+
+$(BRIDGES): $(STAMP) requirements/bridges.lock
+	@$(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet --no-deps -r requirements/bridges.lock </dev/null
+	@touch $@
+
 train: setup  ## the whole pipeline on the small world, with a report at the end; complete stages are skipped
 	@$(BIN)/beaver-ray pipeline configs/local/pipeline.yaml $(ARGS)
 
@@ -29,7 +36,7 @@ real: setup  ## Safe PPO of a real language model (93 MB), on pairs of yours (PA
 	@$(BIN)/python -m launch.real_model "$(WORKSPACE)" "$(PAIRS)"
 	@$(BIN)/beaver-ray pipeline configs/real/pipeline.yaml workspace="$(WORKSPACE)" $(ARGS)
 
-test: lint  ## lint, then all tests
+test: lint $(BRIDGES)  ## lint, then all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 chaos: setup  ## a run on three local nodes under 31 kills of all its processes (10 to 20 minutes on 2 cores)

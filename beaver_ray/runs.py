@@ -247,18 +247,40 @@ class _Figure(BaseModel):
         return self
 
 
+class _Score(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    value: float
+    stderr: float | None
+
+
+class _TaskScores(BaseModel):
+    """What another program found (launch/bridges/), with whatever else is kept beside it."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    version: int | float | str | None
+    n: int
+    scores: dict[str, _Score]
+
+
 class _Evaluation(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, _Figure | int | float | str | None]
 
-    prompts: int
-    samples: int
-    reward: _Figure
+    prompts: int = 0
+    samples: int = 0
+    reward: _Figure | None = None
     optimum: float | None = None
     share_of_optimum: _Figure | None = None
+    bridges: dict[str, dict[str, _TaskScores]] = {}
 
     @model_validator(mode="after")
     def _figures(self) -> Self:
+        needed = {"prompts", "samples", "reward"}
+        own = self.model_fields_set - {"bridges"} | self.__pydantic_extra__.keys()
+        if (own or not self.bridges) and not (needed <= own and self.reward is not None):
+            raise ValueError("prompts, samples or reward is missing")
         if "share_of_optimum" in self.model_fields_set and (self.share_of_optimum is None or self.optimum is None):
             raise ValueError("share_of_optimum needs figures, and an optimum")
         for key, value in self.__pydantic_extra__.items():

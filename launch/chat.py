@@ -29,7 +29,7 @@ from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.rejection import REFUSAL, RejectionFigures, sample_unflagged
-from launch.config_files import load_run
+from launch.config_files import template_of
 from launch.score_options import named, source
 
 HELP = """\
@@ -56,7 +56,7 @@ def chat(
     Raises UserError for a model or source that is none.
     """
     folders = [ChatFolder.find(text) for text in models]
-    templates = [_template(text) for text in models]
+    templates = [template_of(Path(text)) for text in models]
     judges = Judges(folders[0].model, templates[0], reward, costs)
     loaded = [
         ChatModel(name, folder, sampling, template)
@@ -311,13 +311,6 @@ def _names(models: Sequence[str]) -> list[str]:
     """What each model is called: the last part of its path, or all of it where two would be called alike."""
     short = [Path(text).name or text for text in models]
     return [name if short.count(name) == 1 else text for name, text in zip(short, models, strict=True)]
-
-
-def _template(model: str) -> Any:
-    """The template that a run's models are asked by; of other folders what their tokenizer has."""
-    folder = Path(model)
-    is_run = (folder / "config.yaml").is_file() and (folder / "final" / "policy").is_dir()
-    return load_run(folder).prompt_template if is_run else "auto"
 
 
 def _score(name: str, value: float) -> str:

@@ -19,6 +19,7 @@ from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.stage import Stage
 from beaver_ray.template_options import Style, TemplateOptions
 from launch import label
+from launch.bridges.cli import app as bridges
 from launch.config_files import load_config, load_run
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(label.app, name="label")
+app.add_typer(bridges, name="bridge")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a stage.")]
 Overrides = Annotated[

@@ -69,6 +69,7 @@ def test_wilson_between_whole_numbers_of_samples() -> None:
 
 
 def test_answers_that_only_repeat_their_prompt_count_once() -> None:
+    """Fault 25 of the published code."""
     flags = np.arange(40) < 7
     alone = share_interval(flags, np.arange(40))
     repeated = share_interval(np.repeat(flags, 5), np.repeat(np.arange(40), 5))
@@ -79,6 +80,7 @@ def test_answers_that_only_repeat_their_prompt_count_once() -> None:
 
 
 def test_summary() -> None:
+    """Fault 23 of the published code."""
     samples = Samples(
         prompt_id=np.array([0, 1, 2, 3]),
         reward=np.array([2.0, 4.0, 3.0, 3.0]),

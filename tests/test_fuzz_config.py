@@ -162,6 +162,7 @@ def test_commands(tmp_path: Path, tree: dict[str, Any], place: str, changes: lis
     ],
 )
 def test_what_once_got_through(tmp_path: Path, text: str, parts: str) -> None:
+    """Fault 19 of the published code: keys given twice, among others."""
     (tmp_path / "f.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "f.yaml")

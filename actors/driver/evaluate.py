@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
+from beaver_ray.runs import read_evaluation
 from beaver_ray.score_figures import rank_correlation
 from beaver_ray.signals import scorers
 from beaver_ray.small_world.judging import truths_of_dialogues
@@ -89,8 +90,10 @@ def judging(config: Stage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
 
 
 def write(folder: Path, summary: dict[str, Any]) -> Path:
-    """Write ``summary`` as evaluation.json into ``folder``; returns its path."""
+    """Write ``summary`` as evaluation.json into ``folder``; returns its path. Scores of other programs in it stay."""
     folder.mkdir(parents=True, exist_ok=True)
+    with suppress(UserError):  # a broken file is replaced, as its error tells one to
+        summary = summary | {key: kept for key, kept in read_evaluation(folder).items() if key == "bridges"}
     path = folder / "evaluation.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return path

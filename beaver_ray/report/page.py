@@ -64,6 +64,7 @@ def write_report(stage: Stage, folder: Path) -> Path:
             evaluation=_evaluation_rows(evaluation),
             judged_by=evaluation.get("judged_by"),
             evaluation_size=(evaluation.get("prompts"), evaluation.get("samples")),
+            bridges=_bridge_rows(evaluation),
             certificate=certificate,
             signs=stage.signs(metrics),
             samples=read_samples(folder, written) if written else [],
@@ -99,6 +100,17 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, in
         interval = "" if figure["low"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
         rows.append((key.replace("_", " "), f"{figure['mean']:{form}}", interval, figure["n"], bound))
     return rows
+
+
+def _bridge_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, str, int]]:
+    """(program, task, figure, value, standard error, samples) of every score of another program."""
+    return [
+        (program, f"{task} (version {found['version']})", figure, f"{score['value']:.4g}", error, found["n"])
+        for program, tasks in evaluation.get("bridges", {}).items()
+        for task, found in tasks.items()
+        for figure, score in found["scores"].items()
+        for error in ["" if score["stderr"] is None else f"{score['stderr']:.2g}"]
+    ]
 
 
 # Samples

@@ -46,6 +46,7 @@ def config(tmp_path: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_prompts_of_the_run_and_of_those_before_it_are_left_out(tmp_path: Path, candidates: list[Any]) -> None:
+    """Fault 23 of the published code."""
     sft = run_with(
         tmp_path / "sft",
         model=str(tmp_path / "base"),

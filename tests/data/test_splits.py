@@ -143,6 +143,7 @@ def test_files_about_the_data_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_that_are_trained_on() -> None:
+    """Fault 23 of the published code."""
     train = prompt_keys([RawSample("a"), RawSample("a"), RawSample(["b"]), RawSample(["c", "d", "e"])])
     assert held_out_too(train, prompt_keys([RawSample("x"), RawSample(["c", "d", "f"])])) is None
     both = held_out_too(train, prompt_keys([RawSample("a "), RawSample("b"), RawSample("b"), RawSample("x")]))

@@ -36,6 +36,7 @@ def test_beaver_text(llama_tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_beaver_tokens_have_one_bos_and_eos_between_turns(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Fault 6 of the published code."""
     tokens = prompt_tokens(llama_tokenizer, ["a", "b", "c"], "beaver")
     assert tokens.count(llama_tokenizer.bos_token_id) == 1 and tokens[0] == llama_tokenizer.bos_token_id
     assert tokens.count(llama_tokenizer.eos_token_id) == 1
@@ -183,5 +184,6 @@ def test_an_end_in_the_text_is_not_doubled(byte_tokenizer: PreTrainedTokenizerFa
 
 
 def test_a_cut_answer_has_no_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Fault 6 of the published code."""
     tokenizer = with_template(byte_tokenizer, conftest.GEMMA)
     assert answer_tokens(tokenizer, "Mix", ended=False) == answer_tokens(tokenizer, "Mix")[:-1]

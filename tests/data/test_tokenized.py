@@ -36,6 +36,7 @@ def test_ragged_round_trip(rows: list[list[int]]) -> None:
 
 
 def test_supervised_rows_end_with_eos_even_when_pad_is_eos(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Fault 4 of the published code."""
     samples = [RawSample("a", "b"), RawSample(["a", "b", "c"], "d"), RawSample("no answer")]
     data = SupervisedDataset.build(samples, byte_tokenizer, max_length=200)
     assert len(data) == 2
@@ -49,6 +50,7 @@ def test_supervised_rows_end_with_eos_even_when_pad_is_eos(byte_tokenizer: PreTr
 
 
 def test_prompts_are_distinct_and_never_cut(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Fault 6 of the published code."""
     samples = [RawSample("a"), RawSample("b"), RawSample(["a"]), RawSample("c " * 50)]
     limit = len(prompt_tokens(llama_tokenizer, "a", "beaver"))
     data = PromptDataset.build(samples, llama_tokenizer, limit, "beaver")
@@ -153,6 +155,7 @@ def test_sampler_resumes(size: int, batch: int, steps: int) -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
+    """Fault 11 of the published code."""
     sampler = BatchSampler(50, 50, 1)
     first, second = sampler.next_batch().tolist(), sampler.next_batch().tolist()
     assert first != second != BatchSampler(50, 50, 2).next_batch().tolist() != first

@@ -28,6 +28,7 @@ def test_updates_that_were_passed_over_are_said() -> None:
 
 
 def test_kl_above_its_limit() -> None:
+    """Fault 27 of the published code."""
     guard = DivergenceGuard(2.0, ["harm"])
     assert guard.observe(metrics(kl=2.0)) == []
     assert guard.observe(metrics(kl=2.5)) == ["the KL to the reference is 2.5, above guard.kl 2"]

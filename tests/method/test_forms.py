@@ -70,6 +70,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("level", [0.1, 0.5, 0.7, 0.9, 0.95])
 def test_the_mean_of_the_worst_share(level: float) -> None:
+    """Fault 22 of the published code."""
     rng = np.random.default_rng(int(100 * level))
     for rows in (1, 7, 20, 100):
         for costs in (rng.normal(1, 3, rows), rng.integers(0, 3, rows).astype(float)):

@@ -185,6 +185,7 @@ def test_value_loss_by_hand():
 
 @pytest.mark.parametrize("clip", [None, 0.3, 5.0])
 def test_value_loss_and_gradient_are_the_published_ones(clip):
+    """Fault 21 of the published code: a clip of none too."""
     old, returns = draw(16, seed=1), draw(16, seed=2, scale=4)
     values = (old + draw(16, seed=3)).requires_grad_()
     loss, _ = value_loss(values, old, returns, weights(), clip=clip)

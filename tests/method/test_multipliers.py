@@ -124,7 +124,10 @@ def test_pid_grows_by_factors_above_its_unit():
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 100))
 @SETTINGS
 def test_pid_knows_no_units(rewards_in, costs_in, seed):
-    """Rewards or costs in other units give the same multiplier in these units."""
+    """Rewards or costs in other units give the same multiplier in these units.
+
+    Faults 9 and 20 of the published code.
+    """
     rng = np.random.default_rng(seed)
     plain, scaled = (PidMultiplier(0.5 * f, 10.0, None, None, 0) for f in (1.0, rewards_in / costs_in))
     for _ in range(20):
@@ -150,6 +153,7 @@ def test_pid_is_not_at_a_loss_where_nothing_differs():
 )
 @SETTINGS
 def test_every_rule_stays_in_its_bounds(rule, rounds, limit):
+    """Fault 9 of the published code."""
     multiplier = make_multiplier(settings_of(rule=rule, window=None if rule == "pid" else 4))
     for costs in rounds:
         value = multiplier.update(costs, limit)
@@ -172,6 +176,8 @@ def test_pid_does_not_wind_up(stretch, below, above):
     """Costs of standard deviation 1, so that one unit of lambda is 1 and a gap is an error: after any time under the
     limit I reaches a level within level * T / gap steps, and from its maximum it is back at 0 within T / gap times
     the log of that maximum for its fall to the unit, and once more for the rest.
+
+    Fault 9 of the published code.
     """
     multiplier = make_multiplier(settings_of(rule="pid", window=None, max=None))
 
@@ -214,6 +220,7 @@ def test_without_a_window_each_update_stands_alone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resumed_multiplier_is_the_uninterrupted_one(rule):
+    """Fault 9 of the published code."""
     rounds = np.random.default_rng(1).normal(0.3, 4, (40, 3)).astype(np.float32)
     whole = make_multiplier(settings_of(rule=rule, delay_steps=5))
     expected = [whole.update(costs, 0.1) for costs in rounds]

@@ -95,6 +95,7 @@ def test_what_is_shaped_valued_and_bounded(count: int) -> None:
 
 
 def test_the_reward_alone_by_hand() -> None:
+    """Fault 6 of the published code: cut answers can be penalised."""
     # Rewards [-0.25, 0.5 + 3], [-1 + 1]; deltas [-0.25 + 1 - 0.5, 3.5 - 1], [0].
     made = RewardMaximization(HAND).advantages(by_hand())
     assert made.advantages.keys() == made.returns.keys() == {"reward"}

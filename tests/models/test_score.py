@@ -92,6 +92,7 @@ def test_a_language_model_gets_a_fresh_head_only_on_request(tiny_world: Path) ->
 
 
 def test_the_head_computes_in_float32(tiny_world: Path) -> None:
+    """Fault 14 of the published code."""
     model = load_score_model(str(tiny_world / "reward_model"), "reward", torch.bfloat16)
     found = scores(model)
     assert found.dtype == torch.float32
@@ -280,6 +281,7 @@ def test_a_config_that_does_not_fit_the_heads(tiny_world: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("var", ["a", -1.0, float("nan"), [1.0, [2.0]], {"a": 1}])
 def test_numbers_that_are_none(tiny_world: Path, tmp_path: Path, var: Any) -> None:
+    """Fault 15 of the published code."""
     write_score_folder(tmp_path / "m", tiny_world / "model", 4, "reward", do_normalize=True, mean=0.0, var=var)
     with pytest.raises(UserError, match=r"m: var in config\.json holds no number that scores can be normalised with"):
         load_score_model(str(tmp_path / "m"), "reward", torch.float32)

@@ -148,6 +148,7 @@ def test_a_confidence_puts_the_multipliers_target_lower(
 
 @pytest.mark.parametrize("stage", ["safe_ppo", "ppo", "reward_shaping"])
 def test_a_run_leaves_everything(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path, stage: str) -> None:
+    """Fault 17 of the published code."""
     folder = train(ppo(tiny_world, trained, tmp_path, stage))
     metrics = read_metrics(folder)
     assert [row["step"] for row in metrics] == [1, 2, 3]
@@ -251,6 +252,7 @@ MAY_BE_NULL = {"critic/reward/explained_variance", "critic/harm/explained_varian
 
 
 def test_the_same_seed_gives_the_same_run(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:
+    """Fault 25 of the published code."""
     # Answers that finish in several batches, PTX and an importance cap: whatever draws random numbers takes part.
     changes = {
         "ppo": {"minibatches": 2, "epochs": 2, "ptx_coefficient": 1.0, "importance_cap": 2.0},
@@ -312,6 +314,7 @@ def test_a_service_scores_as_its_model_does(
 def test_critic_warm_up_leaves_the_policy_alone(
     one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
 ) -> None:
+    """Fault 12 of the published code."""
     changes = {"ppo": {"critic_warmup_steps": 2}, "steps": 2, "evaluation": {"every": 0}, "trajectory_every": 0}
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
     policy = AutoModelForCausalLM.from_pretrained(folder / "final" / "policy").state_dict()
@@ -324,7 +327,10 @@ def test_critic_warm_up_leaves_the_policy_alone(
 
 
 def test_evaluate_judges_a_saved_policy(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:
-    """By the learned scorers, where no world is named; the figures go beside the policy."""
+    """By the learned scorers, where no world is named; the figures go beside the policy.
+
+    Fault 25 of the published code.
+    """
     evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
     config = ppo(tiny_world, trained, tmp_path, "safe_ppo", evaluation=evaluation)
     policy = str(tmp_path / "policy")
@@ -383,6 +389,7 @@ def test_lora_learns_and_leaves_a_merged_policy(
 def test_a_short_last_step_is_trained_and_said_also_after_resume(
     one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault 10 of the published code."""
     # 48 prompts, 45 a step: the second step has 3 for 5 minibatches.
     changes = {"steps": 2, "rollout": {"prompts_per_step": 45}, "ppo": {"minibatches": 5}, "save_every": 1}
     config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
@@ -410,7 +417,10 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
 def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
     one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The experience builder dies twice in the second step, when the multipliers have seen the costs already."""
+    """The experience builder dies twice in the second step, when the multipliers have seen the costs already.
+
+    Fault 9 of the published code.
+    """
     undisturbed = train(ppo_config(tiny_world, name="undisturbed", workspace=str(tmp_path)))
     combine, deaths = ExperienceBuilder.combine, [2, 3]
     calls: list[int] = []

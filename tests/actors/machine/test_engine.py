@@ -124,6 +124,7 @@ def check(result: dict[str, Any], max_norm: float) -> None:
 @pytest.mark.parametrize("max_norm", [1e6, 1.0])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_step_is_plain_adamw_for_every_stage(one_rank: None, zero_stage: int, max_norm: float) -> None:
+    """Fault 13 of the published code."""
     check(train(0, zero_stage, [ONE_RANK_CUTS[1]], max_norm), max_norm)
 
 
@@ -304,6 +305,7 @@ def gather(rank: int) -> dict[str, np.ndarray] | None:
 
 
 def test_full_state_of_a_sharded_model_has_every_name(two_ranks: Ranks) -> None:
+    """Fault 17 of the published code."""
     gathered, other = two_ranks.run(gather)
     expected = tied_llama().state_dict()
     assert other is None
@@ -362,6 +364,8 @@ def test_a_loaded_state_goes_on_bit_for_bit(
 
 
 def test_learning_rate_by_hand() -> None:
+    """Fault 12 of the published code."""
+
     def rates(schedule: Any, warmup: float, steps: int) -> list[float]:
         config = OptimizerConfig(learning_rate=1.2, schedule=schedule, warmup_fraction=warmup)
         return [learning_rate(config, step, steps) for step in range(steps)]
@@ -393,6 +397,8 @@ def with_dropout(family: str) -> nn.Module:
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_a_step_without_dropout_computes_what_an_evaluation_does(one_rank: None, family: str, recomputed: bool) -> None:
+    """Fault 8 of the published code."""
+
     def losses_of(dropout: bool) -> tuple[float, float]:
         model, rows = with_dropout(family), sequences(0)
         with torch.no_grad():

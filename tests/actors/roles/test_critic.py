@@ -132,6 +132,7 @@ def test_a_policy_without_a_head_can_start_a_critic(one_rank: None, tiny_world: 
 
 
 def test_values_are_raw_scores_even_of_a_normalizing_model(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Fault 14 of the published code."""
     import json
 
     folder = tmp_path / "normalizing"

@@ -99,6 +99,7 @@ def test_ragged_prompts_all_come_back_once(generator: Generator, model: PreTrain
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator: Generator) -> None:
+    """Fault 8 of the published code."""
     prompts = make_prompts(12, first_id=500, seed=1)
     together = drain(generator, prompts)
     apart = drain(generator, prompts.take(pa.array([7, 3]))) | drain(generator, prompts.take(pa.array([0])))

@@ -109,6 +109,7 @@ def check_gradients(found: dict[str, Tensor], model: torch.nn.Module, loss: Tens
 
 
 def test_the_first_ratio_is_one(one_rank: None, tiny_world: Path) -> None:
+    """Faults 7 and 27 of the published code."""
     trainer = trainer_of(ppo_config(tiny_world, rollout={"temperature": 0.7}))
     batch = with_everything(tiny_world, random_sequences(19, seed=1)).drop_columns(["logprobs"])
     found = trainer.logprobs(batch)
@@ -214,6 +215,7 @@ def test_the_policy_reads_no_column_of_a_signal(one_rank: None, tiny_world: Path
 
 
 def test_normalized_advantages_are_whitened_over_the_steps_tokens(one_rank: None, tiny_world: Path) -> None:
+    """Fault 20 of the published code."""
     batch = with_everything(tiny_world, random_sequences(10, seed=6), off_policy=0.2)
     config = ppo_config(tiny_world, ppo={"normalize_advantages": True})
     trainer = trainer_of(config)

@@ -41,6 +41,7 @@ def end_scores(folder: Path, sequences: list[list[int]], head: int = 0) -> np.nd
 
 @pytest.mark.parametrize("column", ["reward", "cost/harm"])
 def test_the_score_is_that_of_the_last_token(tiny_world: Path, column: str) -> None:
+    """Fault 4 of the published code."""
     folder = tiny_world / ("reward_model" if column == "reward" else "cost_model")
     batch = random_sequences(21, seed=1)
     found = scorer(folder, tiny_world, column).score(batch)
@@ -223,6 +224,7 @@ def flip_to_positive(folder: Path, world: Path, specs: list[str]) -> None:
 
 
 def test_calibration_turns_scores_into_probabilities(tiny_world: Path, tmp_path: Path) -> None:
+    """Faults 21 and 22 of the published code."""
     folder = tmp_path / "cost"
     shutil.copytree(tiny_world / "cost_model", folder)
     specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]

@@ -75,6 +75,7 @@ def literal_dpo(world: Path, policy: Path, label: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("label", ["better", "safer"])
 def test_pair_by_pair(one_rank: None, tiny_world: Path, tmp_path: Path, other: Path, label: str) -> None:
+    """Faults 1 and 2 of the published code."""
     config = config_of(tiny_world, tmp_path, label=label, model=str(other), reference=str(tiny_world / "model"))
     assert trainer_of(config).evaluate() == pytest.approx(literal_dpo(tiny_world, other, label), rel=1e-4, abs=1e-5)
 

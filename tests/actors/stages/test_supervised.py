@@ -249,6 +249,7 @@ def test_two_ranks_train_as_one(
 
 @pytest.mark.parametrize("stage", ["sft", "cost_model", "score_model"])
 def test_a_run_learns_and_leaves_its_model(one_rank: None, tiny_world: Path, tmp_path: Path, stage: str) -> None:
+    """Fault 2 of the published code."""
     config = config_of(tiny_world, stage, workspace=str(tmp_path), epochs=2, batch_size=40)
     trainer = trainer_of(config)
     with RunFolder(config) as run:
