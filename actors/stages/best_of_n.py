@@ -126,12 +126,12 @@ class BestOfN(Stage):
         points = sorted(int(key.split("/")[1]) for key in metrics if key.startswith("best_of/") and "refused" in key)
         curves = {end: np.array([self._mean(metrics, f"best_of/{k}/{end}") for k in points]) for end in ends}
         speed = metrics.get("throughput/samples_per_second", np.array([np.nan]))
-        caption = "What best-of-n gives, refusals included, estimated for smaller n from all answers; the last is what "
+        caption = "What best-of-n gives, refusals included; of fewer answers it is the mean over all draws of them."
         return drawable(
             [
                 Chart(
                     "Over n",
-                    caption + "was written.",
+                    caption,
                     [Panel(end, [Series(end, y)]) for end, y in curves.items()],
                     x=np.array(points, dtype=np.float64),
                     xlabel="n",
