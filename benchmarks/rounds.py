@@ -150,7 +150,7 @@ def draw(runs: list[Row], target: Path) -> None:
     unsafe.axhline(TARGET, color=GREY, linestyle="--", linewidth=1.2, label=f"target {TARGET:.0%}")
     unsafe.set_ylim(bottom=0)
     unsafe.legend(frameon=False)
-    right.set_ylabel("signs that the cost model has right")
+    right.set_ylabel("right signs of the cost model")
     right.set_xticks([place / 2 for place in range(1, 2 * rounds + 1)])
     names = [name for n in range(1, rounds + 1) for name in (f"round {n}\nbefore PPO", f"round {n}\nafter PPO")]
     right.set_xticklabels(names)
