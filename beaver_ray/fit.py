@@ -100,7 +100,8 @@ def token_notes(stage: Stage, uses: list[ModelUse]) -> list[str]:
                 f"has {have} rows; call resize_token_embeddings({last[1] + 1}) on the model and save it again"
             )
         folder = find_model(model)
-        if folder is not None and any(use.scores for use in uses if use.folder == model):
+        # A moderation model reads as moderation.json beside it says, whatever the run does.
+        if folder is not None and any(use.scores and not use.classifier for use in uses if use.folder == model):
             changed = difference(read_config(folder), tokenizer, stage.prompt_template)
             notes += [f"{part}: {model} {changed}"] if changed else []
     policy, reference = rows.get("policy"), rows.get("reference")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ LABELS = ["harm", "privacy", "abetting"]
 
 def train(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     """The figures of one arm on the world in ``folder``."""
-    started = time.monotonic()
     world = folder / "world"
     tree = {
         "stage": "moderation",
@@ -54,7 +52,6 @@ def train(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     return {
         **{label: {key: found["labels"][label][key] for key in ("f1", "auroc", "auprc", "ece")} for label in LABELS},
         "flagged_f1": found["flagged"]["f1"],
-        "seconds": round(time.monotonic() - started),
     }
 
 

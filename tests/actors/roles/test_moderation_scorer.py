@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from actors.driver.train import train
 from actors.roles.moderation_scorer import ModerationScorer
 from beaver_ray import experience
 from beaver_ray.errors import UserError
@@ -19,14 +20,17 @@ from beaver_ray.models.classifier import load_classifier, save_classifier
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Settings
 from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.runs import read_metrics
 from beaver_ray.score_sources import ModerationSource
 from beaver_ray.signals import scorers
+from launch.config_files import load_config
+from launch.planning import plan
 from tests.actors.roles.test_guard_scorer import ANSWERS, DIALOGUES, answers_of
 from tests.actors.support import ppo_config
 from tests.tiny_encoders import write_encoder
 
 LABELS = ["violence", "theft", "other"]
-THRESHOLDS = [0.25, -0.5, 1.0]
+THRESHOLDS = [0.25, -0.5, 4.0]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,24 @@ def test_a_violation_rate_calibrates_it(tiny_world: Path, model: Path) -> None:
     assert scorer.labelled_pairs("cost/harm").startswith("kept ")
     after = experience.scalars(scorer.score(batch), "cost/harm")
     np.testing.assert_allclose(after, 1 / (1 + np.exp(-(fitted["scale"] * before + fitted["bias"]))), rtol=1e-5)
+
+
+def test_a_run_under_three_limits(one_rank: None, tiny_world: Path, model: Path, tmp_path: Path) -> None:
+    """Three multipliers move by three costs of one model; the configuration comes back from its file."""
+    config = ppo_config(
+        tiny_world,
+        workspace=str(tmp_path),
+        steps=2,
+        constraints=[entry | {"critic": None} for entry in constraints(model)],
+        rollout={"prompts_per_step": 4, "samples_per_prompt": 2},
+        ppo={"advantage": "leave_one_out", "loss_reduction": "token"},
+    )
+    folder = train(config)
+    metrics = read_metrics(folder)
+    assert len(metrics) == 2
+    assert len({row[f"cost/{name}/mean"] for row in metrics for name in ("harm", "crime", "other")}) == 6
+    assert load_config(folder / "config.yaml").model_dump() == config.model_dump()
+    assert [role.model for role in plan(config).roles].count(str(model)) == 1
 
 
 def test_as_a_reward_its_sign_is_turned(tiny_world: Path, model: Path) -> None:
