@@ -22,7 +22,7 @@ from beaver_ray.runs import RunFolder
 from launch.config_files import load_config, load_pipeline
 
 ROOT = Path(__file__).parents[1]
-# A scoring function of the checkout or an allowed folder; an answer's program, confined in a process of its own.
+# Functions and environments of the checkout or an allowed folder; confined programs of answers, in their own process.
 RUNS_CODE = ("beaver_ray/user_code.py", "beaver_ray/rules/run_program.py")
 SECRET = "c0ffee-not-to-be-seen"
 
