@@ -121,8 +121,12 @@ def test_lm_eval(
     capfd.readouterr()
     assert bridge("lm-eval", run, "--tasks", said, "--chat", "--batch-size", 3) == 0
     tasks = read_evaluation(run)["bridges"]["lm-eval"]
+    broken = write_task(tmp_path, "broken", rows, **kind, metric_list=[{"metric": "no_such"}])
+    assert bridge("lm-eval", run, "--tasks", broken) == 2 and read_evaluation(run)["bridges"]["lm-eval"] == tasks
     assert tasks["said"]["scores"]["exact_match"]["value"] == 0.5 and tasks["choice"] == found
-    assert "said (version 2, 4 samples): exact_match 0.5 +- 0.2887" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "said (version 2, 4 samples): exact_match 0.5 +- 0.2887" in out
+    assert err.splitlines()[-1].startswith(f"error: lm-eval cannot run {broken}: ")
 
 
 INSPECT_TASK = """\
@@ -142,10 +146,17 @@ def said(file: str, longest: int) -> Task:
 @task
 def sampled(file: str) -> Task:
     return Task(dataset=json_dataset(file), solver=generate(), scorer=exact())
+
+
+@task
+def several(file: str) -> Task:
+    return Task(dataset=json_dataset(file), solver=generate(), config=GenerateConfig(num_choices=2))
 """
 
 
-def test_inspect(tiny_world: Path, run: Path, questions: list[str], tmp_path: Path) -> None:
+def test_inspect(
+    tiny_world: Path, run: Path, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Greedy answers of a padded batch are those of transformers one at a time; sampled ones repeat by their seed."""
     pytest.importorskip("inspect_ai")
     answers = [greedy(tiny_world, question) for question in questions]
@@ -172,6 +183,13 @@ def test_inspect(tiny_world: Path, run: Path, questions: list[str], tmp_path: Pa
         samples = sorted(log.samples or [], key=lambda sample: str(sample.id))
         said.append([sample.output.completion for sample in samples])
     assert len(said[0]) == 3 and said[0] == said[1] != said[2]
+
+    # What it cannot do is no score.
+    capsys.readouterr()
+    assert bridge("inspect", run, "--task", f"{file}@several", "--arg", f"file={data}") == 2
+    err = capsys.readouterr().err
+    assert "inspect_ai's task several failed" in err and "a task asks for num_choices" in err and err.count("\n") == 1
+    assert read_evaluation(run)["bridges"]["inspect"].keys() == {"said", "sampled"}
 
 
 def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
