@@ -21,6 +21,7 @@ from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.bridges import cli
 from tests.actors.support import ppo_config
+from tests.test_report import make_ppo_run, report
 
 LONGEST = 6
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 20}
@@ -203,6 +204,17 @@ def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("{")
     write(tmp_path, {"prompts": 1, "samples": 1, "reward": FIGURE})
     assert "bridges" not in read_evaluation(tmp_path)
+
+
+def test_the_report_shows_them(tmp_path: Path) -> None:
+    folder = make_ppo_run(tmp_path, steps=2)
+    scores = {"value": 0.5, "stderr": 0.125}
+    bridges = {"inspect": {"choice": {"version": 7, "n": 3, "scores": {"acc": scores}}}}
+    (folder / "evaluation.json").write_text(json.dumps({"bridges": bridges}))
+    page = report(folder).read_text()
+    cells = ["inspect", "choice (version 7)", "acc", "0.5", "0.12", "3"]
+    at = page.index("Tasks of other programs")
+    assert [cell in page[at : at + 1000] for cell in cells] == [True] * 6 and "Held-out evaluation" not in page
 
 
 @pytest.mark.parametrize(
