@@ -46,6 +46,8 @@ def run_tasks(
         )
     except ModuleNotFoundError as error:
         raise UserError(f"a task needs the package {error.name!r}: pip install it ({error})") from None
+    except Exception as error:  # of a task that is not as it should be nearly anything is raised
+        raise UserError(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
     settings = {"few_shot": few_shot, "limit": limit, "chat": chat}
     policy.keep("lm-eval", task_scores(found, settings))
 

@@ -21,6 +21,7 @@ from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.bridges import cli
 from tests.actors.support import ppo_config
+from tests.test_report import make_ppo_run, report
 
 LONGEST = 6
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 20}
@@ -121,8 +122,12 @@ def test_lm_eval(
     capfd.readouterr()
     assert bridge("lm-eval", run, "--tasks", said, "--chat", "--batch-size", 3) == 0
     tasks = read_evaluation(run)["bridges"]["lm-eval"]
+    broken = write_task(tmp_path, "broken", rows, **kind, metric_list=[{"metric": "no_such"}])
+    assert bridge("lm-eval", run, "--tasks", broken) == 2 and read_evaluation(run)["bridges"]["lm-eval"] == tasks
     assert tasks["said"]["scores"]["exact_match"]["value"] == 0.5 and tasks["choice"] == found
-    assert "said (version 2, 4 samples): exact_match 0.5 +- 0.2887" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "said (version 2, 4 samples): exact_match 0.5 +- 0.2887" in out
+    assert err.splitlines()[-1].startswith(f"error: lm-eval cannot run {broken}: ")
 
 
 INSPECT_TASK = """\
@@ -142,10 +147,17 @@ def said(file: str, longest: int) -> Task:
 @task
 def sampled(file: str) -> Task:
     return Task(dataset=json_dataset(file), solver=generate(), scorer=exact())
+
+
+@task
+def several(file: str) -> Task:
+    return Task(dataset=json_dataset(file), solver=generate(), config=GenerateConfig(num_choices=2))
 """
 
 
-def test_inspect(tiny_world: Path, run: Path, questions: list[str], tmp_path: Path) -> None:
+def test_inspect(
+    tiny_world: Path, run: Path, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Greedy answers of a padded batch are those of transformers one at a time; sampled ones repeat by their seed."""
     pytest.importorskip("inspect_ai")
     answers = [greedy(tiny_world, question) for question in questions]
@@ -173,6 +185,13 @@ def test_inspect(tiny_world: Path, run: Path, questions: list[str], tmp_path: Pa
         said.append([sample.output.completion for sample in samples])
     assert len(said[0]) == 3 and said[0] == said[1] != said[2]
 
+    # What it cannot do is no score.
+    capsys.readouterr()
+    assert bridge("inspect", run, "--task", f"{file}@several", "--arg", f"file={data}") == 2
+    err = capsys.readouterr().err
+    assert "inspect_ai's task several failed" in err and "a task asks for num_choices" in err and err.count("\n") == 1
+    assert read_evaluation(run)["bridges"]["inspect"].keys() == {"said", "sampled"}
+
 
 def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
     scores = {"version": 1, "n": 3, "scores": {"acc": {"value": 0.5, "stderr": None}}, "chat": True}
@@ -185,6 +204,17 @@ def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("{")
     write(tmp_path, {"prompts": 1, "samples": 1, "reward": FIGURE})
     assert "bridges" not in read_evaluation(tmp_path)
+
+
+def test_the_report_shows_them(tmp_path: Path) -> None:
+    folder = make_ppo_run(tmp_path, steps=2)
+    scores = {"value": 0.5, "stderr": 0.125}
+    bridges = {"inspect": {"choice": {"version": 7, "n": 3, "scores": {"acc": scores}}}}
+    (folder / "evaluation.json").write_text(json.dumps({"bridges": bridges}))
+    page = report(folder).read_text()
+    cells = ["inspect", "choice (version 7)", "acc", "0.5", "0.12", "3"]
+    at = page.index("Tasks of other programs")
+    assert [cell in page[at : at + 1000] for cell in cells] == [True] * 6 and "Held-out evaluation" not in page
 
 
 @pytest.mark.parametrize(
