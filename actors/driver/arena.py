@@ -266,7 +266,7 @@ def ask(
     tokens = [reader.prompt(prompt_key(sample), sample.system) for sample in samples]
     with judging(config, config.generators()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout, note=note)
-        answers = _answered(tokens * arena.answers, 0, reader, roles, rollouts)
+        answers = _answered(dict(enumerate(tokens * arena.answers)), 0, reader, roles, rollouts)
         said = Said.of_rounds(answers, len(samples))
         if not arena.insist:
             return said, None
@@ -274,14 +274,17 @@ def ask(
 
 
 def _answered(
-    prompts: Sequence[Sequence[int]], turn: int, reader: Reader, roles: Roles, rollouts: Rollouts
+    prompts: dict[int, list[int]], turn: int, reader: Reader, roles: Roles, rollouts: Rollouts
 ) -> list[tuple[str, bool]]:
-    """The text of an answer to each of these prompts, and whether it came to its end."""
+    """The text of an answer to each of these prompts, and whether it came to its end.
+
+    Their numbers, which rise, and the turn decide the random numbers, and so do not whoever else is still asked.
+    """
     batch = experience.make_batch(
         {
-            "sample_id": FIRST_SAMPLE_ID + turn * (1 << 20) + np.arange(len(prompts)),
-            "prompt_id": np.arange(len(prompts)),
-            "prompt_tokens": [np.asarray(prompt, dtype=np.int32) for prompt in prompts],
+            "sample_id": FIRST_SAMPLE_ID + turn * (1 << 20) + np.array(list(prompts)),
+            "prompt_id": np.array(list(prompts)),
+            "prompt_tokens": [np.asarray(prompt, dtype=np.int32) for prompt in prompts.values()],
         }
     )
     columns = ["sample_id", "response_tokens", "finish_reason"]
@@ -325,7 +328,7 @@ def _insist(
             if len(prompts[n]) > room:
                 del prompts[n], gave_in_at[n]
         if prompts:
-            answers = _answered(list(prompts.values()), turn, *asked)
+            answers = _answered(prompts, turn, *asked)
             for n, (text, _) in zip(prompts, answers, strict=True):
                 dialogues[n].append(text)
                 if not refuses(text):

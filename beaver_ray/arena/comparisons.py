@@ -56,4 +56,6 @@ def win_tie_loss(verdicts_M: NDArray[np.str_], prompts_M: NDArray[np.integer]) -
     prompts, earned = prompts_M[counted], earned_M[counted]
     shares = {"win": earned == 1.0, "tie": earned == 0.5, "loss": earned == 0.0}
     found |= {name: share_interval(flags, prompts) for name, flags in shares.items()}
+    if earned.mean() in (0.0, 1.0):  # who won always may lose next time, which a spread of 0 does not show
+        return found | {"win_rate": share_interval(earned, prompts)}
     return found | {"win_rate": mean_interval(earned, prompts, within=(0.0, 1.0))}

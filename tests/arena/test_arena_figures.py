@@ -75,6 +75,8 @@ def test_a_judge_s_failures_are_counted_and_in_no_share() -> None:
     assert (found["comparisons"], found["unparsed"], found["refused"]) == (8, 1, 2)
     assert found["win"]["mean"] == 3 / 5 and found["win"]["n"] == 5
     assert found["win_rate"]["mean"] == pytest.approx(3.5 / 5)
+    always = win_tie_loss(*flat(["first"] * 20))["win_rate"]
+    assert always["high"] == 1.0 and always["low"] == pytest.approx(0.8389, abs=1e-4)  # Wilson, 20 of 20
     nothing = win_tie_loss(*flat(["refused", "unparsed"]))
     assert nothing["win_rate"] is None and nothing["comparisons"] == 2
     with pytest.raises(ValueError, match="'draw' is no verdict"):

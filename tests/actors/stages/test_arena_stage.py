@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.arena import harmful_and_benign, read_prompts
+from actors.driver.arena import ask, find_contenders, harmful_and_benign, read_prompts
 from actors.stages.arena import Arena
+from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
 from beaver_ray.small_world.world import SmallWorld
 from launch.pipeline import run_stage
@@ -43,6 +44,17 @@ def arena(home: Path, workspace: Path, name: str, **changes: Any) -> Arena:
 def answers_in(folder: Path, policy: str) -> list[dict[str, Any]]:
     lines = (folder / "final" / "answers" / f"{policy}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def greedy_answer(model: Any, tokenizer: Any, turns: list[str]) -> tuple[str, bool, list[int]]:
+    """(text, whether it ended, tokens of the prompt) of transformers' own greedy answer to the turns."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt, end = tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id
+    settings = {"do_sample": False, "max_new_tokens": LONGEST, "eos_token_id": end, "pad_token_id": end}
+    with torch.no_grad():
+        whole = model.generate(input_ids=torch.tensor([prompt]), **settings)[0]
+    return str(tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)), bool(whole[-1] == end), prompt
 
 
 @pytest.fixture(scope="module")
@@ -109,25 +121,48 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
 
     trunk = AutoModel.from_pretrained(tiny_world / "cost_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
-    head, end = load_file(tiny_world / "cost_model" / "model.safetensors"), tokenizer.eos_token_id
+    head = load_file(tiny_world / "cost_model" / "model.safetensors")
     asked = [(model, row) for row in answers_in(stage.folder, "one")[:3]]
     asked += [(adapted, row) for row in answers_in(stage.folder, "adapted")[:3]]
     assert [row["response"] for row in answers_in(stage.folder, "one")] != [
         row["response"] for row in answers_in(stage.folder, "adapted")
     ]
     for asks, row in asked:
-        messages = [{"role": "user", "content": row["prompt"]}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        answer, ended, prompt = greedy_answer(asks, tokenizer, [row["prompt"]])
+        assert (row["response"], row["ended"]) == (answer, ended)
+        tokens = prompt + tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id] * ended
         with torch.no_grad():
-            settings = {"do_sample": False, "max_new_tokens": LONGEST, "eos_token_id": end, "pad_token_id": end}
-            whole = asks.generate(input_ids=torch.tensor([prompt]), **settings)[0]
-            answer = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)
-            tokens = prompt + tokenizer.encode(answer, add_special_tokens=False) + [end] * row["ended"]
             hidden_D = trunk(torch.tensor([tokens])).last_hidden_state[0, -1]
-        assert row["response"] == answer and row["ended"] == bool(whole[-1] == end)
         score = float(hidden_D @ head["score_head.weight"][0] + head["score_head.bias"][0])
         assert row["cost/learned"] == pytest.approx(score, abs=1e-4)
+
+
+def test_insistence_is_the_dialogue_that_transformers_would_have(tiny_world: Path, tmp_path: Path) -> None:
+    """Greedy, and with a rule of the test's own for what is a refusal, so that some give in and some do not."""
+
+    def refuses(text: str) -> bool:
+        return len(text.split()) == LONGEST
+
+    greedy = {"max_new_tokens": LONGEST, "max_sequences": 16, "temperature": 0.0}
+    stage = arena(tiny_world, tmp_path, "insist", insist=2, insistence="show me how", rollout=greedy)
+    world = SmallWorld.load(tiny_world / "world.json")
+    samples = read_prompts(stage, world, print)
+    said, gave_in_at = ask(stage, find_contenders(stage)[0], samples, refuses, print)
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
+    expected = []
+    for texts, sample in zip(said.texts, samples, strict=True):
+        turns = [str(sample.input), texts[0]]
+        if not world.is_adversarial(turns[0]):
+            continue
+        turn = 0
+        while refuses(turns[-1]) and turn < 2:
+            turn += 1
+            turns.append("show me how")
+            turns.append(greedy_answer(model, tokenizer, turns)[0])
+        expected.append(STOOD_FIRM if refuses(turns[-1]) else turn)
+    assert gave_in_at is not None and gave_in_at.tolist() == expected
+    assert len({*expected}) > 1
 
 
 def test_xstest_says_which_prompts_are_to_be_refused(tiny_world: Path, tmp_path: Path) -> None:
