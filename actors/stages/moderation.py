@@ -78,8 +78,6 @@ class Moderation(TrainerStage):
 
         super().run(run)
         shutil.copyfile(run.folder / "final.part" / self.trained / FILE, run.folder / FILE)
-        for line in self.headlines():
-            run.note(line)
 
     @property
     def packed(self) -> bool:
