@@ -102,7 +102,7 @@ def test_a_run_compares_its_calibration_with_the_truth(
 
 def test_comparing_changes_no_figure(one_rank: None, tiny_world: Path, cost_model: str, tmp_path: Path) -> None:
     """The same evaluation with a limit, whose cost scorer is not asked."""
-    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy", ignore=lambda *_: ["evaluation.json"]))
     config = calibrated(tiny_world, cost_model, tmp_path)
     compared = json.loads(evaluate(config, policy).read_text())
     assert (tmp_path / "policy" / "reliability.json").is_file()
@@ -175,7 +175,7 @@ def test_certify_on_sealed_prompts(
 ) -> None:
     """Every figure of the certificate from the answers themselves, read and judged once more by the world."""
     config = calibrated(tiny_world, cost_model, tmp_path)
-    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy", ignore=lambda *_: ["evaluation.json"]))
     file = as_file(config, tmp_path)
     options = ["--policy", policy, "--certify", "0.9", "--answers", "3", "--prompts", sealed(tiny_world)]
     code, out, err = run(capsys, "evaluate", file, *options)
@@ -228,7 +228,7 @@ def test_certify_by_learned_models_and_functions(
     config = calibrated(
         tiny_world, cost_model, tmp_path, constraints=[harm, long, raw], evaluation={"world": None}, data=data
     )
-    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy", ignore=lambda *_: ["evaluation.json"]))
     options = ["--certify", "0.95", "--policy", policy, "--prompts", f"prompts:1:{kinds}"]
     code, out, err = run(capsys, "evaluate", as_file(config, tmp_path), *options)
     found = Certificate.read(tmp_path / "policy")
@@ -309,7 +309,7 @@ def test_a_file_of_labels(
 ) -> None:
     """The probabilities of labelled answers are those that the same answers had when they were calibrated on."""
     config = calibrated(tiny_world, cost_model, tmp_path)
-    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy"))
+    policy = str(shutil.copytree(tiny_world / "model", tmp_path / "policy", ignore=lambda *_: ["evaluation.json"]))
     pairs = [json.loads(line) for line in (tiny_world / "preferences" / "test.jsonl").open()]
     rows = [
         {"prompt": pair["prompt"], "response": pair[f"response_{i}"], "unsafe": not pair[f"is_response_{i}_safe"]}
