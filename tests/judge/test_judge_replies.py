@@ -56,7 +56,7 @@ def test_a_reply_that_was_cut_off_or_held_back() -> None:
 
 
 def test_two_orders() -> None:
-    """All 25 cases by the rule itself: unreadable before all, then agreement, else a tie that is counted."""
+    """All 25 cases by the rule itself: unreadable before all, then agreement, else a tie that is counted. Fault 24."""
     values = ("first", "second", "tie", "unparsed", "refused")
     for one, other in itertools.product(values, values):
         verdict = settle(one, other)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_identical_answers_tie_unasked() -> None:
 
 
 def test_unreadable_is_no_tie() -> None:
-    """By hand: two pairs are read, one of which the judge calls for the first answer; two are not."""
+    """By hand: two pairs are read, one of which the judge calls for the first answer; two are not. Fault 24."""
     replies = iter(["A", "TIE", "what?", "NONE", "B", "TIE", "A", "B"])
     verdicts = compare(
         PAIRS[:4], load_rubric("helpfulness", PAIR), lambda texts: [Reply(f"VERDICT: {next(replies)}") for _ in texts]
