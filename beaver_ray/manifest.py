@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,37 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSON, its end included; what else a row of data may hold (dates, bytes) becomes text, and
+    numbers that are not finite null.
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError):
+        return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines; the file is whole or absent."""
+    _write(path, map(json_line, rows))
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(lines)
     part.rename(path)
 
 
@@ -128,7 +154,9 @@ def stage_manifest(stage: Stage) -> StageManifest:
     if (final / MANIFEST).is_file():
         return _read(final / MANIFEST, StageManifest)
     models = sorted(file.parent for file in final.glob("*/config.json"))
-    means = {key: value["mean"] for key, value in read_evaluation(stage.folder).items() if isinstance(value, dict)}
+    found = read_evaluation(stage.folder)
+    # Scores of other programs stand there too (`bridges`), which have no mean.
+    means = {key: value["mean"] for key, value in found.items() if isinstance(value, dict) and "mean" in value}
     return StageManifest(
         stage=stage.stage,
         name=stage.name,
@@ -145,8 +173,7 @@ def write_round(workspace: Path, number: int, stages: Sequence[Stage]) -> Path:
     previous = file_hash(before) if before.is_file() else None
     made = RoundManifest(round=number, previous=previous, stages=[stage_manifest(stage) for stage in stages])
     path = workspace / f"round_{number}" / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _write(path, [made.model_dump_json(indent=2) + "\n"])
     return path
 
 

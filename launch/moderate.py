@@ -15,6 +15,7 @@ from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
 from beaver_ray.data.moderation import LabelledAnswer, labelled_answers
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
+from beaver_ray.manifest import json_line
 from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
@@ -139,7 +140,7 @@ def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: 
                     "flagged_labels": [name for k, name in enumerate(judge.labels) if above_NK[row, k]],
                     "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(judge.labels)},
                 }
-                file.write(json.dumps(told, ensure_ascii=False) + "\n")
+                file.write(json_line(told))
                 count += 1
         part.replace(out)
     except (OSError, TypeError) as error:

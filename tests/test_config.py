@@ -17,8 +17,8 @@ from beaver_ray.errors import UserError
 from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import save_config
-from launch.cli import leaves
 from launch.config_files import load_config, load_pipeline, parse_config
+from launch.option_list import leaves
 
 SAFE_PPO: dict[str, Any] = {
     "name": "one",

@@ -17,8 +17,8 @@ from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
-from launch.cli import leaves
 from launch.config_files import load_config, load_pipeline, parse_config
+from launch.option_list import leaves
 from tests.fuzzing import accepted, damaged, dates, mutated, scalars, values
 
 SUPERVISED: dict[str, Any] = {"name": "one", "model": "m", "train": ["d"]}

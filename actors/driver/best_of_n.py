@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.scopes import lines
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
+from beaver_ray.manifest import json_line
 from beaver_ray.method.best_of_n import chances, chosen, sizes
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
@@ -101,7 +101,7 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
 
 
 def _write_rows(file: Any, rows: list[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    file.writelines(map(json_line, rows))
     file.flush()
 
 

@@ -100,8 +100,11 @@ class Generate(Stage):
             run.note(f"{label}: {report.line()}")
         run.rewind(0)  # figures of the blocks that are there already are logged again
         rows: list[dict[str, Any]] = []
+        blocks = 0
         for number in range(len(self.models)):
-            rows += self._answers_of(number, samples, run)
+            answered = self._answers_of(number, samples, run, blocks)
+            blocks += len(answered)
+            rows += [row for block in answered for row in block]
         pairs, left_out = draw_pairs(rows, self.pairs, self.seed)
         counts = {"answers": len(rows), "pairs": len(pairs), **left_out}
         run.note(", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -114,8 +117,13 @@ class Generate(Stage):
         write_rows(folder / "pairs.jsonl", pairs)
         write_stage_manifest(self, folder, counts)
 
-    def _answers_of(self, number: int, samples: Sequence[Any], run: RunFolder) -> list[dict[str, Any]]:
-        """The answers of one model, block by block; those that an earlier start has left are read."""
+    def _answers_of(
+        self, number: int, samples: Sequence[Any], run: RunFolder, before: int
+    ) -> list[list[dict[str, Any]]]:
+        """The answers of one model, block by block; those that an earlier start has left are read.
+
+        before: blocks of the models before, so that each block is a step of its own in metrics.jsonl.
+        """
         from actors.driver.evaluate import judging
         from beaver_ray.data.tokenized import PromptDataset
         from beaver_ray.manifest import read_rows, write_rows
@@ -126,16 +134,15 @@ class Generate(Stage):
         prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
         run.note(f"{policy}: prompts {prompts.report.line()}")
         starts = range(0, len(prompts), BLOCK)
-        folder = run.folder / "answers" / f"{number}-{self._key(policy)}"
+        folder = run.folder / "answers" / f"{number}-{self._key(policy, prompts)}"
         files = [folder / f"{start:08d}.jsonl" for start in starts]
         (role,) = self.roles()
         use = ModelUse(f"policies.{number}", policy)
         own = replace(role, models=(use,), arguments=lambda rank, world: self._spec(policy))
-        first = number * len(starts) + 1
         with run.progress(f"answers of {policy}", len(prompts)) as progress:
 
             def done(block: int, rows: list[dict[str, Any]], seconds: float | None) -> None:
-                run.log(first + block, _figures(rows, seconds))
+                run.log(before + 1 + block, _figures(rows, seconds))
                 progress.advance(len(rows) // self.answers)
 
             blocks = [read_rows(file) if file.is_file() else None for file in files]
@@ -150,7 +157,7 @@ class Generate(Stage):
                         write_rows(files[block], rows)
                         blocks[block] = rows
                         done(block, rows, time.perf_counter() - began)
-        return [row for rows in blocks for row in rows or ()]
+        return [rows for rows in blocks if rows is not None]
 
     def _sample(self, number: int, start: int, prompts: PromptDataset, roles: Roles) -> list[dict[str, Any]]:
         """The answers to a block of prompts from ``start`` on, in order.
@@ -202,13 +209,17 @@ class Generate(Stage):
         about = {name: sample.fields[name] for name in CATEGORIES if sample.fields.get(name) is not None}
         return {"prompt": sample.input} | ({"system": sample.system} if sample.system else {}) | about
 
-    def _key(self, policy: str) -> str:
+    def _key(self, policy: str, prompts: PromptDataset) -> str:
         """Equal where answers that an earlier start has left are those that this one would give."""
+        from beaver_ray.manifest import json_line
         from beaver_ray.models.folders import fingerprint
 
-        part = self.model_dump(mode="json", include={"prompts", "max_prompt_tokens", "answers", "template", "seed"})
-        part |= {"rollout": [self.rollout.max_new_tokens, self.rollout.temperature], "dtype": self.engine.dtype}
-        return hashlib.blake2b((fingerprint(policy) + json.dumps(part)).encode(), digest_size=8).hexdigest()
+        part = self.model_dump(mode="json", include={"answers", "template", "seed", "debug"})
+        part |= {"rollout": [self.rollout.max_new_tokens, self.rollout.temperature]}
+        digest = hashlib.blake2b((fingerprint(policy, self.engine.dtype) + json.dumps(part)).encode(), digest_size=8)
+        for sample in prompts.samples:  # and not the name of their file, which may hold others by now
+            digest.update(json_line(self._asked(sample)).encode())
+        return digest.hexdigest()
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

@@ -208,7 +208,8 @@ class Label(Stage):
 
     def _by_people(self, rows: list[Row], file: Path, left_out: Counter[str]) -> list[Row]:
         """The rows that people have labelled. UserError where the file is not there, or has labels of other pairs."""
-        from beaver_ray.data.pairs import LABELS, read_pairs
+        from beaver_ray.data.pairs import read_pairs
+        from beaver_ray.labelling.export import label_bits
         from beaver_ray.manifest import read_rows
 
         if not file.is_file():
@@ -221,8 +222,7 @@ class Label(Stage):
         if foreign := given.keys() - known.keys():
             raise UserError(f"{file} has labels of {len(foreign)} pairs that are not in {self.pairs}: it is of another")
         for row in given.values():
-            if lacking := [name for name in LABELS if row.get(name) is None]:
-                raise UserError(f"{file}: pair {row['id']} has no {lacking[0]}; import the labels again")
+            label_bits(row, f"{file}: pair {row['id']}")
         if missing := len(known) - len(given):
             left_out["pairs without labels of people"] += missing
         return [row | given[row["id"]] for row in rows if row["id"] in given]

@@ -82,7 +82,7 @@ def label_bits(row: Row, where: str) -> dict[str, int]:
     for name in LABELS:
         value = row.get(name)
         if value not in (0, 1):  # true and false are such
-            raise UserError(f"{where}: {name} is {value!r}; a gold question needs 0 or 1, true or false")
+            raise UserError(f"{where}: {name} is {value!r}; it must be 0 or 1, true or false")
         found[name] = int(value)
     if not consistent(found):
         raise UserError(f"{where}: the answer that is called safer is unsafe and the other one safe")

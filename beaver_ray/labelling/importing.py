@@ -2,7 +2,7 @@
 
 LABELS.jsonl               pairs of PKU-SafeRLHF with all labels, for stage label (people: LABELS.jsonl)
 LABELS.agreement.json      kappa of each question, and how each annotator does
-LABELS.adjudication.jsonl  pairs without a majority, to be decided and given with --adjudicated
+LABELS.adjudication.jsonl  pairs without a majority, to be decided and given with --adjudicated; decided ones stay in it
 """
 
 from __future__ import annotations
@@ -90,13 +90,17 @@ def import_labels(
     majorities contradict one another, it goes to the adjudication file; ``adjudicated`` is that file with labels, which
     overrule.
 
-    Raises UserError for files of another export, changed texts, labels that are none or contradict one another, and
-    where nobody is accepted.
+    Raises UserError for files of another export, changed texts, labels that are none or contradict one another, where
+    nobody is accepted, and where the adjudication file that is there holds labels and is not given.
     """
     if to.suffix != ".jsonl":
         raise UserError(f"--to {to} must end in .jsonl, as labelled pairs are JSON lines")
     export = Export.load(folder)
     votes = read_votes(files, export)
+    doubtful = to.with_suffix(".adjudication.jsonl")
+    kept = _filled(doubtful)
+    if kept and (adjudicated is None or doubtful.resolve() != adjudicated.resolve()):
+        raise UserError(f"{doubtful} holds labels, which would be lost; give it with --adjudicated, or move it away")
     decisions = _flat(read_votes([adjudicated], export)) if adjudicated else {}
     annotators = {name: _judged(given, export, accept) for name, given in votes.items()}
     counted = {name: votes[name] for name, one in annotators.items() if one.accepted}
@@ -121,10 +125,16 @@ def import_labels(
         undecided=len(undecided),
         unlabelled=unlabelled,
     )
-    write_rows(to.with_suffix(".adjudication.jsonl"), undecided)
+    write_rows(doubtful, [*kept.values(), *(row for row in undecided if row["id"] not in kept)])
     to.with_suffix(".agreement.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     write_rows(to, labelled)
     return found
+
+
+def _filled(file: Path) -> dict[str, Row]:
+    """The rows of an adjudication file that have labels, by id; none where there is no such file."""
+    rows = read_rows(file) if file.is_file() else []
+    return {str(row.get("id")): row for row in rows if any(row.get(name) not in (None, "") for name in QUESTIONS)}
 
 
 def read_votes(files: Sequence[Path], export: Export) -> Votes:

@@ -201,6 +201,14 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     decided = next(row for row in read_rows(to) if row["id"] == second)
     assert decided["better_response_id"] == 0 and decided["safer_response_id"] == 0
     assert decided["labelled_by"] == "adjudication"
+    # Filled in where it lies, it is neither overwritten nor forgotten.
+    filled = tmp_path / "labels.adjudication.jsonl"
+    write_rows(filled, [decision])
+    with pytest.raises(UserError, match=r"labels.adjudication.jsonl holds labels, which would be lost; give it with"):
+        import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8)
+    for _ in range(2):
+        assert import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8, filled) == found
+        assert read_rows(filled) == [decision]
 
     # Stage label takes them, and our readers what it leaves.
     label = Label.model_validate(
@@ -213,6 +221,9 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     assert sorted(s.better is True for s in samples) == [False] * 5 + [True]
     manifest = json.loads((final / "manifest.json").read_text())
     assert manifest["parents"][str(to)] == hashlib.sha256(to.read_bytes()).hexdigest()
+    write_rows(to, [decided | {"better_response_id": 7}])
+    with pytest.raises(UserError, match=r"labels.jsonl: pair \w+: better_response_id is 7; it must be 0 or 1"):
+        train(label.model_copy(update={"name": "again"}))
     write_rows(to, [pair(50, **GOOD)])
     with pytest.raises(UserError, match="has labels of 1 pairs that are not in"):
         train(label.model_copy(update={"name": "again"}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import CONFIGURATIONS, leaves
+from launch.option_list import CONFIGURATIONS, leaves
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {re.sub(r"(NAME|ROLE)\.", "", path) for model in set(CONFIGURATIONS.values()) for path, _ in leaves(model)}

@@ -13,8 +13,8 @@ import pytest
 from beaver_ray.errors import UserError
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import read_yaml
-from launch.cli import CONFIGURATIONS, leaves
 from launch.config_files import load_config, load_pipeline, parse_config
+from launch.option_list import CONFIGURATIONS, leaves
 from launch.planning import GIB, Plan, Resources, plan
 from launch.real_model import make_model, write_pairs
 from launch.real_pairs import COMPLAINTS, TASKS, small_set

@@ -154,6 +154,9 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     costly = {"name": "long", "model": WORDS, "limit": 1.0, "multiplier": {"initial": 2.0}}
     with pytest.raises(ValueError, match=r"constraint long: multiplier is of stages that train"):
         configured(tiny_world, tmp_path, constraints=[costly])
+    talks = {"environment": "python:beaver_ray/environments/calculator.py:Calculator"}
+    with pytest.raises(ValueError, match=r"rollout.environment is of stages that train a policy"):
+        configured(tiny_world, tmp_path, rollout=talks)
     with pytest.raises(UserError, match=r"lacks words of the refusal 'no chance'; set refusal to others"):
         train(configured(tiny_world, tmp_path, refusal="no chance"))
     with pytest.raises(UserError, match=r"has 6 tokens, more than rollout.max_new_tokens 5"):

@@ -133,7 +133,7 @@ def test_labels_of_functions(tiny_world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "labels come from reward, cost and policy, or from world, or from people: give one"),
+        ({}, "labels come from reward, cost and policy, or from world, people or judge: give one"),
         ({"world": "w", "people": "p"}, "give one"),
         ({"reward": "r", "cost": "c"}, "reward, cost and policy go together: give all three"),
         ({"reward": "r", "cost": "http://u:p@h", "policy": "p"}, "a scoring service's address is"),

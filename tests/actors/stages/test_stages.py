@@ -14,7 +14,7 @@ import actors.stages
 from actors.stages import stages
 from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.template_options import TemplateOptions
-from launch.cli import leaves
+from launch.option_list import leaves
 
 FOLDER = Path(actors.stages.__file__).parent
 ON_DATA: dict[str, Any] = {"name": "x", "model": "m", "train": ["d"]}
