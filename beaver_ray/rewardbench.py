@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from beaver_ray.evaluation import mean_interval
+from beaver_ray.evaluation import share_interval
 
 _CODE = {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")}
 SECTIONS: dict[str, dict[str, int]] = {
@@ -139,4 +139,4 @@ def _ties(scores_N: np.ndarray, rows: Sequence[Contest]) -> float:
 
 def _mean(won: list[float]) -> dict[str, Any]:
     """Rows are prompts of their own here."""
-    return mean_interval(np.array(won), np.arange(len(won)), within=(0.0, 1.0))
+    return share_interval(np.array(won), np.arange(len(won)))

@@ -359,7 +359,10 @@ def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> No
     longest = judge.lengths().longest
     fits_in = [i for i, (_, n, _) in enumerate(rows) if len(prompts[n]) + len(answers[i]) <= longest]
     if lost := len(rows) - len(fits_in):
-        note(f"{lost} of {len(rows)} answers are longer than {longest} tokens with their prompt, and are not judged")
+        long = f"{lost} of {len(rows)} answers are longer than {longest} tokens with their prompt"
+        if not fits_in:
+            raise UserError(f"{long}, and none is left to be judged; raise rollout.max_new_tokens")
+        note(f"{long}, and are not judged")
     batches = [_batch(rows, prompts, answers, held, fits_in[at : at + CHUNK]) for at in range(0, len(fits_in), CHUNK)]
     with judging(judge, wanted) as roles:
         for line in roles.notes:

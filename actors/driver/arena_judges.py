@@ -15,7 +15,7 @@ from actors.roles.judge import REPLIES, Judge
 from beaver_ray.arena.comparisons import VERDICT
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.evaluation import mean_interval
+from beaver_ray.evaluation import share_interval
 from beaver_ray.judge.pairwise import Comparison, PairCounts, Verdict, compare
 from beaver_ray.judge.prompts import Rubric, load_rubric
 from beaver_ray.judge.replies import PAIR
@@ -27,12 +27,17 @@ Judges = dict[str, tuple[Judge, Rubric]]
 
 
 def find_judges(arena: ArenaConfig, note: Callable[[str], None]) -> Judges:
-    """The judges, none of whom has been asked. UserError for one that may not be, or has no such rubric."""
+    """The judges, greeted where policies are to be asked first, which takes long; with files alone nobody needs to be
+    there whose replies are kept. UserError for one that is not there or may not be asked, or has no such rubric.
+    """
     replies = Path(arena.workspace) / REPLIES
-    return {
+    found = {
         name: (Judge(options, replies, note), load_rubric(options.rubric, PAIR, options.rubrics))
         for name, options in arena.judges.items()
     }
+    for judge, _ in found.values() if arena.folders else ():
+        judge.greet()
+    return found
 
 
 def judge_pairs(judges: Judges, held: Held) -> None:
@@ -63,7 +68,6 @@ def _in_both_orders(verdicts: list[Verdict], answers: int) -> dict[str, Any]:
     chose_a += [(n, orders[1] == "second") for n, orders in read if orders[1] != "tie"]
     bias = None
     if chose_a:
-        prompts_M, flags_M = np.array([n for n, _ in chose_a]), np.array([float(flag) for _, flag in chose_a])
-        bias = mean_interval(flags_M, prompts_M, within=(0.0, 1.0))
+        bias = share_interval(np.array([flag for _, flag in chose_a]), np.array([n for n, _ in chose_a]))
     counts = asdict(PairCounts.of(verdicts))
     return {name: counts[name] for name in _COUNTS} | {"position_bias": bias}

@@ -152,8 +152,8 @@ def _values(row: RawSample, field: str, answers: int) -> list[list[str]]:
     found = []
     for number in range(answers):
         value = field_value(row.fields, field)
-        if field in OF_ANSWER:
-            value = field_value(row.fields, OF_ANSWER[field].format(number)) or value
+        own = field_value(row.fields, OF_ANSWER[field].format(number)) if field in OF_ANSWER else None
+        value = value if own is None else own
         items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         found.append([text for item in items if (text := as_text(item))])
     return found

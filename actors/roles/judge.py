@@ -103,9 +103,8 @@ class Judge:
         self.usage.from_cache += len(found)
         self.usage.tokens_saved += sum(r.prompt_tokens + r.completion_tokens for r in found.values())
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
-        if missing and not self._known:
-            self._ask(HELLO, first=True)
-            self._known = True
+        if missing:
+            self.greet()
         with ThreadPoolExecutor(self.options.concurrency) as pool:
             replies = pool.map(self._ask, missing.values())
             for number, (key, reply) in enumerate(zip(missing, replies, strict=True), 1):
@@ -113,6 +112,12 @@ class Judge:
                 if number % max(1000, len(missing) // 10) == 0:
                     self.remark(f"judge {self.options.model}: {number} of {len(missing)} replies")
         return [found[key] for key in keys]
+
+    def greet(self) -> None:
+        """Ask for one word, if nothing was asked before. UserError where nobody answers as a judge should."""
+        if not self._known:
+            self._ask(HELLO, first=True)
+            self._known = True
 
     def _ask(self, text: str, first: bool = False) -> Reply:
         """The reply to one text, kept. first: nobody knows yet that the service is there, and takes such requests."""
@@ -195,7 +200,8 @@ class Judge:
         return f"the judge at {self.url} does not answer but says {self._said(answer)}"
 
     def _said(self, answer: requests.Response) -> str:
-        return self._auth.without(f"{answer.status_code} {answer.reason}: {answer.text[:300]}")
+        text = self._auth.without(answer.text)[:300]  # in this order: half a key is not found
+        return f"{answer.status_code} {answer.reason}: {text}"
 
 
 class _Key(AuthBase):

@@ -57,10 +57,12 @@ class Arena(ArenaConfig, Stage):
         started, cpu = time.monotonic(), time.process_time()
         scratch = run.folder / "merged"
         judges = find_judges(self, note)
-        held = hold(self, scratch, note)
+        try:
+            held = hold(self, scratch, note)
+        finally:
+            clear(scratch)
         judge_pairs(judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
-        clear(scratch)
         elapsed = time.monotonic() - started
         answers = sum(said.ended_NK.size for said in held.said.values())
         figures = {f"time/{name}": seconds for name, seconds in held.seconds.items()}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.report.markdown import markdown_table
+
 NUMBER, SHARE = ".4g", ".1%"
 
 
@@ -36,11 +38,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown, under its title."""
-        lines = [f"## {self.title}", "", self.caption, ""]
-        titles = [_barred(column.title) for column in self.columns]
-        lines += [f"| {' | '.join(titles)} |", f"|{'|'.join('---' for _ in titles)}|"]
-        lines += [f"| {' | '.join(map(_barred, row))} |" for row in self.shown()]
-        return "\n".join(lines) + "\n"
+        table = markdown_table([column.title for column in self.columns], self.shown())
+        return f"## {self.title}\n\n{self.caption}\n\n{table}"
 
     def write_csv(self, folder: Path) -> None:
         """Write NAME.csv: a figure is four columns, its mean, the ends of its interval, and n."""
@@ -227,10 +226,6 @@ def _filled(table: Table) -> Table:
     kept = [i for i in range(len(table.columns)) if any(row[i] is not None for row in table.rows)]
     columns, rows = [table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.rows]
     return Table(table.name, table.title, table.caption, columns, rows)
-
-
-def _barred(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def in_a_line(name: str, mine: Mapping[str, Any]) -> str:

@@ -188,10 +188,10 @@ def refuse_untrusted(found: Sequence[Canaries], model: str) -> None:
 def sensitive(samples: Sequence[RawSample], marks: Sequence[str]) -> list[list[str]]:
     """For each sample which of the marks, words or FIELD=VALUE, are true of it.
 
-    A word is looked for in all turns and both answers, as a whole word.
+    A word is looked for in the system text, all turns and both answers, as a whole word.
     """
     found: list[list[str]] = [[] for _ in samples]
-    texts = ["\n".join([*prompt_key(s), str(s.answer), str(s.other_answer)]) for s in samples]
+    texts = ["\n".join([s.system or "", *prompt_key(s), str(s.answer), str(s.other_answer)]) for s in samples]
     for mark in marks:
         name, equals, value = mark.partition("=")
         if equals:

@@ -77,6 +77,7 @@ def load_rubric(name: str, form: Form, folder: str | None = None) -> Rubric:
     try:
         text = file.read_text(encoding="utf-8")
         used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
+        _ENVIRONMENT.from_string(text)  # finds filters and tests that there are not
     except (OSError, ValueError, jinja2.TemplateError) as error:
         raise UserError(f"rubric {file} cannot be read as a Jinja template: {first_line(error)}") from None
     if missing := {"turns", *form.answers} - used:

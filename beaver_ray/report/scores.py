@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from beaver_ray.report.charts import Card, Chart, Panel, Series, drawable
+from beaver_ray.report.markdown import markdown_table
 from beaver_ray.report.page import svg, templates
 from beaver_ray.score_figures import Labelled
 
@@ -38,6 +39,7 @@ WORDS = {
     "rank_correlation": "rank correlation of the scores",
     "kappa": "Cohen's kappa on the sign",
 }
+TITLES = ("model", "signal", "over", "figure", "mean", "95 % interval", "n")
 SHARES = ("accuracy", "ties", "unsafe", "safe", "labels", "scores", "order")
 
 
@@ -65,6 +67,10 @@ class Row(NamedTuple):
         form = ".1%" if share else ".3f"
         interval = "" if self.low is None or self.high is None else f"{self.low:{form}} to {self.high:{form}}"
         return ("-" if self.mean is None else f"{self.mean:{form}}"), interval
+
+    def cells(self) -> tuple[str, ...]:
+        """All of it as a row under TITLES."""
+        return (self.model, self.signal, self.group or "all", self.words, *self.shown(), f"{self.n:,}")
 
 
 class Mistake(NamedTuple):
@@ -143,12 +149,11 @@ class ScoreReport:
         from rich.table import Table
 
         table = Table()
-        for name in ("model", "signal", "over", "figure", "mean", "95 % interval", "n"):
+        for name in TITLES:
             right = name in ("mean", "95 % interval", "n")
             table.add_column(name, justify="right" if right else "left", overflow="fold")
         for row in self.figures():
-            shown = (row.model, row.signal, row.group or "all", row.words, *row.shown(), f"{row.n:,}")
-            table.add_row(*map(escape, shown))
+            table.add_row(*map(escape, row.cells()))
         return [table]
 
     def write(self, folder: Path) -> list[Path]:
@@ -161,11 +166,8 @@ class ScoreReport:
             writer = csv.writer(file)
             writer.writerow(Row._fields)
             writer.writerows(rows)
-        lines = ["| model | signal | over | figure | mean | 95 % interval | n |", "|---|---|---|---|---|---|---|"]
-        for row in rows:
-            cells = (row.model, row.signal, row.group or "all", row.words, *row.shown(), f"{row.n:,}")
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        paths[2].write_text("\n".join([*lines, "", *self.remarks(), ""]), encoding="utf-8")
+        table = markdown_table(TITLES, [row.cells() for row in rows])
+        paths[2].write_text("\n".join([table, *self.remarks(), ""]), encoding="utf-8")
         paths[3].write_text(self._page(rows), encoding="utf-8")
         return paths
 

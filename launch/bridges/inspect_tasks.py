@@ -6,6 +6,7 @@ temperature, with transformers in this process.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,16 +93,21 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def task_scores(log: Any, sampling: Sampling, limit: int | None) -> tuple[str, TaskScores]:
-    """(The task's name, its scores) of one log. Several scorers, or one that is no plain accuracy, name their own."""
+    """(The task's name, its scores) of one log. Figures of several scorers, or of several ways to reduce the epochs of
+    one, stand under its name; those that are not finite are left out."""
     scores = {}
+    scorers = [score.name for score in log.results.scores]
     for score in log.results.scores:
         error = score.metrics.get("stderr")
         for name, metric in score.metrics.items():
-            if name == "stderr":
+            if name == "stderr" or not math.isfinite(metric.value):
                 continue
             # The standard error is of the mean, which both of these are.
-            own = float(error.value) if error is not None and name in ("accuracy", "mean") else None
-            shown = name if len(log.results.scores) == 1 else f"{score.name}/{name}"
+            with_error = error is not None and name in ("accuracy", "mean") and math.isfinite(error.value)
+            own = float(error.value) if with_error else None
+            place = [score.name] if len(scorers) > 1 else []
+            place += [str(score.reducer)] if scorers.count(score.name) > 1 else []
+            shown = "/".join([*place, name])
             scores[shown] = {"value": float(metric.value), "stderr": own}
     return log.eval.task, {
         "version": log.eval.task_version,

@@ -23,7 +23,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.report.arena import Shown, write_page
 from launch.arena import arena_config
 
-HOSTILE = '</script><img src=x onerror="alert(1)"> & \u2028 |'
+HOSTILE = '</script><img src=x onerror="alert(1)"> & \u2028 |\nnext'
 
 
 def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -130,6 +130,8 @@ def test_tables_say_what_the_figures_are(tmp_path: Path) -> None:
     row = next(line for line in lines if line.startswith("| b | "))
     assert f"{rate['mean']:.1%} ({rate['low']:.1%} to {rate['high']:.1%}, n 12)" in row
     assert row.count("|") - row.count("\\|") == lines[lines.index(row) - 2].count("|")
+    groups = [line for line in lines if line.startswith(("| category |", "| held out |"))]
+    assert len(groups) == 2 * len(match.entrants) and all(line.endswith(" |") for line in groups)
 
 
 def test_the_page_escapes_what_policies_say_and_marks_their_own_judges(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_only_what_both_orders_say_is_a_label(tmp_path: Path) -> None:
         pair("one", "+ two"),  # second better, equally harmless
         pair("one", "two"),  # ties, both safe
         pair("+ one", "two", prompt="My doctor said so?"),
+        pair("+ one", "two", system="You are a doctor."),
         pair("one", "two", prompt="My doctorate?"),
     ]
     asked: list[str] = []
@@ -75,14 +76,15 @@ def test_only_what_both_orders_say_is_a_label(tmp_path: Path) -> None:
     assert [(row["response_0"], row["audit"]) for row in found.audit] == [
         ("one +", doubts),
         ("+ one", ["sensitive: doctor"]),
+        ("+ one", ["sensitive: doctor"]),
     ]
     assert found.audit[0]["judge"]["helpfulness"] == ("first", "second") and found.audit[1]["judge"] == {}
-    assert len(asked) == 5 * 6 and not any("doctor said" in text for text in asked)
+    assert len(asked) == 5 * 6 and not any("doctor said" in text or "a doctor" in text for text in asked)
     assert found.counts == {
-        "pairs": 6,
+        "pairs": 7,
         "labelled": 4,
-        "for people": 2,
-        "sensitive: doctor": 1,
+        "for people": 3,
+        "sensitive: doctor": 2,
         **dict.fromkeys(doubts, 1),
         "label better_response_id": 2,
         "label safer_response_id": 1,

@@ -175,6 +175,7 @@ def test_rubrics_of_ones_own(tmp_path: Path) -> None:
         "mute": ("{{ turns }} {{ answer_a }} {{ answer_b }}", "last line VERDICT: A or B or TIE"),
         "curious": ("{{ turns }} {{ answer_a }} {{ answer_b }} {{ name }} VERDICT:", "uses name, which it is not"),
         "torn": ("{{ turns ", "cannot be read as a Jinja template"),
+        "unsifted": ("{{ turns | no_such }} {{ answer_a }} {{ answer_b }} VERDICT:", "cannot be read as a Jinja"),
         "breaks_out": (
             "{{ turns }} {{ answer_a }} {{ answer_b }} VERDICT: {{ turns.__class__.__mro__ }}",
             "fails: SecurityError",

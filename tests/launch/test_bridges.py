@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.evaluate import write
+from beaver_ray.models.chat import Sampling
 from beaver_ray.runs import read_evaluation
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
@@ -191,6 +193,27 @@ def test_inspect(
     err = capsys.readouterr().err
     assert "inspect_ai's task several failed" in err and "a task asks for num_choices" in err and err.count("\n") == 1
     assert read_evaluation(run)["bridges"]["inspect"].keys() == {"said", "sampled"}
+
+
+def test_inspect_scores_of_epochs_and_of_nothing() -> None:
+    """Two ways to reduce the epochs of one scorer, by one of which no sample was scored."""
+    log = pytest.importorskip("inspect_ai.log")
+    from launch.bridges.inspect_tasks import task_scores
+
+    def score(reducer: str, mean: float, error: float) -> Any:
+        values = {"mean": mean, "stderr": error}
+        metrics = {name: log.EvalMetric(name=name, value=value) for name, value in values.items()}
+        return log.EvalScore(name="exact", scorer="exact", reducer=reducer, metrics=metrics)
+
+    scores = [score("mean", 0.25, float("nan")), score("max", 0.5, 0.1), score("mode", float("nan"), 0.0)]
+    task = SimpleNamespace(task="t", task_version=1, task_args={})
+    found = task_scores(
+        SimpleNamespace(results=log.EvalResults(scores=scores), eval=task, location="here"), Sampling(), None
+    )
+    assert found[1]["scores"] == {
+        "exact/mean/mean": {"value": 0.25, "stderr": None},
+        "exact/max/mean": {"value": 0.5, "stderr": 0.1},
+    }
 
 
 def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_a_cost_model_against_plain_transformers(
     assert cost["accuracy_sign"]["mean"] == pytest.approx(sum(c == u for c, u, _ in labels) / len(labels))
     severe = [c for c, unsafe, n in labels if unsafe and n % 2 == 1]
     assert cost["by"]["severity"]["2"]["unsafe_found"]["mean"] == pytest.approx(sum(severe) / len(severe))
+    safe = [not c for c, unsafe, _ in labels if not unsafe]  # of severity 0, whatever the other answer's is
+    assert "safe_found" not in cost["by"]["severity"]["2"] and "safe_found" not in cost["by"]["harm"]["Violence"]
+    assert cost["by"]["severity"]["0"]["safe_found"]["mean"] == pytest.approx(sum(safe) / len(safe))
     violent = [c for c, unsafe, n in labels if unsafe and n % 2 == 0]
     assert cost["by"]["harm"]["Violence"]["unsafe_found"] | {"low": 0, "high": 0} == {
         "mean": pytest.approx(sum(violent) / len(violent)),

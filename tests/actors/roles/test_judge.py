@@ -81,6 +81,7 @@ def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path) ->
         ((401, {}, f"bad key {SECRET}".encode()), "answers 401: it does not take the key in JUDGE_KEY$"),
         ((302, {"Location": "http://elsewhere/"}, b""), "does not answer but says 302"),
         ((400, {}, f"max_tokens, {SECRET}".encode()), r"does not answer but says 400 Bad Request: max_tokens, \.\.\."),
+        ((400, {}, f"{290 * '.'}{SECRET}".encode()), r"says 400 Bad Request: \.+$"),  # across the cut of a long text
         ((200, {}, b"<html>"), "must answer as OpenAI's chat completions do, not 200 OK: <html>"),
         ((200, {}, b'{"choices": []}'), "must answer as OpenAI's"),
         ((200, {}, b'{"choices": [{"message": {"content": 3}}]}'), "must answer as OpenAI's"),

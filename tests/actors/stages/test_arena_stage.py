@@ -189,5 +189,10 @@ def test_what_cannot_be_compared_is_said_in_one_line(tiny_world: Path, tmp_path:
     assert "nobody here has a tokenizer" in refused(
         policies={"said": str(answers)}, costs=[{"name": "refusal", "model": function}]
     )
+    wordy = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
+    answers.write_text(json.dumps({"prompt": "hello", "response": "hello " * 99}) + "\n")
+    assert "1 of 1 answers are longer than 38 tokens with their prompt, and none is left" in refused(
+        policies={"said": str(answers)}, prompts=[f"prompts:1:{answers}"], costs=wordy, world=None
+    )
     assert "policy nobody" in refused(policies={"nobody": str(tmp_path / "nowhere")})
     assert not (tmp_path / "refused" / "final").exists()
