@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OF_TRAINING = {
     "models": {"reference", "reward_critic", "lora_rank", "lora_targets", "critic_lora_rank", "shared_critic"},
     "data": {"ptx"},
-    "rollout": {"staleness", "in_flight", "oversample"},
+    "rollout": {"staleness", "in_flight", "oversample", "environment"},
     "constraints": {"critic", "confidence", "form", "multiplier"},
 }
 """Options of stages that train, which have nothing to say here."""
