@@ -152,7 +152,7 @@ def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: 
     """A line for each row that is kept, with all that it said; returns how many. The file is whole or absent."""
     probability_NK = 1 / (1 + np.exp(-odds_NK))
     flagged_N, above_NK = flag_margin(odds_NK, judge.thresholds_K) > 0, odds_NK > judge.thresholds_K
-    kept_N = np.full(len(answers), True) if keep == "all" else flagged_N == (keep == "flagged")
+    kept_N: np.ndarray = np.ones(len(answers), dtype=bool) if keep == "all" else flagged_N == (keep == "flagged")
     rows = (
         {
             **answer.fields,
