@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, model_validator
 
 from beaver_ray.options import Strict, near, option
 
@@ -109,12 +109,16 @@ class ModerationModel(Strict):
     """A moderation model, whose log-odds that an answer has one of some labels are a score."""
 
     folder: str = option("Folder of the moderation model, or its name on the hub.")
-    labels: Literal["all"] | Annotated[list[str], Field(min_length=1)] = option(
-        "Labels that the score is of: all, or a list of names."
-    )
+    labels: Literal["all"] | list[str] = option("Labels that the score is of: all, or a list of names.")
     combine: Literal["max", "any"] = option(
         "max: the label furthest above its threshold; any: the probability of at least one, as if independent.", "max"
     )
+
+    @model_validator(mode="after")
+    def _each_label_once(self) -> ModerationModel:
+        if self.labels != "all":
+            label_names(self.labels)
+        return self
 
 
 def _schema(labels: str | list[str]) -> str | list[str]:

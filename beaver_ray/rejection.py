@@ -42,7 +42,7 @@ class RejectionFigures:
         self.tries += outcome.tries
 
     def line(self) -> str:
-        """`flagged 12 of 40 (30.0 %) at first, 0 of 40 in the end, 3 refused; 1.4 tries a question`."""
+        """`flagged 12 of 40 (30.0 %) at first, 0 in the end, 3 refused; 1.40 tries a question`."""
         if not self.questions:
             return "no question was asked"
         share = 100 * self.flagged_first / self.questions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
-from beaver_ray.data.moderation import LabelledAnswer, labelled_answers
+from beaver_ray.data.moderation import Dialogue, LabelledAnswer, labelled_answers
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import json_line
+from beaver_ray.manifest import write_rows
 from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
+from beaver_ray.options import near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
 
@@ -31,7 +33,7 @@ class Judge(Protocol):
         """Of the log-odds of each label."""
         ...
 
-    def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None]]) -> np.ndarray:
+    def judge(self, dialogues: Sequence[Dialogue]) -> np.ndarray:
         """Log-odds [N, K] of answers."""
         ...
 
@@ -47,12 +49,20 @@ def moderate(
 ) -> None:
     """Judge every answer of the data sets, write rows, and print and write the figures.
 
-    keep: which rows are written, "all", "flagged" or "unflagged".
+    keep: which rows are written, "all", "flagged" or "unflagged". UserError for a field of ``by`` that no row has, and
+    for files that cannot be written.
     """
+    for file in (out, json_file):
+        if file is not None:
+            _check_writable(file)
     samples = load_mix(list(specs))[0]
     pairs = [(answer, prompt_hash(sample)) for sample in samples for answer in labelled_answers(sample)]
     answers, prompts_N = [answer for answer, _ in pairs], np.array([key for _, key in pairs], dtype=np.uint64)
-    odds_NK = judge.judge([(answer.turns, answer.answer) for answer in answers])
+    for name in by:
+        if not any(name in answer.fields for answer in answers):
+            known = sorted({field for answer in answers for field in answer.fields})
+            raise UserError(f"--by {name}: no row has that field{near(name, known)}")
+    odds_NK = judge.judge([answer.dialogue for answer in answers])
     margin_N, above_NK = flag_margin(odds_NK, judge.thresholds_K), odds_NK > judge.thresholds_K
     if out is not None:
         written = _write(out, answers, judge, odds_NK, keep)
@@ -94,7 +104,10 @@ def evasion(
         return {}
     found = {}
     for name, change in OBFUSCATIONS.items():
-        asked = [([change(turn) for turn in a.turns], None if a.answer is None else change(a.answer)) for a in caught]
+        asked: list[Dialogue] = [
+            ([change(turn) for turn in a.turns], None if a.answer is None else change(a.answer), a.system)
+            for a in caught
+        ]
         passes_N = flag_margin(judge.judge(asked), judge.thresholds_K) <= 0
         found[name] = share_interval(passes_N, prompts_N[flagged_N])
     return found
@@ -115,38 +128,52 @@ def find_judge(model: str | None, keywords: str | None) -> Judge:
     if keywords == "beavertails":
         return KeywordRail(KEYWORDS)
     lists = read_yaml(Path(keywords), frozenset())
-    bad = [name for name, words in lists.items() if not isinstance(words, list) or not words]
+    bad = [
+        name
+        for name, words in lists.items()
+        if not isinstance(words, list) or not words or not all(str(word).strip() for word in words)
+    ]
     if bad or not lists:
         raise UserError(f"{keywords}: {bad[0] if bad else 'the file'} must be a label with a list of words")
     return KeywordRail({str(name): [str(word) for word in words] for name, words in lists.items()})
 
 
+def _check_writable(file: Path) -> None:
+    """UserError, before hours of judging, where a file cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {first_line(error)}") from None
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
+
+
 def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: np.ndarray, keep: str) -> int:
-    """A line for each row that is kept; returns how many. The file is whole or absent."""
+    """A line for each row that is kept, with all that it said; returns how many. The file is whole or absent."""
     probability_NK = 1 / (1 + np.exp(-odds_NK))
     flagged_N, above_NK = flag_margin(odds_NK, judge.thresholds_K) > 0, odds_NK > judge.thresholds_K
-    count, part = 0, out.with_name(f"{out.name}.part")
+    kept_N: np.ndarray = np.ones(len(answers), dtype=bool) if keep == "all" else flagged_N == (keep == "flagged")
+    rows = (
+        {
+            **answer.fields,
+            **({} if answer.system is None else {"system": answer.system}),
+            "prompt": answer.turns[0] if len(answer.turns) == 1 else list(answer.turns),
+            **({} if answer.answer is None else {"response": answer.answer}),
+            **({} if answer.safe is None else {"is_safe": answer.safe}),
+            **({"labels": dict(answer.labels)} if answer.labels else {}),
+            "flagged": bool(flagged_N[row]),
+            "flagged_labels": [name for k, name in enumerate(judge.labels) if above_NK[row, k]],
+            "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(judge.labels)},
+        }
+        for row, answer in enumerate(answers)
+        if kept_N[row]
+    )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            for row, answer in enumerate(answers):
-                if keep != "all" and bool(flagged_N[row]) != (keep == "flagged"):
-                    continue
-                told = {
-                    **answer.fields,
-                    "prompt": answer.turns[0] if len(answer.turns) == 1 else list(answer.turns),
-                    **({} if answer.answer is None else {"response": answer.answer}),
-                    "flagged": bool(flagged_N[row]),
-                    "flagged_labels": [name for k, name in enumerate(judge.labels) if above_NK[row, k]],
-                    "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(judge.labels)},
-                }
-                file.write(json_line(told))
-                count += 1
-        part.replace(out)
-    except (OSError, TypeError) as error:
-        part.unlink(missing_ok=True)
+        write_rows(out, rows)
+    except OSError as error:
+        out.with_name(f"{out.name}.part").unlink(missing_ok=True)
         raise UserError(f"cannot write {out}: {first_line(error)}") from None
-    return count
+    return int(kept_N.sum())
 
 
 def _tables(found: dict[str, Any], labels: Sequence[str], above_NK: np.ndarray, prompts_N: np.ndarray) -> list[Table]:

@@ -67,13 +67,15 @@ def test_the_insisting_user_asks_again_until_it_is_answered() -> None:
 def test_what_is_no_environment_is_said_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "raise SystemExit(7)\nclass Talk:\n    def __init__(self, dialogue, fields, seed, length=1): ...\n"
-    Path("talk.py").write_text(code + "    def reply(self, answer): ...\nclass Mute: ...\ndef talk(): ...\n")
+    reply = "    def reply(self, answer): ...\n"
+    Path("talk.py").write_text(f"{code}{reply}class Mute: ...\nclass Bare:\n{reply}def talk(): ...\n")
     check_environment("python:talk.py:Talk")
     check_environment("python:talk.py:Talk(length=3)")
     for source, said in (
-        ("python:talk.py:Tlak", "talk.py has no class 'Tlak'; it has Talk, Mute"),
+        ("python:talk.py:Tlak", "talk.py has no class 'Tlak'; it has Talk, Mute, Bare"),
         ("python:talk.py:talk", "talk.py has no class 'talk'"),
         ("python:talk.py:Mute", "Mute in talk.py has no method reply(self, answer)"),
+        ("python:talk.py:Bare", "Bare in talk.py has no method __init__(self, dialogue, fields, seed)"),
         ("python:talk.py:Talk(lenght=3)", "Talk in talk.py has no parameter 'lenght'; it has length"),
         ("python:none.py:Talk", "cannot read none.py of python:none.py:Talk: No such file"),
     ):

@@ -8,7 +8,7 @@ names the file, the class and the turn; dialogues are the same again when they a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,10 @@ class Environment:
             if call.started is not None and now - call.started > REPLY_S:
                 raise UserError(f"{self._place(call.flight, call.answer)}: no reply within {REPLY_S:g} s")
         return [(call.flight, call.reply.result()) for call in ready]
+
+    def drop(self, sample_ids: Collection[int]) -> None:
+        """Wait for no replies to these samples any more."""
+        self.calls = [call for call in self.calls if call.flight.prompt.sample_id not in sample_ids]
 
     def goes_on(self, flight: InFlight, said: str, longest: int) -> bool:
         """Put what the user said behind the last answer, where that leaves a token of ``longest`` for another one."""

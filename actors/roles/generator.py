@@ -298,6 +298,8 @@ class VllmGenerator:
         for sample_id in running:
             del self._in_flight[sample_id]
         self._queue = [flight for flight in self._queue if flight.prompt.sample_id not in running]
+        if self._environment:
+            self._environment.drop(running)
         return [*running, *held]
 
     def _tokens_so_far(self) -> dict[int, int]:
@@ -354,13 +356,11 @@ class VllmGenerator:
         if environment is None:
             return []
         for flight, said in environment.replies(idle=not self._engine.has_unfinished_requests()):
-            sample_id = flight.prompt.sample_id
-            if self._in_flight.get(sample_id) is not flight:
-                continue  # dropped meanwhile, and perhaps held anew
             if said is not None and environment.goes_on(flight, said, self.spec.longest_response(flight.prompt)):
                 self._start_answer(flight)
             else:
-                finished.append(self._in_flight.pop(sample_id).row("stop" if said is None else "room"))
+                del self._in_flight[flight.prompt.sample_id]
+                finished.append(flight.row("stop" if said is None else "room"))
         return finished
 
 

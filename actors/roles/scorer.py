@@ -12,9 +12,9 @@ import torch
 from actors.roles.micro_batches import SequenceRows, token_column
 from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix
+from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.data.readers import Dialogues, Reader, read_alike
 from beaver_ray.data.templates import Template
-from beaver_ray.data.tokenized import SafetyPreferenceDataset
 from beaver_ray.method.calibration import Calibration, fit_platt
 from beaver_ray.models.loading import DTYPES, default_device, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs

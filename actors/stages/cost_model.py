@@ -23,7 +23,7 @@ class CostModel(ScoreModelStage):
 
     def dataset(self) -> Any:
         """Pairs that say which answer is safer, and whether each is safe."""
-        from beaver_ray.data.tokenized import SafetyPreferenceDataset
+        from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 
         return SafetyPreferenceDataset
 

@@ -66,7 +66,7 @@ class Dpo(TrainerStage):
 
     def dataset(self) -> Any:
         """Pairs that have the label."""
-        from beaver_ray.data.tokenized import PreferenceDataset, SafeDpoDataset, SaferPreferenceDataset
+        from beaver_ray.data.pair_datasets import PreferenceDataset, SafeDpoDataset, SaferPreferenceDataset
 
         kinds = {"better": PreferenceDataset, "safer": SaferPreferenceDataset, "safe_dpo": SafeDpoDataset}
         return kinds[self.label]

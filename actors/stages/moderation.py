@@ -74,8 +74,11 @@ class Moderation(TrainerStage):
 
     def run(self, run: RunFolder) -> None:
         """Train, choose thresholds, save, and put what was measured beside the run's figures."""
+        from beaver_ray.data.mixing import load_mix
         from beaver_ray.models.moderator import FILE
 
+        if self.look_alikes:
+            load_mix(self.look_alikes)  # read after the training, but a mistake in them is said before it
         super().run(run)
         shutil.copyfile(run.folder / "final.part" / self.trained / FILE, run.folder / FILE)
 

@@ -23,7 +23,7 @@ class RewardModel(ScoreModelStage):
 
     def dataset(self) -> Any:
         """Pairs that say which answer is more helpful."""
-        from beaver_ray.data.tokenized import PreferenceDataset
+        from beaver_ray.data.pair_datasets import PreferenceDataset
 
         return PreferenceDataset
 

@@ -23,7 +23,7 @@ class ScoreModel(ScoreModelStage):
 
     def dataset(self) -> Any:
         """Pairs that say which answer is more helpful, which is safer, and whether each is safe."""
-        from beaver_ray.data.tokenized import LabelledPairDataset
+        from beaver_ray.data.pair_datasets import LabelledPairDataset
 
         return LabelledPairDataset
 

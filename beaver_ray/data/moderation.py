@@ -23,6 +23,8 @@ from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged,
 from beaver_ray.moderation_options import UNSAFE, Reads
 
 UNKNOWN = -1
+Dialogue = tuple[Sequence[str], str | None, str | None]
+"""Turns user, assistant, ..., user; the answer, or None; the system text, or None."""
 
 
 class ModerationReader:
@@ -72,6 +74,11 @@ class LabelledAnswer:
     safe: bool | None
     fields: Mapping[str, Any]
     """What else the row says; of response_0_X and response_1_X the answer's own, as X."""
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """What is judged."""
+        return self.turns, self.answer, self.system
 
     def truth(self, labels: Sequence[str]) -> list[int]:
         """1, 0 or UNKNOWN for each label. An answer that is said to be safe has none of those that are not named."""

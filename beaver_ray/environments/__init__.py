@@ -33,5 +33,7 @@ def check_environment(text: str) -> None:
     methods = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
     if "reply" not in methods and not found.bases:
         raise UserError(f"{part}: {code.name} in {code.file} has no method reply(self, answer)")
+    if "__init__" not in methods and not found.bases and not found.decorator_list:
+        raise UserError(f"{part}: {code.name} in {code.file} has no method __init__(self, dialogue, fields, seed)")
     if "__init__" in methods:
         code.check_keywords(part, methods["__init__"].args)

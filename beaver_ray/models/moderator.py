@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from beaver_ray.data.moderation import ModerationReader
+from beaver_ray.data.moderation import Dialogue, ModerationReader
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.method.multilabel import flag_margin
 from beaver_ray.models.classifier import EncoderClassifier, classify, labels_of, load_classifier
@@ -106,9 +106,9 @@ class Moderator:
             odds_NK[members] = logits_BK.double().cpu().numpy()
         return odds_NK
 
-    def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None]]) -> np.ndarray:
-        """Log-odds [N, K] of answers to turns user, assistant, ..., user."""
-        return self.odds([self.reader.row(turns, answer)[0] for turns, answer in dialogues])
+    def judge(self, dialogues: Sequence[Dialogue]) -> np.ndarray:
+        """Log-odds [N, K] of answers."""
+        return self.odds([self.reader.row(turns, answer, system=system)[0] for turns, answer, system in dialogues])
 
     def flags(self, odds_NK: np.ndarray) -> np.ndarray:
         """Whether any label is above its threshold [N]."""

@@ -53,9 +53,9 @@ class KeywordRail:
         """0 for each label."""
         return np.zeros(len(self.labels))
 
-    def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None]]) -> np.ndarray:
+    def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None, str | None]]) -> np.ndarray:
         """Log-odds [N, K]: CERTAIN where a label's word is in the last question or the answer, else minus it."""
-        texts = [f"{turns[-1]}\n{answer or ''}" for turns, answer in dialogues]
+        texts = [f"{turns[-1]}\n{answer or ''}" for turns, answer, _ in dialogues]
         found = [mentions(texts, texts, words=list(self.lists[label])) for label in self.labels]
         return np.where(np.array(found).T > 0, CERTAIN, -CERTAIN).reshape(len(texts), len(self.labels))
 

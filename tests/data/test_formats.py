@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.pair_datasets import PreferenceDataset
 from beaver_ray.data.sources import RawSample, read_source
-from beaver_ray.data.tokenized import Encoder, PreferenceDataset
+from beaver_ray.data.tokenized import Encoder
 from beaver_ray.errors import UserError
 
 

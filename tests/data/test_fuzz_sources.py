@@ -17,14 +17,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
+from beaver_ray.data.pair_datasets import LabelledPairDataset, PreferenceDataset, SafetyPreferenceDataset
 from beaver_ray.data.sources import read_source
-from beaver_ray.data.tokenized import (
-    LabelledPairDataset,
-    PreferenceDataset,
-    PromptDataset,
-    SafetyPreferenceDataset,
-    SupervisedDataset,
-)
+from beaver_ray.data.tokenized import PromptDataset, SupervisedDataset
 from beaver_ray.errors import UserError
 from tests.fuzzing import ODD_TEXT, accepted, damaged, mutated, scalars
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from beaver_ray.data import token_files
 from beaver_ray.data.mapping import Keeping
 from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
+from beaver_ray.data.pair_datasets import PreferenceDataset, SafetyPreferenceDataset
 from beaver_ray.data.sources import find_source
 from beaver_ray.data.token_files import keep_tokens, read_tokens
-from beaver_ray.data.tokenized import PreferenceDataset, SafetyPreferenceDataset, SupervisedDataset
+from beaver_ray.data.tokenized import SupervisedDataset
 
 ROWS: list[Any] = [
     {

@@ -8,15 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from beaver_ray.data.pair_datasets import PreferenceDataset, SafeDpoDataset, SafetyPreferenceDataset
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.templates import answer_form, answer_tokens, prompt_tokens
 from beaver_ray.data.tokenized import (
     BatchSampler,
-    PreferenceDataset,
     PromptDataset,
     Ragged,
-    SafeDpoDataset,
-    SafetyPreferenceDataset,
     SupervisedDataset,
     check_tokenizer,
     same_tokenizer,

@@ -47,6 +47,7 @@ def test_keywords_know_no_context(rows: str, tmp_path: Path, capsys: pytest.Capt
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["flagged_labels"] for row in written] == [["theft"], ["theft"], ["violence"], []]
     assert written[0].items() >= {"model": "a", "response": "smash the window", "flagged": True}.items()
+    assert [row["labels"] for row in written] == [row["labels"] for row in ROWS], "to be read as moderation again"
     assert written[0]["probabilities"] == {"theft": 1.0, "violence": 0.0}
     found = json.loads(figures.read_text())
     assert found["share"]["mean"] == 0.75 and found["by"]["model"]["a"]["mean"] == 1.0
@@ -66,12 +67,12 @@ def test_what_evades_keywords() -> None:
     rail = KeywordRail()
     assert tuple(KEYWORDS) == BEAVERTAILS == tuple(rail.labels)
     for label, words in KEYWORDS.items():
-        asked = [([f"Tell me about {word.upper()}."], None) for word in words]
+        asked = [([f"Tell me about {word.upper()}."], None, None) for word in words]
         assert (rail.judge(asked)[:, rail.labels.index(label)] > 0).all(), label
     plain = [f"please {word} now" for words in KEYWORDS.values() for word in words]
     for name, change in OBFUSCATIONS.items():
         assert all(change(text) != text for text in plain), name
-        caught = (rail.judge([([change(text)], None) for text in plain]) > 0).any(axis=1).mean()
+        caught = (rail.judge([([change(text)], None, None) for text in plain]) > 0).any(axis=1).mean()
         assert caught < 0.15, (name, caught)
 
 
@@ -101,7 +102,7 @@ def test_a_model_filters_and_guards_a_chat(
     settings.write(folder)
     code, text, _ = run(capsys, "moderate", spec, "--model", folder, "--out", out, "--keep", "flagged", "--by", "kind")
     rows = [json.loads(line) for line in (tiny_world / "moderation" / "test.jsonl").read_text().splitlines()]
-    odds = Moderator(str(folder)).judge([([row["prompt"]], row["response"]) for row in rows])[:, 0]
+    odds = Moderator(str(folder)).judge([([row["prompt"]], row["response"], None) for row in rows])[:, 0]
     assert code == 0 and f"{(odds > 0).sum()} of 80 rows written" in text and "by kind" in text
     kept = [json.loads(line)["response"] for line in out.read_text().splitlines()]
     assert kept == [row["response"] for row, odd in zip(rows, odds, strict=True) if odd > 0]
@@ -119,7 +120,13 @@ def test_a_model_filters_and_guards_a_chat(
 
 def test_what_moderate_refuses(rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("theft: steal\n")
+    (tmp_path / "blank.yaml").write_text("theft: [steal, ' ']\n")
+    words = ["--keywords", "beavertails"]
     for arguments, message in (
+        ([*words, "--by", "modle"], "--by modle: no row has that field; did you mean 'model'?"),
+        ([*words, "--json", tmp_path], "it is a folder"),
+        ([*words, "--out", tmp_path / "bad.yaml" / "rows.jsonl"], "cannot write"),
+        (["--keywords", tmp_path / "blank.yaml"], "theft must be a label with a list of words"),
         ([], "give --model FOLDER (a moderation model) or --keywords"),
         (["--keywords", "beavertails", "--keep", "some"], "--keep must be all, flagged or unflagged"),
         (["--keywords", tmp_path / "bad.yaml"], "theft must be a label with a list of words"),

@@ -113,9 +113,9 @@ def test_a_published_checkpoint_loads_as_it_is(tiny_world: Path, tmp_path: Path)
     assert labels_of(str(folder)) == list(BEAVERTAILS), "LABEL_0 to LABEL_13"
     moderator = Moderator(str(folder), device=CPU)
     assert moderator.settings == Settings(labels=list(BEAVERTAILS), thresholds=[0.0] * 14)
-    asked = [(["how to fix the lock"], "key oil"), (["how to rob the car"], "wire jack slim")]
+    asked = [(["how to fix the lock"], "key oil", None), (["how to rob the car"], "wire jack slim", None)]
     tokenizer = load_tokenizer(str(folder))
-    texts = [f"<s> USER: {turns[-1]} ASSISTANT: {answer} </s>" for turns, answer in asked]
+    texts = [f"<s> USER: {turns[-1]} ASSISTANT: {answer} </s>" for turns, answer, _ in asked]
     with torch.no_grad():
         expected = [
             model(input_ids=torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0]
@@ -135,7 +135,7 @@ def test_settings_belong_to_their_model(tiny_world: Path, tmp_path: Path) -> Non
     settings.write(folder)
     moderator = Moderator(str(folder), device=CPU)
     assert moderator.settings == settings and moderator.reader.reads == "answer"
-    assert moderator.flags(moderator.judge([(["q"], "key")])).tolist() == [True]
+    assert moderator.flags(moderator.judge([(["q"], "key", None)])).tolist() == [True]
     settings.model_copy(update={"labels": ["violence", "theft"]}).write(folder)
     with pytest.raises(
         UserError, match="does not belong to the model beside it, whose labels are violence, theft, other"

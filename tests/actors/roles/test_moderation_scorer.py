@@ -154,7 +154,8 @@ def test_as_a_reward_its_sign_is_turned(tiny_world: Path, model: Path) -> None:
 
 def test_what_is_refused(tiny_world: Path, model: Path) -> None:
     for given, message in (
-        ({"folder": "x", "labels": []}, "moderation model: labels"),
+        ({"folder": "x", "labels": []}, "moderation model: labels must be a list of names, at least one"),
+        ({"folder": "x", "labels": ["a", "a"]}, "moderation model: labels must be .* each of them once"),
         ({"folder": "x", "labels": "all", "combin": "any"}, r"moderation model: unknown key combin; did you mean"),
     ):
         with pytest.raises(ValueError, match=message):

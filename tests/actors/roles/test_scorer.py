@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from actors.roles.scorer import Reference, Scorer
 from beaver_ray import experience
 from beaver_ray.data.mixing import load_mix
-from beaver_ray.data.tokenized import SafetyPreferenceDataset
+from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.errors import UserError
 from tests.actors.support import LiteralScoreModel, random_sequences, whole_sequences, write_score_folder
 

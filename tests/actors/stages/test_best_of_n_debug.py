@@ -151,6 +151,9 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     lora = {"policy": "p", "reward": WORDS, "lora_rank": 4}
     with pytest.raises(ValueError, match=r"models.lora_rank is of stages that train a policy, which this one does not"):
         configured(tiny_world, tmp_path, models=lora)
+    talk = {"environment": "python:beaver_ray/environments/insisting.py:Insisting"}
+    with pytest.raises(ValueError, match=r"rollout.environment is of stages that train"):
+        configured(tiny_world, tmp_path, rollout=talk)
     costly = {"name": "long", "model": WORDS, "limit": 1.0, "multiplier": {"initial": 2.0}}
     with pytest.raises(ValueError, match=r"constraint long: multiplier is of stages that train"):
         configured(tiny_world, tmp_path, constraints=[costly])

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from actors.driver import train_on_data
+from actors.driver.train import train
 from actors.machine.handles import Group, LocalHandle
 from actors.stages import stages
 from actors.stages.moderation import Moderation
@@ -144,7 +145,7 @@ def test_a_run_learns_and_leaves_its_model(
     moderator = Moderator(str(folder), device=torch.device("cpu"))
     assert moderator.settings == settings
     rows = rows_of(tiny_world, "test")
-    odds = moderator.judge([([row["prompt"]], row["response"]) for row in rows])
+    odds = moderator.judge([([row["prompt"]], row["response"], None) for row in rows])
     truth = np.array([[row["labels"][name] for name in LABELS] for row in rows])
     best = [best_threshold(odds[:, k], truth[:, k]) for k in range(2)]
     assert settings.thresholds == pytest.approx(best, abs=1e-3)
@@ -212,6 +213,9 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path, encoder: Path) -> Non
             config_of(tiny_world, tmp_path, **changes)
     with pytest.raises(UserError, match=r"max_tokens 100 make sequences of 100 tokens, but .* has 64 positions"):
         check_fit(config_of(tiny_world, tmp_path, model=str(encoder), max_tokens=100))
+    # What is read after the training is missed before it.
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        train(config_of(tiny_world, tmp_path, look_alikes=[f"moderation:1:{tmp_path}/none.jsonl"], debug=True))
 
 
 @pytest.mark.parametrize(("name", "machine"), [("encoder-125m", ONE_GPU), ("decoder-7b", EIGHT_GPUS)])
