@@ -75,6 +75,8 @@ def label_by_judge(
     rubrics = load_rubrics(labels, options.rubrics)
     known = read_samples(options.canaries, note)
     shown = [one for one, marks in zip(known, sensitive(known, options.sensitive), strict=True) if not marks]
+    if len(shown) < len(known):
+        note(f"{options.canaries}: {len(known) - len(shown)} canaries are sensitive, and left out as such pairs are")
     judge = Judge(options, replies, note)
     found = check_canaries(shown, rubrics, judge, options.accuracy, options.confidence)
     for result in found:

@@ -34,7 +34,7 @@ from beaver_ray.rewardbench import Contest
 from beaver_ray.rules.text import word_count
 from beaver_ray.runs import Progress
 from beaver_ray.score_figures import Labelled
-from beaver_ray.score_sources import ScorerSetting
+from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.signals import head_kind, head_names, scorer_plan
 from beaver_ray.template_options import TemplateOptions
 
@@ -277,6 +277,8 @@ def _signals(source: ModelOfScores, kind: str | None) -> dict[str, str]:
         return {name: "reward" if name == "reward" else "cost" for name in heads}
     found = head_kind(source) or kind
     if found is None:
+        if score_source(source).is_score_model:
+            find_model(source)  # a folder that is not there says nothing either, and that is the fault then
         raise UserError(f"{source}: nothing says what it scores; give --as reward, or --as cost (above 0 is unsafe)")
     return {found: found}
 

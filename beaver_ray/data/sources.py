@@ -131,6 +131,11 @@ def find_source(name: str) -> Source:
     """The source registered under `name`, or a UserError that lists the names."""
     _load_known()
     if name not in SOURCES:
+        if os.path.exists(name):
+            raise UserError(
+                f"{name} is a path, and not the name of a dataset; write NAME:1:{name} with the NAME of its format "
+                f"(docs/data.md), or map the fields of a file: {{path: {name}, prompt: FIELD, ...}}"
+            )
         raise UserError(
             f"unknown dataset '{name}'{near(name, SOURCES)}; or map the fields of a file: "
             "{path: FILE, prompt: FIELD, ...}"

@@ -66,7 +66,7 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
 
 
 def _policy(text: str) -> Path:
-    found = ChatFolder.find(text)
+    found = ChatFolder.find(text, "merge")
     if found.adapter is not None:
         raise UserError(f"{text} is a LoRA adapter alone; give the run, or the folder of the policy with it added")
     folder = find_model(found.model)

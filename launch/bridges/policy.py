@@ -26,7 +26,7 @@ class Policy:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: give that of a run or of a model, where evaluation.json is to lie")
         self.folder = folder
-        self.where = ChatFolder.find(str(folder))
+        self.where = ChatFolder.find(str(folder), "bridge")
         self.template: Template = template_of(folder)
         read_evaluation(folder)  # hours of work are not to end at a file that cannot be added to
 

@@ -232,6 +232,8 @@ def test_missing_places_are_user_errors(tmp_path: Path) -> None:
         read_source("prompts")
     with pytest.raises(UserError, match="unknown dataset 'alpacca'"):
         read_source("alpacca", str(tmp_path))
+    with pytest.raises(UserError, match="is a path, and not the name of a dataset; write NAME:1:"):
+        read_source(str(tmp_path))
 
 
 def test_own_reader(tmp_path: Path) -> None:
