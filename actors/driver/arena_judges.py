@@ -35,8 +35,9 @@ def find_judges(arena: ArenaConfig, note: Callable[[str], None]) -> Judges:
         name: (Judge(options, replies, note), load_rubric(options.rubric, PAIR, options.rubrics))
         for name, options in arena.judges.items()
     }
-    for judge, _ in found.values() if arena.folders else ():
-        judge.greet()
+    if arena.folders:
+        for judge, _ in found.values():
+            judge.greet()
     return found
 
 
