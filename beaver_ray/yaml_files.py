@@ -282,7 +282,11 @@ def as_yaml(value: Any) -> str:
 
 def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """pydantic's first complaint as one line, with the near key for an unknown one."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = found[0]
+    if first["type"] == "missing":  # perhaps it is there and misspelt, which says more
+        beside = [one for one in found if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1]]
+        first = (beside or found)[0]
     location = [part for part in first["loc"] if part not in TAGS]
     path = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -92,7 +92,7 @@ class Label(Stage):
         from beaver_ray.data.pairs import is_held_out, read_pairs
         from beaver_ray.manifest import read_rows, write_rows, write_stage_manifest
 
-        rows, left_out = read_pairs(read_rows(Path(self.pairs)))
+        rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
         if self.people is not None:
             labelled = self._by_people(rows, Path(self.people), left_out)
         elif self.judge is not None:
@@ -217,7 +217,7 @@ class Label(Stage):
                 f"no labels of people in {file} yet: beaver-ray label export {self.pairs} --to FOLDER, and with what "
                 f"comes back beaver-ray label import FILES --export FOLDER --to {file}; then run this again"
             )
-        given = {row["id"]: row for row in read_pairs(read_rows(file))[0]}
+        given = {row["id"]: row for row in read_pairs(read_rows(file), str(file))[0]}
         known = {row["id"]: row for row in rows}
         if foreign := given.keys() - known.keys():
             raise UserError(f"{file} has labels of {len(foreign)} pairs that are not in {self.pairs}: it is of another")

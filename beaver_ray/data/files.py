@@ -106,6 +106,8 @@ def file_rows(path: Path) -> Iterator[Any]:
             yield from _parquet_rows(path)
         else:
             raise UserError(f"cannot read {path}: use a file ending in {', '.join(SUFFIXES)}")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; check the path") from None
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
         reason = first_line(error)
         raise UserError(f"cannot read {path}: {reason}; check that the file is whole and UTF-8") from error

@@ -75,7 +75,7 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Row:
     return {"id": pair_id(row), **row}
 
 
-def read_pairs(rows: Iterable[Any]) -> tuple[list[Row], Counter[str]]:
+def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row], Counter[str]]:
     """The rows that are pairs, each with its ``id``, and how many others there were for which reason.
 
     Raises UserError for a row whose ``id`` is not that of its texts, and where no pair is left.
@@ -98,7 +98,10 @@ def read_pairs(rows: Iterable[Any]) -> tuple[list[Row], Counter[str]]:
             left_out["repeated pair"] += 1
         pairs.setdefault(own, {"id": own, **row})
     if not pairs:
-        raise UserError(f"there is no pair of two different answers ({dict(left_out)})")
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"
+        raise UserError(
+            f"there is no pair of two different answers in {where} ({why}); a row needs prompt, response_0, response_1"
+        )
     return list(pairs.values()), left_out
 
 

@@ -115,8 +115,8 @@ def export_pairs(pairs: Path, folder: Path, gold: Path | None, count: int | None
     if (folder / EXPORT).exists():
         raise UserError(f"{folder} holds an export already, whose labels would be lost; give another folder")
     rng = random.Random(seed)
-    rows, _ = read_pairs(read_rows(pairs))
-    known = read_pairs(read_rows(gold))[0] if gold else []
+    rows, _ = read_pairs(read_rows(pairs), str(pairs))
+    known = read_pairs(read_rows(gold), str(gold))[0] if gold else []
     answers = {row["id"]: label_bits(row, f"{gold} row {number}") for number, row in enumerate(known, start=1)}
     rows = [row for row in rows if row["id"] not in answers]
     if count is not None and count < len(rows):
@@ -197,4 +197,6 @@ def digest(export: str, annotator: str, rows: Sequence[Sequence[Any]]) -> str:
 
 def broken(path: Path, error: Exception) -> UserError:
     """The error for a file of labels that cannot be read at all."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"there is no file {path}; check the path")
     return UserError(f"{path} is no file of labels ({first_line(error)}); save it again")

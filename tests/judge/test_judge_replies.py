@@ -202,6 +202,7 @@ def test_options() -> None:
     }
     for text, complaint in (
         ("{address: 'http://h/v1', model: m, temprature: 1}", "unknown key temprature; did you mean 'temperature'"),
+        ("{adress: 'http://h/v1', model: m}", "unknown key adress; did you mean 'address'"),
         ("{address: 'http://h/v1?key=secret', model: m}", "address: a judge's address is"),
         ("{address: 'http://h/v1', model: m, api_key_env: sk-secret}", "never the key itself"),
         ("{address: 'http://h/v1', model: m, extra: {n: 2}}", "n is not for extra to set"),
