@@ -103,8 +103,6 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     else:
         run.note(f"the model of step {kept.step} is kept, held-out accuracy {kept.accuracy:.3f}")
     run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
-    for line in stage.headlines():
-        run.note(line)
 
 
 class _Best(NamedTuple):

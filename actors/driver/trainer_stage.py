@@ -180,6 +180,12 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
             add_language_head(model, self.model, dtype, self.trust_remote_code, train=not self.lora_rank)
         return model
 
+    def run(self, run: RunFolder) -> None:
+        """Train, and say whether held-out accuracy has decayed."""
+        super().run(run)
+        for line in self.headlines():
+            run.note(line)
+
     def prepare(self, trainer: Trainer) -> Any:
         """What is done with each training pair, by label."""
         from actors.roles.score_losses import treatments

@@ -166,5 +166,6 @@ def test_the_best_model_is_kept(
     assert not torch.equal(states[1]["score_head.weight"], states[3]["score_head.weight"])
     assert json.loads((folder / "selected.json").read_text()) == {"step": 8, "accuracy": 0.9}
     notes = (tmp_path / "reward_model" / "notes.log").read_text()
-    assert "fell from 0.900 at step 8 to 0.650 at the end" in notes and "the model of step 8 is kept" in notes
+    assert "the model of step 8 is kept, held-out accuracy 0.900" in notes
+    assert config.headlines() == ["reward: held-out accuracy fell from 0.900 at step 8 to 0.650 at the end"]
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "reward_model"))
