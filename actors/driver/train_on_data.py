@@ -102,7 +102,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
         trainer.run(Trainer.save, str(run.folder / "final.part" / stage.trained))
     else:
         run.note(f"the model of step {kept.step} is kept, held-out accuracy {kept.accuracy:.3f}")
-    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
+    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs"))
 
 
 class _Best(NamedTuple):

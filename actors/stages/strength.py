@@ -164,11 +164,11 @@ class Strength(SupervisedConfig, TrainerStage):
             for fold, scored in parts.items():
                 name = f"{member}_{fold}"
                 files = (f"train_{fold}", f"score_{fold}") if self.folds else ("all", "all")
-                train, held_out = ([DataEntry(name="PKU-SafeRLHF", path=str(folder / f"{f}.jsonl"))] for f in files)
+                data, to_score = ([DataEntry(name="PKU-SafeRLHF", path=str(folder / f"{f}.jsonl"))] for f in files)
                 # Another seed: another head to start from, and another order of the data.
                 more = {"workspace": str(folder), "name": name, "seed": (self.seed + 7919 * (member + 1)) % 2**32}
                 config = RewardModel.model_validate(
-                    {"stage": "reward_model", **common, **more, "train": train, "eval": held_out}
+                    {"stage": "reward_model", **common, **more, "train": data, "eval": to_score}
                 )
                 members.append(config)
                 rows[name] = scored

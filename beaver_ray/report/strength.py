@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.method.noise import detection, quantiles, u_shape
-from beaver_ray.report.charts import Card, Chart, Panel, Series
+from beaver_ray.report.charts import Card, Chart, Panel, Series, State
 from beaver_ray.report.page import svg, templates
 
 FILE = "strength.json"
@@ -140,7 +140,7 @@ def cards(figures: Mapping[str, Any]) -> list[Card]:
     if figures["u_shape"] is not None:
         found.append(Card("Deviation, ends to middle", f"{figures['u_shape']:.2f}", "above 1: a U"))
     if figures.get("detection") is not None:
-        state = "good" if figures["detection"] >= NO_EFFECT else "bad"
+        state: State = "good" if figures["detection"] >= NO_EFFECT else "bad"
         found.append(Card("Wrong labels found", f"{figures['detection']:.2f}", "area under the ROC curve", state))
     return found
 
