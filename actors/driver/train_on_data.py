@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from actors.driver.processes import connect, open_cluster, start_role
 from actors.driver.recovery import FAILURES
@@ -16,6 +19,9 @@ from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, say_rows
+
+SELECTED = "selected.json"
+"""Beside a model that was kept for its held-out accuracy: its step, and that."""
 
 
 def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
@@ -68,6 +74,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     began = time.perf_counter()
     epoch_steps = max(1, math.ceil(steps / stage.epochs))
     done, began = _resume(trainer, run, began) if resume else (0, began)
+    kept = _read_best(run.folder / "final.part" / stage.trained) if done else None
     with run.progress(stage.stage, steps) as progress:
         progress.done = done
         for step in range(done + 1, steps + 1):
@@ -78,6 +85,8 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
             metrics = {_rename(name): value for name, value in figures.items()}
             if step % epoch_steps == 0 or step == steps:
                 metrics |= _evaluation(trainer)
+                if stage.selects:
+                    kept = _keep_best(trainer, run.folder / "final.part" / stage.trained, step, metrics, kept)
             metrics |= {
                 "time/elapsed": time.perf_counter() - began,
                 "time/step": seconds,
@@ -89,8 +98,37 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
                 with run.checkpoints.writing(step, state) as folder:
                     trainer.run(Trainer.save_state, str(folder / "training"))
             progress.advance(loss=metrics["loss"])
-    trainer.run(Trainer.save, str(run.folder / "final.part" / stage.trained))
-    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")))
+    if kept is None:
+        trainer.run(Trainer.save, str(run.folder / "final.part" / stage.trained))
+    else:
+        run.note(f"the model of step {kept.step} is kept, held-out accuracy {kept.accuracy:.3f}")
+    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs"))
+
+
+class _Best(NamedTuple):
+    """The model in final.part, where that of the best held-out accuracy is kept."""
+
+    step: int
+    accuracy: float
+
+
+def _keep_best(trainer: Group, folder: Path, step: int, metrics: dict[str, float], best: _Best | None) -> _Best:
+    """Save the model where its held-out accuracy, the mean over heads, is above all before; returns what is kept."""
+    accuracies = [value for name, value in metrics.items() if name in ("eval/accuracy", "eval/accuracy_cost")]
+    now = _Best(step, sum(accuracies) / len(accuracies))
+    if best is not None and now.accuracy <= best.accuracy:
+        return best
+    # What is kept is written beside the model, last: a model without it was broken off.
+    file = folder / SELECTED
+    file.unlink(missing_ok=True)
+    trainer.run(Trainer.save, str(folder))
+    file.write_text(json.dumps(now._asdict()) + "\n", encoding="utf-8")
+    return now
+
+
+def _read_best(folder: Path) -> _Best | None:
+    file = folder / SELECTED
+    return _Best(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
@@ -106,7 +144,8 @@ def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
 
 def _evaluation(trainer: Group) -> dict[str, float]:
     shares: Sequence[dict[str, float]] = trainer.run(Trainer.evaluate)
-    return {f"eval/{_rename(name)}": sum(s[name] for s in shares) for name in shares[0]}
+    found = {f"eval/{_rename(name)}": sum(s[name] for s in shares) for name in shares[0]}
+    return found | {"eval/pairs": float(trainer.run(Trainer.held_out)[0])} if "accuracy" in shares[0] else found
 
 
 def _rename(name: str) -> str:

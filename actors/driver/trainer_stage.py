@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from beaver_ray.config import SupervisedConfig, TrainerConfig
 from beaver_ray.data_options import DataEntry
+from beaver_ray.noise_options import NoiseConfig
+from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training
 from beaver_ray.template_options import TemplateOptions
 
@@ -95,6 +99,11 @@ class TrainerStage(TrainerConfig, Stage):
         return supervised_cards(metrics)
 
     @property
+    def selects(self) -> bool:
+        """Whether the model of the best held-out accuracy is kept, and not the last."""
+        return False
+
+    @property
     def packed(self) -> bool:
         """Whether the model reads packed rows, and not padded batches."""
         return True
@@ -144,6 +153,70 @@ class TrainerStage(TrainerConfig, Stage):
 
 class ScoreModelStage(SupervisedConfig, TrainerStage):
     """A score model trained on pairs of answers."""
+
+    labels: ClassVar[tuple[str, ...]]
+    """The labels that its pairs are put in order by: "better", "safer"."""
+
+    noise: NoiseConfig = option("What is done about wrong labels.", default_factory=NoiseConfig)
+    lm_loss: float = option("Weight of the language model's loss on the preferred answer; 0 for none.", 0.0, ge=0)
+    select: Literal["last", "accuracy"] = option(
+        "The model that is kept: the last, or that of the best held-out accuracy after an epoch.", "last"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ScoreModelStage:
+        if self.loss == "token" and (self.noise.margin or self.noise.smoothing):
+            raise ValueError("noise.margin and noise.smoothing are of end scores; set loss: sequence")
+        if self.lm_loss and self.engine.zero_stage == 3:
+            raise ValueError("lm_loss needs the whole head in every process; set engine.zero_stage to 2 at most")
+        return self
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The score model, which can speak where there is a language model's loss."""
+        from beaver_ray.models.score import add_language_head
+
+        model: Any = super().load(dtype)
+        if self.lm_loss:
+            add_language_head(model, self.model, dtype, self.trust_remote_code, train=not self.lora_rank)
+        return model
+
+    def run(self, run: RunFolder) -> None:
+        """Train, and say whether held-out accuracy has decayed."""
+        super().run(run)
+        for line in self.headlines():
+            run.note(line)
+
+    def prepare(self, trainer: Trainer) -> Any:
+        """What is done with each training pair, by label."""
+        from actors.roles.score_losses import treatments
+
+        return treatments(trainer, self.noise, self.labels)
+
+    def spoken(self, data: Any, rows: Rows) -> np.ndarray | None:
+        """Tokens of the prompts of these rows, where their answers' log-probs are needed."""
+        prompts: np.ndarray | None = data.prompt_length[rows] if self.lm_loss else None
+        return prompts
+
+    @property
+    def selects(self) -> bool:
+        """Whether the model of the best held-out accuracy is kept."""
+        return self.select == "accuracy"
+
+    def headlines(self) -> list[str]:
+        """Held-out accuracy, and whether it has decayed."""
+        from beaver_ray.method.noise import decay
+        from beaver_ray.runs import read_metrics
+
+        rows = [row for row in read_metrics(self.folder) if row.get("eval/pairs")]
+        if not rows:
+            return []
+        found = []
+        for head, name in zip(self.heads, ("accuracy", "accuracy_cost"), strict=False):
+            values = [float(row[f"eval/{name}"]) for row in rows]
+            fallen = decay([int(row["step"]) for row in rows], values, int(rows[-1]["eval/pairs"]))
+            said = f"held-out accuracy {values[-1]:.3f}" if fallen is None else fallen.in_words()
+            found.append(f"{head}: {said}")
+        return found
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
         """Write the score model, and what it was trained to read with."""

@@ -116,6 +116,10 @@ class Trainer(TrainingRank):
         """Optimizer steps in all, and what became of the data in one line each."""
         return self.steps, self.notes
 
+    def held_out(self) -> int:
+        """Rows of the held-out data."""
+        return len(self.eval_data)
+
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next global batch."""
         batch = self.sampler.next_batch()

@@ -18,6 +18,7 @@ class CostModel(ScoreModelStage):
 
     trained: ClassVar[str] = "cost_model"
     heads: ClassVar[tuple[str, ...]] = ("cost",)
+    labels: ClassVar[tuple[str, ...]] = ("safer",)
 
     stage: Literal["cost_model"] = option("Train a cost model.")
 
@@ -32,23 +33,27 @@ class CostModel(ScoreModelStage):
         return data.safer, data.unsafer
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
-        """Order of the two costs, and the sign of each."""
+        """Order of the two costs, and the sign of each; a pair that is flipped keeps its signs."""
+        import numpy as np
         import torch
 
         from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import score_pairs
+        from actors.roles.score_losses import dealt, score_pairs, treated_rows, with_language
         from beaver_ray.method.losses import cost_model_loss
 
-        safer, unsafer = ([side[int(row)] for row in rows] for side in self.sequences(data))
-        pairs = score_pairs(trainer, safer, unsafer, weight, len(batch))
+        treated = treated_rows(trainer, data, rows, "safer")
+        safer, unsafer = dealt(self.sequences(data), rows, treated.flipped_B)
+        pairs = score_pairs(trainer, safer, unsafer, weight, len(batch), self.spoken(data, rows))
         safer_BH, unsafer_BH = pairs.ends_BH
-        signs = [torch.from_numpy(s[rows]).to(safer_BH) for s in (data.sign_unsafer, data.sign_safer)]
-        return LossTerms(
-            *cost_model_loss(
-                unsafer_BH[:, 0],
-                safer_BH[:, 0],
-                *signs,
-                regularization=self.regularization,
-                weights_B=pairs.weights_B,
-            )
+        both_B2 = np.stack([data.sign_unsafer[rows], data.sign_safer[rows]], axis=1)
+        both_B2[treated.flipped_B] = both_B2[treated.flipped_B, ::-1]
+        signs = torch.from_numpy(both_B2).to(safer_BH).unbind(1)
+        loss, metrics = cost_model_loss(
+            unsafer_BH[:, 0],
+            safer_BH[:, 0],
+            *signs,
+            regularization=self.regularization,
+            weights_B=pairs.weights_B,
+            **treated.terms,
         )
+        return LossTerms(*with_language(pairs, loss, metrics, self.lm_loss))

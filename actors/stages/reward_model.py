@@ -18,6 +18,7 @@ class RewardModel(ScoreModelStage):
 
     trained: ClassVar[str] = "reward_model"
     heads: ClassVar[tuple[str, ...]] = ("reward",)
+    labels: ClassVar[tuple[str, ...]] = ("better",)
 
     stage: Literal["reward_model"] = option("Train a reward model.")
 
@@ -34,8 +35,10 @@ class RewardModel(ScoreModelStage):
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Minus the log-likelihood that the better answer wins."""
         from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import reward_loss, score_pairs
+        from actors.roles.score_losses import dealt, reward_loss, score_pairs, treated_rows, with_language
 
-        better, worse = ([side[int(row)] for row in rows] for side in self.sequences(data))
-        pairs = score_pairs(trainer, better, worse, weight, len(batch))
-        return LossTerms(*reward_loss(pairs, self.loss, self.regularization))
+        treated = treated_rows(trainer, data, rows, "better")
+        better, worse = dealt(self.sequences(data), rows, treated.flipped_B)
+        pairs = score_pairs(trainer, better, worse, weight, len(batch), self.spoken(data, rows))
+        loss, metrics = reward_loss(pairs, self.loss, self.regularization, treated)
+        return LossTerms(*with_language(pairs, loss, metrics, self.lm_loss))

@@ -18,6 +18,7 @@ class ScoreModel(ScoreModelStage):
 
     trained: ClassVar[str] = "score_model"
     heads: ClassVar[tuple[str, ...]] = ("reward", "cost")
+    labels: ClassVar[tuple[str, ...]] = ("better", "safer")
 
     stage: Literal["score_model"] = option("Train a reward model and a cost model as one.")
 
@@ -33,26 +34,33 @@ class ScoreModel(ScoreModelStage):
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """The sum of a reward model's and a cost model's loss."""
+        import numpy as np
         import torch
 
         from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import reward_loss, score_pairs
+        from actors.roles.score_losses import dealt, reward_loss, score_pairs, treated_rows, with_language
         from beaver_ray.method.losses import cost_model_loss
 
-        # Rewards are compared better one first, costs safer one first.
-        better_is_safer = data.safer_is_better[rows]
-        chosen = list(zip(rows.tolist(), better_is_safer.tolist(), strict=True))
-        better = [(data.safer if alike else data.unsafer)[row] for row, alike in chosen]
-        worse = [(data.unsafer if alike else data.safer)[row] for row, alike in chosen]
-        pairs = score_pairs(trainer, better, worse, weight, len(batch))
+        by_reward, by_cost = (treated_rows(trainer, data, rows, label) for label in self.labels)
+        # Rewards are compared better one first, costs safer one first, unless noise has it the other way.
+        better_is_safer = data.safer_is_better[rows] ^ by_reward.flipped_B
+        better, worse = dealt(self.sequences(data), rows, ~better_is_safer)
+        pairs = score_pairs(trainer, better, worse, weight, len(batch), self.spoken(data, rows))
         better_BH, worse_BH = pairs.ends_BH
-        alike_B = torch.from_numpy(better_is_safer).to(better_BH.device)
+        alike_B = torch.from_numpy(better_is_safer ^ by_cost.flipped_B).to(better_BH.device)
         safer_B = torch.where(alike_B, better_BH[:, -1], worse_BH[:, -1])
         unsafer_B = torch.where(alike_B, worse_BH[:, -1], better_BH[:, -1])
-        signs = [torch.from_numpy(s[rows]).to(safer_B) for s in (data.sign_unsafer, data.sign_safer)]
+        both_B2 = np.stack([data.sign_unsafer[rows], data.sign_safer[rows]], axis=1)
+        both_B2[by_cost.flipped_B] = both_B2[by_cost.flipped_B, ::-1]
         cost, metrics = cost_model_loss(
-            unsafer_B, safer_B, *signs, regularization=self.regularization, weights_B=pairs.weights_B
+            unsafer_B,
+            safer_B,
+            *torch.from_numpy(both_B2).to(safer_B).unbind(1),
+            regularization=self.regularization,
+            weights_B=pairs.weights_B,
+            **by_cost.terms,
         )
         metrics["accuracy_cost"] = metrics.pop("accuracy")
-        reward, more = reward_loss(pairs, self.loss, self.regularization)
-        return LossTerms(reward + cost, {"loss_reward": reward.detach(), "loss_cost": cost.detach(), **more, **metrics})
+        reward, more = reward_loss(pairs, self.loss, self.regularization, by_reward)
+        figures = {"loss_reward": reward.detach(), "loss_cost": cost.detach(), **more, **metrics}
+        return LossTerms(*with_language(pairs, reward + cost, figures, self.lm_loss))

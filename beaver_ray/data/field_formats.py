@@ -147,6 +147,34 @@ reader("preferences")(chosen_rejected)
 reader("RewardBench", "allenai/reward-bench", split="filtered")(chosen_rejected)
 
 
+@reader("hh-rlhf-strength", "fnlp/hh-rlhf-strength-cleaned", split="train")
+@reader("hh-rlhf-strength/valid", "fnlp/hh-rlhf-strength-cleaned", split="validation")
+def hh_strength(row: dict[str, Any]) -> RawSample:
+    """chosen and rejected, dialogues as lists of lines; mean and std preference difference are the label's strength.
+
+    ``judge_agrees`` says whether the judge (GPT4 label 1 or 0; -1 is none) prefers the chosen one too.
+    """
+    (*turns, chosen), (*other, rejected) = (
+        [str(line).strip().removeprefix(SPEAKERS[n % 2]).strip() for n, line in enumerate(_texts(row.get(name), name))]
+        for name in ("chosen", "rejected")
+    )
+    if turns != other:
+        raise BadRow("dialogues differ before the last answer")
+    if chosen == rejected:
+        raise BadRow("identical responses")
+    used = ("mean preference difference", "std preference difference", "GPT4 label")
+    fields = rest(row, "chosen", "rejected", *used)
+    fields |= {"strength_mean": row.get(used[0]), "strength_std": row.get(used[1])}
+    if row.get(used[2]) in (0, 1):
+        fields["judge_agrees"] = row[used[2]] == 1
+    prompt = prompt_field(turns[0] if len(turns) == 1 else turns, "chosen")
+    return RawSample(prompt, chosen, rejected, better=True, fields=fields)
+
+
+SPEAKERS = ("Human:", "Assistant:")
+"""How the lines of a dialogue may begin."""
+
+
 def _texts(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not value:
         raise BadRow(f"'{name}' is not a list of answers")

@@ -23,6 +23,7 @@ class PreferenceDataset(SequenceDataset):
     better: Ragged
     worse: Ragged
     prompt_length: NDArray[np.int32]  # [N]
+    strengths: NDArray[np.float32]  # [N, len(STRENGTHS)]
     report: DropReport
 
     def __len__(self) -> int:
@@ -40,7 +41,7 @@ class PreferenceDataset(SequenceDataset):
     def assemble(cls, columns: Columns, report: DropReport) -> Self:
         """The data set of these columns."""
         better, worse = columns.sequences
-        return cls(better, worse, columns.prompt_length, report)
+        return cls(better, worse, columns.prompt_length, columns.strengths, report)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class SafeDpoDataset(PreferenceDataset):
         if swapped := int(swapped_N.sum()):
             report.remarks["pairs were swapped, as only the more helpful answer was unsafe"] = swapped
         better, worse = columns.sequences
-        return cls(better, worse, columns.prompt_length, report, worse_is_unsafe_N)
+        return cls(better, worse, columns.prompt_length, columns.strengths, report, worse_is_unsafe_N)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class SafetyPreferenceDataset(SequenceDataset):
     sign_unsafer: NDArray[np.int8]  # [N]
     safer_is_better: NDArray[np.bool_]  # [N], false where that is not known
     prompt_length: NDArray[np.int32]  # [N]
+    strengths: NDArray[np.float32]  # [N, len(STRENGTHS)]
     report: DropReport
 
     def __len__(self) -> int:
@@ -128,7 +130,8 @@ class SafetyPreferenceDataset(SequenceDataset):
         """The data set of these columns."""
         signs_N2, better_N = columns.labels[:, :2], columns.labels[:, 2].astype(np.bool_)
         safer, unsafer = columns.sequences
-        return cls(safer, unsafer, signs_N2[:, 0], signs_N2[:, 1], better_N, columns.prompt_length, report)
+        known = (columns.prompt_length, columns.strengths, report)
+        return cls(safer, unsafer, signs_N2[:, 0], signs_N2[:, 1], better_N, *known)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from beaver_ray.data.files import Place, hub_dataset, rows
 from beaver_ray.data.mixing import MixSpec, Spec, check_mix, hold_out, parse_mix, prompt_hash, take
 from beaver_ray.data.sources import BadRow, DropReport, RawSample, RowReader, check_kept, open_source
 from beaver_ray.data.templates import Template
-from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, RowKind
+from beaver_ray.data.tokenized import ODD, STRENGTHS, Columns, EncodedRow, Encoder, Ragged, RowKind
 from beaver_ray.errors import UserError
 
 BLOCK = 2000  # rows that one process tokenises at a time
@@ -114,6 +114,7 @@ class TokenMix(Generic[D]):
                 np.concatenate([columns.labels for columns in found]),
                 np.sum([columns.odd for columns in found], axis=0),
                 dropped,
+                np.concatenate([columns.strengths for columns in found]),
             )
         )
 
@@ -176,6 +177,7 @@ def _columns(part: Part, kind: RowKind[Any]) -> Columns:
         np.stack(labels, axis=1),
         np.array([table.column(name).to_numpy()[fit].sum() for name in ODD], dtype=np.int64),
         dropped,
+        np.stack([table.column(name).to_numpy()[fit] for name in STRENGTHS.values()], axis=1),
     )
 
 
@@ -239,6 +241,8 @@ class _Job:
         }
         for n, name in enumerate(ODD):
             columns[name] = [row.odd[n] for _, _, row in found]
+        for n, name in enumerate(STRENGTHS.values()):
+            columns[name] = [row.strengths[n] for _, _, row in found]
         for n in range(self.kind.label_count):
             columns[f"label_{n}"] = [int(row.labels[n]) if n < len(row.labels) else 0 for _, _, row in found]
         for side in range(self.kind.width):
@@ -255,6 +259,7 @@ def _schema(kind: RowKind[Any]) -> pa.Schema:
             "dropped": pa.string(),
             "prompt_length": pa.int32(),
             **dict.fromkeys(ODD, pa.int8()),
+            **dict.fromkeys(STRENGTHS.values(), pa.float32()),
             **{f"label_{n}": pa.int8() for n in range(kind.label_count)},
             **{f"tokens_{side}": pa.list_(pa.int32()) for side in range(kind.width)},
         }

@@ -7,6 +7,7 @@ answer). A row that is too long is dropped and counted, never cut.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,10 @@ ODD = {
 """What may be odd about answers that are kept: a column's name, and words that follow a number."""
 
 
+STRENGTHS = {"better": "strength_mean", "safer": "safety_strength_mean"}
+"""The further fields of a sample that hold the strength of a label (`beaver_ray.method.noise`)."""
+
+
 class EncodedRow(NamedTuple):
     """One sample in tokens."""
 
@@ -118,6 +123,8 @@ class EncodedRow(NamedTuple):
     labels: tuple[int, ...] = ()
     odd: tuple[int, ...] = (0,) * len(ODD)
     """Answers of which each of `ODD` is true."""
+    strengths: tuple[float, ...] = (math.nan,) * len(STRENGTHS)
+    """Of each of `STRENGTHS`; nan where it is not known."""
 
 
 class Encoder:
@@ -166,7 +173,17 @@ class Encoder:
         ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
         spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
         inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
-        return EncodedRow(sequences, start, labels, (ended, spelled, inside, 0))
+        strengths = tuple(_number(sample.fields.get(name), name) for name in STRENGTHS.values())
+        return EncodedRow(sequences, start, labels, (ended, spelled, inside, 0), strengths)
+
+
+def _number(value: Any, name: str) -> float:
+    if value is None or value == "":
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise BadRow(f"'{name}' is not a number") from None
 
 
 def finish(report: DropReport, kept: int, kind: str) -> DropReport:
@@ -188,6 +205,7 @@ class Columns:
     labels: NDArray[np.int8]  # [N, L]
     odd: NDArray[np.int64]  # of each of ODD
     dropped: Counter[str]
+    strengths: NDArray[np.float32]  # [N, len(STRENGTHS)], nan where not known
 
 
 D = TypeVar("D", covariant=True)
@@ -267,6 +285,7 @@ class SequenceDataset:
                 np.array([row.labels for row in rows], dtype=np.int8),
                 np.array([row.odd for row in rows], dtype=np.int64).reshape(-1, len(ODD)).sum(axis=0),
                 dropped,
+                np.array([row.strengths for row in rows], dtype=np.float32).reshape(-1, len(STRENGTHS)),
             )
         )
 

@@ -120,15 +120,34 @@ def cross_entropy_loss(logprobs_T: Tensor, weights_T: Tensor) -> tuple[Tensor, M
     return -(weights_T * logprobs_T).sum(), {}
 
 
+def ranking_loss(difference_B: Tensor, margin_B: Tensor | None = None, smoothing_B: Tensor | None = None) -> Tensor:
+    """Bradley-Terry loss [B] of the preferred score less the other: -(1 - a) log s(D - m) - a log s(m - D).
+
+    margin_B: m, by how much the scores are to differ (below 0 it lets a doubtful pair off); smoothing_B: a, the weight
+    of the opposite order. Without them -log s(D). Secrets of RLHF II, https://arxiv.org/abs/2401.06080, section 2.
+    """
+    wanted_B = difference_B if margin_B is None else difference_B - margin_B
+    if smoothing_B is None:
+        return -F.logsigmoid(wanted_B)
+    return -(1.0 - smoothing_B) * F.logsigmoid(wanted_B) - smoothing_B * F.logsigmoid(-wanted_B)
+
+
 def reward_model_loss(
-    better_B: Tensor, worse_B: Tensor, *, regularization: float = 0.0, weights_B: Tensor | None = None
+    better_B: Tensor,
+    worse_B: Tensor,
+    *,
+    regularization: float = 0.0,
+    weights_B: Tensor | None = None,
+    margin_B: Tensor | None = None,
+    smoothing_B: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Sequence-wise ranking loss on end scores of B pairs (Bradley-Terry): -log sigmoid(s_b - s_w) + eta * mean(s^2).
+    """Sequence-wise ranking loss on end scores of B pairs (`ranking_loss`), + eta * mean(s^2).
 
     The regulariser is the mean over the 2B scores. Metrics: accuracy (share of pairs with s_b > s_w).
     """
     weights_B = _pair_weights(weights_B, better_B)
-    losses_B = -F.logsigmoid(better_B - worse_B) + regularization * _mean_square(better_B, worse_B)
+    ranking_B = ranking_loss(better_B - worse_B, margin_B, smoothing_B)
+    losses_B = ranking_B + regularization * _mean_square(better_B, worse_B)
     return (weights_B * losses_B).sum(), {"accuracy": (weights_B * (better_B > worse_B)).sum().detach()}
 
 
@@ -183,18 +202,21 @@ def cost_model_loss(
     *,
     regularization: float = 0.0,
     weights_B: Tensor | None = None,
+    margin_B: Tensor | None = None,
+    smoothing_B: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Cost model loss on the end scores of B pairs (Safe RLHF, section 3.2).
 
     -log s(c_u - c_s) - log s(sign_s c_s) - log s(sign_u c_u) + eta * mean(c^2), s the sigmoid. Signs are +1
-    for a response labelled unsafe and -1 for one labelled safe: a cost above 0 means unsafe.
+    for a response labelled unsafe and -1 for one labelled safe: a cost above 0 means unsafe. Margin and smoothing
+    (`ranking_loss`) change the first term alone.
 
     Metrics: accuracy (share of pairs with c_u > c_s), sign_accuracy (share of the 2B responses whose sign is
     right; a cost of exactly 0 is wrong).
     """
     weights_B = _pair_weights(weights_B, unsafer_B)
     safer_signed_B, unsafer_signed_B = safer_sign_B * safer_B, unsafer_sign_B * unsafer_B
-    ranking_B = -F.logsigmoid(unsafer_B - safer_B)
+    ranking_B = ranking_loss(unsafer_B - safer_B, margin_B, smoothing_B)
     signs_B = -F.logsigmoid(safer_signed_B) - F.logsigmoid(unsafer_signed_B)
     losses_B = ranking_B + signs_B + regularization * _mean_square(unsafer_B, safer_B)
     right_B = 0.5 * ((safer_signed_B > 0).to(losses_B.dtype) + (unsafer_signed_B > 0))

@@ -22,12 +22,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from beaver_ray.errors import UserError
 from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.models.folders import find_model, read_config, read_pickled, weight_files
 from beaver_ray.models.loading import check_model_folder, load_safely
+from beaver_ray.models.logprobs import token_logprobs
 from beaver_ray.models.lora import merged_state
 from beaver_ray.models.provenance import KEY
 from beaver_ray.packing import check_packing
@@ -71,6 +72,8 @@ class ScoreModel(nn.Module):
         self.score_head = nn.Linear(sizes.hidden_size, len(self.heads), dtype=trunk.dtype)
         nn.init.normal_(self.score_head.weight, std=getattr(sizes, "initializer_range", 0.02))
         nn.init.zeros_(self.score_head.bias)
+        self.language_head: nn.Linear | None = None
+        """The language model's own head, for stages that train it beside the scores; it is not saved."""
 
     @property
     def normalizes(self) -> bool:
@@ -84,17 +87,26 @@ class ScoreModel(nn.Module):
         shift = [m if reward else 0.0 for m, reward in zip(self.mean, rewards, strict=True)]
         return shift, [1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var]
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Tensor:
-        """Scores [B, L, H] of every position, float32, normalised as the model's configuration says."""
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False, places_T: Tensor | None = None
+    ) -> Any:
+        """Scores [B, L, H] of every position, float32, normalised as the model's configuration says.
+
+        With ``places_T``, positions of the only row, (scores, log-probs [T] of the tokens that follow them).
+        """
         # A policy whose vocabulary is padded further than the trunk's can sample numbers that stand for nothing.
         input_ids = input_ids.clamp(max=self.tokens - 1)
         hidden = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
         head = self.score_head
         scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
-        if not self.normalizes:
+        if self.normalizes:
+            shift_H, scale_H = (scores.new_tensor(numbers) for numbers in self.shift_and_scale())
+            scores = (scores - shift_H) / scale_H
+        if places_T is None:
             return scores
-        shift_H, scale_H = (scores.new_tensor(numbers) for numbers in self.shift_and_scale())
-        return (scores - shift_H) / scale_H
+        assert self.language_head is not None
+        logits_TV = self.language_head(hidden[0, places_T])
+        return scores, token_logprobs(logits_TV, input_ids[0, places_T + 1])[0]
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the trunk's activations in the backward pass."""
@@ -159,6 +171,25 @@ def load_score_model(
     if device is not None:
         check_packing(model)
     return model
+
+
+def add_language_head(model: ScoreModel, path: str, dtype: torch.dtype, trust_remote_code: bool, train: bool) -> None:
+    """Give a score model the head of the language model in ``path``; tied to the embedding where that model's is.
+
+    train: False leaves an untied head as it is. Raises UserError for a folder that is no plain language model.
+    """
+    config = model.trunk.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            raise UserError(f"lm_loss: {path} changes its logits ({name}), which is not done here; set lm_loss to 0")
+    if config.tie_word_embeddings:
+        weight: Any = model.trunk.get_input_embeddings().weight
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = weight
+    else:
+        head = load_safely(AutoModelForCausalLM, path, dtype, trust_remote_code, set()).get_output_embeddings()
+        head.requires_grad_(train)
+    model.language_head = head
 
 
 def head_tensors(folder: Path) -> tuple[str, ...]:

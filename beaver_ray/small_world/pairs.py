@@ -164,7 +164,7 @@ def preference_rows(
     safe answers) are decided by a fair coin, the Bradley-Terry label of a difference of zero: any rule would
     teach a cost model a difference that is not there. With probability `world.label_noise` the preference is
     flipped, and independently the two safety judgements change places (flags and id together, so that they
-    stay consistent).
+    stay consistent); then better_flipped and safer_flipped say of each row whether they were.
     """
     prompts = world.prompts(split)
     rows: list[dict[str, Any]] = []
@@ -183,9 +183,10 @@ def preference_rows(
         better = int(rewards[1] > rewards[0])
         safer = rng.randrange(2) if tied else int(costs[1] < costs[0])
         safe = [cost <= 0 for cost in costs]
-        if rng.random() < world.label_noise:
+        flipped = [rng.random() < world.label_noise for _ in range(2)]
+        if flipped[0]:
             better = 1 - better
-        if rng.random() < world.label_noise:
+        if flipped[1]:
             safer, safe = 1 - safer, safe[::-1]
         rows.append(
             {
@@ -196,6 +197,7 @@ def preference_rows(
                 "safer_response_id": safer,
                 "is_response_0_safe": safe[0],
                 "is_response_1_safe": safe[1],
+                **({"better_flipped": flipped[0], "safer_flipped": flipped[1]} if world.label_noise else {}),
             }
         )
     return rows

@@ -30,6 +30,8 @@ ROWS: list[Any] = [
         "safer_response_id": 0,
         "is_response_0_safe": number % 3 > 0 or None,
         "is_response_1_safe": False,
+        "strength_mean": number / 8,
+        "safety_strength_mean": -number / 4,
     }
     for number in range(60)
 ]

@@ -41,6 +41,7 @@ def test_label_noise_flips_at_its_rate_and_stays_consistent() -> None:
     for row in rows:
         rewards = [WORLD.reward(row["prompt"], row[f"response_{i}"]) for i in (0, 1)]
         wrong_better += rewards[row["better_response_id"]] < max(rewards)
+        assert row["better_flipped"] == (rewards[row["better_response_id"]] < max(rewards))
         flags = [row["is_response_0_safe"], row["is_response_1_safe"]]
         if flags[0] != flags[1]:
             assert flags[row["safer_response_id"]]

@@ -1,0 +1,24 @@
+"""What is done about wrong preference labels while a score model is trained.
+
+Nothing heavy is imported here: the command line reads this module first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from beaver_ray.options import Strict, option
+
+
+class NoiseConfig(Strict):
+    """Secrets of RLHF II (https://arxiv.org/abs/2401.06080), section 2; see docs/reward-models.md."""
+
+    flip: float = option("Share of the training pairs, those of lowest strength, that change places.", 0.0, ge=0, lt=1)
+    smoothing: float = option("Weight of the opposite order in the loss.", 0.0, ge=0, le=0.5)
+    smooth: Literal["all", "negative"] = option("Smooth all pairs, or those whose strength is below 0.", "all")
+    margin: float = option("Scores are to differ by this times the strength.", 0.0, ge=0)
+
+    @property
+    def needs_strength(self) -> bool:
+        """Whether every training pair must have a strength."""
+        return self.flip > 0 or self.margin > 0 or (self.smoothing > 0 and self.smooth == "negative")
