@@ -55,7 +55,10 @@ def chat(
     costs: NAME=SOURCE each. moderation: folder of a model whose flagged answers are drawn anew, up to ``tries`` in all.
     Raises UserError for a model or source that is none.
     """
+    if moderation is not None and tries > 1 and sampling.temperature == 0:
+        raise UserError("--temperature 0 draws the same answer each time: give --tries 1, or a temperature above 0")
     folders = [ChatFolder.find(text) for text in models]
+    rail = None if moderation is None else Rail(moderation, tries)
     templates = [template_of(Path(text)) for text in models]
     judges = Judges(folders[0].model, templates[0], reward, costs)
     loaded = [
@@ -63,7 +66,7 @@ def chat(
         for name, folder, template in zip(_names(models), folders, templates, strict=True)
     ]
     judges.load()
-    talk = Chat(loaded, judges, system, None if moderation is None else Rail(moderation, tries))
+    talk = Chat(loaded, judges, system, rail)
     for line in _lines(talk.console.is_terminal):
         try:
             if not talk.take(line):

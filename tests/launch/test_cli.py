@@ -79,6 +79,7 @@ def test_as_a_program() -> None:
         (["feasibility", "FILE", "ppo.kl_coefficient=0"], "ppo.kl_coefficient is 0"),
         (["feasibility", "FILE", "models.policy=/gone"], "no model in '/gone'"),
         (["pipeline", "FILE"], "stages"),
+        (["chat", "m", "--moderation", "n", "--temperature", "0"], "--temperature 0 draws the same answer each time"),
         (["report", "/nowhere"], "no run in /nowhere"),
         (["options", "sfd"], "no stage is called 'sfd'; known: "),
     ],
