@@ -24,7 +24,7 @@ class Policy:
     def __init__(self, folder: Path) -> None:
         """Raises UserError where no policy lies in ``folder``, or where its evaluation.json is broken."""
         if not folder.is_dir():
-            raise UserError(f"no folder {folder}: give that of a run or of a model, where evaluation.json is to lie")
+            raise UserError(f"no folder {folder}: give that of a run or of a model, where the scores are to lie")
         self.folder = folder
         self.where = ChatFolder.find(str(folder), "bridge")
         self.template: Template = template_of(folder)
