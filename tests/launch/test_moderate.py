@@ -113,7 +113,7 @@ def test_a_model_filters_and_guards_a_chat(
     assert lines == [REFUSAL, "flagged 1 of 1 (100.0 %) at first, 0 in the end, 1 refused; 2.00 tries a question"]
     settings.model_copy(update={"thresholds": [50.0]}).write(folder)
     same = ["--temperature", "0"]
-    lines = chat(capsys, monkeypatch, [question], model_path, "--moderation", folder, *same)
+    lines = chat(capsys, monkeypatch, [question], model_path, "--moderation", folder, "--tries", "1", *same)
     assert lines[:-1] == chat(capsys, monkeypatch, [question], model_path, *same)
     assert lines[-1] == "flagged 0 of 1 (0.0 %) at first, 0 in the end, 0 refused; 1.00 tries a question"
 
