@@ -59,7 +59,7 @@ def _is_name(task: str) -> bool:
     try:
         return "\ngroup:" in f"\n{Path(task).read_text(encoding='utf-8')}"
     except OSError as error:
-        raise UserError(f"no task file {task}: {first_line(error)}") from None
+        raise UserError(f"no task file {task}: {error.strerror or first_line(error)}") from None
 
 
 def _task(task: str, known: Any) -> str:
