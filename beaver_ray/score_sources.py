@@ -20,7 +20,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import near
-from beaver_ray.user_code import PREFIX, UserCode
+from beaver_ray.user_code import PREFIX, Code, UserCode
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
 """Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""
@@ -45,16 +45,12 @@ class ScorerSetting:
     dtype: str
     token_budget: int
     threads: int
-    trust_remote_code: bool
-    template: Any
-    prompts: Sequence[Sequence[str | DataEntry]]
+    trust_remote_code: bool = False
+    template: Any = "auto"
+    prompts: Sequence[Sequence[str | DataEntry]] = ()
     """Lists of the data sets that the policy's prompts are of."""
-    timeout_s: float
-
-    def of_a_model(self, model: Any, columns: dict[str, int]) -> tuple[Any, ...]:
-        """What the scorers are given that run ``model`` themselves."""
-        runs = (self.dtype, self.token_budget, self.threads, self.trust_remote_code)
-        return (model, columns, self.policy, *runs, self.template, self.prompts)
+    timeout_s: float = 60.0
+    """How long the run waits for a worker, and so the most that a service may take."""
 
 
 class ScoreSource(ABC):
@@ -88,9 +84,13 @@ class ScoreSource(ABC):
     def check(self, part: str) -> None:
         """Raises UserError where ``part`` of the run cannot use it, as far as can be seen without running it."""
 
-    @abstractmethod
     def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
         """What the constructor of `worker` is given."""
+        return (self.given(), columns, setting)
+
+    def given(self) -> Any:
+        """What `worker` scores with."""
+        return self.text
 
 
 class FolderSource(ScoreSource):
@@ -110,10 +110,6 @@ class FolderSource(ScoreSource):
         from beaver_ray.models.loading import check_model_folder
 
         check_model_folder(self.text, part)
-
-    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
-        """Of `Scorer`."""
-        return setting.of_a_model(self.text, columns)
 
 
 class GuardSource(ScoreSource):
@@ -157,9 +153,9 @@ class GuardSource(ScoreSource):
         except UserError as error:
             raise UserError(f"{part}: {error}") from None
 
-    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
-        """Of `GuardScorer`."""
-        return setting.of_a_model(self.guard, columns)
+    def given(self) -> GuardModel:
+        """The guard."""
+        return self.guard
 
 
 class ModerationSource(ScoreSource):
@@ -205,9 +201,9 @@ class ModerationSource(ScoreSource):
                     if name not in known:
                         raise UserError(f"{part}: {self.folder} has no label {name!r}{near(name, known)}")
 
-    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
-        """Of `ModerationScorer`."""
-        return setting.of_a_model(self.groups, columns)
+    def given(self) -> Any:
+        """The groups of labels."""
+        return self.groups
 
 
 class ServiceSource(ScoreSource):
@@ -222,11 +218,6 @@ class ServiceSource(ScoreSource):
     def check(self, part: str) -> None:
         """UserError where the environment does not name its host."""
         check_allowed(self.text)
-
-    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
-        """Of `RemoteScorer`."""
-        trust, template = setting.trust_remote_code, setting.template
-        return (self.text, columns, setting.policy, setting.timeout_s, trust, template, setting.prompts)
 
 
 class FunctionSource(ScoreSource):
@@ -248,10 +239,9 @@ class FunctionSource(ScoreSource):
         assert isinstance(found, ast.FunctionDef)
         self.code.check_keywords(part, found.args)
 
-    def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
-        """Of `FunctionScorer`."""
-        trust, template = setting.trust_remote_code, setting.template
-        return (self.code.pack(), columns, setting.policy, trust, template, setting.prompts)
+    def given(self) -> Code:
+        """The file's text, so that other nodes need not have it."""
+        return self.code.pack()
 
 
 def score_source(text: ModelOfScores) -> ScoreSource:

@@ -13,6 +13,7 @@ from actors.roles.scorer import Scorer
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import ScoreModel, save_score_model
+from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.small_world.build import build
 from beaver_ray.small_world.world import SmallWorld
 
@@ -33,7 +34,7 @@ def build_workspace(folder: Path, tied: bool = True) -> Path:
         model = ScoreModel(AutoModel.from_pretrained(world / "model"), score_type)  # type: ignore[arg-type]
         save_score_model(model, model.state_dict(), folder / name)
         tokenizer.save_pretrained(folder / name)
-    scorer = Scorer(str(folder / "harm"), {"cost/harm": 0}, str(world / "model"), "float32", 512, 1)
+    scorer = Scorer(str(folder / "harm"), {"cost/harm": 0}, ScorerSetting(str(world / "model"), "float32", 512, 1))
     try:
         scorer.calibrate("cost/harm", [CALIBRATION[0].replace("${workspace}", str(folder))], 64)
     except UserError:

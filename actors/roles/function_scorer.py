@@ -21,10 +21,8 @@ import pyarrow as pa
 
 from actors.roles.scorer import TextScorer
 from beaver_ray import experience
-from beaver_ray.data.mixing import Spec
-from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
-from beaver_ray.score_sources import ScoreSource
+from beaver_ray.score_sources import ScorerSetting, ScoreSource
 from beaver_ray.user_code import Code, last_line
 
 GIVEN = ("prompts", "responses")
@@ -40,16 +38,8 @@ class FunctionScorer(TextScorer):
     has, raises, or does not return a finite number for each response.
     """
 
-    def __init__(
-        self,
-        code: Code,
-        columns: dict[str, int],
-        policy: str,
-        trust_remote_code: bool = False,
-        template: Template = "auto",
-        prompts: Sequence[Sequence[Spec]] = (),
-    ) -> None:
-        super().__init__(columns, policy, trust_remote_code, template, prompts)
+    def __init__(self, code: Code, columns: dict[str, int], setting: ScorerSetting) -> None:
+        super().__init__(columns, setting)
         self.source, self.keywords = code.source, dict(code.keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
         self.function = code.load()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from actors.roles.scorer import TextScorer
-from beaver_ray.data.mixing import Spec
-from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.guard_reader import GuardReader, Question
 from beaver_ray.models.loading import DTYPES, context_length, default_device, load_policy
 from beaver_ray.packing import pack, plan_micro_batches
-from beaver_ray.score_sources import GuardSource, ScoreSource
+from beaver_ray.score_sources import GuardSource, ScorerSetting, ScoreSource
 
 
 class GuardScorer(TextScorer):
@@ -26,29 +22,19 @@ class GuardScorer(TextScorer):
     Score h of its F questions is log P(yes) - log P(no), and score F + h the opposite, which is a reward. An answer in
     between (Controversial) counts as yes with weight w: log(P(yes) + w P(middle)) - log(P(no) + (1 - w) P(middle)).
 
-    guard: its options. policy, template, prompts: of the run, whose texts it is given. Rows are packed up to
-    ``token_budget`` tokens, or to the longest one, since guards' templates are long.
+    guard: its options. Rows are packed up to the setting's ``token_budget`` tokens, or to the longest one, since
+    guards' templates are long.
     """
 
-    def __init__(
-        self,
-        guard: GuardModel,
-        columns: dict[str, int],
-        policy: str,
-        dtype: str,
-        token_budget: int,
-        threads: int,
-        trust_remote_code: bool = False,
-        template: Template = "auto",
-        prompts: Sequence[Sequence[Spec]] = (),
-    ) -> None:
-        torch.set_num_threads(threads)
-        super().__init__(columns, policy, trust_remote_code, template, prompts)
-        self.guard, self.token_budget = guard, token_budget
-        self.guard_reader = GuardReader(guard, trust_remote_code)
-        self.positions = context_length(guard.folder, trust_remote_code)
+    def __init__(self, guard: GuardModel, columns: dict[str, int], setting: ScorerSetting) -> None:
+        torch.set_num_threads(setting.threads)
+        super().__init__(columns, setting)
+        trust = setting.trust_remote_code
+        self.guard, self.token_budget = guard, setting.token_budget
+        self.guard_reader = GuardReader(guard, trust)
+        self.positions = context_length(guard.folder, trust)
         self.device = default_device()
-        self.model = load_policy(guard.folder, DTYPES[dtype], trust_remote_code, self.device)
+        self.model = load_policy(guard.folder, DTYPES[setting.dtype], trust, self.device)
         self.model.eval().requires_grad_(False)
 
     @staticmethod

@@ -9,37 +9,27 @@ import pyarrow as pa
 import torch
 
 from actors.roles.scorer import TextScorer
-from beaver_ray.data.mixing import Spec
-from beaver_ray.data.templates import Template
 from beaver_ray.method.multilabel import group_odds
 from beaver_ray.models.loading import DTYPES
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.moderation_options import ModerationModel
-from beaver_ray.score_sources import ModerationSource, ScoreSource
+from beaver_ray.score_sources import ModerationSource, ScorerSetting, ScoreSource
 
 
 class ModerationScorer(TextScorer):
     """Score g of an answer is `group_odds` of the labels of group g, and above 0 means unsafe; times the group's sign.
 
-    groups: of `ModerationSource`. policy, template, prompts: of the run, whose texts it is given; the model reads them
-    as moderation.json beside it says.
+    groups: of `ModerationSource`. The model reads the run's texts as moderation.json beside it says.
     """
 
     def __init__(
-        self,
-        groups: Sequence[tuple[ModerationModel, int]],
-        columns: dict[str, int],
-        policy: str,
-        dtype: str,
-        token_budget: int,
-        threads: int,
-        trust_remote_code: bool = False,
-        template: Template = "auto",
-        prompts: Sequence[Sequence[Spec]] = (),
+        self, groups: Sequence[tuple[ModerationModel, int]], columns: dict[str, int], setting: ScorerSetting
     ) -> None:
-        torch.set_num_threads(threads)
-        super().__init__(columns, policy, trust_remote_code, template, prompts)
-        self.moderator = Moderator(groups[0][0].folder, DTYPES[dtype], token_budget, trust_remote_code)
+        torch.set_num_threads(setting.threads)
+        super().__init__(columns, setting)
+        self.moderator = Moderator(
+            groups[0][0].folder, DTYPES[setting.dtype], setting.token_budget, setting.trust_remote_code
+        )
         labels = self.moderator.labels
         self.groups = [
             ([labels.index(name) for name in (labels if model.labels == "all" else model.labels)], model.combine, sign)

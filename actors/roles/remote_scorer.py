@@ -22,11 +22,10 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
 from actors.roles.scorer import TextScorer
-from beaver_ray.data.mixing import Spec
 from beaver_ray.data.readers import Told
-from beaver_ray.data.templates import Template, as_messages, template_options
+from beaver_ray.data.templates import as_messages, template_options
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.score_sources import ScoreSource
+from beaver_ray.score_sources import ScorerSetting, ScoreSource
 
 MOST_TEXTS = 64  # in one request
 PARALLEL = 4  # requests at a time
@@ -46,19 +45,10 @@ class RemoteScorer(TextScorer):
     answer with a finite number for each text.
     """
 
-    def __init__(
-        self,
-        url: str,
-        columns: dict[str, int],
-        policy: str,
-        timeout_s: float,
-        trust_remote_code: bool = False,
-        template: Template = "auto",
-        prompts: Sequence[Sequence[Spec]] = (),
-    ) -> None:
-        super().__init__(columns, policy, trust_remote_code, template, prompts)
-        self.sends_dialogues = bool(prompts)
-        self.service = ScoringService(url, timeout_s)
+    def __init__(self, url: str, columns: dict[str, int], setting: ScorerSetting) -> None:
+        super().__init__(columns, setting)
+        self.sends_dialogues = bool(setting.prompts)
+        self.service = ScoringService(url, setting.timeout_s)
         self.service.scores([], [])
 
     @staticmethod

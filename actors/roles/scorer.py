@@ -14,11 +14,11 @@ from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.data.readers import Dialogues, Reader, read_alike
-from beaver_ray.data.templates import Template
 from beaver_ray.method.calibration import Calibration, fit_platt
 from beaver_ray.models.loading import DTYPES, default_device, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.score import ScoreType, load_score_model
+from beaver_ray.score_sources import ScorerSetting
 
 
 class ScorerBase(ABC):
@@ -85,19 +85,12 @@ class TextScorer(ScorerBase):
     """A scorer that knows no tokens: it is given texts (`Dialogues.told`), read back by the policy's tokenizer and
     template.
 
-    prompts: lists of the data sets that the policy's prompts are of.
+    setting: of the run, whose texts it is given.
     """
 
-    def __init__(
-        self,
-        columns: dict[str, int],
-        policy: str,
-        trust_remote_code: bool,
-        template: Template,
-        prompts: Sequence[Sequence[Spec]],
-    ) -> None:
-        reader = Reader(load_tokenizer(policy, trust_remote_code), template)
-        super().__init__(columns, reader, Dialogues(reader, prompts))
+    def __init__(self, columns: dict[str, int], setting: ScorerSetting) -> None:
+        reader = Reader(load_tokenizer(setting.policy, setting.trust_remote_code), setting.template)
+        super().__init__(columns, reader, Dialogues(reader, setting.prompts))
 
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """As any scorer; the prompts of the pairs are no prompts of the run."""
@@ -110,30 +103,19 @@ class Scorer(ScorerBase):
 
     One that reads otherwise than the policy, in another tokenizer or by another template, is handed the dialogue and
     writes it in its own. Whatever token ended an answer, it reads the one that answers ended with in its training.
-    template: the run's. prompts: lists of the data sets that the policy's prompts are of.
     """
 
-    def __init__(
-        self,
-        model: str,
-        columns: dict[str, int],
-        policy: str,
-        dtype: str,
-        token_budget: int,
-        threads: int,
-        trust_remote_code: bool = False,
-        template: Template = "auto",
-        prompts: Sequence[Sequence[Spec]] = (),
-    ) -> None:
-        torch.set_num_threads(threads)
-        own = Reader.of_scorer(load_tokenizer(model, trust_remote_code), template)
-        self.policy = Reader(load_tokenizer(policy, trust_remote_code), template)
+    def __init__(self, model: str, columns: dict[str, int], setting: ScorerSetting) -> None:
+        torch.set_num_threads(setting.threads)
+        trust = setting.trust_remote_code
+        own = Reader.of_scorer(load_tokenizer(model, trust), setting.template)
+        self.policy = Reader(load_tokenizer(setting.policy, trust), setting.template)
         self.reads_tokens = read_alike(own, self.policy)
-        super().__init__(columns, own, Dialogues(self.policy, () if self.reads_tokens else prompts))
-        self.token_budget = token_budget
+        super().__init__(columns, own, Dialogues(self.policy, () if self.reads_tokens else setting.prompts))
+        self.token_budget = setting.token_budget
         score_type: ScoreType = "reward" if "reward" in columns else "cost"
         self.device = default_device()
-        self.model = load_score_model(model, score_type, DTYPES[dtype], trust_remote_code, device=self.device)
+        self.model = load_score_model(model, score_type, DTYPES[setting.dtype], trust, device=self.device)
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from actors.roles.scorer import Reference, Scorer
 from beaver_ray import experience
+from beaver_ray.score_sources import ScorerSetting
 from launch.bench.measure import Figure, Outcome, interleave, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, random_prompts, write_workspace
 from launch.bench.options import Options
@@ -40,7 +41,9 @@ def run(options: Options) -> Outcome:
             "score model": 2.0 * matmul_parameters(score, head=False) * tokens,
             "reference": 2.0 * ((matmul_parameters(policy) - head) * tokens + head * count * answer),
         }
-        scorer = Scorer(str(score), {"reward": 0, "cost/harm": 1}, str(policy), shape.dtype, BUDGET, threads, False)
+        scorer = Scorer(
+            str(score), {"reward": 0, "cost/harm": 1}, ScorerSetting(str(policy), shape.dtype, BUDGET, threads)
+        )
         reference = Reference(str(policy), shape.dtype, BUDGET, 1.0, threads, False)
         sides = {"score model": lambda: scorer.score(batch), "reference": lambda: reference.logprobs(batch)}
         seconds = interleave(sides, repetitions)

@@ -29,6 +29,7 @@ from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.small_world.build import build
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.user_code import Code
@@ -287,7 +288,9 @@ def test_a_function_is_given_the_whole_dialogue(world: Path, tmp_path: Path, mon
         "    return [len(turns) for turns in dialogues]\n",
         str(tmp_path / "f.py"),
     )
-    scorer = FunctionScorer(code, {"reward": 0}, str(world / "model"), prompts=[[prompt_source(world)]])
+    scorer = FunctionScorer(
+        code, {"reward": 0}, ScorerSetting(str(world / "model"), "float32", 512, 1, prompts=[[prompt_source(world)]])
+    )
     scores = scorer.score(dialogue(world))
     one, two = questions(world)[:2]
     seen = scorer.function.__globals__["SEEN"]
@@ -300,7 +303,7 @@ def test_a_score_model_reads_the_whole_dialogue(world: Path, tmp_path: Path) -> 
     write_score_folder(tmp_path / "reward", world / "model", seed=1, score_type="reward")
     load_tokenizer(str(world / "model")).save_pretrained(tmp_path / "reward")
     policy, folder = str(world / "model"), str(tmp_path / "reward")
-    scorer = Scorer(folder, {"reward": 0}, policy, "float32", 512, 1, prompts=[[prompt_source(world)]])
+    scorer = Scorer(folder, {"reward": 0}, ScorerSetting(policy, "float32", 512, 1, prompts=[[prompt_source(world)]]))
     assert scorer.reads_tokens
     literal = LiteralScoreModel(tmp_path / "reward")
     ended = whole_sequences(dialogue(world))

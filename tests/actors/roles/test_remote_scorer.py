@@ -19,7 +19,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.score_sources import ALLOWED_HOSTS, check_allowed
+from beaver_ray.score_sources import ALLOWED_HOSTS, ScorerSetting, check_allowed
 from beaver_ray.template_options import TemplateOptions
 from tests.actors.scoring_service import Service, serving
 from tests.actors.support import ppo_config, random_sequences
@@ -38,7 +38,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def remote(service: Service, world: Path, column: str = "cost/harm", timeout_s: float = 60.0) -> RemoteScorer:
-    return RemoteScorer(service.url, {column: 0}, str(world / "model"), timeout_s)
+    return RemoteScorer(
+        service.url, {column: 0}, ScorerSetting(str(world / "model"), "float32", 512, 1, timeout_s=timeout_s)
+    )
 
 
 def test_texts_go_out_and_scores_come_back(service: Service, tiny_world: Path) -> None:
@@ -74,7 +76,7 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
         }
     )
     model = str(tiny_world / "model")
-    told = RemoteScorer(service.url, {"cost/harm": 0}, model, 60.0, prompts=[specs])
+    told = RemoteScorer(service.url, {"cost/harm": 0}, ScorerSetting(model, "float32", 512, 1, prompts=[specs]))
     told.score(batch)
     sent = service.requests[-1]
     assert sent["dialogues"] == [[{"role": "user", "content": sample.input}] for sample in samples]
@@ -84,9 +86,9 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
     place = batch.schema.get_field_index("prompt_tokens")
     asked = list(PromptDataset.build(samples, tokenizer, 64, options).prompts)
     kind = experience.make_batch({"prompt_tokens": asked}).column(0)
-    RemoteScorer(service.url, {"cost/harm": 0}, model, 60.0, False, options, [specs]).score(
-        batch.set_column(place, batch.schema.field(place), kind)
-    )
+    RemoteScorer(
+        service.url, {"cost/harm": 0}, ScorerSetting(model, "float32", 512, 1, template=options, prompts=[specs])
+    ).score(batch.set_column(place, batch.schema.field(place), kind))
     first = {"role": "system", "content": "Be kind."}
     assert service.requests[-1]["dialogues"] == [[first, *dialogue] for dialogue in sent["dialogues"]]
     service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]

@@ -21,6 +21,7 @@ from beaver_ray import experience
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.errors import UserError
+from beaver_ray.score_sources import ScorerSetting
 from tests.actors.support import LiteralScoreModel, random_sequences, whole_sequences, write_score_folder
 
 
@@ -29,7 +30,7 @@ def scorer(folder: Path, world: Path, column: str = "cost/harm", budget: int = 4
 
 
 def scorer_of(folder: Path, world: Path, columns: dict[str, int], budget: int = 48) -> Scorer:
-    return Scorer(str(folder), columns, str(world / "model"), "float32", budget, 1)
+    return Scorer(str(folder), columns, ScorerSetting(str(world / "model"), "float32", budget, 1))
 
 
 @torch.no_grad()
@@ -141,9 +142,8 @@ def test_another_tokenizer_reads_the_dialogue_in_its_own_template(
     batch, prompts = asked(tiny_world, 15)
     assert {"stop", "length"} == set(batch.column("finish_reason").to_pylist())
     specs = [[f"prompts:1:{tiny_world}/prompts/train.jsonl"], []] if told else []
-    found = Scorer(
-        str(tmp_path / "scorer"), {"cost/harm": 0}, str(tiny_world / "model"), "float32", 48, 1, prompts=specs
-    )
+    setting = ScorerSetting(str(tiny_world / "model"), "float32", 48, 1, prompts=specs)
+    found = Scorer(str(tmp_path / "scorer"), {"cost/harm": 0}, setting)
     words = AutoTokenizer.from_pretrained(tiny_world / "model").convert_ids_to_tokens
     sequences = []
     for row, prompt in zip(batch.to_pylist(), prompts, strict=True):
