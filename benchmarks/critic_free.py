@@ -10,7 +10,6 @@ runs go on beside it. Figures: small_world.py; memory is the highest that the ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,7 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from small_world import CONFIGS, TARGET, described, figures, prepare
+from common import CONFIGS, TARGET, prepare, study_options, write
+from small_world import figures
+
+from beaver_ray.runs import read_metrics
 
 STEPS, SAMPLES = 80, 128
 COST = "cost.json"
@@ -40,18 +42,13 @@ def measured_run(workspace: Path, seed: int, name: str, recipe: str, steps: int)
         (folder / COST).write_text(json.dumps(cost), encoding="utf-8")
     cost = json.loads((folder / COST).read_text(encoding="utf-8"))
     rate = round(steps * SAMPLES / cost["cpu_seconds"], 1)
-    row = figures(folder, TARGET)
+    row = figures(read_metrics(folder), TARGET)
     return {"method": name, "seed": seed, **row, **cost, "samples_per_cpu_second": rate}
 
 
 def main() -> None:
     """Run everything and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--workspace", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "critic_free.json")
-    options = parser.parse_args()
+    options = study_options(__doc__, "critic_free", "runs/benchmark", range(5)).parse_args()
     folders = {seed: options.workspace.resolve() / f"seed_{seed}" for seed in options.seeds}
 
     def case(chosen: tuple[int, str, int]) -> dict[str, Any]:
@@ -66,9 +63,8 @@ def main() -> None:
         ratio = rows[0]["cpu_seconds"] / rows[1]["cpu_seconds"]
         rows += pool.map(case, [(seed, "equal_time", round(STEPS * ratio)) for seed in options.seeds])
     seeds = " ".join(str(seed) for seed in options.seeds)
-    result = described(f"python benchmarks/critic_free.py --seeds {seeds} --jobs {options.jobs}") | {"runs": rows}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write(options.out, f"python benchmarks/critic_free.py --seeds {seeds} --jobs {options.jobs}", {"runs": rows})
+    print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

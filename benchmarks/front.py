@@ -11,7 +11,6 @@ its working folder, and what is complete there is skipped.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from small_world import METHODS, TARGET, described, prepare, run
+from common import TARGET, prepare, study_options, write
+from small_world import METHODS, run
 
 from beaver_ray.small_world.world import SmallWorld
 
@@ -72,11 +72,7 @@ def draw(rows: list[dict[str, Any]], fronts: dict[int, list[float]], file: Path)
 
 def main() -> None:
     """Run everything, and write one JSON file and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--workspace", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "front.json")
+    parser = study_options(__doc__, "front", "runs/benchmark", (0, 1, 2))
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent / "front.svg")
     options = parser.parse_args()
     folders = {seed: options.workspace.resolve() / f"seed_{seed}" for seed in options.seeds}
@@ -105,8 +101,7 @@ def main() -> None:
             shares.append({"seed": seed, "method": method, "hypervolume_share": round(hypervolume(points) / best, 4)})
     seeds = " ".join(str(seed) for seed in options.seeds)
     command = f"python benchmarks/front.py --seeds {seeds} --jobs {options.jobs}"
-    result = described(command) | {"hypervolume": shares, "runs": rows}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(options.out, command, {"hypervolume": shares, "runs": rows})
     draw(rows, fronts, options.picture)
     print(json.dumps(shares, indent=2))
 

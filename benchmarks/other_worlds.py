@@ -10,13 +10,12 @@ models; other limits are runs on the first world's. What the figures are: small_
 
 from __future__ import annotations
 
-import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from small_world import METHODS, TARGET, described, prepare, run
+from common import TARGET, prepare, study_options, write
+from small_world import METHODS, run
 
 WORLDS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -32,11 +31,8 @@ COMPARED = ("safe_ppo", "safe_ppo_true_scores")
 
 def main() -> None:
     """Run everything and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_options(__doc__, "other_worlds", "runs/other-worlds", None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--workspace", type=Path, default=Path("runs/other-worlds"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "other_worlds.json")
     options = parser.parse_args()
     folders = {name: options.workspace.resolve() / name.replace(" ", "_") for name in WORLDS}
     cases = [(name, TARGET) for name in WORLDS] + [("as it is", target) for target in TARGETS]
@@ -51,9 +47,8 @@ def main() -> None:
         list(pool.map(lambda name: prepare(folders[name], options.seed, **WORLDS[name]), WORLDS))
         rows = list(pool.map(case, [(*c, method) for c in cases for method in COMPARED]))
     command = f"python benchmarks/other_worlds.py --seed {options.seed} --jobs {options.jobs}"
-    result = described(command) | {"worlds": WORLDS, "runs": rows}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write(options.out, command, {"worlds": WORLDS, "runs": rows})
+    print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

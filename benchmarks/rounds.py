@@ -12,17 +12,13 @@ Complete stages in the working folder are skipped.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from small_world import CONFIGS, TARGET, launch
+from common import CONFIGS, TARGET, launch, study_options, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -162,14 +158,10 @@ def draw(runs: list[Row], target: Path) -> None:
 
 def main() -> None:
     """Run everything, and write one JSON file and one picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = study_options(__doc__, "rounds", "runs/rounds-benchmark", (0, 1, 2))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="Safe PPO steps of each round (default: the recipe's)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes of the recipe")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time, one thread each")
-    parser.add_argument("--workspace", type=Path, default=Path("runs/rounds-benchmark"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "rounds.json")
     options = parser.parse_args()
     root = options.workspace.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -178,14 +170,8 @@ def main() -> None:
     words = [f"--seeds {' '.join(map(str, options.seeds))}", f"--rounds {options.rounds}", f"--jobs {options.jobs}"]
     words += [f"--steps {options.steps}"] if options.steps else []
     words += [f"--set {' '.join(options.set)}"] if options.set else []
-    result = {
-        "command": f"python benchmarks/rounds.py {' '.join(words)}",
-        "target_violation_rate": TARGET,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
-        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray")},
-        "runs": runs,
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    command = f"python benchmarks/rounds.py {' '.join(words)}"
+    write(options.out, command, {"target_violation_rate": TARGET, "runs": runs})
     draw(runs, options.out.with_suffix(".svg"))
     for run_ in runs:
         for row in run_["rounds"]:

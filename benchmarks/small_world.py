@@ -13,19 +13,14 @@ folder are skipped.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "local"
+from common import CONFIGS, TARGET, last_fifth, prepare, study_options, trained, write
+
 TRUTH = "python:beaver_ray/small_world/truth.py:{}(world='${{workspace}}/world/world.json')"
 METHODS = {
     "safe_ppo": [],
@@ -44,50 +39,22 @@ METHODS = {
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
-STAGES = ("sft", "reward_model", "cost_model")
-TARGET, SETTLED = 0.1, 25
-
-
-def launch(*arguments: str) -> None:
-    """One command line of the project, in a process of its own; its error ends the benchmark."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, env=environment, cwd=CONFIGS.parent.parent)
-
-
-def prepare(workspace: Path, seed: int, **world: Any) -> None:
-    """World with these options, SFT policy, reward model and cost model of one seed."""
-    pipeline = workspace / "pipeline.yaml"
-    workspace.mkdir(parents=True, exist_ok=True)
-    stages = "".join(f"  - config: {CONFIGS / name}.yaml\n" for name in STAGES)
-    options = json.dumps({"seed": seed, **world})
-    pipeline.write_text(f"workspace: {workspace}\nworld: {options}\nstages:\n{stages}", encoding="utf-8")
-    overrides = [
-        f"{stage}.{setting}" for stage in STAGES for setting in ("debug=true", "cluster.threads=1", f"seed={seed}")
-    ]
-    launch("pipeline", str(pipeline), *overrides)
+SETTLED = 25
+"""The first step from which the limit is asked to be kept."""
 
 
 def run(
-    workspace: Path,
-    seed: int,
-    method: str,
-    settings: Sequence[str],
-    target: float = TARGET,
-    recipe: str = "safe_ppo.yaml",
+    workspace: Path, seed: int, method: str, settings: Sequence[str], target: float = TARGET
 ) -> dict[str, float | int | str | None]:
     """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
-    folder = workspace / method
-    if not (folder / "final").is_dir():
-        limit = f"constraints.harm.violation_rate={target}"
-        common = [f"workspace={workspace}", f"name={method}", f"seed={seed}", "debug=true", limit]
-        launch("train", str(CONFIGS / recipe), *common, *settings)
-    return figures(folder, target) | {"method": method, "seed": seed}
+    limit = f"constraints.harm.violation_rate={target}"
+    lines = trained(workspace, method, seed, CONFIGS / "safe_ppo.yaml", [limit, *settings])
+    return figures(lines, target) | {"method": method, "seed": seed}
 
 
-def figures(folder: Path, target: float) -> dict[str, float | int | str | None]:
+def figures(lines: Sequence[Mapping[str, Any]], target: float) -> dict[str, float | int | str | None]:
     """What a run's metrics say of its last fifth, and of when its limit was kept."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [line for line in lines if line["step"] > 0.8 * lines[-1]["step"] and "eval/reward" in line]
+    last = last_fifth(lines)
 
     def mean(key: str) -> float:
         return round(sum(line[key] for line in last) / len(last), 4)
@@ -108,22 +75,11 @@ def figures(folder: Path, target: float) -> dict[str, float | int | str | None]:
     }
 
 
-def described(command: str) -> dict[str, Any]:
-    """What a file of figures opens with: how they were made, and on what."""
-    packages = ("torch", "transformers", "deepspeed", "ray")
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU"
-    return {"command": command, "hardware": hardware, "versions": {name: version(name) for name in packages}}
-
-
 def main() -> None:
     """Run everything and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = study_options(__doc__, "small_world", "runs/benchmark", (0, 1, 2))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, help="steps of each run (default: the recipe's)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--workspace", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "small_world.json")
     options = parser.parse_args()
     root = options.workspace.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -135,9 +91,8 @@ def main() -> None:
     methods = "" if options.methods == list(METHODS) else f" --methods {' '.join(options.methods)}"
     steps = f" --steps {options.steps}" if options.steps else ""
     command = f"python benchmarks/small_world.py --seeds {seeds} --jobs {options.jobs}{methods}{steps}"
-    result = described(command) | {"target_violation_rate": TARGET, "runs": rows}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write(options.out, command, {"target_violation_rate": TARGET, "runs": rows})
+    print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What the studies on small worlds share: command lines of the project, their options, and files of figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from beaver_ray.runs import read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "local"
+TARGET = 0.1
+"""Violation rate that the recipes have as their limit."""
+STAGES: dict[str, dict[str, Any]] = {
+    name: {"config": str(CONFIGS / f"{name}.yaml")} for name in ("sft", "reward_model", "cost_model")
+}
+"""What a run of Safe PPO builds on, as entries of a pipeline."""
+
+
+def study_options(doc: str | None, name: str, workspace: str, seeds: Sequence[int] | None) -> argparse.ArgumentParser:
+    """The options that every study has; ``seeds`` are the default ones, None where a study has none."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--workspace", type=Path, default=Path(workspace))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"{name}.json")
+    return parser
+
+
+def launch(*arguments: str) -> None:
+    """One command line of the project, in a process of its own; its error ends the benchmark."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, env=environment, cwd=CONFIGS.parent.parent)
+
+
+def prepare(workspace: Path, seed: int, stages: Mapping[str, dict[str, Any]] = STAGES, **world: Any) -> None:
+    """A world with these options, and the models of ``stages`` (name -> entry of a pipeline), for one seed."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    pipeline = workspace / "pipeline.yaml"
+    content = {"workspace": str(workspace), "world": {"seed": seed, **world}, "stages": list(stages.values())}
+    pipeline.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+    settings = [f"{name}.{s}" for name in stages for s in ("debug=true", "cluster.threads=1", f"seed={seed}")]
+    launch("pipeline", str(pipeline), *settings)
+
+
+def last_fifth(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations among a run's metrics that lie in the last fifth of its steps."""
+    return [line for line in lines if line["step"] > 0.8 * lines[-1]["step"] and "eval/reward" in line]
+
+
+def trained(workspace: Path, name: str, seed: int, recipe: Path, settings: Sequence[str]) -> list[dict[str, Any]]:
+    """The metrics of a run of ``recipe`` in debug mode, which is trained unless it is there already."""
+    folder = workspace / name
+    if not (folder / "final").is_dir():
+        common = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true"]
+        launch("train", str(recipe), *common, *settings)
+    return read_metrics(folder)
+
+
+def described(command: str) -> dict[str, Any]:
+    """What a file of figures opens with: how they were made, and on what."""
+    packages = ("torch", "transformers", "deepspeed", "ray")
+    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU"
+    return {"command": command, "hardware": hardware, "versions": {name: version(name) for name in packages}}
+
+
+def write(out: Path, command: str, figures: Mapping[str, Any]) -> None:
+    """Write a file of figures."""
+    out.write_text(json.dumps(described(command) | dict(figures), indent=2) + "\n", encoding="utf-8")
