@@ -216,15 +216,7 @@ class ScoreModel:
             longest = max(len(prompt) + len(answer) for prompt, answer in tokens)
             if hasattr(self.scorer, "token_budget"):
                 self.scorer.token_budget = max(TOKEN_BUDGET, longest)
-            batch = experience.make_batch(
-                {
-                    "sample_id": np.arange(len(tokens)),
-                    "prompt_tokens": [prompt for prompt, _ in tokens],
-                    "response_tokens": [answer for _, answer in tokens],
-                    "finish_reason": ["stop"] * len(tokens),
-                }
-            )
-            scored = self.scorer.score(batch)
+            scored = self.scorer.score(experience.finished(tokens))
             for name, of_kind in self.kinds.items():
                 column = name if of_kind == "reward" else f"cost/{name}"
                 parts[name].append(experience.scalars(scored, column).astype(np.float64))
