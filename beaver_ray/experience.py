@@ -83,6 +83,18 @@ def make_batch(columns: dict[str, Sequence[object] | np.ndarray | pa.Array]) -> 
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([(n, column_type(n)) for n in columns]))
 
 
+def finished(written: Sequence[tuple[list[int], list[int]]], first: int = 0) -> pa.RecordBatch:
+    """Whole answers as a generator would have given them, (prompt, answer) in tokens each; ids rise from ``first``."""
+    return make_batch(
+        {
+            "sample_id": np.arange(first, first + len(written)),
+            "prompt_tokens": [prompt for prompt, _ in written],
+            "response_tokens": [answer for _, answer in written],
+            "finish_reason": ["stop"] * len(written),
+        }
+    )
+
+
 def ragged(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     """A list column from flat values and the length of each row; no copy of the values."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)

@@ -72,14 +72,10 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def signs(metrics: Mapping[str, np.ndarray], truth: bool) -> list[Sign]:
     """The signs that are on by the end of these metrics (`columns`)."""
-    better, found = _truth_rose(metrics) if truth else False, []
-    if truth:
-        found += _gap(metrics)
-    if not better:
-        unless = (
-            "while the truth of held-out answers did not rise" if truth else "and nothing here but the scorers says"
-        )
-        unless += "" if truth else " whether they are better for it"
+    found = _gap(metrics) if truth else []
+    if not (truth and _truth_rose(metrics)):
+        unsaid = "and nothing here but the scorers says whether they are better for it"
+        unless = "while the truth of held-out answers did not rise" if truth else unsaid
         found += _length(metrics, unless) + _diversity(metrics, unless)
     return [
         *found,

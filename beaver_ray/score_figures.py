@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import mean_interval, share_interval
@@ -135,7 +135,7 @@ def _calibration_of_costs(costs_N: np.ndarray, unsafe_N: np.ndarray, prompt_N: n
     unsafe = unsafe_N > 0
     found: dict[str, Any] = {
         "what": "probability of being unsafe",
-        "raw": compare(_sigmoid(costs_N), unsafe, prompt_N).model_dump(),
+        "raw": compare(special.expit(costs_N), unsafe, prompt_N).model_dump(),
     }
     halves, fitted_N = prompt_N % 2 == 0, np.zeros(len(costs_N))
     try:
@@ -153,7 +153,7 @@ def _calibration_of_order(good_N: np.ndarray, pairs_K2: np.ndarray, labelled: La
     if not apart.any():
         return {}
     prompt_K = labelled.prompt_N[pairs_K2[:, 0]]
-    raw = compare(_sigmoid(np.abs(difference_K[apart])), difference_K[apart] > 0, prompt_K[apart])
+    raw = compare(special.expit(np.abs(difference_K[apart])), difference_K[apart] > 0, prompt_K[apart])
     return {"what": "probability that the preferred answer is the better one", "raw": raw.model_dump()}
 
 
@@ -197,11 +197,6 @@ def _by_group(
 def _difference(values_N: np.ndarray, pairs_K2: np.ndarray) -> np.ndarray:
     difference: np.ndarray = values_N[pairs_K2[:, 0]] - values_N[pairs_K2[:, 1]]
     return difference
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    probability: np.ndarray = stats.logistic.cdf(x)
-    return probability
 
 
 def _bootstrapped(terms_NT: np.ndarray, cluster_N: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Figure:

@@ -125,12 +125,9 @@ def feasibility(
 ) -> int:
     """Before training: what the limits cost near the reference; ends with 1 where they cannot be kept."""
     found = load_config(config, overrides).feasibility(samples, answers, out)
-    from rich.console import Console
+    from launch.terminal import table_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(found.table())
+    table_console().print(found.table())
     for line in [*found.remarks(), found.verdict()]:
         print(line)
     print(f"picture: {found.folder / 'feasibility.html'}")
@@ -290,15 +287,11 @@ def moderate(
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run takes of the machine or cluster, and refuse what cannot fit."""
     loaded = load_config(config, overrides)
-    from rich.console import Console
-
     from launch.planning import plan as make
+    from launch.terminal import table_console
 
     made = make(loaded)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(made.table())
+    table_console().print(made.table())
     made.check()
     from beaver_ray.fit import check_fit, check_tokenizers
 

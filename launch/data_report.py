@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.survey import Measure, survey, words
 from beaver_ray.data_options import data_label
 from beaver_ray.report.data import tables, write_page
 from launch.config_files import load_config
+from launch.terminal import table_console
 
 
 def show(
@@ -30,9 +29,7 @@ def show(
             train.append(spec)
     measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
     found = survey(_once(train), _once(kept_out), measure, unit)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = table_console()
     for table in tables(found):
         console.print(table)
     if json_file:

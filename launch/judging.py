@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from actors.driver.judge_labels import label_by_judge, read_samples
@@ -16,6 +15,7 @@ from beaver_ray.judge.labels import Labelled
 from beaver_ray.judge_options import LabellingJudge, read_judge
 from beaver_ray.manifest import write_rows
 from beaver_ray.yaml_files import one_line
+from launch.terminal import table_console
 
 
 def label(pairs: str, judge: str, out: Path, labels: Sequence[str], **checks: Any) -> None:
@@ -52,8 +52,7 @@ def show(labelled: Labelled) -> None:
         bias = "" if pairs.position_bias is None else f"{pairs.position_bias:.3f} of {pairs.chose_a + pairs.chose_b}"
         values = (pairs.first, pairs.second, pairs.tie, pairs.position_disagreement, pairs.unparsed, pairs.refused)
         table.add_row(name, *map(str, values), bias)
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = table_console()
     console.print(counts)
     if labelled.pairs:
         console.print(table)

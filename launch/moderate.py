@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
@@ -21,6 +20,7 @@ from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
 from beaver_ray.options import near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
+from launch.terminal import table_console
 
 
 class Judge(Protocol):
@@ -71,7 +71,7 @@ def moderate(
     if evade:
         found["evasion"] = evasion(answers, judge, margin_N > 0, prompts_N)
     for table in _tables(found, judge.labels, above_NK, prompts_N):
-        _console().print(table)
+        table_console().print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -201,8 +201,3 @@ def _tables(found: dict[str, Any], labels: Sequence[str], above_NK: np.ndarray, 
 
 def _cells(share: dict[str, Any]) -> tuple[str, str, str]:
     return f"{share['mean']:.3f}", f"{share['low']:.3f} to {share['high']:.3f}", str(share["n"])
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from actors.driver.score_models import Answers, ScoreModel, read_answers, score_all
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import read_guard
@@ -15,6 +13,7 @@ from beaver_ray.report.scores import Judged, ScoreReport
 from beaver_ray.score_figures import agreement, figures
 from beaver_ray.yaml_files import yaml_value
 from launch.config_files import load_run
+from launch.terminal import table_console
 
 TRAINED = ("reward_model", "cost_model", "score_model")
 
@@ -31,9 +30,7 @@ def scores(
         raise UserError(f"{judges[0].name} gives no {missing[0]}, which {against} gives; compare models of one kind")
     answers, scored = score_all(judges, answers, by)
     found = _report(_names(judges), judges, answers, scored, specs)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = table_console()
     for table in found.tables():
         console.print(table)
     for line in found.remarks():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from beaver_ray.verdicts import Certificate, Reliability, Statement
+from launch.terminal import table_console
 
 
 def show_certificate(certificate: Certificate) -> None:
@@ -23,8 +23,7 @@ def show_certificate(certificate: Certificate) -> None:
         table.add_row(
             s.constraint, s.answers, s.figure, found, str(s.prompts), f"{s.target:g}", bounds, s.verdict, decides
         )
-    console = _console()
-    console.print(table)
+    table_console().print(table)
     for line in dict.fromkeys(map(_judged, certificate.statements)):
         print(line)
     print("a verdict is about what its judge says of answers, and no better than that judge")
@@ -46,7 +45,7 @@ def show_reliability(reliability: Reliability) -> None:
         for part in found.bins:
             span = f"{part.low:.1f} to {part.low + 0.1:.1f}"
             table.add_row(span, str(part.count), f"{part.predicted:.3f}", f"{part.observed:.3f}")
-        _console().print(table)
+        table_console().print(table)
         print(f"the calibration of {name} {found.in_words()}; expected calibration error {found.ece:.3f}")
 
 
@@ -59,8 +58,3 @@ def _judged(s: Statement) -> str:
     else:
         how = f"unsafe above {s.unsafe_above:g}"
     return f"{s.constraint}, {s.figure}: {how} by {s.judged_by}"
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

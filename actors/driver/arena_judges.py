@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.driver.arena import Held
 from actors.roles.judge import REPLIES, Judge
-from beaver_ray.arena.comparisons import VERDICT
+from beaver_ray.arena.comparisons import FAILURES, VERDICT
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.evaluation import share_interval
@@ -20,8 +20,7 @@ from beaver_ray.judge.pairwise import Comparison, PairCounts, Verdict, compare
 from beaver_ray.judge.prompts import Rubric, load_rubric
 from beaver_ray.judge.replies import PAIR
 
-_UNREAD = ("unparsed", "refused")
-_COUNTS = ("comparisons", "identical", "position_disagreement", *_UNREAD)
+_COUNTS = ("comparisons", "identical", "position_disagreement", *FAILURES)
 
 Judges = dict[str, tuple[Judge, Rubric]]
 
@@ -64,7 +63,7 @@ def judge_pairs(judges: Judges, held: Held) -> None:
 
 def _in_both_orders(verdicts: list[Verdict], answers: int) -> dict[str, Any]:
     """Counts of the comparisons, ``answers`` to a prompt, and how often what stood first was chosen."""
-    read = [(i // answers, v.orders) for i, v in enumerate(verdicts) if v.orders and v.value not in _UNREAD]
+    read = [(i // answers, v.orders) for i, v in enumerate(verdicts) if v.orders and v.value not in FAILURES]
     chose_a = [(n, orders[0] == "first") for n, orders in read if orders[0] != "tie"]
     chose_a += [(n, orders[1] == "second") for n, orders in read if orders[1] != "tie"]
     bias = None

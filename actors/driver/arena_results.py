@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from actors.driver.arena import Held, harmful_and_benign
 from beaver_ray.arena.figures import Entrant, Match, figures
-from beaver_ray.arena.finished import write_answers
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.origins import identity, run_of, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import as_text, field_value, several
 from beaver_ray.data_options import data_label
+from beaver_ray.manifest import write_rows
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
 from beaver_ray.small_world.world import SmallWorld
@@ -125,7 +125,7 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
     tables = tables_of(found)
     write_tables(tables, folder / "tables")
     for name in held.said:
-        write_answers(answers / f"{name}.jsonl", _rows(held, name))
+        write_rows(answers / f"{name}.jsonl", _rows(held, name))
     write_page(folder / "arena.html", arena.name, found, tables, match, _shown(held, match))
     return found
 

@@ -71,7 +71,7 @@ def _written(
 ) -> tuple[pa.RecordBatch, np.ndarray, np.ndarray]:
     """Labelled answers as a generator would have given them, the number of each one's prompt, and which are unsafe."""
     numbers: dict[tuple[str, ...], int] = {}
-    rows = []
+    written, rows = [], []
     for sample in samples:
         turns = prompt_key(sample)
         prompt, answer = reader.prompt(turns, sample.system), reader.answer(reader.form.bare(str(sample.answer)))
@@ -79,16 +79,9 @@ def _written(
             report.kept -= 1
             report.drop(f"longer than {longest} tokens")
         else:
-            rows.append((prompt, answer, numbers.setdefault(turns, len(numbers)), not sample.is_safe))
+            written.append((prompt, answer))
+            rows.append((numbers.setdefault(turns, len(numbers)), not sample.is_safe))
     if not rows:
         raise UserError(f"no labelled answer is left ({report.line()}); raise rollout.max_new_tokens")
-    prompts, answers, ids, unsafe = (list(column) for column in zip(*rows, strict=True))
-    batch = experience.make_batch(
-        {
-            "sample_id": np.arange(len(rows)),
-            "prompt_tokens": prompts,
-            "response_tokens": answers,
-            "finish_reason": ["stop"] * len(rows),
-        }
-    )
-    return batch, np.array(ids), np.array(unsafe)
+    ids, unsafe = (list(column) for column in zip(*rows, strict=True))
+    return experience.finished(written), np.array(ids), np.array(unsafe)

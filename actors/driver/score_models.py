@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import pkgutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,13 @@ from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample, as_text, field_value
+from beaver_ray.data.templates import Template
 from beaver_ray.data_options import DataEntry, data_entry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import context_length, load_tokenizer
-from beaver_ray.models.provenance import KEY
+from beaver_ray.models.provenance import trained_template
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.rewardbench import Contest
 from beaver_ray.rules.text import word_count
@@ -36,7 +36,6 @@ from beaver_ray.runs import Progress
 from beaver_ray.score_figures import Labelled
 from beaver_ray.score_sources import ScorerSetting, score_source
 from beaver_ray.signals import head_kind, head_names, scorer_plan
-from beaver_ray.template_options import TemplateOptions
 
 CHUNK = 256  # answers that are scored between two looks at the progress
 TOKEN_BUDGET = 4096
@@ -217,15 +216,7 @@ class ScoreModel:
             longest = max(len(prompt) + len(answer) for prompt, answer in tokens)
             if hasattr(self.scorer, "token_budget"):
                 self.scorer.token_budget = max(TOKEN_BUDGET, longest)
-            batch = experience.make_batch(
-                {
-                    "sample_id": np.arange(len(tokens)),
-                    "prompt_tokens": [prompt for prompt, _ in tokens],
-                    "response_tokens": [answer for _, answer in tokens],
-                    "finish_reason": ["stop"] * len(tokens),
-                }
-            )
-            scored = self.scorer.score(batch)
+            scored = self.scorer.score(experience.finished(tokens))
             for name, of_kind in self.kinds.items():
                 column = name if of_kind == "reward" else f"cost/{name}"
                 parts[name].append(experience.scalars(scored, column).astype(np.float64))
@@ -283,15 +274,10 @@ def _signals(source: ModelOfScores, kind: str | None) -> dict[str, str]:
     return {found: found}
 
 
-def _template(folder: str) -> Any:
+def _template(folder: str) -> Template:
     """The template that a score model was trained with, where its folder says that; else its tokenizer's own."""
     there = find_model(folder)
-    trained: Any = {} if there is None else read_config(there).get(KEY)
-    if not isinstance(trained, Mapping) or "template" not in trained:
-        return "auto"
-    return TemplateOptions.model_validate(
-        {"style": trained["template"]} | {key: trained[key] for key in ("system", "arguments") if key in trained}
-    )
+    return "auto" if there is None else trained_template(read_config(there)) or "auto"
 
 
 def _bytes(folder: Path) -> str:

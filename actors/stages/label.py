@@ -176,16 +176,8 @@ class Label(Stage):
         if not kept:
             raise UserError(f"no pair is left ({dict(left_out)}); raise max_tokens")
         chunks = [
-            experience.make_batch(
-                {
-                    "sample_id": np.arange(start, start + len(part)),
-                    "prompt_tokens": [prompt for prompt, _ in part],
-                    "response_tokens": [answer for _, answer in part],
-                    "finish_reason": ["stop"] * len(part),
-                }
-            )
+            experience.finished(written[start : start + 2 * CHUNK], start)
             for start in range(0, len(written), 2 * CHUNK)
-            for part in [written[start : start + 2 * CHUNK]]
         ]
         scores: dict[str, np.ndarray] = {}
         with judging(self, roles) as started:

@@ -78,7 +78,7 @@ class Strength(SupervisedConfig, TrainerStage):
         from beaver_ray.manifest import write_rows, write_stage_manifest
         from beaver_ray.method.noise import strength
         from beaver_ray.models.loading import check_model_folder
-        from beaver_ray.report.strength import StrengthReport
+        from beaver_ray.report.strength import StrengthReport, remarks
 
         check_model_folder(self.model, "model")
         for line in check_fit(self):
@@ -103,8 +103,7 @@ class Strength(SupervisedConfig, TrainerStage):
         counts = {"pairs": len(samples), "members": self.members, "below 0": int((mean_N < 0).sum())}
         write_stage_manifest(self, final, counts)
         report = StrengthReport(self.label, samples, preferred_N, mean_N, deviation_N, differences_MN)
-        report.write(run.folder)
-        for line in report.remarks():
+        for line in remarks(report.write(run.folder)):
             run.note(line)
 
     def _pairs(self, run: RunFolder) -> list[RawSample]:

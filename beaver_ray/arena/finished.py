@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +69,6 @@ def read_answers(path: Path) -> Answered:
     if not found:
         raise UserError(f"{path} holds no answers; write one JSON object a line with prompt and response")
     return found
-
-
-def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a file of answers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    path.write_text(lines, encoding="utf-8")
 
 
 def _row(path: Path, number: int, line: str) -> tuple[tuple[str, ...], str, bool]:

@@ -18,6 +18,7 @@ Ask = Callable[[Sequence[str]], list[Reply]]
 """A reply for each text, in their order."""
 Value = Literal["first", "second", "tie", "unparsed", "refused"]
 VALUES: tuple[Value, ...] = ("first", "second", "tie", "unparsed", "refused")
+_UNREAD: tuple[Value, ...] = ("refused", "unparsed")
 
 # What A, B and TIE mean where the first answer is shown as A, and where it is shown as B.
 _SHOWN_FIRST: dict[str, Value] = {"A": "first", "B": "second", "TIE": "tie", UNPARSED: "unparsed", REFUSED: "refused"}
@@ -55,8 +56,7 @@ IDENTICAL = Verdict("tie", ())
 def settle(shown_first: Value, shown_second: Value) -> Verdict:
     """The verdict of both orders: where they agree what they say, else a tie, and nothing where one is unreadable."""
     orders = (shown_first, shown_second)
-    unread: tuple[Value, ...] = ("refused", "unparsed")
-    for value in unread:
+    for value in _UNREAD:
         if value in orders:
             return Verdict(value, orders)
     return Verdict(shown_first if shown_first == shown_second else "tie", orders)
@@ -109,7 +109,7 @@ class PairCounts:
     def of(cls, verdicts: Sequence[Verdict]) -> PairCounts:
         """Count them. Decisions for a place are of the comparisons that could be read in both orders."""
         values = Counter(verdict.value for verdict in verdicts)
-        read = [v.orders for v in verdicts if v.orders and v.value not in ("unparsed", "refused")]
+        read = [v.orders for v in verdicts if v.orders and v.value not in _UNREAD]
         chose_a = sum((one == "first") + (other == "second") for one, other in read)
         chose_b = sum((one == "second") + (other == "first") for one, other in read)
         return cls(

@@ -14,8 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.templates import Template, for_scorer, resolve_template, template_options
+from beaver_ray.template_options import TemplateOptions
 
 KEY = "score_trained_with"
+_OWN = ("system", "arguments")
 
 
 def trained_with(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, Any]:
@@ -25,8 +27,17 @@ def trained_with(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict
     tokens = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     chat = {"chat_template": _digest(tokenizer.chat_template)} if name == "chat" else {}
     options = template_options(template)
-    own = {key: value for key in ("system", "arguments") if (value := getattr(options, key))}
+    own = {key: value for key in _OWN if (value := getattr(options, key))}
     return {"template": name, "tokenizer": _digest(tokens), **chat, **own}
+
+
+def trained_template(config: Mapping[str, Any]) -> TemplateOptions | None:
+    """The template of `trained_with` that the model of this config.json was trained with; None where that says none."""
+    then = config.get(KEY)
+    if not isinstance(then, Mapping) or "template" not in then:
+        return None
+    own = {key: then[key] for key in _OWN if key in then}
+    return TemplateOptions.model_validate({"style": then["template"], **own})
 
 
 def difference(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> str | None:

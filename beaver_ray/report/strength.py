@@ -62,22 +62,8 @@ class StrengthReport:
                 part["judge_agrees"] = of_judge.flipped
         return found
 
-    def remarks(self) -> list[str]:
-        """What came of it, one line each."""
-        figures = self.figures()
-        lines = [headline(figures)]
-        found = figures.get("detection")
-        if found is not None:
-            precision = "" if figures["precision"] is None else f", precision {figures['precision']:.2f} of as many"
-            lines.append(f"labels that are known to be wrong: {figures['flipped']:.1%}; AUC {found:.2f}{precision}")
-            if found < NO_EFFECT:
-                lines.append(f"no effect expected: below an AUC of {NO_EFFECT} strength does not tell wrong labels")
-        if figures["u_shape"] is not None:
-            lines.append(f"standard deviation at both ends over that in the middle: {figures['u_shape']:.2f}")
-        return lines
-
-    def write(self, folder: Path) -> None:
-        """Write strength.json and strength.html."""
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write strength.json, whose content it returns, and strength.html."""
         figures = self.figures()
         (folder / FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         order = np.argsort(self.mean_N, kind="stable")
@@ -93,10 +79,11 @@ class StrengthReport:
                     ("Weakest: the models disagree with the label", self._shown(order[:PAIRS])),
                     ("Strongest", self._shown(order[::-1][:PAIRS])),
                 ],
-                remarks=self.remarks(),
+                remarks=remarks(figures),
             )
         )
         (folder / "strength.html").write_text(page, encoding="utf-8")
+        return figures
 
     def _known(self, field: str) -> NDArray[np.bool_] | None:
         """A further field of true and false that all rows have; None where some have it not."""
@@ -128,6 +115,20 @@ def headline(figures: Mapping[str, Any]) -> str:
     share = f"{figures['below_zero']:.1%}"
     what = f"{figures['pairs']:,} pairs, {figures['members']} models"
     return f"{what}: {share} of strength below 0, mean {figures['mean']:.3g}"
+
+
+def remarks(figures: Mapping[str, Any]) -> list[str]:
+    """What came of it, one line each."""
+    lines = [headline(figures)]
+    found = figures.get("detection")
+    if found is not None:
+        precision = "" if figures["precision"] is None else f", precision {figures['precision']:.2f} of as many"
+        lines.append(f"labels that are known to be wrong: {figures['flipped']:.1%}; AUC {found:.2f}{precision}")
+        if found < NO_EFFECT:
+            lines.append(f"no effect expected: below an AUC of {NO_EFFECT} strength does not tell wrong labels")
+    if figures["u_shape"] is not None:
+        lines.append(f"standard deviation at both ends over that in the middle: {figures['u_shape']:.2f}")
+    return lines
 
 
 def cards(figures: Mapping[str, Any]) -> list[Card]:

@@ -198,8 +198,9 @@ def describe_machine() -> dict[str, Any]:
 
 def print_table(name: str, outcome: Outcome) -> None:
     """One benchmark's figures on the terminal."""
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import table_console
 
     table = Table(title=f"{name} ({outcome.seconds:.0f} s)", title_justify="left")
     for title in ("figure", "value", "unit", "ratio", "against", "goal", ""):
@@ -212,10 +213,7 @@ def print_table(name: str, outcome: Outcome) -> None:
                 verdict = "met" if figure.goal.met(figure.ratio) else "missed"
         goal = str(figure.goal) if figure.goal else ""
         table.add_row(figure.name, f"{figure.value:,.4g}", figure.unit, ratio, figure.against, goal, verdict)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    table_console().print(table)
 
 
 def write_json(path: Path, record: dict[str, Any], outcomes: Mapping[str, Outcome]) -> None:

@@ -15,11 +15,12 @@ from pydantic import ValidationError
 
 from actors.stages.arena import Arena
 from beaver_ray.arena.figures import Entrant, Match, figures
-from beaver_ray.arena.finished import Said, read_answers, write_answers
+from beaver_ray.arena.finished import Said, read_answers
 from beaver_ray.arena.origins import run_of, template_of, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
+from beaver_ray.manifest import write_rows
 from beaver_ray.report.arena import Shown, write_page
 from launch.arena import arena_config
 
@@ -34,7 +35,7 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
         {"prompt": ["a", "b", "c"], "response": "second"},
         {"prompt": ["a", "b", "c"], "response": "third"},
     ]
-    write_answers(tmp_path / "a.jsonl", rows)
+    write_rows(tmp_path / "a.jsonl", rows)
     read = read_answers(tmp_path / "a.jsonl")
     said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")])
     assert said.texts == [["first", "second"], [HOSTILE, ""]]
