@@ -11,12 +11,11 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from actors.driver.policy_stage import GENERATOR_PART
+from actors.driver.policy_stage import generator_role
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.driver.processes import Roles
+    from actors.roles.generator import GeneratorSpec
     from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
@@ -68,20 +68,19 @@ class Generate(Stage):
 
     def roles(self) -> list[RoleSpec]:
         """The generators, which hold one model after the other."""
+        return [self._generator(range(len(self.models)))]
 
-        def arguments(rank: int, world: int) -> tuple[Any, ...]:
-            return self._spec(self.models[0])
+    def _generator(self, numbers: Sequence[int]) -> RoleSpec:
+        """The generators of these models, which start with the first of them."""
+        policy, trust = self.models[numbers[0]], self.trust_remote_code
 
-        models = tuple(ModelUse(f"policies.{number}", policy) for number, policy in enumerate(self.models))
-        worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
-        cache = None if self.debug else self.rollout.kv_cache_gib
-        return [RoleSpec("rollout", "rollout", worker, arguments, models, kv_cache_gib=cache, gpu_part=GENERATOR_PART)]
+        def spec() -> GeneratorSpec:
+            from actors.driver.processes import sampling_spec
 
-    def _spec(self, policy: str) -> tuple[Any, ...]:
-        from actors.driver.processes import sampling_spec
+            return sampling_spec(self, policy, self.rollout, self.max_prompt_tokens, self.template, trust)
 
-        trust = self.trust_remote_code
-        return (sampling_spec(self, policy, self.rollout, self.max_prompt_tokens, self.template, trust),)
+        uses = tuple(ModelUse(f"policies.{number}", self.models[number]) for number in numbers)
+        return generator_role(self, self.rollout, spec, uses)
 
     def run(self, run: RunFolder) -> None:
         """Let every model answer, draw the pairs, and write both."""
@@ -136,9 +135,6 @@ class Generate(Stage):
         starts = range(0, len(prompts), BLOCK)
         folder = run.folder / "answers" / f"{number}-{self._key(policy, prompts)}"
         files = [folder / f"{start:08d}.jsonl" for start in starts]
-        (role,) = self.roles()
-        use = ModelUse(f"policies.{number}", policy)
-        own = replace(role, models=(use,), arguments=lambda rank, world: self._spec(policy))
         with run.progress(f"answers of {policy}", len(prompts)) as progress:
 
             def done(block: int, rows: list[dict[str, Any]], seconds: float | None) -> None:
@@ -150,7 +146,7 @@ class Generate(Stage):
                 if rows is not None:
                     done(block, rows, None)
             if missing := [block for block, rows in enumerate(blocks) if rows is None]:
-                with judging(self, [own]) as roles:
+                with judging(self, [self._generator([number])]) as roles:
                     for block in missing:
                         began = time.perf_counter()
                         rows = self._sample(number, starts[block], prompts, roles)
