@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from actors.driver.processes import Roles
     from actors.roles.generator import GeneratorSpec
+    from beaver_ray.data.readers import Reader
     from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
@@ -124,12 +125,14 @@ class Generate(Stage):
         before: blocks of the models before, so that each block is a step of its own in metrics.jsonl.
         """
         from actors.driver.evaluate import judging
+        from beaver_ray.data.readers import Reader
         from beaver_ray.data.tokenized import PromptDataset
         from beaver_ray.manifest import read_rows, write_rows
         from beaver_ray.models.loading import load_tokenizer
 
         policy = self.models[number]
         tokenizer = load_tokenizer(policy, self.trust_remote_code)
+        reader = Reader(tokenizer, self.template)
         prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
         run.note(f"{policy}: prompts {prompts.report.line()}")
         starts = range(0, len(prompts), BLOCK)
@@ -149,13 +152,15 @@ class Generate(Stage):
                 with judging(self, [self._generator([number])]) as roles:
                     for block in missing:
                         began = time.perf_counter()
-                        rows = self._sample(number, starts[block], prompts, roles)
+                        rows = self._sample(number, starts[block], prompts, reader, roles)
                         write_rows(files[block], rows)
                         blocks[block] = rows
                         done(block, rows, time.perf_counter() - began)
         return [rows for rows in blocks if rows is not None]
 
-    def _sample(self, number: int, start: int, prompts: PromptDataset, roles: Roles) -> list[dict[str, Any]]:
+    def _sample(
+        self, number: int, start: int, prompts: PromptDataset, reader: Reader, roles: Roles
+    ) -> list[dict[str, Any]]:
         """The answers to a block of prompts from ``start`` on, in order.
 
         A sample's random numbers depend on the seed, the model's number and the prompt's, and not on the block.
@@ -166,8 +171,6 @@ class Generate(Stage):
         from actors.driver.evaluate import answers_to
         from actors.driver.rollouts import Rollouts
         from beaver_ray import experience
-        from beaver_ray.data.readers import Reader
-        from beaver_ray.models.loading import load_tokenizer
 
         prompt_ids = np.repeat(np.arange(start, min(start + BLOCK, len(prompts))), self.answers)
         place = prompt_ids * self.answers + np.tile(np.arange(self.answers), len(prompt_ids) // self.answers)
@@ -182,8 +185,6 @@ class Generate(Stage):
         columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
         answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
         answered = answered.take(pc.sort_indices(answered.column("sample_id")))
-        policy = self.models[number]
-        reader = Reader(load_tokenizer(policy, self.trust_remote_code), self.template)
         tokens, cut = experience.rows(answered, "response_tokens"), experience.truncated(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()
         return [
@@ -191,7 +192,7 @@ class Generate(Stage):
             | {
                 "temperature": self.rollout.temperature,
                 "response": reader.answer_text(answer, not truncated),
-                "model": policy,
+                "model": self.models[number],
                 "truncated": truncated,
                 "tokens": len(answer),
             }
