@@ -130,16 +130,18 @@ def parents_of(stage: Stage) -> dict[str, str]:
     return found
 
 
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def write_stage_manifest(stage: Stage, folder: Path, counts: Mapping[str, int], more: Sequence[str] = ()) -> None:
     """Write the manifest of a stage that has put JSON lines into ``folder``.
 
     more: files that it was made from besides its models and data sets.
     """
     parents = parents_of(stage) | {file: file_hash(Path(file)) for file in more}
-    files = {
-        file.name: DataFile(sha256=file_hash(file), rows=len(read_rows(file)))
-        for file in sorted(folder.glob("*.jsonl"))
-    }
+    files = {file.name: DataFile(sha256=file_hash(file), rows=_lines(file)) for file in sorted(folder.glob("*.jsonl"))}
     made = StageManifest(
         stage=stage.stage, name=stage.name, seed=stage.seed, parents=parents, files=files, counts={**counts}
     )
