@@ -89,11 +89,11 @@ def _plain(value: Any) -> Any:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines; the file is whole or absent."""
-    _write(path, map(json_line, rows))
+    write_lines(path, map(json_line, rows))
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write a file that is whole or absent."""
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines, their ends included; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
@@ -175,7 +175,7 @@ def write_round(workspace: Path, number: int, stages: Sequence[Stage]) -> Path:
     previous = file_hash(before) if before.is_file() else None
     made = RoundManifest(round=number, previous=previous, stages=[stage_manifest(stage) for stage in stages])
     path = workspace / f"round_{number}" / MANIFEST
-    _write(path, [made.model_dump_json(indent=2) + "\n"])
+    write_lines(path, [made.model_dump_json(indent=2) + "\n"])
     return path
 
 

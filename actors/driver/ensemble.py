@@ -17,7 +17,7 @@ from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError, fetch, wait_any
 from actors.roles.ensemble import EnsembleWorker, Scored
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import file_hash
+from beaver_ray.manifest import file_hash, write_lines
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage
@@ -45,10 +45,8 @@ def train_members(stage: Stage, members: Sequence[Any], folder: Path, run: RunFo
 
     def finished(name: str, scored: Scored) -> None:
         found[name] = scored
-        part = folder / f"{name}.part"
         told = {"made_of": made_of[name], "loss": scored.loss, "differences": scored.differences_N.tolist()}
-        part.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        part.rename(folder / f"{name}.json")
+        write_lines(folder / f"{name}.json", [json.dumps(told) + "\n"])
 
     _work(stage, pending, run, finished)
     return found
