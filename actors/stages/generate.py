@@ -20,7 +20,7 @@ from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import option
-from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ BLOCK = 512
 """Prompts whose answers are kept together."""
 
 
-class Generate(Stage):
+class Generate(TemplatedStage):
     """Options of stage generate."""
 
     kinds: ClassVar[tuple[str, ...]] = ("rollout",)
@@ -223,16 +223,6 @@ class Generate(Stage):
         prompt, answer = self.max_prompt_tokens, self.rollout.max_new_tokens
         options = f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
         return Lengths(prompt + answer, options, "lower them")
-
-    @property
-    def prompt_template(self) -> TemplateOptions:
-        """How prompts are written for the models."""
-        return self.template
-
-    @property
-    def trusts_code(self) -> bool:
-        """Whether Python code in a model's folder may run."""
-        return self.trust_remote_code
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
