@@ -90,17 +90,17 @@ class BestOfN(Stage):
     @property
     def prompt_template(self) -> TemplateOptions:
         """How prompts are written for the policy."""
-        return self.data.template
+        return self.sampling().prompt_template
 
     @property
     def trusts_code(self) -> bool:
         """Whether Python code in a model's folder may run."""
-        return self.models.trust_remote_code
+        return self.sampling().trusts_code
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """The prompts, and the held-out ones."""
-        return self.data.prompts, self.evaluation.prompts
+        return self.sampling().data_sets
 
     @property
     def scoped_data(self) -> list[str | DataEntry]:
