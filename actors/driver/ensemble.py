@@ -34,7 +34,8 @@ def train_members(stage: Stage, members: Sequence[Any], folder: Path, run: RunFo
     """
     folder.mkdir(parents=True, exist_ok=True)
     start = fingerprint(members[0].model)
-    made_of = {member.name: _made_of(member, start) for member in members}
+    hashes = {path: file_hash(Path(path)) for path in {path for member in members for path in _files(member)}}
+    made_of = {member.name: _made_of(member, start, hashes) for member in members}
     kept = {name: _read(folder / f"{name}.json", made) for name, made in made_of.items()}
     found = {name: scored for name, scored in kept.items() if scored is not None}
     pending = deque(member for member in members if member.name not in found)
@@ -114,11 +115,15 @@ def gather(found: Mapping[str, Scored], rows: Mapping[str, np.ndarray], members:
     return differences_MN
 
 
-def _made_of(member: Any, start: str) -> str:
+def _files(member: Any) -> list[str]:
+    """The files that a member reads; many members read the same ones."""
+    return [entry.path for entry in (*member.train, *member.eval)]
+
+
+def _made_of(member: Any, start: str, hashes: Mapping[str, str]) -> str:
     """A hash of a member's options, data, and the hash of the model that it starts from; not of where it is trained."""
     options = member.model_dump_json(exclude={"cluster", "debug", "workspace", "train", "eval"})
-    files = [Path(entry.path) for entry in (*member.train, *member.eval)]
-    parts = [options, start, *map(file_hash, files)]
+    parts = [options, start, *(hashes[path] for path in _files(member))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
