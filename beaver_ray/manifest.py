@@ -89,11 +89,11 @@ def _plain(value: Any) -> Any:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines; the file is whole or absent."""
-    _write(path, map(json_line, rows))
+    write_lines(path, map(json_line, rows))
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write a file that is whole or absent."""
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines, their ends included; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
@@ -130,16 +130,18 @@ def parents_of(stage: Stage) -> dict[str, str]:
     return found
 
 
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def write_stage_manifest(stage: Stage, folder: Path, counts: Mapping[str, int], more: Sequence[str] = ()) -> None:
     """Write the manifest of a stage that has put JSON lines into ``folder``.
 
     more: files that it was made from besides its models and data sets.
     """
     parents = parents_of(stage) | {file: file_hash(Path(file)) for file in more}
-    files = {
-        file.name: DataFile(sha256=file_hash(file), rows=len(read_rows(file)))
-        for file in sorted(folder.glob("*.jsonl"))
-    }
+    files = {file.name: DataFile(sha256=file_hash(file), rows=_lines(file)) for file in sorted(folder.glob("*.jsonl"))}
     made = StageManifest(
         stage=stage.stage, name=stage.name, seed=stage.seed, parents=parents, files=files, counts={**counts}
     )
@@ -173,7 +175,7 @@ def write_round(workspace: Path, number: int, stages: Sequence[Stage]) -> Path:
     previous = file_hash(before) if before.is_file() else None
     made = RoundManifest(round=number, previous=previous, stages=[stage_manifest(stage) for stage in stages])
     path = workspace / f"round_{number}" / MANIFEST
-    _write(path, [made.model_dump_json(indent=2) + "\n"])
+    write_lines(path, [made.model_dump_json(indent=2) + "\n"])
     return path
 
 

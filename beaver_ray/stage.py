@@ -233,3 +233,21 @@ class Stage(RunConfig):
         Written to ``out``, or beside the run's folder. Raises UserError for a stage without constraints.
         """
         raise UserError(f"stage {self.stage} trains no policy under limits, so there is none to ask about")
+
+
+class TemplatedStage(Stage):
+    """Base of stages with options ``template`` and ``trust_remote_code`` of their own."""
+
+    if TYPE_CHECKING:  # each has them where they belong among its options
+        template: TemplateOptions
+        trust_remote_code: bool
+
+    @property
+    def prompt_template(self) -> TemplateOptions:
+        """How prompts are written for its models."""
+        return self.template
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code in a model's folder may run."""
+        return self.trust_remote_code

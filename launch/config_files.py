@@ -82,14 +82,14 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path), _texts()))
     except ValidationError as error:
         raise UserError(one_line(error, PipelineConfig, str(path))) from None
-    configs = []
-    for entry in pipeline.entries:
+    configs, entries = [], pipeline.entries
+    for entry in entries:
         file = Path(path).parent / entry.config
         settings = [f"{key}={as_yaml(value)}" for key, value in entry.set.items()]
         own = [f"workspace={as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
         changes = [*own, *settings, *to_stage.get(file.stem, [])]
         configs.append(parse_config(read_yaml(file, _texts()), changes, str(file), entry.values))
-    files = {Path(entry.config).stem for entry in pipeline.entries}
+    files = {Path(entry.config).stem for entry in entries}
     if lost := [name for name in to_stage if name not in files]:
         name = lost[0]
         raise UserError(f"override {name}.{to_stage[name][0]}: no stage is called {name!r}{near(name, files)}")

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.runs import has_started, is_finished
 from beaver_ray.stage import Stage
@@ -33,11 +32,12 @@ def run_pipeline(path: Path, overrides: list[str]) -> Path:
     _check_order(stages, complete)
     if pipeline.world is not None:
         build_world(Path(pipeline.workspace) / "world", pipeline.world)
+    rounds = [entry.round for entry in pipeline.entries]
     for number, (stage, done) in enumerate(zip(stages, complete, strict=True), start=1):
         title = f"[{number}/{len(stages)}] {stage.stage}: {stage.folder}"
         print(f"{title} is complete, skipped" if done else title, flush=True)
         run_stage(stage, done)
-        _close_round(pipeline, stages, complete, number - 1)
+        _close_round(Path(pipeline.workspace), rounds, stages, complete, number - 1)
     report = stages[-1].folder / "report.html"
     print(f"report: {report}")
     for line in next(filter(None, (stage.headlines() for stage in reversed(stages))), []):
@@ -45,16 +45,16 @@ def run_pipeline(path: Path, overrides: list[str]) -> Path:
     return report
 
 
-def _close_round(pipeline: PipelineConfig, stages: list[Stage], complete: list[bool], number: int) -> None:
+def _close_round(
+    workspace: Path, rounds: list[int | None], stages: list[Stage], complete: list[bool], number: int
+) -> None:
     """Write the manifest of a round after the last of its stages, ``stages[number]``, where it is not there."""
-    rounds = [entry.round for entry in pipeline.entries]
     current = rounds[number]
     if current is None or rounds[number + 1 : number + 2] == [current]:
         return
     from beaver_ray.manifest import MANIFEST, write_round
 
     own = [place for place, of in enumerate(rounds) if of == current]
-    workspace = Path(pipeline.workspace)
     if not all(complete[place] for place in own) or not (workspace / f"round_{current}" / MANIFEST).is_file():
         print(f"round {current}: {write_round(workspace, current, [stages[place] for place in own])}", flush=True)
 

@@ -17,7 +17,7 @@ from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError, fetch, wait_any
 from actors.roles.ensemble import EnsembleWorker, Scored
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import file_hash
+from beaver_ray.manifest import file_hash, write_lines
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage
@@ -34,7 +34,8 @@ def train_members(stage: Stage, members: Sequence[Any], folder: Path, run: RunFo
     """
     folder.mkdir(parents=True, exist_ok=True)
     start = fingerprint(members[0].model)
-    made_of = {member.name: _made_of(member, start) for member in members}
+    hashes = {path: file_hash(Path(path)) for path in {path for member in members for path in _files(member)}}
+    made_of = {member.name: _made_of(member, start, hashes) for member in members}
     kept = {name: _read(folder / f"{name}.json", made) for name, made in made_of.items()}
     found = {name: scored for name, scored in kept.items() if scored is not None}
     pending = deque(member for member in members if member.name not in found)
@@ -45,10 +46,8 @@ def train_members(stage: Stage, members: Sequence[Any], folder: Path, run: RunFo
 
     def finished(name: str, scored: Scored) -> None:
         found[name] = scored
-        part = folder / f"{name}.part"
         told = {"made_of": made_of[name], "loss": scored.loss, "differences": scored.differences_N.tolist()}
-        part.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        part.rename(folder / f"{name}.json")
+        write_lines(folder / f"{name}.json", [json.dumps(told) + "\n"])
 
     _work(stage, pending, run, finished)
     return found
@@ -116,11 +115,15 @@ def gather(found: Mapping[str, Scored], rows: Mapping[str, np.ndarray], members:
     return differences_MN
 
 
-def _made_of(member: Any, start: str) -> str:
+def _files(member: Any) -> list[str]:
+    """The files that a member reads; many members read the same ones."""
+    return [entry.path for entry in (*member.train, *member.eval)]
+
+
+def _made_of(member: Any, start: str, hashes: Mapping[str, str]) -> str:
     """A hash of a member's options, data, and the hash of the model that it starts from; not of where it is trained."""
     options = member.model_dump_json(exclude={"cluster", "debug", "workspace", "train", "eval"})
-    files = [Path(entry.path) for entry in (*member.train, *member.eval)]
-    parts = [options, start, *map(file_hash, files)]
+    parts = [options, start, *(hashes[path] for path in _files(member))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from beaver_ray.config import DTYPE_BYTES, PolicyConfig
+from beaver_ray.config import DTYPE_BYTES, PolicyConfig, SamplingConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from actors.roles.generator import GeneratorSpec
     from beaver_ray.data.sources import DropReport, RawSample
     from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.method.objective import Settings
@@ -47,6 +48,21 @@ def scorer_role(plan: ScorerPlan, setting: ScorerSetting) -> RoleSpec:
         () if folder is None else (ModelUse(plan.name, folder, signals, has_heads, classifier),),
         source=source,
         gpu_part=0 if folder is None else 1,
+    )
+
+
+def generator_role(
+    stage: Stage, sampling: SamplingConfig, spec: Callable[[], GeneratorSpec], models: tuple[ModelUse, ...]
+) -> RoleSpec:
+    """The role of a stage's generators; ``spec`` says their settings, where they are started."""
+    return RoleSpec(
+        "rollout",
+        "rollout",
+        "actors.roles.hf_generator:HFGenerator" if stage.debug else "actors.roles.generator:VllmGenerator",
+        lambda rank, world: (spec(),),
+        models,
+        kv_cache_gib=None if stage.debug else sampling.kv_cache_gib,
+        gpu_part=GENERATOR_PART,
     )
 
 
@@ -286,15 +302,12 @@ class PolicyStage(PolicyConfig, Stage):
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     def _generator(self) -> RoleSpec:
-        def arguments(rank: int, world: int) -> tuple[Any, ...]:
+        def spec() -> GeneratorSpec:
             from actors.driver.processes import generator_spec
 
-            return (generator_spec(self),)
+            return generator_spec(self)
 
-        policy = ModelUse("policy", self.models.policy)
-        worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
-        cache = None if self.debug else self.rollout.kv_cache_gib
-        return RoleSpec("rollout", "rollout", worker, arguments, (policy,), kv_cache_gib=cache, gpu_part=GENERATOR_PART)
+        return generator_role(self, self.rollout, spec, (ModelUse("policy", self.models.policy),))
 
     def _scorer(self, plan: ScorerPlan) -> RoleSpec:
         setting = ScorerSetting(

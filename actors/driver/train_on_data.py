@@ -74,7 +74,8 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     began = time.perf_counter()
     epoch_steps = max(1, math.ceil(steps / stage.epochs))
     done, began = _resume(trainer, run, began) if resume else (0, began)
-    kept = _read_best(run.folder / "final.part" / stage.trained) if done else None
+    final = run.folder / "final.part" / stage.trained
+    kept = _read_best(final) if done else None
     with run.progress(stage.stage, steps) as progress:
         progress.done = done
         for step in range(done + 1, steps + 1):
@@ -86,7 +87,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
             if step % epoch_steps == 0 or step == steps:
                 metrics |= _evaluation(trainer)
                 if stage.selects:
-                    kept = _keep_best(trainer, run.folder / "final.part" / stage.trained, step, metrics, kept)
+                    kept = _keep_best(trainer, final, step, metrics, kept)
             metrics |= {
                 "time/elapsed": time.perf_counter() - began,
                 "time/step": seconds,
@@ -99,7 +100,7 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
                     trainer.run(Trainer.save_state, str(folder / "training"))
             progress.advance(loss=metrics["loss"])
     if kept is None:
-        trainer.run(Trainer.save, str(run.folder / "final.part" / stage.trained))
+        trainer.run(Trainer.save, str(final))
     else:
         run.note(f"the model of step {kept.step} is kept, held-out accuracy {kept.accuracy:.3f}")
     run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs"))

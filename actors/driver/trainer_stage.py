@@ -11,8 +11,7 @@ from beaver_ray.config import SupervisedConfig, TrainerConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.noise_options import NoiseConfig
 from beaver_ray.options import option
-from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training
-from beaver_ray.template_options import TemplateOptions
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage, Training
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from beaver_ray.weights import AdapterInfo
 
 
-class TrainerStage(TrainerConfig, Stage):
+class TrainerStage(TrainerConfig, TemplatedStage):
     """One model trained on a data set. Its methods from `dataset` on are called in the trainer's process."""
 
     kinds: ClassVar[tuple[str, ...]] = ("trainer",)
@@ -72,19 +71,9 @@ class TrainerStage(TrainerConfig, Stage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it", 2 if self.pairs else 1)
 
     @property
-    def prompt_template(self) -> TemplateOptions:
-        """How prompts are written for the model."""
-        return self.template
-
-    @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """``train`` and ``eval``."""
         return self.train, self.eval
-
-    @property
-    def trusts_code(self) -> bool:
-        """Whether Python code in the model's folder may run."""
-        return self.trust_remote_code
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
         """Losses, accuracies, learning rate, throughput."""

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from beaver_ray.data.tokenized import STRENGTHS, Ragged
 from beaver_ray.errors import UserError
-from beaver_ray.method.losses import aligned_positions, reward_model_loss, token_wise_reward_model_loss
+from beaver_ray.method.losses import (
+    aligned_positions,
+    cost_model_loss,
+    reward_model_loss,
+    token_wise_reward_model_loss,
+)
 from beaver_ray.method.noise import Treatment, treat
 from beaver_ray.models.provenance import trained_with
 from beaver_ray.models.score import save_score_model
@@ -165,6 +170,31 @@ def reward_loss(
     if kind == "token":
         loss = _token_wise_loss(pairs, regularization)
     return loss, metrics
+
+
+def cost_loss(
+    data: Any,
+    rows: Rows,
+    costs: tuple[Tensor, Tensor],
+    weights_B: Tensor,
+    regularization: float,
+    treated: TreatedRows,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of a cost model on these rows; an answer keeps its sign where its pair is flipped.
+
+    costs: of the safer and of the more harmful answer, [B] each, as they stand after flipping.
+    """
+    safer_B, unsafer_B = costs
+    signs_B2 = np.stack([data.sign_unsafer[rows], data.sign_safer[rows]], axis=1)
+    signs_B2[treated.flipped_B] = signs_B2[treated.flipped_B, ::-1]
+    return cost_model_loss(
+        unsafer_B,
+        safer_B,
+        *torch.from_numpy(signs_B2).to(safer_B).unbind(1),
+        regularization=regularization,
+        weights_B=weights_B,
+        **treated.terms,
+    )
 
 
 def _token_wise_loss(pairs: ScoredPairs, regularization: float) -> Tensor:

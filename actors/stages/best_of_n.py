@@ -90,17 +90,17 @@ class BestOfN(Stage):
     @property
     def prompt_template(self) -> TemplateOptions:
         """How prompts are written for the policy."""
-        return self.data.template
+        return self.sampling().prompt_template
 
     @property
     def trusts_code(self) -> bool:
         """Whether Python code in a model's folder may run."""
-        return self.models.trust_remote_code
+        return self.sampling().trusts_code
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """The prompts, and the held-out ones."""
-        return self.data.prompts, self.evaluation.prompts
+        return self.sampling().data_sets
 
     @property
     def scoped_data(self) -> list[str | DataEntry]:
@@ -158,13 +158,11 @@ class BestOfN(Stage):
 
     def headlines(self) -> list[str]:
         """What was given to the prompts, and how good and safe it is on the held-out ones."""
-        import numpy as np
-
+        from beaver_ray.hacking import columns
         from beaver_ray.report.policy import ppo_headlines
         from beaver_ray.runs import read_metrics
 
-        rows = read_metrics(self.folder)
-        metrics = {key: np.array([row.get(key) for row in rows], dtype=np.float64) for row in rows[:1] for key in row}
+        metrics = columns(read_metrics(self.folder))
         n = self.rollout.samples_per_prompt
         costs = "".join(f", {c.name} {self._mean(metrics, f'best_of/{n}/cost/{c.name}'):.4g}" for c in self.constraints)
         refused, reward = (self._mean(metrics, f"best_of/{n}/{end}") for end in ("refused", "reward"))

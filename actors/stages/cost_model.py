@@ -34,26 +34,13 @@ class CostModel(ScoreModelStage):
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Order of the two costs, and the sign of each; a pair that is flipped keeps its signs."""
-        import numpy as np
-        import torch
-
         from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import dealt, score_pairs, treated_rows, with_language
-        from beaver_ray.method.losses import cost_model_loss
+        from actors.roles.score_losses import cost_loss, dealt, score_pairs, treated_rows, with_language
 
         treated = treated_rows(trainer, data, rows, "safer")
         safer, unsafer = dealt(self.sequences(data), rows, treated.flipped_B)
         pairs = score_pairs(trainer, safer, unsafer, weight, len(batch), self.spoken(data, rows))
         safer_BH, unsafer_BH = pairs.ends_BH
-        both_B2 = np.stack([data.sign_unsafer[rows], data.sign_safer[rows]], axis=1)
-        both_B2[treated.flipped_B] = both_B2[treated.flipped_B, ::-1]
-        signs = torch.from_numpy(both_B2).to(safer_BH).unbind(1)
-        loss, metrics = cost_model_loss(
-            unsafer_BH[:, 0],
-            safer_BH[:, 0],
-            *signs,
-            regularization=self.regularization,
-            weights_B=pairs.weights_B,
-            **treated.terms,
-        )
+        costs = safer_BH[:, 0], unsafer_BH[:, 0]
+        loss, metrics = cost_loss(data, rows, costs, pairs.weights_B, self.regularization, treated)
         return LossTerms(*with_language(pairs, loss, metrics, self.lm_loss))

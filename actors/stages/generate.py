@@ -11,23 +11,24 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from actors.driver.policy_stage import GENERATOR_PART
+from actors.driver.policy_stage import generator_role
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import option
-from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
+from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     import numpy as np
 
     from actors.driver.processes import Roles
+    from actors.roles.generator import GeneratorSpec
+    from beaver_ray.data.readers import Reader
     from beaver_ray.data.tokenized import PromptDataset
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
@@ -36,7 +37,7 @@ BLOCK = 512
 """Prompts whose answers are kept together."""
 
 
-class Generate(Stage):
+class Generate(TemplatedStage):
     """Options of stage generate."""
 
     kinds: ClassVar[tuple[str, ...]] = ("rollout",)
@@ -68,20 +69,19 @@ class Generate(Stage):
 
     def roles(self) -> list[RoleSpec]:
         """The generators, which hold one model after the other."""
+        return [self._generator(range(len(self.models)))]
 
-        def arguments(rank: int, world: int) -> tuple[Any, ...]:
-            return self._spec(self.models[0])
+    def _generator(self, numbers: Sequence[int]) -> RoleSpec:
+        """The generators of these models, which start with the first of them."""
+        policy, trust = self.models[numbers[0]], self.trust_remote_code
 
-        models = tuple(ModelUse(f"policies.{number}", policy) for number, policy in enumerate(self.models))
-        worker = "actors.roles.hf_generator:HFGenerator" if self.debug else "actors.roles.generator:VllmGenerator"
-        cache = None if self.debug else self.rollout.kv_cache_gib
-        return [RoleSpec("rollout", "rollout", worker, arguments, models, kv_cache_gib=cache, gpu_part=GENERATOR_PART)]
+        def spec() -> GeneratorSpec:
+            from actors.driver.processes import sampling_spec
 
-    def _spec(self, policy: str) -> tuple[Any, ...]:
-        from actors.driver.processes import sampling_spec
+            return sampling_spec(self, policy, self.rollout, self.max_prompt_tokens, self.template, trust)
 
-        trust = self.trust_remote_code
-        return (sampling_spec(self, policy, self.rollout, self.max_prompt_tokens, self.template, trust),)
+        uses = tuple(ModelUse(f"policies.{number}", self.models[number]) for number in numbers)
+        return generator_role(self, self.rollout, spec, uses)
 
     def run(self, run: RunFolder) -> None:
         """Let every model answer, draw the pairs, and write both."""
@@ -125,20 +125,19 @@ class Generate(Stage):
         before: blocks of the models before, so that each block is a step of its own in metrics.jsonl.
         """
         from actors.driver.evaluate import judging
+        from beaver_ray.data.readers import Reader
         from beaver_ray.data.tokenized import PromptDataset
         from beaver_ray.manifest import read_rows, write_rows
         from beaver_ray.models.loading import load_tokenizer
 
         policy = self.models[number]
         tokenizer = load_tokenizer(policy, self.trust_remote_code)
+        reader = Reader(tokenizer, self.template)
         prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
         run.note(f"{policy}: prompts {prompts.report.line()}")
         starts = range(0, len(prompts), BLOCK)
         folder = run.folder / "answers" / f"{number}-{self._key(policy, prompts)}"
         files = [folder / f"{start:08d}.jsonl" for start in starts]
-        (role,) = self.roles()
-        use = ModelUse(f"policies.{number}", policy)
-        own = replace(role, models=(use,), arguments=lambda rank, world: self._spec(policy))
         with run.progress(f"answers of {policy}", len(prompts)) as progress:
 
             def done(block: int, rows: list[dict[str, Any]], seconds: float | None) -> None:
@@ -150,16 +149,18 @@ class Generate(Stage):
                 if rows is not None:
                     done(block, rows, None)
             if missing := [block for block, rows in enumerate(blocks) if rows is None]:
-                with judging(self, [own]) as roles:
+                with judging(self, [self._generator([number])]) as roles:
                     for block in missing:
                         began = time.perf_counter()
-                        rows = self._sample(number, starts[block], prompts, roles)
+                        rows = self._sample(number, starts[block], prompts, reader, roles)
                         write_rows(files[block], rows)
                         blocks[block] = rows
                         done(block, rows, time.perf_counter() - began)
         return [rows for rows in blocks if rows is not None]
 
-    def _sample(self, number: int, start: int, prompts: PromptDataset, roles: Roles) -> list[dict[str, Any]]:
+    def _sample(
+        self, number: int, start: int, prompts: PromptDataset, reader: Reader, roles: Roles
+    ) -> list[dict[str, Any]]:
         """The answers to a block of prompts from ``start`` on, in order.
 
         A sample's random numbers depend on the seed, the model's number and the prompt's, and not on the block.
@@ -170,8 +171,6 @@ class Generate(Stage):
         from actors.driver.evaluate import answers_to
         from actors.driver.rollouts import Rollouts
         from beaver_ray import experience
-        from beaver_ray.data.readers import Reader
-        from beaver_ray.models.loading import load_tokenizer
 
         prompt_ids = np.repeat(np.arange(start, min(start + BLOCK, len(prompts))), self.answers)
         place = prompt_ids * self.answers + np.tile(np.arange(self.answers), len(prompt_ids) // self.answers)
@@ -186,8 +185,6 @@ class Generate(Stage):
         columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
         answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
         answered = answered.take(pc.sort_indices(answered.column("sample_id")))
-        policy = self.models[number]
-        reader = Reader(load_tokenizer(policy, self.trust_remote_code), self.template)
         tokens, cut = experience.rows(answered, "response_tokens"), experience.truncated(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()
         return [
@@ -195,7 +192,7 @@ class Generate(Stage):
             | {
                 "temperature": self.rollout.temperature,
                 "response": reader.answer_text(answer, not truncated),
-                "model": policy,
+                "model": self.models[number],
                 "truncated": truncated,
                 "tokens": len(answer),
             }
@@ -226,16 +223,6 @@ class Generate(Stage):
         prompt, answer = self.max_prompt_tokens, self.rollout.max_new_tokens
         options = f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
         return Lengths(prompt + answer, options, "lower them")
-
-    @property
-    def prompt_template(self) -> TemplateOptions:
-        """How prompts are written for the models."""
-        return self.template
-
-    @property
-    def trusts_code(self) -> bool:
-        """Whether Python code in a model's folder may run."""
-        return self.trust_remote_code
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:

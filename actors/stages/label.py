@@ -20,7 +20,7 @@ from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.judge_options import LabellingJudge
 from beaver_ray.options import option
 from beaver_ray.score_sources import ScorerSetting, score_source
-from beaver_ray.stage import Lengths, RoleSpec, Stage
+from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ CHUNK = 64
 """Pairs that a scorer is given at a time."""
 
 
-class Label(Stage):
+class Label(TemplatedStage):
     """Options of stage label."""
 
     kinds: ClassVar[tuple[str, ...]] = ("reward", "cost")
@@ -236,16 +236,6 @@ class Label(Stage):
     def lengths(self) -> Lengths:
         """Of a prompt and an answer."""
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it")
-
-    @property
-    def prompt_template(self) -> TemplateOptions:
-        """How prompts are written for the scorers."""
-        return self.template
-
-    @property
-    def trusts_code(self) -> bool:
-        """Whether Python code in a model's folder may run."""
-        return self.trust_remote_code
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:

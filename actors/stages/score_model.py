@@ -34,12 +34,10 @@ class ScoreModel(ScoreModelStage):
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """The sum of a reward model's and a cost model's loss."""
-        import numpy as np
         import torch
 
         from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import dealt, reward_loss, score_pairs, treated_rows, with_language
-        from beaver_ray.method.losses import cost_model_loss
+        from actors.roles.score_losses import cost_loss, dealt, reward_loss, score_pairs, treated_rows, with_language
 
         by_reward, by_cost = (treated_rows(trainer, data, rows, label) for label in self.labels)
         # Rewards are compared better one first, costs safer one first, unless noise has it the other way.
@@ -50,16 +48,7 @@ class ScoreModel(ScoreModelStage):
         alike_B = torch.from_numpy(better_is_safer ^ by_cost.flipped_B).to(better_BH.device)
         safer_B = torch.where(alike_B, better_BH[:, -1], worse_BH[:, -1])
         unsafer_B = torch.where(alike_B, worse_BH[:, -1], better_BH[:, -1])
-        both_B2 = np.stack([data.sign_unsafer[rows], data.sign_safer[rows]], axis=1)
-        both_B2[by_cost.flipped_B] = both_B2[by_cost.flipped_B, ::-1]
-        cost, metrics = cost_model_loss(
-            unsafer_B,
-            safer_B,
-            *torch.from_numpy(both_B2).to(safer_B).unbind(1),
-            regularization=self.regularization,
-            weights_B=pairs.weights_B,
-            **by_cost.terms,
-        )
+        cost, metrics = cost_loss(data, rows, (safer_B, unsafer_B), pairs.weights_B, self.regularization, by_cost)
         metrics["accuracy_cost"] = metrics.pop("accuracy")
         reward, more = reward_loss(pairs, self.loss, self.regularization, by_reward)
         figures = {"loss_reward": reward.detach(), "loss_cost": cost.detach(), **more, **metrics}

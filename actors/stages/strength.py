@@ -150,7 +150,6 @@ class Strength(SupervisedConfig, TrainerStage):
         plain = [plain_row(sample, first) for sample, first in zip(samples, preferred_N.tolist(), strict=True)]
         everything = np.arange(len(samples))
         parts = {0: everything}
-        write_rows(folder / "all.jsonl", plain)
         if self.folds:
             fold_N = folds(samples, self.folds, self.seed)
             parts = {fold: np.flatnonzero(fold_N == fold) for fold in range(self.folds)}
@@ -158,6 +157,8 @@ class Strength(SupervisedConfig, TrainerStage):
                 others = np.setdiff1d(everything, held_out)
                 write_rows(folder / f"score_{fold}.jsonl", [plain[row] for row in held_out])
                 write_rows(folder / f"train_{fold}.jsonl", [plain[row] for row in others])
+        else:
+            write_rows(folder / "all.jsonl", plain)
         common = {name: getattr(self, name) for name in PASSED_ON}
         members, rows = [], {}
         for member in range(self.members):

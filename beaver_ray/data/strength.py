@@ -65,8 +65,7 @@ def strength_row(sample: RawSample, label: Label, mean: float, deviation: float)
 
 def published_row(sample: RawSample, preferred: bool, mean: float, deviation: float) -> dict[str, Any]:
     """The same in the fields of fnlp/hh-rlhf-strength-cleaned: two dialogues as lists of lines."""
-    turns = [sample.input] if isinstance(sample.input, str) else list(sample.input)
-    lines = [f"{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(turns)]
+    lines = [f"{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(prompt_key(sample))]
     answers = [sample.answer, sample.other_answer]
     chosen, rejected = answers if preferred else answers[::-1]
     return {

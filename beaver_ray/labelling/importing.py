@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from beaver_ray.data.pairs import Row
 from beaver_ray.errors import UserError
 from beaver_ray.labelling.agreement import cohen_kappa, fleiss_kappa
-from beaver_ray.labelling.export import CHOICES, QUESTIONS, Export, blank_row, broken, consistent, digest
+from beaver_ray.labelling.export import CHOICES, QUESTIONS, TEXTS, Export, blank_row, broken, consistent, digest
 from beaver_ray.manifest import read_rows, write_rows
 
 Votes = dict[str, dict[str, dict[str, int]]]
@@ -208,7 +208,7 @@ def _rows(file: Path) -> Iterator[_Label]:
 
 def _table(file: Path, rows: Sequence[Row]) -> Iterator[_Label]:
     for number, row in enumerate(rows, start=1):
-        texts = {name: row[name] for name in ("prompt", "response_0", "response_1") if row.get(name)}
+        texts = {name: row[name] for name in TEXTS if row.get(name)}
         export, id_, annotator = (str(row.get(name) or "") for name in ("export", "id", "annotator"))
         yield _Label(f"{file} row {number}", export, id_, annotator, texts, row)
 
@@ -227,7 +227,7 @@ def _label_studio(file: Path, tasks: list[Row]) -> Iterator[_Label]:
     """Label Studio's JSON export: tasks with ``data`` and ``annotations``, each a list of single choices."""
     for number, task in enumerate(tasks, start=1):
         data = task["data"]
-        texts = {name: data[name] for name in ("prompt", "response_0", "response_1") if name in data}
+        texts = {name: data[name] for name in TEXTS if name in data}
         for annotation in task["annotations"]:
             if annotation.get("was_cancelled"):
                 continue
