@@ -7,7 +7,6 @@ begin with: the answer and its end stay.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import REST, BadRow, DropReport, RawSample
 from beaver_ray.data.templates import AnswerForm, Template, answer_form, answer_tokens, prompt_tokens, with_bos
-from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, finish
+from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged
 from beaver_ray.moderation_options import UNSAFE, Reads
 
 UNKNOWN = -1
@@ -164,9 +163,7 @@ class ModerationRows:
         )
         both_N2K = columns.labels.reshape(len(first), 2, len(self.labels))
         labels = np.concatenate([both_N2K[:, 0], both_N2K[there, 1]])
-        remarks = Counter({what: n for what, n in zip(ODD.values(), columns.odd.tolist(), strict=True) if n})
-        report = finish(DropReport(dropped=columns.dropped, remarks=remarks), len(tokens), "labelled answer")
-        return ModerationDataset(tokens, labels, report)
+        return ModerationDataset(tokens, labels, columns.report(len(tokens), "labelled answer"))
 
 
 @dataclass(frozen=True)
