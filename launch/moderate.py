@@ -16,8 +16,8 @@ from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, labelled_answers
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import write_rows
-from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
+from beaver_ray.manifest import plain, write_rows
+from beaver_ray.method.multilabel import figures, flag_margin, shares_by
 from beaver_ray.options import near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml

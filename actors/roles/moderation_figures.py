@@ -14,7 +14,8 @@ from beaver_ray.data.mixing import hold_out, load_mix, prompt_hash, prompt_keys
 from beaver_ray.data.moderation import LabelledAnswer, ModerationReader, check_labelled, labelled_answers
 from beaver_ray.data.sources import BadRow, RawSample
 from beaver_ray.evaluation import share_interval
-from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by, thresholds
+from beaver_ray.manifest import plain
+from beaver_ray.method.multilabel import figures, flag_margin, shares_by, thresholds
 from beaver_ray.models.classifier import classify
 from beaver_ray.models.moderator import Settings
 from beaver_ray.moderation_options import Reads, target_precision

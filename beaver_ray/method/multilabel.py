@@ -8,7 +8,7 @@ labels is true, or all are known to be false.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -183,14 +183,3 @@ def group_odds(odds_NK: FloatArray, thresholds_K: FloatArray, chosen: Sequence[i
         any_N = np.where(none_N > -math.log(2), np.log(-np.expm1(none_N)), np.log1p(-np.exp(none_N)))
     odds: FloatArray = any_N - none_N
     return odds
-
-
-def plain(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The same figures with None in place of what is not finite, for JSON."""
-    found: dict[str, Any] = {}
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            found[name] = plain(value)
-        else:
-            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-    return found
