@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
-from beaver_ray.data.moderation import Dialogue, LabelledAnswer, labelled_answers
+from beaver_ray.data.mixing import Spec, load_mix
+from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain, write_rows
@@ -55,9 +55,7 @@ def moderate(
     for file in (out, json_file):
         if file is not None:
             _check_writable(file)
-    samples = load_mix(list(specs))[0]
-    pairs = [(answer, prompt_hash(sample)) for sample in samples for answer in labelled_answers(sample)]
-    answers, prompts_N = [answer for answer, _ in pairs], np.array([key for _, key in pairs], dtype=np.uint64)
+    answers, prompts_N = answers_of(load_mix(list(specs))[0])
     for name in by:
         if not any(name in answer.fields for answer in answers):
             known = sorted({field for answer in answers for field in answer.fields})

@@ -7,7 +7,7 @@ begin with: the answer and its end stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.mixing import prompt_key
+from beaver_ray.data.mixing import prompt_hash, prompt_key
 from beaver_ray.data.sources import REST, BadRow, DropReport, RawSample
 from beaver_ray.data.templates import AnswerForm, Template, answer_form, answer_tokens, prompt_tokens, with_bos
 from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged
@@ -101,6 +101,17 @@ def labelled_answers(sample: RawSample) -> Iterator[LabelledAnswer]:
     if sample.other_answer is not None:
         labels, safe = sample.other_labels, sample.is_other_safe
         yield LabelledAnswer(turns, sample.other_answer, sample.system, labels, safe, _fields_of(sample.fields, 1))
+
+
+def answers_of(samples: Iterable[RawSample]) -> tuple[list[LabelledAnswer], NDArray[np.uint64]]:
+    """(All answers of these samples, what is equal of answers to one prompt [N])."""
+    answers: list[LabelledAnswer] = []
+    keys: list[int] = []
+    for sample in samples:
+        found = list(labelled_answers(sample))
+        answers += found
+        keys += [prompt_hash(sample)] * len(found)
+    return answers, np.array(keys, dtype=np.uint64)
 
 
 def _fields_of(fields: Mapping[str, Any], number: int) -> dict[str, Any]:
