@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.special import expit
 
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of
@@ -170,7 +171,7 @@ def _check_writable(file: Path) -> None:
 def _write(out: Path, judged: Judged, keep: str) -> int:
     """A line for each row that is kept, with all that it said; returns how many. The file is whole or absent."""
     answers, labels, above_NK, flagged_N = judged.answers, judged.labels, judged.above_NK, judged.flagged_N
-    probability_NK = 1 / (1 + np.exp(-judged.odds_NK))
+    probability_NK = expit(judged.odds_NK)
     kept_N: np.ndarray = np.ones(len(answers), dtype=bool) if keep == "all" else flagged_N == (keep == "flagged")
     rows = (
         {

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from beaver_ray.evaluation import share_interval
@@ -144,12 +145,11 @@ def figures(
 
 
 def _scored(odds_N: FloatArray, truth_N: BoolArray, above_N: BoolArray) -> dict[str, float]:
-    probability_N = 1 / (1 + np.exp(-np.clip(odds_N, -700, 700)))
     return {
         **binary_figures(above_N, truth_N),
         "auroc": area_under_roc(odds_N, truth_N),
         "auprc": average_precision(odds_N, truth_N),
-        "ece": expected_calibration_error(probability_N, truth_N) if len(truth_N) else math.nan,
+        "ece": expected_calibration_error(expit(odds_N), truth_N) if len(truth_N) else math.nan,
         "known": len(truth_N),
         "true": int(truth_N.sum()),
     }
