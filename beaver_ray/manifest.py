@@ -74,14 +74,15 @@ def json_line(row: Mapping[str, Any]) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError):
-        return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+        return json.dumps(plain(row), ensure_ascii=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold of a value: None for a number that is not finite, text for what it has no form for."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)

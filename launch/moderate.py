@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from rich.table import Table
+from scipy.special import expit
 
-from beaver_ray.data.mixing import Spec, load_mix, prompt_hash
-from beaver_ray.data.moderation import Dialogue, LabelledAnswer, labelled_answers
+from beaver_ray.data.mixing import Spec, load_mix
+from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import write_rows
-from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by
+from beaver_ray.manifest import plain, write_rows
+from beaver_ray.method.multilabel import figures, flag_margin, shares_by
 from beaver_ray.options import near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
@@ -38,6 +40,27 @@ class Judge(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Answers, and what a judge says of them."""
+
+    answers: list[LabelledAnswer]
+    prompts_N: np.ndarray
+    """What is equal of answers to one prompt."""
+    labels: list[str]
+    odds_NK: np.ndarray
+    above_NK: np.ndarray
+    """Which labels are above their thresholds."""
+    margin_N: np.ndarray
+    """`flag_margin`."""
+
+    @property
+    def flagged_N(self) -> np.ndarray:
+        """Whether any label is above its threshold."""
+        flagged_N: np.ndarray = self.margin_N > 0
+        return flagged_N
+
+
 def moderate(
     specs: Sequence[Spec],
     judge: Judge,
@@ -55,22 +78,22 @@ def moderate(
     for file in (out, json_file):
         if file is not None:
             _check_writable(file)
-    samples = load_mix(list(specs))[0]
-    pairs = [(answer, prompt_hash(sample)) for sample in samples for answer in labelled_answers(sample)]
-    answers, prompts_N = [answer for answer, _ in pairs], np.array([key for _, key in pairs], dtype=np.uint64)
+    answers, prompts_N = answers_of(load_mix(list(specs))[0])
     for name in by:
         if not any(name in answer.fields for answer in answers):
             known = sorted({field for answer in answers for field in answer.fields})
             raise UserError(f"--by {name}: no row has that field{near(name, known)}")
     odds_NK = judge.judge([answer.dialogue for answer in answers])
-    margin_N, above_NK = flag_margin(odds_NK, judge.thresholds_K), odds_NK > judge.thresholds_K
+    thresholds_K = judge.thresholds_K
+    margin_N = flag_margin(odds_NK, thresholds_K)
+    judged = Judged(answers, prompts_N, judge.labels, odds_NK, odds_NK > thresholds_K, margin_N)
     if out is not None:
-        written = _write(out, answers, judge, odds_NK, keep)
+        written = _write(out, judged, keep)
         print(f"{written} of {len(answers)} rows written: {out}")
-    found = report(answers, prompts_N, judge, odds_NK, by)
+    found = report(judged, by)
     if evade:
-        found["evasion"] = evasion(answers, judge, margin_N > 0, prompts_N)
-    for table in _tables(found, judge.labels, above_NK, prompts_N):
+        found["evasion"] = evasion(judged, judge)
+    for table in _tables(found, judge.labels):
         table_console().print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,28 +101,25 @@ def moderate(
         print(f"figures: {json_file}")
 
 
-def report(
-    answers: Sequence[LabelledAnswer], prompts_N: np.ndarray, judge: Judge, odds_NK: np.ndarray, by: Sequence[str]
-) -> dict[str, Any]:
+def report(judged: Judged, by: Sequence[str]) -> dict[str, Any]:
     """The share of flagged answers, of each label and by fields, with intervals; and how right they are where labels
     are known."""
-    margin_N, above_NK = flag_margin(odds_NK, judge.thresholds_K), odds_NK > judge.thresholds_K
+    answers, labels, prompts_N, above_NK = judged.answers, judged.labels, judged.prompts_N, judged.above_NK
     found: dict[str, Any] = {
-        "share": share_interval(margin_N > 0, prompts_N),
-        "labels": {name: share_interval(above_NK[:, k], prompts_N) for k, name in enumerate(judge.labels)},
-        "by": {name: shares_by([a.fields.get(name) for a in answers], margin_N > 0, prompts_N) for name in by},
+        "share": share_interval(judged.flagged_N, prompts_N),
+        "labels": {name: share_interval(above_NK[:, k], prompts_N) for k, name in enumerate(labels)},
+        "by": {name: shares_by([a.fields.get(name) for a in answers], judged.flagged_N, prompts_N) for name in by},
     }
-    truth_NK = np.array([answer.truth(judge.labels) for answer in answers], dtype=np.int8)
+    truth_NK = np.array([answer.truth(labels) for answer in answers], dtype=np.int8)
     if (truth_NK >= 0).any():
-        found["against_labels"] = figures(odds_NK, truth_NK, above_NK, margin_N, judge.labels)
+        found["against_labels"] = figures(judged.odds_NK, truth_NK, above_NK, judged.margin_N, labels)
     return found
 
 
-def evasion(
-    answers: Sequence[LabelledAnswer], judge: Judge, flagged_N: np.ndarray, prompts_N: np.ndarray
-) -> dict[str, Any]:
+def evasion(judged: Judged, judge: Judge) -> dict[str, Any]:
     """Of the flagged answers the share that is flagged no more once question and answer are obfuscated."""
-    caught = [answer for answer, flagged in zip(answers, flagged_N.tolist(), strict=True) if flagged]
+    flagged_N = judged.flagged_N
+    caught = [answer for answer, flagged in zip(judged.answers, flagged_N.tolist(), strict=True) if flagged]
     if not caught:
         return {}
     found = {}
@@ -109,7 +129,7 @@ def evasion(
             for a in caught
         ]
         passes_N = flag_margin(judge.judge(asked), judge.thresholds_K) <= 0
-        found[name] = share_interval(passes_N, prompts_N[flagged_N])
+        found[name] = share_interval(passes_N, judged.prompts_N[flagged_N])
     return found
 
 
@@ -148,10 +168,10 @@ def _check_writable(file: Path) -> None:
         raise UserError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
 
 
-def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: np.ndarray, keep: str) -> int:
+def _write(out: Path, judged: Judged, keep: str) -> int:
     """A line for each row that is kept, with all that it said; returns how many. The file is whole or absent."""
-    probability_NK = 1 / (1 + np.exp(-odds_NK))
-    flagged_N, above_NK = flag_margin(odds_NK, judge.thresholds_K) > 0, odds_NK > judge.thresholds_K
+    answers, labels, above_NK, flagged_N = judged.answers, judged.labels, judged.above_NK, judged.flagged_N
+    probability_NK = expit(judged.odds_NK)
     kept_N: np.ndarray = np.ones(len(answers), dtype=bool) if keep == "all" else flagged_N == (keep == "flagged")
     rows = (
         {
@@ -162,8 +182,8 @@ def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: 
             **({} if answer.safe is None else {"is_safe": answer.safe}),
             **({"labels": dict(answer.labels)} if answer.labels else {}),
             "flagged": bool(flagged_N[row]),
-            "flagged_labels": [name for k, name in enumerate(judge.labels) if above_NK[row, k]],
-            "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(judge.labels)},
+            "flagged_labels": [name for k, name in enumerate(labels) if above_NK[row, k]],
+            "probabilities": {n: round(float(probability_NK[row, k]), 6) for k, n in enumerate(labels)},
         }
         for row, answer in enumerate(answers)
         if kept_N[row]
@@ -176,7 +196,7 @@ def _write(out: Path, answers: Sequence[LabelledAnswer], judge: Judge, odds_NK: 
     return int(kept_N.sum())
 
 
-def _tables(found: dict[str, Any], labels: Sequence[str], above_NK: np.ndarray, prompts_N: np.ndarray) -> list[Table]:
+def _tables(found: dict[str, Any], labels: Sequence[str]) -> list[Table]:
     known = found.get("against_labels")
     table = Table(title="Flagged, with 95 % intervals", title_justify="left")
     for title in ("label", "flagged", "interval", "answers", *(("precision", "recall", "F1") if known else ())):

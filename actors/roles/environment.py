@@ -101,13 +101,18 @@ class Environment:
         """Wait for no replies to these samples any more."""
         self.calls = [call for call in self.calls if call.flight.prompt.sample_id not in sample_ids]
 
-    def goes_on(self, flight: InFlight, said: str, longest: int) -> bool:
-        """Put what the user said behind the last answer, where that leaves a token of ``longest`` for another one."""
+    def go_on(self, flight: InFlight, said: str | None, longest: int) -> str | None:
+        """Put what the user said behind the last answer; None where the dialogue goes on, else why it is finished.
+
+        That is "stop" where nothing was said, and "room" where no token of ``longest`` would be left for an answer.
+        """
+        if said is None:
+            return "stop"
         tokens = self.reader.next_turn(said)
         if len(flight.tokens) + len(tokens) >= longest:
-            return False
+            return "room"
         flight.told(said, tokens)
-        return True
+        return None
 
     def close(self) -> None:
         """Begin nothing more."""

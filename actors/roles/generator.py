@@ -356,11 +356,12 @@ class VllmGenerator:
         if environment is None:
             return []
         for flight, said in environment.replies(idle=not self._engine.has_unfinished_requests()):
-            if said is not None and environment.goes_on(flight, said, self.spec.longest_response(flight.prompt)):
+            reason = environment.go_on(flight, said, self.spec.longest_response(flight.prompt))
+            if reason is None:
                 self._start_answer(flight)
             else:
                 del self._in_flight[flight.prompt.sample_id]
-                finished.append(flight.row("stop" if said is None else "room"))
+                finished.append(flight.row(reason))
         return finished
 
 

@@ -108,10 +108,9 @@ class HFGenerator:
     def _go_on(self, flight: InFlight) -> str | None:
         """None where the environment goes on with the dialogue, else why that is finished."""
         environment = self._environment
-        said = environment.reply(flight) if environment else None
-        if environment is None or said is None:
+        if environment is None:
             return "stop"
-        return None if environment.goes_on(flight, said, self.spec.longest_response(flight.prompt)) else "room"
+        return environment.go_on(flight, environment.reply(flight), self.spec.longest_response(flight.prompt))
 
     @torch.inference_mode()
     def _answer(self, flights: list[InFlight]) -> list[str]:

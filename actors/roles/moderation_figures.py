@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from actors.roles.trainer import Trainer
-from beaver_ray.data.mixing import hold_out, load_mix, prompt_hash, prompt_keys
-from beaver_ray.data.moderation import LabelledAnswer, ModerationReader, check_labelled, labelled_answers
+from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
+from beaver_ray.data.moderation import LabelledAnswer, ModerationReader, answers_of, check_labelled
 from beaver_ray.data.sources import BadRow, RawSample
 from beaver_ray.evaluation import share_interval
-from beaver_ray.method.multilabel import figures, flag_margin, plain, shares_by, thresholds
+from beaver_ray.manifest import plain
+from beaver_ray.method.multilabel import figures, flag_margin, shares_by, thresholds
 from beaver_ray.models.classifier import classify
 from beaver_ray.models.moderator import Settings
 from beaver_ray.moderation_options import Reads, target_precision
@@ -41,11 +42,7 @@ def conclude(stage: Any, trainer: Trainer) -> Settings:
     found["share"] = share_interval(margin_N > 0, prompts_N)
     found["by"] = {f: shares_by([a.fields.get(f) for a in answers], margin_N > 0, prompts_N) for f in stage.by}
     if stage.look_alikes:
-        samples = load_mix(stage.look_alikes)[0]
-        alike = [answer for sample in samples for answer in labelled_answers(sample)]
-        keys_N = np.array(
-            [prompt_hash(sample) for sample in samples for _ in labelled_answers(sample)], dtype=np.uint64
-        )
+        alike, keys_N = answers_of(load_mix(stage.look_alikes)[0])
         found["over_block"] = share_interval(flag_margin(odds_of(trainer, reader, alike), chosen_K) > 0, keys_N)
     found["notes"] = notes
     return Settings(
@@ -73,18 +70,17 @@ def judged(
     samples: Sequence[RawSample], names: Sequence[str], reads: Reads
 ) -> tuple[list[LabelledAnswer], np.ndarray, np.ndarray]:
     """(Answers of which something is known, their labels [N, K], what is equal of answers to one prompt [N])."""
-    answers, truths, keys = [], [], []
-    for sample in samples:
-        for answer in labelled_answers(sample):
-            truth = answer.truth(names)
-            try:
-                check_labelled(answer, truth, reads)
-            except BadRow:  # the trainer's data set has counted it
-                continue
-            answers.append(answer)
-            truths.append(truth)
-            keys.append(prompt_hash(sample))
-    return answers, np.array(truths, dtype=np.int8).reshape(-1, len(names)), np.array(keys, dtype=np.uint64)
+    every, keys_N = answers_of(samples)
+    kept, truths = [], []
+    for number, answer in enumerate(every):
+        truth = answer.truth(names)
+        try:
+            check_labelled(answer, truth, reads)
+        except BadRow:  # the trainer's data set has counted it
+            continue
+        kept.append(number)
+        truths.append(truth)
+    return [every[number] for number in kept], np.array(truths, dtype=np.int8).reshape(-1, len(names)), keys_N[kept]
 
 
 @torch.no_grad()

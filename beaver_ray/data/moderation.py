@@ -7,8 +7,7 @@ begin with: the answer and its end stay.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from beaver_ray.data.mixing import prompt_key
+from beaver_ray.data.mixing import prompt_hash, prompt_key
 from beaver_ray.data.sources import REST, BadRow, DropReport, RawSample
 from beaver_ray.data.templates import AnswerForm, Template, answer_form, answer_tokens, prompt_tokens, with_bos
-from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, finish
+from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged
 from beaver_ray.moderation_options import UNSAFE, Reads
 
 UNKNOWN = -1
@@ -104,6 +103,17 @@ def labelled_answers(sample: RawSample) -> Iterator[LabelledAnswer]:
         yield LabelledAnswer(turns, sample.other_answer, sample.system, labels, safe, _fields_of(sample.fields, 1))
 
 
+def answers_of(samples: Iterable[RawSample]) -> tuple[list[LabelledAnswer], NDArray[np.uint64]]:
+    """(All answers of these samples, what is equal of answers to one prompt [N])."""
+    answers: list[LabelledAnswer] = []
+    keys: list[int] = []
+    for sample in samples:
+        found = list(labelled_answers(sample))
+        answers += found
+        keys += [prompt_hash(sample)] * len(found)
+    return answers, np.array(keys, dtype=np.uint64)
+
+
 def _fields_of(fields: Mapping[str, Any], number: int) -> dict[str, Any]:
     own, other = f"response_{number}_", f"response_{1 - number}_"
     return {name.removeprefix(own): value for name, value in fields.items() if not name.startswith(other)}
@@ -164,9 +174,7 @@ class ModerationRows:
         )
         both_N2K = columns.labels.reshape(len(first), 2, len(self.labels))
         labels = np.concatenate([both_N2K[:, 0], both_N2K[there, 1]])
-        remarks = Counter({what: n for what, n in zip(ODD.values(), columns.odd.tolist(), strict=True) if n})
-        report = finish(DropReport(dropped=columns.dropped, remarks=remarks), len(tokens), "labelled answer")
-        return ModerationDataset(tokens, labels, report)
+        return ModerationDataset(tokens, labels, columns.report(len(tokens), "labelled answer"))
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _number(value: Any, name: str) -> float:
         raise BadRow(f"'{name}' is not a number") from None
 
 
-def finish(report: DropReport, kept: int, kind: str) -> DropReport:
+def _finish(report: DropReport, kept: int, kind: str) -> DropReport:
     report.kept = kept
     if kept == 0:
         longer = "data.max_prompt_tokens" if kind == "prompt" else "max_tokens (of a PPO stage rollout.max_new_tokens)"
@@ -206,6 +206,12 @@ class Columns:
     odd: NDArray[np.int64]  # of each of ODD
     dropped: Counter[str]
     strengths: NDArray[np.float32]  # [N, len(STRENGTHS)], nan where not known
+
+    def report(self, kept: int, kind: str) -> DropReport:
+        """What became of the rows, ``kept`` of this ``kind``. Raises UserError where none is."""
+        counts = zip(ODD.values(), self.odd.tolist(), strict=True)
+        remarks = Counter({what: count for what, count in counts if count})
+        return _finish(DropReport(dropped=self.dropped, remarks=remarks), kept, kind)
 
 
 D = TypeVar("D", covariant=True)
@@ -256,9 +262,7 @@ class SequenceDataset:
     @classmethod
     def of_columns(cls, columns: Columns) -> Self:
         """The data set of these columns. Raises UserError where they are empty."""
-        counts = zip(ODD.values(), columns.odd.tolist(), strict=True)
-        report = DropReport(dropped=columns.dropped, remarks=Counter({what: count for what, count in counts if count}))
-        return cls.assemble(columns, finish(report, len(columns.prompt_length), cls.what))
+        return cls.assemble(columns, columns.report(len(columns.prompt_length), cls.what))
 
     @classmethod
     def build(
@@ -329,7 +333,7 @@ class PromptDataset:
             else:
                 rows[tokens] = sample
         first = list(rows.values())
-        return cls(Ragged(rows), finish(report, len(rows), "prompt"), masks(scopes, first), first)
+        return cls(Ragged(rows), _finish(report, len(rows), "prompt"), masks(scopes, first), first)
 
 
 @dataclass(frozen=True)

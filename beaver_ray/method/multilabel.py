@@ -8,11 +8,12 @@ labels is true, or all are known to be false.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from beaver_ray.evaluation import share_interval
@@ -34,20 +35,26 @@ def best_threshold(odds_N: FloatArray, truth_N: BoolArray, precision: float | No
     """
     if not truth_N.any():
         return None
-    order = np.argsort(-odds_N, kind="stable")
-    scores, hits = odds_N[order], np.cumsum(truth_N[order])
-    taken = np.arange(1, len(scores) + 1)
-    ends = np.append(np.diff(scores) != 0, True)  # rows of one score are taken together
-    found_precision, f1 = hits / taken, 2 * hits / (taken + truth_N.sum())
+    scores, ends, hits = _cuts(odds_N, truth_N)
+    taken = ends + 1
     if precision is None:
-        place = int(np.flatnonzero(ends)[np.argmax(f1[ends])])
+        cut = int(np.argmax(2 * hits / (taken + truth_N.sum())))
     else:
-        reached = np.flatnonzero(ends & (found_precision >= precision) & (hits > 0))
+        reached = np.flatnonzero((hits / taken >= precision) & (hits > 0))
         if not len(reached):
             return None
-        place = int(reached[-1])
+        cut = int(reached[-1])
+    place = int(ends[cut])
     below = scores[place + 1] if place + 1 < len(scores) else scores[place] - 1.0
     return float((scores[place] + below) / 2)
+
+
+def _cuts(scores_N: FloatArray, truth_N: BoolArray) -> tuple[FloatArray, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Where a threshold may stand: (scores from the highest [N], the last place of each, true rows up to there)."""
+    order = np.argsort(-scores_N, kind="stable")
+    scores = scores_N[order]
+    ends = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # rows of one score are taken together
+    return scores, ends, np.cumsum(truth_N[order], dtype=np.intp)[ends]
 
 
 def thresholds(
@@ -94,11 +101,8 @@ def average_precision(scores_N: FloatArray, truth_N: BoolArray) -> float:
     precision-recall curve without interpolation."""
     if not truth_N.any():
         return math.nan
-    order = np.argsort(-scores_N, kind="stable")
-    ends = np.append(np.diff(scores_N[order]) != 0, True)
-    hits = np.cumsum(truth_N[order])[ends]
-    taken = np.flatnonzero(ends) + 1
-    return float(np.sum(np.diff(hits, prepend=0) * hits / taken) / truth_N.sum())
+    _, ends, hits = _cuts(scores_N, truth_N)
+    return float(np.sum(np.diff(hits, prepend=0) * hits / (ends + 1)) / truth_N.sum())
 
 
 def binary_figures(flags_N: BoolArray, truth_N: BoolArray) -> dict[str, float]:
@@ -125,14 +129,11 @@ def figures(
     for k, name in enumerate(names):
         known = truth_NK[:, k] >= 0
         truth, odds, above = truth_NK[known, k] > 0, odds_NK[known, k], above_NK[known, k]
-        labels[name] = _scored(odds, truth, above) | {"known": int(known.sum()), "true": int(truth.sum())}
+        labels[name] = _scored(odds, truth, above)
         hits, flagged, true = hits + int((above & truth).sum()), flagged + int(above.sum()), true + int(truth.sum())
     unsafe = unsafe_truth(truth_NK)
     known = unsafe >= 0
-    whole = _scored(margin_N[known], unsafe[known] > 0, margin_N[known] > 0) | {
-        "known": int(known.sum()),
-        "true": int((unsafe > 0).sum()),
-    }
+    whole = _scored(margin_N[known], unsafe[known] > 0, margin_N[known] > 0)
     whole.pop("ece")  # a margin is no log-odds of being unsafe
     with_rows = [one["f1"] for one in labels.values() if one["true"]]
     return {
@@ -144,12 +145,13 @@ def figures(
 
 
 def _scored(odds_N: FloatArray, truth_N: BoolArray, above_N: BoolArray) -> dict[str, float]:
-    probability_N = 1 / (1 + np.exp(-np.clip(odds_N, -700, 700)))
     return {
         **binary_figures(above_N, truth_N),
         "auroc": area_under_roc(odds_N, truth_N),
         "auprc": average_precision(odds_N, truth_N),
-        "ece": expected_calibration_error(probability_N, truth_N) if len(truth_N) else math.nan,
+        "ece": expected_calibration_error(expit(odds_N), truth_N) if len(truth_N) else math.nan,
+        "known": len(truth_N),
+        "true": int(truth_N.sum()),
     }
 
 
@@ -183,14 +185,3 @@ def group_odds(odds_NK: FloatArray, thresholds_K: FloatArray, chosen: Sequence[i
         any_N = np.where(none_N > -math.log(2), np.log(-np.expm1(none_N)), np.log1p(-np.exp(none_N)))
     odds: FloatArray = any_N - none_N
     return odds
-
-
-def plain(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The same figures with None in place of what is not finite, for JSON."""
-    found: dict[str, Any] = {}
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            found[name] = plain(value)
-        else:
-            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-    return found

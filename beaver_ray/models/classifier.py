@@ -25,16 +25,15 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from beaver_ray.errors import UserError
-from beaver_ray.models.attention import use_packed_attention
 from beaver_ray.models.checkpoint_names import without_repeats
 from beaver_ray.models.folders import find_model, read_config, read_shapes
 from beaver_ray.models.loading import check_model_folder, load_safely
 from beaver_ray.models.lora import merged_state
 from beaver_ray.models.provenance import KEY
-from beaver_ray.models.score import STATISTICS, ScoreModel, head_tensors, read_head, save_score_model
+from beaver_ray.models.score import STATISTICS, ScoreModel, head_tensors, read_head, save_score_model, set_up
 from beaver_ray.models.tensors import check_encoder, check_folder, check_loaded
 from beaver_ray.moderation_options import BEAVERTAILS
-from beaver_ray.packing import check_packing, pack
+from beaver_ray.packing import pack
 from beaver_ray.weights import AdapterInfo
 
 
@@ -96,19 +95,8 @@ def load_classifier(
     saved = saved_labels(folder, 0 if weight is None else len(weight))
     if missing := [name for name in labels if name not in saved]:
         _check_fresh(path, missing, saved, fresh)
-    decoder = ScoreModel(trunk, "cost", labels)
-    with torch.no_grad():
-        for row, name in enumerate(labels):
-            if name in saved:
-                assert weight is not None
-                decoder.score_head.weight[row] = weight[saved.index(name)]
-                decoder.score_head.bias[row] = 0.0 if bias is None else bias[saved.index(name)]
-    if device is not None:
-        decoder.to(device)
-    use_packed_attention(trunk)
-    if device is not None:
-        check_packing(decoder)
-    return decoder
+    sources = [saved.index(name) if name in saved else None for name in labels]
+    return set_up(ScoreModel(trunk, "cost", labels), sources, weight, bias, device)
 
 
 def _head_tensors(path: str) -> tuple[str, ...]:

@@ -159,6 +159,20 @@ def load_score_model(
         mean=[0.0 if s is None else mean[s] for s in sources],
         var=[1.0 if s is None else var[s] for s in sources],
     )
+    return set_up(model, sources, weight, bias, device)
+
+
+def set_up(
+    model: ScoreModel,
+    sources: Sequence[int | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    device: torch.device | None,
+) -> ScoreModel:
+    """The model with its heads filled, on its ``device`` where it has one, and reading packed rows.
+
+    sources: of each head its row of `read_head`'s ``weight`` and ``bias``; None for a fresh one.
+    """
     with torch.no_grad():
         for row, source in enumerate(sources):
             if source is not None:
@@ -167,7 +181,7 @@ def load_score_model(
                 model.score_head.bias[row] = 0.0 if bias is None else bias[source]
     if device is not None:
         model.to(device)
-    use_packed_attention(trunk)
+    use_packed_attention(model.trunk)
     if device is not None:
         check_packing(model)
     return model
