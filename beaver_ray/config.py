@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
@@ -233,6 +233,14 @@ class RunConfig(Strict):
     save_every: int = option("Write a checkpoint every so many steps; 0 for none.", 100, ge=0)
     keep_checkpoints: int = option("The newest so many stay.", 3, gt=0)
     resume: bool = option("Go on from the run's newest checkpoint, where there is one.", False)
+
+    @field_validator("name")
+    @classmethod
+    def _inside_the_workspace(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"{value!r} is no folder inside of workspace; give a name, or set another workspace=...")
+        return value
 
     @property
     def folder(self) -> Path:

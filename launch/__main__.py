@@ -16,14 +16,14 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments or ["--help"], prog_name="beaver-ray", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except Exception as error:
         # What is wrong with the command line itself; other errors are bugs and keep their traceback.
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
         _fail(f"{describe().rstrip('.')}; see beaver-ray --help", 2)
+    if code == 130:  # typer ends so at Ctrl-C
+        _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

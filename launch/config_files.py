@@ -24,7 +24,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Stage:
 
     Raises UserError, one line, for anything that is wrong in either.
     """
-    return parse_config(read_yaml(path, _texts()), overrides or [], str(path))
+    tree = read_yaml(path, _texts())
+    if "stages" in tree and "stage" not in tree:
+        raise UserError(f"{path} is a pipeline, for beaver-ray pipeline and doctor; give the file of one of its stages")
+    return parse_config(tree, overrides or [], str(path))
 
 
 def load_run(folder: Path) -> Stage:
@@ -69,6 +72,8 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     to the pipeline itself.
     """
     tree = read_yaml(path, _texts())
+    if "stage" in tree and "stages" not in tree:
+        raise UserError(f"{path} is one stage and no pipeline: beaver-ray train {path}")
     names = _stage_names(tree)
     to_stage: dict[str, list[str]] = {}
     own: list[str] = []
@@ -81,7 +86,9 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     try:
         pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path), _texts()))
     except ValidationError as error:
-        raise UserError(one_line(error, PipelineConfig, str(path))) from None
+        lost = any(re.split("[.=]", override)[0] not in PipelineConfig.model_fields for override in own)
+        hint = f"; options of a stage begin with its file's name: {', '.join(names)}" if lost and names else ""
+        raise UserError(one_line(error, PipelineConfig, str(path)) + hint) from None
     configs, entries = [], pipeline.entries
     for entry in entries:
         file = Path(path).parent / entry.config

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from beaver_ray.errors import UserError
 from beaver_ray.runs import has_started, is_finished
 from beaver_ray.stage import Stage
+from beaver_ray.yaml_files import other_settings
 from launch.config_files import load_pipeline, load_run
 
 
@@ -128,7 +129,9 @@ def _is_complete(config: Stage) -> bool:
         raise UserError(f"{folder} holds a run that was broken off: go on with resume=true, or {advice}")
     asked = config.model_copy(update={"resume": False})
     if not (folder / "config.yaml").is_file() or load_run(folder) != asked:
-        raise UserError(f"{folder} holds a finished run of another configuration: {advice}")
+        settings = other_settings(folder / "config.yaml", asked)
+        which = f" ({', '.join(settings[:3])}{', ...' if settings[3:] else ''})" if settings else ""
+        raise UserError(f"{folder} holds a finished run of another configuration{which}: {advice}")
     return True
 
 

@@ -281,6 +281,10 @@ def test_bad_pipelines(tmp_path: Path) -> None:
     path = write_pipeline(tmp_path)
     with pytest.raises(UserError, match="unknown key workspce; did you mean 'workspace'"):
         load_pipeline(path, ["workspce=v"])
+    with pytest.raises(UserError, match=r"key debug; .* options of a stage begin with its file's name: sft, safe_ppo$"):
+        load_pipeline(path, ["debug=true"])
+    with pytest.raises(UserError, match=r"is a pipeline, .*; give the file of one of its stages"):
+        load_config(path)
     with pytest.raises(UserError, match=r"sft.yaml: unknown key epoch; did you mean 'epochs'"):
         load_pipeline(path, ["sft.epoch=v"])
     with pytest.raises(UserError, match=r"cannot read .*no\.yaml"):

@@ -73,7 +73,10 @@ def find_model(model: str) -> Path | None:
     # os.path finds nothing under names that cannot be, where Path raises.
     if os.path.isfile(os.path.join(model, "config.json")):
         return Path(model)
-    missing = f"no model in {model!r} (no config.json there); train it first, or give another folder"
+    found = Path(model).glob("final/*/config.json") if os.path.isdir(model) else ()
+    inside = sorted(str(file.parent) for file in found)
+    mend = f"it is a run's folder, give {' or '.join(inside)}" if inside else "train it first, or give another folder"
+    missing = f"no model in {model!r} (no config.json there); {mend}"
     if os.path.exists(model) or model.count("/") != 1 or os.path.exists(model.split("/")[0] or "/"):
         raise UserError(missing)
     from huggingface_hub import try_to_load_from_cache

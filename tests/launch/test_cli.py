@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +46,16 @@ def test_as_a_program() -> None:
     assert done.stderr == "error: cannot read no.yaml: No such file or directory\n"
 
 
+def test_ctrl_c_is_said(tmp_path: Path) -> None:
+    os.mkfifo(file := tmp_path / "never.yaml")
+    command = [sys.executable, "-m", "launch", "train", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with file.open("w"):  # once the command waits for its text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert process.stderr and process.stderr.read() == "error: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,7 +90,8 @@ def test_as_a_program() -> None:
         (["feasibility", "FILE", "--answers", "1"], "--answers"),
         (["feasibility", "FILE", "ppo.kl_coefficient=0"], "ppo.kl_coefficient is 0"),
         (["feasibility", "FILE", "models.policy=/gone"], "no model in '/gone'"),
-        (["pipeline", "FILE"], "stages"),
+        (["train", "FILE", "name=../elsewhere"], "'../elsewhere' is no folder inside of workspace"),
+        (["pipeline", "FILE"], "is one stage and no pipeline: beaver-ray train"),
         (["chat", "m", "--moderation", "n", "--temperature", "0"], "--temperature 0 draws the same answer each time"),
         (["report", "/nowhere"], "no run in /nowhere"),
         (["options", "sfd"], "no stage is called 'sfd'; known: "),

@@ -76,7 +76,7 @@ def test_what_stands_in_the_way_is_said_before_anything_runs(pipeline: Path) -> 
     _, (sft, reward, cost, ppo) = load_pipeline(pipeline)
     finish(sft)
     finish(reward)
-    with pytest.raises(UserError, match=r"reward holds a finished run of another configuration: delete .*reward"):
+    with pytest.raises(UserError, match=r"run of another configuration \(epochs [\d.]+ -> 3.0\): delete .*reward"):
         run_pipeline(pipeline, ["reward_model.epochs=3"])
     with RunFolder(cost) as run:
         run.log(1, {"loss": 1.0})

@@ -97,12 +97,15 @@ def test_parameters_estimated_from_the_shape_are_those_of_llama(tmp_path: Path, 
     assert facts.linear is not None and adapter.get_nb_trainable_parameters()[0] == 3 * facts.linear
 
 
-def test_missing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models(tmp_path: Path, write_model: WriteModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs", "runs/sft", "/nowhere", "a/b/c", "gone"):
         with pytest.raises(UserError, match="no model in"):
             read_model(name)
+    write_model(tmp_path / "runs" / "sft" / "final" / "policy")
+    with pytest.raises(UserError, match=r"it is a run's folder, give runs/sft/final/policy$"):
+        read_model("runs/sft")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert read_model("some-org/some-model") == ModelFacts()  # a hub name that is not in the cache
 
