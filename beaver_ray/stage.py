@@ -204,8 +204,8 @@ class Stage(RunConfig):
         """Bytes that one step has in Ray's object store; 0 of a stage that passes nothing on there."""
         return 0.0
 
-    def evaluate(self, policy: str | None) -> Path:
-        """Evaluate its trained policy, or another one, and return the path of evaluation.json.
+    def evaluate(self, policy: str | None) -> tuple[Path, list[str]]:
+        """Evaluate its trained policy, or another one: the path of evaluation.json, and what it says, one line each.
 
         Raises UserError for a stage without held-out prompts.
         """

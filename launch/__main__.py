@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from beaver_ray.errors import UserError
 from launch.cli import app
+
+# Where files stand, and what of them may be touched. One that is missing is not here: that may be a bug.
+_PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,6 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments or ["--help"], prog_name="beaver-ray", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in _PLACES:
+            raise
+        _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; give another path, or mend that one", 2)
     except Exception as error:
         # What is wrong with the command line itself; other errors are bugs and keep their traceback.
         describe = getattr(error, "format_message", None)

@@ -49,7 +49,10 @@ def _run(stage: Stage) -> None:
 
 
 @app.command()
-def pipeline(config: Config, overrides: Overrides = None) -> None:
+def pipeline(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a pipeline.")],
+    overrides: Overrides = None,
+) -> None:
     """Run stages in order, each feeding the next; complete ones are skipped.
 
     An override that starts with a stage's file name goes to that stage: safe_ppo.steps=20
@@ -109,7 +112,8 @@ def evaluate(
         show_reliability(reliability)
         print(f"reliability: {path}")
         return 0 if all(found.fits for found in reliability.constraints.values()) else 1
-    print(f"evaluation: {stage.evaluate(policy)}")
+    path, lines = stage.evaluate(policy)
+    print("\n".join([f"evaluation: {path}", *lines]))
     return 0
 
 

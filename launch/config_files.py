@@ -86,8 +86,8 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     try:
         pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path), _texts()))
     except ValidationError as error:
-        lost = any(re.split("[.=]", override)[0] not in PipelineConfig.model_fields for override in own)
-        hint = f"; options of a stage begin with its file's name: {', '.join(names)}" if lost and names else ""
+        foreign = any(re.split("[.=]", override)[0] not in PipelineConfig.model_fields for override in own)
+        hint = f"; options of a stage begin with its file's name: {', '.join(names)}" if foreign and names else ""
         raise UserError(one_line(error, PipelineConfig, str(path)) + hint) from None
     configs, entries = [], pipeline.entries
     for entry in entries:

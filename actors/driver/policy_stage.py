@@ -128,14 +128,16 @@ class PolicyStage(PolicyConfig, Stage):
 
         train_on_prompts(self, run)
 
-    def evaluate(self, policy: str | None) -> Path:
+    def evaluate(self, policy: str | None) -> tuple[Path, list[str]]:
         """Evaluate the run's final policy, or another one, on the held-out prompts."""
         if not self.evaluation.prompts:
             raise UserError(f"{self.name}: evaluation.prompts is empty; name held-out prompts there")
         self._check_there(policy)
         from actors.driver.evaluate import evaluate
+        from beaver_ray.report.policy import evaluation_lines
 
-        return evaluate(self, policy)
+        path = evaluate(self, policy)
+        return path, evaluation_lines(self, path.parent)
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:

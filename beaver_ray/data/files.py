@@ -86,7 +86,7 @@ def rows(place: Place, remark: Remark) -> Iterator[Any]:
         except NoRowsError:  # in a folder a file about the data, as there are many kinds
             if place.folder is None:
                 raise
-            remark(f"file without rows passed over ({file.relative_to(place.folder)})")
+            remark(f"file without rows passed over ({os.path.relpath(file, place.folder)})")
 
 
 def file_rows(path: Path) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from beaver_ray.data.files import Line, Place, find_place, rows
+from beaver_ray.data.splits import SUFFIXES
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 
@@ -131,7 +132,7 @@ def find_source(name: str) -> Source:
     """The source registered under `name`, or a UserError that lists the names."""
     _load_known()
     if name not in SOURCES:
-        if os.path.exists(name):
+        if os.path.exists(name) or name.endswith(SUFFIXES):
             raise UserError(
                 f"{name} is a path, and not the name of a dataset; write NAME:1:{name} with the NAME of its format "
                 f"(docs/data.md), or map the fields of a file: {{path: {name}, prompt: FIELD, ...}}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,8 +224,19 @@ def _constraint_cards(
 
 def ppo_headlines(config: PolicyConfig) -> list[str]:
     """How good, how safe and how fast a finished run was, one line each."""
+    lines = evaluation_lines(config, config.folder)
+    rows = read_metrics(config.folder)
+    speeds = [row["throughput/samples_per_second"] for row in rows if row.get("throughput/samples_per_second")]
+    if speeds:
+        lines.append(f"samples per second: {sorted(speeds)[len(speeds) // 2]:.3g}")
+    found = signs(columns(rows), truth=config.evaluation.world is not None)
+    return lines + [f"sign of reward hacking: {sign.sentence}" for sign in found]
+
+
+def evaluation_lines(config: PolicyConfig, folder: Path) -> list[str]:
+    """How good and how safe the policy is by the evaluation.json in ``folder``, one line each."""
     lines = []
-    evaluation = read_evaluation(config.folder)
+    evaluation = read_evaluation(folder)
     if "share_of_optimum" in evaluation:
         share = _with_interval(evaluation["share_of_optimum"], ".1%")
         lines.append(f"reward as a share of the constrained optimum: {share}")
@@ -239,12 +251,7 @@ def ppo_headlines(config: PolicyConfig) -> list[str]:
             target = rate.get("target", constraint.violation_rate if constraint.form == "mean" else None)
             against = "no target" if target is None else f"target {target:.1%}"
             lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}, {against}")
-    rows = read_metrics(config.folder)
-    speeds = [row["throughput/samples_per_second"] for row in rows if row.get("throughput/samples_per_second")]
-    if speeds:
-        lines.append(f"samples per second: {sorted(speeds)[len(speeds) // 2]:.3g}")
-    found = signs(columns(rows), truth=config.evaluation.world is not None)
-    return lines + [f"sign of reward hacking: {sign.sentence}" for sign in found]
+    return lines
 
 
 def _with_interval(figure: dict[str, Any], form: str) -> str:

@@ -234,6 +234,8 @@ def test_missing_places_are_user_errors(tmp_path: Path) -> None:
         read_source("alpacca", str(tmp_path))
     with pytest.raises(UserError, match="is a path, and not the name of a dataset; write NAME:1:"):
         read_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"gone\.jsonl is a path, and not the name of a dataset"):
+        read_source("gone.jsonl")
 
 
 def test_own_reader(tmp_path: Path) -> None:

@@ -132,14 +132,16 @@ def test_a_name_without_a_split_takes_the_only_one(tmp_path: Path) -> None:
     assert read("prompts", tmp_path) == ["r"]
 
 
-def test_files_about_the_data_are_passed_over(tmp_path: Path) -> None:
+def test_files_about_the_data_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.jsonl", "a")
     for name in ("config.json", "dataset_info.json", "LICENSE.md"):
         (tmp_path / name).write_text('{"x": 1}')
     (tmp_path / "state.of.things.json").write_text('{"rows": 3}')
-    samples, report = read_source("prompts", str(tmp_path))
-    assert [sample.input for sample in samples] == ["a"]
-    assert report.line() == "kept 1 of 1; 1 file without rows passed over (state.of.things.json)"
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (str(tmp_path), tmp_path.name):
+        samples, report = read_source("prompts", folder)
+        assert [sample.input for sample in samples] == ["a"]
+        assert report.line() == "kept 1 of 1; 1 file without rows passed over (state.of.things.json)"
 
 
 def test_held_out_prompts_that_are_trained_on() -> None:

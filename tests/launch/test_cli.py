@@ -46,6 +46,17 @@ def test_as_a_program() -> None:
     assert done.stderr == "error: cannot read no.yaml: No such file or directory\n"
 
 
+def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (prompts := tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    for option, path, problem in (
+        ("--json", tmp_path, "Is a directory"),
+        ("--page", prompts / "page.html", "File exists"),
+        ("--json", tmp_path / ("x" * 300), "File name too long"),
+    ):
+        code, _, err = run(capsys, "data", f"prompts:1:{prompts}", option, path)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and problem in err
+
+
 def test_ctrl_c_is_said(tmp_path: Path) -> None:
     os.mkfifo(file := tmp_path / "never.yaml")
     command = [sys.executable, "-m", "launch", "train", str(file)]

@@ -335,8 +335,9 @@ def test_evaluate_judges_a_saved_policy(one_rank: None, tiny_world: Path, traine
     config = ppo(tiny_world, trained, tmp_path, "safe_ppo", evaluation=evaluation)
     policy = str(tmp_path / "policy")
     shutil.copytree(trained / "sft" / "final" / "policy", policy)
-    path = evaluate(config, policy)  # type: ignore[arg-type]
+    path, lines = config.evaluate(policy)
     summary = json.loads(path.read_text())
+    assert lines[0].startswith(f"held-out reward: {summary['reward']['mean']:.4g} (n = 16, 95 % interval")
     assert path == tmp_path / "policy" / "evaluation.json"
     assert summary["judged_by"].startswith("learned") and summary["policy"] == policy
     assert summary["prompts"] == summary["samples"] == 16 and "optimum" not in summary
