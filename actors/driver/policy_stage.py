@@ -209,7 +209,11 @@ class PolicyStage(PolicyConfig, Stage):
     def _check_there(self, policy: str | None) -> None:
         chosen = Path(policy) if policy is not None else self.folder / "final" / "policy"
         if not (chosen / "config.json").is_file():
-            raise UserError(f"no model in {chosen} (no config.json there); train it first, or give --policy FOLDER")
+            inside = chosen / "final" / "policy"
+            mend = "train it first, or give --policy FOLDER"
+            if (inside / "config.json").is_file():
+                mend = f"it is a run's folder, give --policy {inside}"
+            raise UserError(f"no model in {chosen} (no config.json there); {mend}")
 
     @property
     def auto_multipliers(self) -> list[str]:

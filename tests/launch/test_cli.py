@@ -118,6 +118,13 @@ def test_mistakes_are_one_line(
     assert not (path.parent / "runs").exists()
 
 
+def test_a_run_is_no_policy(stage_file: StageFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (policy := tmp_path / "sft" / "final" / "policy").mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    arguments = ["evaluate", stage_file(), "evaluation.prompts=[p]", "--policy", tmp_path / "sft"]
+    assert f"it is a run's folder, give --policy {policy}\n" in run(capsys, *arguments)[2]
+
+
 def test_supervised_stages_are_not_evaluated(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--certify", "0.9"], ["--labels", "l.jsonl"]):
         code, _, err = run(capsys, "evaluate", stage_file("sft"), *more)
