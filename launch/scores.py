@@ -24,6 +24,9 @@ def scores(
     """Score the answers of ``specs``, say how good the scores are, and write it down."""
     if kind not in (None, "reward", "cost"):
         raise UserError(f"--as must be reward or cost, not {kind!r}")
+    folder = out or (Path(model) / "scores" if Path(model).is_dir() else Path("scores"))
+    if any(place.is_file() for place in (folder, *folder.parents)):
+        raise UserError(f"cannot write to {folder}: a file is in the way; give another folder with --out")
     answers = read_answers(specs, by)
     judges = [_judge(text, kind, specs) for text in (model, *([against] if against else []))]
     if missing := [name for name in judges[-1].kinds.values() if name not in judges[0].kinds.values()]:
@@ -35,7 +38,6 @@ def scores(
         console.print(table)
     for line in found.remarks():
         print(line)
-    folder = out or (Path(model) / "scores" if Path(model).is_dir() else Path("scores"))
     for path in found.write(folder):
         print(f"written: {path}")
 

@@ -266,7 +266,10 @@ def _signals(source: ModelOfScores, kind: str | None) -> dict[str, str]:
     heads = head_names(source)
     if len(heads) > 1:
         return {name: "reward" if name == "reward" else "cost" for name in heads}
-    found = head_kind(source) or kind
+    own = head_kind(source)
+    if own and kind and own != kind:
+        raise UserError(f"{source} says that it is a {own} model; leave --as {kind} out")
+    found = own or kind
     if found is None:
         if score_source(source).is_score_model:
             find_model(source)  # a folder that is not there says nothing either, and that is the fault then

@@ -19,7 +19,7 @@ from beaver_ray.data.moderation import Dialogue, ModerationReader
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.method.multilabel import flag_margin
 from beaver_ray.models.classifier import EncoderClassifier, classify, labels_of, load_classifier
-from beaver_ray.models.folders import find_model
+from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import context_length, default_device, load_tokenizer
 from beaver_ray.moderation_options import Reads
 from beaver_ray.packing import plan_micro_batches, plan_padded
@@ -60,6 +60,10 @@ def read_settings(path: str, trust_remote_code: bool = False) -> Settings:
     assert folder is not None
     file = folder / FILE
     if not file.is_file():
+        if kind := read_config(folder).get("score_type"):
+            raise UserError(
+                f"{path} is a {kind} model without {FILE}; give a moderation model, as stage moderation does"
+            )
         longest = min(LONGEST, context_length(path, trust_remote_code) or LONGEST)
         return Settings(labels=labels, thresholds=[0.0] * len(labels), max_tokens=longest)
     try:

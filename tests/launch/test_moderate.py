@@ -118,7 +118,7 @@ def test_a_model_filters_and_guards_a_chat(
     assert lines[-1] == "flagged 0 of 1 (0.0 %) at first, 0 in the end, 0 refused; 1.00 tries a question"
 
 
-def test_what_moderate_refuses(rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_moderate_refuses(rows: str, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("theft: steal\n")
     (tmp_path / "blank.yaml").write_text("theft: [steal, ' ']\n")
     words = ["--keywords", "beavertails"]
@@ -131,6 +131,7 @@ def test_what_moderate_refuses(rows: str, tmp_path: Path, capsys: pytest.Capture
         (["--keywords", "beavertails", "--keep", "some"], "--keep must be all, flagged or unflagged"),
         (["--keywords", tmp_path / "bad.yaml"], "theft must be a label with a list of words"),
         (["--model", tmp_path], "no model in"),
+        (["--model", tiny_world / "reward_model"], "is a reward model without moderation.json"),
     ):
         code, _, error = run(capsys, "moderate", rows, *arguments)
         assert code == 2 and message in error and error.count("\n") == 1, error

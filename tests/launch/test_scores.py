@@ -181,9 +181,12 @@ def test_what_cannot_be_judged_is_one_line(
         (words, "--data", pairs, "--as", "reward", "--by", "topic"): "no row of the data has a field 'topic'",
         (tiny_world / "model", "--data", pairs, "--as", "reward"): "language model without a score head",
         (tiny_world / "cost_model", "--data", pairs, "--against", tiny_world / "reward_model"): "compare models of one",
+        (tiny_world / "reward_model", "--data", pairs, "--as", "cost"): "says that it is a reward model; leave --as",
         ("{folder: x}", "--data", pairs): "is no guard",
         ("https://user:secret@host/", "--data", pairs, "--as", "reward"): "a scoring service's address is",
     }.items():
         said = told(capsys, *arguments, "--out", tmp_path / "none", code=2)
         assert says in said and said.count("\n") == 1 and "secret" not in said, said
+    said = told(capsys, words, "--data", pairs, "--as", "reward", "--out", tmp_path / "p.jsonl" / "x", code=2)
+    assert "a file is in the way" in said and said.count("\n") == 1
     assert not (tmp_path / "none").exists()
