@@ -226,7 +226,7 @@ class RowReader:
         values = self._values(row)
         sample = self.source.read_row(values)
         if self.where and not fits(self.where, {**values, **sample.fields}):
-            raise BadRow("not where it should be")
+            raise BadRow("left out by where")
         return sample
 
     def _values(self, row: Any) -> dict[str, Any]:

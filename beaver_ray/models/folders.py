@@ -207,10 +207,12 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 if length > file.stat().st_size:
                     raise ValueError
                 header = json.loads(stream.read(length))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    shapes[name] = tuple(int(size) for size in entry["shape"])
-        except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            header.pop("__metadata__", None)
+            shapes |= {name: tuple(int(size) for size in entry["shape"]) for name, entry in header.items()}
+            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+            if 8 + length + max(ends, default=0) > file.stat().st_size:  # cut off, by a full disk say
+                raise ValueError
+        except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{file} is not a whole safetensors file; copy or save it again") from None
     return shapes
 

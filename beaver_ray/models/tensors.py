@@ -68,6 +68,8 @@ def check_folder(
         if getattr(config, "auto_map", None) or getattr(config, "quantization_config", None):
             return
         state = {name: torch.empty(shape, device="meta") for name, shape in read_shapes(folder).items()}
+        if not state:
+            raise UserError(f"{path} has a config.json and no weights; put model.safetensors there, or save it again")
         with torch.device("meta"):
             architecture: Any = type(kind.from_config(config))
         model, info = architecture.from_pretrained(

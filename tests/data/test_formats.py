@@ -291,7 +291,7 @@ def test_rows_are_left_out_and_weighted_by_harm_and_severity(tmp_path: Path) -> 
     for where in ({"severity": [2, 3]}, {"harm": "Violence"}, {"response_1_harm_category.Violence": True}):
         samples, reports = load_mix([{"name": "PKU-SafeRLHF", "path": path, "where": where}])
         assert [sample.input for sample in samples] == ["how are dams built"]
-        assert [report.line() for report in reports.values()] == ["kept 1 of 2; dropped 1: 1 not where it should be"]
+        assert [report.line() for report in reports.values()] == ["kept 1 of 2; dropped 1: 1 left out by where"]
     entries = [{"name": "PKU-SafeRLHF", "path": path, "where": {"severity": 2}, "proportion": 3}]
     entries += [{"name": "PKU-SafeRLHF", "path": path, "where": {"severity": [0, 1]}}]
     assert [sample.input for sample in load_mix(entries)[0]] == ["how are dams built"] * 3 + ["and canals"]

@@ -135,6 +135,15 @@ def test_a_configuration_that_is_none(tmp_path: Path, write_model: WriteModel) -
             read_model(name)
 
 
+def test_weights_that_were_cut_off(tmp_path: Path, write_model: WriteModel) -> None:
+    folder = write_model(tmp_path / "m", {"a": [3]})
+    assert count_parameters(folder) == 3
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        count_parameters(folder)
+
+
 @pytest.mark.parametrize(
     "header", [b"[1]", b'{"a": 1}', b'{"a": {"shape": ["x"]}}', b'{"a": {"shape": 3}}', b"{", b"[" * 100_000]
 )

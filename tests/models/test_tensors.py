@@ -89,6 +89,12 @@ def test_weights_that_do_not_fit_are_refused(tiny_world: Path, tmp_path: Path, w
         assert all(word in lines[0] for word in wanted), lines[0]
 
 
+def test_no_weights(tmp_path: Path, tiny_world: Path) -> None:
+    shutil.copy(tiny_world / "model" / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"has a config\.json and no weights; put model\.safetensors there"):
+        check_folder(AutoModelForCausalLM, tmp_path, str(tmp_path), False)
+
+
 def test_a_score_model_is_no_policy(tiny_world: Path, tmp_path: Path) -> None:
     path = str(tiny_world / "reward_model")
     line = refused(path, lambda: load_policy(path, torch.float32))
