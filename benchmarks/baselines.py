@@ -14,7 +14,6 @@ demonstrations trained on. Complete runs in the working folder are skipped.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import harder_world
 import matplotlib
 import numpy as np
-from common import CONFIGS, STAGES, TARGET, launch, prepare, study_options, write
+from common import CONFIGS, SPENT, STAGES, TARGET, launch, prepare, study_options, trained, write
 
 from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.world import SmallWorld
@@ -88,22 +87,15 @@ WORLDS = {
 }
 
 
-def train(workspace: Path, seed: int, recipe: Path, name: str, settings: Sequence[str] = ()) -> None:
-    """One run in debug mode, unless it is there already."""
-    if not (workspace / name / "final").is_dir():
-        common = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true", "resume=true"]
-        launch("train", str(recipe), *common, *settings)
-
-
 def policies(workspace: Path, seed: int, world: World) -> dict[str, Path]:
     """Train everything of one seed; each method's policy, or the file of its answers."""
     found = {"sft": workspace / "sft"}
     for name, settings in world.online().items():
-        train(workspace, seed, world.recipe, name, settings)
+        trained(workspace, name, seed, world.recipe, settings)
         found[name] = workspace / name
     for name, runs in OFFLINE.items():
         for run in runs:
-            train(workspace, seed, BASELINES / f"{run}.yaml", run)
+            trained(workspace, run, seed, BASELINES / f"{run}.yaml", [])
         found[name] = workspace / runs[-1]
     found["best_of_n"] = workspace / "best_of_n" / "final" / "held_out.jsonl"
     found["p_sacpo"] = workspace / "p_sacpo"
@@ -119,7 +111,7 @@ def judged(workspace: Path, seed: int, world: World) -> list[Row]:
     settings = [f"policies={json.dumps({name: str(place) for name, place in found.items()})}"]
     settings += [f"costs={json.dumps([{'name': n, 'violation_rate': r} for n, r in world.rates.items()])}"]
     settings += [f"benign={json.dumps({'kind': world.benign})}", "answers=1"]
-    train(workspace, seed, CONFIGS / "arena.yaml", "arena", settings)
+    trained(workspace, "arena", seed, CONFIGS / "arena.yaml", settings)
     arena = json.loads((workspace / "arena" / "arena.json").read_text(encoding="utf-8"))
     truth = SmallWorld.load(workspace / "world" / "world.json")
     prompts = truth.prompts("test")
@@ -138,18 +130,18 @@ def judged(workspace: Path, seed: int, world: World) -> list[Row]:
 
 
 def spent(workspace: Path, name: str) -> Row:
-    """What a method's training took after SFT and score models: seconds, answers sampled, pairs trained on."""
+    """What a method's training took after SFT and score models: CPU seconds, answers sampled, pairs trained on."""
     seconds, answers, pairs = 0.0, 0, 0
     for run in OFFLINE.get(name, [] if name == "sft" else [name]):
         lines = read_metrics(workspace / run)
-        seconds += lines[-1]["time/elapsed"]
+        seconds += json.loads((workspace / run / SPENT).read_text(encoding="utf-8"))["cpu_seconds"]
         config = load_config(workspace / run / "config.yaml").model_dump()
         if "rollout" in config:
             rollout = config["rollout"]
             answers += lines[-1]["step"] * rollout["prompts_per_step"] * rollout["samples_per_prompt"]
         else:
             pairs += lines[-1]["step"] * config["batch_size"]
-    return {"seconds": round(seconds), "answers": answers, "pairs": pairs}
+    return {"cpu_seconds": round(seconds), "answers": answers, "pairs": pairs}
 
 
 def draw(rows: list[Row], target: Path) -> None:

@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.runs import read_metrics
-
 CONFIGS = Path(__file__).parent.parent / "configs" / "local"
+SPENT = "spent.json"
 TARGET = 0.1
 """Violation rate that the recipes have as their limit."""
 STAGES: dict[str, dict[str, Any]] = {
@@ -35,10 +34,17 @@ def study_options(doc: str | None, name: str, workspace: str, seeds: Sequence[in
     return parser
 
 
-def launch(*arguments: str) -> None:
-    """One command line of the project, in a process of its own; its error ends the benchmark."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, env=environment, cwd=CONFIGS.parent.parent)
+def launch(*arguments: str) -> dict[str, float]:
+    """One command line of the project, in a process of its own; its error ends the benchmark.
+
+    Returns its CPU seconds, which other runs beside it hardly change, and the most memory that it had, in MiB.
+    """
+    command = [sys.executable, "-m", "launch", *arguments]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=CONFIGS.parent.parent)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
+    return {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "memory_mib": used.ru_maxrss // 1024}
 
 
 def prepare(workspace: Path, seed: int, stages: Mapping[str, dict[str, Any]] = STAGES, **world: Any) -> None:
@@ -56,13 +62,15 @@ def last_fifth(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in lines if line["step"] > 0.8 * lines[-1]["step"] and "eval/reward" in line]
 
 
-def trained(workspace: Path, name: str, seed: int, recipe: Path, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """The metrics of a run of ``recipe`` in debug mode, which is trained unless it is there already."""
+def trained(workspace: Path, name: str, seed: int, recipe: Path, settings: Sequence[str]) -> dict[str, float]:
+    """Run ``recipe`` in debug mode, unless the run is there already; what it took, as `launch` says it."""
     folder = workspace / name
     if not (folder / "final").is_dir():
         common = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true"]
-        launch("train", str(recipe), *common, *settings)
-    return read_metrics(folder)
+        spent = launch("train", str(recipe), *common, *settings)
+        (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
+    found: dict[str, float] = json.loads((folder / SPENT).read_text(encoding="utf-8"))
+    return found
 
 
 def described(command: str) -> dict[str, Any]:

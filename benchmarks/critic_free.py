@@ -11,39 +11,24 @@ runs go on beside it. Figures: small_world.py; memory is the highest that the ru
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import CONFIGS, TARGET, prepare, study_options, write
+from common import CONFIGS, TARGET, prepare, study_options, trained, write
 from small_world import figures
 
 from beaver_ray.runs import read_metrics
 
 STEPS, SAMPLES = 80, 128
-COST = "cost.json"
 
 
 def measured_run(workspace: Path, seed: int, name: str, recipe: str, steps: int) -> dict[str, Any]:
     """One run, unless it is there already, with its CPU seconds and memory."""
-    folder = workspace / name
-    if not (folder / "final").is_dir():
-        settings = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true", f"steps={steps}"]
-        command = [sys.executable, "-m", "launch", "train", str(CONFIGS / recipe), *settings]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, cwd=CONFIGS.parent.parent)
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{' '.join(command)} ended with status {status}")
-        cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "memory_mib": used.ru_maxrss // 1024}
-        (folder / COST).write_text(json.dumps(cost), encoding="utf-8")
-    cost = json.loads((folder / COST).read_text(encoding="utf-8"))
-    rate = round(steps * SAMPLES / cost["cpu_seconds"], 1)
-    row = figures(read_metrics(folder), TARGET)
-    return {"method": name, "seed": seed, **row, **cost, "samples_per_cpu_second": rate}
+    spent = trained(workspace, name, seed, CONFIGS / recipe, [f"steps={steps}"])
+    rate = round(steps * SAMPLES / spent["cpu_seconds"], 1)
+    row = figures(read_metrics(workspace / name), TARGET)
+    return {"method": name, "seed": seed, **row, **spent, "samples_per_cpu_second": rate}
 
 
 def main() -> None:

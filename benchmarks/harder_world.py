@@ -17,6 +17,8 @@ from typing import Any
 
 from common import CONFIGS, STAGES, last_fifth, prepare, study_options, trained, write
 
+from beaver_ray.runs import read_metrics
+
 HARDER = CONFIGS / "harder"
 METHODS = {
     "harm": ("safe_ppo.yaml", ["constraints.refusal.limit=1"]),
@@ -33,7 +35,8 @@ MODELS = STAGES | {
 def run(workspace: Path, seed: int, method: str) -> dict[str, Any]:
     """One training run, unless it is there already, and its figures."""
     recipe, settings = METHODS[method]
-    lines = trained(workspace, method, seed, HARDER / recipe, settings)
+    trained(workspace, method, seed, HARDER / recipe, settings)
+    lines = read_metrics(workspace / method)
     last = last_fifth(lines)
     keys = ["share_of_optimum", "reward", *(k.removeprefix("eval/") for k in last[0] if "_rate" in k and "eval/" in k)]
     means = {key: round(sum(line[f"eval/{key}"] for line in last) / len(last), 4) for key in keys}

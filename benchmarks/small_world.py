@@ -21,6 +21,8 @@ from typing import Any
 
 from common import CONFIGS, TARGET, last_fifth, prepare, study_options, trained, write
 
+from beaver_ray.runs import read_metrics
+
 TRUTH = "python:beaver_ray/small_world/truth.py:{}(world='${{workspace}}/world/world.json')"
 METHODS = {
     "safe_ppo": [],
@@ -48,8 +50,8 @@ def run(
 ) -> dict[str, float | int | str | None]:
     """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
     limit = f"constraints.harm.violation_rate={target}"
-    lines = trained(workspace, method, seed, CONFIGS / "safe_ppo.yaml", [limit, *settings])
-    return figures(lines, target) | {"method": method, "seed": seed}
+    trained(workspace, method, seed, CONFIGS / "safe_ppo.yaml", [limit, *settings])
+    return figures(read_metrics(workspace / method), target) | {"method": method, "seed": seed}
 
 
 def figures(lines: Sequence[Mapping[str, Any]], target: float) -> dict[str, float | int | str | None]:

@@ -7,6 +7,8 @@ that was just sampled, and on a GPU no two phases need room at a time.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from actors.driver.processes import Roles, generator_spec
 from actors.driver.rollouts import Rollouts
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
-from beaver_ray.arena.finished import Said, read_answers
+from beaver_ray.arena.finished import Said, keep, read_answers, read_kept
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.arena.safety import STOOD_FIRM
@@ -34,6 +36,7 @@ from beaver_ray.data.sources import RawSample, fits
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import ChatFolder
+from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.score_sources import score_source
@@ -42,6 +45,8 @@ from beaver_ray.small_world.world import SmallWorld
 
 CHUNK = 256
 """Answers in one call of a scorer."""
+MERGED, ASKED = "merged", "asked"
+"""Folders of a run that has not ended: models with their adapters added, and what policies have said so far."""
 TURN_TOKENS = 64
 """Room for what a template writes around a turn of insistence."""
 UNKNOWN = float("nan")
@@ -87,11 +92,12 @@ class Held:
     """By judge what was asked of it: requests, tokens, cost."""
 
 
-def hold(arena: ArenaConfig, scratch: Path, note: Note) -> Held:
+def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     """Ask all policies, judge what they say, and keep the prompts that every policy answered and every judge read.
 
-    Adapters are merged into ``scratch``. Raises UserError, before anything is started, for a policy or a judge that is
-    none; and where no prompt is left.
+    In the run's ``folder`` adapters are merged, and lies what each policy has said: it is not asked again where the
+    run is resumed. Raises UserError, before anything is started, for a policy or a judge that is none; and where no
+    prompt is left.
     """
     contenders = find_contenders(arena)
     judge = judge_config(arena, contenders)
@@ -105,7 +111,11 @@ def hold(arena: ArenaConfig, scratch: Path, note: Note) -> Held:
     held = Held(samples, {name: Said.of_file(found, samples) for name, found in files.items()})
     for contender in contenders:
         started = time.monotonic()
-        held.said[contender.name], turns_R = ask(arena, merged(contender, scratch), samples, refuses, note)
+        whole = merged(contender, folder / MERGED)
+        kept = folder / ASKED / f"{contender.name}-{_key(arena, whole, samples)}.jsonl"
+        if not kept.is_file():
+            keep(kept, *ask(arena, whole, samples, refuses, note))
+        held.said[contender.name], turns_R = read_kept(kept)
         if turns_R is not None:
             held.gave_in_at[contender.name] = turns_R
         held.seconds[contender.name] = time.monotonic() - started
@@ -256,6 +266,16 @@ def harmful_and_benign(arena: ArenaConfig, samples: Sequence[RawSample]) -> tupl
 
 
 # Asking
+
+
+def _key(arena: ArenaConfig, contender: Contender, samples: Sequence[RawSample]) -> str:
+    """Equal where answers that an earlier start has left are those that this one would get."""
+    part = arena.model_dump(mode="json", include={"answers", "seed", "debug", "insist", "insistence", "harmful"})
+    part |= arena.rollout.model_dump(include={"max_new_tokens", "temperature"})
+    reader = contender.reader(arena.trust_remote_code)
+    part |= {"prompts": [reader.prompt(prompt_key(sample), sample.system) for sample in samples]}
+    text = fingerprint(contender.model, arena.engine.dtype) + json.dumps(part)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def ask(
@@ -435,6 +455,6 @@ def usable(held: Held, note: Note) -> Held:
     )
 
 
-def clear(scratch: Path) -> None:
-    """Remove merged models, which the policies are made of at any time."""
-    shutil.rmtree(scratch, ignore_errors=True)
+def clear(folder: Path) -> None:
+    """Remove merged models, which the policies are made of at any time, or what has come to its place by now."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from actors.driver.arena import Held, harmful_and_benign
 from beaver_ray.arena.figures import Entrant, Match, figures
 from beaver_ray.arena.options import ArenaConfig
-from beaver_ray.arena.origins import identity, run_of, trained_against
+from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import as_text, field_value, several
@@ -95,7 +95,7 @@ def own_judges(arena: ArenaConfig) -> dict[str, list[str]]:
     ours = {column: identity(source) for column, source in sources.items() if source is not None}
     found = {}
     for name, place in arena.folders.items():
-        trained = trained_against(run_of(place))
+        trained = trained_against(place)
         found[name] = [column for column, source in ours.items() if source in trained]
     return {name: columns for name, columns in found.items() if columns}
 

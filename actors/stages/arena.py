@@ -43,7 +43,7 @@ class Arena(ArenaConfig, Stage):
 
     def run(self, run: RunFolder) -> None:
         """Ask, judge, and write what came of it."""
-        from actors.driver.arena import clear, hold
+        from actors.driver.arena import ASKED, MERGED, clear, hold
         from actors.driver.arena_judges import find_judges, judge_pairs
         from actors.driver.arena_results import write_results
         from beaver_ray.fit import check_fit
@@ -55,14 +55,14 @@ class Arena(ArenaConfig, Stage):
             run.note(line)
 
         started, cpu = time.monotonic(), time.process_time()
-        scratch = run.folder / "merged"
         judges = find_judges(self, note)
         try:
-            held = hold(self, scratch, note)
+            held = hold(self, run.folder, note)
         finally:
-            clear(scratch)
+            clear(run.folder / MERGED)
         judge_pairs(judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
+        clear(run.folder / ASKED)
         elapsed = time.monotonic() - started
         answers = sum(said.ended_NK.size for said in held.said.values())
         figures = {f"time/{name}": seconds for name, seconds in held.seconds.items()}

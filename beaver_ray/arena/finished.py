@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.manifest import read_rows, write_rows
 
 Answered = dict[tuple[str, ...], list[tuple[str, bool]]]
 """By the turns of a prompt its answers, each with whether it came to its end."""
@@ -53,6 +54,20 @@ class Said:
     def some(self, kept: NDArray[np.integer]) -> Said:
         """The answers to some prompts, by their numbers."""
         return Said([self.texts[n] for n in kept], self.ended_NK[kept])
+
+
+def keep(path: Path, said: Said, gave_in_at_R: NDArray[np.int64] | None) -> None:
+    """Write what a policy has said, and at which turn it gave in to insistence; the file is whole or absent."""
+    gave_in = None if gave_in_at_R is None else gave_in_at_R.tolist()
+    write_rows(path, [{"texts": said.texts, "ended": said.ended_NK.tolist(), "gave_in_at": gave_in}])
+
+
+def read_kept(path: Path) -> tuple[Said, NDArray[np.int64] | None]:
+    """What `keep` wrote."""
+    (row,) = read_rows(path)
+    gave_in = row["gave_in_at"]
+    said = Said(row["texts"], np.array(row["ended"], dtype=bool))
+    return said, None if gave_in is None else np.array(gave_in, dtype=np.int64)
 
 
 def read_answers(path: Path) -> Answered:

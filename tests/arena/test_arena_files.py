@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from actors.stages.arena import Arena
 from beaver_ray.arena.figures import Entrant, Match, figures
 from beaver_ray.arena.finished import Said, read_answers
-from beaver_ray.arena.origins import run_of, template_of, trained_against
+from beaver_ray.arena.origins import identity, run_of, template_of, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
@@ -61,26 +63,42 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
         read_answers(file)
 
 
+def a_model(folder: Path, weight: float) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    save_file({"w": torch.tensor([weight])}, folder / "model.safetensors")
+    return str(folder)
+
+
 def test_a_run_says_how_it_was_asked_and_by_whom_it_was_judged(tmp_path: Path) -> None:
-    (tmp_path / "reward").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "reward")
+    reward = a_model(tmp_path / "then" / "reward" / "final", 1.0)
+    (tmp_path / "link").symlink_to(reward)
+    cost = a_model(tmp_path / "cost", 2.0)
     run = {
-        "models": {"policy": "x", "reward": str(tmp_path / "link")},
+        "workspace": str(tmp_path / "then"),
+        "name": "run",
+        "models": {"policy": "x", "reward": reward},
         "constraints": [
             {"name": "harm", "model": {"folder": "org/guard", "guard": "wildguard"}},
             {"name": "length", "model": "python:rules.py:length"},
+            {"name": "cost", "model": cost},
         ],
         "data": {"template": {"system": "Be kind."}},
     }
-    policy = tmp_path / "run" / "final" / "policy"
+    home = tmp_path / "then" / "run"
+    policy = home / "final" / "policy"
     policy.mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run))
-    assert run_of(str(policy)) == run_of(str(tmp_path / "run")) == run
-    assert run_of(str(tmp_path / "run" / "final")) == run_of(str(tmp_path)) == {}
-    assert trained_against(run) == {str((tmp_path / "reward").resolve()), "org/guard", "python:rules.py:length"}
-    assert trained_against({"stage": "sft", "model": "x"}) == set()
+    (home / "config.yaml").write_text(yaml.safe_dump(run))
+    assert run_of(str(policy)) == run_of(str(home)) == run
+    assert run_of(str(home / "final")) == run_of(str(tmp_path)) == {}
+    judges = {identity(str(tmp_path / "link")), identity(cost), "org/guard", "python:rules.py:length"}
+    assert trained_against(str(policy)) == judges and len(judges) == 4
+    assert trained_against(cost) == set()
     assert template_of(run).system == "Be kind."
     assert template_of({"stage": "sft", "template": "beaver"}).style == "beaver"
+
+    (tmp_path / "then").rename(tmp_path / "now")
+    assert trained_against(str(tmp_path / "now" / "run")) == judges, "found beside the run, wherever both have gone"
 
 
 class Tags(html.parser.HTMLParser):

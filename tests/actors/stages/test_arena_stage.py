@@ -196,3 +196,27 @@ def test_what_cannot_be_compared_is_said_in_one_line(tiny_world: Path, tmp_path:
     )
     assert "policy nobody" in refused(policies={"nobody": str(tmp_path / "nowhere")})
     assert not (tmp_path / "refused" / "final").exists()
+
+
+def test_a_judge_that_fails_costs_no_answers(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text("def words(prompts, responses, **rest):\n    raise OSError('gone')\n", encoding="utf-8")
+    monkeypatch.setenv("BEAVER_RAY_SCORE_CODE", str(tmp_path))
+    stage = arena(tiny_world, tmp_path, "judged", world=None, costs=[], reward=f"python:{rule}:words", insist=1)
+    with pytest.raises(UserError, match="gone"):
+        run_stage(stage)
+    (kept, same) = sorted((stage.folder / "asked").iterdir())
+    assert json.loads(kept.read_text()) == json.loads(same.read_text())
+    texts = json.loads(kept.read_text())["texts"]
+    rule.write_text(
+        "def words(prompts, responses, **rest):\n    return [len(r.split()) for r in responses]\n", encoding="utf-8"
+    )
+
+    def nobody(*_: Any) -> None:
+        raise AssertionError("a policy was asked again")
+
+    monkeypatch.setattr("actors.driver.arena.ask", nobody)
+    run_stage(stage.model_copy(update={"resume": True}))
+    assert [[row["response"]] for row in answers_in(stage.folder, "one")] == texts
+    assert [row["reward"] for row in answers_in(stage.folder, "one")] == [len(text.split()) for (text,) in texts]
+    assert not (stage.folder / "asked").exists()
