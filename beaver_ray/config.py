@@ -16,7 +16,7 @@ from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
 from beaver_ray.environments import environment_code
 from beaver_ray.guard_options import ModelOfScores
-from beaver_ray.options import Strict, option
+from beaver_ray.options import Strict, option, without
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import ROUND_NAMES, interpolate
@@ -131,12 +131,16 @@ class PpoConfig(Strict):
     )
     epochs: int = option("Passes over one step's experience.", 1, gt=0)
     minibatches: int = option("Optimizer steps in one pass.", 1, gt=0)
-    gamma: float = option("Discount.", 1.0, gt=0, le=1)
     gae_lambda: float = option("Lambda of generalised advantage estimation.", 0.95, ge=0, le=1)
     kl_coefficient: float = option("Weight of the KL to the reference, per token.", 0.02, ge=0)
     clip_ratio: float = option("Clipping of the policy ratio.", 0.2, gt=0)
     clip_value: float | None = option("Clipping of the value update; null for none.", 5.0, gt=0)
     clip_score: float | None = option("Each token's reward and cost, KL included, is clamped to this.", 50.0, gt=0)
+    normalize_rewards: float | None = option(
+        "Rewards by mean and deviation of all so far, cut at so many deviations (costs are scaled alone); null: not.",
+        None,
+        gt=0,
+    )
     normalize_advantages: bool = option("Whiten the combined advantage over the step's tokens.", False)
     loss_reduction: Literal["sequence", "token"] = option(
         "sequence: mean of each answer's mean; token: mean over all tokens.", "sequence"
@@ -162,14 +166,29 @@ class PpoConfig(Strict):
         """Whether advantages are made with critics, and so whether there are any."""
         return self.advantage == "gae"
 
+    @property
+    def remarks(self) -> list[str]:
+        """What may be asked for and is seldom wise (appendix B.1 of https://arxiv.org/abs/2307.04964)."""
+        if not (self.normalize_rewards and self.normalize_advantages and self.has_critics and self.clip_value):
+            return []
+        stacked = "ppo.normalize_rewards, normalize_advantages and clip_value each put the same thing to scale"
+        return [f"{stacked}; two of them at most are known to go well together: leave one out (false, null)"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_discount(cls, given: Any) -> Any:
+        return without(given, "gamma", 1.0, "answers are never discounted, as with gamma 1; leave it out")
+
     @model_validator(mode="after")
     def _fits_the_advantage(self) -> PpoConfig:
         if not self.has_critics and self.critic_warmup_steps:
             raise ValueError(f"advantage {self.advantage} has no critics to warm up; leave critic_warmup_steps out")
         if self.replay and self.advantage == "group_standardized":
             raise ValueError("ppo.replay compares scores, whose unit group_standardized takes away; use leave_one_out")
-        if not self.has_critics and self.gamma != 1:
-            raise ValueError(f"advantage {self.advantage} is one for a whole answer, undiscounted; leave gamma at 1")
+        if self.normalize_rewards and self.advantage == "group_standardized":
+            raise ValueError(
+                "advantage group_standardized takes a reward's unit away itself; leave normalize_rewards out"
+            )
         return self
 
 
@@ -191,8 +210,12 @@ class ClusterConfig(Strict):
 
     placement: dict[str, Placement] = option("Role to resources.", default_factory=dict)
     threads: int = option("CPU threads of each process.", 1, gt=0, le=10_000)
-    start_timeout: float = option("Seconds for all roles to start.", 900, gt=0, le=1e7)
-    step_timeout: float = option("Seconds for any one answer of a role.", 1800, gt=0, le=1e7)
+    step_timeout: float = option("Seconds for any one answer of a role, or for all to start.", 1800, gt=0, le=1e7)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_timeout(cls, given: Any) -> Any:
+        return without(given, "start_timeout", 900.0, "step_timeout is also what all roles may take to start")
 
     def of(self, role: str) -> Placement:
         """The role's placement, default where the configuration is silent."""

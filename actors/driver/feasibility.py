@@ -138,13 +138,20 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
             if cut := int((np.abs(scores_B) > most).sum()):
                 remarks.append(f"{signal}: {cut} scores are beyond ppo.clip_score {most:g} and count as that")
             scores[signal] = np.clip(scores_B, -most, most)
+    kl_coefficient = config.ppo.kl_coefficient
+    if config.ppo.normalize_rewards is not None:
+        kl_coefficient *= float(scores["reward"].std())
+        remarks.append(
+            f"ppo.normalize_rewards: the KL weighs {kl_coefficient:.3g}, ppo.kl_coefficient times the deviation "
+            f"of these rewards; that rewards are cut is left out"
+        )
     reference = Reference(
         offsets=offsets,
         rewards_B=scores["reward"],
         costs_MB=np.array([scores[name] for name in names]).reshape(len(names), len(answers.rewards_B)),
         inside_MN=np.array([inside_of[name] for name in names]).reshape(len(names), len(prompt_ids)),
         limits_M=np.array([c.bound for c in constraints]),
-        kl_coefficient=config.ppo.kl_coefficient,
+        kl_coefficient=kl_coefficient,
     )
     return Sampled(reference, names, remarks)
 
