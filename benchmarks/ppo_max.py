@@ -2,16 +2,16 @@
 
     python benchmarks/ppo_max.py --seeds 0 1 2 --out benchmarks/ppo_max.json
 
-For each seed: a world a quarter of whose labels are wrong, its SFT policy, and a reward model of PAIRS pairs. Then from
-the same models `configs/local/ppo_max.yaml`, the same without its PTX loss, and vanilla PPO: no normalised reward, no KL
-penalty, no critic's warm-up, no cut value update, no PTX loss (and so the same learning rates, batches and steps). One
-process a run (debug mode); complete runs in the working folder are skipped. With ``--safe`` also Safe PPO under PPO-max's
-options, on the models of `small_world.py` for one seed.
+For each seed: a world a quarter of whose labels are wrong, its SFT policy, and a reward model of PAIRS pairs. Then
+from the same models `configs/local/ppo_max.yaml`, the same without its PTX loss, and vanilla PPO: no normalised reward,
+no KL penalty, no critic's warm-up, no cut value update, no PTX loss (and the same learning rates, batches and steps).
+One process a run (debug mode); complete runs in the working folder are skipped. With ``--safe`` also Safe PPO under
+PPO-max's options, on the models of `small_world.py` for one seed.
 
-Gold is the true reward of answers to held-out prompts, proxy the learned one, both means of three evaluations. `peak` is
-the best gold of the run. Entropy is in nats a token, KL in nats an answer, both means of the last five steps. `sft_loss` is
-the cross-entropy of held-out demonstrations in nats a token: that of the SFT policy, and at the end. Signs are those that
-the run's report tells at its end, without the truth and with it.
+Gold is the true reward of answers to held-out prompts, proxy the learned one, both means of three evaluations;
+`gold_peak` is the best of the run. Entropy is in nats a token, KL in nats an answer, both means of the last five steps.
+`sft_loss` is the cross-entropy of held-out demonstrations in nats a token: of the SFT policy, and at the end. Signs are
+those that the run's report tells at its end, without the truth and with it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,18 @@ SAFE = [
     "ppo.critic_warmup_steps=5",
     "ppo.normalize_advantages=false",
 ]
-HELD_OUT = 'evaluation.prompts=["demonstrations:1:${workspace}/world/demonstrations/test.jsonl"]'
+SIZE = [
+    "rollout.prompts_per_step=64",
+    "evaluation.every=8",
+    "ppo.critic_warmup_steps=8",
+    'evaluation.prompts=["demonstrations:1:${workspace}/world/demonstrations/test.jsonl"]',
+    "engine.micro_batch_tokens=1024",
+    "trajectory_every=0",
+]
+"""Of all runs: half of the recipe's answers in a step, and a first evaluation before the policy has moved."""
 REWARD_MODEL = {
     **STAGES["reward_model"],
-    "set": {"train": [f"PKU-SafeRLHF:{PAIRS / ALL_PAIRS}:${{workspace}}/world/preferences/train.jsonl"], "epochs": 8},
+    "set": {"train": [f"PKU-SafeRLHF:{PAIRS / ALL_PAIRS}:${{workspace}}/world/preferences/train.jsonl"], "epochs": 4},
 }
 TOGETHER = 3
 """Evaluations whose mean is one figure."""
@@ -91,7 +99,7 @@ SIGNS = {"blind": False, "by_truth": True}
 def study(folder: Path, seed: int) -> list[dict[str, Any]]:
     """All methods of one seed; the SFT policy's loss is that of PPO-max's first evaluation, in the critic's warm-up."""
     runs = {
-        method: trained(folder, method, seed, CONFIGS / "ppo_max.yaml", [*settings, HELD_OUT])
+        method: trained(folder, method, seed, CONFIGS / "ppo_max.yaml", [*SIZE, *settings])
         for method, settings in METHODS.items()
     }
     start = round(math.log(next(line["eval/perplexity"] for line in runs["ppo_max"] if "eval/perplexity" in line)), 4)
