@@ -32,7 +32,7 @@ PERPLEXITY = 2.0
 TAIL = 2.0
 """Times the first distance of a tail of the rewards from their median."""
 GENTLER = "lower policy.learning_rate, or see docs/ppo-max.md"
-COLLAPSED = 0.03
+COLLAPSED = 0.02
 """Of the first entropy of a token."""
 SPREADS = 3.0
 """Standard errors by which the truth must have fallen from its best."""

@@ -3,15 +3,16 @@
     python benchmarks/ppo_max.py --seeds 0 1 2 --out benchmarks/ppo_max.json
 
 For each seed: a world a quarter of whose labels are wrong, its SFT policy, and a reward model of PAIRS pairs. Then
-from the same models `configs/local/ppo_max.yaml`, the same without its PTX loss, and vanilla PPO: no normalised reward,
-no KL penalty, no critic's warm-up, no cut value update, no PTX loss (and the same learning rates, batches and steps).
+from the same models `configs/local/ppo_max.yaml`, the same without its PTX loss and with ten times as much of it, and
+vanilla PPO: no normalised reward, no KL penalty, no critic's warm-up, no cut value update, no PTX loss (and the same learning rates, batches and steps).
 One process a run (debug mode); complete runs in the working folder are skipped. With ``--safe`` also Safe PPO under
 PPO-max's options, on the models of `small_world.py` for one seed.
 
-Gold is the true reward of answers to held-out prompts, proxy the learned one, both means of three evaluations;
-`gold_peak` is the best of the run. Entropy is in nats a token, KL in nats an answer, both means of the last five steps.
-`sft_loss` is the cross-entropy of held-out demonstrations in nats a token: of the SFT policy, and at the end. Signs are
-those that the run's report tells at its end, without the truth and with it.
+Gold is the true reward of answers to held-out prompts, proxy the learned one, both means of three evaluations at the
+end, and at first those of the SFT policy (one evaluation); `gold_peak` is the best there was. Entropy is in nats a
+token, KL in nats an answer, both means of the last five steps. `sft_loss` is the cross-entropy of held-out
+demonstrations in nats a token: of the SFT policy, and at the end. Signs are those that the run's report tells at its
+end, without the truth and with it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ VANILLA = [
     "ppo.critic_warmup_steps=0",
     "ppo.clip_value=null",
 ]
-METHODS = {"vanilla": VANILLA, "ppo_max": [], "ppo_max_without_ptx": WITHOUT_PTX}
+METHODS = {
+    "vanilla": VANILLA,
+    "ppo_max": [],
+    "ppo_max_without_ptx": WITHOUT_PTX,
+    "ppo_max_more_ptx": ["ppo.ptx_coefficient=1"],
+}
 SAFE = [
     "ppo.normalize_rewards=0.8",
     "ppo.clip_value=0.2",
@@ -69,8 +75,8 @@ def rolling(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [sum(known[end - TOGETHER : end]) / TOGETHER for end in range(TOGETHER, len(known) + 1)]
 
 
-def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a run's metrics say of its end."""
+def figures(lines: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's metrics say of its end, and an evaluation of the policy that has not moved."""
     gold, proxy = rolling(lines, "eval/reward"), rolling(lines, "eval/proxy/reward")
     ends = {
         name: sum(line[key] for line in lines[-LAST:]) / LAST
@@ -82,8 +88,10 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "distinct_2": "rollout/distinct_2",
         }.items()
     }
-    ends |= {"gold_first": gold[0], "gold_peak": max(gold), "gold": gold[-1], "fall": max(gold) - gold[-1]}
-    ends |= {"proxy_first": proxy[0], "proxy": proxy[-1], "sft_loss": math.log(lines[-1]["eval/perplexity"])}
+    peak = max(start["eval/reward"], *gold)
+    ends |= {"gold_first": start["eval/reward"], "gold_peak": peak, "gold": gold[-1], "fall": peak - gold[-1]}
+    ends |= {"proxy_first": start["eval/proxy/reward"], "proxy": proxy[-1]}
+    ends |= {"sft_loss_first": math.log(start["eval/perplexity"]), "sft_loss": math.log(lines[-1]["eval/perplexity"])}
     said = {f"signs_{name}": [s.name for s in signs(columns(lines), truth)] for name, truth in SIGNS.items()}
     return {name: round(value, 4) for name, value in ends.items()} | {
         "entropy_first": round(next(line["policy/entropy"] for line in lines if "policy/entropy" in line), 4),
@@ -97,13 +105,13 @@ SIGNS = {"blind": False, "by_truth": True}
 
 
 def study(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """All methods of one seed; the SFT policy's loss is that of PPO-max's first evaluation, in the critic's warm-up."""
+    """All methods of one seed; the first evaluation of PPO-max, in its critic's warm-up, is of the SFT policy."""
     runs = {
         method: trained(folder, method, seed, CONFIGS / "ppo_max.yaml", [*SIZE, *settings])
         for method, settings in METHODS.items()
     }
-    start = round(math.log(next(line["eval/perplexity"] for line in runs["ppo_max"] if "eval/perplexity" in line)), 4)
-    return [{"method": m, "seed": seed, "sft_loss_first": start, **figures(lines)} for m, lines in runs.items()]
+    start = next(line for line in runs["ppo_max"] if "eval/reward" in line)
+    return [{"method": m, "seed": seed, **figures(lines, start)} for m, lines in runs.items()]
 
 
 def safe(folder: Path, seed: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_a_healthy_run_is_silent_all_along() -> None:
             "diversity",
             "while the truth of held-out answers got no better",
         ),
-        ({"policy__entropy": np.geomspace(1.3, 0.01, STEPS)}, "entropy", "the policy collapses: its entropy fell"),
+        ({"policy__entropy": np.geomspace(1.3, 0.005, STEPS)}, "entropy", "the policy collapses: its entropy fell"),
         ({"rollout__perplexity": np.linspace(3.5, 9, STEPS)}, "own_perplexity", "the perplexity of its own answers"),
         ({"rollout__reference_perplexity": np.geomspace(3.5, 30, STEPS)}, "drift", "the policy drifts away"),
         ({"reward__p95": RISING + np.linspace(3, 14, STEPS)}, "tail", "rewards grow a tail"),
