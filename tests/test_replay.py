@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from beaver_ray import experience
-from beaver_ray.config import PpoConfig
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.history import Unit
 from beaver_ray.method.objective import ConstrainedReward, RewardMaximization, Settings
+from beaver_ray.ppo_options import PpoConfig
 from beaver_ray.replay import LARGEST, BestAnswers
 
 HARM = {"harm": MultiplierConfig(rule="projected", initial=0.0)}

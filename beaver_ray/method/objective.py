@@ -19,7 +19,6 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from beaver_ray.config import AdvantageRule
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import (
     COST,
@@ -42,6 +41,7 @@ from beaver_ray.method.advantages import (
 from beaver_ray.method.forms import Form, WorstOfK
 from beaver_ray.method.history import Moments, Unit, cost_unit, reward_unit
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
+from beaver_ray.ppo_options import AdvantageRule
 
 MEAN = Form()
 UNDISCOUNTED = 1.0

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beaver_ray.config import PpoConfig
 from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.method.history import Moments, Unit, cost_unit, reward_unit
 from beaver_ray.method.objective import RewardMaximization, RewardShaping, Settings
+from beaver_ray.ppo_options import PpoConfig
 from tests.method.test_objective import NAMES, by_hand, constrained, drawn
 
 CLIP = 0.8
