@@ -12,6 +12,7 @@ from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.method.history import Moments, Unit, cost_unit, reward_unit
 from beaver_ray.method.objective import RewardMaximization, RewardShaping, Settings
 from beaver_ray.ppo_options import PpoConfig
+from launch.config_files import load_config
 from tests.method.test_objective import NAMES, by_hand, constrained, drawn
 
 CLIP = 0.8
@@ -131,3 +132,5 @@ def test_three_of_a_kind_are_said() -> None:
         given: dict[str, Any] = stacked | fewer
         assert PpoConfig(**given).remarks == []
     assert PpoConfig(normalize_advantages=True).remarks == []
+    config = load_config("configs/local/safe_ppo.yaml", ["ppo.normalize_rewards=0.8", "ppo.clip_value=0.2"])
+    assert config.announcements() == config.ppo.remarks != []  # type: ignore[attr-defined]
