@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import CONFIGS, STAGES, TARGET, last_fifth, prepare, study_options, trained, write
+from common import CONFIGS, STAGES, TARGET, prepare, study_options, trained, write
 from small_world import figures as safe_figures
 
 from beaver_ray.hacking import columns, signs
@@ -112,7 +112,7 @@ def study(folder: Path, seed: int) -> list[dict[str, Any]]:
 def safe(folder: Path, seed: int) -> dict[str, Any]:
     """Safe PPO with PPO-max's options; beside it the means of what the multiplier compares, over the last fifth."""
     lines = trained(folder, "safe_ppo_max", seed, CONFIGS / "safe_ppo.yaml", SAFE)
-    last = last_fifth(lines)
+    last = [line for line in lines if line["step"] > 0.8 * lines[-1]["step"]]
     measured = {key: sum(line[f"cost/harm/{key}"] for line in last) / len(last) for key in ("mean", "limit")}
     return {"method": "safe_ppo_max", "seed": seed, **safe_figures(lines, TARGET), "cost": measured}
 
