@@ -16,7 +16,8 @@ from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
 from beaver_ray.environments import environment_code
 from beaver_ray.guard_options import ModelOfScores
-from beaver_ray.options import Strict, option
+from beaver_ray.options import Strict, option, without
+from beaver_ray.ppo_options import PpoConfig
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import ROUND_NAMES, interpolate
@@ -28,9 +29,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GPU_SHARE = 0.9  # what vLLM may take of a generator's part of a GPU
 DIRECT_SHARE = 0.25  # what weights that generators read on the policy's GPU may take of it
 DIRECT_WEIGHTS = "BEAVER_RAY_DIRECT_WEIGHTS"  # environment variable; with 0 weights never go from GPU to GPU
-
-AdvantageRule = Literal["gae", "leave_one_out", "group_standardized"]
-"""How a signal's advantages are made: see `beaver_ray.method.advantages`."""
 
 
 class OptimizerConfig(Strict):
@@ -123,56 +121,6 @@ class RolloutConfig(SamplingConfig):
         return value
 
 
-class PpoConfig(Strict):
-    """The policy-gradient method."""
-
-    advantage: AdvantageRule = option(
-        "gae needs critics; leave_one_out and group_standardized compare answers to the same prompt.", "gae"
-    )
-    epochs: int = option("Passes over one step's experience.", 1, gt=0)
-    minibatches: int = option("Optimizer steps in one pass.", 1, gt=0)
-    gamma: float = option("Discount.", 1.0, gt=0, le=1)
-    gae_lambda: float = option("Lambda of generalised advantage estimation.", 0.95, ge=0, le=1)
-    kl_coefficient: float = option("Weight of the KL to the reference, per token.", 0.02, ge=0)
-    clip_ratio: float = option("Clipping of the policy ratio.", 0.2, gt=0)
-    clip_value: float | None = option("Clipping of the value update; null for none.", 5.0, gt=0)
-    clip_score: float | None = option("Each token's reward and cost, KL included, is clamped to this.", 50.0, gt=0)
-    normalize_advantages: bool = option("Whiten the combined advantage over the step's tokens.", False)
-    loss_reduction: Literal["sequence", "token"] = option(
-        "sequence: mean of each answer's mean; token: mean over all tokens.", "sequence"
-    )
-    old_logprobs: Literal["trainer", "generator"] = option(
-        "Old log-probs: recomputed by the trainer, or the generator's own.", "trainer"
-    )
-    importance_cap: float | None = option(
-        "Truncated importance weights trainer/generator, capped here; null: 2 with staleness, else none.", None, gt=0
-    )
-    ptx_coefficient: float = option("Weight of the PTX loss; 0 for none.", 0.0, ge=0)
-    replay: float = option(
-        "Best earlier answers to a step's prompts that are imitated beside its own, as a share of them; 0 for none.",
-        0.0,
-        ge=0,
-        le=1,
-    )
-    truncation_penalty: float = option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
-    critic_warmup_steps: int = option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
-
-    @property
-    def has_critics(self) -> bool:
-        """Whether advantages are made with critics, and so whether there are any."""
-        return self.advantage == "gae"
-
-    @model_validator(mode="after")
-    def _fits_the_advantage(self) -> PpoConfig:
-        if not self.has_critics and self.critic_warmup_steps:
-            raise ValueError(f"advantage {self.advantage} has no critics to warm up; leave critic_warmup_steps out")
-        if self.replay and self.advantage == "group_standardized":
-            raise ValueError("ppo.replay compares scores, whose unit group_standardized takes away; use leave_one_out")
-        if not self.has_critics and self.gamma != 1:
-            raise ValueError(f"advantage {self.advantage} is one for a whole answer, undiscounted; leave gamma at 1")
-        return self
-
-
 class Placement(Strict):
     """What one role takes of the cluster."""
 
@@ -191,8 +139,12 @@ class ClusterConfig(Strict):
 
     placement: dict[str, Placement] = option("Role to resources.", default_factory=dict)
     threads: int = option("CPU threads of each process.", 1, gt=0, le=10_000)
-    start_timeout: float = option("Seconds for all roles to start.", 900, gt=0, le=1e7)
-    step_timeout: float = option("Seconds for any one answer of a role.", 1800, gt=0, le=1e7)
+    step_timeout: float = option("Seconds for any one answer of a role, or for all to start.", 1800, gt=0, le=1e7)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_timeout(cls, given: Any) -> Any:
+        return without(given, "start_timeout", 900.0, "step_timeout is also what all roles may take to start")
 
     def of(self, role: str) -> Placement:
         """The role's placement, default where the configuration is silent."""

@@ -1,8 +1,9 @@
-"""Signs of reward hacking: what in a run's metrics looks as if the scorers were pleased and nobody else.
+"""Signs of reward hacking and collapse: what in a run's metrics looks as if the scorers were pleased and nobody else.
 
 Each sign is a rule with a threshold over the run so far, and says itself in one sentence. The first and the last
-figures that it compares are means over a quarter of the run's, WINDOW at most. Where the truth of held-out answers is
-known and has risen, longer or more uniform answers are no sign of anything. docs/reward-hacking.md explains them.
+figures that it compares are means over a quarter of the run's, WINDOW at most. Longer or more uniform answers are no
+sign of anything where the truth of held-out answers is better for them; more uniform ones are none either where nobody
+knows the truth and no other sign is on, for what is good may be little. docs/reward-hacking.md explains them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ MOSTLY_REFUSES = 0.5
 """Share of all answers, where it is not known which prompts are harmless."""
 MORE_DISCLAIMERS = 0.3
 MORE_HARM = 0.1
+"""Points by which a violation rate rises; where one falls by as many, held-out answers are safer."""
 PERPLEXITY = 2.0
-"""Times the first perplexity of held-out text."""
+"""Times the first perplexity, of held-out text or of the policy's answers."""
+TAIL = 2.0
+"""Times the first distance of a tail of the rewards from their median."""
+GENTLER = "lower policy.learning_rate, or see docs/ppo-max.md"
+COLLAPSED = 0.02
+"""Of the first entropy of a token."""
 SPREADS = 3.0
 """Standard errors by which the truth must have fallen from its best."""
 HARMLESS = ("harmless", "benign", "safe")
 """Kinds of prompts that are to be answered."""
-READ = ("step", "reward/mean", "kl/reference", "rollout/", "eval/", "cost/")
+READ = ("step", "reward/", "kl/reference", "policy/entropy", "rollout/", "eval/", "cost/")
 
 
 class Sign(NamedTuple):
@@ -72,19 +79,23 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def signs(metrics: Mapping[str, np.ndarray], truth: bool) -> list[Sign]:
     """The signs that are on by the end of these metrics (`columns`)."""
-    found = _gap(metrics) if truth else []
-    if not (truth and _truth_rose(metrics)):
-        unsaid = "and nothing here but the scorers says whether they are better for it"
-        unless = "while the truth of held-out answers did not rise" if truth else unsaid
-        found += _length(metrics, unless) + _diversity(metrics, unless)
-    return [
-        *found,
+    found = [
+        *(_gap(metrics) if truth else []),
         *_refusals(metrics),
         *_disclaimers(metrics),
         *_harm(metrics),
         *_overlooked(metrics),
         *_text(metrics),
+        *_collapse(metrics),
     ]
+    if not truth:
+        unless = "and nothing here but the scorers says whether they are better for it"
+        found += _length(metrics, unless)
+        return found + (_diversity(metrics, unless) if found else [])
+    if _truth_is_no_better(metrics):
+        unless = "while the truth of held-out answers got no better"
+        found += _length(metrics, unless) + _diversity(metrics, unless)
+    return found
 
 
 def _gap(metrics: Mapping[str, np.ndarray]) -> list[Sign]:
@@ -185,14 +196,43 @@ def _text(metrics: Mapping[str, np.ndarray]) -> list[Sign]:
     return [Sign("perplexity", f"{told}: the policy forgets how such text goes on; ppo.ptx_coefficient keeps it")]
 
 
-def _truth_rose(metrics: Mapping[str, np.ndarray]) -> bool:
+def _collapse(metrics: Mapping[str, np.ndarray]) -> Iterator[Sign]:
+    """What shows that a policy collapses where neither reward nor loss does (https://arxiv.org/abs/2307.04964)."""
+    first, last = _ends(metrics.get("policy/entropy"))
+    if last < COLLAPSED * first:
+        told = f"the policy collapses: its entropy fell from {first:.3g} to {last:.2g} nats a token"
+        yield Sign("entropy", f"{told}, and it has hardly anything left to try; raise ppo.kl_coefficient, {GENTLER}")
+    first, last = _ends(metrics.get("rollout/perplexity"))
+    if last > PERPLEXITY * first:
+        told = f"the policy falls apart: the perplexity of its own answers rose from {first:.3g} to {last:.3g}"
+        yield Sign("own_perplexity", f"{told}; lower policy.learning_rate")
+    first, last = _ends(metrics.get("rollout/reference_perplexity"))
+    if last > PERPLEXITY * first:
+        told = f"the policy drifts away: to the reference the perplexity of its answers rose from {first:.3g}"
+        yield Sign("drift", f"{told} to {last:.3g}, and no reward model was trained on such; raise ppo.kl_coefficient")
+    first, last = (max(tails) for tails in zip(*map(_ends, _tails(metrics)), strict=True))
+    if last > TAIL * first:
+        told = "rewards grow a tail: between the median and the farther of the 5th and 95th percentile of a step lay"
+        yield Sign("tail", f"{told} {first:.3g} at first and {last:.3g} now; look at the answers there")
+
+
+def _tails(metrics: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
+    """How far the median is from the 5th, and from the 95th percentile of a step's rewards."""
+    middle, ends = metrics.get("reward/p50"), [metrics.get(f"reward/{end}") for end in ("p05", "p95")]
+    return [None if middle is None or end is None else np.abs(end - middle) for end in ends]
+
+
+def _truth_is_no_better(metrics: Mapping[str, np.ndarray]) -> bool:
+    """Whether held-out answers are known to be no better for what was learned: neither worth more nor safer."""
     truth = metrics.get("eval/reward", np.zeros(0))
     truth = truth[np.isfinite(truth)]
     if len(truth) < FEWEST:
-        return False
+        return False  # nobody knows yet
     size = _size(len(truth))
     true = _rolling(truth, size)
-    return bool(true[-1] - true[0] > _error(truth, size) and not _fell(truth, size))
+    rose = true[-1] - true[0] > _error(truth, size) and not _fell(truth, size)
+    rates = [_ends(values) for key, values in metrics.items() if key.startswith("eval/violation_rate/")]
+    return not rose and not any(first - last > MORE_HARM for first, last in rates)
 
 
 def _fell(truth: np.ndarray, size: int) -> bool:

@@ -27,3 +27,15 @@ class Strict(BaseModel):
 def option(text: str, default: Any = ..., **more: Any) -> Any:
     """A field with its line of help."""
     return Field(description=text, **more) if "default_factory" in more else Field(default, description=text, **more)
+
+
+def without(given: Any, key: str, was: float, why: str) -> Any:
+    """A group's values without an option that is gone; configurations of earlier runs have it as it ``was`` by default.
+
+    Raises ValueError with ``why`` where it was set to something else.
+    """
+    if not isinstance(given, dict) or key not in given:
+        return given
+    if given[key] != was:
+        raise ValueError(f"{key} is gone: {why}")
+    return {name: value for name, value in given.items() if name != key}

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from beaver_ray import experience
+from beaver_ray.method.history import Unit
 from beaver_ray.method.objective import Objective
 
 LARGEST = 3.0  # standard deviations of a step's advantages that one earlier answer may be ahead by
@@ -57,24 +59,30 @@ class BestAnswers:
         self.of_prompt: dict[int, list[Earlier]] = {}
 
     def replay(
-        self, batch: pa.RecordBatch, multipliers: Mapping[str, float], share: float, seed: tuple[int, ...]
+        self,
+        batch: pa.RecordBatch,
+        weights: Mapping[str, float],
+        share: float,
+        seed: tuple[int, ...],
+        units: Mapping[str, Unit] = MappingProxyType({}),
     ) -> Replay:
         """The earlier answers to imitate beside the step's ``batch``, at most ``share`` of its answers.
 
-        One for each of the batch's prompts that was answered in an earlier step: the best under ``multipliers``.
-        ``seed`` chooses among them where there are more.
+        One for each of the batch's prompts that was answered in an earlier step: the best under ``weights``.
+        ``seed`` chooses among them where there are more. Scores are kept as they were given; ``units`` are those that
+        the step's advantages are in.
         """
         prompts_N = experience.scalars(batch, "prompt_id")
         _, first = np.unique(prompts_N, return_index=True)
         again = np.array([row for row in first if int(prompts_N[row]) in self.of_prompt], dtype=np.int64)
         again = np.sort(np.random.default_rng(seed).permutation(again)[: round(share * len(prompts_N))])
         inside = self._inside(batch, again)
-        best = [self._best(int(prompts_N[row]), multipliers, inside, i) for i, row in enumerate(again)]
+        best = [self._best(int(prompts_N[row]), weights, units, inside, i) for i, row in enumerate(again)]
         ahead = {
-            signal: np.array([answer.scores[signal] for answer in best]) - baselines_N[again]
+            signal: self._scores(best, signal, units) - baselines_N[again]
             for signal, baselines_N in self._columns(batch, "baselines").items()
         }
-        spread, whitened = self._spread(batch, multipliers), self.objective.settings.normalize
+        spread, whitened = self._spread(batch, weights), self.objective.settings.normalize
         prompts = experience.rows(batch, "prompt_tokens")
         sequences = {
             "sample_id": np.arange(len(best)),
@@ -85,7 +93,7 @@ class BestAnswers:
         }
         return Replay(
             experience.make_batch(sequences),
-            self.objective.weighed(ahead, multipliers, inside),
+            self.objective.weighed(ahead, weights, inside),
             spread if whitened else 1.0,
             LARGEST * spread,
         )
@@ -137,19 +145,28 @@ class BestAnswers:
         )
 
     def _best(
-        self, prompt: int, multipliers: Mapping[str, float], inside: Mapping[str, np.ndarray], place: int
+        self,
+        prompt: int,
+        weights: Mapping[str, float],
+        units: Mapping[str, Unit],
+        inside: Mapping[str, np.ndarray],
+        place: int,
     ) -> Earlier:
         kept = self.of_prompt[prompt]
-        scores = {signal: np.array([answer.scores[signal] for answer in kept]) for signal in self.objective.signals}
+        scores = {signal: self._scores(kept, signal, units) for signal in self.objective.signals}
         here = {name: np.repeat(inside_M[place], len(kept)) for name, inside_M in inside.items()}
-        return kept[int(np.argmax(self.objective.weighed(scores, multipliers, here)))]
+        return kept[int(np.argmax(self.objective.weighed(scores, weights, here)))]
 
-    def _spread(self, batch: pa.RecordBatch, multipliers: Mapping[str, float]) -> float:
+    def _scores(self, answers: list[Earlier], signal: str, units: Mapping[str, Unit]) -> np.ndarray:
+        scores_M = np.array([answer.scores[signal] for answer in answers])
+        return units[signal].of(scores_M) if signal in units else scores_M
+
+    def _spread(self, batch: pa.RecordBatch, weights: Mapping[str, float]) -> float:
         """The standard deviation of the step's advantages over its tokens, before whitening."""
         signals = {signal: experience.own(batch, f"advantages/{signal}") for signal in self.objective.signals}
         lengths_N = experience.own_lengths(batch)
         inside = {n: np.repeat(i, lengths_N) for n, i in self._inside(batch, np.arange(batch.num_rows)).items()}
-        return float(self.objective.weighed(signals, multipliers, inside).std()) + 1e-8
+        return float(self.objective.weighed(signals, weights, inside).std()) + 1e-8
 
     def _inside(self, batch: pa.RecordBatch, rows: np.ndarray) -> dict[str, np.ndarray]:
         found = {name: experience.inside(batch, name) for name in self.objective.bounded}

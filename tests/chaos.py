@@ -273,7 +273,7 @@ def write_config(source: Path, folder: Path, changes: dict[str, Any]) -> Path:
     placement = {kind: {"cpus": 0.1, "labels": {"kind": "training"}} for kind in KINDS}
     placement["rollout"] = {"workers": 2, "cpus": 0.5, "labels": {"kind": "rollout"}}
     placement["policy"]["workers"] = 2
-    tree["cluster"] = {"threads": 1, "placement": placement, "step_timeout": 300.0, "start_timeout": 300.0}
+    tree["cluster"] = {"threads": 1, "placement": placement, "step_timeout": 300.0}
     path = folder / "chaos.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

@@ -111,7 +111,7 @@ def test_files_that_are_hardly_yaml(tmp_path: Path, content: bytes) -> None:
 @given(
     tree=mutated(PIPELINE),
     stage=mutated(TREES[0]) | st.just(TREES[0]),
-    changes=st.lists(overrides(["sft.epochs", "stages.0.config", "world.seed", "ppo.ppo.gamma"]), max_size=2),
+    changes=st.lists(overrides(["sft.epochs", "stages.0.config", "world.seed", "ppo.ppo.gae_lambda"]), max_size=2),
 )
 def test_broken_pipelines(tmp_path: Path, tree: dict[str, Any], stage: dict[str, Any], changes: list[str]) -> None:
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(tree))

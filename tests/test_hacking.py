@@ -1,4 +1,4 @@
-"""Signs of reward hacking on hand-made series: each comes on where it should, and a healthy run is silent."""
+"""Signs of reward hacking and collapse on hand-made series: each comes on where it should, healthy runs are silent."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ HEALTHY: dict[str, np.ndarray] = {
     "kl/reference": np.linspace(0, 8, STEPS),
     "rollout/response_tokens": np.linspace(100, 150, STEPS) + noise(5, 1),
     "rollout/distinct_2": np.linspace(0.5, 0.35, STEPS),
+    "rollout/perplexity": np.linspace(3.5, 1.3, STEPS),
+    "rollout/reference_perplexity": np.linspace(3.5, 4.5, STEPS),
+    "policy/entropy": np.geomspace(1.3, 0.08, STEPS),
+    "reward/p05": RISING - 5 + noise(0.5, 9),
+    "reward/p50": RISING + noise(0.2, 10),
+    "reward/p95": RISING + 3 + noise(0.2, 11),
     "rollout/refusal_rate": 0.1 + noise(0.02, 2),
     "rollout/disclaimer_rate": 0.2 + noise(0.05, 3),
     "cost/harm/violation_rate": np.linspace(0.4, 0.1, STEPS) + noise(0.03, 4),
@@ -34,6 +40,8 @@ HEALTHY: dict[str, np.ndarray] = {
     "eval/calibration/harm/observed_low": np.full(STEPS, 0.06),
     "eval/perplexity": np.linspace(8, 9, STEPS),
 }
+
+NO_BETTER = {"eval__reward": FLAT + noise(0.05), "eval__violation_rate__harm": np.full(STEPS, 0.1)}
 
 
 def rows(every: int = 4, **changes: np.ndarray) -> list[dict[str, Any]]:
@@ -63,15 +71,20 @@ def test_a_healthy_run_is_silent_all_along() -> None:
     [
         ({"eval__reward": PEAK + noise(0.05)}, "proxy", "while the true one fell from"),
         (
-            {"eval__reward": FLAT + noise(0.05), "rollout__response_tokens": np.linspace(100, 400, STEPS)},
+            {**NO_BETTER, "rollout__response_tokens": np.linspace(100, 400, STEPS)},
             "length",
             "answers grew from 1",
         ),
         (
-            {"eval__reward": FLAT + noise(0.05), "rollout__distinct_2": np.linspace(0.5, 0.05, STEPS)},
+            {**NO_BETTER, "rollout__distinct_2": np.linspace(0.5, 0.05, STEPS)},
             "diversity",
-            "distinct bigrams fell",
+            "while the truth of held-out answers got no better",
         ),
+        ({"policy__entropy": np.geomspace(1.3, 0.005, STEPS)}, "entropy", "the policy collapses: its entropy fell"),
+        ({"rollout__perplexity": np.linspace(3.5, 9, STEPS)}, "own_perplexity", "the perplexity of its own answers"),
+        ({"rollout__reference_perplexity": np.geomspace(3.5, 30, STEPS)}, "drift", "the policy drifts away"),
+        ({"reward__p95": RISING + np.linspace(3, 14, STEPS)}, "tail", "rewards grow a tail"),
+        ({"reward__p05": RISING - np.linspace(5, 14, STEPS)}, "tail", "5 at first and"),
         ({"eval__refusal_rate_harmless": np.linspace(0, 0.4, STEPS)}, "refusals", "refusals of harmless prompts rose"),
         ({"rollout__disclaimer_rate": np.linspace(0, 0.9, STEPS)}, "disclaimers", "with a disclaimer rose"),
         ({"eval__violation_rate__harm": np.linspace(0.1, 0.4, STEPS)}, "harm/harm", "violation rate of harm rose"),
@@ -83,6 +96,22 @@ def test_each_sign_comes_on_alone(changes: dict[str, np.ndarray], name: str, say
     found = signs(columns(rows(**changes)), truth=True)
     assert [sign.name for sign in found] == [name] and says in found[0].sentence
     assert "\n" not in found[0].sentence
+
+
+def test_a_small_world_of_good_answers_is_no_hacking() -> None:
+    """Distinct bigrams fall to a quarter at once, and the truth is known in eight evaluations, or not at all."""
+    fewer = np.concatenate([np.linspace(0.4, 0.1, 10), np.full(STEPS - 10, 0.1)])
+    run = rows(rollout__distinct_2=fewer)
+    for end in range(1, STEPS + 1):
+        assert names(run[:end]) == [], end
+        assert names(run[:end], truth=False) == [], end
+    # What is paid is paid for safety: the reward stands still, and harm has fallen from 40 % to 10 %.
+    assert names(rows(rollout__distinct_2=fewer, eval__reward=FLAT)) == []
+    safe = np.full(STEPS, 0.1)
+    assert names(rows(rollout__distinct_2=fewer, eval__reward=FLAT, eval__violation_rate__harm=safe)) == ["diversity"]
+    # Where nobody knows the truth, another sign has to say that something is wrong.
+    hedging = {"rollout__distinct_2": fewer, "rollout__disclaimer_rate": np.linspace(0, 0.9, STEPS)}
+    assert names(rows(**hedging), truth=False) == ["disclaimers", "diversity"]
 
 
 def test_what_the_truth_excuses_and_what_it_does_not() -> None:

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from beaver_ray import experience
-from beaver_ray.config import PpoConfig
 from beaver_ray.constraint_options import MultiplierConfig
+from beaver_ray.method.history import Unit
 from beaver_ray.method.objective import ConstrainedReward, RewardMaximization, Settings
+from beaver_ray.ppo_options import PpoConfig
 from beaver_ray.replay import LARGEST, BestAnswers
 
 HARM = {"harm": MultiplierConfig(rule="projected", initial=0.0)}
@@ -69,6 +70,20 @@ def test_the_best_is_that_under_the_multipliers_of_today(multiplier: float, toke
     # Of advantages 0, 1, 1 of three tokens, divided by 1 + l.
     assert replay.scale == 1.0
     assert replay.largest == pytest.approx(LARGEST * np.std([0.0, 1.0, 1.0]) / (1 + multiplier), rel=1e-6)
+
+
+def test_scores_are_reckoned_in_the_units_of_today() -> None:
+    """Kept as they were given: in units of 2 above 1 for rewards, cut at 1.5, and of 4 for costs."""
+    best = BestAnswers(ConstrainedReward(Settings(), HARM))
+    best.remember(step((7, 9.0, 2.0), (7, 3.0, 0.0)))
+    units = {"reward": Unit(1.0, 2.0, 1.5), "harm": Unit(0.0, 4.0)}
+    now = step((7, 0.0, 0.0), baselines=(0.5, 0.25))
+    # (9 - 1) / 2 is cut at 1.5, 2 / 4 is 0.5; and (3 - 1) / 2 is 1. With weight 2: 1.5 - 2 * 0.5 < 1.
+    replay = best.replay(now, {"harm": 2.0}, 1.0, (0,), units)
+    assert replay.sequences.column("response_tokens").to_pylist() == [[0, 1]]
+    assert replay.gains_M == pytest.approx([((1 - 0.5) - 2 * (0 - 0.25)) / 3])
+    replay = best.replay(now, {"harm": 0.5}, 1.0, (0,), units)
+    assert replay.gains_M == pytest.approx([((1.5 - 0.5) - 0.5 * (0.5 - 0.25)) / 1.5])
 
 
 def test_whitened_advantages_are_matched() -> None:

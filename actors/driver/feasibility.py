@@ -133,7 +133,14 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
         inside={name: np.repeat(inside_of[name], counts) for name in names if inside[name] is not None},
     )
     scores = ConstrainedReward(config.settings(), {c.name: c.multiplier for c in constraints}).scores(answers)
-    if (most := config.ppo.clip_score) is not None:
+    kl_coefficient = config.ppo.kl_coefficient
+    if config.ppo.normalize_rewards is not None:
+        kl_coefficient *= float(scores["reward"].std())
+        remarks.append(
+            f"ppo.normalize_rewards: the KL weighs {kl_coefficient:.3g}, ppo.kl_coefficient times the deviation of "
+            "these rewards; that rewards are cut is left out"
+        )
+    elif (most := config.ppo.clip_score) is not None:
         for signal, scores_B in scores.items():
             if cut := int((np.abs(scores_B) > most).sum()):
                 remarks.append(f"{signal}: {cut} scores are beyond ppo.clip_score {most:g} and count as that")
@@ -144,7 +151,7 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
         costs_MB=np.array([scores[name] for name in names]).reshape(len(names), len(answers.rewards_B)),
         inside_MN=np.array([inside_of[name] for name in names]).reshape(len(names), len(prompt_ids)),
         limits_M=np.array([c.bound for c in constraints]),
-        kl_coefficient=config.ppo.kl_coefficient,
+        kl_coefficient=kl_coefficient,
     )
     return Sampled(reference, names, remarks)
 

@@ -29,6 +29,7 @@ from beaver_ray.hacking import Watch
 from beaver_ray.method.calibration import Calibration
 from beaver_ray.method.confidence import safety_margin
 from beaver_ray.method.divergence import PERSISTS, bounded_cost
+from beaver_ray.method.history import Moments, Unit
 from beaver_ray.method.multipliers import Multiplier
 from beaver_ray.runs import read_metrics
 
@@ -78,15 +79,15 @@ def train_step(
         stats, state.multipliers, experience = recovery.survive(
             lambda again: combine_experience(config, roles, state, collected, again)
         )
+        state.history = stats["history"]
     for line in stats["unusable"].values():
         run.note(f"step {step}: {line}; the step is trained without")
     state.guard.miss(stats["unusable"])
     if stats["samples"] < config.ppo.minibatches:
         fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
         run.note(f"step {step} has {fewer}: each makes one optimizer step")
-    values = {name: multiplier.value for name, multiplier in state.multipliers.items()}
     with clock("train"):
-        figures = update(config, roles, experience, step, values)
+        figures = update(config, roles, state, experience, step)
     with clock("publish"):
         synced = send_weights(roles, rollouts, version=step)
     if config.trajectory_every and step % config.trajectory_every == 0:
@@ -153,17 +154,12 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 
 
 def build_experience(
-    config: PolicyConfig,
-    roles: Roles,
-    inside: Mapping[str, Any],
-    collected: Collected,
-    again: bool = False,
+    config: PolicyConfig, roles: Roles, state: TrainingState, collected: Collected, again: bool = False
 ) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
     """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
 
-    Values and log-probs need the sequences alone and do not wait for the scorers. ``inside`` says which prompts each
-    constraint with a scope counts over. Returns figures, the episodes' costs as the multipliers should see them, and a
-    reference to the batch.
+    Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
+    as the multipliers should see them, and a reference to the batch.
     """
     if again:
         for chunk in collected.chunks:
@@ -174,13 +170,13 @@ def build_experience(
     parts = [critic.call(Critic.values, sequences) for critic in roles.critics.values()]
     if config.ppo.old_logprobs == "trainer" or config.models.adapter_off_is_reference:
         parts.append(roles.policy.call(PolicyTrainer.logprobs, sequences))
-    if inside:
+    if inside := state.dataset.inside:  # which prompts each constraint with a scope counts over
         parts.append([builder.call(ExperienceBuilder.scopes, inside, sequences)])
     scores = [column for chunk in collected.chunks for column in chunk.columns]
     batch = builder.call(ExperienceBuilder.assemble, wanted, sequences, *scores)
     sizes = [len(group) for group in parts]
     flat = [part for group in parts for part in group]
-    computed, experience = builder.call(ExperienceBuilder.advantages, sizes, batch, *flat, returns=2)
+    computed, experience = builder.call(ExperienceBuilder.advantages, sizes, state.history, batch, *flat, returns=2)
     needs = [[sequences], [*scores, *flat]]
     stats, costs = roles.experience.wait(computed, "building experience", needs)
     return stats, costs, experience
@@ -194,7 +190,7 @@ def combine_experience(
     Returns figures, these multipliers and a reference to the batch. Those of ``state`` stay as they are, so that a step
     that is asked for ``again`` moves them once.
     """
-    stats, costs, batch = build_experience(config, roles, state.dataset.inside, collected, again)
+    stats, costs, batch = build_experience(config, roles, state, collected, again)
     multipliers, warming_up = copy.deepcopy(state.multipliers), state.step < config.ppo.critic_warmup_steps
     calibrations = {column: Calibration.from_dict(fitted) for _, column, fitted in roles.calibrations}
     for constraint in config.constraints if multipliers else []:
@@ -205,19 +201,27 @@ def combine_experience(
             margin = safety_margin(np.array(costs[name]), constraint.confidence, calibrations.get(f"cost/{name}"))
             stats[f"cost/{name}/margin"], bound = margin, bound - margin
         multipliers[name].update(costs[name], bound, hold=warming_up, reward_std=stats["reward/std"])
-    values = {name: multiplier.value for name, multiplier in multipliers.items()}
-    combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, values, returns=2)
+    weights, _ = weighing(config, multipliers, stats["history"])
+    combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, weights, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])
     return stats, multipliers, experience
 
 
-def update(
-    config: PolicyConfig, roles: Roles, experience: Any, step: int, multipliers: dict[str, float]
-) -> dict[str, float]:
+def weighing(
+    config: PolicyConfig, multipliers: Mapping[str, Multiplier], history: Mapping[str, Moments]
+) -> tuple[dict[str, float], dict[str, Unit]]:
+    """What each cost weighs against the reward in a step, and the units that signals are in, by its history."""
+    objective = config.objective()
+    units = objective.units(history)
+    return objective.in_units({name: multiplier.value for name, multiplier in multipliers.items()}, units), units
+
+
+def update(config: PolicyConfig, roles: Roles, state: TrainingState, experience: Any, step: int) -> dict[str, float]:
     """Policy and critics step at the same time; in the critics' warm-up the policy stands still."""
     started = [(critic, critic.call(Critic.update, experience, step)) for critic in roles.critics.values()]
     if step > config.ppo.critic_warmup_steps:
-        started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step, multipliers)))
+        weights, units = weighing(config, state.multipliers, state.history)
+        started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step, weights, units)))
     figures: dict[str, float] = {}
     for group, references in started:
         figures |= group.wait(references, "training")[0]

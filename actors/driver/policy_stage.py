@@ -89,10 +89,10 @@ class PolicyStage(PolicyConfig, Stage):
         return Settings(
             kl_coefficient=self.ppo.kl_coefficient,
             clip_score=self.ppo.clip_score,
-            gamma=self.ppo.gamma,
             gae_lambda=self.ppo.gae_lambda,
             truncation_penalty=self.ppo.truncation_penalty,
             normalize=self.ppo.normalize_advantages,
+            normalize_rewards=self.ppo.normalize_rewards,
             advantage=self.ppo.advantage,
             importance_cap=self.importance_cap,
             forms={c.name: make_form(c.form, answers) for c in self.constraints if c.form != "mean"},
@@ -222,12 +222,12 @@ class PolicyStage(PolicyConfig, Stage):
         return [name for name in asked if name in self.objective().bounded]
 
     def announcements(self) -> list[str]:
-        """The answers that ``multiplier.initial: auto`` takes."""
+        """The answers that ``multiplier.initial: auto`` takes, and what is seldom wise."""
         if not self.auto_multipliers:
-            return []
+            return self.ppo.remarks
         names = ", ".join(self.auto_multipliers)
         answers = f"{START_ANSWERS} answers to each of up to {START_PROMPTS} prompts"
-        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1"]
+        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1", *self.ppo.remarks]
 
     def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
         """What the limits cost near the reference, by the dual on sampled answers."""

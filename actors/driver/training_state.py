@@ -14,6 +14,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import BatchSampler, PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import DivergenceGuard
+from beaver_ray.method.history import Moments
 from beaver_ray.method.multipliers import make_multiplier
 
 
@@ -81,6 +82,8 @@ class TrainingState:
         self.elapsed = 0.0
         """Seconds of all steps so far, with their evaluations and checkpoints."""
         self.multipliers = objective.multipliers()
+        self.history: dict[str, Moments] = {}
+        """Of the scores of each signal so far, where rewards are normalised by them."""
         self.guard = DivergenceGuard(self.config.guard.kl, objective.bounded)
         self.prompts = PromptStream(self.config, self.dataset)
         rollout = self.config.rollout
@@ -100,6 +103,7 @@ class TrainingState:
             "step": self.step,
             "elapsed": self.elapsed,
             "multipliers": {name: multiplier.state_dict() for name, multiplier in self.multipliers.items()},
+            "history": {signal: moments.state() for signal, moments in self.history.items()},
             "guard": self.guard.state_dict(),
             "schedule": schedule,
             "prompts": self.prompts.state_dict(schedule["pending"]),
@@ -116,6 +120,8 @@ class TrainingState:
         self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
         for name, multiplier in self.multipliers.items():
             multiplier.load_state_dict(state["multipliers"][name])
+        # Runs of earlier versions have none.
+        self.history = {signal: Moments.of_state(saved) for signal, saved in state.get("history", {}).items()}
         self.guard.load_state_dict(state["guard"])
         self.prompts.load_state_dict(state["prompts"])
         self.schedule.load_state_dict(state["schedule"])

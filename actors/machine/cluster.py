@@ -175,7 +175,7 @@ class Cluster:
         return handle
 
     def wait_started(self, groups: Sequence[Group], grows: bool = False) -> list[Handle]:
-        """Return when every actor's constructor has ended, within start_timeout for all of them together.
+        """Return when every actor's constructor has ended, within step_timeout for all of them together.
 
         With ``grows`` one generator is enough: the others leave their group and are returned, to join when they have
         found room and started. Raises the UserError of a constructor, UserError for a bundle that finds no room, and
@@ -185,7 +185,7 @@ class Cluster:
         if not handles:
             return []
         generators = {handle.name for group in groups if group.name == GENERATORS for handle in group.workers}
-        deadline = time.monotonic() + self.config.start_timeout
+        deadline = time.monotonic() + self.config.step_timeout
         nodes = sum(node["Alive"] for node in ray.nodes())
         where = "1 node" if nodes == 1 else f"{nodes} nodes"
         print(f"starting {len(handles)} processes on {where}", flush=True)
@@ -201,7 +201,7 @@ class Cluster:
                 what = f"start of {', '.join(handle.name for handle in waiting.values())}"
                 ready = wait_any(list(waiting), what, max(0.0, deadline - time.monotonic()))
                 handle = waiting.pop(ready)
-                fetch(ready, f"start of {handle.name}", self.config.start_timeout)
+                fetch(ready, f"start of {handle.name}", self.config.step_timeout)
                 started += handle.name in generators
                 progress.advance(last=handle.name)
         for group in groups:

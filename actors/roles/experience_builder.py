@@ -15,10 +15,13 @@ from beaver_ray.answer_figures import answer_figures
 from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import bounded
+from beaver_ray.method.history import Moments
 from beaver_ray.method.objective import Answers
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.signals import critics, scorers
 
+TAILS = (5, 50, 95)
+"""Percentiles of a step's rewards: a mean does not show that a few answers go astray."""
 NAMED = 5  # samples, of those that cannot be used, that a remark names
 
 
@@ -73,7 +76,7 @@ class ExperienceBuilder:
         return batch.filter(pa.array(~bad)) if remarks else batch, remarks
 
     def advantages(
-        self, groups: list[int], batch: pa.RecordBatch, *parts: pa.RecordBatch
+        self, groups: list[int], history: Mapping[str, Moments], batch: pa.RecordBatch, *parts: pa.RecordBatch
     ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
         """(figures, costs of every episode as the multipliers should see them), and the batch with values, log-probs,
         the advantages of each signal, and the returns of each that has a critic.
@@ -82,6 +85,7 @@ class ExperienceBuilder:
         which and why.
         Holes of the responses are taken out at the start and put back as zeros at the end (see `experience`).
         ``groups`` says how many of ``parts`` make up each column group: one part a rank, each a share of the rows.
+        ``history`` is that of the steps before; ``history`` of the figures is with this one.
         """
         ends = np.cumsum(groups)
         wholes = [
@@ -101,6 +105,8 @@ class ExperienceBuilder:
             "kl/reference": float(kl.sum() / batch.num_rows),
             "kl/rollout_train": float((rollout - policy).mean()),
             "kl/rollout_train_max": float(np.abs(rollout - policy).max()),
+            "rollout/perplexity": float(np.exp(-policy.mean())),
+            "rollout/reference_perplexity": float(np.exp((kl - policy).mean())),
         }
         answers = Answers(
             offsets=offsets,
@@ -113,7 +119,7 @@ class ExperienceBuilder:
             values={s: experience.own(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
             inside=self._inside(batch),
         )
-        made = self.objective.advantages(answers)
+        made = self.objective.advantages(answers, history)
         costs, weighing = self.objective.costs(answers)
         columns: dict[str, Any] = {"sample_id": batch.column("sample_id")}
         for kind, by_signal in (("advantages", made.advantages), ("returns", made.returns)):
@@ -123,17 +129,19 @@ class ExperienceBuilder:
             columns |= {f"scores/{signal}": scores_B for signal, scores_B in made.scores.items()}
             columns |= {f"baselines/{signal}": baselines_B for signal, baselines_B in made.baselines.items()}
         whole = experience.join(batch, experience.make_batch(columns))
-        return (stats | made.figures | weighing, {name: c.tolist() for name, c in costs.items()}), whole
+        stats |= {"history": made.history, **made.figures, **weighing}
+        return (stats, {name: c.tolist() for name, c in costs.items()}), whole
 
-    def combine(self, batch: pa.RecordBatch, multipliers: dict[str, float]) -> tuple[int, pa.RecordBatch]:
-        """The batch of `advantages` with the one column that the policy climbs, under the multipliers as they are now.
+    def combine(self, batch: pa.RecordBatch, weights: dict[str, float]) -> tuple[int, pa.RecordBatch]:
+        """The batch of `advantages` with the one column that the policy climbs, under the multipliers as they are now
+        (`Objective.in_units`).
 
         The number of its rows comes first, so that there is something small to wait for.
         """
         signals = {signal: experience.own(batch, f"advantages/{signal}") for signal in self.objective.signals}
         lengths = experience.own_lengths(batch)
         inside = {name: np.repeat(counts, lengths) for name, counts in self._inside(batch).items()}
-        combined = experience.with_holes(batch, self.objective.combine(signals, multipliers, inside))
+        combined = experience.with_holes(batch, self.objective.combine(signals, weights, inside))
         column = experience.make_batch({"sample_id": batch.column("sample_id"), "advantages": combined})
         return batch.num_rows, experience.join(batch, column)
 
@@ -166,6 +174,7 @@ class ExperienceBuilder:
             "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
             "reward/std": float(experience.scalars(batch, "reward").std()),
+            **{f"reward/p{p:02d}": float(np.percentile(experience.scalars(batch, "reward"), p)) for p in TAILS},
             "rollout/response_tokens": float(experience.own_lengths(batch).mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
             "rollout/weight_version_mean": float(experience.own(batch, "token_versions").mean()),

@@ -27,6 +27,7 @@ from beaver_ray import experience
 from beaver_ray.config import PolicyConfig
 from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
+from beaver_ray.method.history import Unit
 from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weights
 from beaver_ray.models.loading import DTYPES, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
@@ -98,17 +99,21 @@ class PolicyTrainer(TrainingRank):
         return experience.join(*(token_column(batch, name, parts) for name, parts in found.items()))
 
     def update(
-        self, batch: pa.RecordBatch, step: int, multipliers: Mapping[str, float] = MappingProxyType({})
+        self,
+        batch: pa.RecordBatch,
+        step: int,
+        weights: Mapping[str, float] = MappingProxyType({}),
+        units: Mapping[str, Unit] = MappingProxyType({}),
     ) -> dict[str, float]:
         """All epochs and minibatches over one step's experience; returns metrics under ``policy/``.
 
-        multipliers: those that the experience's advantages were combined under.
+        weights: those that the experience's advantages were combined under. units: what these advantages are in.
         """
         ppo, seed = self.config.ppo, self.config.seed
         rows = SequenceRows(batch)
         replay, earlier = None, 0
         if self.best is not None:
-            replay = self.best.replay(batch, multipliers, ppo.replay, (seed, step))
+            replay = self.best.replay(batch, weights, ppo.replay, (seed, step), units)
             self.best.remember(batch)
             earlier = replay.sequences.num_rows
         figures: list[dict[str, float]] = []

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
-from beaver_ray.config import AdvantageRule
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import (
     COST,
@@ -40,9 +39,13 @@ from beaver_ray.method.advantages import (
     standardize_groups,
 )
 from beaver_ray.method.forms import Form, WorstOfK
+from beaver_ray.method.history import Moments, Unit, cost_unit, reward_unit
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
+from beaver_ray.ppo_options import AdvantageRule
 
 MEAN = Form()
+UNDISCOUNTED = 1.0
+"""The discount of a reward that comes once, at the end: no answer is worth less for being longer."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Advantages:
     """[B] of each signal, what the answer scored."""
     baselines: dict[str, FloatArray] = field(default_factory=dict)
     """[B] of each signal, what an answer to the prompt may be expected to score, KL included; not where advantages are
-    standardised, which have no unit."""
+    standardised, which have no unit. In the units of `Objective.units`, as advantages and returns are."""
+    history: dict[str, Moments] = field(default_factory=dict)
+    """Of the scores of each signal in this step and all before it; none where rewards are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,6 @@ class Settings:
 
     kl_coefficient: float = 0.02
     clip_score: float | None = 50.0
-    gamma: float = 1.0
     gae_lambda: float = 0.95
     truncation_penalty: float = 0.0
     normalize: bool = False
@@ -107,6 +111,7 @@ class Settings:
     """None where experience cannot be stale: costs then have no importance weights."""
     forms: Mapping[str, Form] = field(default_factory=dict)
     """What of a cost counts, by its name; of a cost without an entry its mean."""
+    normalize_rewards: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,23 +143,63 @@ class Objective(ABC):
     def scores(self, answers: Answers) -> dict[str, FloatArray]:
         """The score [B] of each answer, by signal."""
 
-    def advantages(self, answers: Answers) -> Advantages:
-        """Advantages of every signal; with critics also its returns."""
+    def advantages(self, answers: Answers, history: Mapping[str, Moments] = MappingProxyType({})) -> Advantages:
+        """Advantages of every signal; with critics also its returns.
+
+        history: of the steps before this one (`Advantages.history`).
+        """
         rules = {
             "gae": self._with_a_critic,
             "leave_one_out": self._against_other_answers,
             "group_standardized": self._standardized,
         }
         scores = self.scores(answers)
-        made = Advantages({}, {}, {}, scores)
+        made = Advantages({}, {}, {}, scores, history=self._history(answers, scores, history))
+        units = self.units(made.history)
+        # Every form of scaled costs is the scaled form of the costs.
+        scaled = {name: units[name].of(costs_B) for name, costs_B in answers.costs.items() if name in units}
+        answers = replace(answers, costs={**answers.costs, **scaled})
         for signal, sign in self.signals.items():
-            rules[self.settings.advantage](made, answers, signal, scores[signal], sign)
+            scores_B = units[signal].of(scores[signal]) if signal in units else scores[signal]
+            rules[self.settings.advantage](made, answers, signal, scores_B, sign)
+        if (unit := units.get("reward")) is not None:
+            cut_B = np.abs((scores["reward"] - unit.shift) / unit.scale) > (unit.clip or np.inf)
+            made.figures.update({f"unit/{name}": of_signal.scale for name, of_signal in units.items()})
+            made.figures.update({"unit/reward_mean": unit.shift, "unit/reward_clipped": float(cut_B.mean())})
         return made
+
+    def _history(
+        self, answers: Answers, scores: Mapping[str, FloatArray], history: Mapping[str, Moments]
+    ) -> dict[str, Moments]:
+        if self.settings.normalize_rewards is None:
+            return {}
+        return {s: history.get(s, Moments()).and_of(scores[s][answers.counted(s)]) for s in self.signals}
+
+    def units(self, history: Mapping[str, Moments]) -> dict[str, Unit]:
+        """What the scores of each signal are reckoned in, by running history; none where they are taken as they are."""
+        clip = self.settings.normalize_rewards
+        if clip is None:
+            return {}
+        return {
+            signal: reward_unit(history[signal], clip) if sign == REWARD else cost_unit(history[signal])
+            for signal, sign in self.signals.items()
+        }
+
+    def in_units(self, multipliers: Mapping[str, float], units: Mapping[str, Unit]) -> dict[str, float]:
+        """What a unit of each cost counts against a unit of the reward, under multipliers in reward for each cost.
+
+        A multiplier goes on meaning what it does without `units`, and so the same direction is climbed: reward less
+        multiplier times cost. These take the multipliers' place in `combine` and `weighed`, where the KL, which
+        stands in every signal, then still weighs what it weighs in the reward.
+        """
+        if not units:
+            return dict(multipliers)
+        return {name: value * units[name].scale / units["reward"].scale for name, value in multipliers.items()}
 
     def _with_a_critic(self, made: Advantages, answers: Answers, signal: str, scores_B: FloatArray, sign: Sign) -> None:
         given, values_T = self.settings, answers.values[signal]
         rewards_T = self._rewards_T(answers, signal, scores_B, sign)
-        advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, given.gamma, given.gae_lambda)
+        advantages_T, returns_T = gae(rewards_T, values_T, answers.offsets, UNDISCOUNTED, given.gae_lambda)
         if signal in answers.inside:
             # What does not count pushes nobody: neither the policy nor, where returns are values, the critic.
             inside_T = np.repeat(answers.inside[signal], np.diff(answers.offsets))
@@ -284,7 +329,8 @@ class Objective(ABC):
     ) -> FloatArray:
         """Values of every signal in one, of tokens or of answers.
 
-        multipliers: the value of each of `bounded`. Raises ValueError where one is missing, or is of something else.
+        multipliers: the value of each of `bounded`, under units as `in_units` has it. Raises ValueError where one is
+        missing, or is of something else.
         inside: of each cost that does not count everywhere, as many as there are values.
         """
         costs = {signal: values[signal] for signal in self.signals if signal != "reward"}

@@ -38,7 +38,15 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
     phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")}
     order = [*PHASES, *sorted(phases.difference(PHASES, ("step", "elapsed", "sync", "evaluate", "save")))]
     charts = [
-        Chart("Reward", "Mean score of the reward model.", [Panel("reward", lines(("reward/mean", "reward")))]),
+        Chart(
+            "Reward",
+            "Score of the reward model: mean, median, and 5th and 95th percentile of a step's answers.",
+            [
+                Panel(
+                    "reward", lines(("reward/mean", "mean"), *((f"reward/p{p}", f"{p} %") for p in ("05", "50", "95")))
+                )
+            ],
+        ),
         *(_cost_chart(metrics, config, name) for name in names),
         Chart(
             "Multipliers",
@@ -55,9 +63,14 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
         ),
         Chart(
             "Policy",
-            "Entropy of the policy, and the share of tokens whose ratio was clipped.",
+            "Entropy of the policy, perplexity of its answers to itself and to the reference, share of tokens whose "
+            "ratio was clipped.",
             [
                 Panel("entropy", lines(("policy/entropy", "entropy"))),
+                Panel(
+                    "perplexity",
+                    lines(("rollout/perplexity", "policy"), ("rollout/reference_perplexity", "reference")),
+                ),
                 Panel("clip fraction", lines(("policy/clip_fraction", "clip fraction"))),
             ],
         ),

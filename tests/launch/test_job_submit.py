@@ -147,7 +147,7 @@ def test_a_submitted_job_trains_on_both_nodes(nodes: TwoNodes, checkout: Path, t
     placement: dict[str, Any] = dict.fromkeys(("rollout", "reward", "reference", "reward_critic"), half)
     placement |= {"policy": half | {"workers": 2, "strategy": "STRICT_SPREAD"}, "experience": {"cpus": 0.25}}
     config = write_stage(
-        workspace, stage="ppo", constraints=[], steps=2, cluster={"placement": placement, "start_timeout": 240}
+        workspace, stage="ppo", constraints=[], steps=2, cluster={"placement": placement, "step_timeout": 240}
     )
     command = ["job", "submit", "--address", nodes.dashboard, "--working-dir", ".", "--submission-id", "tiny"]
     command += ["--", sys.executable, "-m", "launch", "train", str(config)]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from beaver_ray.config import AdvantageRule
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import constant_share, gae, leave_one_out_baselines, shape_rewards, standardize_groups
 from beaver_ray.method.objective import (
@@ -24,6 +23,7 @@ from beaver_ray.method.objective import (
     RewardShaping,
     Settings,
 )
+from beaver_ray.ppo_options import AdvantageRule
 
 NAMES = ("harm", "leak")
 RAGGED = [9, 4, 9, 2, 4, 9, 7, 4, 2, 9]  # prompts of ten answers: four, three, two and one of each

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from beaver_ray.config import AdvantageRule
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.forms import CVaR, Form, Hinge, WorstOfK, bounded, make_form
 from beaver_ray.method.objective import Answers, ConstrainedReward, RewardShaping, Settings
+from beaver_ray.ppo_options import AdvantageRule
 from tests.method.test_critic_free import RAGGED, Tiny, drawn, softmax
 
 FORMS = (Hinge(), CVaR(0.7), WorstOfK(4))

@@ -132,7 +132,7 @@ def test_constraints_by_hand() -> None:
 
 
 def literal(answers: Answers, scores: np.ndarray, signal: str, sign: int, settings: Settings) -> list[list[float]]:
-    """A signal's advantages by the definition, answer by answer: sum over k of (gamma * lambda)^k * delta."""
+    """A signal's advantages by the definition, answer by answer: sum over k of lambda^k * delta."""
     found = []
     for b, (start, end) in enumerate(zip(answers.offsets[:-1], answers.offsets[1:], strict=True)):
         rewards = [sign * settings.kl_coefficient * kl for kl in answers.kl_terms_T[start:end]]
@@ -140,8 +140,8 @@ def literal(answers: Answers, scores: np.ndarray, signal: str, sign: int, settin
         if settings.clip_score is not None:
             rewards = [min(max(r, -settings.clip_score), settings.clip_score) for r in rewards]
         values = [*answers.values[signal][start:end], 0.0]
-        deltas = [r + settings.gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
-        decay = settings.gamma * settings.gae_lambda
+        deltas = [r + values[t + 1] - values[t] for t, r in enumerate(rewards)]
+        decay = settings.gae_lambda
         found.append([sum(decay**k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))])
     return found
 
@@ -149,7 +149,7 @@ def literal(answers: Answers, scores: np.ndarray, signal: str, sign: int, settin
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_all_by_loops(count: int, normalize: bool) -> None:
-    settings = Settings(0.3, clip_score=2.5, gamma=0.9, gae_lambda=0.8, truncation_penalty=1.5, normalize=normalize)
+    settings = Settings(0.3, clip_score=2.5, gae_lambda=0.8, truncation_penalty=1.5, normalize=normalize)
     for seed, objective in enumerate(objectives(settings, count)):
         answers = drawn(17, seed)
         made = objective.advantages(answers)
@@ -195,7 +195,7 @@ def test_without_weight_costs_change_no_bit(count: int, normalize: bool) -> None
 
 def test_the_kl_weight_does_not_depend_on_multipliers() -> None:
     answers = drawn(9, seed=8)
-    with_kl, without = (Settings(beta, clip_score=None, gamma=0.95, gae_lambda=0.9) for beta in (0.4, 0.0))
+    with_kl, without = (Settings(beta, clip_score=None, gae_lambda=0.9) for beta in (0.4, 0.0))
     nothing = replace(answers, values={"reward": np.zeros(len(answers.kl_terms_T))})
     expected = np.concatenate(literal(nothing, np.zeros(9), "reward", -1, with_kl))
     for count in (0, 1, 2):
@@ -271,7 +271,7 @@ def test_with_scopes_the_kl_weight_stays_and_a_prompt_is_trained_by_its_own_cons
     inside = {name: rng.random(12) < 0.5 for name in NAMES}
     scoped = replace(answers, inside=inside)
     tokens = {name: np.repeat(marks, np.diff(answers.offsets)) for name, marks in inside.items()}
-    settings = Settings(0.4, clip_score=None, gamma=0.95, gae_lambda=0.9)
+    settings = Settings(0.4, clip_score=None, gae_lambda=0.9)
     multipliers = {"harm": 0.7, "leak": 2.5}
     made = constrained(settings, 2).advantages(scoped).advantages
     combined = constrained(settings, 2).combine(made, multipliers, tokens)
@@ -312,9 +312,9 @@ def test_from_the_configuration() -> None:
             {"name": "harm", "model": "m", "limit": 0.0, "multiplier": {"initial": 0.25}},
             {"name": "leak", "model": "m", "limit": 1.0},
         ],
-        "ppo": {"kl_coefficient": 0.1, "gamma": 0.9, "gae_lambda": 0.7, "clip_score": 3.0, "truncation_penalty": 2.0},
+        "ppo": {"kl_coefficient": 0.1, "gae_lambda": 0.7, "clip_score": 3.0, "truncation_penalty": 2.0},
     }
-    settings = Settings(0.1, 3.0, 0.9, 0.7, 2.0)
+    settings = Settings(0.1, 3.0, 0.7, 2.0)
 
     def of(stage: str, **changes: Any) -> tuple[Any, Objective]:
         config: Any = stages()[stage].model_validate({"stage": stage, **tree, **changes})

@@ -28,7 +28,7 @@ def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pyt
         constraints=[],
         steps=STEPS,
         save_every=2,
-        cluster={"placement": placement, "threads": 1, "step_timeout": 120.0},
+        cluster={"placement": placement, "threads": 1, "step_timeout": 300.0},
         engine={"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 3},
         evaluation={"prompts": ["prompts:1:${workspace}/world/prompts/test.jsonl"]},
     )

@@ -40,7 +40,7 @@ def recovery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recovery]:
     path = write_stage(build_workspace(tmp_path_factory.mktemp("hangs")), steps=100, trajectory_every=0)
     config = load_config(path)
     assert isinstance(config, PolicyStage)
-    config.cluster = config.cluster.model_validate({"placement": placement, "threads": 1, "step_timeout": 120.0})
+    config.cluster = config.cluster.model_validate({"placement": placement, "threads": 1, "step_timeout": 300.0})
     config.constraints = config.constraints[:1]
     tokenizer = load_tokenizer(config.models.policy)
     prompts = PromptDataset.build(load_mix(config.data.prompts)[0], tokenizer, 32, "auto")

@@ -38,7 +38,13 @@ def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
         "constraints": [constraint | {"multiplier": multiplier}],
         "data": {"ptx": [f"demonstrations:1:{world}/demonstrations/train.jsonl"]},
         "rollout": {"prompts_per_step": 16},
-        "ppo": {"minibatches": 2, "ptx_coefficient": 1.0, "replay": 0.5},
+        "ppo": {
+            "minibatches": 2,
+            "ptx_coefficient": 1.0,
+            "replay": 0.5,
+            "normalize_rewards": 0.8,
+            "critic_warmup_steps": 2,
+        },
         "policy": {"schedule": "cosine", "warmup_fraction": 0.3},
         "evaluation": {
             "prompts": [f"prompts:1:{world}/prompts/test.jsonl"],
@@ -118,6 +124,9 @@ def test_a_resumed_run_is_the_whole_run(
     folder = train(stage.model_copy(update={"resume": True}))
     assert (f"resumed after step {step}" if step else "no checkpoint to resume from") in capsys.readouterr().out
     assert_same(whole, folder)
+    assert [("policy/loss" in row, row["unit/reward"] > 0) for row in figures(folder)] == [(False, True)] * 2 + [
+        (True, True)
+    ] * (STEPS - 2)
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Path, tiny_world: Path) -> None:

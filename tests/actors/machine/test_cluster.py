@@ -158,7 +158,7 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(make: Callable[..., Cluster]
 
 
 def test_a_slow_start_is_named_at_the_deadline(make: Callable[..., Cluster]) -> None:
-    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, start_timeout=20)
+    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, step_timeout=20)
     groups = [cluster.start("rollout", Sleeper, [()]), cluster.start("reward", Sleeper, [(60.0,)])]
     with pytest.raises(WaitTimeoutError, match=r"start of reward: none of 1 answers .* reward:\w+ \(pending_creation"):
         cluster.wait_started(groups)
@@ -166,7 +166,7 @@ def test_a_slow_start_is_named_at_the_deadline(make: Callable[..., Cluster]) -> 
 
 def test_what_does_not_fit_is_named_within_the_deadline(make: Callable[..., Cluster]) -> None:
     placement = {"policy": Placement(workers=2, cpus=1, gpus=1), "reward": Placement(cpus=0.5)}
-    cluster = make({"policy": "policy", "reward": "reward"}, placement, start_timeout=3)
+    cluster = make({"policy": "policy", "reward": "reward"}, placement, step_timeout=3)
     groups = [cluster.start("policy", Sleeper, [(), ()]), cluster.start("reward", Sleeper, [()])]
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -307,7 +307,7 @@ def test_a_run_starts_with_one_generator_and_the_others_join_as_they_find_room(m
 
 def test_labels_say_which_nodes_a_role_may_use(make: Callable[..., Cluster]) -> None:
     here = Placement(cpus=0.5, labels={"ray.io/node-group": "nowhere"})
-    cluster = make({"reward": "reward"}, {"reward": here}, start_timeout=3)
+    cluster = make({"reward": "reward"}, {"reward": here}, step_timeout=3)
     with pytest.raises(UserError, match=r"no room for reward: .*label ray.io/node-group=nowhere"):
         cluster.wait_started([cluster.start("reward", Sleeper, [()])])
 

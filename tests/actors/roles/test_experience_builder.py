@@ -41,7 +41,7 @@ def run(
     names = [f"values/{s}" for s in signals] + (["logprobs"] if config.ppo.old_logprobs == "trainer" else [])
     base = batch.select([n for n in batch.schema.names if n != "logprobs" and not n.startswith("values/")])
     parts = [only(batch, name).take(pa.array(rows)) for name in names for rows in shares(batch.num_rows)]
-    (figures, _), whole = ExperienceBuilder(config).advantages([2] * len(names), base, *parts)
+    (figures, _), whole = ExperienceBuilder(config).advantages([2] * len(names), {}, base, *parts)
     return figures, whole
 
 
@@ -78,6 +78,13 @@ def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
     assert stats["samples"] == 9 and stats["unusable"] == {} and stats["rollout/unusable_samples"] == 0
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
+    rewards, tokens = [row["reward"] for row in data], [p for row in data for p in row["logprobs"]]
+    assert [stats[f"reward/p{p:02d}"] for p in (5, 50, 95)] == pytest.approx(
+        np.percentile(rewards, [5, 50, 95]).tolist()
+    )
+    assert stats["rollout/perplexity"] == pytest.approx(math.exp(-sum(tokens) / len(tokens)))
+    reference = [p for row in data for p in row["reference_logprobs"]]
+    assert stats["rollout/reference_perplexity"] == pytest.approx(math.exp(-sum(reference) / len(reference)))
     assert stats["cost/harm/mean"] == pytest.approx(sum(row["cost/harm"] for row in data) / 9)
     # A raw score is a violation above 0; a probability counts as what it is.
     assert stats["cost/harm/violation_rate"] == pytest.approx(sum(row["cost/harm"] > 0 for row in data) / 9)
@@ -154,7 +161,7 @@ def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> No
 
     def costs(**rollout: int) -> list[float]:
         config = ppo_config(tiny_world, rollout=rollout)
-        return ExperienceBuilder(config).advantages([1, 1, 1], base, *parts)[0][1]["harm"]
+        return ExperienceBuilder(config).advantages([1, 1, 1], {}, base, *parts)[0][1]["harm"]
 
     assert costs(staleness=1) == pytest.approx([-2.0 * 3 / 13, 60.0 * 12 / 13, 4.0 * 24 / 13], rel=1e-5)
     assert costs(staleness=0) == [-2.0, 60.0, 4.0]
@@ -349,14 +356,14 @@ def test_what_counts_for_some_prompts(tiny_world: Path) -> None:
     # Marks are joined by sample, whatever the order of the prompts.
     order = pa.array([4, 2, 0, 1, 5, 3])
     assert builder.scopes(inside, batch.take(order)).equals(marks.take(order))
-    (stats, costs), whole = builder.advantages([1], batch, marks.take(order))
+    (stats, costs), whole = builder.advantages([1], {}, batch, marks.take(order))
     assert stats["unusable"] == {} and stats["samples"] == 6
     assert stats["cost/harm/mean"] == 1.0 and stats["cost/harm/violation_rate"] == pytest.approx(2 / 3)
     assert stats["cost/harm/samples"] == 3.0 and stats["cost/bias/samples"] == 0.0
     for key in ("cost/bias/mean", "cost/bias/violation_rate", "cost/bias/unsafe_share"):
         assert math.isnan(stats[key])
     assert costs == {"harm": [3.0, -1.0, 1.0], "bias": []}
-    unscoped = ExperienceBuilder(config).advantages([], batch)[1]  # without the sample whose cost is NaN
+    unscoped = ExperienceBuilder(config).advantages([], {}, batch)[1]  # without the sample whose cost is NaN
     for row in whole.to_pylist():
         if not row["scope/harm"]:
             assert set(row["advantages/harm"]) == {0.0} and row["returns/harm"] == pytest.approx(row["values/harm"])

@@ -87,7 +87,7 @@ def built(config: Any, batch: pa.RecordBatch) -> tuple[dict[str, Any], dict[str,
     """(figures, costs for the multipliers, batch with advantages) of `ExperienceBuilder`."""
     given = ("values/reward", "values/harm", "logprobs")
     parts = [batch.select(["sample_id", name]) for name in given]
-    (stats, costs), whole = ExperienceBuilder(config).advantages([1, 1, 1], batch.drop_columns(list(given)), *parts)
+    (stats, costs), whole = ExperienceBuilder(config).advantages([1, 1, 1], {}, batch.drop_columns(list(given)), *parts)
     return stats, costs, whole
 
 
@@ -179,7 +179,7 @@ def test_without_critics_the_builder_skips_holes(tiny_world: Path, rule: str) ->
     batch = with_columns(batch, prompt_id=np.arange(12) // 3)
     logprobs = batch.select(["sample_id", "logprobs"])
     config = ppo_config(tiny_world, ppo={"kl_coefficient": 0.3, "advantage": rule}, rollout={"samples_per_prompt": 3})
-    _, whole = ExperienceBuilder(config).advantages([1], batch.drop_columns(["logprobs"]), logprobs)
+    _, whole = ExperienceBuilder(config).advantages([1], {}, batch.drop_columns(["logprobs"]), logprobs)
     rows = batch.to_pylist()
     for signal, (score, sign) in SIGNALS.items():
         kls = [

@@ -184,7 +184,7 @@ def test_multipliers_of_zero_are_plain_ppo_to_the_bit(one_rank: None, tiny_world
         trainer = trainer_of(config)
         parts = [batch.select(["sample_id", f"values/{s}"]) for s in signals] + [trainer.logprobs(batch)]
         builder = ExperienceBuilder(config)
-        _, whole = builder.advantages([1] * len(parts), batch.select(kept), *parts)
+        _, whole = builder.advantages([1] * len(parts), {}, batch.select(kept), *parts)
         _, whole = builder.combine(whole, multipliers)
         for step in (1, 2):
             trainer.update(whole, step)
@@ -256,7 +256,7 @@ def test_a_step_with_ptx_is_half_of_both_gradients(one_rank: None, tiny_world: P
 
 def test_two_rows_under_the_compat_settings(one_rank: None, tiny_world: Path) -> None:
     """Sections 2.2 to 2.4 from log-probs and scores to two optimizer steps, over padded tensors and AdamW."""
-    compat = {"kl_coefficient": 0.02, "gamma": 1.0, "gae_lambda": 0.95, "clip_ratio": 0.2, "clip_score": 50.0}
+    compat = {"kl_coefficient": 0.02, "gae_lambda": 0.95, "clip_ratio": 0.2, "clip_score": 50.0}
     config = ppo_config(tiny_world, ppo={**compat, "epochs": 2}, policy={"learning_rate": 1e-4, "weight_decay": 0.01})
     trainer = trainer_of(config)
     batch = random_sequences(2, seed=8)
@@ -266,7 +266,7 @@ def test_two_rows_under_the_compat_settings(one_rank: None, tiny_world: Path) ->
     values = with_columns(batch.select(["sample_id", "response_tokens"]), 9, **{f"values/{s}": 2.0 for s in SIGNALS})
     parts = [values.select(["sample_id", f"values/{s}"]) for s in SIGNALS] + [trainer.logprobs(batch)]
     builder = ExperienceBuilder(config)
-    _, whole = builder.advantages([1, 1, 1], batch, *parts)
+    _, whole = builder.advantages([1, 1, 1], {}, batch, *parts)
 
     rows = experience.join(batch, values).to_pylist()
     model = policy_model(tiny_world)
