@@ -177,7 +177,10 @@ def svg(chart: Chart, steps: np.ndarray | None = None) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
-            ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
+            if chart.log:
+                ax.set_xscale("log")
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
             _draw(ax, panel, x)
         axes[-1].set_xlabel(chart.xlabel)
 
