@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from actors.driver.processes import open_cluster
 from actors.driver.train import train
-from actors.machine.cluster import Cluster
+from actors.machine.cluster import Bundle
 from actors.machine.waits import fetch, wait_any
 from beaver_ray.errors import UserError
 from beaver_ray.gpus import on_this_machine
@@ -33,7 +33,7 @@ def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError
     # A process of its own for each, so that none has another one's memory.
     drive: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_drive)
     try:
-        at_once = rooms(cluster, ray.cluster_resources())
+        at_once = rooms([bundle for group in cluster.bundles.values() for bundle in group], ray.cluster_resources())
         print(f"{len(stages)} runs, {min(at_once, len(stages))} at a time", flush=True)
         waiting = deque(stages)
         running: dict[Any, Stage] = {}
@@ -53,9 +53,8 @@ def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError
         cluster.close()
 
 
-def rooms(cluster: Cluster, there: dict[str, float]) -> int:
-    """How many runs like the cluster's own fit into its resources; one at least, which says itself what it lacks."""
-    bundles = [bundle for group in cluster.bundles.values() for bundle in group]
+def rooms(bundles: Sequence[Bundle], there: Mapping[str, float]) -> int:
+    """How many runs of these bundles fit into a cluster's resources; one at least, which says itself what it lacks."""
     needs = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     return max(1, min(int(there.get(kind, 0.0) / need + 1e-6) for kind, need in needs.items() if need))
 
