@@ -66,7 +66,9 @@ def sweep(
     over: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="What differs; several make a grid.")
     ] = None,
-    seeds: Annotated[str, typer.Option(metavar="SEED,SEED", help="Each combination of values once with each.")] = "0",
+    seeds: Annotated[
+        str, typer.Option(metavar="SEED,SEED", help="Each combination of values once with each; else with CONFIG's.")
+    ] = "",
 ) -> None:
     """Run a stage at several values and seeds; its held-out figures by value, and pictures of them.
 
@@ -77,9 +79,10 @@ def sweep(
 
     if not over:
         raise UserError("give --over KEY=VALUE,VALUE, for example --over lora_rank=0,8")
-    if not all(part.strip().isdecimal() for part in seeds.split(",")):
+    parts = seeds.split(",") if seeds else []
+    if not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--seeds {seeds} must be whole numbers with commas between them, for example 0,1,2")
-    run_sweep(config, overrides or [], over, [int(part) for part in seeds.split(",")])
+    run_sweep(config, overrides or [], over, [int(part) for part in parts])
 
 
 @app.command()

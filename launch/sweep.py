@@ -59,7 +59,7 @@ def sweep(config: Path, overrides: Sequence[str], over: Sequence[str], seeds: Se
             for run in finished
         ]
         words = ["beaver-ray", "sweep", str(config), *overrides, *(w for text in over for w in ("--over", text))]
-        command = shlex.join([*words, "--seeds", ",".join(map(str, seeds))])
+        command = shlex.join([*words, *(["--seeds", ",".join(map(str, seeds))] if seeds else [])])
         report = SweepReport(f"{runs[0].stage.stage} by {' and '.join(axes)}", command, list(axes), found)
         table_console().print(report.table())
         for line in report.lines():
@@ -86,7 +86,8 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
 def plan_runs(
     config: Path, overrides: list[str], axes: dict[str, list[Any]], seeds: Sequence[int]
 ) -> tuple[Path, list[Swept]]:
-    """The sweep's folder, workspace/NAME-by-KEY, and its runs: every combination of values with every seed.
+    """The sweep's folder, workspace/NAME-by-KEY, and its runs: every combination of values with every seed, or the
+    configuration's own.
 
     Raises UserError for values that a stage cannot have, for two runs of one name, and where the held-out data would
     change with the training data.
@@ -98,7 +99,7 @@ def plan_runs(
         values = dict(zip(axes, chosen, strict=True))
         changes = [f"{key}={as_yaml(value)}" for key, value in values.items()]
         parts = [f"{key.rpartition('.')[2]}-{shown(value)}" for key, value in values.items()]
-        for seed in seeds:
+        for seed in seeds or [base.seed]:
             label = re.sub(r"[^\w.+-]+", "_", "_".join([*parts, f"seed-{seed}"]))
             stage = load_config(config, [*overrides, *changes, f"seed={seed}", f"name={as_yaml(f'{own}/{label}')}"])
             runs.append(Swept(values, seed, stage))
