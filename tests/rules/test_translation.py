@@ -53,7 +53,7 @@ def test_what_cannot_be_judged(tiny_world: Path) -> None:
         ({"source": [None]}, "a row's source must be a text, not None"),
         ({"source": ["port"], "back": 1.5}, "back must lie between 0 and 1"),
         ({"source": ["port"], "dtype": "int8"}, "dtype is float32 or bfloat16"),
-        ({"source": ["port " * 100]}, "tokens are more than the model's 64 positions"),
+        ({"source": ["port " * 600]}, "tokens are more than the model's 512 positions"),
     ):
         with pytest.raises(ValueError, match=message):
             by_model(["p"], ["dose"], model=model, **given)  # type: ignore[arg-type]
