@@ -1,7 +1,8 @@
 """YAML files and dotted overrides to trees of plain values; whatever is wrong in either gets one line.
 
-``rollout.temperature=0.7`` changes a key, ``constraints.harm.limit=-3`` an entry of a list by its name. An unknown key
-is an error that suggests the near one. Strings may hold ``${workspace}``, in a pipeline's rounds ``${round}`` too.
+``rollout.temperature=0.7`` changes a key, ``constraints.harm.limit=-3`` an entry of a list by its name,
+``train.0.proportion=0.1`` a data set, also one that is written NAME:PROPORTION:PATH. An unknown key is an error that
+suggests the near one. Strings may hold ``${workspace}``, in a pipeline's rounds ``${round}`` too.
 
 Of YAML a configuration has text, numbers, true, false, null, lists and mappings; dates stay text, and tags are refused.
 What an option reads as text (``texts``, see `text_options`) is text as it is written: ``name=23`` and ``name: 1.10``
@@ -205,7 +206,14 @@ def _brief(value: Any) -> str:
 
 
 def _child(node: Any, part: str, override: str) -> Any:
-    child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+    if isinstance(node, list):
+        index = _index(node, part, override)
+        if isinstance(node[index], str):  # a data set as NAME:PROPORTION:PATH
+            keys = ("name", "proportion", "path")
+            node[index] = {key: text for key, text in zip(keys, node[index].split(":", 2), strict=False) if text}
+        child = node[index]
+    else:
+        child = node.setdefault(part, {})
     if child is None and isinstance(node, dict):
         child = node[part] = {}
     if part == "template" and isinstance(child, str) and isinstance(node, dict):  # a word stands for its style
@@ -217,10 +225,17 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     for index, entry in enumerate(node):
-        if part == str(index) or (isinstance(entry, dict) and entry.get("name") == part):
+        if part == str(index) or part == _name(entry):
             return index
-    known = [str(e.get("name", i)) if isinstance(e, dict) else str(i) for i, e in enumerate(node)]
+    known = [_name(entry) or str(index) for index, entry in enumerate(node)]
     raise UserError(f"override {override!r}: no entry {part!r} in the list; it has {', '.join(known) or 'none'}")
+
+
+def _name(entry: Any) -> str | None:
+    """The name of a list's entry; of a text the part before the first colon, which of a data set is its name."""
+    if isinstance(entry, dict):
+        return None if entry.get("name") is None else str(entry["name"])
+    return entry.partition(":")[0] if isinstance(entry, str) else None
 
 
 ROUND_NAMES = ("round", "previous_round", "rounds_so_far")

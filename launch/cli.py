@@ -63,6 +63,32 @@ def pipeline(
 
 
 @app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="What differs; several make a grid.")
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="SEED,SEED", help="Each combination of values once with each; else with CONFIG's.")
+    ] = "",
+) -> None:
+    """Run a stage at several values and seeds; its held-out figures by value, and pictures of them.
+
+    Complete runs are skipped. A learning curve: --over train.0.proportion=0.1,0.2,0.5,1 --seeds 0,1,2. LoRA against
+    full training: --over lora_rank=0,8.
+    """
+    from launch.sweep import sweep as run_sweep
+
+    if not over:
+        raise UserError("give --over KEY=VALUE,VALUE, for example --over lora_rank=0,8")
+    parts = seeds.split(",") if seeds else []
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--seeds {seeds} must be whole numbers with commas between them, for example 0,1,2")
+    run_sweep(config, overrides or [], over, [int(part) for part in parts])
+
+
+@app.command()
 def evaluate(
     config: Config,
     overrides: Overrides = None,

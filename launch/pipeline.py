@@ -29,7 +29,7 @@ def run_pipeline(path: Path, overrides: list[str]) -> Path:
     to run.
     """
     pipeline, stages = load_pipeline(path, overrides)
-    complete = [_is_complete(stage) for stage in stages]
+    complete = [is_complete(stage) for stage in stages]
     _check_order(stages, complete)
     if pipeline.world is not None:
         build_world(Path(pipeline.workspace) / "world", pipeline.world)
@@ -117,7 +117,7 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
     record.write_text(text, encoding="utf-8")
 
 
-def _is_complete(config: Stage) -> bool:
+def is_complete(config: Stage) -> bool:
     """Whether the stage has run to its end as configured now; UserError where its folder is in the way."""
     folder = config.folder
     if not has_started(folder):

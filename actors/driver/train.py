@@ -14,10 +14,11 @@ from beaver_ray.runs import RunFolder, is_finished
 from beaver_ray.stage import Stage
 
 
-def train(stage: Stage) -> Path:
+def train(stage: Stage, placed: Stage | None = None) -> Path:
     """Run the stage and return its folder; ``final/`` is there exactly when all went well.
 
-    With ``resume`` it goes on from the newest checkpoint; a finished one is left as it is.
+    With ``resume`` it goes on from the newest checkpoint; a finished one is left as it is. ``placed`` is the stage as
+    it runs here, where that is known; else this machine is looked at.
 
     Raises UserError, before any process is started where that can be seen, for anything the user can mend.
     """
@@ -26,7 +27,7 @@ def train(stage: Stage) -> Path:
         return stage.folder
     seed_everything(stage.seed, stage.cluster.threads)
     with RunFolder(stage) as run:
-        on_this_machine(stage).run(run)
+        (placed or on_this_machine(stage)).run(run)
         (run.folder / "final.part").rename(run.final)
     return run.folder
 

@@ -146,7 +146,9 @@ def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
 def _evaluation(trainer: Group) -> dict[str, float]:
     shares: Sequence[dict[str, float]] = trainer.run(Trainer.evaluate)
     found = {f"eval/{_rename(name)}": sum(s[name] for s in shares) for name in shares[0]}
-    return found | {"eval/pairs": float(trainer.run(Trainer.held_out)[0])} if "accuracy" in shares[0] else found
+    found |= {"eval/pairs": float(trainer.run(Trainer.held_out)[0])} if "accuracy" in shares[0] else {}
+    sizes: dict[str, float] = trainer.run(Trainer.sizes)[0]
+    return found | sizes
 
 
 def _rename(name: str) -> str:

@@ -120,6 +120,13 @@ class Trainer(TrainingRank):
         """Rows of the held-out data."""
         return len(self.eval_data)
 
+    def sizes(self) -> dict[str, float]:
+        """How many rows are trained on, and how many numbers are trained."""
+        # Of a parameter that ZeRO-3 has dealt to the ranks, numel() is 0.
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        numbers = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        return {"data/rows": float(len(self.train_data)), "model/trained_parameters": float(numbers)}
+
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next global batch."""
         batch = self.sampler.next_batch()

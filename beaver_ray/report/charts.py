@@ -46,6 +46,8 @@ class Chart:
     x: np.ndarray | None = None
     """What y is over; None for the steps."""
     xlabel: str = "step"
+    log: bool = False
+    """``x`` is drawn on a logarithmic scale."""
 
 
 State = Literal["", "good", "bad"]

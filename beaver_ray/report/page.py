@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tokenizers import Tokenizer
 
 from beaver_ray.errors import UserError, first_line
@@ -177,7 +177,13 @@ def svg(chart: Chart, steps: np.ndarray | None = None) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, chart.panels, strict=True):
-            ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
+            if chart.log:
+                ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                ax.xaxis.set_major_formatter("{x:g}")
+                ax.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=chart.x is None))
             _draw(ax, panel, x)
         axes[-1].set_xlabel(chart.xlabel)
 

@@ -44,7 +44,11 @@ KEYS = (
 RECIPES = [
     *((file, EIGHT_GPUS) for folder in ("beaver-7b", "compat") for file in sorted((CONFIGS / folder).glob("*.yaml"))),
     *((file, ONE_GPU) for file in sorted((CONFIGS / "beaver-1gpu").glob("*.yaml"))),
-    *((file, TWO_CORES) for folder in ("real", "baselines") for file in sorted((CONFIGS / folder).glob("*.yaml"))),
+    *(
+        (f, TWO_CORES)
+        for folder in ("real", "baselines", "verifiers")
+        for f in sorted((CONFIGS / folder).glob("*.yaml"))
+    ),
 ]
 
 
@@ -58,7 +62,7 @@ def with_models(stage: Stage, write_model: Callable[..., Path], folder: Path) ->
     text = json.dumps(stage.model_dump(mode="json"))
     for number, name in enumerate({use.folder for role in stage.roles() for use in role.models}):
         small = "TinyLlama" in name or "beaver-1gpu/score_model" in name
-        sizes = {"/real/": "135M", "/baselines/": "1M"}
+        sizes = {"/real/": "135M", "/verifiers/": "135M", "/baselines/": "1M"}
         size = next((size for part, size in sizes.items() if part in f"{name}/"), "1B" if small else "7B")
         shape: dict[str, Any] = dict(zip(KEYS, SHAPES[size], strict=True))
         shape |= {"score_heads": ["reward", "cost"]} if name.endswith("/score_model") else {}

@@ -1,0 +1,64 @@
+"""Runs of a sweep side by side: the driver of each is a Ray task, and its roles are actors of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from actors.driver.processes import open_cluster
+from actors.driver.train import train
+from actors.machine.cluster import Bundle
+from actors.machine.waits import fetch, wait_any
+from beaver_ray.errors import UserError
+from beaver_ray.gpus import on_this_machine
+from beaver_ray.report.page import write_report
+from beaver_ray.stage import Stage
+
+LONGEST = 1e7
+"""Seconds that a run may take: its own waits have the deadlines."""
+
+
+def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError | None]]:
+    """Run the stages, as many at a time as the cluster has room for; each as it ends, with what ended it early.
+
+    The cluster is the one that RAY_ADDRESS names, else one on this machine, which has room for at least one run.
+    """
+    placed = {stage.name: on_this_machine(stage) for stage in stages}
+    largest = max(placed.values(), key=lambda stage: sum(stage.cluster.of(r.kind).cpus for r in stage.roles()))
+    cluster = open_cluster(largest, largest.roles())
+    assert cluster is not None, "a run in one process has no cluster"
+    # A process of its own for each, so that none has another one's memory.
+    drive: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_drive)
+    try:
+        at_once = rooms([bundle for group in cluster.bundles.values() for bundle in group], ray.cluster_resources())
+        print(f"{len(stages)} runs, {min(at_once, len(stages))} at a time", flush=True)
+        waiting = deque(stages)
+        running: dict[Any, Stage] = {}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                stage = waiting.popleft()
+                running[drive.remote(stage, placed[stage.name])] = stage
+            ready = wait_any(list(running), "a run of the sweep", LONGEST)
+            stage = running.pop(ready)
+            try:
+                fetch(ready, stage.name, LONGEST)
+            except UserError as error:
+                yield stage, error
+            else:
+                yield stage, None
+    finally:
+        cluster.close()
+
+
+def rooms(bundles: Sequence[Bundle], there: Mapping[str, float]) -> int:
+    """How many runs of these bundles fit into a cluster's resources; one at least, which says itself what it lacks."""
+    needs = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    return max(1, min(int(there.get(kind, 0.0) / need + 1e-6) for kind, need in needs.items() if need))
+
+
+def _drive(stage: Stage, placed: Stage) -> None:
+    train(stage, placed)
+    write_report(stage, stage.folder)
