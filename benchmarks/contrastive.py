@@ -1,0 +1,120 @@
+"""Contrastive reward models (E2): how far apart features of chosen and rejected answers are, and their accuracy.
+
+    python benchmarks/contrastive.py --seeds 0 1 2
+
+For each seed a world of `preference_world.py`, 2,000 pairs of which a fifth has the wrong label, and five reward models
+from one start: the ranking loss alone, and beside it SimCSE or SwAV on pairs or on differences. All are trained by
+stage reward_model, one after another in this process, for six epochs, and judged on 1,000 pairs whose labels are right.
+What is finished is kept in the workspace. What should come true (`PASS`) is worked out in the file of figures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from common import described, study_options
+from preference_world import PreferenceWorld, write_model, write_pairs
+
+from actors.driver.score_models import ScoreModel, read_answers
+from actors.stages import stages
+from beaver_ray.feature_figures import overlap
+from beaver_ray.score_figures import figures
+from launch.pipeline import run_stage
+
+PAIRS, TEST_PAIRS, NOISE = 2000, 1000, 0.2
+ARMS: dict[str, dict[str, Any] | None] = {
+    "base": None,
+    "simcse_pair": {"kind": "simcse", "pairing": "pair"},
+    "simcse_difference": {"kind": "simcse", "pairing": "difference"},
+    "swav_pair": {"kind": "swav", "pairing": "pair"},
+    "swav_difference": {"kind": "swav", "pairing": "difference"},
+}
+PASS = {
+    "cosine falls by 0.2: simcse_pair": ("simcse_pair", "cosine", -0.2),
+    "cosine falls by 0.2: simcse_difference": ("simcse_difference", "cosine", -0.2),
+    "cosine falls by 0.2: swav_difference": ("swav_difference", "cosine", -0.2),
+    **{f"accuracy not worse by 0.03: {arm}": (arm, "accuracy", -0.03) for arm in ARMS if arm != "base"},
+}
+"""Of the means over seeds: an arm, a figure, and how far it must fall, or may fall, against base."""
+
+
+def write_world(folder: Path, seed: int) -> None:
+    """Training and test pairs, and the model to start from."""
+    world, rng = PreferenceWorld(seed), np.random.default_rng([seed, 2])
+    write_pairs(folder / "train.jsonl", world.pairs(PAIRS, rng, noise=NOISE))
+    write_pairs(folder / "test.jsonl", world.pairs(TEST_PAIRS, rng))
+    write_model(folder / "model", seed)
+
+
+def train(folder: Path, arm: str, seed: int) -> dict[str, float]:
+    """The figures of one arm."""
+    world, kept = folder / "world", folder / f"{arm}.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text()))
+    tree = {
+        "stage": "reward_model",
+        "workspace": str(folder),
+        "name": arm,
+        "seed": seed,
+        "debug": True,
+        "model": str(world / "model"),
+        "train": [f"PKU-SafeRLHF:1:{world}/train.jsonl"],
+        "eval": [f"PKU-SafeRLHF:1:{world}/test.jsonl"],
+        "epochs": 6,
+        "batch_size": 32,
+        "max_tokens": 32,
+        "contrastive": ARMS[arm],
+        "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.05},
+        "engine": {"micro_batch_tokens": 1024},
+        "save_every": 0,
+    }
+    if (folder / arm).is_dir():
+        shutil.rmtree(folder / arm)  # broken off
+    run_stage(stages()["reward_model"].model_validate(tree))
+    found = judge(folder / arm / "final" / "reward_model", f"PKU-SafeRLHF:1:{world}/test.jsonl")
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def judge(model: Path, spec: str) -> dict[str, float]:
+    """Accuracy and overlap on the test pairs, as `beaver-ray scores` has them."""
+    scorer, answers = ScoreModel(str(model), "reward", [spec]), read_answers([spec])
+    accuracy = figures("reward", scorer.scores(answers)["reward"], answers.labelled)["accuracy"]
+    features = overlap(scorer.features(answers)["reward"])
+    return {"accuracy": accuracy["mean"], **{name: figure["mean"] for name, figure in features.items()}}
+
+
+def verdicts(seeds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Means over seeds, and what of PASS has come true."""
+    names = list(next(iter(seeds.values()))["base"])
+    means = {arm: {name: mean(arms[arm][name] for arms in seeds.values()) for name in names} for arm in ARMS}
+    passed = {}
+    for what, (arm, figure, change) in PASS.items():
+        found = means[arm][figure] - means["base"][figure]
+        passed[what] = {"change": found, "pass": found <= change if figure == "cosine" else found >= change}
+    return {"means": means, "passed": passed, "pass": all(one["pass"] for one in passed.values())}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, judge, and write."""
+    given = study_options(__doc__, "contrastive", "runs/contrastive", (0, 1, 2)).parse_args(arguments)
+    seeds: dict[str, Any] = {}
+    for seed in given.seeds:
+        folder = given.workspace / str(seed)
+        if not (folder / "world" / "model" / "config.json").is_file():
+            write_world(folder / "world", seed)
+        seeds[str(seed)] = {arm: train(folder, arm, seed) for arm in ARMS}
+    size = {"pairs": PAIRS, "test_pairs": TEST_PAIRS, "noise": NOISE, "epochs": 6}
+    command = f"python benchmarks/contrastive.py --seeds {' '.join(map(str, given.seeds))}"
+    content = described(command) | size | {"seeds": seeds} | verdicts(seeds)
+    given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
