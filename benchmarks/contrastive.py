@@ -2,10 +2,11 @@
 
     python benchmarks/contrastive.py --seeds 0 1 2
 
-For each seed a world of `preference_world.py`, 2,000 pairs of which a fifth has the wrong label, and five reward models
+For each seed a world of `preference_world.py`, 3,000 pairs of which a fifth has the wrong label, and five reward models
 from one start: the ranking loss alone, and beside it SimCSE or SwAV on pairs or on differences. All are trained by
-stage reward_model, one after another in this process, for six epochs, and judged on 1,000 pairs whose labels are right.
-What is finished is kept in the workspace. What should come true (`PASS`) is worked out in the file of figures.
+stage reward_model, one after another in this process, for eight epochs, and judged on 1,000 pairs whose labels are
+right, and on as many of a policy whose answers are better (tilt 0.8). What is finished is
+kept in the workspace. What should come true (`PASS`) is worked out in the file of figures.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from beaver_ray.feature_figures import overlap
 from beaver_ray.score_figures import figures
 from launch.pipeline import run_stage
 
-PAIRS, TEST_PAIRS, NOISE = 2000, 1000, 0.2
+PAIRS, TEST_PAIRS, NOISE, EPOCHS = 3000, 1000, 0.2, 8
 ARMS: dict[str, dict[str, Any] | None] = {
     "base": None,
     "simcse_pair": {"kind": "simcse", "pairing": "pair"},
@@ -36,9 +37,9 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "swav_difference": {"kind": "swav", "pairing": "difference"},
 }
 PASS = {
-    "cosine falls by 0.2: simcse_pair": ("simcse_pair", "cosine", -0.2),
-    "cosine falls by 0.2: simcse_difference": ("simcse_difference", "cosine", -0.2),
-    "cosine falls by 0.2: swav_difference": ("swav_difference", "cosine", -0.2),
+    "cosine falls by 0.2: simcse_pair": ("simcse_pair", "features/cosine", -0.2),
+    "cosine falls by 0.2: simcse_difference": ("simcse_difference", "features/cosine", -0.2),
+    "cosine falls by 0.2: swav_difference": ("swav_difference", "features/cosine", -0.2),
     **{f"accuracy not worse by 0.03: {arm}": (arm, "accuracy", -0.03) for arm in ARMS if arm != "base"},
 }
 """Of the means over seeds: an arm, a figure, and how far it must fall, or may fall, against base."""
@@ -49,6 +50,7 @@ def write_world(folder: Path, seed: int) -> None:
     world, rng = PreferenceWorld(seed), np.random.default_rng([seed, 2])
     write_pairs(folder / "train.jsonl", world.pairs(PAIRS, rng, noise=NOISE))
     write_pairs(folder / "test.jsonl", world.pairs(TEST_PAIRS, rng))
+    write_pairs(folder / "shifted.jsonl", world.pairs(TEST_PAIRS, rng, tilt=0.8))
     write_model(folder / "model", seed)
 
 
@@ -66,7 +68,7 @@ def train(folder: Path, arm: str, seed: int) -> dict[str, float]:
         "model": str(world / "model"),
         "train": [f"PKU-SafeRLHF:1:{world}/train.jsonl"],
         "eval": [f"PKU-SafeRLHF:1:{world}/test.jsonl"],
-        "epochs": 6,
+        "epochs": EPOCHS,
         "batch_size": 32,
         "max_tokens": 32,
         "contrastive": ARMS[arm],
@@ -77,17 +79,23 @@ def train(folder: Path, arm: str, seed: int) -> dict[str, float]:
     if (folder / arm).is_dir():
         shutil.rmtree(folder / arm)  # broken off
     run_stage(stages()["reward_model"].model_validate(tree))
-    found = judge(folder / arm / "final" / "reward_model", f"PKU-SafeRLHF:1:{world}/test.jsonl")
+    found = judge(folder / arm / "final" / "reward_model", world)
     kept.write_text(json.dumps(found))
     return found
 
 
-def judge(model: Path, spec: str) -> dict[str, float]:
-    """Accuracy and overlap on the test pairs, as `beaver-ray scores` has them."""
-    scorer, answers = ScoreModel(str(model), "reward", [spec]), read_answers([spec])
-    accuracy = figures("reward", scorer.scores(answers)["reward"], answers.labelled)["accuracy"]
-    features = overlap(scorer.features(answers)["reward"])
-    return {"accuracy": accuracy["mean"], **{name: figure["mean"] for name, figure in features.items()}}
+def judge(model: Path, world: Path) -> dict[str, float]:
+    """Accuracy and overlap on the test pairs, and accuracy on the shifted ones, as `beaver-ray scores` has them."""
+    found = {}
+    for data, name in (("test", "accuracy"), ("shifted", "accuracy_shifted")):
+        spec = f"PKU-SafeRLHF:1:{world}/{data}.jsonl"
+        scorer, answers = ScoreModel(str(model), "reward", [spec]), read_answers([spec])
+        scores_N = scorer.scores(answers)["reward"]
+        found[name] = figures("reward", scores_N, answers.labelled)["accuracy"]["mean"]
+        if data == "test":
+            features = overlap(scorer.features(answers)["reward"])
+            found |= {f"features/{name}": figure["mean"] for name, figure in features.items()}
+    return found
 
 
 def verdicts(seeds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def verdicts(seeds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str
     passed = {}
     for what, (arm, figure, change) in PASS.items():
         found = means[arm][figure] - means["base"][figure]
-        passed[what] = {"change": found, "pass": found <= change if figure == "cosine" else found >= change}
+        passed[what] = {"change": found, "pass": found <= change if figure == "features/cosine" else found >= change}
     return {"means": means, "passed": passed, "pass": all(one["pass"] for one in passed.values())}
 
 
@@ -110,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (folder / "world" / "model" / "config.json").is_file():
             write_world(folder / "world", seed)
         seeds[str(seed)] = {arm: train(folder, arm, seed) for arm in ARMS}
-    size = {"pairs": PAIRS, "test_pairs": TEST_PAIRS, "noise": NOISE, "epochs": 6}
+    size = {"pairs": PAIRS, "test_pairs": TEST_PAIRS, "noise": NOISE, "epochs": EPOCHS}
     command = f"python benchmarks/contrastive.py --seeds {' '.join(map(str, given.seeds))}"
     content = described(command) | size | {"seeds": seeds} | verdicts(seeds)
     given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
