@@ -25,6 +25,7 @@ from preference_world import PreferenceWorld, write_model, write_pairs
 from actors.driver.score_models import ScoreModel, read_answers
 from actors.stages import stages
 from beaver_ray.feature_figures import overlap
+from beaver_ray.runs import read_metrics
 from beaver_ray.score_figures import figures
 from launch.pipeline import run_stage
 
@@ -54,11 +55,21 @@ def write_world(folder: Path, seed: int) -> None:
     write_model(folder / "model", seed)
 
 
-def train(folder: Path, arm: str, seed: int) -> dict[str, float]:
-    """The figures of one arm."""
-    world, kept = folder / "world", folder / f"{arm}.json"
-    if kept.is_file():
-        return dict(json.loads(kept.read_text()))
+def arm_figures(folder: Path, arm: str, seed: int) -> dict[str, float]:
+    """The figures of one arm, which is trained unless it is there; ``accuracy_best`` is of its best epoch."""
+    kept = folder / f"{arm}.json"
+    if not kept.is_file():
+        train(folder, arm, seed)
+        kept.write_text(json.dumps(judge(folder / arm / "final" / "reward_model", folder / "world")))
+    metrics = read_metrics(folder / arm)
+    best = max(row["eval/accuracy"] for row in metrics if "eval/accuracy" in row)
+    loss = [row["loss_contrastive"] for row in metrics if "loss_contrastive" in row][-len(metrics) // EPOCHS :]
+    return json.loads(kept.read_text()) | {"accuracy_best": best, "loss_contrastive": mean(loss) if loss else 0.0}
+
+
+def train(folder: Path, arm: str, seed: int) -> None:
+    """Train one arm."""
+    world = folder / "world"
     tree = {
         "stage": "reward_model",
         "workspace": str(folder),
@@ -79,9 +90,6 @@ def train(folder: Path, arm: str, seed: int) -> dict[str, float]:
     if (folder / arm).is_dir():
         shutil.rmtree(folder / arm)  # broken off
     run_stage(stages()["reward_model"].model_validate(tree))
-    found = judge(folder / arm / "final" / "reward_model", world)
-    kept.write_text(json.dumps(found))
-    return found
 
 
 def judge(model: Path, world: Path) -> dict[str, float]:
@@ -117,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = given.workspace / str(seed)
         if not (folder / "world" / "model" / "config.json").is_file():
             write_world(folder / "world", seed)
-        seeds[str(seed)] = {arm: train(folder, arm, seed) for arm in ARMS}
+        seeds[str(seed)] = {arm: arm_figures(folder, arm, seed) for arm in ARMS}
     size = {"pairs": PAIRS, "test_pairs": TEST_PAIRS, "noise": NOISE, "epochs": EPOCHS}
     command = f"python benchmarks/contrastive.py --seeds {' '.join(map(str, given.seeds))}"
     content = described(command) | size | {"seeds": seeds} | verdicts(seeds)
