@@ -277,16 +277,16 @@ class _Evaluation(BaseModel):
 
     @model_validator(mode="after")
     def _figures(self) -> Self:
-        needed = {"prompts", "samples", "reward"}
         own = self.model_fields_set - {"bridges"} | self.__pydantic_extra__.keys()
-        if (own or not self.bridges) and not (needed <= own and self.reward is not None):
+        features = any(key.startswith("features/") for key in own)  # of a score model, which nobody rewards
+        whole = {"prompts", "samples"} <= own and (self.reward is not None or features)
+        if (own or not self.bridges) and not whole:
             raise ValueError("prompts, samples or reward is missing")
         if "share_of_optimum" in self.model_fields_set and (self.share_of_optimum is None or self.optimum is None):
             raise ValueError("share_of_optimum needs figures, and an optimum")
         for key, value in self.__pydantic_extra__.items():
-            if key.startswith(("cost/", "bounded/", "violation_rate/", "unsafe_share/")) and not isinstance(
-                value, _Figure
-            ):
+            measured = ("cost/", "bounded/", "violation_rate/", "unsafe_share/", "features/")
+            if key.startswith(measured) and not isinstance(value, _Figure):
                 raise ValueError(f"{key} has no figures")
         return self
 

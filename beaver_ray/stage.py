@@ -63,6 +63,8 @@ class Training:
     """Rank of the adapter that is trained alone; 0 where all parameters are."""
     lora_targets: tuple[str, ...] = ()
     """Names of the linear layers that have one; empty for all."""
+    passes: int = 1
+    """Forward passes of a micro-batch whose activations are held at once."""
     publishes: Callable[[float, float], float] | None = None
     """(bytes of what is trained, bytes of a GPU) -> bytes of published weights that stay on the device."""
 

@@ -223,7 +223,7 @@ def _training_gib(
         adapter = training.lora_rank * adapter_numbers(spec.models[0].folder, facts, training.lora_targets)
         parameters += adapter
     states, offloaded = training_state_gib(parameters, stage.engine, ranks, adapter)
-    needs = states + activation_gib(facts, stage.engine, trained=True)
+    needs = states + training.passes * activation_gib(facts, stage.engine, trained=True)
     if spec.logits:
         needs += logit_gib(facts, stage.engine, on_gpu, trained=True, head=adapter is None)
     if training.publishes is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.driver.score_models import Answers, ScoreModel, read_answers, score_all
 from beaver_ray.errors import UserError
+from beaver_ray.feature_figures import overlap
 from beaver_ray.guard_options import read_guard
 from beaver_ray.report.scores import Judged, ScoreReport
 from beaver_ray.score_figures import agreement, figures
@@ -51,10 +52,13 @@ def _report(
 ) -> ScoreReport:
     """What the labels say of the scores of one or two models."""
     labelled = answers.labelled
-    judged = [
-        Judged(short, judge.name, of, {name: figures(judge.kinds[name], of[name], labelled) for name in of})
-        for short, judge, of in zip(names, judges, scored, strict=True)
-    ]
+    judged = []
+    for short, judge, of in zip(names, judges, scored, strict=True):
+        found = {name: figures(judge.kinds[name], of[name], labelled) for name in of}
+        features = judge.features(answers)
+        for name, pairs in features.items():
+            found[name]["features"] = overlap(pairs)
+        judged.append(Judged(short, judge.name, of, found, features))
     both = {}
     for first, kind in judges[0].kinds.items() if len(judges) > 1 else []:
         for second in [name for name, other in judges[1].kinds.items() if other == kind]:

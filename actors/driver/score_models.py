@@ -13,11 +13,12 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from actors.roles.scorer import ScorerBase
+from actors.roles.scorer import Scorer, ScorerBase
 from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.readers import Reader
@@ -25,6 +26,7 @@ from beaver_ray.data.sources import RawSample, as_text, field_value
 from beaver_ray.data.templates import Template
 from beaver_ray.data_options import DataEntry, data_entry
 from beaver_ray.errors import UserError
+from beaver_ray.feature_figures import MOST_PAIRS, PairFeatures
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import context_length, load_tokenizer
@@ -212,19 +214,40 @@ class ScoreModel:
         progress = Progress(f"scoring by {self.name}", len(answers))
         for start in range(0, len(answers), CHUNK):
             some = range(start, min(start + CHUNK, len(answers)))
-            tokens = self._tokens(answers, some)
-            longest = max(len(prompt) + len(answer) for prompt, answer in tokens)
-            if hasattr(self.scorer, "token_budget"):
-                self.scorer.token_budget = max(TOKEN_BUDGET, longest)
-            scored = self.scorer.score(experience.finished(tokens))
+            scored = self.scorer.score(self._batch(answers, some))
             for name, of_kind in self.kinds.items():
                 column = name if of_kind == "reward" else f"cost/{name}"
                 parts[name].append(experience.scalars(scored, column).astype(np.float64))
-            progress.advance(len(tokens))
+            progress.advance(len(some))
         progress.close()
         return {name: np.concatenate(found) for name, found in parts.items()}
 
-    def _tokens(self, answers: Answers, some: range) -> list[tuple[list[int], list[int]]]:
+    def features(self, answers: Answers) -> dict[str, PairFeatures]:
+        """Where the answers of some pairs, evenly taken, lie in the model, by signal; nothing of what is no model."""
+        if not isinstance(self.scorer, Scorer):
+            return {}
+        pairs = {name: answers.labelled.ordered(kind) for name, kind in self.kinds.items()}
+        taken = {name: of[:: -(-len(of) // MOST_PAIRS)] for name, of in pairs.items() if len(of) > 1}
+        if not taken:
+            return {}
+        places = np.unique(np.concatenate(list(taken.values())))
+        chunks = np.array_split(places, -(-len(places) // CHUNK))
+        features_ND = np.concatenate([self.scorer.features(self._batch(answers, some.tolist())) for some in chunks])
+        found = {}
+        for name, of in taken.items():
+            preferred_PD, other_PD = (features_ND[np.searchsorted(places, of[:, side])] for side in (0, 1))
+            found[name] = PairFeatures(preferred_PD, other_PD, answers.labelled.prompt_N[of[:, 0]])
+        return found
+
+    def _batch(self, answers: Answers, some: Sequence[int]) -> pa.RecordBatch:
+        """These answers as this scorer is handed them; no micro-batch of it is too small for the longest."""
+        tokens = self._tokens(answers, some)
+        longest = max(len(prompt) + len(answer) for prompt, answer in tokens)
+        if hasattr(self.scorer, "token_budget"):
+            self.scorer.token_budget = max(TOKEN_BUDGET, longest)
+        return experience.finished(tokens)
+
+    def _tokens(self, answers: Answers, some: Sequence[int]) -> list[tuple[list[int], list[int]]]:
         """Prompt and answer as this scorer is handed them."""
         found, last = [], (-1, [0])
         for place in some:

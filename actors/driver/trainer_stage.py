@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from beaver_ray.config import SupervisedConfig, TrainerConfig
+from beaver_ray.contrastive_options import ContrastiveConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.noise_options import NoiseConfig
 from beaver_ray.options import option
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.machine.engine import LossTerms
+    from actors.roles.score_losses import ScoredPairs
     from actors.roles.trainer import Rows, Trainer
     from beaver_ray.data.tokenized import Ragged
     from beaver_ray.report.charts import Card, Chart
@@ -148,6 +152,7 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
 
     noise: NoiseConfig = option("What is done about wrong labels.", default_factory=NoiseConfig)
     lm_loss: float = option("Weight of the language model's loss on the preferred answer; 0 for none.", 0.0, ge=0)
+    contrastive: ContrastiveConfig | None = option("A contrastive loss of the features; null for none.", None)
     select: Literal["last", "accuracy"] = option(
         "The model that is kept: the last, or that of the best held-out accuracy after an epoch.", "last"
     )
@@ -160,18 +165,32 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
             raise ValueError("lm_loss needs the whole head in every process; set engine.zero_stage to 2 at most")
         return self
 
+    def roles(self) -> list[RoleSpec]:
+        """The trainer, whose contrastive loss takes two passes more."""
+        (trainer,) = super().roles()
+        assert trainer.training is not None
+        return [replace(trainer, training=replace(trainer.training, passes=3 if self.contrastive else 1))]
+
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The score model, which can speak where there is a language model's loss."""
-        from beaver_ray.models.score import add_language_head
+        """The score model, with what it has while it is trained: a language model's head, prototypes."""
+        from beaver_ray.models.score import Prototypes, add_language_head
 
         model: Any = super().load(dtype)
+        if self.contrastive and self.contrastive.kind == "swav":
+            model.prototypes = Prototypes(self.contrastive.prototypes, model.score_head.in_features, dtype)
         if self.lm_loss:
             add_language_head(model, self.model, dtype, self.trust_remote_code, train=not self.lora_rank)
         return model
 
     def run(self, run: RunFolder) -> None:
-        """Train, and say whether held-out accuracy has decayed."""
+        """Train, say whether held-out accuracy has decayed, and what became of the features."""
         super().run(run)
+        if self.contrastive:
+            from actors.driver.evaluate import write
+            from actors.roles.score_losses import FEATURES
+
+            file = run.folder / "final.part" / self.trained / FEATURES
+            write(run.folder, json.loads(file.read_text(encoding="utf-8")))
         for line in self.headlines():
             run.note(line)
 
@@ -179,12 +198,39 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
         """What is done with each training pair, by label."""
         from actors.roles.score_losses import treatments
 
+        if self.contrastive:
+            from actors.roles.contrast import negatives
+
+            trainer.notes.append(negatives(trainer, self.contrastive))
         return treatments(trainer, self.noise, self.labels)
 
     def spoken(self, data: Any, rows: Rows) -> np.ndarray | None:
         """Tokens of the prompts of these rows, where their answers' log-probs are needed."""
         prompts: np.ndarray | None = data.prompt_length[rows] if self.lm_loss else None
         return prompts
+
+    def terms(
+        self, trainer: Trainer, data: Any, rows: Rows, pairs: ScoredPairs, loss: Tensor, metrics: dict[str, Tensor]
+    ) -> LossTerms:
+        """The ranking loss of these rows and whatever is learnt beside it."""
+        from actors.machine.engine import LossTerms
+        from actors.roles.score_losses import with_language
+
+        loss, metrics = with_language(pairs, loss, metrics, self.lm_loss)
+        if self.contrastive and data is trainer.train_data:
+            from actors.roles.contrast import contrastive_loss
+
+            apart = contrastive_loss(trainer, data, rows, pairs, self.contrastive)
+            loss, metrics = loss + self.contrastive.weight * apart, {**metrics, "loss_contrastive": apart.detach()}
+        return LossTerms(loss, metrics)
+
+    def conclude(self, trainer: Trainer) -> Any:
+        """How far apart held-out features are, where a loss was to bring that about."""
+        if self.contrastive is None:
+            return None
+        from actors.roles.contrast import held_out_overlap
+
+        return held_out_overlap(trainer, self.heads)
 
     @property
     def selects(self) -> bool:

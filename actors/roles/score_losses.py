@@ -6,6 +6,7 @@ the labels as they are, so that runs with different options compare.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,15 @@ from beaver_ray.method.losses import (
 )
 from beaver_ray.method.noise import Treatment, treat
 from beaver_ray.models.provenance import trained_with
-from beaver_ray.models.score import save_score_model
+from beaver_ray.models.score import NOT_SAVED, save_score_model
 from beaver_ray.noise_options import NoiseConfig
 from beaver_ray.packing import PackedBatch, pack, response_positions
 
 if TYPE_CHECKING:
     from actors.roles.trainer import Rows, Trainer
+
+FEATURES = "features.json"
+"""Beside a model with a contrastive loss: how far apart its held-out features are."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,8 @@ def _token_wise_loss(pairs: ScoredPairs, regularization: float) -> Tensor:
 def save_scores(trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
     """Write the score model, with any adapter added to its trunk, and what it was trained to read with."""
     model: Any = trainer.engine.module
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("language_head.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(NOT_SAVED)}
     read_with = trained_with(trainer.tokenizer, trainer.config.template)
     save_score_model(model, state, folder, read_with, trainer.task.adapter)
+    if trainer.concluded is not None:
+        (folder / FEATURES).write_text(json.dumps(trainer.concluded, indent=2) + "\n", encoding="utf-8")

@@ -129,6 +129,17 @@ class Scorer(ScorerBase):
             scores_NH[micro_batch.rows] = scores_LH[micro_batch.ends_B].double().cpu().numpy()
         return scores_NH
 
+    @torch.no_grad()
+    def features(self, batch: pa.RecordBatch) -> np.ndarray:
+        """What the heads read, float32 [N, D], at the last token of each sequence of a batch that `score` takes."""
+        rows = SequenceRows(self.in_own_tokens(batch))
+        features_ND = np.zeros((len(rows.lengths), self.model.score_head.in_features), dtype=np.float32)
+        for micro_batch in rows.micro_batches(range(len(features_ND)), self.token_budget, 0, 1, self.device):
+            packed = micro_batch.packed
+            found = self.model(packed.input_ids, packed.position_ids, ends_N=micro_batch.ends_B)
+            features_ND[micro_batch.rows] = found.cpu().numpy()
+        return features_ND
+
     def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same dialogues as this scorer reads them, with its own end behind answers that were ended."""
         if self.reads_tokens:

@@ -34,8 +34,7 @@ class CostModel(ScoreModelStage):
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Order of the two costs, and the sign of each; a pair that is flipped keeps its signs."""
-        from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import cost_loss, dealt, score_pairs, treated_rows, with_language
+        from actors.roles.score_losses import cost_loss, dealt, score_pairs, treated_rows
 
         treated = treated_rows(trainer, data, rows, "safer")
         safer, unsafer = dealt(self.sequences(data), rows, treated.flipped_B)
@@ -43,4 +42,4 @@ class CostModel(ScoreModelStage):
         safer_BH, unsafer_BH = pairs.ends_BH
         costs = safer_BH[:, 0], unsafer_BH[:, 0]
         loss, metrics = cost_loss(data, rows, costs, pairs.weights_B, self.regularization, treated)
-        return LossTerms(*with_language(pairs, loss, metrics, self.lm_loss))
+        return self.terms(trainer, data, rows, pairs, loss, metrics)

@@ -34,11 +34,10 @@ class RewardModel(ScoreModelStage):
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Minus the log-likelihood that the better answer wins."""
-        from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import dealt, reward_loss, score_pairs, treated_rows, with_language
+        from actors.roles.score_losses import dealt, reward_loss, score_pairs, treated_rows
 
         treated = treated_rows(trainer, data, rows, "better")
         better, worse = dealt(self.sequences(data), rows, treated.flipped_B)
         pairs = score_pairs(trainer, better, worse, weight, len(batch), self.spoken(data, rows))
         loss, metrics = reward_loss(pairs, self.loss, self.regularization, treated)
-        return LossTerms(*with_language(pairs, loss, metrics, self.lm_loss))
+        return self.terms(trainer, data, rows, pairs, loss, metrics)

@@ -36,8 +36,7 @@ class ScoreModel(ScoreModelStage):
         """The sum of a reward model's and a cost model's loss."""
         import torch
 
-        from actors.machine.engine import LossTerms
-        from actors.roles.score_losses import cost_loss, dealt, reward_loss, score_pairs, treated_rows, with_language
+        from actors.roles.score_losses import cost_loss, dealt, reward_loss, score_pairs, treated_rows
 
         by_reward, by_cost = (treated_rows(trainer, data, rows, label) for label in self.labels)
         # Rewards are compared better one first, costs safer one first, unless noise has it the other way.
@@ -52,4 +51,4 @@ class ScoreModel(ScoreModelStage):
         metrics["accuracy_cost"] = metrics.pop("accuracy")
         reward, more = reward_loss(pairs, self.loss, self.regularization, by_reward)
         figures = {"loss_reward": reward.detach(), "loss_cost": cost.detach(), **more, **metrics}
-        return LossTerms(*with_language(pairs, reward + cost, figures, self.lm_loss))
+        return self.terms(trainer, data, rows, pairs, reward + cost, figures)

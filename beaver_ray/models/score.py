@@ -42,7 +42,22 @@ STATISTICS = ("normalizer.mean", "normalizer.var", "normalizer.count")
 _OPENRLHF = ("normalize_reward", "std", "value_head_prefix")
 """Keys of OpenRLHF's config.json that mean nothing once the head is saved in our layout."""
 HEADS = tuple(f"{head}.{part}" for head in _PREFIXES for part in ("weight", "bias"))
+NOT_SAVED = ("language_head.", "prototypes.")
+"""What a model has only while it is trained."""
 ScoreType = Literal["reward", "cost", "critic"]
+
+
+class Prototypes(nn.Module):
+    """K directions that features are compared with."""
+
+    def __init__(self, count: int, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.functional.normalize(torch.randn(count, size), dim=1).to(dtype))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Cosines [N, K] in float32: rows of the weight count as unit vectors, whatever their length."""
+        unit_ND, unit_KD = (nn.functional.normalize(x.float(), dim=1) for x in (features_ND, self.weight))
+        return unit_ND @ unit_KD.T
 
 
 class ScoreModel(nn.Module):
@@ -74,6 +89,8 @@ class ScoreModel(nn.Module):
         nn.init.zeros_(self.score_head.bias)
         self.language_head: nn.Linear | None = None
         """The language model's own head, for stages that train it beside the scores; it is not saved."""
+        self.prototypes: Prototypes | None = None
+        """Of a contrastive loss beside the scores; not saved either."""
 
     @property
     def normalizes(self) -> bool:
@@ -88,15 +105,23 @@ class ScoreModel(nn.Module):
         return shift, [1.0 if v == 1.0 else v**0.5 + 1e-8 for v in self.var]
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False, places_T: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        use_cache: bool = False,
+        places_T: Tensor | None = None,
+        ends_N: Tensor | None = None,
     ) -> Any:
         """Scores [B, L, H] of every position, float32, normalised as the model's configuration says.
 
-        With ``places_T``, positions of the only row, (scores, log-probs [T] of the tokens that follow them).
+        With ``places_T``, positions of the only row, (scores, log-probs [T] of the tokens that follow them). With
+        ``ends_N``, such positions too, only what the heads read there: features [N, D], float32.
         """
         # A policy whose vocabulary is padded further than the trunk's can sample numbers that stand for nothing.
         input_ids = input_ids.clamp(max=self.tokens - 1)
         hidden = self.trunk(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
+        if ends_N is not None:
+            return hidden[0, ends_N].float()
         head = self.score_head
         scores = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
         if self.normalizes:

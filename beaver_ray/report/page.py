@@ -95,7 +95,8 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, in
     for key, figure in evaluation.items():
         if not isinstance(figure, dict) or "mean" not in figure:
             continue
-        form = ".4g" if key == "reward" or key.startswith(("cost/", "bounded/", "proxy/")) else ".1%"
+        share = not key.startswith(("cost/", "bounded/", "proxy/", "features/")) or key.endswith("/probe")
+        form = ".1%" if share and key != "reward" else ".4g"
         bound = next((f"{word} {figure[word]:{form}}" for word in ("limit", "target") if word in figure), "")
         interval = "" if figure["low"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
         rows.append((key.replace("_", " "), f"{figure['mean']:{form}}", interval, figure["n"], bound))

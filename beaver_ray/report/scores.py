@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from beaver_ray.feature_figures import PairFeatures
 from beaver_ray.report.charts import Card, Chart, Panel, Series, drawable
+from beaver_ray.report.features import feature_pictures
 from beaver_ray.report.markdown import markdown_table
 from beaver_ray.report.page import svg, templates
 from beaver_ray.score_figures import Labelled
@@ -35,12 +37,16 @@ WORDS = {
     "length/scores_prefer_longer": "scores prefer the longer answer",
     "length/accuracy_longer_is_better": "right order where the longer answer is better",
     "length/accuracy_longer_is_worse": "right order where the longer answer is worse",
+    "features/cosine": "cosine of a pair's features",
+    "features/cosine_means": "cosine of the classes' mean features",
+    "features/probe": "features that a linear probe puts in their class",
+    "features/silhouette": "silhouette of the two classes of features",
     "order": "pairs that both put in the same order",
     "rank_correlation": "rank correlation of the scores",
     "kappa": "Cohen's kappa on the sign",
 }
 TITLES = ("model", "signal", "over", "figure", "mean", "95 % interval", "n")
-SHARES = ("accuracy", "ties", "unsafe", "safe", "labels", "scores", "order")
+SHARES = ("accuracy", "ties", "unsafe", "safe", "labels", "scores", "order", "probe")
 
 
 class Row(NamedTuple):
@@ -92,6 +98,8 @@ class Judged:
     """What its scores come from."""
     scores: Mapping[str, np.ndarray]
     figures: Mapping[str, Mapping[str, Any]]
+    features: Mapping[str, PairFeatures]
+    """Where answers lie in it; nothing of a source that is no model."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,8 @@ class ScoreReport:
             for signal in judged.scores
             for chart in drawable(_charts(judged, signal, self.labelled))
         ]
+        for signal, features in judged.features.items():
+            charts += feature_pictures(f"Features: {signal}", features)
         return (
             templates()
             .get_template("scores.html.j2")

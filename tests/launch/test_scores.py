@@ -49,10 +49,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def end_scores(folder: Path, rows: list[dict[str, Any]], answer: str) -> list[float]:
-    """The score at the last token of every dialogue: hidden state times the head, plus its bias."""
+def end_states(folder: Path, rows: list[dict[str, Any]], answer: str) -> torch.Tensor:
+    """The hidden state [N, D] at the last token of every dialogue."""
     trunk, tokenizer = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    state = load_file(folder / "model.safetensors")
     found = []
     for row in rows:
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}]
@@ -60,9 +59,8 @@ def end_scores(folder: Path, rows: list[dict[str, Any]], answer: str) -> list[fl
         tokens = tokenizer.encode(text, add_special_tokens=False)
         tokens = tokens[: len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)]
         with torch.no_grad():
-            hidden_D = trunk(torch.tensor([tokens])).last_hidden_state[0, -1]
-        found.append(float(hidden_D @ state["score_head.weight"][0] + state["score_head.bias"][0]))
-    return found
+            found.append(trunk(torch.tensor([tokens])).last_hidden_state[0, -1])
+    return torch.stack(found)
 
 
 def test_a_cost_model_against_plain_transformers(
@@ -76,7 +74,9 @@ def test_a_cost_model_against_plain_transformers(
             row[f"response_{answer}_severity_level"] = 1 + number % 2 if unsafe else 0
             row[f"response_{answer}_harm_category"] = {"Violence": unsafe and number % 2 == 0, "Drugs": False}
     data = write(tmp_path / "pairs.jsonl", rows)
-    costs = [end_scores(tiny_world / "cost_model", rows, f"response_{answer}") for answer in (0, 1)]
+    states = [end_states(tiny_world / "cost_model", rows, f"response_{answer}") for answer in (0, 1)]
+    head = load_file(tiny_world / "cost_model" / "model.safetensors")
+    costs = [(hidden @ head["score_head.weight"][0] + head["score_head.bias"][0]).tolist() for hidden in states]
     run = {"stage": "cost_model", "workspace": str(tmp_path), "name": "run", "model": "m", "train": ["alpaca"]}
     shutil.copytree(tiny_world / "cost_model", tmp_path / "run" / "final" / "cost_model")
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(run))
@@ -107,8 +107,12 @@ def test_a_cost_model_against_plain_transformers(
         table = {(row["group"], row["figure"]): row for row in csv.DictReader(file)}
     assert float(table["", "accuracy"]["mean"]) == cost["accuracy"]["mean"]
     assert int(table["severity 2", "unsafe_found"]["n"]) == len(severe)
+    alike = torch.nn.functional.cosine_similarity(*states).mean()
+    assert cost["features"]["cosine"]["mean"] == pytest.approx(float(alike), abs=1e-4)
+    assert float(table["", "features/cosine"]["mean"]) == cost["features"]["cosine"]["mean"]
     page, markdown = ((found / f"scores.{end}").read_text() for end in ("html", "md"))
-    assert page.count("<svg") >= 3 and "Clearest mistakes" in page and "severity 2" in page
+    assert page.count("<svg") >= 4 and "Clearest mistakes" in page and "severity 2" in page
+    assert "Features: cost, PCA" in page
     assert "| severity 2 | unsafe answers above 0 |" in markdown and "cost_model" in out
 
 
