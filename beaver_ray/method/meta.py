@@ -22,13 +22,13 @@ Parts = Sequence[Callable[[], Tensor]]
 
 
 def spread(scores_K: Tensor) -> Tensor:
-    """J of the scores of K answers to one prompt: (2 / K^2) * sum over pairs of sigmoid(|r_i - r_j|).
+    """J of the scores [..., K] of K answers to one prompt: (2 / K^2) * sum over pairs of sigmoid(|r_i - r_j|).
 
     Between (K - 1) / 2K, where all are equal, and (K - 1) / K. Equal scores have no slope.
     """
-    count = len(scores_K)
+    count = scores_K.shape[-1]
     first, second = torch.triu_indices(count, count, offset=1, device=scores_K.device)
-    return 2 * torch.sigmoid((scores_K[first] - scores_K[second]).abs()).sum() / count**2
+    return 2 * torch.sigmoid((scores_K[..., first] - scores_K[..., second]).abs()).sum(-1) / count**2
 
 
 def gradient(parts: Parts, parameters: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,251 @@
+"""MetaRM on the world of known preferences: is a moved policy judged better by a model that saw no label of it?
+
+    python benchmarks/meta_reward.py --seeds 0 1 2 3 --out benchmarks/meta_reward.json
+
+4,000 pairs of the first policy are labelled, without error. The policy then moves: its answers are drawn with a
+probability that grows with their utility (tilt 0.8; 2 is the severe shift). Reward models are trained on the pairs
+alone, with 1,000 prompts and four unlabelled answers each as the meta set; then each is asked about new answers of the
+moved policy. After that the policy moves three times (tilt 0.4, 0.8, 1.2), and the reward model is refreshed in each
+round, or not. A case that is in the workspace already is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import study_options, write
+from preference_world import (
+    ANSWER,
+    PROMPT,
+    Pairs,
+    PreferenceWorld,
+    accuracy,
+    end_scores,
+    pair_loss,
+    pair_sequences,
+    score_model,
+    scores,
+    sequences,
+)
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from beaver_ray.method.meta import gradient, meta_gradient, spread
+from beaver_ray.models.score import ScoreModel
+
+PAIRS, TESTED, META, ANSWERS = 4000, 2000, 1000, 4
+EPOCHS, BATCH, META_BATCH, RATE = 4, 64, 32, 1e-3
+SAM_RADIUS = 0.05
+MODERATE, SEVERE = 0.8, 2.0
+ARMS = ("vanilla", "second", "second_eta_2", "first", "second_unshifted", "sam", "joint")
+SEVERE_ARMS = ("vanilla", "second", "joint")
+REFRESHES = ("none", "vanilla", "metarm", "joint")
+TILTS = (0.4, 0.8, 1.2)
+NEW_LABELS = 1000
+
+
+@dataclass(frozen=True)
+class MetaSet:
+    """Unlabelled answers to P prompts, in tokens [P, ANSWERS, T]."""
+
+    ids_PKT: Tensor
+
+    @classmethod
+    def drawn(cls, world: PreferenceWorld, rng: np.random.Generator, tilt: float) -> MetaSet:
+        """Answers of a policy of this tilt to prompts of their own."""
+        prompts_NP = np.repeat(world.prompts(META, rng), ANSWERS, axis=0)
+        ids_NT = sequences(prompts_NP, world.answers(prompts_NP, rng, tilt))
+        return cls(ids_NT.view(META, ANSWERS, -1))
+
+    def objective(self, model: ScoreModel, rows_B: Tensor) -> Tensor:
+        """J, the mean over these prompts."""
+        return spread(end_scores(model, self.ids_PKT[rows_B].flatten(0, 1)).view(-1, ANSWERS)).mean()
+
+
+def fit(model: ScoreModel, pairs: Pairs, arm: str, meta: MetaSet, seed: int, epochs: int = EPOCHS) -> None:
+    """Train with AdamW at a constant rate; all arms go through the same batches."""
+    ids_N2T, parameters = pair_sequences(pairs), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
+    of_pairs, of_meta = (torch.Generator().manual_seed(n) for n in (seed, seed + 1))
+    model.eval()  # it has no dropout
+    for _ in range(epochs):
+        for rows_B in torch.randperm(len(pairs), generator=of_pairs).split(BATCH):
+            asked_B = torch.randperm(META, generator=of_meta)[:META_BATCH]
+
+            def loss(rows_B: Tensor = rows_B) -> Tensor:
+                return pair_loss(model, ids_N2T[rows_B])[0]
+
+            def objective(asked_B: Tensor = asked_B) -> Tensor:
+                return meta.objective(model, asked_B)
+
+            slopes = step(parameters, arm, loss, objective)
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.grad = slope
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+
+def step(parameters: list[Any], arm: str, loss: Callable[[], Tensor], objective: Callable[[], Tensor]) -> list[Tensor]:
+    """The derivative that an arm steps along."""
+    if arm == "vanilla":
+        return gradient([loss], parameters)
+    if arm == "joint":
+        return gradient([loss, lambda: -objective()], parameters)
+    if arm == "sam":  # https://arxiv.org/abs/2010.01412: up along the loss itself, a step of fixed length
+        length = float(torch.nn.utils.get_total_norm(gradient([loss], parameters)))
+        return meta_gradient(parameters, [loss], [loss], SAM_RADIUS / max(length, 1e-12), second=False)
+    rate = 2.0 if arm == "second_eta_2" else 1.0
+    return meta_gradient(parameters, [objective], [loss], rate, second=arm != "first")
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What a model is asked about: labelled pairs of the first policy and of the moved one, and answers of both."""
+
+    original: Pairs
+    shifted: Pairs
+    prompts_NP: np.ndarray
+    answers_NL: np.ndarray
+    unmoved_NL: np.ndarray
+    """Answers of the first policy to the same prompts."""
+    utility_N: np.ndarray
+
+    @classmethod
+    def drawn(cls, world: PreferenceWorld, rng: np.random.Generator, tilt: float) -> Tests:
+        """For a policy of this tilt."""
+        original, shifted = world.pairs(TESTED, rng), world.pairs(TESTED, rng, tilt=tilt)
+        prompts_NP = np.repeat(world.prompts(TESTED // ANSWERS, rng), ANSWERS, axis=0)
+        answers_NL, unmoved_NL = world.answers(prompts_NP, rng, tilt), world.answers(prompts_NP, rng)
+        return cls(original, shifted, prompts_NP, answers_NL, unmoved_NL, world.utility(prompts_NP, answers_NL))
+
+    def figures(self, model: ScoreModel) -> dict[str, float]:
+        """Accuracies, rank correlation with the truth over all moved answers, the spread among those to a prompt."""
+        rewards_N, unmoved_N = (scores(model, self.prompts_NP, some) for some in (self.answers_NL, self.unmoved_NL))
+        rewards_PK = torch.from_numpy(rewards_N.reshape(-1, ANSWERS))
+        deviation = float(rewards_PK.std(dim=1, correction=0).mean())
+        unmoved = float(unmoved_N.reshape(-1, ANSWERS).std(axis=1).mean())
+        found = {
+            "accuracy_original": accuracy(model, self.original),
+            "accuracy_shifted": accuracy(model, self.shifted),
+            "spearman_shifted": float(spearmanr(rewards_N, self.utility_N).statistic),
+            "spread_shifted": deviation,
+            "spread_shifted_over_original": deviation / unmoved,
+            "objective_shifted": float(spread(rewards_PK).mean()),
+        }
+        return {name: round(value, 4) for name, value in found.items()}
+
+
+def shifted_case(seed: int, tilt: float) -> list[dict[str, Any]]:
+    """The arms against one shift."""
+    world = PreferenceWorld(seed)
+    pairs = world.pairs(PAIRS, np.random.default_rng([seed, 1]))
+    meta = {moved: MetaSet.drawn(world, np.random.default_rng([seed, 2]), moved) for moved in (0.0, tilt)}
+    tests = Tests.drawn(world, np.random.default_rng([seed, 3]), tilt)
+    rows = []
+    for arm in SEVERE_ARMS if tilt == SEVERE else ARMS:
+        model = score_model(seed, attention="eager")
+        fit(model, pairs, arm, meta[0.0 if arm == "second_unshifted" else tilt], seed)
+        rows.append({"seed": seed, "tilt": tilt, "arm": arm, **tests.figures(model)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def rounds_case(seed: int) -> list[dict[str, Any]]:
+    """Three rounds of a policy that moves on, and what each way to refresh the reward model makes of them."""
+    world = PreferenceWorld(seed)
+    pairs = world.pairs(PAIRS, np.random.default_rng([seed, 1]))
+    draws = [np.random.default_rng([seed, 4, number]) for number in range(len(TILTS))]
+    tests = [Tests.drawn(world, rng, tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
+    meta = [MetaSet.drawn(world, rng, tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
+    new = [world.pairs(NEW_LABELS, rng, tilt=tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
+    first = score_model(seed, attention="eager")
+    fit(first, pairs, "vanilla", meta[0], seed)
+    rows = []
+    for refresh in REFRESHES:
+        model, known = score_model(seed, attention="eager"), pairs
+        model.load_state_dict(first.state_dict())
+        for number, tilt in enumerate(TILTS):
+            if refresh == "vanilla":  # anew, on the labels of all rounds
+                model = score_model(seed, attention="eager")
+                known = joined(known, new[number])
+                fit(model, known, "vanilla", meta[number], seed)
+            elif refresh != "none":  # the model of the round before goes on, once over the pairs
+                fit(model, pairs, "second" if refresh == "metarm" else refresh, meta[number], seed + number, epochs=1)
+            at = {"seed": seed, "round": number + 1, "tilt": tilt, "rm_refresh": refresh}
+            rows.append({**at, "labels": len(known), **tests[number].figures(model)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def joined(first: Pairs, second: Pairs) -> Pairs:
+    """Both, one behind the other."""
+    columns = ("prompts_NP", "answers_N2L", "wrong_N")
+    return Pairs(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in columns))
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The pass marks, on the moderate shift: gain in accuracy on moved pairs over vanilla, seed by seed."""
+    by = {(row["arm"], row["seed"]): row for row in rows if row["tilt"] == MODERATE}
+    seeds = sorted({seed for _, seed in by})
+    gains = {
+        arm: [round(by[arm, s]["accuracy_shifted"] - by["vanilla", s]["accuracy_shifted"], 4) for s in seeds]
+        for arm in ARMS
+    }
+    mean = {arm: float(np.mean(found)) for arm, found in gains.items()}
+    wide = [by["joint", s]["spread_shifted"] / by["vanilla", s]["spread_shifted"] for s in seeds]
+    positive = sum(gain > 0 for gain in gains["second"])
+    return {
+        "gains": gains,
+        "second order gains 0.01 on average": {"value": round(mean["second"], 4), "pass": mean["second"] >= 0.01},
+        "second order gains in three quarters of the seeds": {
+            "value": f"{positive} of {len(seeds)}",
+            "pass": positive >= 0.75 * len(seeds),
+        },
+        "an unshifted meta set gains 0.01 at most": {
+            "value": round(mean["second_unshifted"], 4),
+            "pass": mean["second_unshifted"] <= 0.01,
+        },
+        "joint has 1.5 times vanilla's spread": {
+            "value": round(float(np.mean(wide)), 3),
+            "pass": float(np.mean(wide)) >= 1.5,
+        },
+    }
+
+
+def kept(path: Path, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What an earlier start has left there, else computed and left there."""
+    if not path.is_file():
+        found = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def main() -> None:
+    """Run everything and write one JSON file."""
+    options = study_options(__doc__, "meta_reward", "runs/meta_reward", range(4)).parse_args()
+    torch.set_num_threads(1)
+    shifted: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        folder = options.workspace / f"seed_{seed}"
+        for tilt in (MODERATE, SEVERE):
+            shifted += kept(folder / f"tilt_{tilt}.json", lambda s=seed, t=tilt: shifted_case(s, t))  # type: ignore[misc]
+        rounds += kept(folder / "rounds.json", lambda s=seed: rounds_case(s))  # type: ignore[misc]
+    sizes = {"pairs": PAIRS, "meta_prompts": META, "answers": ANSWERS, "epochs": EPOCHS, "batch": BATCH}
+    world = {"words_of_prompt": PROMPT, "words_of_answer": ANSWER, **sizes, "meta_batch": META_BATCH}
+    command = f"python benchmarks/meta_reward.py --seeds {' '.join(map(str, options.seeds))}"
+    found = verdicts(shifted)
+    write(options.out, command, {"world": world, "marks": found, "shifted": shifted, "rounds": rounds})
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
