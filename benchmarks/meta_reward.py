@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ from beaver_ray.method.meta import gradient, meta_gradient, spread
 from beaver_ray.models.score import ScoreModel
 
 PAIRS, TESTED, META, ANSWERS = 4000, 2000, 1000, 4
-EPOCHS, BATCH, META_BATCH, RATE = 4, 64, 32, 1e-3
+EPOCHS, BATCH, META_BATCH, RATE = 2, 64, 32, 1e-3
 SAM_RADIUS = 0.05
 MODERATE, SEVERE = 0.8, 2.0
-ARMS = ("vanilla", "second", "second_eta_2", "first", "second_unshifted", "sam", "joint")
-SEVERE_ARMS = ("vanilla", "second", "joint")
-REFRESHES = ("none", "vanilla", "metarm", "joint")
+ARMS = {
+    MODERATE: ("vanilla", "second", "first", "second_unshifted", "sam", "joint"),
+    SEVERE: ("vanilla", "second", "joint"),
+}
+REFRESHES = ("none", "again", "vanilla", "metarm", "joint")
+"""again: one more epoch on the first pairs, as metarm and joint have, and nothing else."""
 TILTS = (0.4, 0.8, 1.2)
 NEW_LABELS = 1000
 
@@ -100,8 +104,7 @@ def step(parameters: list[Any], arm: str, loss: Callable[[], Tensor], objective:
     if arm == "sam":  # https://arxiv.org/abs/2010.01412: up along the loss itself, a step of fixed length
         length = float(torch.nn.utils.get_total_norm(gradient([loss], parameters)))
         return meta_gradient(parameters, [loss], [loss], SAM_RADIUS / max(length, 1e-12), second=False)
-    rate = 2.0 if arm == "second_eta_2" else 1.0
-    return meta_gradient(parameters, [objective], [loss], rate, second=arm != "first")
+    return meta_gradient(parameters, [objective], [loss], 1.0, second=arm != "first")
 
 
 @dataclass(frozen=True)
@@ -141,45 +144,37 @@ class Tests:
         return {name: round(value, 4) for name, value in found.items()}
 
 
-def shifted_case(seed: int, tilt: float) -> list[dict[str, Any]]:
-    """The arms against one shift."""
+def shifted_case(seed: int, tilt: float, arm: str) -> list[dict[str, Any]]:
+    """An arm against a shift."""
     world = PreferenceWorld(seed)
     pairs = world.pairs(PAIRS, np.random.default_rng([seed, 1]))
-    meta = {moved: MetaSet.drawn(world, np.random.default_rng([seed, 2]), moved) for moved in (0.0, tilt)}
+    meta = MetaSet.drawn(world, np.random.default_rng([seed, 2]), 0.0 if arm == "second_unshifted" else tilt)
     tests = Tests.drawn(world, np.random.default_rng([seed, 3]), tilt)
-    rows = []
-    for arm in SEVERE_ARMS if tilt == SEVERE else ARMS:
-        model = score_model(seed, attention="eager")
-        fit(model, pairs, arm, meta[0.0 if arm == "second_unshifted" else tilt], seed)
-        rows.append({"seed": seed, "tilt": tilt, "arm": arm, **tests.figures(model)})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    model = score_model(seed, attention="eager")
+    fit(model, pairs, arm, meta, seed)
+    return [{"seed": seed, "tilt": tilt, "arm": arm, **tests.figures(model)}]
 
 
-def rounds_case(seed: int) -> list[dict[str, Any]]:
-    """Three rounds of a policy that moves on, and what each way to refresh the reward model makes of them."""
+def rounds_case(seed: int, refresh: str) -> list[dict[str, Any]]:
+    """Three rounds of a policy that moves on, and what a way to refresh the reward model makes of them."""
     world = PreferenceWorld(seed)
     pairs = world.pairs(PAIRS, np.random.default_rng([seed, 1]))
     draws = [np.random.default_rng([seed, 4, number]) for number in range(len(TILTS))]
     tests = [Tests.drawn(world, rng, tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
     meta = [MetaSet.drawn(world, rng, tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
     new = [world.pairs(NEW_LABELS, rng, tilt=tilt) for rng, tilt in zip(draws, TILTS, strict=True)]
-    first = score_model(seed, attention="eager")
-    fit(first, pairs, "vanilla", meta[0], seed)
+    model, known = score_model(seed, attention="eager"), pairs
+    fit(model, pairs, "vanilla", meta[0], seed)
     rows = []
-    for refresh in REFRESHES:
-        model, known = score_model(seed, attention="eager"), pairs
-        model.load_state_dict(first.state_dict())
-        for number, tilt in enumerate(TILTS):
-            if refresh == "vanilla":  # anew, on the labels of all rounds
-                model = score_model(seed, attention="eager")
-                known = joined(known, new[number])
-                fit(model, known, "vanilla", meta[number], seed)
-            elif refresh != "none":  # the model of the round before goes on, once over the pairs
-                fit(model, pairs, "second" if refresh == "metarm" else refresh, meta[number], seed + number, epochs=1)
-            at = {"seed": seed, "round": number + 1, "tilt": tilt, "rm_refresh": refresh}
-            rows.append({**at, "labels": len(known), **tests[number].figures(model)})
-            print(json.dumps(rows[-1]), flush=True)
+    for number, tilt in enumerate(TILTS):
+        if refresh == "vanilla":  # anew, on the labels of all rounds
+            model, known = score_model(seed, attention="eager"), joined(known, new[number])
+            fit(model, known, "vanilla", meta[number], seed)
+        elif refresh != "none":  # the model of the round before goes on, once over the first pairs
+            arm = {"again": "vanilla", "metarm": "second", "joint": "joint"}[refresh]
+            fit(model, pairs, arm, meta[number], seed + number, epochs=1)
+        at = {"seed": seed, "round": number + 1, "tilt": tilt, "rm_refresh": refresh, "labels": len(known)}
+        rows.append({**at, **tests[number].figures(model)})
     return rows
 
 
@@ -195,7 +190,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seeds = sorted({seed for _, seed in by})
     gains = {
         arm: [round(by[arm, s]["accuracy_shifted"] - by["vanilla", s]["accuracy_shifted"], 4) for s in seeds]
-        for arm in ARMS
+        for arm in ARMS[MODERATE]
     }
     mean = {arm: float(np.mean(found)) for arm, found in gains.items()}
     wide = [by["joint", s]["spread_shifted"] / by["vanilla", s]["spread_shifted"] for s in seeds]
@@ -224,6 +219,7 @@ def kept(path: Path, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[s
         found = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found), encoding="utf-8")
+        print(json.dumps(found), flush=True)
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return rows
 
@@ -232,19 +228,29 @@ def main() -> None:
     """Run everything and write one JSON file."""
     options = study_options(__doc__, "meta_reward", "runs/meta_reward", range(4)).parse_args()
     torch.set_num_threads(1)
-    shifted: list[dict[str, Any]] = []
-    rounds: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        folder = options.workspace / f"seed_{seed}"
-        for tilt in (MODERATE, SEVERE):
-            shifted += kept(folder / f"tilt_{tilt}.json", lambda s=seed, t=tilt: shifted_case(s, t))  # type: ignore[misc]
-        rounds += kept(folder / "rounds.json", lambda s=seed: rounds_case(s))  # type: ignore[misc]
+    cases: dict[str, list[tuple[str, Callable[[], list[dict[str, Any]]]]]] = {
+        "shifted": [
+            (f"seed_{seed}_tilt_{tilt}_{arm}", partial(shifted_case, seed, tilt, arm))
+            for tilt, arms in ARMS.items()
+            for seed in options.seeds
+            for arm in arms
+        ],
+        "rounds": [
+            (f"seed_{seed}_rounds_{refresh}", partial(rounds_case, seed, refresh))
+            for seed in options.seeds
+            for refresh in REFRESHES
+        ],
+    }
+    found = {
+        what: [row for name, compute in listed for row in kept(options.workspace / f"{name}.json", compute)]
+        for what, listed in cases.items()
+    }
     sizes = {"pairs": PAIRS, "meta_prompts": META, "answers": ANSWERS, "epochs": EPOCHS, "batch": BATCH}
     world = {"words_of_prompt": PROMPT, "words_of_answer": ANSWER, **sizes, "meta_batch": META_BATCH}
     command = f"python benchmarks/meta_reward.py --seeds {' '.join(map(str, options.seeds))}"
-    found = verdicts(shifted)
-    write(options.out, command, {"world": world, "marks": found, "shifted": shifted, "rounds": rounds})
-    print(json.dumps(found, indent=2))
+    marks = verdicts(found["shifted"])
+    write(options.out, command, {"world": world, "marks": marks, **found})
+    print(json.dumps(marks, indent=2))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from actors.driver.trainer_stage import TrainerStage
 from actors.stages import stages
 from beaver_ray.errors import UserError
+from beaver_ray.manifest import parents_of
 from beaver_ray.runs import RunFolder
 from tests.actors.stages.test_supervised import config_of, encoded, rows_of, train_on, trainer_of
 from tests.actors.support import LiteralScoreModel, Ranks, gradients_of
@@ -162,3 +163,4 @@ def test_the_run_says_that_rewards_collapse(tiny_world: Path, answers: Any, tmp_
         "the spread of rewards fell to 0.01 at step 2, under 0.05: equal rewards have no slope that could part them "
         "again"
     ]
+    assert answers[0]["path"] in parents_of(config)  # so that a round's manifest names it
