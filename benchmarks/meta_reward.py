@@ -12,7 +12,7 @@ round, or not. A case that is in the workspace already is not computed again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,12 +42,15 @@ from beaver_ray.models.score import ScoreModel
 
 PAIRS, TESTED, META, ANSWERS = 4000, 2000, 1000, 4
 EPOCHS, BATCH, META_BATCH, RATE = 2, 64, 32, 1e-3
+LONGER = 8  # epochs, as the world's own `train` has them; added when rewards after two were found to be small still
 SAM_RADIUS = 0.05
 MODERATE, SEVERE = 0.8, 2.0
 ARMS = {
     MODERATE: ("vanilla", "second", "first", "second_unshifted", "sam", "joint"),
     SEVERE: ("vanilla", "second", "joint"),
 }
+LONGER_ARMS = ("vanilla", "second")
+REFRESHED_SEEDS = 2
 REFRESHES = ("none", "again", "vanilla", "metarm", "joint")
 """again: one more epoch on the first pairs, as metarm and joint have, and nothing else."""
 TILTS = (0.4, 0.8, 1.2)
@@ -144,14 +147,14 @@ class Tests:
         return {name: round(value, 4) for name, value in found.items()}
 
 
-def shifted_case(seed: int, tilt: float, arm: str) -> list[dict[str, Any]]:
+def shifted_case(seed: int, tilt: float, arm: str, epochs: int = EPOCHS) -> list[dict[str, Any]]:
     """An arm against a shift."""
     world = PreferenceWorld(seed)
     pairs = world.pairs(PAIRS, np.random.default_rng([seed, 1]))
     meta = MetaSet.drawn(world, np.random.default_rng([seed, 2]), 0.0 if arm == "second_unshifted" else tilt)
     tests = Tests.drawn(world, np.random.default_rng([seed, 3]), tilt)
     model = score_model(seed, attention="eager")
-    fit(model, pairs, arm, meta, seed)
+    fit(model, pairs, arm, meta, seed, epochs)
     return [{"seed": seed, "tilt": tilt, "arm": arm, **tests.figures(model)}]
 
 
@@ -184,19 +187,22 @@ def joined(first: Pairs, second: Pairs) -> Pairs:
     return Pairs(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in columns))
 
 
+def gains_over_vanilla(rows: list[dict[str, Any]], key: str, arms: Sequence[str]) -> dict[str, list[float]]:
+    """By how much a figure of each arm exceeds vanilla's on the moderate shift, seed by seed."""
+    by = {(row["arm"], row["seed"]): row[key] for row in rows if row["tilt"] == MODERATE}
+    seeds = sorted({seed for _, seed in by})
+    return {arm: [round(by[arm, s] - by["vanilla", s], 4) for s in seeds] for arm in arms if arm != "vanilla"}
+
+
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pass marks, on the moderate shift: gain in accuracy on moved pairs over vanilla, seed by seed."""
+    """The pass marks, on the moderate shift."""
     by = {(row["arm"], row["seed"]): row for row in rows if row["tilt"] == MODERATE}
     seeds = sorted({seed for _, seed in by})
-    gains = {
-        arm: [round(by[arm, s]["accuracy_shifted"] - by["vanilla", s]["accuracy_shifted"], 4) for s in seeds]
-        for arm in ARMS[MODERATE]
-    }
+    gains = gains_over_vanilla(rows, "accuracy_shifted", ARMS[MODERATE])
     mean = {arm: float(np.mean(found)) for arm, found in gains.items()}
     wide = [by["joint", s]["spread_shifted"] / by["vanilla", s]["spread_shifted"] for s in seeds]
     positive = sum(gain > 0 for gain in gains["second"])
     return {
-        "gains": gains,
         "second order gains 0.01 on average": {"value": round(mean["second"], 4), "pass": mean["second"] >= 0.01},
         "second order gains in three quarters of the seeds": {
             "value": f"{positive} of {len(seeds)}",
@@ -237,8 +243,13 @@ def main() -> None:
         ],
         "rounds": [
             (f"seed_{seed}_rounds_{refresh}", partial(rounds_case, seed, refresh))
-            for seed in options.seeds
+            for seed in options.seeds[:REFRESHED_SEEDS]
             for refresh in REFRESHES
+        ],
+        "longer": [
+            (f"seed_{seed}_longer_{arm}", partial(shifted_case, seed, MODERATE, arm, LONGER))
+            for seed in options.seeds
+            for arm in LONGER_ARMS
         ],
     }
     found = {
@@ -248,9 +259,13 @@ def main() -> None:
     sizes = {"pairs": PAIRS, "meta_prompts": META, "answers": ANSWERS, "epochs": EPOCHS, "batch": BATCH}
     world = {"words_of_prompt": PROMPT, "words_of_answer": ANSWER, **sizes, "meta_batch": META_BATCH}
     command = f"python benchmarks/meta_reward.py --seeds {' '.join(map(str, options.seeds))}"
-    marks = verdicts(found["shifted"])
-    write(options.out, command, {"world": world, "marks": marks, **found})
-    print(json.dumps(marks, indent=2))
+    marks, compared = verdicts(found["shifted"]), {}
+    for key in ("accuracy_shifted", "spearman_shifted", "accuracy_original"):
+        of_long = gains_over_vanilla(found["longer"], key, LONGER_ARMS)
+        of_short = gains_over_vanilla(found["shifted"], key, ARMS[MODERATE])
+        compared[key] = {**of_short, **{f"{arm}, {LONGER} epochs": gains for arm, gains in of_long.items()}}
+    write(options.out, command, {"world": world, "marks": marks, "gains": compared, **found})
+    print(json.dumps({**marks, **compared}, indent=2))
 
 
 if __name__ == "__main__":
