@@ -50,7 +50,8 @@ ARMS = {
     SEVERE: ("vanilla", "second", "joint"),
 }
 LONGER_ARMS = ("vanilla", "second")
-REFRESHED_SEEDS = 2
+FEW = 2
+"""Seeds of the severe shift, of the longer training and of the rounds."""
 REFRESHES = ("none", "again", "vanilla", "metarm", "joint")
 """again: one more epoch on the first pairs, as metarm and joint have, and nothing else."""
 TILTS = (0.4, 0.8, 1.2)
@@ -232,30 +233,37 @@ def kept(path: Path, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[s
 
 def main() -> None:
     """Run everything and write one JSON file."""
-    options = study_options(__doc__, "meta_reward", "runs/meta_reward", range(4)).parse_args()
+    parser = study_options(__doc__, "meta_reward", "runs/meta_reward", range(4))
+    parser.add_argument("--report", action="store_true", help="write what the workspace has, and compute nothing")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     cases: dict[str, list[tuple[str, Callable[[], list[dict[str, Any]]]]]] = {
         "shifted": [
             (f"seed_{seed}_tilt_{tilt}_{arm}", partial(shifted_case, seed, tilt, arm))
             for tilt, arms in ARMS.items()
-            for seed in options.seeds
+            for seed in options.seeds[: FEW if tilt == SEVERE else None]
             for arm in arms
         ],
         "rounds": [
             (f"seed_{seed}_rounds_{refresh}", partial(rounds_case, seed, refresh))
-            for seed in options.seeds[:REFRESHED_SEEDS]
+            for seed in options.seeds[:FEW]
             for refresh in REFRESHES
         ],
         "longer": [
             (f"seed_{seed}_longer_{arm}", partial(shifted_case, seed, MODERATE, arm, LONGER))
-            for seed in options.seeds
+            for seed in options.seeds[:FEW]
             for arm in LONGER_ARMS
         ],
     }
-    found = {
-        what: [row for name, compute in listed for row in kept(options.workspace / f"{name}.json", compute)]
-        for what, listed in cases.items()
-    }
+    found: dict[str, list[dict[str, Any]]] = {what: [] for what in cases}
+    missing = []
+    for what, listed in cases.items():
+        for name, compute in listed:
+            path = options.workspace / f"{name}.json"
+            if options.report and not path.is_file():
+                missing.append(name)
+                continue
+            found[what] += kept(path, compute)
     sizes = {"pairs": PAIRS, "meta_prompts": META, "answers": ANSWERS, "epochs": EPOCHS, "batch": BATCH}
     world = {"words_of_prompt": PROMPT, "words_of_answer": ANSWER, **sizes, "meta_batch": META_BATCH}
     command = f"python benchmarks/meta_reward.py --seeds {' '.join(map(str, options.seeds))}"
@@ -264,7 +272,7 @@ def main() -> None:
         of_long = gains_over_vanilla(found["longer"], key, LONGER_ARMS)
         of_short = gains_over_vanilla(found["shifted"], key, ARMS[MODERATE])
         compared[key] = {**of_short, **{f"{arm}, {LONGER} epochs": gains for arm, gains in of_long.items()}}
-    write(options.out, command, {"world": world, "marks": marks, "gains": compared, **found})
+    write(options.out, command, {"world": world, "marks": marks, "gains": compared, "missing": missing, **found})
     print(json.dumps({**marks, **compared}, indent=2))
 
 
