@@ -124,7 +124,8 @@ def parents_of(stage: Stage) -> dict[str, str]:
 
     found = {use.folder: fingerprint(use.folder) for use in models_of(stage)}
     calibrations = [constraint.calibration for constraint in getattr(stage, "constraints", [])]
-    for specs in (*stage.data_sets, *calibrations):
+    meta = getattr(stage, "meta", None)
+    for specs in (*stage.data_sets, *calibrations, [] if meta is None else meta.answers):
         for label, spec in parse_mix(specs).items():
             place = open_source(spec.source, spec.path)[0]
             found |= {str(file): file_hash(file) for file in place.files} or {label: "hub"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -130,6 +132,10 @@ class TrainerStage(TrainerConfig, TemplatedStage):
     def prepare(self, trainer: Trainer) -> Any:
         """Whatever must be known before the first step, kept as `Trainer.prepared`; called once on all ranks."""
         return None
+
+    def work(self, trainer: Trainer, batch: Rows) -> tuple[Sequence[Any], Callable[[Any], LossTerms]]:
+        """What a step differentiates: its micro-batches, and what says the loss of each."""
+        return trainer.micro_batches(trainer.train_data, batch), partial(trainer.loss, trainer.train_data, batch)
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Loss and metrics of ``rows``, a micro-batch of ``batch``; see `actors.roles.trainer.TrainerTask`."""

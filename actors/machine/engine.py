@@ -238,7 +238,8 @@ class TrainingEngine:
     def _reduce(self, terms: list[LossTerms]) -> dict[str, float]:
         """Add up (or take the maximum of) every figure over micro-batches and ranks, in two all-reduces."""
         sums = {"loss": torch.stack([t.loss.float() for t in terms]).sum()}
-        sums |= {n: torch.stack([t.sums[n].detach().float() for t in terms]).sum() for n in terms[0].sums}
+        for name in dict.fromkeys(name for t in terms for name in t.sums):  # a micro-batch need not have them all
+            sums[name] = torch.stack([t.sums[name].detach().float() for t in terms if name in t.sums]).sum()
         maxima = {n: torch.stack([t.maxima[n].detach().float() for t in terms]).max() for n in terms[0].maxima}
         figures: dict[str, float] = {}
         for part, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):

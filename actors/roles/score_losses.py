@@ -132,7 +132,7 @@ def score_pairs(
     prompts_B: tokens of their prompts, where the log-probs of the first sequences' answers are asked for too.
     """
     packed = pack([*first, *second]).to(trainer.engine.device)
-    ids, model = (packed.input_ids, packed.position_ids), trainer.engine.engine
+    ids, model = (packed.input_ids, packed.position_ids), trainer.model
     logprobs_T = answers_B = None
     if prompts_B is None:
         scores_LH = model(*ids)[0]

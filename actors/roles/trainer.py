@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class TrainerTask(Protocol):
 
     def prepare(self, trainer: Trainer) -> Any:
         """Whatever must be known before the first step, kept as `Trainer.prepared`; called once on all ranks."""
+        ...
+
+    def work(self, trainer: Trainer, batch: Rows) -> tuple[Sequence[Any], Callable[[Any], LossTerms]]:
+        """What a step on ``batch`` differentiates: this rank's micro-batches, and what says the loss of each."""
         ...
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
@@ -110,6 +114,7 @@ class Trainer(TrainingRank):
         self.packed = self.task.packed
         if self.packed:
             check_packing(self.engine.engine)
+        self.model: Any = self.engine.engine
         self.prepared = self.task.prepare(self)
 
     def describe(self) -> tuple[int, list[str]]:
@@ -130,8 +135,7 @@ class Trainer(TrainingRank):
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next global batch."""
         batch = self.sampler.next_batch()
-        micro_batches = self.micro_batches(self.train_data, batch)
-        figures = self.engine.step(micro_batches, partial(self._loss, self.train_data, batch))
+        figures = self.engine.step(*self.task.work(self, batch))
         return {**figures, "tokens": float(self._lengths(self.train_data, batch).sum())}
 
     @torch.no_grad()
@@ -141,7 +145,7 @@ class Trainer(TrainingRank):
         everything = np.arange(len(self.eval_data))
         totals: dict[str, float] = {}
         for members in self.micro_batches(self.eval_data, everything):
-            term = self._loss(self.eval_data, everything, members)
+            term = self.loss(self.eval_data, everything, members)
             for name, value in {"loss": term.loss, **term.sums}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
@@ -173,6 +177,7 @@ class Trainer(TrainingRank):
         """Tokens of each row, both sequences of a pair together."""
         return np.sum([side.lengths[rows] for side in self.task.sequences(data)], axis=0)
 
-    def _loss(self, data: Any, batch: Rows, members: tuple[Rows, float]) -> LossTerms:
+    def loss(self, data: Any, batch: Rows, members: tuple[Rows, float]) -> LossTerms:
+        """Loss and metrics of a micro-batch of ``batch``, as its part of that one's mean."""
         rows, weight = members
         return self.task.batch_loss(self, data, batch, rows, weight)

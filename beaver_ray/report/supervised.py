@@ -32,6 +32,11 @@ def supervised_charts(metrics: dict[str, np.ndarray]) -> list[Chart]:
             )
             for key, caption in accuracies
         ),
+        Chart(
+            "Spread of rewards",
+            "Of unlabelled answers to one prompt: standard deviation, and J.",
+            [panel("deviation", ("meta/spread", "answers")), panel("J", ("meta/objective", "answers"))],
+        ),
         Chart("Learning rate", "Of the optimizer step.", [panel("rate", ("learning_rate", "learning rate"))]),
         Chart(
             "Throughput",

@@ -108,6 +108,26 @@ def test_the_small_recipe() -> None:
         assert policy["constraints"][0]["model"] == f"{own}/cost/final/cost_model"
 
 
+def test_the_recipe_without_new_labels() -> None:
+    """Each round's reward model goes on from the one before, on the first pairs and this round's answers."""
+    file = ROOT / "configs" / "local" / "rounds_metarm.yaml"
+    _, stages = load_pipeline(file, ["workspace=/w", "rounds=2", "metarm.meta.order=joint"])
+    by_name = {stage.name: stage.model_dump() for stage in stages}
+    assert len(by_name) == 3 + 2 * 3 and not any(stage.stage == "label" for stage in stages)
+    for number in (1, 2):
+        before, own = f"/w/round_{number - 1}", f"/w/round_{number}"
+        generate, reward, policy = (by_name[f"round_{number}/{s}"] for s in ("generate", "reward", "policy"))
+        assert generate["policies"] == [f"{before}/policy/final/policy"]
+        assert reward["model"] == f"{before}/reward/final/reward_model" and reward["meta"]["order"] == "joint"
+        assert reward["train"] == by_name["round_0/reward"]["train"]
+        assert [answers["path"] for answers in reward["meta"]["answers"]] == [f"{own}/generate/final/answers.jsonl"]
+        assert policy["models"]["reward"] == f"{own}/reward/final/reward_model"
+    kept = "safe_ppo.models.reward=${workspace}/round_0/reward/final/reward_model"
+    _, stages = load_pipeline(file, ["workspace=/w", kept])
+    rewards = [s.model_dump()["models"]["reward"] for s in stages if s.stage == "safe_ppo"]
+    assert rewards == ["/w/round_0/reward/final/reward_model"] * 3
+
+
 def test_after_the_rounds(rounds_file: Write, tmp_path: Path, stage_file: Write) -> None:
     """A stage behind the block knows all rounds; one before it none."""
     stage_file("sft", name="all-${previous_round}", train=["demonstrations:1:${workspace}/${rounds_so_far}.jsonl"])
