@@ -234,8 +234,9 @@ class Team:
         model = stage.asked_model
         assert model is not None
         reader = self._reader(model)
-        room = (context_length(model, stage.trust_remote_code) or 1 << 30) - stage.rollout.max_new_tokens
-        short = [number for number, text in enumerate(requests) if len(reader.prompt([text])) <= room]
+        room = attack.count * stage.max_prompt_tokens
+        longest = (context_length(model, stage.trust_remote_code) or 1 << 30) - room
+        short = [number for number, text in enumerate(requests) if len(reader.prompt([text])) <= longest]
         if not short:
             return [None] * len(requests)
         asked = Asked(
@@ -244,7 +245,7 @@ class Team:
             numbers=[REQUESTS + number for number in short],
             turns=[(requests[number],) for number in short],
             answers=1,
-            room=stage.rollout.max_new_tokens,
+            room=room,
             scored=False,
         )
         said = dict(zip(short, (dialogues[0].response for dialogues in self._answers(asked)), strict=True))

@@ -48,6 +48,11 @@ class Attack:
             return self.text
         return f"{PREFIX}{Path(environments.__file__).parent / 'insisting.py'}:Insisting{self.text[len(INSIST) :]}"
 
+    @property
+    def count(self) -> int:
+        """Prompts that an attacker writes in one reply, at most."""
+        return int(self.keywords.get("count", 3)) if self.called == "few_shot" else 1
+
     def check(self) -> None:
         """UserError where its file has no such function or class, or may not be run."""
         if not self.text.startswith(PREFIX):
@@ -89,7 +94,7 @@ class Attack:
         """The prompts in an attacker's reply: a line each of several, or all of it where one was asked for."""
         lines = reply.splitlines() if self.called == "few_shot" else [reply]
         found = [_BULLET.sub("", line, count=1).strip().strip('"').strip() for line in lines]
-        return list(dict.fromkeys(text for text in found if text))[: int(self.keywords.get("count", 3))]
+        return list(dict.fromkeys(text for text in found if text))[: self.count]
 
 
 def few_shot(

