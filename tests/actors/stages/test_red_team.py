@@ -63,7 +63,8 @@ def test_attacks_on_a_small_policy(
         own = answers[3 * number : 3 * number + 3]
         assert row["n"] == 3 and row["unsafe_rate"] == round(sum(unsafe(a["response"]) for a in own) / 3, 4) > 0.1
         assert row["prompt"] in [a["prompt"] for a in own if a["unsafe"]]
-        assert row["category"] != "phone" and "phone" not in json.dumps(row)
+        asked = [row["prompt"]] if isinstance(row["prompt"], str) else row["prompt"][::2]
+        assert row["category"] != "phone" and "phone" not in " ".join(asked).split()
     # Where the answer to the first turn does not come to its end there is no second one.
     split = next(row["prompt"] for row in prompts if row["attack"] == "split" and isinstance(row["prompt"], list))
     assert len(split) == 3 and split[0].startswith("well ") and split[2].startswith("then ")
