@@ -74,7 +74,7 @@ class UserCode:
                 f"{what} is written python:FILE.py:{name} or python:FILE.py:{name}(key=value, ...), not {text!r}"
             )
         self.file, self.name = Path(found[1]), found[2]
-        self.keywords = _keywords(text, found[3] or "()")
+        self.keywords = read_keywords(text, found[3] or "()")
         if taken := [key for key in self.keywords if key in given]:
             raise ValueError(f"{text!r}: {taken[0]} is given to every {self.noun} by the run and can be no parameter")
 
@@ -125,7 +125,7 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__
 
 
-def _keywords(text: str, call: str) -> dict[str, Any]:
+def read_keywords(text: str, call: str) -> dict[str, Any]:
     """The keyword arguments that a call in brackets has, literals all; ValueError for anything else."""
     try:
         tree = ast.parse(f"f{call}", mode="eval").body

@@ -28,6 +28,7 @@ from common import CONFIGS, STAGES, TARGET, prepare, study_options, trained, wri
 from small_world import figures as safe_figures
 
 from beaver_ray.hacking import columns, signs
+from beaver_ray.runs import read_metrics
 
 NOISE, PAIRS, ALL_PAIRS = 0.25, 1500, 12_000
 WITHOUT_PTX = ["data.ptx=[]", "ppo.ptx_coefficient=0"]
@@ -101,17 +102,17 @@ SIGNS = {"blind": False, "by_truth": True}
 
 def study(folder: Path, seed: int) -> list[dict[str, Any]]:
     """All methods of one seed; the first evaluation of PPO-max, in its critic's warm-up, is of the SFT policy."""
-    runs = {
-        method: trained(folder, method, seed, CONFIGS / "ppo_max.yaml", [*SIZE, *settings])
-        for method, settings in METHODS.items()
-    }
+    for method, settings in METHODS.items():
+        trained(folder, method, seed, CONFIGS / "ppo_max.yaml", [*SIZE, *settings])
+    runs = {method: read_metrics(folder / method) for method in METHODS}
     start = next(line for line in runs["ppo_max"] if "eval/reward" in line)
     return [{"method": m, "seed": seed, **figures(lines, start)} for m, lines in runs.items()]
 
 
 def safe(folder: Path, seed: int) -> dict[str, Any]:
     """Safe PPO with PPO-max's options; beside it the means of what the multiplier compares, over the last fifth."""
-    lines = trained(folder, "safe_ppo_max", seed, CONFIGS / "safe_ppo.yaml", SAFE)
+    trained(folder, "safe_ppo_max", seed, CONFIGS / "safe_ppo.yaml", SAFE)
+    lines = read_metrics(folder / "safe_ppo_max")
     last = [line for line in lines if line["step"] > 0.8 * lines[-1]["step"]]
     measured = {key: sum(line[f"cost/harm/{key}"] for line in last) / len(last) for key in ("mean", "limit")}
     return {"method": "safe_ppo_max", "seed": seed, **safe_figures(lines, TARGET), "cost": measured}

@@ -138,7 +138,8 @@ class Label(TemplatedStage):
         known = SmallWorld.load(Path(world))
 
         def scores(row: Row) -> Row:
-            texts = [(str(row["prompt"]), row[f"response_{k}"]) for k in (0, 1)]
+            asked = row["prompt"] if isinstance(row["prompt"], str) else " ".join(row["prompt"])
+            texts = [(asked, row[f"response_{k}"]) for k in (0, 1)]
             rewards = {f"reward_{k}": known.reward(*said) for k, said in enumerate(texts)}
             return rewards | {f"cost_{k}": known.cost(*said) for k, said in enumerate(texts)}
 

@@ -165,12 +165,14 @@ def _labels(found: Survey, samples: Iterable[RawSample]) -> None:
 
 
 def _category(found: Survey, sample: RawSample) -> list[Category]:
-    """The categories of a row, which may be one text, a list of them, or flags by name."""
-    value = next((sample.fields[name] for name in CATEGORIES if sample.fields.get(name)), None)
-    names = [name for name, there in value.items() if there] if isinstance(value, dict) else value
-    parts = [
-        found.categories.setdefault(str(n), Category()) for n in (names if isinstance(names, list) else [names]) if n
-    ]
+    parts = [found.categories.setdefault(name, Category()) for name in category_names(sample)]
     for part in parts:
         part.rows += 1
     return parts
+
+
+def category_names(sample: RawSample, fields: Sequence[str] = CATEGORIES) -> list[str]:
+    """The categories that a row has in the first of these fields that says any: one text, a list, or flags by name."""
+    value = next((sample.fields[name] for name in fields if sample.fields.get(name)), None)
+    names = [name for name, there in value.items() if there] if isinstance(value, dict) else value
+    return [str(name) for name in (names if isinstance(names, list) else [names]) if name]

@@ -6,6 +6,7 @@
                                      that are labelled by it are in preferences_privacy/
     prompts/{train,test,sealed}.jsonl  {"prompt"}, of the harder world {"prompt", "kind"}; the sealed ones are in no
                                      other file, at most 1000
+    seeds/{train,test}.jsonl         {"prompt", "category"}, the adversarial prompts of a split with their topics
     moderation/{train,test}.jsonl    {"prompt", "response", "labels", "kind", "topic"}, single answers
     ptx.jsonl                        the train demonstrations again
     model/                           Hugging Face folder: Llama weights (float32 safetensors) and tokenizer
@@ -87,7 +88,10 @@ def build(
             _write_jsonl(folder / name / f"{split}.jsonl", preferences)
         rng = random.Random(f"{world.seed}/moderation/{split}")
         _write_jsonl(folder / "moderation" / f"{split}.jsonl", moderation_rows(world, labelled_count, split, rng))
-        _write_jsonl(folder / "prompts" / f"{split}.jsonl", map(world.row, world.prompts(split)))
+        prompts = world.prompts(split)
+        _write_jsonl(folder / "prompts" / f"{split}.jsonl", map(world.row, prompts))
+        seeds = ({"prompt": p.text, "category": p.topic} for p in prompts if p.kind == "adversarial")
+        _write_jsonl(folder / "seeds" / f"{split}.jsonl", seeds)
     sealed = world.sealed_prompts(SEALED_PROMPTS)
     _write_jsonl(folder / "prompts" / "sealed.jsonl", map(world.row, sealed))
 

@@ -221,13 +221,14 @@ class SmallWorld(BaseModel):
     # The truth about a prompt and an answer
 
     def parse(self, prompt_text: str) -> Prompt:
-        """Read topic and intent out of a prompt, also when a template stands around it."""
+        """Read topic and intent out of a prompt, also when a template stands around it or it is asked again."""
         words = prompt_text.split()
-        topics = [word for word in words if word in self.facts]
-        verbs = [word for word in words if word in HARMLESS_VERBS or word in ADVERSARIAL_VERBS]
+        topics = {word for word in words if word in self.facts}
+        verbs = {word for word in words if word in HARMLESS_VERBS or word in ADVERSARIAL_VERBS}
         if len(topics) != 1 or len(verbs) != 1:
             raise UserError(f"not a small-world prompt, one verb and one topic are needed: {prompt_text!r}")
-        return Prompt(prompt_text, topics[0], verbs[0], self._kind(verbs[0], words))
+        (topic,), (verb,) = topics, verbs
+        return Prompt(prompt_text, topic, verb, self._kind(verb, words))
 
     def _kind(self, verb: str, words: Sequence[str]) -> str:
         return "adversarial" if verb in ADVERSARIAL_VERBS else "harmless"

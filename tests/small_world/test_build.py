@@ -39,6 +39,8 @@ def test_files(folder: Path) -> None:
     assert len(rows_of(folder / "preferences/test.jsonl")) == 20
     assert len(rows_of(folder / "demonstrations/test.jsonl")) == 10
     assert rows_of(folder / "prompts/test.jsonl") == [{"prompt": p.text} for p in WORLD.prompts("test")]
+    seeds = [{"prompt": p.text, "category": p.topic} for p in WORLD.prompts("test") if p.adversarial]
+    assert rows_of(folder / "seeds/test.jsonl") == seeds and len(seeds) == 16
     sealed = {str(row["prompt"]) for row in rows_of(folder / "prompts/sealed.jsonl")}
     assert len(sealed) == 1000
     for file in ("prompts/train", "prompts/test", "demonstrations/train", "preferences/train", "preferences/test"):
@@ -54,7 +56,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     build(tmp_path, WORLD, **SIZES)
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is left alone
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 17
+    assert len(files) == 19
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
@@ -62,7 +64,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 def test_the_world_is_what_it_was(folder: Path) -> None:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json*"))
     names = [path for path in paths if path != "prompts/sealed.jsonl"]  # which is younger than the figure
-    younger = ("model/", "moderation/")
+    younger = ("model/", "moderation/", "seeds/")
     content = b"".join((folder / name).read_bytes() for name in sorted(names) if not name.startswith(younger))
     assert hashlib.sha256(content).hexdigest() == DATA_SHA256
 

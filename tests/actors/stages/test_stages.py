@@ -36,6 +36,7 @@ OF_POLICIES: dict[str, Any] = {
 
 MAKES_DATA: dict[str, dict[str, Any]] = {
     "generate": {"name": "x", "policies": ["p"], "prompts": ["prompts:1:f"]},
+    "red_team": {"name": "x", "policy": "p", "seeds": ["prompts:1:f"], "cost": "c"},
     "label": {"name": "x", "pairs": "f.jsonl", "reward": "r", "cost": "c", "policy": "p"},
 }
 

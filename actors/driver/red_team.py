@@ -1,0 +1,415 @@
+"""Red teaming: attempts made of seeds, the target's answers to them with their costs, and what is kept of it.
+
+Answers are kept in answers/ of the run's folder, block by block, as soon as a block is answered and scored: a resumed
+run asks what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.driver.asking import asking_policy
+from actors.driver.evaluate import answers_to, judging
+from actors.driver.judged_policy import JudgedPolicy
+from actors.driver.processes import Roles
+from actors.driver.rollouts import Rollouts
+from actors.roles.exchange import sample_seed
+from actors.roles.judge import REPLIES, Judge
+from actors.roles.scorer import ScorerBase
+from beaver_ray import environments, experience
+from beaver_ray.data.mixing import bare_turns, load_mix
+from beaver_ray.data.near import NearTexts
+from beaver_ray.data.pairs import draw_pairs
+from beaver_ray.data.readers import Dialogues, Reader
+from beaver_ray.data.survey import CATEGORIES
+from beaver_ray.errors import UserError
+from beaver_ray.fit import check_fit
+from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.manifest import json_line, read_rows, write_lines, write_rows, write_stage_manifest
+from beaver_ray.models.folders import find_model, fingerprint
+from beaver_ray.models.loading import check_model_folder, context_length, load_tokenizer
+from beaver_ray.red_team.attacks import Attack
+from beaver_ray.red_team.choosing import (
+    Attempt,
+    Choice,
+    Dialogue,
+    Seeds,
+    Tried,
+    choose,
+    draw,
+    figures,
+    read_seeds,
+    words,
+)
+from beaver_ray.red_team.options import RedTeamConfig
+from beaver_ray.report.red_team import remarks, write_page
+from beaver_ray.rules.refusals import is_refusal
+from beaver_ray.runs import RunFolder
+from beaver_ray.small_world.world import SmallWorld
+from beaver_ray.template_options import TemplateOptions
+
+BLOCK = 256
+"""Attempts whose answers are kept together."""
+REQUESTS = 1 << 40
+"""Number of the attacker's first request, beyond those of attempts."""
+
+
+def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
+    """Try all attacks on the drawn seeds, and write what is kept into ``final.part``, and the figures.
+
+    Raises UserError where nothing worked; the figures are there all the same.
+    """
+    for line in _check(stage):
+        run.note(line)
+    run.rewind(0)  # figures of the blocks that are there already are logged again
+    samples, reports = load_mix(stage.seeds)
+    for label, report in reports.items():
+        run.note(f"{label}: {report.line()}")
+    seeds = read_seeds(samples, stage.held_out, (stage.category,) if stage.category else CATEGORIES)
+    team = Team(stage, run, seeds)
+    attempts = team.attempts()
+    tried = team.tried(attempts)
+    known = NearTexts()
+    others = ["\n".join(bare_turns(sample)) for sample in load_mix(stage.known)[0]] if stage.known else []
+    for text in [*(text for texts in (*seeds.used.values(), *seeds.held_out.values()) for text in texts), *others]:
+        known.add(text)
+    choice = choose(tried, known, seeds.telltale(), stage.worked, stage.per_category)
+    found = figures(tried, choice, {**seeds.left_out, **team.left_out}, stage.target)
+    shares = {
+        f"{kind}/{name}": part["unsafe"] for kind in ("attacks", "categories") for name, part in found[kind].items()
+    }
+    run.log(team.blocks + 1, {f"unsafe/{name}": share["mean"] for name, share in shares.items() if share})
+    write_page(run.folder, stage.name, found, choice)
+    for line in remarks(found):
+        run.note(line)
+    if not choice.kept:
+        raise UserError(
+            f"of {len(tried)} attempts none is kept ({_said(choice.left_out)}); lower worked, or give other attacks or "
+            "more seeds, and go on with resume=true, which asks nothing twice"
+        )
+    _write(stage, run.folder / "final.part", choice, found)
+
+
+def _check(stage: RedTeamConfig) -> list[str]:
+    """What should be known of the run's models. UserError for a model, source, attack or file that is none."""
+    for use in stage.roles()[0].models:
+        check_model_folder(use.folder, use.part)
+    for role in stage.roles()[1:]:
+        assert role.source is not None
+        role.source.check(role.name)
+    for attack in stage.named_attacks:
+        attack.check()
+    return check_fit(stage)
+
+
+def _write(stage: RedTeamConfig, folder: Path, choice: Choice, found: dict[str, Any]) -> None:
+    """prompts.jsonl, answers.jsonl, pairs.jsonl where prompts have different answers, and the manifest."""
+    rows = [
+        row | {"model": stage.policy, "temperature": stage.rollout.temperature}
+        for one in choice.kept
+        for row in one.answers()
+    ]
+    write_rows(folder / "prompts.jsonl", [one.row() for one in choice.kept])
+    write_rows(folder / "answers.jsonl", rows)
+    plain = [{name: value for name, value in row.items() if name not in ("unsafe", "cost")} for row in rows]
+    pairs, _ = draw_pairs(plain, 1, stage.seed)
+    if pairs:
+        write_rows(folder / "pairs.jsonl", pairs)
+    counts = {"attempts": found["all"]["attempts"], "kept": len(choice.kept), "answers": len(rows), "pairs": len(pairs)}
+    counts["unsafe answers"] = sum(row["unsafe"] for row in rows)
+    files = [stage.world] if stage.world else []
+    write_stage_manifest(stage, folder, counts | found["left_out"], files)
+
+
+def _said(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Texts that a model is asked, and how: a group answers under one environment."""
+
+    title: str
+    """Of its files."""
+    model: str
+    numbers: list[int]
+    """Of its attempts; with the place of an answer they make its random numbers."""
+    turns: list[tuple[str, ...]]
+    """Of each attempt the user's turns."""
+    answers: int
+    """To each attempt."""
+    room: int
+    """Tokens of all that follows a first turn."""
+    environment: str | None = None
+    """Who says further turns; None for those of ``turns``."""
+    scored: bool = True
+
+
+class Team:
+    """The attacks of one run."""
+
+    def __init__(self, stage: RedTeamConfig, run: RunFolder, seeds: Seeds) -> None:
+        self.stage, self.run, self.seeds = stage, run, seeds
+        self.left_out: Counter[str] = Counter()
+        self.blocks = 0
+        """Blocks that were answered, each a step of metrics.jsonl."""
+        self.world = SmallWorld.load(Path(stage.world)) if stage.world else None
+
+    # Attempts
+
+    def attempts(self) -> dict[str, list[Attempt]]:
+        """All attempts by attack, in its order; those that say the same in the same way are one."""
+        stage = self.stage
+        drawn = draw(self.seeds, stage.seeds_per_category, stage.seed)
+        reader, telltale = self._reader(stage.policy), self.seeds.telltale()
+        found: dict[str, list[Attempt]] = {}
+        seen: set[tuple[str, tuple[str, ...]]] = set()
+        number = 0
+        for attack in stage.named_attacks:
+            made = self._asked(attack, drawn) if attack.kind == "asked" else self._rewritten(attack, drawn)
+            for category, seed, turns in made:
+                key = (attack.name if attack.kind == "user" else "", turns)
+                if not turns:
+                    self.left_out["attacks that make nothing of a seed"] += 1
+                elif key in seen:
+                    self.left_out["attempts that say what an earlier one says"] += 1
+                elif words("\n".join(turns)) & telltale:
+                    self.left_out["speak of a held-out category, not tried"] += 1
+                elif len(reader.prompt(turns[:1])) > stage.max_prompt_tokens:
+                    self.left_out[f"longer than {stage.max_prompt_tokens} tokens"] += 1
+                else:
+                    seen.add(key)
+                    found.setdefault(attack.name, []).append(Attempt(number, attack.name, category, seed, turns))
+                    number += 1
+        if not number:
+            raise UserError(f"the attacks make no attempt of {len(drawn)} seeds ({_said(self.left_out)})")
+        return found
+
+    def _rewritten(self, attack: Attack, drawn: Sequence[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(category, seed, the user's turns) of each drawn seed; of a user who goes on, the seed is the first turn."""
+        if attack.kind == "user":
+            return [(category, text, (text,)) for category, text in drawn]
+        rewrite = attack.rewriter()
+        return [
+            (
+                category,
+                text,
+                tuple(rewrite(text, category, self.seeds.peers(category, text), self._number(attack, text))),
+            )
+            for category, text in drawn
+        ]
+
+    def _asked(self, attack: Attack, drawn: Sequence[tuple[str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
+        """The same of what the attacker writes, which may be several prompts for a seed."""
+        requests = [
+            attack.request(text, category, self.seeds.peers(category, text), self._number(attack, text))
+            for category, text in drawn
+        ]
+        found: list[tuple[str, str, tuple[str, ...]]] = []
+        for (category, text), reply in zip(drawn, self._replies(attack, requests), strict=True):
+            if reply is None or is_refusal(reply):
+                self.left_out["requests that the attacker refuses, or that are too long for it"] += 1
+                continue
+            prompts = attack.read(reply)
+            found += [(category, text, (prompt,)) for prompt in prompts] or [(category, text, ())]
+        return found
+
+    def _replies(self, attack: Attack, requests: list[str]) -> list[str | None]:
+        """What the attacker says to each request."""
+        stage = self.stage
+        if isinstance(stage.attacker, JudgeOptions):
+            judge = Judge(stage.attacker, Path(stage.workspace) / REPLIES, self.run.note)
+            replies: list[str | None] = [reply.text for reply in judge(requests)]
+            self.run.note(f"attacker {stage.attacker.model}: {judge.usage.line(stage.attacker)}")
+            return replies
+        model = stage.asked_model
+        assert model is not None
+        reader = self._reader(model)
+        room = attack.count * stage.max_prompt_tokens
+        longest = (context_length(model, stage.trust_remote_code) or 1 << 30) - room
+        short = [number for number, text in enumerate(requests) if len(reader.prompt([text])) <= longest]
+        if not short:
+            return [None] * len(requests)
+        asked = Asked(
+            title=attack.name,
+            model=model,
+            numbers=[REQUESTS + number for number in short],
+            turns=[(requests[number],) for number in short],
+            answers=1,
+            room=room,
+            scored=False,
+        )
+        said = dict(zip(short, (dialogues[0].response for dialogues in self._answers(asked)), strict=True))
+        return [said.get(number) for number in range(len(requests))]
+
+    def _reader(self, model: str) -> Reader:
+        """How a model that is asked reads: the target by the stage's template, another by its own."""
+        template = self.stage.template if model == self.stage.policy else TemplateOptions()
+        return Reader(load_tokenizer(model, self.stage.trust_remote_code), template)
+
+    def _number(self, attack: Attack, text: str) -> int:
+        """The seed of the random numbers of an attack on a text."""
+        said = f"{self.stage.seed}/{attack.name}/{text}".encode()
+        return int.from_bytes(hashlib.blake2b(said, digest_size=7).digest(), "big")
+
+    # Answers
+
+    def tried(self, attempts: dict[str, list[Attempt]]) -> list[Tried]:
+        """What the target answered to every attempt, in the order of their numbers."""
+        stage = self.stage
+        groups: dict[str, list[Attempt]] = {"single": [], "scripted": []}
+        users = {attack.name: attack for attack in stage.named_attacks if attack.kind == "user"}
+        for name, some in attempts.items():
+            for one in some:
+                groups.setdefault(name if name in users else "scripted" if len(one.turns) > 1 else "single", []).append(
+                    one
+                )
+        found: list[Tried] = []
+        for title, some in groups.items():
+            if not some:
+                continue
+            asked = Asked(
+                title=title,
+                model=stage.policy,
+                numbers=[one.number for one in some],
+                turns=[one.turns for one in some],
+                answers=stage.answers,
+                room=stage.rollout.max_new_tokens if title == "single" else stage.dialogue_tokens,
+                environment=users[title].environment if title in users else None,
+            )
+            for one, dialogues in zip(some, self._answers(asked), strict=True):
+                found.append(Tried(one, [self._judged(one, dialogue) for dialogue in dialogues], stage.unsafe_above))
+        return sorted(found, key=lambda one: one.attempt.number)
+
+    def _judged(self, attempt: Attempt, dialogue: Dialogue) -> Dialogue:
+        """With the truth as its cost, where a world knows it. An answer costs the same whatever wraps the question."""
+        if self.world is None:
+            return dialogue
+        cost = self.world.cost(attempt.seed, dialogue.response)
+        return Dialogue(dialogue.turns, dialogue.response, dialogue.truncated, dialogue.tokens, cost)
+
+    def _answers(self, asked: Asked) -> list[list[Dialogue]]:
+        """The answers to each attempt of a group; blocks that an earlier start has left are read."""
+        stage, run = self.stage, self.run
+        folder = run.folder / "answers" / f"{asked.title}-{self._key(asked)}"
+        prompts = folder / "prompts.jsonl"
+        write_rows(prompts, [{"prompt": turns[0]} for turns in asked.turns])
+        reader = self._reader(asked.model)
+        tokens = [reader.prompt(turns[:1]) for turns in asked.turns]
+        longest = max(stage.max_prompt_tokens, *map(len, tokens)) if asked.scored else max(map(len, tokens))
+        environment = asked.environment or self._scripts(asked, folder)
+        specs = [f"prompts:1:{prompts}"]
+        config = asking_policy(stage, asked.model, specs, longest, asked.room, environment, asked.scored)
+        starts = range(0, len(tokens), BLOCK)
+        files = [folder / f"{start:08d}.jsonl" for start in starts]
+        blocks = [read_rows(file) if file.is_file() else None for file in files]
+        with run.progress(f"answers to {asked.title}", len(tokens)) as progress:
+
+            def done(rows: list[dict[str, Any]], seconds: float | None) -> None:
+                self.blocks += 1
+                run.log(self.blocks, _block_figures(rows, stage.unsafe_above, seconds))
+                progress.advance(len(rows) // asked.answers)
+
+            for rows in blocks:
+                if rows is not None:
+                    done(rows, None)
+            if None in blocks:
+                with judging(config, config.judging_roles()) as roles:
+                    for block, rows in enumerate(blocks):
+                        if rows is None:
+                            began, end = time.perf_counter(), min(starts[block] + BLOCK, len(tokens))
+                            blocks[block] = self._ask(asked, range(starts[block], end), tokens, config, reader, roles)
+                            write_rows(files[block], blocks[block] or [])
+                            done(blocks[block] or [], time.perf_counter() - began)
+        said = [Dialogue(**row | {"turns": tuple(row["turns"])}) for rows in blocks for row in rows or []]
+        return [said[start : start + asked.answers] for start in range(0, len(said), asked.answers)]
+
+    def _ask(
+        self, asked: Asked, some: range, tokens: list[list[int]], config: JudgedPolicy, reader: Reader, roles: Roles
+    ) -> list[dict[str, Any]]:
+        """The answers to some attempts of a group, in order, as rows of a `Dialogue` each."""
+        places = np.repeat(np.arange(some.start, some.stop), asked.answers)
+        each = np.tile(np.arange(asked.answers), len(some))
+        batch = experience.make_batch(
+            {
+                "sample_id": np.array(asked.numbers)[places] * asked.answers + each,
+                "prompt_id": places,
+                "prompt_tokens": [np.asarray(tokens[place], dtype=np.int32) for place in places.tolist()],
+            }
+        )
+        columns = ["sample_id", "prompt_id", "prompt_tokens", "response_tokens", "loss_mask", "finish_reason"]
+        columns += ["turns"] if config.environment else []
+        columns += ["cost/harm"] if roles.scorers else []
+        rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
+
+        def judge(sequences: Any) -> list[Any]:
+            return [group.next().call(ScorerBase.score, sequences) for group in roles.scorers.values()]
+
+        answered = answers_to(batch, judge, columns, roles, rollouts)
+        costs = experience.scalars(answered, "cost/harm").tolist() if roles.scorers else [None] * answered.num_rows
+        own = experience.own_lengths(answered).tolist()
+        ids = experience.scalars(answered, "prompt_id").tolist()
+        told = Dialogues(reader, [config.data.prompts]).told(answered)
+        return [
+            {
+                # Texts of which the policy reads the same tokens are told apart by their place.
+                "turns": [asked.turns[place][0], *one.turns[1:]],
+                "response": one.answer,
+                "truncated": not one.ended,
+                "tokens": count,
+                "cost": cost if cost is not None and np.isfinite(cost) else None,
+            }
+            for place, one, count, cost in zip(ids, told, own, costs, strict=True)
+        ]
+
+    def _scripts(self, asked: Asked, folder: Path) -> str | None:
+        """The environment that says the turns which are known beforehand; None where no attempt has any."""
+        if asked.environment is not None or all(len(turns) == 1 for turns in asked.turns):
+            return None
+        said = {
+            str(sample_seed(self.stage.seed, number * asked.answers + place)): turns[1:]
+            for number, turns in zip(asked.numbers, asked.turns, strict=True)
+            for place in range(asked.answers)
+        }
+        file = (folder / "scripts.json").resolve()
+        write_lines(file, [json.dumps(said)])
+        code = Path(environments.__file__).parent / "scripted.py"
+        return f"python:{code}:Scripted(file={str(file)!r})"
+
+    def _key(self, asked: Asked) -> str:
+        """Equal where answers that an earlier start has left are those that this one would give, scores included."""
+        stage = self.stage
+        part = stage.model_dump(mode="json", include={"seed", "debug", "template", "cost"})
+        part |= {"asked": [asked.numbers, asked.turns, asked.answers, asked.room, asked.environment, asked.scored]}
+        part |= {"temperature": stage.rollout.temperature}
+        digest = hashlib.blake2b(
+            (fingerprint(asked.model, stage.engine.dtype) + json_line(part)).encode(), digest_size=8
+        )
+        for role in stage.roles()[1:] if asked.scored else []:
+            folder = role.source.folder if role.source else None
+            if folder is not None and find_model(folder) is not None:
+                digest.update(fingerprint(folder, stage.engine.dtype).encode())
+        if asked.environment is not None:
+            digest.update(environments.environment_code(asked.environment).pack().text.encode())
+        return digest.hexdigest()
+
+
+def _block_figures(rows: list[dict[str, Any]], unsafe_above: float, seconds: float | None) -> dict[str, float]:
+    """Of one block of answers; the share of unsafe ones where a model scores."""
+    costs = [row["cost"] for row in rows if row["cost"] is not None]
+    figures = {
+        "answers": len(rows),
+        "tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "cut": sum(row["truncated"] for row in rows) / len(rows),
+    }
+    figures |= {"unsafe": sum(cost > unsafe_above for cost in costs) / len(costs)} if costs else {}
+    return figures | ({"throughput/samples_per_second": len(rows) / seconds} if seconds else {})

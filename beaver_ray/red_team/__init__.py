@@ -1,0 +1,1 @@
+"""Prompts that elicit harm: how attacks are made of seeds, and which of those that were tried are kept."""
