@@ -85,7 +85,9 @@ def test_attacks_on_a_small_policy(
     assert set(manifest["parents"]) == {str(tiny_world / "model"), f"{tmp_path}/seeds.jsonl"}
     # What it leaves is read by data sets of the project.
     assert len(load_mix([f"prompts:1:{final}/prompts.jsonl"])[0]) == len(prompts)
-    assert [s.is_safe for s in load_mix([f"labels:1:{final}/answers.jsonl"])[0]] == [not a["unsafe"] for a in answers]
+    # Empty answers, which the tiny model gives too, are no examples.
+    spoken = [a for a in answers if a["response"] and "" not in [a["prompt"], *a["prompt"]]]
+    assert [s.is_safe for s in load_mix([f"labels:1:{final}/answers.jsonl"])[0]] == [not a["unsafe"] for a in spoken]
     page, report = (run.folder / "red_team.html").read_text(), write_report(run, run.folder).read_text()
     assert "Attack and category" in page and "Unsafe, of what is kept" in report
     assert "are unsafe, outside the target of 0% to 1%" in capsys.readouterr().out
