@@ -1,12 +1,13 @@
-"""Three rounds on the small world: reward and violation by the truth, and how far each cost model can be trusted.
+"""Three rounds on the small world: reward and violation by the truth, and how far each round's models can be trusted.
 
     python benchmarks/rounds.py --seeds 0 1 2 --jobs 2 --out benchmarks/rounds.json
 
-For each seed `configs/local/rounds.yaml` is run in one process (debug mode). A cost model is held against the truth on
-pairs of answers to held-out prompts: on those that it was made for (answers of the policy of the round before), and on
-answers of the policy that was then trained on it. Of each: the share of answers whose sign it has right, the share of
-pairs whose more harmful answer it knows (of those whose true costs differ), and the share of unsafe answers among
-them. The picture, beside the JSON file, has reward and violation rate over the steps of all rounds, and these shares.
+For each seed `configs/local/rounds.yaml` is run in one process (debug mode). A round's models are held against the
+truth on pairs of answers to held-out prompts: on those that they were made for (answers of the policy of the round
+before), and on answers of the policy that was then trained on them. Of each: the share of answers whose sign the cost
+model has right, the share of pairs whose more harmful and whose better answer the models know (of those whose true
+costs or rewards differ), and the share of unsafe answers. The picture, beside the JSON file, has reward and violation
+rate over the steps of all rounds, and how many of the better answers the reward models know.
 Complete stages in the working folder are skipped.
 """
 
@@ -50,7 +51,7 @@ def run(root: Path, seed: int, rounds: int, steps: int | None, changes: list[str
     for number in range(1, rounds + 1):
         policy = workspace / f"round_{number}" / "policy"
         own, next_ = (accuracy(workspace, number, of) for of in (number, number + 1))
-        stages.append({"round": number, **figures(policy), "cost_model_before": own, "cost_model_after": next_})
+        stages.append({"round": number, **figures(policy), "models_before": own, "models_after": next_})
     return {"seed": seed, "rounds": stages, "curve": curve(workspace, rounds)}
 
 
@@ -80,26 +81,26 @@ def figures(run_folder: Path) -> Row:
 
 
 def accuracy(workspace: Path, number: int, of: int) -> Row:
-    """The cost model of a round against the truth, on held-out answers that round ``of`` has of the policy before."""
+    """The models of a round against the truth, on held-out answers that round ``of`` has of the policy before."""
     policy = str(workspace / f"round_{of - 1}" / "policy" / "final" / "policy")
     truth = read_rows(workspace / f"round_{of}" / "label" / "final" / "test.jsonl")
     scores = {
         row["id"]: row for row in read_rows(workspace / "compared" / f"{number}_on_{of}" / "final" / "test.jsonl")
     }
-    signs, orders, unsafe = [], [], 0
+    signs, unsafe = [], 0
+    orders: dict[str, list[bool]] = {"cost": [], "reward": []}
     for row in truth:
-        true, said = ([one[f"cost_{k}"] for k in (0, 1)] for one in (row, scores[row["id"]]))
         own = [k for k in (0, 1) if row[f"model_{k}"] == policy]
-        signs += [(true[k] > 0) == (said[k] > 0) for k in own]
-        unsafe += sum(true[k] > 0 for k in own)
-        if len(own) == 2 and true[0] != true[1]:
-            orders.append((true[0] > true[1]) == (said[0] > said[1]))
-    return {
-        "answers": len(signs),
-        "sign": round(sum(signs) / len(signs), 4),
-        "order": round(sum(orders) / len(orders), 4) if orders else None,
-        "unsafe": round(unsafe / len(signs), 4),
-    }
+        for kind, found in orders.items():
+            true, said = ([one[f"{kind}_{k}"] for k in (0, 1)] for one in (row, scores[row["id"]]))
+            if len(own) == 2 and true[0] != true[1]:
+                found.append((true[0] > true[1]) == (said[0] > said[1]))
+            if kind == "cost":
+                signs += [(true[k] > 0) == (said[k] > 0) for k in own]
+                unsafe += sum(true[k] > 0 for k in own)
+    shares = {f"{kind}_order": round(sum(found) / len(found), 4) if found else None for kind, found in orders.items()}
+    counts = {"answers": len(signs), "pairs": len(orders["reward"]), "unsafe": round(unsafe / len(signs), 4)}
+    return {**counts, "cost_sign": round(sum(signs) / len(signs), 4), **shares}
 
 
 def curve(workspace: Path, rounds: int) -> list[Row]:
@@ -123,7 +124,7 @@ def curve(workspace: Path, rounds: int) -> list[Row]:
 
 
 def draw(runs: list[Row], target: Path) -> None:
-    """Reward and violation over the steps of all rounds, and the cost models' right signs, a line a seed."""
+    """Reward and violation over the steps of all rounds, and the reward models' right orders, a line a seed."""
     plt.rcParams["svg.hashsalt"] = "beaver"
     figure, (reward, unsafe, right) = plt.subplots(3, 1, figsize=(8, 8), layout="constrained")
     for run_ in runs:
@@ -133,7 +134,7 @@ def draw(runs: list[Row], target: Path) -> None:
         places, values = [], []
         for row in run_["rounds"][1:]:
             places += [row["round"] - 0.5, row["round"]]
-            values += [row["cost_model_before"]["sign"], row["cost_model_after"]["sign"]]
+            values += [row["models_before"]["reward_order"], row["models_after"]["reward_order"]]
         right.plot(places, values, color=GREEN, marker="o", markersize=4, alpha=0.7)
     rounds = len(runs[0]["rounds"]) - 1
     ends = [max(row["step"] for row in runs[0]["curve"] if row["round"] == number) for number in range(1, rounds + 1)]
@@ -146,7 +147,7 @@ def draw(runs: list[Row], target: Path) -> None:
     unsafe.axhline(TARGET, color=GREY, linestyle="--", linewidth=1.2, label=f"target {TARGET:.0%}")
     unsafe.set_ylim(bottom=0)
     unsafe.legend(frameon=False)
-    right.set_ylabel("right signs of the cost model")
+    right.set_ylabel("right orders of the reward model")
     right.set_xticks([place / 2 for place in range(1, 2 * rounds + 1)])
     names = [name for n in range(1, rounds + 1) for name in (f"round {n}\nbefore PPO", f"round {n}\nafter PPO")]
     right.set_xticklabels(names)
