@@ -132,14 +132,13 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
         values={},
         inside={name: np.repeat(inside_of[name], counts) for name in names if inside[name] is not None},
     )
-    scores = ConstrainedReward(config.settings(), {c.name: c.multiplier for c in constraints}).scores(answers)
-    kl_coefficient = config.ppo.kl_coefficient
-    if config.ppo.normalize_rewards is not None:
-        kl_coefficient *= float(scores["reward"].std())
-        remarks.append(
-            f"ppo.normalize_rewards: the KL weighs {kl_coefficient:.3g}, ppo.kl_coefficient times the deviation of "
-            "these rewards; that rewards are cut is left out"
-        )
+    objective = ConstrainedReward(config.settings(), {c.name: c.multiplier for c in constraints})
+    scores = objective.scores(answers)
+    units = objective.units(objective.history(answers, scores))
+    scales = {signal: units[signal].scale if units else 1.0 for signal in scores}
+    if units:
+        divided = ", ".join(f"{signal} by {scale:.3g}" for signal, scale in scales.items())
+        remarks.append(f"ppo.normalize_rewards: a run divides {divided}; that it cuts rewards is left out")
     elif (most := config.ppo.clip_score) is not None:
         for signal, scores_B in scores.items():
             if cut := int((np.abs(scores_B) > most).sum()):
@@ -151,7 +150,9 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
         costs_MB=np.array([scores[name] for name in names]).reshape(len(names), len(answers.rewards_B)),
         inside_MN=np.array([inside_of[name] for name in names]).reshape(len(names), len(prompt_ids)),
         limits_M=np.array([c.bound for c in constraints]),
-        kl_coefficient=kl_coefficient,
+        kl_coefficient=config.ppo.kl_coefficient,
+        reward_scale=scales["reward"],
+        cost_scales_M=np.array([scales[name] for name in names]),
     )
     return Sampled(reference, names, remarks)
 

@@ -17,6 +17,8 @@ beta is what a run makes it. There the KL weighs kl_coefficient after the divisi
 
 and the multipliers at rest are the l that minimise D under the betas that they make themselves. Under such betas no
 multiplier tilts further than exp(-c / kl_coefficient): there are limits that answers allow and a run does not reach.
+Where a run divides its scores (`beaver_ray.method.history`), the reward by s and each cost by s_i, the KL weighs
+kl_coefficient beside what is divided, and beta_x = kl_coefficient (s + sum of l_i s_i).
 """
 
 from __future__ import annotations
@@ -60,6 +62,10 @@ class Reference:
     """For which prompts a cost counts."""
     limits_M: FloatArray
     kl_coefficient: float
+    reward_scale: float = 1.0
+    """What a run divides the reward by."""
+    cost_scales_M: FloatArray | float = 1.0
+    """What it divides each cost by."""
 
     @property
     def counts_N(self) -> IntArray:
@@ -165,7 +171,8 @@ def minimise_dual(
 
 def betas(reference: Reference, multipliers_M: FloatArray) -> FloatArray:
     """The weight of the KL [N] at each prompt beside r - sum l c, as a run has it."""
-    return reference.kl_coefficient * (1.0 + multipliers_M @ reference.inside_MN)
+    counting_N = (multipliers_M * reference.cost_scales_M) @ reference.inside_MN
+    return reference.kl_coefficient * (reference.reward_scale + counting_N)
 
 
 def outcome(reference: Reference, multipliers_M: FloatArray, limits_M: FloatArray) -> Outcome:

@@ -154,7 +154,7 @@ class Objective(ABC):
             "group_standardized": self._standardized,
         }
         scores = self.scores(answers)
-        made = Advantages({}, {}, {}, scores, history=self._history(answers, scores, history))
+        made = Advantages({}, {}, {}, scores, history=self.history(answers, scores, history))
         units = self.units(made.history)
         # Every form of scaled costs is the scaled form of the costs.
         scaled = {name: units[name].of(costs_B) for name, costs_B in answers.costs.items() if name in units}
@@ -168,9 +168,13 @@ class Objective(ABC):
             made.figures.update({"unit/reward_mean": unit.shift, "unit/reward_clipped": float(cut_B.mean())})
         return made
 
-    def _history(
-        self, answers: Answers, scores: Mapping[str, FloatArray], history: Mapping[str, Moments]
+    def history(
+        self,
+        answers: Answers,
+        scores: Mapping[str, FloatArray],
+        history: Mapping[str, Moments] = MappingProxyType({}),
     ) -> dict[str, Moments]:
+        """The moments of each signal's `scores` after these answers, where ``history`` is that before them."""
         if self.settings.normalize_rewards is None:
             return {}
         return {s: history.get(s, Moments()).and_of(scores[s][answers.counted(s)]) for s in self.signals}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,18 @@ def test_two_answers_by_hand() -> None:
     assert not free.kept and free.costs_M[0] == pytest.approx(1 / (1 + math.exp(-2)))
     assert lowest(ref)[0] == 0.0
     assert lowest_of_a_run(ref)[0] == pytest.approx(1 / (1 + math.exp(2)), rel=1e-3)
+
+
+def test_divided_scores_by_hand() -> None:
+    """The same answers where a run divides rewards by 2 and costs by 1/2: beta = k (2 + l / 2)."""
+    ref = reference([[1.0, 0.0]], [[[1.0, 0.0]]], [0.25], kl_coefficient=0.5)
+    ref = replace(ref, reward_scale=2.0, cost_scales_M=np.array([0.5]))
+    rest = solve(ref)
+    assert rest.multipliers_M[0] == pytest.approx((1 + math.log(3)) / (1 - 0.25 * math.log(3)), rel=1e-4)
+    assert rest.kept and rest.costs_M[0] == pytest.approx(0.25, abs=1e-5)
+    # In the units that are climbed, where rewards are 1/2 and 0, costs 2 and 0, and the limit 1/2.
+    climbed = reference([[0.5, 0.0]], [[[2.0, 0.0]]], [0.5], kl_coefficient=0.5)
+    assert solve(climbed).multipliers_M[0] == pytest.approx(rest.multipliers_M[0] * 0.5 / 2.0, rel=1e-4)
 
 
 def test_a_limit_that_does_not_bind_costs_nothing() -> None:

@@ -54,9 +54,12 @@ def test_answers_are_scored_as_in_a_run(one_rank: None, tiny_world: Path, tmp_pa
     clipped = sampled(configured(tiny_world, tmp_path, ppo={"clip_score": 0.5}), 12, 4)
     normalized = {"clip_score": 0.5, "kl_coefficient": 0.1, "normalize_rewards": 0.8}
     by_history = sampled(configured(tiny_world, tmp_path, ppo=normalized), 12, 4)
-    # Of rewards divided by their deviation the KL takes as much as that times it of rewards as they are.
-    assert by_history.reference.kl_coefficient == pytest.approx(0.1 * free.reference.rewards_B.std())
-    np.testing.assert_array_equal(by_history.reference.rewards_B, free.reference.rewards_B)
+    # What a run divides by: the deviation of the rewards, and the size of the costs.
+    rewards, (costs,) = free.reference.rewards_B, free.reference.costs_MB
+    assert by_history.reference.kl_coefficient == 0.1
+    assert by_history.reference.reward_scale == pytest.approx(rewards.std())
+    assert by_history.reference.cost_scales_M == pytest.approx([np.sqrt(np.mean(costs**2))])
+    np.testing.assert_array_equal(by_history.reference.rewards_B, rewards)
     assert free.names == ["long"] and free.remarks == []
     assert free.reference.counts_N.tolist() == [4] * 12
     taken = free.reference.rewards_B - penalised.reference.rewards_B
