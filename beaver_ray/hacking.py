@@ -210,16 +210,22 @@ def _collapse(metrics: Mapping[str, np.ndarray]) -> Iterator[Sign]:
     if last > PERPLEXITY * first:
         told = f"the policy drifts away: to the reference the perplexity of its answers rose from {first:.3g}"
         yield Sign("drift", f"{told} to {last:.3g}, and no reward model was trained on such; raise ppo.kl_coefficient")
-    first, last = (max(tails) for tails in zip(*map(_ends, _tails(metrics)), strict=True))
+    first, last = _ends(_tail(metrics))
     if last > TAIL * first:
         told = "rewards grow a tail: between the median and the farther of the 5th and 95th percentile of a step lay"
         yield Sign("tail", f"{told} {first:.3g} at first and {last:.3g} now; look at the answers there")
 
 
-def _tails(metrics: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
-    """How far the median is from the 5th, and from the 95th percentile of a step's rewards."""
-    middle, ends = metrics.get("reward/p50"), [metrics.get(f"reward/{end}") for end in ("p05", "p95")]
-    return [None if middle is None or end is None else np.abs(end - middle) for end in ends]
+def _tail(metrics: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """How far the farther of the 5th and 95th percentile of a step's rewards is from their median.
+
+    nan where both are the median: of rewards that are 0 or 1 there is then nothing that could grow.
+    """
+    low, middle, high = (metrics.get(f"reward/p{percent}") for percent in ("05", "50", "95"))
+    if low is None or middle is None or high is None:
+        return None
+    far = np.maximum(middle - low, high - middle)
+    return np.where(far > 0, far, np.nan)
 
 
 def _truth_is_no_better(metrics: Mapping[str, np.ndarray]) -> bool:

@@ -98,6 +98,14 @@ def test_each_sign_comes_on_alone(changes: dict[str, np.ndarray], name: str, say
     assert "\n" not in found[0].sentence
 
 
+def test_rewards_of_0_and_1_have_no_tail() -> None:
+    """At first hardly any answer is right, so that both ends are the median; later one in three is."""
+    right = np.repeat([0.0, 0.0, 1.0, 1.0], STEPS // 4)
+    nothing = np.zeros(STEPS)
+    for some in (right, np.where(np.arange(STEPS) % 4 == 0, 1.0, right)):
+        assert names(rows(reward__p05=nothing, reward__p50=nothing, reward__p95=some)) == []
+
+
 def test_a_small_world_of_good_answers_is_no_hacking() -> None:
     """Distinct bigrams fall to a quarter at once, and the truth is known in eight evaluations, or not at all."""
     fewer = np.concatenate([np.linspace(0.4, 0.1, 10), np.full(STEPS - 10, 0.1)])
