@@ -66,6 +66,14 @@ def read_answers(trainer: Trainer, options: MetaConfig) -> Answers:
             f"meta.answers: none of {len(by_prompt)} prompts has two answers that could differ; let stage generate "
             "sample several to a prompt (answers)"
         )
+    lengths_N = data.tokens.lengths
+    most = max(int(lengths_N[found].sum()) for found in rows)
+    if most > config.engine.micro_batch_tokens:
+        raise UserError(
+            f"meta.answers: all answers to a prompt are read at once, up to {most} tokens, and a micro-batch holds at "
+            f"most {config.engine.micro_batch_tokens}: raise engine.micro_batch_tokens to {most} or more, or lower "
+            "max_tokens"
+        )
     trainer.notes += [f"meta.answers: {spec}: {report.line()}" for spec, report in mix.reports.items()]
     trainer.notes.append(
         f"meta.answers: {sum(map(len, rows))} answers to {len(rows)} prompts; {data.report.line()}; "
@@ -84,7 +92,8 @@ def meta_work(
     """
     answers: Answers = trainer.prepared[META]
     prompts = answers.of_step(options.batch, trainer.seed, trainer.engine.steps_done)
-    lengths = [int(answers.tokens.lengths[answers.rows[prompt]].sum()) for prompt in prompts]
+    lengths_N = answers.tokens.lengths
+    lengths = [int(lengths_N[answers.rows[prompt]].sum()) for prompt in prompts]
     plan = plan_micro_batches(lengths, trainer.config.engine.micro_batch_tokens, trainer.world)[trainer.rank]
     weight = 1 / len(prompts)
     parts = [_Part([prompts[n] for n in members], weight) if members else _Part(prompts[:1], 0.0) for members in plan]

@@ -49,8 +49,7 @@ def meta_gradient(
     computed anew, so that no graph outlives it. The parameters are shifted meanwhile, and then what they were, to the
     bit.
     """
-    ascent = gradient(objective, parameters)
-    with _shifted(parameters, ascent, rate):
+    with _shifted(parameters, gradient(objective, parameters), rate):
         found = gradient(loss, parameters)
     if not second:
         return found

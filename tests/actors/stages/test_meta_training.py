@@ -149,6 +149,9 @@ def test_what_cannot_be_shifted_is_refused(one_rank: None, tiny_world: Path, ans
     lonely.write_text('{"prompt": "how are you", "response": "well"}\n')
     with pytest.raises(UserError, match=r"meta\.answers: none of 1 prompts has two answers"):
         trainer_of(meta_config(tiny_world, {"name": "demonstrations", "path": str(lonely)}, "joint"))
+    lonely.write_text('{"prompt": "how are you", "response": "well"}\n' * 20)  # and not when a step draws the prompt
+    with pytest.raises(UserError, match=r"meta\.answers: all answers to a prompt are read at once, .* raise engine"):
+        trainer_of(meta_config(tiny_world, {"name": "demonstrations", "path": str(lonely)}, "joint"))
 
 
 def test_the_run_says_that_rewards_collapse(tiny_world: Path, answers: Any, tmp_path: Path) -> None:
