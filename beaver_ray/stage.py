@@ -65,6 +65,8 @@ class Training:
     """Names of the linear layers that have one; empty for all."""
     passes: int = 1
     """Forward passes of a micro-batch whose activations are held at once."""
+    copies: int = 0
+    """Of all that is trained, in float32, beside weights, gradients and optimizer."""
     publishes: Callable[[float, float], float] | None = None
     """(bytes of what is trained, bytes of a GPU) -> bytes of published weights that stay on the device."""
 

@@ -224,6 +224,7 @@ def _training_gib(
         parameters += adapter
     states, offloaded = training_state_gib(parameters, stage.engine, ranks, adapter)
     needs = states + training.passes * activation_gib(facts, stage.engine, trained=True)
+    needs += training.copies * 4 * (parameters if adapter is None else adapter) / GIB
     if spec.logits:
         needs += logit_gib(facts, stage.engine, on_gpu, trained=True, head=adapter is None)
     if training.publishes is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -10,6 +11,7 @@ from pydantic import model_validator
 from actors.driver.trainer_stage import ScoreModelStage
 from beaver_ray.meta_options import MetaConfig
 from beaver_ray.options import option
+from beaver_ray.stage import RoleSpec
 
 if TYPE_CHECKING:
     from actors.machine.engine import LossTerms
@@ -39,6 +41,16 @@ class RewardModel(ScoreModelStage):
         if self.meta is not None and self.meta.order != "joint" and self.contrastive is not None:
             raise ValueError(f"meta.order {self.meta.order} does not go with contrastive: take meta.order joint")
         return self
+
+    def roles(self) -> list[RoleSpec]:
+        """The trainer, with what shifted weights take: see `beaver_ray.method.meta.meta_gradient`."""
+        (trainer,) = super().roles()
+        if self.meta is None or self.meta.order == "joint":
+            return [trainer]
+        assert trainer.training is not None
+        # A derivative that is to be differentiated again holds its own intermediate results beside the activations.
+        passes = 3 if self.meta.order == "second" else 1
+        return [replace(trainer, training=replace(trainer.training, passes=passes, copies=4))]
 
     def dataset(self) -> Any:
         """Pairs that say which answer is more helpful."""

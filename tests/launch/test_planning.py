@@ -177,6 +177,20 @@ def test_with_lora_the_policy_is_its_own_reference(tmp_path: Path, stage_file: S
     assert "reference" in [r.name for r in plan(load_config(stage_file(), explicit), ROOMY).roles]
 
 
+def test_shifted_weights_are_counted(stage_file: StageFile, tmp_path: Path) -> None:
+    """Four float32 copies of 1,000 parameters; to differentiate twice takes the activations three times."""
+    path = stage_file("reward_model", meta={"answers": ["d"]})
+    need = {
+        order: plan(load_config(path, [f"meta.order={order}"]), ROOMY).roles[0].host_gib
+        for order in ("second", "first", "joint")
+    }
+    assert need["first"] == pytest.approx(need["joint"] + 16 * 1000 / GIB, abs=1e-12)
+    activations = activation_gib(
+        read_model(str(tmp_path / "model")), EngineConfig(micro_batch_tokens=1024), trained=True
+    )
+    assert need["second"] == pytest.approx(need["first"] + 2 * activations, abs=1e-12)
+
+
 def test_roles_of_other_stages(stage_file: StageFile) -> None:
     def names(path: Path, *overrides: str) -> list[str]:
         return [r.name for r in plan(load_config(path, list(overrides)), ROOMY).roles]
