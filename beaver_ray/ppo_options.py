@@ -29,7 +29,7 @@ class PpoConfig(Strict):
     clip_value: float | None = option("Clipping of the value update; null for none.", 5.0, gt=0)
     clip_score: float | None = option("Each token's reward and cost, KL included, is clamped to this.", 50.0, gt=0)
     normalize_rewards: float | None = option(
-        "Rewards by mean and deviation of all so far, cut at so many deviations (costs are scaled alone); null: not.",
+        "Rewards by mean and deviation of all so far, cut at so many deviations (costs are only divided); null: not.",
         None,
         gt=0,
     )

@@ -3,7 +3,7 @@
 PPO-max (Secrets of RLHF I, https://arxiv.org/abs/2307.04964, eq. 18) trains on (r - mean) / deviation of the reward,
 cut at +-delta, where mean and deviation are those of all rollouts so far: a critic then sees the same scale whatever
 the reward model's is, and no single answer can be worth much more than the others. A cost has a zero that means
-something, the line between safe and unsafe, and is divided alone.
+something, the line between safe and unsafe: it is divided, and neither shifted nor cut.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def reward_unit(moments: Moments, clip: float) -> Unit:
 
 
 def cost_unit(moments: Moments) -> Unit:
-    """Multiples of the root mean square, so that 0 stays 0; what is cut off a cost the policy would not learn to mind.
+    """Multiples of the root mean square. 0 stays 0, and nothing is cut: the worst answers count for what they cost.
 
-    The deviation would not do: of costs that are nearly all alike it is tiny, and their multiples are huge.
+    Not of the standard deviation: where costs are nearly all alike that is tiny, and they would become huge.
     """
     return Unit(scale=_divisor(moments.size))
 

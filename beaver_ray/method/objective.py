@@ -156,7 +156,7 @@ class Objective(ABC):
         scores = self.scores(answers)
         made = Advantages({}, {}, {}, scores, history=self.history(answers, scores, history))
         units = self.units(made.history)
-        # Every form of scaled costs is the scaled form of the costs.
+        # All forms are homogeneous: of costs divided by a number they make what they make of the costs, divided by it.
         scaled = {name: units[name].of(costs_B) for name, costs_B in answers.costs.items() if name in units}
         answers = replace(answers, costs={**answers.costs, **scaled})
         for signal, sign in self.signals.items():
