@@ -80,6 +80,9 @@ def test_pictures_show_all_that_is_there() -> None:
     pictures = feature_pictures("Features: reward", two_clouds(4.0, pairs=20))
     assert pictures[0][0].title == "Features: reward, PCA"
     assert len(pictures) == (1 if tsne_plane(np.random.default_rng(0).normal(size=(8, 3))) is None else 2)
+    # A head's name is whatever a model's folder says.
+    (_, svg), *_ = feature_pictures('x" onload=alert(1) y="', two_clouds(1.0, pairs=3))
+    assert 'aria-label="x&quot; onload=alert(1) y=&quot;, PCA"' in svg
     for _, svg in pictures:
         assert "preferred" in svg and svg.count("<use") >= 40 and "var(--series-1)" in svg
 

@@ -7,6 +7,7 @@ light and dark theme.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable
@@ -214,8 +215,8 @@ def drawing(title: str, height: float, draw: Callable[[Figure], None]) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Inside HTML, svg needs neither namespaces nor a fixed size.
     opening = re.compile(r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", re.DOTALL)
-    label = jinja2.utils.htmlsafe_json_dumps(title)
-    text = opening.sub(lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label={label}>', text, count=1)
+    label = html.escape(title)
+    text = opening.sub(lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">', text, count=1)
     text = text.replace("xlink:href", "href")
     for index, color in enumerate(SERIES_COLORS):
         text = text.replace(color, f"var(--series-{index})")

@@ -43,7 +43,7 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
             "Score of the reward model: mean, median, and 5th and 95th percentile of a step's answers.",
             [
                 Panel(
-                    "reward", lines(("reward/mean", "mean"), *((f"reward/p{p}", f"{p} %") for p in ("05", "50", "95")))
+                    "reward", lines(("reward/mean", "mean"), *((f"reward/p{p:02d}", f"{p} %") for p in (5, 50, 95)))
                 )
             ],
         ),
