@@ -41,11 +41,7 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
         Chart(
             "Reward",
             "Score of the reward model: mean, median, and 5th and 95th percentile of a step's answers.",
-            [
-                Panel(
-                    "reward", lines(("reward/mean", "mean"), *((f"reward/p{p:02d}", f"{p} %") for p in (5, 50, 95)))
-                )
-            ],
+            [Panel("reward", lines(("reward/mean", "mean"), *((f"reward/p{p:02d}", f"{p} %") for p in (5, 50, 95))))],
         ),
         *(_cost_chart(metrics, config, name) for name in names),
         Chart(
