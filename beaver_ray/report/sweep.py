@@ -55,8 +55,8 @@ class Row:
 def run_figures(folder: Path) -> dict[str, float]:
     """The held-out figures of a finished run, what it trained on how much, and its seconds.
 
-    Of a run that has evaluated a policy they are the means of evaluation.json, else the last ``eval/...`` of
-    metrics.jsonl, or those of the step whose model was kept. UserError for a run without any.
+    They are the means of evaluation.json and, where no policy was evaluated, the last ``eval/...`` of metrics.jsonl, or
+    those of the step whose model was kept. UserError for a run without any.
     """
     rows = read_metrics(folder)
     found = {
@@ -64,13 +64,13 @@ def run_figures(folder: Path) -> dict[str, float]:
         for key, figure in read_evaluation(folder).items()
         if isinstance(figure, dict) and "mean" in figure
     }
-    if not found:
-        evaluated = [found for found in rows if any(key.startswith("eval/") for key in found)]
+    if "reward" not in found:  # else of a policy; a score model may have its features there
+        evaluated = [one for one in rows if any(key.startswith("eval/") for key in one)]
         kept = next(folder.glob("final/*/selected.json"), None)
         step = None if kept is None else json.loads(kept.read_text(encoding="utf-8"))["step"]
         row: dict[str, Any] = next((row for row in reversed(evaluated) if step in (None, row["step"])), {})
         names = [key for key in row if key.startswith("eval/") and key != "eval/pairs"]
-        found = {key: float(row[key]) for key in [*names, *SIZES] if row.get(key) is not None}
+        found = {key: float(row[key]) for key in [*names, *SIZES] if row.get(key) is not None} | found
     if not found:
         raise UserError(f"{folder} has no held-out figures to compare; sweep a stage that evaluates what it trains")
     elapsed = [row["time/elapsed"] for row in rows if row.get("time/elapsed") is not None]

@@ -20,7 +20,7 @@ from beaver_ray.report.sweep import ROWS, SweepReport, SweptRun, run_figures
 from beaver_ray.runs import read_metrics
 from launch.__main__ import main
 from launch.config_files import load_config
-from launch.sweep import plan_runs, read_axis, sweep
+from launch.sweep import _run, plan_runs, read_axis, sweep
 
 Write = Callable[..., Path]
 
@@ -113,6 +113,7 @@ def test_one_line_for_a_wrong_sweep(
         ([], "give --over KEY=VALUE,VALUE"),
         (["--over", "lora_rank=0,2", "--seeds", "0,x"], "--seeds 0,x must be whole numbers"),
         (["--over", "lora_rank=0", "--over", "lora_rank=2"], "--over has the same key twice"),
+        (["--over", "seed=0,1"], "--over seed: the sweep says that of each run itself; seeds are given as --seeds 0,1"),
         (["--over", "model=/nowhere"], "no model in '/nowhere'"),
     ],
 )
@@ -165,6 +166,24 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
     assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     with pytest.raises(UserError, match="finished run of another configuration"):
         sweep(cost_file, ["epochs=2"], over, [0])
+
+
+def test_a_bug_in_one_run_does_not_end_the_others(
+    cost_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, runs = plan_runs(cost_file, [], {"lora_rank": [0, 2]}, [0])
+    began: list[str] = []
+
+    def fails_first(stage: Any) -> None:
+        began.append(stage.name)
+        if len(began) == 1:
+            raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("launch.sweep.run_stage", fails_first)
+    failed = _run([run.stage for run in runs])
+    assert began == [run.stage.name for run in runs]
+    assert {name: str(error) for name, error in failed.items()} == {began[0]: "ZeroDivisionError: by zero"}
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_figures_of_lora_by_hand(cost_file: Path, tmp_path: Path) -> None:
@@ -221,6 +240,9 @@ def test_which_figures_of_a_run(tmp_path: Path) -> None:
     evaluation = {"prompts": 4, "samples": 4, "reward": figure, "violation_rate/harm": {**figure, "mean": 0.1}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert run_figures(tmp_path) == {"reward": 2.0, "violation_rate/harm": 0.1, "time/elapsed": 3.0}
+    features = {"prompts": 4, "samples": 8, "features/cost/probe": {**figure, "mean": 0.6}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(features))
+    assert run_figures(tmp_path) == {"eval/accuracy": 0.7, ROWS: 5.0, "features/cost/probe": 0.6, "time/elapsed": 3.0}
     (tmp_path / "evaluation.json").unlink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="has no held-out figures to compare"):
