@@ -16,6 +16,7 @@ import yaml
 from actors.driver.sweep import rooms
 from beaver_ray.data.mixing import MixSpec, parse_spec, take
 from beaver_ray.errors import UserError
+from beaver_ray.report.page import svg
 from beaver_ray.report.sweep import ROWS, SweepReport, SweptRun, run_figures
 from beaver_ray.runs import read_metrics
 from launch.__main__ import main
@@ -223,6 +224,8 @@ def test_what_is_a_curve() -> None:
     (chart,) = runs_of({"token": [0.5], "sequence": [0.6]})._charts()
     assert chart.xlabel == "k: 0 token, 1 sequence" and not chart.log
     assert np.array_equal(chart.panels[0].series[0].y, [0.5, 0.6])
+    (chart,) = runs_of({"${workspace}/a_b_c": [0.5], "${workspace}/<d>": [0.6]})._charts()
+    assert "k: 0 ${workspace}/a_b_c, 1 ${workspace}/&lt;d&gt;" in svg(chart), "no formula, and no tag"
 
 
 def test_which_figures_of_a_run(tmp_path: Path) -> None:
