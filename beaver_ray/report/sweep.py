@@ -123,6 +123,7 @@ class SweepReport:
 
     def table(self) -> Table:
         """Means over seeds, with the standard deviation, for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left")
@@ -131,7 +132,7 @@ class SweepReport:
         for name in self.names:
             table.add_column(name.removeprefix("eval/"), justify="right", overflow="fold")
         for row in self.rows:
-            table.add_row(*self._cells(row))
+            table.add_row(*map(escape, self._cells(row)))
         return table
 
     def write(self, folder: Path) -> Path:

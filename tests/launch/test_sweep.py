@@ -6,12 +6,14 @@ import csv
 import itertools
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from actors.driver.sweep import rooms
 from beaver_ray.data.mixing import MixSpec, parse_spec, take
@@ -224,6 +226,9 @@ def test_what_is_a_curve() -> None:
     (chart,) = runs_of({"token": [0.5], "sequence": [0.6]})._charts()
     assert chart.xlabel == "k: 0 token, 1 sequence" and not chart.log
     assert np.array_equal(chart.panels[0].series[0].y, [0.5, 0.6])
+    table = runs_of({"python:f.py:g(x=[q])": [0.5]}).table()
+    (console := Console(file=StringIO(), width=80)).print(table)
+    assert "g(x=[q])" in console.file.getvalue(), "what stands in brackets is no colour"  # type: ignore[attr-defined]
     (chart,) = runs_of({"${workspace}/a_b_c": [0.5], "${workspace}/<d>": [0.6]})._charts()
     assert "k: 0 ${workspace}/a_b_c, 1 ${workspace}/&lt;d&gt;" in svg(chart), "no formula, and no tag"
 
