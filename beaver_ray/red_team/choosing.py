@@ -215,6 +215,8 @@ def choose(
                 one = queue.pop(0)
                 if not words(one.asked).isdisjoint(telltale):
                     choice.left_out["speak of a held-out category"] += 1
+                elif not all(turn.strip() for turn in one.worst.turns):  # no data set takes such a prompt
+                    choice.left_out["with an empty answer on the way"] += 1
                 elif kept == per_category:
                     choice.left_out["beyond per_category"] += 1
                 elif known.add(one.asked) is not None:
