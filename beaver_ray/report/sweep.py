@@ -103,9 +103,13 @@ class SweepReport:
 
     @cached_property
     def is_curve(self) -> bool:
-        """Whether each value of the one key trains on another number of rows."""
+        """Whether the one key is of the training data, and each of its values another number of rows.
+
+        Another key, as max_tokens, may drop rows too, and then more than their number differs.
+        """
         found = [row.mean.get(ROWS) for row in self.rows]
-        return len(self.keys) == 1 and None not in found and len(set(found)) == len(found) > 1
+        of_data = len(self.keys) == 1 and self.keys[0].partition(".")[0] == "train"
+        return of_data and None not in found and len(set(found)) == len(found) > 1
 
     @cached_property
     def laws(self) -> dict[str, PowerLaw]:

@@ -204,14 +204,16 @@ def test_figures_of_lora_by_hand(cost_file: Path, tmp_path: Path) -> None:
     assert memory[1] < memory[0]
 
 
-def runs_of(figures: dict[Any, list[float]], rows: dict[Any, int] | None = None) -> SweepReport:
+def runs_of(
+    figures: dict[Any, list[float]], rows: dict[Any, int] | None = None, key: str = "train.0.proportion"
+) -> SweepReport:
     """A report over made-up runs: accuracies by value and seed."""
     runs = [
-        SweptRun(f"{value}-{seed}", {"k": value}, seed, {"eval/accuracy": y} | ({ROWS: rows[value]} if rows else {}))
+        SweptRun(f"{value}-{seed}", {key: value}, seed, {"eval/accuracy": y} | ({ROWS: rows[value]} if rows else {}))
         for value, by_seed in figures.items()
         for seed, y in enumerate(by_seed)
     ]
-    return SweepReport("t", "c", ["k"], runs)
+    return SweepReport("t", "c", [key], runs)
 
 
 def test_what_is_a_curve() -> None:
@@ -221,15 +223,16 @@ def test_what_is_a_curve() -> None:
     assert curve.is_curve and curve.laws["eval/accuracy"].exponent.value == pytest.approx(0.5, rel=0.005)
     (line,) = curve.lines()
     assert line.startswith("eval/accuracy: exponent 0.5") and list(curve.laws) == ["eval/accuracy"]
+    assert not runs_of(exact, sizes, "max_tokens").is_curve, "not only the number of rows differs"
     same = runs_of(exact, dict.fromkeys(sizes, 800))
     assert not same.is_curve and same.names == ["eval/accuracy"], "rows are no column where they are all alike"
-    (chart,) = runs_of({"token": [0.5], "sequence": [0.6]})._charts()
+    (chart,) = runs_of({"token": [0.5], "sequence": [0.6]}, key="k")._charts()
     assert chart.xlabel == "k: 0 token, 1 sequence" and not chart.log
     assert np.array_equal(chart.panels[0].series[0].y, [0.5, 0.6])
     table = runs_of({"python:f.py:g(x=[q])": [0.5]}).table()
     (console := Console(file=StringIO(), width=80)).print(table)
     assert "g(x=[q])" in console.file.getvalue(), "what stands in brackets is no colour"  # type: ignore[attr-defined]
-    (chart,) = runs_of({"${workspace}/a_b_c": [0.5], "${workspace}/<d>": [0.6]})._charts()
+    (chart,) = runs_of({"${workspace}/a_b_c": [0.5], "${workspace}/<d>": [0.6]}, key="k")._charts()
     assert "k: 0 ${workspace}/a_b_c, 1 ${workspace}/&lt;d&gt;" in svg(chart), "no formula, and no tag"
 
 
