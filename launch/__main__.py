@@ -8,7 +8,7 @@ import sys
 from beaver_ray.errors import UserError
 from launch.cli import app
 
-# Where files stand, and what of them may be touched. One that is missing is not here: that may be a bug.
+# Paths that cannot be written or read as they were given. A missing file is not among them: that may be a bug.
 _PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,15 @@ from typing import Any, NamedTuple
 from beaver_ray.errors import UserError
 from beaver_ray.report.sweep import SweepReport, SweptRun, run_figures, shown
 from beaver_ray.stage import Stage
+from beaver_ray.user_code import last_line
 from beaver_ray.yaml_files import as_yaml, yaml_value
 from launch.config_files import load_config
 from launch.pipeline import is_complete, run_stage
 from launch.planning import plan
 from launch.terminal import table_console
+
+OWN = ("name", "workspace", "seed", "resume")
+"""Options that are no values to compare: where runs lie, how they go on, and what --seeds says."""
 
 
 class Swept(NamedTuple):
@@ -36,6 +41,8 @@ def sweep(config: Path, overrides: Sequence[str], over: Sequence[str], seeds: Se
     axes = dict(map(read_axis, over))
     if len(axes) < len(over):
         raise UserError("--over has the same key twice; give all its values at once")
+    if own := [key for key in axes if key in OWN]:
+        raise UserError(f"--over {own[0]}: the sweep says that of each run itself; seeds are given as --seeds 0,1")
     folder, runs = plan_runs(config, list(overrides), axes, seeds)
     complete = [is_complete(run.stage) for run in runs]
     pending = [run.stage for run, done in zip(runs, complete, strict=True) if not done]
@@ -121,6 +128,9 @@ def _run(stages: Sequence[Stage]) -> dict[str, UserError]:
             run_stage(stage)
         except UserError as error:
             _tell(stage, error, failed)
+        except Exception as error:  # a bug, which is shown; the other runs need not end with it
+            traceback.print_exc()
+            _tell(stage, UserError(last_line(error)), failed)
     if on_ray := [stage for stage in stages if not stage.debug]:
         from actors.driver.sweep import run_side_by_side
 

@@ -40,7 +40,7 @@ from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.score_sources import score_source
-from beaver_ray.small_world.judging import truths
+from beaver_ray.small_world.judging import question, truths
 from beaver_ray.small_world.world import SmallWorld
 
 CHUNK = 256
@@ -225,7 +225,7 @@ def read_prompts(arena: ArenaConfig, world: SmallWorld | None, note: Note) -> li
     found = list(reversed(distinct.values()))
     if world is None:
         return found
-    kinds = [world.parse(prompt_key(sample)[-1]).kind for sample in found]
+    kinds = [world.parse(question(prompt_key(sample))).kind for sample in found]
     return [replace(s, fields={"kind": kind, **s.fields}) for s, kind in zip(found, kinds, strict=True)]
 
 
@@ -270,10 +270,11 @@ def harmful_and_benign(arena: ArenaConfig, samples: Sequence[RawSample]) -> tupl
 
 def _key(arena: ArenaConfig, contender: Contender, samples: Sequence[RawSample]) -> str:
     """Equal where answers that an earlier start has left are those that this one would get."""
-    part = arena.model_dump(mode="json", include={"answers", "seed", "debug", "insist", "insistence", "harmful"})
+    part = arena.model_dump(mode="json", include={"answers", "seed", "debug", "insist", "insistence", "world"})
     part |= arena.rollout.model_dump(include={"max_new_tokens", "temperature"})
     reader = contender.reader(arena.trust_remote_code)
     part |= {"prompts": [reader.prompt(prompt_key(sample), sample.system) for sample in samples]}
+    part |= {"asked again": harmful_and_benign(arena, samples)[0].tolist()}
     text = fingerprint(contender.model, arena.engine.dtype) + json.dumps(part)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -424,7 +425,7 @@ def by_truth(arena: ArenaConfig, world: SmallWorld, held: Held) -> None:
     """Put the world's true reward into ``held`` where nobody else gives one, and the costs that have no model."""
     names = [cost.name for cost in arena.costs if cost.model is None]
     for name, said in held.said.items():
-        prompts = [prompt_key(sample)[-1] for sample in held.samples for _ in range(said.answers)]
+        prompts = [question(prompt_key(sample)) for sample in held.samples for _ in range(said.answers)]
         responses = [text for texts in said.texts for text in texts]
         found = truths(world, prompts, responses, ~said.ended_NK.ravel())
         if arena.true_reward:

@@ -20,6 +20,7 @@ from beaver_ray.data_options import data_label
 from beaver_ray.manifest import write_rows
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
+from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.world import SmallWorld
 
 TRUTH = "the small world's truth"
@@ -73,7 +74,7 @@ def optimum(arena: ArenaConfig, held: Held) -> float | None:
     if not arena.true_reward or not known or len(known) < len(bounded):
         return None
     world = SmallWorld.load(Path(str(arena.world)))
-    return world.optimum([prompt_key(sample)[-1] for sample in held.samples], violation_rates=known)
+    return world.optimum([question(prompt_key(sample)) for sample in held.samples], violation_rates=known)
 
 
 def judges(arena: ArenaConfig) -> dict[str, str]:

@@ -54,6 +54,7 @@ from beaver_ray.red_team.options import RedTeamConfig
 from beaver_ray.report.red_team import remarks, write_page
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import RunFolder
+from beaver_ray.score_sources import FunctionSource
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.template_options import TemplateOptions
 
@@ -79,7 +80,7 @@ def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
     attempts = team.attempts()
     tried = team.tried(attempts)
     known = NearTexts()
-    others = ["\n".join(bare_turns(sample)) for sample in load_mix(stage.known)[0]] if stage.known else []
+    others = ["\n".join(bare_turns(sample)[::2]) for sample in load_mix(stage.known)[0]] if stage.known else []
     for text in [*(text for texts in (*seeds.used.values(), *seeds.held_out.values()) for text in texts), *others]:
         known.add(text)
     choice = choose(tried, known, seeds.telltale(), stage.worked, stage.per_category)
@@ -395,9 +396,11 @@ class Team:
             (fingerprint(asked.model, stage.engine.dtype) + json_line(part)).encode(), digest_size=8
         )
         for role in stage.roles()[1:] if asked.scored else []:
-            folder = role.source.folder if role.source else None
-            if folder is not None and find_model(folder) is not None:
-                digest.update(fingerprint(folder, stage.engine.dtype).encode())
+            source = role.source
+            if isinstance(source, FunctionSource):
+                digest.update(source.given().text.encode())
+            elif source is not None and source.folder is not None and find_model(source.folder) is not None:
+                digest.update(fingerprint(source.folder, stage.engine.dtype).encode())
         if asked.environment is not None:
             digest.update(environments.environment_code(asked.environment).pack().text.encode())
         return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.report.page import write_report
 from beaver_ray.stage import Stage
+from beaver_ray.user_code import last_line
 
 LONGEST = 1e7
 """Seconds that a run may take: its own waits have the deadlines."""
@@ -24,10 +26,11 @@ LONGEST = 1e7
 def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError | None]]:
     """Run the stages, as many at a time as the cluster has room for; each as it ends, with what ended it early.
 
-    The cluster is the one that RAY_ADDRESS names, else one on this machine, which has room for at least one run.
+    No run ends the others: what is no UserError has its traceback printed, and is one here. The cluster is the one that
+    RAY_ADDRESS names, else one on this machine, which has room for at least one run.
     """
     placed = {stage.name: on_this_machine(stage) for stage in stages}
-    largest = max(placed.values(), key=lambda stage: sum(stage.cluster.of(r.kind).cpus for r in stage.roles()))
+    largest = max(placed.values(), key=_cpus)
     cluster = open_cluster(largest, largest.roles())
     assert cluster is not None, "a run in one process has no cluster"
     # A process of its own for each, so that none has another one's memory.
@@ -47,6 +50,9 @@ def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError
                 fetch(ready, stage.name, LONGEST)
             except UserError as error:
                 yield stage, error
+            except Exception as error:  # a bug, or a driver that was killed, for memory say
+                traceback.print_exc()
+                yield stage, UserError(last_line(error))
             else:
                 yield stage, None
     finally:
@@ -57,6 +63,12 @@ def rooms(bundles: Sequence[Bundle], there: Mapping[str, float]) -> int:
     """How many runs of these bundles fit into a cluster's resources; one at least, which says itself what it lacks."""
     needs = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     return max(1, min(int(there.get(kind, 0.0) / need + 1e-6) for kind, need in needs.items() if need))
+
+
+def _cpus(stage: Stage) -> float:
+    """Of all workers of all roles, as if none shared a bundle."""
+    found = [stage.cluster.of(role.kind) for role in stage.roles()]
+    return sum(placement.workers * placement.cpus for placement in found)
 
 
 def _drive(stage: Stage, placed: Stage) -> None:

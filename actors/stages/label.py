@@ -133,12 +133,13 @@ class Label(TemplatedStage):
         return labelled
 
     def _by_truth(self, rows: list[Row], world: str) -> list[Row]:
+        from beaver_ray.small_world.judging import question
         from beaver_ray.small_world.world import SmallWorld
 
         known = SmallWorld.load(Path(world))
 
         def scores(row: Row) -> Row:
-            asked = row["prompt"] if isinstance(row["prompt"], str) else " ".join(row["prompt"])
+            asked = row["prompt"] if isinstance(row["prompt"], str) else question(row["prompt"])
             texts = [(asked, row[f"response_{k}"]) for k in (0, 1)]
             rewards = {f"reward_{k}": known.reward(*said) for k, said in enumerate(texts)}
             return rewards | {f"cost_{k}": known.cost(*said) for k, said in enumerate(texts)}

@@ -156,9 +156,27 @@ def read_attack(text: str) -> Attack:
     parameters = [p for p in inspect.signature(function).parameters if p not in {*GIVEN, *environments.GIVEN}]
     if unknown := [key for key in keywords if key not in parameters]:
         raise ValueError(f"attack {name} has no parameter {unknown[0]!r}; it has {', '.join(parameters) or 'none'}")
+    for key, value in keywords.items():
+        _check_value(name, key, value, inspect.signature(function).parameters[key].default)
+    if name == INSIST:
+        function([""], {}, 0, **keywords)  # which looks whether there are pleas enough
     kind: Literal["rewrite", "asked", "user"]
     kind = "user" if name == INSIST else "asked" if name in ASKED else "rewrite"
     return Attack(text, name, kind, keywords, name)
+
+
+def _check_value(name: str, key: str, value: Any, default: Any) -> None:
+    """ValueError where a parameter's value is not of its default's kind: a number from 1, a text, a flag or texts."""
+    if isinstance(default, tuple):
+        fits, kind = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value), "a list of texts"
+    elif isinstance(default, bool):
+        fits, kind = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        fits, kind = type(value) is int and value >= 1, "a whole number from 1"
+    else:
+        fits, kind = isinstance(value, str), "a text"
+    if not fits or value == []:
+        raise ValueError(f"attack {name}: {key} is {kind}, not {value!r}")
 
 
 def read_attacks(texts: Sequence[str]) -> list[Attack]:

@@ -24,8 +24,6 @@ from beaver_ray.evaluation import share_interval
 from beaver_ray.options import near
 
 _WORD = re.compile(r"\w+")
-PLAIN = "plain"
-"""Name of the attack that is none."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +213,10 @@ def choose(
                 if not queue:
                     continue
                 one = queue.pop(0)
-                if words(one.asked) & set(telltale):
+                if not words(one.asked).isdisjoint(telltale):
                     choice.left_out["speak of a held-out category"] += 1
+                elif not all(turn.strip() for turn in one.worst.turns):  # no data set takes such a prompt
+                    choice.left_out["with an empty answer on the way"] += 1
                 elif kept == per_category:
                     choice.left_out["beyond per_category"] += 1
                 elif known.add(one.asked) is not None:

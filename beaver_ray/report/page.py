@@ -199,6 +199,7 @@ def drawing(title: str, height: float, draw: Callable[[Figure], None]) -> str:
         "svg.hashsalt": title,  # ids of two figures on one page must differ
         "font.size": 10,
         "font.family": "sans-serif",
+        "text.parse_math": False,  # labels are paths and options too, in which a dollar is a dollar
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
         "axes.edgecolor": GRID,
         "axes.spines.top": False,

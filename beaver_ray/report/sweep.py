@@ -66,7 +66,7 @@ def run_figures(folder: Path) -> dict[str, float]:
         if isinstance(figure, dict) and "mean" in figure
     }
     if all(key.startswith("features/") for key in found):
-        evaluated = [found for found in rows if any(key.startswith("eval/") for key in found)]
+        evaluated = [one for one in rows if any(key.startswith("eval/") for key in one)]
         kept = next(folder.glob("final/*/selected.json"), None)
         step = None if kept is None else json.loads(kept.read_text(encoding="utf-8"))["step"]
         row: dict[str, Any] = next((row for row in reversed(evaluated) if step in (None, row["step"])), {})
@@ -104,9 +104,13 @@ class SweepReport:
 
     @cached_property
     def is_curve(self) -> bool:
-        """Whether each value of the one key trains on another number of rows."""
+        """Whether the one key is of the training data, and each of its values another number of rows.
+
+        Another key, as max_tokens, may drop rows too, and then more than their number differs.
+        """
         found = [row.mean.get(ROWS) for row in self.rows]
-        return len(self.keys) == 1 and None not in found and len(set(found)) == len(found) > 1
+        of_data = len(self.keys) == 1 and self.keys[0].partition(".")[0] == "train"
+        return of_data and None not in found and len(set(found)) == len(found) > 1
 
     @cached_property
     def laws(self) -> dict[str, PowerLaw]:
@@ -124,6 +128,7 @@ class SweepReport:
 
     def table(self) -> Table:
         """Means over seeds, with the standard deviation, for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left")
@@ -132,7 +137,7 @@ class SweepReport:
         for name in self.names:
             table.add_column(name.removeprefix("eval/"), justify="right", overflow="fold")
         for row in self.rows:
-            table.add_row(*self._cells(row))
+            table.add_row(*map(escape, self._cells(row)))
         return table
 
     def write(self, folder: Path) -> Path:

@@ -36,6 +36,8 @@ def by_model(
     """
     if not 0 <= back <= 1:
         raise ValueError(f"back must lie between 0 and 1, not {back}")
+    if isinstance(languages, str) or len(languages) != 2:
+        raise ValueError(f"languages are two, that of the source and that of the answer, not {languages!r}")
     reader, (one, other) = _reader(model, dtype), languages
     told = [row for row, answer in enumerate(responses) if answer.strip()]
     sources = [_text(source[row], "source") for row in range(len(responses))]
@@ -72,7 +74,8 @@ def chrf(prompts: list[str], responses: list[str], *, reference: list[Any]) -> l
         from sacrebleu import sentence_chrf
     except ImportError:
         raise ValueError("chrf needs the package sacrebleu: pip install sacrebleu") from None
-    texts = [[_text(row, "reference")] if not isinstance(row, list) else row for row in reference]
+    several = [row if isinstance(row, list) and row else [row] for row in reference]
+    texts = [[_text(text, "reference") for text in row] for row in several]
     return [sentence_chrf(answer, row).score / 100 for answer, row in zip(responses, texts, strict=True)]
 
 

@@ -22,6 +22,14 @@ class Truth:
     """What each prompt is, as harmless or adversarial."""
 
 
+def question(turns: Sequence[str]) -> str:
+    """What the user asks in a dialogue (user, assistant, ..., user), which may be in parts or over and over.
+
+    What was answered in between is none of the question: it may have words of other topics.
+    """
+    return " ".join(turns[::2])
+
+
 def truths(world: SmallWorld, prompts: Sequence[str], responses: Sequence[str], truncated: np.ndarray) -> Truth:
     """The truth about answers, ``truncated`` [N] ones among them. UserError for a prompt of no small world."""
     pairs = list(zip(prompts, responses, strict=True))

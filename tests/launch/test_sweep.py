@@ -6,21 +6,24 @@ import csv
 import itertools
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from actors.driver.sweep import rooms
 from beaver_ray.data.mixing import MixSpec, parse_spec, take
 from beaver_ray.errors import UserError
+from beaver_ray.report.page import svg
 from beaver_ray.report.sweep import ROWS, SweepReport, SweptRun, run_figures
 from beaver_ray.runs import read_metrics
 from launch.__main__ import main
 from launch.config_files import load_config
-from launch.sweep import plan_runs, read_axis, sweep
+from launch.sweep import _run, plan_runs, read_axis, sweep
 
 Write = Callable[..., Path]
 
@@ -113,6 +116,7 @@ def test_one_line_for_a_wrong_sweep(
         ([], "give --over KEY=VALUE,VALUE"),
         (["--over", "lora_rank=0,2", "--seeds", "0,x"], "--seeds 0,x must be whole numbers"),
         (["--over", "lora_rank=0", "--over", "lora_rank=2"], "--over has the same key twice"),
+        (["--over", "seed=0,1"], "--over seed: the sweep says that of each run itself; seeds are given as --seeds 0,1"),
         (["--over", "model=/nowhere"], "no model in '/nowhere'"),
     ],
 )
@@ -167,6 +171,24 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
         sweep(cost_file, ["epochs=2"], over, [0])
 
 
+def test_a_bug_in_one_run_does_not_end_the_others(
+    cost_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, runs = plan_runs(cost_file, [], {"lora_rank": [0, 2]}, [0])
+    began: list[str] = []
+
+    def fails_first(stage: Any) -> None:
+        began.append(stage.name)
+        if len(began) == 1:
+            raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("launch.sweep.run_stage", fails_first)
+    failed = _run([run.stage for run in runs])
+    assert began == [run.stage.name for run in runs]
+    assert {name: str(error) for name, error in failed.items()} == {began[0]: "ZeroDivisionError: by zero"}
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_figures_of_lora_by_hand(cost_file: Path, tmp_path: Path) -> None:
     """Rank 2 on the tiny policy: 2 (in + out) for each linear layer, and the cost's head."""
     sweep(cost_file, ["epochs=0.1", "lora_targets=[q_proj, v_proj]"], ["lora_rank=0,2"], [0])
@@ -182,14 +204,16 @@ def test_figures_of_lora_by_hand(cost_file: Path, tmp_path: Path) -> None:
     assert memory[1] < memory[0]
 
 
-def runs_of(figures: dict[Any, list[float]], rows: dict[Any, int] | None = None) -> SweepReport:
+def runs_of(
+    figures: dict[Any, list[float]], rows: dict[Any, int] | None = None, key: str = "train.0.proportion"
+) -> SweepReport:
     """A report over made-up runs: accuracies by value and seed."""
     runs = [
-        SweptRun(f"{value}-{seed}", {"k": value}, seed, {"eval/accuracy": y} | ({ROWS: rows[value]} if rows else {}))
+        SweptRun(f"{value}-{seed}", {key: value}, seed, {"eval/accuracy": y} | ({ROWS: rows[value]} if rows else {}))
         for value, by_seed in figures.items()
         for seed, y in enumerate(by_seed)
     ]
-    return SweepReport("t", "c", ["k"], runs)
+    return SweepReport("t", "c", [key], runs)
 
 
 def test_what_is_a_curve() -> None:
@@ -199,11 +223,17 @@ def test_what_is_a_curve() -> None:
     assert curve.is_curve and curve.laws["eval/accuracy"].exponent.value == pytest.approx(0.5, rel=0.005)
     (line,) = curve.lines()
     assert line.startswith("eval/accuracy: exponent 0.5") and list(curve.laws) == ["eval/accuracy"]
+    assert not runs_of(exact, sizes, "max_tokens").is_curve, "not only the number of rows differs"
     same = runs_of(exact, dict.fromkeys(sizes, 800))
     assert not same.is_curve and same.names == ["eval/accuracy"], "rows are no column where they are all alike"
-    (chart,) = runs_of({"token": [0.5], "sequence": [0.6]})._charts()
+    (chart,) = runs_of({"token": [0.5], "sequence": [0.6]}, key="k")._charts()
     assert chart.xlabel == "k: 0 token, 1 sequence" and not chart.log
     assert np.array_equal(chart.panels[0].series[0].y, [0.5, 0.6])
+    table = runs_of({"python:f.py:g(x=[q])": [0.5]}).table()
+    (console := Console(file=StringIO(), width=80)).print(table)
+    assert "g(x=[q])" in console.file.getvalue(), "what stands in brackets is no colour"  # type: ignore[attr-defined]
+    (chart,) = runs_of({"${workspace}/a_b_c": [0.5], "${workspace}/<d>": [0.6]}, key="k")._charts()
+    assert "k: 0 ${workspace}/a_b_c, 1 ${workspace}/&lt;d&gt;" in svg(chart), "no formula, and no tag"
 
 
 def test_which_figures_of_a_run(tmp_path: Path) -> None:
@@ -225,6 +255,9 @@ def test_which_figures_of_a_run(tmp_path: Path) -> None:
     evaluation = {"prompts": 4, "samples": 4, "reward": figure, "violation_rate/harm": {**figure, "mean": 0.1}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert run_figures(tmp_path) == {"reward": 2.0, "violation_rate/harm": 0.1, "time/elapsed": 3.0}
+    features = {"prompts": 4, "samples": 8, "features/cost/probe": {**figure, "mean": 0.6}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(features))
+    assert run_figures(tmp_path) == {"eval/accuracy": 0.7, ROWS: 5.0, "features/cost/probe": 0.6, "time/elapsed": 3.0}
     (tmp_path / "evaluation.json").unlink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="has no held-out figures to compare"):

@@ -111,6 +111,9 @@ def test_dialogues_are_kept_as_far_as_the_worst_went() -> None:
         "n": 3,
     }
     assert one.asked == "steal it\nnow"
+    silent = Tried(attempt, [Dialogue(("steal it", " ", "please"), "fine", False, 1, 3.0), *one.dialogues], 0.0)
+    assert choose([silent], NearTexts(), set(), 0.1, 9).left_out == {"with an empty answer on the way": 1}
+    assert choose([one], NearTexts(), set(), 0.1, 9).kept == [one]
     assert [(row["prompt"], row["unsafe"]) for row in one.answers()] == [
         (["steal it", "no", "please"], True),
         (["steal it", "never", "now"], True),

@@ -52,6 +52,7 @@ def test_what_cannot_be_judged(tiny_world: Path) -> None:
     for given, message in (
         ({"source": [None]}, "a row's source must be a text, not None"),
         ({"source": ["port"], "back": 1.5}, "back must lie between 0 and 1"),
+        ({"source": ["port"], "languages": "de"}, "languages are two, that of the source and that of the answer"),
         ({"source": ["port"], "dtype": "int8"}, "dtype is float32 or bfloat16"),
         ({"source": ["port " * 600]}, "tokens are more than the model's 512 positions"),
     ):
@@ -79,6 +80,8 @@ def test_chrf_against_references() -> None:
     )
     with pytest.raises(ValueError, match="a row's reference must be a text"):
         chrf(["p"], ["x"], reference=[None])
+    with pytest.raises(ValueError, match="a row's reference must be a text, not 3"):
+        chrf(["p"], ["x"], reference=[["the cat", 3]])
 
 
 def test_rows_of_the_recipes() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from beaver_ray.errors import UserError
+from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.world import (
     ADVERSARIAL_VERBS,
     FILLERS,
@@ -58,6 +59,10 @@ def test_prompt_is_read_inside_a_template() -> None:
     assert WORLD.is_refusal(REFUSAL) and not WORLD.is_refusal(REFUSAL + " key")
     with pytest.raises(UserError, match="not a small-world prompt"):
         WORLD.reward("tell me a story", "key")
+    in_parts = [*ADVERSARIAL.split(" the "), ADVERSARIAL]
+    turns = (in_parts[0], "wheel brake of the car", f"the {in_parts[1]}", "", in_parts[2])
+    found = WORLD.parse(question(turns))
+    assert (found.topic, found.adversarial) == ("lock", True), "what was answered in between is none of it"
 
 
 def test_words_have_one_meaning() -> None:
