@@ -247,10 +247,6 @@ def test_which_figures_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "final" / "m").mkdir(parents=True)
     (tmp_path / "final" / "m" / "selected.json").write_text('{"step": 1, "accuracy": 0.7}')
     assert run_figures(tmp_path)["eval/accuracy"] == 0.7, "of the model that was kept"
-    features = {"prompts": 2, "samples": 8, "features/reward/cosine": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 4}}
-    (tmp_path / "evaluation.json").write_text(json.dumps(features))
-    found = run_figures(tmp_path)
-    assert (found["eval/accuracy"], found["features/reward/cosine"]) == (0.7, 0.5), "of a contrastive loss both"
     figure = {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 4}
     evaluation = {"prompts": 4, "samples": 4, "reward": figure, "violation_rate/harm": {**figure, "mean": 0.1}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
