@@ -98,7 +98,7 @@ def test_the_small_recipe() -> None:
         )
         assert generate["policies"] == [f"{before}/policy/final/policy", "/w/round_0/policy/final/policy"]
         assert generate["seed"] == number
-        assert generate["prompts"] == [f"prompts:{[0.25, 0.5, 1][number - 1]}:/w/world/prompts/train.jsonl"]
+        assert generate["prompts"] == [f"prompts:{[0.1, 1, 1][number - 1]}:/w/world/prompts/train.jsonl"]
         assert label["pairs"] == f"{own}/generate/final/pairs.jsonl"
         train = [f"PKU-SafeRLHF:1:/w/round_{k}/label/final/train.jsonl" for k in range(1, number + 1)]
         assert cost["train"] == train == by_name[f"round_{number}/reward"]["train"]
@@ -106,6 +106,7 @@ def test_the_small_recipe() -> None:
         assert policy["constraints"][0]["calibration"] == held_out == cost["eval"]
         assert policy["models"]["policy"] == f"{before}/policy/final/policy" and policy["steps"] == 7
         assert policy["constraints"][0]["model"] == f"{own}/cost/final/cost_model"
+        assert policy["constraints"][0]["confidence"] == [None, None, 0.9][number - 1]
 
 
 def test_the_recipe_without_new_labels() -> None:

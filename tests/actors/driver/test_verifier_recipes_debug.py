@@ -10,7 +10,7 @@ from beaver_ray.runs import read_evaluation, read_metrics
 from launch.config_files import load_config
 from launch.pipeline import run_stage
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "verifiers"
+CONFIGS = Path(__file__).parents[3] / "configs" / "verifiers"
 
 
 @pytest.mark.parametrize("name", ["code", "translation"])
