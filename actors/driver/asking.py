@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from actors.driver.judged_policy import JudgedPolicy, judged_policy
 from beaver_ray.data_options import DataEntry
 from beaver_ray.red_team.options import RedTeamConfig
-from beaver_ray.template_options import TemplateOptions
 
 
 def asking_policy(
@@ -23,7 +22,6 @@ def asking_policy(
 
     longest: tokens of a prompt. room: of all that follows it. environment: what says the next turn, if anything.
     """
-    template = config.template if model == config.policy else TemplateOptions()
     return judged_policy(
         model,
         None,
@@ -34,6 +32,6 @@ def asking_policy(
         debug=config.debug,
         cluster=config.cluster,
         engine=config.engine,
-        data={"prompts": list(prompts), "template": template, "max_prompt_tokens": longest},
+        data={"prompts": list(prompts), "template": config.template_of(model), "max_prompt_tokens": longest},
         rollout=config.rollout.model_dump() | {"max_new_tokens": room, "environment": environment},
     )

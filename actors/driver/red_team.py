@@ -1,17 +1,15 @@
 """Red teaming: attempts made of seeds, the target's answers to them with their costs, and what is kept of it.
 
-Answers are kept in answers/ of the run's folder, block by block, as soon as a block is answered and scored: a resumed
-run asks what is left.
+Answers are kept in answers/ of the run's folder, block by block (`actors.driver.kept_answers`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from actors.driver.asking import asking_policy
 from actors.driver.evaluate import answers_to, judging
 from actors.driver.judged_policy import JudgedPolicy
+from actors.driver.kept_answers import KeptAnswers
 from actors.driver.processes import Roles
 from actors.driver.rollouts import Rollouts
 from actors.roles.exchange import sample_seed
@@ -34,7 +33,7 @@ from beaver_ray.data.survey import CATEGORIES
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
 from beaver_ray.judge_options import JudgeOptions
-from beaver_ray.manifest import json_line, read_rows, write_lines, write_rows, write_stage_manifest
+from beaver_ray.manifest import json_line, write_lines, write_rows, write_stage_manifest
 from beaver_ray.models.folders import find_model, fingerprint
 from beaver_ray.models.loading import check_model_folder, context_length, load_tokenizer
 from beaver_ray.red_team.attacks import Attack
@@ -56,7 +55,6 @@ from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import FunctionSource
 from beaver_ray.small_world.world import SmallWorld
-from beaver_ray.template_options import TemplateOptions
 
 BLOCK = 256
 """Attempts whose answers are kept together."""
@@ -253,9 +251,8 @@ class Team:
         return [said.get(number) for number in range(len(requests))]
 
     def _reader(self, model: str) -> Reader:
-        """How a model that is asked reads: the target by the stage's template, another by its own."""
-        template = self.stage.template if model == self.stage.policy else TemplateOptions()
-        return Reader(load_tokenizer(model, self.stage.trust_remote_code), template)
+        """How a model that is asked reads."""
+        return Reader(load_tokenizer(model, self.stage.trust_remote_code), self.stage.template_of(model))
 
     def _number(self, attack: Attack, text: str) -> int:
         """The seed of the random numbers of an attack on a text."""
@@ -296,7 +293,7 @@ class Team:
         if self.world is None:
             return dialogue
         cost = self.world.cost(attempt.seed, dialogue.response)
-        return Dialogue(dialogue.turns, dialogue.response, dialogue.truncated, dialogue.tokens, cost)
+        return replace(dialogue, cost=cost)
 
     def _answers(self, asked: Asked) -> list[list[Dialogue]]:
         """The answers to each attempt of a group; blocks that an earlier start has left are read."""
@@ -310,28 +307,22 @@ class Team:
         environment = asked.environment or self._scripts(asked, folder)
         specs = [f"prompts:1:{prompts}"]
         config = asking_policy(stage, asked.model, specs, longest, asked.room, environment, asked.scored)
-        starts = range(0, len(tokens), BLOCK)
-        files = [folder / f"{start:08d}.jsonl" for start in starts]
-        blocks = [read_rows(file) if file.is_file() else None for file in files]
-        with run.progress(f"answers to {asked.title}", len(tokens)) as progress:
-
-            def done(rows: list[dict[str, Any]], seconds: float | None) -> None:
-                self.blocks += 1
-                run.log(self.blocks, _block_figures(rows, stage.unsafe_above, seconds))
-                progress.advance(len(rows) // asked.answers)
-
-            for rows in blocks:
-                if rows is not None:
-                    done(rows, None)
-            if None in blocks:
-                with judging(config, config.judging_roles()) as roles:
-                    for block, rows in enumerate(blocks):
-                        if rows is None:
-                            began, end = time.perf_counter(), min(starts[block] + BLOCK, len(tokens))
-                            blocks[block] = self._ask(asked, range(starts[block], end), tokens, config, reader, roles)
-                            write_rows(files[block], blocks[block] or [])
-                            done(blocks[block] or [], time.perf_counter() - began)
-        said = [Dialogue(**row | {"turns": tuple(row["turns"])}) for rows in blocks for row in rows or []]
+        kept = KeptAnswers(
+            run=run,
+            title=f"answers to {asked.title}",
+            folder=folder,
+            prompts=len(tokens),
+            answers=asked.answers,
+            block=BLOCK,
+            before=self.blocks,
+        )
+        blocks = kept.rows(
+            start=lambda: judging(config, config.judging_roles()),
+            ask=lambda some, roles: self._ask(asked, some, tokens, config, reader, roles),
+            figures=lambda rows: _unsafe(rows, stage.unsafe_above),
+        )
+        self.blocks += len(blocks)
+        said = [Dialogue(**row | {"turns": tuple(row["turns"])}) for rows in blocks for row in rows]
         return [said[start : start + asked.answers] for start in range(0, len(said), asked.answers)]
 
     def _ask(
@@ -406,13 +397,7 @@ class Team:
         return digest.hexdigest()
 
 
-def _block_figures(rows: list[dict[str, Any]], unsafe_above: float, seconds: float | None) -> dict[str, float]:
-    """Of one block of answers; the share of unsafe ones where a model scores."""
+def _unsafe(rows: list[dict[str, Any]], unsafe_above: float) -> dict[str, float]:
+    """The share of unsafe answers among those of a block that a model has scored; nothing where none is."""
     costs = [row["cost"] for row in rows if row["cost"] is not None]
-    figures = {
-        "answers": len(rows),
-        "tokens": sum(row["tokens"] for row in rows) / len(rows),
-        "cut": sum(row["truncated"] for row in rows) / len(rows),
-    }
-    figures |= {"unsafe": sum(cost > unsafe_above for cost in costs) / len(costs)} if costs else {}
-    return figures | ({"throughput/samples_per_second": len(rows) / seconds} if seconds else {})
+    return {"unsafe": sum(cost > unsafe_above for cost in costs) / len(costs)} if costs else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -125,9 +124,9 @@ class Generate(TemplatedStage):
         before: blocks of the models before, so that each block is a step of its own in metrics.jsonl.
         """
         from actors.driver.evaluate import judging
+        from actors.driver.kept_answers import KeptAnswers
         from beaver_ray.data.readers import Reader
         from beaver_ray.data.tokenized import PromptDataset
-        from beaver_ray.manifest import read_rows, write_rows
         from beaver_ray.models.loading import load_tokenizer
 
         policy = self.models[number]
@@ -135,33 +134,25 @@ class Generate(TemplatedStage):
         reader = Reader(tokenizer, self.template)
         prompts = PromptDataset.build(samples, tokenizer, self.max_prompt_tokens, self.template)
         run.note(f"{policy}: prompts {prompts.report.line()}")
-        starts = range(0, len(prompts), BLOCK)
-        folder = run.folder / "answers" / f"{number}-{self._key(policy, prompts)}"
-        files = [folder / f"{start:08d}.jsonl" for start in starts]
-        with run.progress(f"answers of {policy}", len(prompts)) as progress:
-
-            def done(block: int, rows: list[dict[str, Any]], seconds: float | None) -> None:
-                run.log(before + 1 + block, _figures(rows, seconds))
-                progress.advance(len(rows) // self.answers)
-
-            blocks = [read_rows(file) if file.is_file() else None for file in files]
-            for block, rows in enumerate(blocks):
-                if rows is not None:
-                    done(block, rows, None)
-            if missing := [block for block, rows in enumerate(blocks) if rows is None]:
-                with judging(self, [self._generator([number])]) as roles:
-                    for block in missing:
-                        began = time.perf_counter()
-                        rows = self._sample(number, starts[block], prompts, reader, roles)
-                        write_rows(files[block], rows)
-                        blocks[block] = rows
-                        done(block, rows, time.perf_counter() - began)
-        return [rows for rows in blocks if rows is not None]
+        kept = KeptAnswers(
+            run=run,
+            title=f"answers of {policy}",
+            folder=run.folder / "answers" / f"{number}-{self._key(policy, prompts)}",
+            prompts=len(prompts),
+            answers=self.answers,
+            block=BLOCK,
+            before=before,
+        )
+        return kept.rows(
+            start=lambda: judging(self, [self._generator([number])]),
+            ask=lambda some, roles: self._sample(number, some, prompts, reader, roles),
+            figures=_repeated,
+        )
 
     def _sample(
-        self, number: int, start: int, prompts: PromptDataset, reader: Reader, roles: Roles
+        self, number: int, some: range, prompts: PromptDataset, reader: Reader, roles: Roles
     ) -> list[dict[str, Any]]:
-        """The answers to a block of prompts from ``start`` on, in order.
+        """The answers to some of the prompts, in order.
 
         A sample's random numbers depend on the seed, the model's number and the prompt's, and not on the block.
         """
@@ -172,8 +163,8 @@ class Generate(TemplatedStage):
         from actors.driver.rollouts import Rollouts
         from beaver_ray import experience
 
-        prompt_ids = np.repeat(np.arange(start, min(start + BLOCK, len(prompts))), self.answers)
-        place = prompt_ids * self.answers + np.tile(np.arange(self.answers), len(prompt_ids) // self.answers)
+        prompt_ids = np.repeat(np.arange(some.start, some.stop), self.answers)
+        place = prompt_ids * self.answers + np.tile(np.arange(self.answers), len(some))
         batch = experience.make_batch(
             {
                 "sample_id": (number << 40) + place,
@@ -258,13 +249,7 @@ class Generate(TemplatedStage):
         ]
 
 
-def _figures(rows: list[dict[str, Any]], seconds: float | None) -> dict[str, float]:
-    """Of one block of answers."""
+def _repeated(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of a block's answers that repeat another to the same prompt."""
     different = {(json.dumps(row["prompt"]), row["response"].strip()) for row in rows}
-    figures = {
-        "answers": len(rows),
-        "tokens": sum(row["tokens"] for row in rows) / len(rows),
-        "cut": sum(row["truncated"] for row in rows) / len(rows),
-        "repeated": 1 - len(different) / len(rows),
-    }
-    return figures | ({"throughput/samples_per_second": len(rows) / seconds} if seconds else {})
+    return {"repeated": 1 - len(different) / len(rows)}

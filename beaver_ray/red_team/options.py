@@ -91,6 +91,10 @@ class RedTeamConfig(TemplatedStage):
             return None
         return self.attacker or self.policy
 
+    def template_of(self, model: str) -> TemplateOptions:
+        """How a model that is asked reads: the policy by ``template``, another by its own."""
+        return self.template if model == self.policy else TemplateOptions()
+
     def lengths(self) -> Lengths:
         """Of a prompt and its answer, or of a whole dialogue where an attack may take several turns."""
         several = any(a.kind == "user" or a.text.startswith(("python:", "split")) for a in self.named_attacks)
