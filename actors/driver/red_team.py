@@ -81,7 +81,7 @@ def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
     others = ["\n".join(bare_turns(sample)[::2]) for sample in load_mix(stage.known)[0]] if stage.known else []
     for text in [*(text for texts in (*seeds.used.values(), *seeds.held_out.values()) for text in texts), *others]:
         known.add(text)
-    choice = choose(tried, known, seeds.telltale(), stage.worked, stage.per_category)
+    choice = choose(tried, known, team.telltale, stage.worked, stage.per_category)
     found = figures(tried, choice, {**seeds.left_out, **team.left_out}, stage.target)
     shares = {
         f"{kind}/{name}": part["unsafe"] for kind in ("attacks", "categories") for name, part in found[kind].items()
@@ -161,6 +161,7 @@ class Team:
         self.left_out: Counter[str] = Counter()
         self.blocks = 0
         """Blocks that were answered, each a step of metrics.jsonl."""
+        self.telltale = seeds.telltale()
         self.world = SmallWorld.load(Path(stage.world)) if stage.world else None
 
     # Attempts
@@ -169,7 +170,7 @@ class Team:
         """All attempts by attack, in its order; those that say the same in the same way are one."""
         stage = self.stage
         drawn = draw(self.seeds, stage.seeds_per_category, stage.seed)
-        reader, telltale = self._reader(stage.policy), self.seeds.telltale()
+        reader = self._reader(stage.policy)
         found: dict[str, list[Attempt]] = {}
         seen: set[tuple[str, tuple[str, ...]]] = set()
         number = 0
@@ -181,7 +182,7 @@ class Team:
                     self.left_out["attacks that make nothing of a seed"] += 1
                 elif key in seen:
                     self.left_out["attempts that say what an earlier one says"] += 1
-                elif words("\n".join(turns)) & telltale:
+                elif words("\n".join(turns)) & self.telltale:
                     self.left_out["speak of a held-out category, not tried"] += 1
                 elif len(reader.prompt(turns[:1])) > stage.max_prompt_tokens:
                     self.left_out[f"longer than {stage.max_prompt_tokens} tokens"] += 1

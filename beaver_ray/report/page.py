@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,14 @@ def write_report(stage: Stage, folder: Path) -> Path:
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The figures that a stage has written beside its page; None before they are there."""
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def templates() -> jinja2.Environment:

@@ -9,7 +9,7 @@ from typing import Any
 
 from beaver_ray.red_team.choosing import Choice
 from beaver_ray.report.charts import Card, State
-from beaver_ray.report.page import templates
+from beaver_ray.report.page import read_json, templates
 
 FILE, PAGE = "red_team.json", "red_team.html"
 SHOWN = 24
@@ -46,11 +46,7 @@ def write_page(folder: Path, name: str, figures: Mapping[str, Any], choice: Choi
 
 def read_figures(folder: Path) -> dict[str, Any] | None:
     """The content of red_team.json; None before it is there."""
-    file = folder / FILE
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    return read_json(folder / FILE)
 
 
 def headline(figures: Mapping[str, Any]) -> str:

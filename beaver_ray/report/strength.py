@@ -15,7 +15,7 @@ from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.method.noise import detection, quantiles, u_shape
 from beaver_ray.report.charts import Card, Chart, Panel, Series, State
-from beaver_ray.report.page import svg, templates
+from beaver_ray.report.page import read_json, svg, templates
 
 FILE = "strength.json"
 PAIRS = 12
@@ -103,11 +103,7 @@ class StrengthReport:
 
 def read_figures(folder: Path) -> dict[str, Any] | None:
     """The content of strength.json; None before it is there."""
-    file = folder / FILE
-    if not file.is_file():
-        return None
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return figures
+    return read_json(folder / FILE)
 
 
 def headline(figures: Mapping[str, Any]) -> str:
