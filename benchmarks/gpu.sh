@@ -31,7 +31,10 @@ bench() { # bench SECONDS NAME ARGUMENTS...
 }
 
 doctor() { limited 120 doctor "$PYTHON" -m launch doctor; }
-tests() { limited 120 tests "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/test_attention.py; }
+tests() {
+    limited 300 tests "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/test_attention.py \
+        tests/actors/roles/test_generator.py tests/actors/weights/test_transfer_engine.py
+}
 sync() { bench 300 sync sync; }
 small_world() {
     limited 500 small_world "$PYTHON" -m launch pipeline configs/local/pipeline.yaml "workspace=$RUNS/small-world"

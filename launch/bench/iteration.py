@@ -133,9 +133,13 @@ def our_config(workspace: Path, prompts: int, answer: int, dtype: str, steps: in
 
 
 def on_one_gpu(tree: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """All roles of a configuration on one GPU, in bfloat16; a policy of 7B trains an adapter, which leaves it room."""
-    models = {**tree["models"], **({"lora_rank": 64, "lora_alpha": 64} if shape is SEVEN_B else {})}
-    engine = {"dtype": "bfloat16", "micro_batch_tokens": 16384, "gradient_checkpointing": True}
+    """All roles of a configuration on one GPU, in bfloat16.
+
+    A policy of 7B trains an adapter and computes activations anew in the backward pass, which leaves it room.
+    """
+    large = shape is SEVEN_B
+    models = {**tree["models"], **({"lora_rank": 64, "lora_alpha": 64} if large else {})}
+    engine = {"dtype": "bfloat16", "micro_batch_tokens": 16384 if large else 8192, "gradient_checkpointing": large}
     placement = {role: {"cpus": 1, "gpus": part, "group": "gpu"} for role, part in GPU_PARTS.items()}
     cluster = {"threads": 1, "placement": {**placement, "experience": {"cpus": 1}}}
     return {**tree, "models": models, "engine": engine, "cluster": cluster}
