@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,25 @@ PHASES = ("generate", "score", "train", "publish")
 def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Chart]:
     """The figures of a PPO run, without those that nothing was measured for."""
     names = [c.name for c in config.constraints]
-    signals = ["reward", *names]
-
-    def lines(*keys: tuple[str, str]) -> list[Series]:
-        return [Series(label, metrics[key]) for key, label in keys if key in metrics]
-
-    phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")}
-    order = [*PHASES, *sorted(phases.difference(PHASES, ("step", "elapsed", "sync", "evaluate", "save")))]
     charts = [
+        *_learning_charts(metrics, config, names),
+        *_speed_charts(metrics),
+        _signs_chart(metrics),
+        _held_out_chart(metrics),
+        *(_calibration_chart(metrics, name) for name in names),
+    ]
+    return drawable(charts)
+
+
+def _lines(metrics: dict[str, np.ndarray], *keys: tuple[str, str]) -> list[Series]:
+    """(key, label) of each; those that were not measured are left out."""
+    return [Series(label, metrics[key]) for key, label in keys if key in metrics]
+
+
+def _learning_charts(metrics: dict[str, np.ndarray], config: PolicyConfig, names: list[str]) -> list[Chart]:
+    """What is learnt: reward and costs, multipliers, the policy, its critics or baselines."""
+    signals, lines = ["reward", *names], partial(_lines, metrics)
+    return [
         Chart(
             "Reward",
             "Score of the reward model: mean, median, and 5th and 95th percentile of a step's answers.",
@@ -84,6 +96,15 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
                 Panel("prompts alike", lines(*((f"baseline/{s}/constant_share", s) for s in signals))),
             ],
         ),
+    ]
+
+
+def _speed_charts(metrics: dict[str, np.ndarray]) -> list[Chart]:
+    """What that takes: time, throughput, rollouts."""
+    lines = partial(_lines, metrics)
+    phases = {key.removeprefix("time/") for key in metrics if key.startswith("time/")}
+    order = [*PHASES, *sorted(phases.difference(PHASES, ("step", "elapsed", "sync", "evaluate", "save")))]
+    return [
         Chart(
             "Time of a step",
             "Seconds by phase, on top of one another; within them, the generators' load of new weights.",
@@ -109,15 +130,13 @@ def ppo_charts(metrics: dict[str, np.ndarray], config: PolicyConfig) -> list[Cha
             ],
         ),
     ]
-    charts += [_signs_chart(metrics), _held_out_chart(metrics), *(_calibration_chart(metrics, name) for name in names)]
-    return drawable(charts)
 
 
 def _signs_chart(metrics: dict[str, np.ndarray]) -> Chart:
     """What runs away where a policy pleases its scorers alone."""
 
     def panel(ylabel: str, **keys: str) -> Panel:
-        return Panel(ylabel, [Series(label, metrics[key]) for label, key in keys.items() if key in metrics])
+        return Panel(ylabel, _lines(metrics, *((key, label) for label, key in keys.items())))
 
     proxy = "eval/proxy/reward"
     truth = Panel("held out", [])
