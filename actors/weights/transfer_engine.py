@@ -9,7 +9,7 @@ With tensor parallelism above 1 the engine lives in worker processes, which must
 vLLM loads the entry points of the group `vllm.general_plugins` in every worker, so an installed package
 names `actors.weights.transfer_engine:register` there. VllmGenerator fetches the buckets, checks them and
 hands their bytes to the workers.
-Tried: tensor parallelism 1 and 2 on CPUs. Not tried so far: a GPU, and vLLM's Ray executor.
+Tried: tensor parallelism 1 and 2 on CPUs, 1 on a GPU. Not tried so far: vLLM's Ray executor.
 """
 
 from __future__ import annotations
