@@ -187,16 +187,18 @@ class Strength(SupervisedConfig, TrainerStage):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What strength.json says."""
-        from beaver_ray.report.strength import cards, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.strength import FILE, cards
 
-        figures = read_figures(self.folder)
+        figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)
 
     def headlines(self) -> list[str]:
         """Where the pairs are, and what came of them."""
-        from beaver_ray.report.strength import headline, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.strength import FILE, headline
 
-        figures = read_figures(self.folder)
+        figures = read_json(self.folder / FILE)
         if figures is None:
             return []
         return [

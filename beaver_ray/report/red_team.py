@@ -9,7 +9,7 @@ from typing import Any
 
 from beaver_ray.red_team.choosing import Choice
 from beaver_ray.report.charts import Card, State
-from beaver_ray.report.page import read_json, templates
+from beaver_ray.report.page import templates
 
 FILE, PAGE = "red_team.json", "red_team.html"
 SHOWN = 24
@@ -42,11 +42,6 @@ def write_page(folder: Path, name: str, figures: Mapping[str, Any], choice: Choi
         remarks=remarks(figures),
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
-
-
-def read_figures(folder: Path) -> dict[str, Any] | None:
-    """The content of red_team.json; None before it is there."""
-    return read_json(folder / FILE)
 
 
 def headline(figures: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.method.noise import detection, quantiles, u_shape
 from beaver_ray.report.charts import Card, Chart, Panel, Series, State
-from beaver_ray.report.page import read_json, svg, templates
+from beaver_ray.report.page import svg, templates
 
 FILE = "strength.json"
 PAIRS = 12
@@ -99,11 +99,6 @@ class StrengthReport:
             said = {"prompt": "\n\n".join(prompt_key(sample)), "preferred": preferred, "other": other}
             shown.append({**said, "mean": float(self.mean_N[row]), "deviation": float(self.deviation_N[row])})
         return shown
-
-
-def read_figures(folder: Path) -> dict[str, Any] | None:
-    """The content of strength.json; None before it is there."""
-    return read_json(folder / FILE)
 
 
 def headline(figures: Mapping[str, Any]) -> str:
