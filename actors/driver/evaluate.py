@@ -60,7 +60,7 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         for line in held_out.remarks:
             rollouts.note(line)
-        summary = held_out.evaluate(roles, rollouts, 0) | {"policy": config.models.policy}
+        summary = held_out.evaluate(roles, rollouts) | {"policy": config.models.policy}
         held_out.write_reliability(folder)
         return write(folder, summary)
 
@@ -159,8 +159,11 @@ class HeldOut:
             figures |= _perplexity(roles.policy.run(PolicyTrainer.logprobs, self.texts))
         return figures
 
-    def evaluate(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, Any]:
-        """The content of evaluation.json; ``step`` only chooses the random numbers."""
+    def evaluate(self, roles: Roles, rollouts: Rollouts, step: int = 0) -> dict[str, Any]:
+        """The content of evaluation.json; ``step`` only chooses the random numbers, and 0 is of no step in training.
+
+        So a run's end and `beaver-ray evaluate` say the same of its final policy.
+        """
         return self.summary(self.answers(roles, rollouts, step, proxy=True), rollouts.note, step)
 
     def summary(self, answers: pa.RecordBatch, note: Callable[[str], None], step: int) -> dict[str, Any]:
@@ -222,7 +225,7 @@ class HeldOut:
             found = compare(probability[known], unsafe, samples.prompt_id[known])
             self.reliability[name] = found
             if not found.fits and (name not in before or before[name].fits):
-                when = f"step {step}" if 0 < step <= self.config.total_steps(0) else "evaluation"
+                when = f"step {step}" if step else "evaluation"
                 note(f"{when}: the calibration of {name} {found.in_words()}; calibrate on labels of such answers")
 
     def _proxy(self, answers: pa.RecordBatch, samples: Samples) -> dict[str, Any]:

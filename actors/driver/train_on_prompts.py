@@ -70,8 +70,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
             recovery.save_models(run.folder / "final.part")
             if held_out:
                 # The models are saved: what is left to do needs no rank of theirs.
-                last = stage.total_steps(0) + 1
-                judged = recovery.survive(lambda again: held_out.evaluate(roles, rollouts, last), needs_trained=False)
+                judged = recovery.survive(lambda again: held_out.evaluate(roles, rollouts), needs_trained=False)
                 write(run.folder, judged)
                 held_out.write_reliability(run.folder)
 

@@ -245,7 +245,10 @@ class VllmGenerator:
             continue
 
     def close(self) -> None:
-        """Shut the engine down and free its memory; the generator cannot be used afterwards."""
+        """Shut the engine down; the generator cannot be used afterwards.
+
+        On a GPU vLLM keeps most of the memory until the process ends.
+        """
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._broken = "it is closed"

@@ -116,7 +116,8 @@ def test_judging_needs_no_reference(
     monkeypatch.setattr(Reference, "__init__", started)
     assert not any("reference" in name for name in (role.name for role in config.judging_roles()))
     again = json.loads(evaluate(config).read_text())
-    assert again["judged_by"] == trained["judged_by"] == "learned reward and cost models"
+    assert again["judged_by"] == "learned reward and cost models"
+    assert again == trained | {"policy": str(folder / "final" / "policy")}, "the same answers as at the run's end"
 
 
 def test_held_out_answers_without_a_finite_score_are_left_out(
