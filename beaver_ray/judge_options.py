@@ -25,7 +25,7 @@ class JudgeOptions(Strict):
 
     address: str = option("Address of the service without /chat/completions: http://HOST:PORT/v1.")
     model: str = option("Name by which the service knows the model.", min_length=1)
-    rubric: str = option("By which of the rubrics it compares answers.", "helpfulness")
+    rubric: str = option("By which of the rubrics it compares answers, or scores them: score.", "helpfulness")
     rubrics: str | None = option("Folder with rubrics of your own, NAME.j2; what it lacks is ours.", None)
     api_key_env: str | None = option("Environment variable that holds the key of the service; null for none.", None)
     concurrency: int = option("Requests in flight.", 8, ge=1, le=1024)

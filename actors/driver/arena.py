@@ -84,10 +84,12 @@ class Held:
     refused: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     gave_in_at: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     verdicts: dict[str, dict[tuple[str, str], NDArray[np.str_]]] = field(default_factory=dict)
-    """Of judges who read two answers, as `beaver_ray.arena.figures.Match` has them."""
+    """Of judges behind an address, as `beaver_ray.arena.figures.Match` has them."""
     seconds: dict[str, float] = field(default_factory=dict)
     judged: list[dict[str, Any]] = field(default_factory=list)
     """How each judge compared each pair: counts of both orders."""
+    scored: list[dict[str, Any]] = field(default_factory=list)
+    """What each judge of single answers gave each policy."""
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By judge what was asked of it: requests, tokens, cost."""
 

@@ -1,4 +1,4 @@
-"""Judges who read both answers: models behind an address that compare an arena's policies pair by pair."""
+"""Judges behind an address: they compare an arena's policies pair by pair, or score each answer by itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from actors.driver.arena import Held
 from actors.roles.judge import REPLIES, Judge
-from beaver_ray.arena.comparisons import FAILURES, VERDICT
+from beaver_ray.arena.comparisons import FAILURES, VERDICT, by_words
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.evaluation import share_interval
-from beaver_ray.judge.pairwise import Comparison, PairCounts, Verdict, compare
+from beaver_ray.evaluation import mean_interval, share_interval
+from beaver_ray.judge.pairwise import Answer, Comparison, PairCounts, Verdict, compare, judge_each
 from beaver_ray.judge.prompts import Rubric, load_rubric
-from beaver_ray.judge.replies import PAIR
+from beaver_ray.judge.replies import PAIR, SCORE
 
 _COUNTS = ("comparisons", "identical", "position_disagreement", *FAILURES)
 
@@ -31,7 +31,7 @@ def find_judges(arena: ArenaConfig, note: Callable[[str], None]) -> Judges:
     """
     replies = Path(arena.workspace) / REPLIES
     found = {
-        name: (Judge(options, replies, note), load_rubric(options.rubric, PAIR, options.rubrics))
+        name: (Judge(options, replies, note), load_rubric(options.rubric, (PAIR, SCORE), options.rubrics))
         for name, options in arena.judges.items()
     }
     if arena.folders:
@@ -40,25 +40,48 @@ def find_judges(arena: ArenaConfig, note: Callable[[str], None]) -> Judges:
     return found
 
 
-def judge_pairs(judges: Judges, held: Held) -> None:
+def ask_judges(judges: Judges, held: Held) -> None:
     """Put every judge's verdicts on every pair of policies into ``held``, and what is to be known of the judge."""
     for name, (judge, rubric) in judges.items():
         held.verdicts[name] = {}
-        for first, second in itertools.combinations(held.said, 2):
-            answers = min(held.said[first].answers, held.said[second].answers)
-            comparisons = [
-                Comparison(
-                    prompt_key(sample), held.said[first].texts[n][k], held.said[second].texts[n][k], sample.system
-                )
-                for n, sample in enumerate(held.samples)
-                for k in range(answers)
-            ]
-            verdicts = compare(comparisons, rubric, judge)
-            values_NK = np.array([v.value for v in verdicts], dtype=VERDICT).reshape(len(held.samples), answers)
-            held.verdicts[name][first, second] = values_NK
-            held.judged.append({"judge": name, "first": first, "second": second, **_in_both_orders(verdicts, answers)})
+        (_score_answers if rubric.form is SCORE else _compare_answers)(name, judge, rubric, held)
         held.asked[name] = {"model": judge.options.model, "rubric": rubric.name, "rubric_hash": rubric.digest}
         held.asked[name] |= asdict(judge.usage) | {"cost": judge.usage.cost(judge.options)}
+
+
+def _compare_answers(name: str, judge: Judge, rubric: Rubric, held: Held) -> None:
+    """The judge reads two answers at a time, in both orders."""
+    for first, second in itertools.combinations(held.said, 2):
+        answers = min(held.said[first].answers, held.said[second].answers)
+        comparisons = [
+            Comparison(prompt_key(sample), held.said[first].texts[n][k], held.said[second].texts[n][k], sample.system)
+            for n, sample in enumerate(held.samples)
+            for k in range(answers)
+        ]
+        verdicts = compare(comparisons, rubric, judge)
+        values_NK = np.array([v.value for v in verdicts], dtype=VERDICT).reshape(len(held.samples), answers)
+        held.verdicts[name][first, second] = values_NK
+        held.judged.append({"judge": name, "first": first, "second": second, **_in_both_orders(verdicts, answers)})
+
+
+def _score_answers(name: str, judge: Judge, rubric: Rubric, held: Held) -> None:
+    """The judge reads one answer at a time, without knowing whose it is; the higher score wins."""
+    words = {}
+    for policy, said in held.said.items():
+        answers = [
+            Answer(prompt_key(sample), text, sample.system)
+            for sample, texts in zip(held.samples, said.texts, strict=True)
+            for text in texts
+        ]
+        words[policy] = np.array(judge_each(answers, rubric, judge), dtype=VERDICT).reshape(-1, said.answers)
+        failed_NK = np.isin(words[policy], FAILURES)
+        prompts_M = np.nonzero(~failed_NK)[0]
+        score = mean_interval(words[policy][~failed_NK].astype(np.float64), prompts_M) if len(prompts_M) else None
+        counts = {failure: int((words[policy] == failure).sum()) for failure in FAILURES}
+        held.scored.append({"judge": name, "policy": policy, "answers": len(answers), **counts, "score": score})
+    for first, second in itertools.combinations(held.said, 2):
+        answers = min(held.said[first].answers, held.said[second].answers)
+        held.verdicts[name][first, second] = by_words(words[first][:, :answers], words[second][:, :answers])
 
 
 def _in_both_orders(verdicts: list[Verdict], answers: int) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "insisted": arena.insist,
         "remarks": remarks + lacking,
         "judged_pairs": held.judged,
+        "scored_answers": held.scored,
         "judges_asked": held.asked,
         **figures(match),
     }

@@ -44,7 +44,7 @@ class Arena(ArenaConfig, Stage):
     def run(self, run: RunFolder) -> None:
         """Ask, judge, and write what came of it."""
         from actors.driver.arena import ASKED, MERGED, clear, hold
-        from actors.driver.arena_judges import find_judges, judge_pairs
+        from actors.driver.arena_judges import ask_judges, find_judges
         from actors.driver.arena_results import write_results
         from beaver_ray.fit import check_fit
 
@@ -60,7 +60,7 @@ class Arena(ArenaConfig, Stage):
             held = hold(self, run.folder, note)
         finally:
             clear(run.folder / MERGED)
-        judge_pairs(judges, held)
+        ask_judges(judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
         clear(run.folder / ASKED)
         elapsed = time.monotonic() - started

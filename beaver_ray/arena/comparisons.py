@@ -27,6 +27,13 @@ def compare(first: NDArray[np.floating], second: NDArray[np.floating], higher_wi
     return np.where(difference > 0, "first", np.where(difference < 0, "second", "tie")).astype(VERDICT)
 
 
+def by_words(first: NDArray[np.str_], second: NDArray[np.str_]) -> NDArray[np.str_]:
+    """The verdicts of a judge who gave each answer a number, in words; one of FAILURES instead of it stays."""
+    failed = [np.isin(words, FAILURES) for words in (first, second)]
+    numbers = [np.where(bad, "0", words).astype(np.float64) for bad, words in zip(failed, (first, second), strict=True)]
+    return np.select(failed, (first, second), compare(*numbers)).astype(VERDICT)
+
+
 def points(verdicts_M: NDArray[np.str_]) -> NDArray[np.float64]:
     """What the first policy earns by each verdict: 1 for a win, one half for a tie, 0 for a loss, nan where it failed.
 

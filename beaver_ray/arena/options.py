@@ -72,7 +72,7 @@ class ArenaConfig(RunConfig):
     )
     costs: list[CostOfArena] = option("Named costs by which answers are judged.", default_factory=list)
     judges: dict[str, JudgeOptions] = option(
-        "Name: a model behind an address that reads the answers of two policies and says which is better.",
+        "Name: a model behind an address that compares the answers of two policies, or scores each (rubric score).",
         default_factory=dict,
     )
     world: str | None = option(

@@ -90,6 +90,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
         _insistence(found),
         _groups(found, costs),
         _both_orders(found),
+        _scored(found),
         _asked(found),
     ]
     return [table for table in made if table.rows]
@@ -211,6 +212,15 @@ def _both_orders(found: Mapping[str, Any]) -> Table:
     rows = [[row[key] for key in (*keys, "position_bias")] for row in found.get("judged_pairs", [])]
     columns = [*map(Column, titles), Column("chose what stood first", SHARE)]
     return _filled(Table("both_orders", "Judges of pairs in both orders", caption, columns, rows))
+
+
+def _scored(found: Mapping[str, Any]) -> Table:
+    caption = "Judges of single answers gave each a score from 1 to 10; what they did not say is in no mean."
+    keys = ("judge", "policy", "answers", "unparsed", "refused", "score")
+    titles = ("judge", "policy", "answers", "unparsed", "declined")
+    rows = [[row[key] for key in keys] for row in found.get("scored_answers", [])]
+    columns = [*map(Column, titles), Column("score", NUMBER)]
+    return _filled(Table("scored_answers", "Judges of single answers", caption, columns, rows))
 
 
 def _asked(found: Mapping[str, Any]) -> Table:

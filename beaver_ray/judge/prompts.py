@@ -61,12 +61,15 @@ class Rubric:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
-def load_rubric(name: str, form: Form, folder: str | None = None) -> Rubric:
+def load_rubric(name: str, forms: Form | Sequence[Form], folder: str | None = None) -> Rubric:
     """The rubric ``name``: NAME.j2 in ``folder``, else ours.
 
-    Raises UserError where there is none, where it is no template, or where it cannot be of this form: it must show
+    forms: those that it may be of; it is of the first whose answers it shows.
+
+    Raises UserError where there is none, where it is no template, or where it cannot be of such a form: it must show
     what is judged, use nothing that it is not given, and ask for the reply's last line.
     """
+    forms = [forms] if isinstance(forms, Form) else forms
     files = [place / f"{name}.j2" for place in (*([Path(folder)] if folder else []), OURS)]
     if folder and not Path(folder).is_dir():
         raise UserError(f"no folder {folder} of rubrics: give one that holds NAME.j2")
@@ -80,6 +83,7 @@ def load_rubric(name: str, form: Form, folder: str | None = None) -> Rubric:
         _ENVIRONMENT.from_string(text)  # finds filters and tests that there are not
     except (OSError, ValueError, jinja2.TemplateError) as error:
         raise UserError(f"rubric {file} cannot be read as a Jinja template: {first_line(error)}") from None
+    form = next((form for form in forms if used >= set(form.answers)), forms[0])
     if missing := {"turns", *form.answers} - used:
         raise UserError(f"rubric {file} must show {{{{ {min(missing)} }}}}, or the judge does not see it")
     if unknown := used - _GIVEN - set(form.answers):
