@@ -68,17 +68,17 @@ def _score_answers(name: str, judge: Judge, rubric: Rubric, held: Held) -> None:
     """The judge reads one answer at a time, without knowing whose it is; the higher score wins."""
     words = {}
     for policy, said in held.said.items():
-        answers = [
+        single = [
             Answer(prompt_key(sample), text, sample.system)
             for sample, texts in zip(held.samples, said.texts, strict=True)
             for text in texts
         ]
-        words[policy] = np.array(judge_each(answers, rubric, judge), dtype=VERDICT).reshape(-1, said.answers)
+        words[policy] = np.array(judge_each(single, rubric, judge), dtype=VERDICT).reshape(-1, said.answers)
         failed_NK = np.isin(words[policy], FAILURES)
         prompts_M = np.nonzero(~failed_NK)[0]
         score = mean_interval(words[policy][~failed_NK].astype(np.float64), prompts_M) if len(prompts_M) else None
         counts = {failure: int((words[policy] == failure).sum()) for failure in FAILURES}
-        held.scored.append({"judge": name, "policy": policy, "answers": len(answers), **counts, "score": score})
+        held.scored.append({"judge": name, "policy": policy, "answers": len(single), **counts, "score": score})
     for first, second in itertools.combinations(held.said, 2):
         answers = min(held.said[first].answers, held.said[second].answers)
         held.verdicts[name][first, second] = by_words(words[first][:, :answers], words[second][:, :answers])

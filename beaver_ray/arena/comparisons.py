@@ -30,8 +30,10 @@ def compare(first: NDArray[np.floating], second: NDArray[np.floating], higher_wi
 def by_words(first: NDArray[np.str_], second: NDArray[np.str_]) -> NDArray[np.str_]:
     """The verdicts of a judge who gave each answer a number, in words; one of FAILURES instead of it stays."""
     failed = [np.isin(words, FAILURES) for words in (first, second)]
-    numbers = [np.where(bad, "0", words).astype(np.float64) for bad, words in zip(failed, (first, second), strict=True)]
-    return np.select(failed, (first, second), compare(*numbers)).astype(VERDICT)
+    one, other = (
+        np.where(bad, "0", words).astype(np.float64) for bad, words in zip(failed, (first, second), strict=True)
+    )
+    return np.select(failed, (first, second), compare(one, other)).astype(VERDICT)
 
 
 def points(verdicts_M: NDArray[np.str_]) -> NDArray[np.float64]:
