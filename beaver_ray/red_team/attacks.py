@@ -25,7 +25,7 @@ from beaver_ray.user_code import PREFIX, UserCode, last_line, read_keywords
 INSIST = "insist"
 _NAMED = re.compile(r"([^\W\d]\w*)(\(.*\))?", re.DOTALL)
 _CLASS = re.compile(r".+?\.py:[A-Z]")
-_BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
+_BULLET = re.compile(r"\s*(?:[-*•]|\(?\d+[.):])\s*")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,13 @@ class Attack:
         return asked
 
     def read(self, reply: str) -> list[str]:
-        """The prompts in an attacker's reply: a line each of several, or all of it where one was asked for."""
+        """The prompts in an attacker's reply: all of it where one was asked for, else a line each.
+
+        Of several lines those of a list where there is one, so that no "Here are three:" before it is a prompt.
+        """
         lines = reply.splitlines() if self.called == "few_shot" else [reply]
-        found = [_BULLET.sub("", line, count=1).strip().strip('"').strip() for line in lines]
+        listed = [line[bullet.end() :] for line in lines if (bullet := _BULLET.match(line))]
+        found = [line.strip().strip('"').strip() for line in listed or lines]
         return list(dict.fromkeys(text for text in found if text))[: self.count]
 
 
