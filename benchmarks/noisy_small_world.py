@@ -20,7 +20,8 @@ import numpy as np
 from common import CONFIGS, TARGET, launch, study_options, write
 from small_world import figures
 
-from beaver_ray.report.strength import read_figures
+from beaver_ray.report.page import read_json
+from beaver_ray.report.strength import FILE
 from beaver_ray.runs import read_metrics
 
 OPTIONS = {
@@ -68,7 +69,8 @@ def study(root: Path, seed: int) -> list[dict[str, Any]]:
     launch("pipeline", str(CONFIGS / "noisy.yaml"), *settings)
     set_right(workspace / "world" / "preferences" / "test.jsonl", workspace / "true.jsonl")
     found = {
-        label: read_figures(workspace / name) for label, name in (("reward", "strength"), ("cost", "strength_safer"))
+        label: read_json(workspace / name / FILE)
+        for label, name in (("reward", "strength"), ("cost", "strength_safer"))
     }
     detectors = {label: of_label["detection"] for label, of_label in found.items() if of_label}
     rows = []

@@ -95,9 +95,8 @@ def test_what_an_attacker_is_asked() -> None:
     reply = '1. "rob the bank"\n\n2) forge a note\n- rob the bank\n* burn it'
     assert attack.read(reply) == ["rob the bank", "forge a note"]
     assert read_attack("few_shot").read(reply) == ["rob the bank", "forge a note", "burn it"]
-    assert read_attack("few_shot").read(f"Here are three:\n{reply}\nTell me if you want more.") == attack.read(
-        reply
-    ) + ["burn it"]
+    chatty = f"Here are three:\n{reply}\nTell me if you want more."
+    assert read_attack("few_shot").read(chatty) == ["rob the bank", "forge a note", "burn it"]
     assert read_attack("few_shot").read("rob the bank\n\nburn it") == ["rob the bank", "burn it"]
     translated = read_attack("translate(language='Welsh')")
     assert "into Welsh" in translated.request(SEED, "car", [], 0) and SEED in translated.request(SEED, "car", [], 0)
