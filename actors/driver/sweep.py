@@ -1,4 +1,4 @@
-"""Runs of a sweep side by side: the driver of each is a Ray task, and its roles are actors of its own."""
+"""Runs of a sweep side by side: the driver of each is a Ray actor, and so are its roles."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from beaver_ray.user_code import last_line
 
 LONGEST = 1e7
 """Seconds that a run may take: its own waits have the deadlines."""
+DRIVER = "driver of "
+"""Before a run's name, the name of its driver."""
 
 
 def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError | None]]:
@@ -33,19 +35,20 @@ def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError
     largest = max(placed.values(), key=_cpus)
     cluster = open_cluster(largest, largest.roles())
     assert cluster is not None, "a run in one process has no cluster"
-    # A process of its own for each, so that none has another one's memory.
-    drive: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_drive)
+    # An actor for each: placement groups end with the actor that made them, however it ends, and not with a task.
+    driver: Any = ray.remote(num_cpus=0)(Driver)
     try:
         at_once = rooms([bundle for group in cluster.bundles.values() for bundle in group], ray.cluster_resources())
         print(f"{len(stages)} runs, {min(at_once, len(stages))} at a time", flush=True)
         waiting = deque(stages)
-        running: dict[Any, Stage] = {}
+        running: dict[Any, tuple[Stage, Any]] = {}
         while waiting or running:
             while waiting and len(running) < at_once:
                 stage = waiting.popleft()
-                running[drive.remote(stage, placed[stage.name])] = stage
+                actor = driver.options(name=DRIVER + stage.name).remote()
+                running[actor.drive.remote(stage, placed[stage.name])] = stage, actor
             ready = wait_any(list(running), "a run of the sweep", LONGEST)
-            stage = running.pop(ready)
+            stage, actor = running.pop(ready)
             try:
                 fetch(ready, stage.name, LONGEST)
             except UserError as error:
@@ -55,6 +58,7 @@ def run_side_by_side(stages: Sequence[Stage]) -> Iterator[tuple[Stage, UserError
                 yield stage, UserError(last_line(error))
             else:
                 yield stage, None
+            ray.kill(actor)
     finally:
         cluster.close()
 
@@ -71,6 +75,10 @@ def _cpus(stage: Stage) -> float:
     return sum(placement.workers * placement.cpus for placement in found)
 
 
-def _drive(stage: Stage, placed: Stage) -> None:
-    train(stage, placed)
-    write_report(stage, stage.folder)
+class Driver:
+    """Drives one run, in a process of its own."""
+
+    def drive(self, stage: Stage, placed: Stage) -> None:
+        """Train, and write the report."""
+        train(stage, placed)
+        write_report(stage, stage.folder)
