@@ -30,7 +30,7 @@ from beaver_ray.manifest import write_rows
 from beaver_ray.models.bag_of_words import BagOfWords, WordCounter, fit_logistic
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
-from beaver_ray.weak_to_strong_options import HEADS, STUDENT, StudentConfig
+from beaver_ray.weak_to_strong_options import HEADS, QUESTIONS, STUDENT, StudentConfig
 
 if TYPE_CHECKING:
     from actors.stages.weak_to_strong import WeakToStrong
@@ -101,10 +101,24 @@ def read_halves(stage: WeakToStrong, run: RunFolder) -> Halves:
     if stage.weak.rows is not None and stage.weak.rows < len(weak):
         chosen = np.random.default_rng([stage.seed, 51]).permutation(len(weak))[: stage.weak.rows]
         weak = weak.take(np.sort(chosen))
+    for name, part in (("the weak model's half", weak), ("the tests", tests)):
+        check_both_answers(stage.task, part, name, stage.label)
     sizes = [f"{len(weak)} rows for the weak model", f"{len(strong)} for students and ceiling"]
     sizes += [f"{len(watched)} of weak labels held out"] if watched else []
     run.note(", ".join([*sizes, f"{len(tests)} tests"]))
     return Halves(weak, strong, watched, tests)
+
+
+def check_both_answers(task: str, rows: Questions, name: str, label: str) -> None:
+    """UserError where the truth of a part is always the same, so that there is nothing to learn or to judge by."""
+    kind, columns = next(iter(QUESTIONS[task].items()))
+    share = float(rows.truth_NK[:, columns].mean())
+    if share in (0.0, 1.0):
+        what = f"label {label!r}" if kind == "label" else "the safety label"
+        raise UserError(
+            f"in all {len(rows)} rows of {name} {what} is {'true' if share else 'false'}: nothing can be learnt from "
+            f"that; give data with both, or another label"
+        )
 
 
 @dataclass

@@ -43,7 +43,7 @@ class SoftState:
     """Of each look: the epochs by then, agreement and loss by the held-out weak labels, the tests' answers."""
     best: int | None = None
     scores_NK: np.ndarray | None = None
-    """Of all held-out rows, by the best model so far."""
+    """Of all held-out rows, by the model that is kept: the best so far, or the last."""
 
     @classmethod
     def of(cls, arm: Any, trainer: Trainer) -> SoftState:
@@ -128,34 +128,42 @@ def look(arm: Any, trainer: Trainer, done: int) -> bool:
         return False
     state: SoftState = trainer.prepared
     start, stop = arm.watched
-    data, tests = trainer.eval_data, np.arange(arm.tested, len(trainer.eval_data))
-    logits_NK = all_logits(arm, trainer, data, np.concatenate([np.arange(start, stop), tests]))
+    data, last = trainer.eval_data, done >= trainer.steps
+    rows = np.arange(len(data))
+    if not last:
+        rows = np.concatenate([rows[start:stop], rows[arm.tested :]])
+    logits_NK = all_logits(arm, trainer, data, rows)
     seen: dict[str, Any] = {"epochs": done / trainer.sampler.batches_per_epoch}
     if stop > start:
         assert state.watched_NK is not None
-        watched_WK, labels_WK = logits_NK[: stop - start], state.watched_NK
+        watched_WK, labels_WK = logits_NK[np.isin(rows, np.arange(start, stop))], state.watched_NK
         seen["agreement"] = float(((watched_WK > 0) == (labels_WK > 0.5)).mean())
         seen["loss"] = float((np.logaddexp(0.0, watched_WK) - labels_WK * watched_WK).mean())
-    seen["says"] = (logits_NK[stop - start :] > 0).astype(int).tolist()
+    seen["says"] = (logits_NK[rows >= arm.tested] > 0).astype(int).tolist()
     state.seen.append(seen)
     if arm.stop == "none":
+        if last:
+            _keep(arm, trainer, logits_NK)
         return False
     sign = -1.0 if arm.stop == "loss" else 1.0
     if state.best is None or sign * seen[arm.stop] > sign * state.seen[state.best][arm.stop]:
         state.best = len(state.seen) - 1
-        state.scores_NK = all_logits(arm, trainer, data, np.arange(len(data)))
-        if arm.save_to:
-            trainer.save_model(arm.save_to)
+        _keep(arm, trainer, logits_NK if last else all_logits(arm, trainer, data, np.arange(len(data))))
     return bool(arm.patience) and len(state.seen) - 1 - state.best >= arm.patience
+
+
+def _keep(arm: Any, trainer: Trainer, scores_NK: np.ndarray) -> None:
+    trainer.prepared.scores_NK = scores_NK
+    if arm.save_to:
+        trainer.save_model(arm.save_to)
 
 
 def finish(arm: Any, trainer: Trainer) -> np.ndarray:
     """Logits [N, K] of all held-out rows by the model that is kept, which is saved where it is not yet."""
     state: SoftState = trainer.prepared
     if state.scores_NK is None:
-        state.scores_NK = all_logits(arm, trainer, trainer.eval_data, np.arange(len(trainer.eval_data)))
-        if arm.save_to:
-            trainer.save_model(arm.save_to)
+        _keep(arm, trainer, all_logits(arm, trainer, trainer.eval_data, np.arange(len(trainer.eval_data))))
+    assert state.scores_NK is not None
     return state.scores_NK
 
 
