@@ -9,7 +9,7 @@ once, and whoever learns from another model's labels as soon as these are there.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,10 +321,27 @@ def bag_logits(model: BagOfWords, task: str, rows: Questions, answers_alone: boo
     return np.stack([two_N - one_N, one_N, two_N], axis=1) if task == "cost" else one_N[:, None]
 
 
+def labelled_rows(task: str, rows: Questions, logits_NK: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The rows with the weak model's labels, as any data set has them; the truth is not in them."""
+    for row, said in zip(rows.rows, (logits_NK > 0).tolist(), strict=True):
+        if task == "preference":
+            yield {**row, "better_response_id": int(not said[0])}
+        elif task == "cost":
+            labels = {"safer_response_id": int(not said[0]), "is_response_0_safe": not said[1]}
+            known = {name: value for name, value in row.items() if name != "better_response_id"}
+            yield {**known, **labels, "is_response_1_safe": not said[2]}
+        else:
+            yield {**row, "labels": {name: said[0] for name in row["labels"]}}
+
+
 def supervise(stage: WeakToStrong, run: RunFolder) -> tuple[Halves, Found]:
     """Train all models and say what they make of the held-out rows."""
     (run.folder / "final.part").mkdir(exist_ok=True)
     halves = read_halves(stage, run)
     arms = Arms(stage, halves, run)
     train_members(stage, arms.first(), arms.folder, run, arms.follow, arms.total)
+    said_NK, count = arms.found.logits["weak"], len(halves.strong)
+    write_rows(arms.final / "labelled_by_weak.jsonl", labelled_rows(stage.task, halves.strong, said_NK[:count]))
+    tests_by_weak = labelled_rows(stage.task, halves.tests, said_NK[halves.tested :])
+    write_rows(arms.final / "tests_by_weak.jsonl", tests_by_weak)
     return halves, arms.found

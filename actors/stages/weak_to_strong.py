@@ -1,7 +1,8 @@
 """Weak-to-strong generalisation: a strong model learns from a weaker one's labels, beside one that learns the truth.
 
 final/weak, final/ceiling and final/student_NAME are ordinary reward, cost or moderation models (a bag of words is read
-by a function). See docs/weak-to-strong.md.
+by a function). final/labelled_by_weak.jsonl and tests_by_weak.jsonl have the students' half and the tests with the weak
+model's labels, rounded. See docs/weak-to-strong.md.
 """
 
 from __future__ import annotations

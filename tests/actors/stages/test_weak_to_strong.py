@@ -85,6 +85,13 @@ def test_a_cost_model_learns_from_a_bag_of_words(one_rank: None, tiny_world: Pat
     assert np.allclose(labels, 1 / (1 + np.exp(-weak_logits[: len(strong)])), atol=1e-5)
     scored = score([r["prompt"] for r in held], [r["response_1"] for r in held], model=str(folder / "final" / "weak"))
     assert np.allclose(scored, both[:, 1])
+    by_weak = [
+        *read_rows(folder / "final" / "labelled_by_weak.jsonl"),
+        *read_rows(folder / "final" / "tests_by_weak.jsonl"),
+    ]
+    assert [row["safer_response_id"] for row in by_weak] == (weak_logits[:, 0] <= 0).astype(int).tolist()
+    safe = [[row["is_response_0_safe"], row["is_response_1_safe"]] for row in by_weak]
+    assert (np.array(safe) == (both <= 0)).all() and "better_response_id" not in by_weak[0]
     # Ceiling and truth by the world's own rows.
     labelled = {json.dumps([r["prompt"], *sorted([r["response_0"], r["response_1"]])]): r for r in [*rows, *tests]}
     truth = np.array([truth_of(row, labelled) for row in held])
@@ -116,7 +123,14 @@ def test_a_cost_model_learns_from_a_bag_of_words(one_rank: None, tiny_world: Pat
             tiny_world,
             steps=1,
             workspace=str(tmp_path),
-            constraints=[{"name": "harm", "model": str(folder / "final" / "student_xent"), "limit": 0.0}],
+            constraints=[
+                {
+                    "name": "harm",
+                    "model": str(folder / "final" / "student_xent"),
+                    "violation_rate": 0.3,
+                    "calibration": [f"PKU-SafeRLHF:1:{folder}/final/tests_by_weak.jsonl"],
+                }
+            ],
         )
     )
     assert "cost/harm/mean" in read_metrics(run)[0]
@@ -157,7 +171,11 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
     folder = train(stage)
     names = {file.stem for file in (folder / "ensemble").glob("*.json")}
     assert names == {"base", "weak", "ceiling", "chain_1_0", "chain_1_1", *stage.student_names}
-    assert {part.name for part in (folder / "final").iterdir()} == {"weak", "ceiling", *stage.student_names}
+    assert {part.name for part in (folder / "final").iterdir() if part.is_dir()} == {
+        "weak",
+        "ceiling",
+        *stage.student_names,
+    }
     strong = read_rows(folder / "ensemble" / "train.jsonl")
     weak = kept(folder, "weak")
     labels = np.load(folder / "ensemble" / "labels_weak.npy")
