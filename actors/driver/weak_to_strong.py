@@ -2,7 +2,7 @@
 
 The labelled data are cut in two by prompt. The weak model learns the truth of the one half and labels the other; a
 strong model learns the other half by these labels (a student), another one by the truth (the ceiling). All are judged
-on the same tests. Models are trained side by side (`actors.driver.ensemble`): what needs nobody's labels begins at
+on the same tests. ``stage`` is the `WeakToStrong` here. Models are trained side by side (`actors.driver.ensemble`): what needs nobody's labels begins at
 once, and whoever learns from another model's labels as soon as these are there.
 """
 
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.sparse import vstack
@@ -31,9 +31,6 @@ from beaver_ray.models.bag_of_words import BagOfWords, WordCounter, fit_logistic
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
 from beaver_ray.weak_to_strong_options import HEADS, QUESTIONS, STUDENT, StudentConfig
-
-if TYPE_CHECKING:
-    from actors.stages.weak_to_strong import WeakToStrong
 
 COMMON = (
     *("task", "label", "max_tokens", "template", "dropout", "trust_remote_code", "batch_size"),
@@ -73,7 +70,7 @@ class Halves:
         return len(self.strong) + (len(self.watched) if self.watched else 0)
 
 
-def read_halves(stage: WeakToStrong, run: RunFolder) -> Halves:
+def read_halves(stage: Any, run: RunFolder) -> Halves:
     """Read the data and cut them. Raises UserError where a part would be empty."""
     folders = [stage.model, *stage.chain, *([stage.weak.model] if stage.weak.model else [])]
     encoders = [
@@ -135,7 +132,7 @@ class Found:
 class Arms:
     """Makes the models' stages, and knows which of them can begin when."""
 
-    def __init__(self, stage: WeakToStrong, halves: Halves, run: RunFolder) -> None:
+    def __init__(self, stage: Any, halves: Halves, run: RunFolder) -> None:
         self.stage, self.halves, self.found = stage, halves, Found()
         self.folder, self.final = run.folder / "ensemble", run.folder / "final.part"
         self.fold_N = hold_out(halves.strong.key_N, 0.5, stage.seed + 3).astype(np.int64)
@@ -287,7 +284,7 @@ class Arms:
         return SoftArm.model_validate(tree | {"looks": stage.looks} | more)
 
 
-def train_bag_of_words(stage: WeakToStrong, halves: Halves, folder: Path) -> np.ndarray:
+def train_bag_of_words(stage: Any, halves: Halves, folder: Path) -> np.ndarray:
     """Fit the weak model on its half, write it, and return its logits [N, K] of all held-out rows."""
     weak = stage.weak
     asked, first, second = halves.weak.texts()
@@ -334,7 +331,7 @@ def labelled_rows(task: str, rows: Questions, logits_NK: np.ndarray) -> Iterator
             yield {**row, "labels": {name: said[0] for name in row["labels"]}}
 
 
-def supervise(stage: WeakToStrong, run: RunFolder) -> tuple[Halves, Found]:
+def supervise(stage: Any, run: RunFolder) -> tuple[Halves, Found]:
     """Train all models and say what they make of the held-out rows."""
     (run.folder / "final.part").mkdir(exist_ok=True)
     halves = read_halves(stage, run)
