@@ -2,8 +2,8 @@
 
 The labelled data are cut in two by prompt. The weak model learns the truth of the one half and labels the other; a
 strong model learns the other half by these labels (a student), another one by the truth (the ceiling). All are judged
-on the same tests. ``stage`` is the `WeakToStrong` here. Models are trained side by side (`actors.driver.ensemble`): what needs nobody's labels begins at
-once, and whoever learns from another model's labels as soon as these are there.
+on the same tests. Models are trained side by side (`actors.driver.ensemble`): what needs nobody's labels begins at
+once, and whoever learns from another model's labels as soon as these are there. ``stage`` is the `WeakToStrong` here.
 """
 
 from __future__ import annotations
