@@ -173,7 +173,7 @@ def page(figures: Mapping[str, Any]) -> str:
 BARS = Chart(
     "Weak, student, ceiling",
     "Accuracy on the tests: the supervisor, whoever learnt its labels, and the same model taught the truth. Whiskers "
-    "are 95 % intervals; the line is the supervisor's height.",
+    "are 95 % intervals, the line is the supervisor's height, and bars begin at one half, which is chance.",
     [],
 )
 
@@ -199,10 +199,11 @@ def bars(models: Mapping[str, Mapping[str, Any]]) -> str:
         ax.bar(places, means, width=0.62, color=colors, alpha=0.85)
         ax.errorbar(places, means, yerr=np.array(known).clip(min=0).T, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
         ax.axhline(means[0], color=SERIES_COLORS[1], linewidth=1, linestyle=(0, (4, 3)))
-        for place, mean in zip(places, means, strict=True):
-            ax.annotate(f"{mean:.3f}", (place, mean), (0, 9), textcoords="offset points", ha="center")
+        for place, mean, (_, up) in zip(places, means, known, strict=True):
+            ax.annotate(f"{mean:.3f}", (place, mean + max(0.0, up)), (0, 4), textcoords="offset points", ha="center")
         ax.set_xticks(places, [name.removeprefix(STUDENT) for name in order])
-        ax.set_ylim(max(0.0, min(means) - 0.15), min(1.05, max(means) + 0.08))
+        # From chance, where that is below all of them.
+        ax.set_ylim(min(0.5, min(means) - 0.05), max(1.0, max(means)) + 0.04)
         ax.set_ylabel("accuracy")
 
     return drawing(BARS.title, 3.5, draw)
