@@ -21,7 +21,7 @@ from scipy.special import expit
 from actors.driver.arms import LanguageArm, SoftArm
 from actors.driver.ensemble import train_members
 from actors.roles.ensemble import Scored
-from beaver_ray.data.mixing import hold_out, load_mix
+from beaver_ray.data.mixing import held_out_too, hold_out, load_mix
 from beaver_ray.data.questions import Questions, read_questions
 from beaver_ray.data.tokenized import Encoder
 from beaver_ray.data_options import DataEntry
@@ -88,8 +88,11 @@ def read_halves(stage: Any, run: RunFolder) -> Halves:
         return found
 
     data = read(stage.train, "training data")
-    tests = read(stage.eval, "tests") if stage.eval else None
-    if tests is None:
+    if stage.eval:
+        tests = read(stage.eval, "tests")
+        if both := held_out_too(data.key_N, tests.key_N):
+            run.note(both)
+    else:
         data, tests = data.split(stage.eval_fraction, stage.seed)
     weak, strong = data.split(1 - stage.split, stage.seed + 1)
     watched = None

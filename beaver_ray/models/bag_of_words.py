@@ -91,7 +91,8 @@ class WordCounter:
             for side, texts in zip(_SIDES, (questions, answers), strict=True)
             for word in sorted({word for text in texts for word in words_of(text)})
         ]
-        kept = [(s, w) for s, w in words if (not known or w in known) and w not in unknown]
+        some, none = ({word.lower() for word in named} for named in (known, unknown))
+        kept = [(side, word) for side, word in words if (not some or word in some) and word not in none]
         self.columns = {key: number for number, key in enumerate(kept)}
 
     def counts(self, questions: Sequence[str], answers: Sequence[str]) -> csr_matrix:
