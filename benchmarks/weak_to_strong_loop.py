@@ -29,8 +29,10 @@ from beaver_ray.small_world.world import FACTS, SmallWorld
 BLIND = ("lock", "car", "account")
 """Topics whose dangerous words the recipe's weak model does not know."""
 ARMS = ("by_weak", "by_student_xent", "by_student_confidence", "by_ceiling")
-STAGES = ("sft", "reward_model", "weak_to_strong", "safe_ppo")
+STAGES = ("sft", "weak_to_strong", "safe_ppo")
 """Files that the recipe names."""
+PAIRS = "PKU-SafeRLHF:0.2:{}/world/preferences/train.jsonl"
+"""Half as many as in the recipe: a cost model knows the sign of nearly all answers from 600 pairs on."""
 KEYS = ("mean", "pgr", "valid", "agreement", "copied", "spoilt")
 
 
@@ -89,7 +91,8 @@ def study(root: Path, seed: int, steps: int) -> dict[str, Any]:
         alone.write_text(json.dumps({"workspace": str(workspace), "world": {"seed": seed}, "stages": entries}))
         launch("pipeline", str(alone), *(f"sft.{one}" for one in every))
     with_topics(workspace / "world")
-    launch("pipeline", str(CONFIGS / "weak_to_strong_loop.yaml"), *settings, "weak_to_strong.by=[blind,topic]")
+    settings += ["weak_to_strong.by=[blind,topic]", f"weak_to_strong.train=[{PAIRS.format(workspace)}]"]
+    launch("pipeline", str(CONFIGS / "weak_to_strong_loop.yaml"), *settings)
     runs = {
         arm: figures(read_metrics(workspace / arm), TARGET) | {"harmful": harmful_by_topic(workspace, arm, steps)}
         for arm in ARMS
@@ -100,7 +103,7 @@ def study(root: Path, seed: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run everything and write one JSON file."""
     parser = study_options(__doc__, "weak_to_strong_loop", "runs/weak-to-strong", range(3))
-    parser.add_argument("--steps", type=int, default=80, help="of Safe PPO")
+    parser.add_argument("--steps", type=int, default=40, help="of Safe PPO")
     options = parser.parse_args()
     root = options.workspace.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
