@@ -75,7 +75,7 @@ def pretrained(size: str, ids_NT: Tensor, seed: int) -> GPT2LMHeadModel:
     shape.n_embd, shape.n_layer = SIZES[size]
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     for _ in range(PASSES):
         for rows in torch.randperm(len(ids_NT)).split(64):
             loss = model(input_ids=ids_NT[rows], labels=ids_NT[rows]).loss
@@ -101,7 +101,7 @@ def taught(
     loss = loss or LOSSES["xent"]
     weak_N = torch.from_numpy(labels_N).float()
     steps, step, seen = epochs * math.ceil(len(ids_NT) / BATCH), 0, []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for _ in range(epochs):
         for rows_B in torch.randperm(len(ids_NT)).split(BATCH):
             logits_B = end_scores(model, ids_NT[rows_B])
