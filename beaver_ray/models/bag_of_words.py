@@ -51,11 +51,10 @@ class BagOfWords:
 
     def scores(self, questions: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
         """The score [N] of each answer to its question."""
-        sides = ((self.question, questions), (self.answer, answers))
-        return self.bias + sum(
-            np.array([sum(weights.get(word, 0.0) for word in words_of(text)) for text in texts], dtype=np.float64)
-            for weights, texts in sides
-        )
+        found = np.full(len(questions), self.bias, dtype=np.float64)
+        for weights, texts in ((self.question, questions), (self.answer, answers)):
+            found += [sum(weights.get(word, 0.0) for word in words_of(text)) for text in texts]
+        return found
 
     def write(self, folder: Path) -> None:
         """Write bag_of_words.json."""
