@@ -19,10 +19,12 @@ from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.models.score import load_score_model
 from beaver_ray.report.page import write_report
+from beaver_ray.report.sweep import run_figures
 from beaver_ray.rules.bag_of_words import score
 from beaver_ray.runs import read_metrics
 from tests.actors.stages.test_supervised import encoded, trainer_of
 from tests.actors.support import LiteralScoreModel, ppo_config
+from tests.tiny_encoders import write_encoder
 
 
 def stage_of(world: Path, workspace: Path, **changes: Any) -> WeakToStrong:
@@ -223,9 +225,21 @@ def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     odds = judged.judge([((row["prompt"],), row["response"], None) for row in held])
     assert np.allclose(odds, kept(folder, "student_confidence"), atol=1e-4)
     assert set(json.loads((folder / "weak_to_strong.json").read_text())["by"]["kind"]) == {"harmless", "adversarial"}
-    asked = stage_of(tiny_world, tmp_path, name="asked", task="classification", label="abetting", **files)
+    texts = [row["prompt"] for row in read_rows(tiny_world / "moderation" / "train.jsonl")]
+    encoder = str(write_encoder(tmp_path / "encoder", "bert", texts))  # another family, as the strong one
+    asked = stage_of(
+        tiny_world, tmp_path, name="asked", task="classification", label="abetting", model=encoder, **files
+    )
     train(asked)
-    assert "response" not in read_rows(asked.folder / "ensemble" / "held_out.jsonl")[0]
+    rows = read_rows(asked.folder / "ensemble" / "held_out.jsonl")
+    assert "response" not in rows[0]
+    judged = Moderator(str(asked.folder / "final" / "ceiling"))
+    assert np.allclose(
+        judged.judge([((row["prompt"],), None, None) for row in rows]), kept(asked.folder, "ceiling"), atol=1e-4
+    )
+    assert run_figures(asked.folder)["eval/student_xent"] > 0, "a sweep finds figures"
+    with pytest.raises(UserError, match="is no language model"):
+        train(asked.model_copy(update={"name": "generative", "generative": 1.0}))
 
 
 def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
