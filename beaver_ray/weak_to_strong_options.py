@@ -9,7 +9,7 @@ from pydantic import model_validator
 from beaver_ray.options import Strict, option
 
 Task = Literal["preference", "cost", "moderation", "classification"]
-QUESTIONS: dict[Task, dict[str, list[int]]] = {
+QUESTIONS: dict[str, dict[str, list[int]]] = {
     "preference": {"order": [0]},
     "cost": {"sign": [1, 2], "order": [0]},
     "moderation": {"label": [0]},
@@ -19,7 +19,7 @@ QUESTIONS: dict[Task, dict[str, list[int]]] = {
 
 Of a preference: whether the first answer is better. Of a cost pair: whether the first is safer, whether each is unsafe.
 """
-HEADS: dict[Task, tuple[str, ...]] = {"preference": ("reward",), "cost": ("cost",)}
+HEADS: dict[str, tuple[str, ...]] = {"preference": ("reward",), "cost": ("cost",)}
 """Heads of the tasks whose rows are pairs; the others' models are classifiers."""
 STUDENT = "student_"
 """What the folders of students begin with."""

@@ -166,7 +166,7 @@ class Arms:
 
     def first(self) -> list[Any]:
         """The models that need nobody's labels; a bag of words is trained here."""
-        stage, members = self.stage, []
+        stage, members = self.stage, list[Any]()
         if stage.weak.model:
             labels, epochs = str(self.folder / "weak_truth.npy"), stage.weak.epochs or stage.epochs
             members.append(self._arm("weak", stage.weak.model, "weak_train", labels, epochs))
