@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,20 @@ def tokens(words_NL: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([BOS * column, words_NL + FIRST_WORD, TURN * column, EOS * column], axis=1))
 
 
-def pretrained(size: str, ids_NT: Tensor, seed: int) -> GPT2LMHeadModel:
+def remembered(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What a file holds; made and kept there where it is not there yet, so that a study that was broken off goes on."""
+    if not file.is_file():
+        part = file.with_suffix(".part.npy")
+        np.save(part, make())
+        part.rename(file)
+    found: np.ndarray = np.load(file)
+    return found
+
+
+def pretrained(folder: Path, size: str, ids_NT: Tensor, seed: int) -> GPT2LMHeadModel:
     """A language model of a size that has read the texts; no label is known to it."""
+    if (folder / size).is_dir():
+        return GPT2LMHeadModel.from_pretrained(folder / size)
     shape = config()
     shape.n_embd, shape.n_layer = SIZES[size]
     torch.manual_seed(seed)
@@ -82,6 +95,8 @@ def pretrained(size: str, ids_NT: Tensor, seed: int) -> GPT2LMHeadModel:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    model.save_pretrained(folder / f"{size}.part")
+    (folder / f"{size}.part").rename(folder / size)
     return model
 
 
@@ -92,9 +107,9 @@ def logits(model: ScoreModel, ids_NT: Tensor) -> np.ndarray:
 
 
 def taught(
-    start: GPT2LMHeadModel, ids_NT: Tensor, labels_N: Labels, tests_NT: Tensor, seed: int, epochs: int = 2, **loss: Any
-) -> tuple[ScoreModel, list[np.ndarray]]:
-    """A student of these labels, and what it says of the tests after each epoch [N]; equal seeds begin alike."""
+    start: GPT2LMHeadModel, ids_NT: Tensor, labels_N: Labels, asked_MT: Tensor, seed: int, epochs: int = 2, **loss: Any
+) -> np.ndarray:
+    """What a student of these labels says of other texts after each epoch [E, M]; equal seeds begin alike."""
     torch.manual_seed(seed)
     model = ScoreModel(GPT2LMHeadModel._from_config(start.config, attn_implementation="sdpa").transformer, "cost")
     model.trunk.load_state_dict(start.transformer.state_dict())
@@ -115,68 +130,71 @@ def taught(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-        seen.append(logits(model, tests_NT))
-    return model, seen
+        with torch.no_grad():
+            seen.append(torch.cat([end_scores(model, some_BT) for some_BT in asked_MT.split(1000)]).double().numpy())
+    return np.stack(seen)
 
 
-def chained(starts: dict[str, GPT2LMHeadModel], ids_NT: Tensor, labels_N: Labels, seed: int) -> Labels:
+def chained(folder: Path, starts: dict[str, GPT2LMHeadModel], ids_NT: Tensor, labels_N: Labels, seed: int) -> Labels:
     """Labels of the last link: in each link two models learn half of the rows, and each labels the other half."""
     half_N = np.random.default_rng([seed, 62]).permutation(len(ids_NT)) % 2
     for number, size in enumerate(("small", "middle")):
         said_N = np.empty(len(ids_NT))
         for fold in (0, 1):
             own_N = half_N == fold
-            other = torch.from_numpy(~own_N)
-            args = (starts[size], ids_NT[torch.from_numpy(own_N)], labels_N[own_N], ids_NT[other])
-            said_N[~own_N] = expit(taught(*args, seed + 10 * number + fold)[1][-1])
+            asked = ids_NT[torch.from_numpy(~own_N)]
+            args = (starts[size], ids_NT[torch.from_numpy(own_N)], labels_N[own_N], asked, seed + 10 * number + fold)
+            file = folder / f"chain_{size}_{fold}.npy"
+            said_N[~own_N] = expit(remembered(file, lambda args=args: taught(*args))[-1])  # type: ignore[misc]
         labels_N = said_N
     return labels_N
 
 
 def study(root: Path, seed: int) -> dict[str, Any]:
     """All models of a seed, and what they recover."""
-    file = root / f"seed_{seed}.json"
-    if file.is_file():
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+    folder = root / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     world, rng = TopicWorld(seed), np.random.default_rng([seed, 61])
     unlabelled = tokens(world.draw(UNLABELLED, rng)[0])
     (weak_NL, weak_N), (words_NL, topics_N), (tests_NL, tested_N) = (world.draw(n, rng) for n in (ROWS, ROWS, TESTS))
-    starts = {size: pretrained(size, unlabelled, seed) for size in SIZES}
+    starts = {size: pretrained(folder, size, unlabelled, seed) for size in SIZES}
     texts = [[text(words) for words in some] for some in (weak_NL, words_NL, tests_NL)]
     nothing = [""] * ROWS
     counter = WordCounter(texts[0], nothing, known=[text(np.array([word])) for word in range(KNOWN)])
     bag = counter.model(fit_logistic(counter.counts(texts[0], nothing), (weak_N % 2).astype(float), ridge=1.0))
     labels_N, truth_N = expit(bag.scores(texts[1], nothing)), (topics_N % 2).astype(float)
     ids, tests, strong = tokens(words_NL), tokens(tests_NL), starts["strong"]
-    said = {"weak": [bag.scores(texts[2], nothing)], "ceiling": taught(strong, ids, truth_N, tests, seed)[1]}
+
+    def seen(name: str, labels: Labels, *more: Any, **loss: Any) -> np.ndarray:
+        return remembered(folder / f"{name}.npy", lambda: taught(strong, ids, labels, tests, seed, *more, **loss))
+
+    said = {"weak": bag.scores(texts[2], nothing)[None], "ceiling": seen("ceiling", truth_N)}
     for epochs in EPOCHS:
         for name, loss in LOSSES.items():
-            if name == "jump_.5" and epochs > EPOCHS[0]:
-                continue
-            said[f"{name}_{epochs}"] = taught(strong, ids, labels_N, tests, seed, epochs, **loss)[1]
-    said["chain_xent"] = taught(strong, ids, chained(starts, ids, labels_N, seed), tests, seed)[1]
-    right = {name: (seen[-1] > 0) == (tested_N % 2 == 1) for name, seen in said.items()}
+            if name != "jump_.5" or epochs == EPOCHS[0]:
+                said[f"{name}_{epochs}"] = seen(f"{name}_{epochs}", labels_N, epochs, **loss)
+    said["chain_xent"] = seen("chain_xent", chained(folder, starts, ids, labels_N, seed))
+    truth = tested_N % 2 == 1
+    right = {name: (every[-1] > 0) == truth for name, every in said.items()}
     students = [name for name in said if name not in ("weak", "ceiling")]
     models = figures(right, students, np.arange(TESTS), 0.05, seed)
     # The control: the strong model, taught the truth of the weak one's half, labels for another like it.
-    same, seen = taught(strong, tokens(weak_NL), (weak_N % 2).astype(float), tests, seed + 1)
-    again = taught(strong, ids, expit(logits(same, ids)), tests, seed)[1]
-    alike = {"weak": (seen[-1] > 0) == (tested_N % 2 == 1), "ceiling": right["ceiling"]}
-    alike["xent"] = (again[-1] > 0) == (tested_N % 2 == 1)
+    both = torch.cat([tests, ids])
+    args = (strong, tokens(weak_NL), (weak_N % 2).astype(float), both, seed + 1)
+    same = remembered(folder / "same.npy", lambda: taught(*args))[-1]
+    again = seen("same_xent", expit(same[TESTS:]))[-1]
+    alike = {"weak": (same[:TESTS] > 0) == truth, "ceiling": right["ceiling"], "xent": (again > 0) == truth}
     control = figures(alike, ["xent"], np.arange(TESTS), 0.05, seed)["xent"]
     keys = ("mean", "pgr", "pgr_low", "pgr_high", "valid", "agreement", "copied", "spoilt")
-    found = {
+    return {
         "weak": models["weak"]["mean"],
         "weak_labels": float(((labels_N > 0.5) == (truth_N > 0.5)).mean()),
         "ceiling": models["ceiling"]["mean"],
         "gap": models["ceiling"]["mean"] - models["weak"]["mean"],
         "students": {name: {key: models[name][key] for key in keys} for name in students},
-        "curves": {name: [float(((z > 0) == (tested_N % 2 == 1)).mean()) for z in seen] for name, seen in said.items()},
+        "curves": {name: [round(float(((z > 0) == truth).mean()), 4) for z in every] for name, every in said.items()},
         "same": {key: control[key] for key in ("gap", "valid", "pgr")},
     }
-    file.write_text(json.dumps(found), encoding="utf-8")
-    return found
 
 
 def verdicts(seeds: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -210,7 +228,6 @@ def main() -> None:
     options = study_options(__doc__, "weak_to_strong", "runs/w2s", range(4)).parse_args()
     torch.set_num_threads(1)
     root = options.workspace.resolve()
-    root.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         seeds = dict(zip(map(str, options.seeds), pool.map(lambda s: study(root, s), options.seeds), strict=True))
     means, marks = verdicts(seeds)
