@@ -114,7 +114,7 @@ def check_both_answers(task: str, rows: Questions, name: str, label: str) -> Non
     kind, columns = next(iter(QUESTIONS[task].items()))
     share = float(rows.truth_NK[:, columns].mean())
     if share in (0.0, 1.0):
-        what = f"label {label!r}" if kind == "label" else "the safety label"
+        what = {"label": f"label {label!r}", "sign": "the label unsafe", "order": "the order of the answers"}[kind]
         raise UserError(
             f"in all {len(rows)} rows of {name} {what} is {'true' if share else 'false'}: nothing can be learnt from "
             f"that; give data with both, or another label"
