@@ -35,7 +35,9 @@ class WeakToStrong(TrainerStage):
 
     stage: Literal["weak_to_strong"] = option("Train a strong model on a weak one's labels, and measure what it gains.")
     model: str = option("Folder of the strong model to start from.")
-    task: Task = option("preference or cost (pairs), moderation or classification (single texts with one label).")
+    task: Task = option(
+        "preference or cost (pairs), moderation or classification (single texts with one label).", "preference"
+    )
     label: str = option("The label of single texts; unsafe is what data say of safety without categories.", "unsafe")
     input: Reads | None = option(
         "What is read of single texts; null: qa of moderation, question of classification.", None
