@@ -78,18 +78,18 @@ def read_halves(stage: Any, run: RunFolder) -> Halves:
         for folder in dict.fromkeys(folders)
     ]
 
-    def read(specs: Sequence[Any], what: str) -> Questions:
+    def read(specs: Sequence[Any], what: str, by: Sequence[str]) -> Questions:
         samples, reports = load_mix(specs)
         for spec, report in reports.items():
             run.note(f"{spec}: {report.line()}")
-        found, left_out = read_questions(stage.task, samples, stage.seed, encoders, stage.label, stage.reads, stage.by)
+        found, left_out = read_questions(stage.task, samples, stage.seed, encoders, stage.label, stage.reads, by)
         said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         run.note(f"{what}: {len(found)} rows" + (f"; left out: {said}" if said else ""))
         return found
 
-    data = read(stage.train, "training data")
+    data = read(stage.train, "training data", () if stage.eval else stage.by)
     if stage.eval:
-        tests = read(stage.eval, "tests")
+        tests = read(stage.eval, "tests", stage.by)
         if both := held_out_too(data.key_N, tests.key_N):
             run.note(both)
     else:
