@@ -13,6 +13,7 @@ and a run that was broken off goes on.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.world import FACTS, SmallWorld
+from beaver_ray.yaml_files import read_yaml
 
 BLIND = ("lock", "car", "account")
 """Topics whose dangerous words the recipe's weak model does not know."""
@@ -78,7 +80,19 @@ def harmful_by_topic(workspace: Path, arm: str, steps: int) -> dict[str, float]:
     }
 
 
-def study(root: Path, seed: int, steps: int) -> dict[str, Any]:
+def recipe(workspace: Path, arms: Sequence[str]) -> Path:
+    """The recipe with some of its runs of Safe PPO, as a file in the workspace."""
+    pipeline = read_yaml(CONFIGS / "weak_to_strong_loop.yaml", frozenset())
+    for entry in pipeline["stages"]:
+        entry["config"] = str(CONFIGS / entry["config"])
+    named = {entry["set"]["name"]: entry for entry in pipeline["stages"] if "set" in entry}
+    pipeline["stages"] = [entry for entry in pipeline["stages"] if "set" not in entry] + [named[arm] for arm in arms]
+    file = workspace / "recipe.yaml"
+    file.write_text(json.dumps(pipeline), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def study(root: Path, seed: int, steps: int, arms: Sequence[str]) -> dict[str, Any]:
     """Run the recipe for a seed."""
     workspace = root / f"seed_{seed}"
     every = ("debug=true", "resume=true", f"seed={seed}", "cluster.threads=1")
@@ -92,10 +106,10 @@ def study(root: Path, seed: int, steps: int) -> dict[str, Any]:
         launch("pipeline", str(alone), *(f"sft.{one}" for one in every))
     with_topics(workspace / "world")
     settings += ["weak_to_strong.by=[blind,topic]", f"weak_to_strong.train=[{PAIRS.format(workspace)}]"]
-    launch("pipeline", str(CONFIGS / "weak_to_strong_loop.yaml"), *settings)
+    launch("pipeline", str(recipe(workspace, arms)), *settings)
     runs = {
         arm: figures(read_metrics(workspace / arm), TARGET) | {"harmful": harmful_by_topic(workspace, arm, steps)}
-        for arm in ARMS
+        for arm in arms
     }
     return {"supervision": supervision(workspace / "weak_to_strong"), "runs": runs}
 
@@ -104,12 +118,14 @@ def main() -> None:
     """Run everything and write one JSON file."""
     parser = study_options(__doc__, "weak_to_strong_loop", "runs/weak-to-strong", range(3))
     parser.add_argument("--steps", type=int, default=40, help="of Safe PPO")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     options = parser.parse_args()
     root = options.workspace.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
-        each = pool.map(lambda seed: study(root, seed, options.steps), options.seeds)
+        each = pool.map(lambda seed: study(root, seed, options.steps, options.arms), options.seeds)
         seeds = dict(zip(map(str, options.seeds), each, strict=True))
     command = f"python benchmarks/weak_to_strong_loop.py --seeds {' '.join(seeds)} --steps {options.steps}"
+    command += "" if options.arms == list(ARMS) else f" --arms {' '.join(options.arms)}"
     write(options.out, command, {"target_violation_rate": TARGET, "blind_topics": BLIND, "seeds": seeds})
     print(json.dumps(seeds, indent=2))
 
