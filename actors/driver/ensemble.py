@@ -1,4 +1,4 @@
-"""An ensemble of score models, trained side by side on the cluster: who trains which, and what when one dies."""
+"""Models that are trained side by side on the cluster: who trains which, in what order, and what when one dies."""
 
 from __future__ import annotations
 
@@ -26,45 +26,84 @@ SECONDS = 20.0
 """Of training between two looks at a worker."""
 
 
-def train_members(stage: Stage, members: Sequence[Any], folder: Path, run: RunFolder) -> dict[str, Scored]:
-    """Train every member (stages reward_model of different names) and return what each says of its held-out pairs.
+def nobody(name: str, scored: Scored) -> Sequence[Any]:
+    """No model waits for another one."""
+    return ()
+
+
+def train_members(
+    stage: Stage,
+    members: Sequence[Any],
+    folder: Path,
+    run: RunFolder,
+    follow: Callable[[str, Scored], Sequence[Any]] = nobody,
+    total: int | None = None,
+) -> dict[str, Scored]:
+    """Train every member (stages that train one model, of different names); what each says of its held-out rows.
+
+    follow: the members that could not begin before this one was finished, as they learn from what it says; it is
+    called once for each, also of one that was finished in an earlier run. total: members with all that follow.
 
     What is known is kept in ``folder`` with a hash of what it was made of, so that a resumed run trains only the
     others. A worker that dies is started anew, and its member begins again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start = fingerprint(members[0].model)
-    hashes = {path: file_hash(Path(path)) for path in {path for member in members for path in _files(member)}}
-    made_of = {member.name: _made_of(member, start, hashes) for member in members}
-    kept = {name: _read(folder / f"{name}.json", made) for name, made in made_of.items()}
-    found = {name: scored for name, scored in kept.items() if scored is not None}
-    pending = deque(member for member in members if member.name not in found)
-    if found:
-        run.note(f"{len(found)} of {len(members)} models of the ensemble are there already")
-    if not pending:
-        return found
-
-    def finished(name: str, scored: Scored) -> None:
-        found[name] = scored
-        told = {"made_of": made_of[name], "loss": scored.loss, "differences": scored.differences_N.tolist()}
-        write_lines(folder / f"{name}.json", [json.dumps(told) + "\n"])
-
-    _work(stage, pending, run, finished)
-    return found
+    queue = _Queue(folder, follow)
+    queue.add(members)
+    if queue.found:
+        run.note(f"{len(queue.found)} of {total or len(members)} models are there already")
+    if queue.pending:
+        _work(stage, queue, run, (total or len(members)) - len(queue.found))
+    return queue.found
 
 
-def _work(stage: Stage, pending: deque[Any], run: RunFolder, finished: Callable[[str, Scored], None]) -> None:
+class _Queue:
+    """Members that are to be trained, and what is known of those that were."""
+
+    def __init__(self, folder: Path, follow: Callable[[str, Scored], Sequence[Any]]) -> None:
+        self.folder, self.follow = folder, follow
+        self.pending: deque[Any] = deque()
+        self.found: dict[str, Scored] = {}
+        self.made_of: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
+
+    def add(self, members: Sequence[Any]) -> None:
+        """Take on members, and what follows those that are known already."""
+        for member in members:
+            for path in _files(member):
+                self.hashes.setdefault(path, file_hash(Path(path)))
+            if member.model not in self.hashes:
+                self.hashes[member.model] = fingerprint(member.model)
+            self.made_of[member.name] = _made_of(member, self.hashes)
+            kept = _read(self.folder / f"{member.name}.json", self.made_of[member.name], member)
+            if kept is None:
+                self.pending.append(member)
+            else:
+                self._know(member.name, kept)
+
+    def finish(self, name: str, scored: Scored) -> None:
+        """Keep what a member says."""
+        told = {"made_of": self.made_of[name], "loss": scored.loss, "scores": scored.scores.tolist()}
+        write_lines(self.folder / f"{name}.json", [json.dumps(told | {"told": scored.told}) + "\n"])
+        self._know(name, scored)
+
+    def _know(self, name: str, scored: Scored) -> None:
+        self.found[name] = scored
+        self.add(self.follow(name, scored))
+
+
+def _work(stage: Stage, queue: _Queue, run: RunFolder, total: int) -> None:
     (role,) = stage.roles()
     cluster = open_cluster(stage, [role])
     seconds = SECONDS if cluster else float("inf")
-    total, deaths = len(pending), 0
+    deaths, pending = 0, queue.pending
     try:
         group = start_role(role, stage.cluster, cluster)
         if cluster:
             cluster.wait_started([group])
         idle = list(group.workers)
         busy: dict[Any, tuple[Any, Any]] = {}  # reference -> (worker, member)
-        with run.progress("models of the ensemble", total) as progress:
+        with run.progress("models", total) as progress:
             while pending or busy:
                 while idle and pending:
                     worker, member = idle.pop(), pending.popleft()
@@ -88,7 +127,7 @@ def _work(stage: Stage, pending: deque[Any], run: RunFolder, finished: Callable[
                     continue
                 if isinstance(answer, Scored):
                     deaths = 0
-                    finished(member.name, answer)
+                    queue.finish(member.name, answer)
                     idle.append(worker)
                     progress.advance(loss=answer.loss)
                 else:
@@ -106,7 +145,7 @@ def gather(found: Mapping[str, Scored], rows: Mapping[str, np.ndarray], members:
     """
     differences_MN = np.full((members, count), np.nan)
     for name, of_model in rows.items():
-        scores = found[name].differences_N
+        scores = found[name].scores
         if len(scores) != len(of_model):
             raise RuntimeError(f"model {name} of the ensemble gives {len(scores)} scores of {len(of_model)} pairs")
         differences_MN[int(name.partition("_")[0]), of_model] = scores
@@ -117,19 +156,23 @@ def gather(found: Mapping[str, Scored], rows: Mapping[str, np.ndarray], members:
 
 def _files(member: Any) -> list[str]:
     """The files that a member reads; many members read the same ones."""
-    return [entry.path for entry in (*member.train, *member.eval)]
+    return [*(entry.path for entry in (*member.train, *member.eval)), *getattr(member, "label_files", ())]
 
 
-def _made_of(member: Any, start: str, hashes: Mapping[str, str]) -> str:
-    """A hash of a member's options, data, and the hash of the model that it starts from; not of where it is trained."""
-    options = member.model_dump_json(exclude={"cluster", "debug", "workspace", "train", "eval"})
-    parts = [options, start, *(hashes[path] for path in _files(member))]
+def _made_of(member: Any, hashes: Mapping[str, str]) -> str:
+    """A hash of a member's options, data, and the model that it starts from; not of where it is trained or lies."""
+    places = {"cluster", "debug", "workspace", "model", "train", "eval", *getattr(member, "places", ())}
+    options = member.model_dump_json(exclude=places)
+    parts = [options, hashes[member.model], *(hashes[path] for path in _files(member))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _read(file: Path, made_of: str) -> Scored | None:
-    """What was kept of a member; None where there is nothing, or of other options or data."""
+def _read(file: Path, made_of: str, member: Any) -> Scored | None:
+    """What was kept of a member; None where there is nothing, or of other options or data, or its model is gone."""
     if not file.is_file():
         return None
     kept = json.loads(file.read_text(encoding="utf-8"))
-    return Scored(np.array(kept["differences"]), kept["loss"]) if kept["made_of"] == made_of else None
+    there = all(Path(folder).is_dir() for folder in getattr(member, "model_folders", ()))
+    if not there or kept.get("made_of") != made_of:
+        return None
+    return Scored(np.array(kept["scores"]), kept["loss"], kept["told"])

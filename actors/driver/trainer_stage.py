@@ -149,6 +149,20 @@ class TrainerStage(TrainerConfig, TemplatedStage):
         """Write the model as a Hugging Face folder."""
         raise NotImplementedError
 
+    # Of a model that is trained beside others (`actors.roles.ensemble`); its trainer is alone.
+
+    def ends_after(self, trainer: Trainer, done: int) -> bool:
+        """Whether training ends here, after ``done`` steps; asked after each."""
+        return False
+
+    def held_out_scores(self, trainer: Trainer) -> np.ndarray:
+        """What the trained model says of each held-out row."""
+        raise NotImplementedError
+
+    def told(self, trainer: Trainer) -> dict[str, Any]:
+        """What else is to be known of its training, as JSON can hold it."""
+        return {}
+
 
 class ScoreModelStage(SupervisedConfig, TrainerStage):
     """A score model trained on pairs of answers."""
@@ -237,6 +251,12 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
         from actors.roles.contrast import held_out_overlap
 
         return held_out_overlap(trainer, self.heads)
+
+    def held_out_scores(self, trainer: Trainer) -> np.ndarray:
+        """End score of the first head of each pair's preferred answer less that of the other."""
+        from actors.roles.ensemble import score_differences
+
+        return score_differences(trainer)
 
     @property
     def selects(self) -> bool:

@@ -1,10 +1,10 @@
-"""A process that trains score models one after another, each alone, and says how it scores pairs that it is given."""
+"""A process that trains models one after another, each alone, and says how they score rows that it is given."""
 
 from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,18 @@ from actors.roles.trainer import Trainer
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a trained model makes of its held-out pairs."""
+    """What a trained model makes of its held-out rows."""
 
-    differences_N: np.ndarray
-    """Score of the preferred answer less that of the other, in the order of the file."""
+    scores: np.ndarray
+    """[N], or [N, K], in the order of the file: `TrainerStage.held_out_scores`."""
     loss: float
     """Of its last training step."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What else its stage has to say: `TrainerStage.told`."""
 
 
 class EnsembleWorker:
-    """Trains members of an ensemble; the data that a member holds out are those that it scores."""
+    """Trains the models of an ensemble; the data that a model holds out are those that it scores."""
 
     def __init__(self, rank: int, threads: int) -> None:
         self.rank = rank
@@ -36,7 +38,8 @@ class EnsembleWorker:
     def work(self, member: Any, seconds: float) -> float | Scored:
         """Go on with a member for some ``seconds``: the share of its steps that is done, and at the end its scores.
 
-        member: a stage reward_model. One that this process knows nothing of, perhaps as another died with it, begins.
+        member: a stage that trains one model. One that this process knows nothing of, perhaps as another died with it,
+        begins.
         """
         if self.trainer is None or self.trainer.config.name != member.name:
             self.trainer, self.done = None, 0
@@ -47,9 +50,11 @@ class EnsembleWorker:
         while self.done < self.trainer.steps:
             self.loss = self.trainer.train_step()["loss"]
             self.done += 1
+            if member.ends_after(self.trainer, self.done):
+                break
             if self.done < self.trainer.steps and time.monotonic() > until:
                 return self.done / self.trainer.steps
-        scored = Scored(score_differences(self.trainer), self.loss)
+        scored = Scored(member.held_out_scores(self.trainer), self.loss, member.told(self.trainer))
         self.trainer = None
         return scored
 

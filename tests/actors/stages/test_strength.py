@@ -67,13 +67,13 @@ def test_two_models_measure_every_pair(one_rank: None, tiny_world: Path, tmp_pat
         assert not {row["prompt"] for row in scored} & {row["prompt"] for row in trained}
         assert len(scored) + len(trained) == 159
         for number, row in enumerate(scored):
-            both = [models[f"{member}_{fold}"]["differences"][number] for member in (0, 1)]
+            both = [models[f"{member}_{fold}"]["scores"][number] for member in (0, 1)]
             order = (row["response_0"], row["response_1"])
             found = mine.get(json.dumps([row["prompt"], *order])) or mine[json.dumps([row["prompt"], *order[::-1]])]
             assert found["safety_strength_mean"] == pytest.approx(sum(both) / 2)
             assert found["safety_strength_std"] == pytest.approx(abs(both[0] - both[1]) / 2)
             assert order[0] == found[f"response_{found['safer_response_id']}"]
-    apart = [np.array(models[f"{member}_0"]["differences"]) for member in (0, 1)]
+    apart = [np.array(models[f"{member}_0"]["scores"]) for member in (0, 1)]
     assert not np.allclose(*apart) and spearmanr(*apart).statistic > 0.2, "two models, which learn the same"
     manifest = json.loads((folder / "final" / "manifest.json").read_text())
     assert manifest["parents"][str(tmp_path / "pairs.jsonl")] == file_hash(tmp_path / "pairs.jsonl")
