@@ -16,8 +16,8 @@ import numpy as np
 from actors.driver.evaluate import judging
 from actors.driver.kept_answers import KeptAnswers
 from actors.driver.processes import Roles
+from actors.roles.choices import ChoiceScorer
 from actors.roles.judge import REPLIES, Judge
-from actors.roles.letters import LetterScorer
 from beaver_ray import experience
 from beaver_ray.bounds import clopper_pearson
 from beaver_ray.data.mixing import prompt_key
@@ -191,7 +191,7 @@ def by_letters(
     def ask(some: range, roles: Roles) -> list[dict[str, Any]]:
         group = roles.scorers[role.name]
         batches = [_prompts(written[number], number) for number in some]
-        asked = [group.next().call(LetterScorer.logprobs, batch) for batch in batches]
+        asked = [group.next().call(ChoiceScorer.letters, batch, reader.tokens) for batch in batches]
         odds = [found_NL[:, 0] - found_NL[:, 1] for found_NL in group.wait(asked, "comparing")]
         return [
             {"odds": one.tolist(), "tokens": sum(map(len, written[number])), "truncated": False}

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from actors.driver.choosing import choice_role
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.options import near, option
 from beaver_ray.principle_judge_options import LetterJudge, PrincipleJudge
-from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage
+from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
 
 if TYPE_CHECKING:
@@ -75,22 +76,9 @@ class PrincipleLabels(TemplatedStage):
 
     def roles(self) -> list[RoleSpec]:
         """The language model that compares; nobody where that is done elsewhere."""
-        judge = self.judge
-        if not isinstance(judge, LetterJudge):
+        if not isinstance(self.judge, LetterJudge):
             return []
-
-        def arguments(rank: int, world: int) -> tuple[Any, ...]:
-            from beaver_ray.models.letters import LetterReader
-
-            tokens = LetterReader(judge.folder, judge.letters, self.template, self.trust_remote_code).tokens
-            engine = self.engine
-            return (
-                *(judge.folder, tokens, engine.dtype, engine.micro_batch_tokens),
-                *(self.cluster.threads, self.trust_remote_code),
-            )
-
-        models = (ModelUse("judge", judge.folder),)
-        return [RoleSpec("judge", "judge", "actors.roles.letters:LetterScorer", arguments, models, logits=True)]
+        return [choice_role(self, "judge", "judge", self.judge.folder)]
 
     def run(self, run: RunFolder) -> None:
         """Compare, keep what both orders agree on, and write a label for each draw of principles."""
@@ -250,7 +238,7 @@ def _in_words(figures: Row) -> str:
     """How a principle fared."""
     kept, first = figures["agreement"], figures["chose_what_stood_first"]
     if not kept["n"]:
-        return f"none of {figures['pairs']} comparisons could be read"
+        return f"none of {figures['pairs']} pairs could be read, or all are ties"
     said = f"orders agree on {kept['mean']:.1%} of {kept['n']} pairs"
     if not first["n"]:
         return said

@@ -41,14 +41,16 @@ class Agreement:
     def figures(self) -> dict[str, Any]:
         """In numbers, shares with 95 % intervals (Wilson's)."""
         read = np.isfinite(self.one_order_N) & np.isfinite(self.other_order_N)
+        tied = read & (self.one_order_N == 0) & (self.other_order_N == 0)
         one, other = self.one_order_N[read], self.other_order_N[read]
         # What stood first is the first answer in one order, and the second in the other.
         chose_first, decided = int((one > 0).sum() + (other < 0).sum()), int((one != 0).sum() + (other != 0).sum())
         return {
             "pairs": len(self.score_N),
             "unread": int((~read).sum()),
+            "ties": int(tied.sum()),
             "kept": self.kept,
-            "agreement": _share(self.kept, int(read.sum())),
+            "agreement": _share(self.kept, int((read & ~tied).sum())),
             "chose_what_stood_first": _share(chose_first, decided),
             "spread": spread(self.score_N),
         }
