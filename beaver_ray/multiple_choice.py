@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,10 @@ def read_questions(file: str | Path, seed: int = 0) -> tuple[list[Question], Dro
     """
     report, found = DropReport(), []
     for number, row in enumerate(_rows(Path(file))):
+        blank: Counter[str] = Counter()
         try:
-            found.append(_question(row, random.Random(f"{seed}/{number}"), report))
+            found.append(_question(row, random.Random(f"{seed}/{number}"), blank))
+            report.remarks += blank
         except BadRow as reason:
             report.drop(str(reason))
     report.kept = len(found)
@@ -88,23 +91,23 @@ def _line(line: str) -> Any:
         return line
 
 
-def _question(row: Any, rng: random.Random, report: DropReport) -> Question:
-    """One row's question; blank choices are left out, and remarked. Raises BadRow."""
+def _question(row: Any, rng: random.Random, blank: Counter[str]) -> Question:
+    """One row's question; blank choices are left out, and counted. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("row is not an object")
     if "mc1_targets" in row or "mc2_targets" in row:
         names = {"mc1": "mc1_targets", "mc2": "mc2_targets"}
-        sets = {name: _choices(row[key], key, rng, report) for name, key in names.items() if row.get(key) is not None}
+        sets = {name: _choices(row[key], key, rng, blank) for name, key in names.items() if row.get(key) is not None}
         if "mc1" in sets and sum(sets["mc1"].right) != 1:
             raise BadRow("'mc1_targets' has not one true choice")
         return Question(text_field(row, "question"), sets)
     key = "target_scores" if "target_scores" in row else "targets"
     if key not in row:
         raise BadRow("no mc1_targets, mc2_targets or target_scores")
-    return Question(text_field(row, "input"), {"choice": _choices(row[key], key, rng, report)})
+    return Question(text_field(row, "input"), {"choice": _choices(row[key], key, rng, blank)})
 
 
-def _choices(targets: Any, name: str, rng: random.Random, report: DropReport) -> Choices:
+def _choices(targets: Any, name: str, rng: random.Random, blank: Counter[str]) -> Choices:
     if isinstance(targets, dict) and isinstance(targets.get("choices"), list):
         texts, labels = targets["choices"], targets.get("labels")
     elif isinstance(targets, dict):
@@ -116,8 +119,7 @@ def _choices(targets: Any, name: str, rng: random.Random, report: DropReport) ->
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(f"'{name}' has a choice that is no text")
     pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text.strip()]
-    for _ in range(len(texts) - len(pairs)):
-        report.remark("blank choices were left out")
+    blank["blank choices were left out"] += len(texts) - len(pairs)
     texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
     if len(set(texts)) < len(texts):
         raise BadRow(f"'{name}' has a choice twice")

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2.meta
 import numpy as np
 
+from actors.driver.choosing import choice_role
 from actors.driver.evaluate import judging
 from actors.driver.kept_answers import KeptAnswers
 from actors.driver.processes import Roles
@@ -35,10 +36,7 @@ from beaver_ray.self_align.principles import Principle
 from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.principles import differences
 from beaver_ray.small_world.world import SmallWorld
-from beaver_ray.stage import RoleSpec
-
-if TYPE_CHECKING:
-    from actors.stages.principle_labels import PrincipleLabels
+from beaver_ray.stage import TemplatedStage
 
 BLOCK = 256
 """Pairs whose comparisons are kept together."""
@@ -92,33 +90,39 @@ class Questions:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
-def compare(
-    stage: PrincipleLabels, principles: Sequence[Principle], pairs: Sequence[RawSample], run: RunFolder
-) -> dict[str, Agreement]:
-    """What both orders agree on, by the name of each principle, as the stage's options say who compares."""
-    judge = stage.judge
-    if judge is None:
-        orders = by_truth(str(stage.world), principles, pairs)
-    else:
-        letters = judge.letters if isinstance(judge, LetterJudge) else None
-        questions = Questions(principles, principle_rubric(judge.rubrics), letters)
-        if isinstance(judge, LetterJudge):
-            orders = by_letters(stage, stage.roles()[0], judge, questions, pairs, run)
+class Comparer:
+    """Who compares pairs in a run of ``stage``: its ``judge``, or the truth of the small world ``world``."""
+
+    def __init__(self, stage: TemplatedStage, judge: LetterJudge | JudgeOptions | None, world: str | None) -> None:
+        self.stage, self.judge, self.world = stage, judge, world
+
+    def compare(
+        self, principles: Sequence[Principle], pairs: Sequence[RawSample], run: RunFolder
+    ) -> dict[str, Agreement]:
+        """What both orders agree on, by the name of each principle."""
+        judge = self.judge
+        if judge is None:
+            orders = by_truth(str(self.world), principles, pairs)
         else:
-            orders = by_address(judge, questions, pairs, Path(stage.workspace) / REPLIES, run.note)
-    return {one.name: agree(*of_both) for one, *of_both in zip(principles, *orders, strict=True)}
+            letters = judge.letters if isinstance(judge, LetterJudge) else None
+            questions = Questions(principles, principle_rubric(judge.rubrics), letters)
+            if isinstance(judge, LetterJudge):
+                orders = by_letters(self.stage, judge, questions, pairs, run)
+            else:
+                orders = by_address(judge, questions, pairs, Path(self.stage.workspace) / REPLIES, run.note)
+        return {one.name: agree(*of_both) for one, *of_both in zip(principles, *orders, strict=True)}
 
 
 def check_canaries(
-    stage: PrincipleLabels, principles: Sequence[Principle], file: str, run: RunFolder
+    comparer: Comparer, principles: Sequence[Principle], file: str, wanted: float, sure: float, run: RunFolder
 ) -> dict[str, dict[str, Any]]:
     """How the judge does, by principle, on pairs whose better answer is known: rows of pairs with a field principle.
 
     Raises UserError for a principle that has so few that no judge could pass, and for one on which it does not: the
-    lower bound (Clopper and Pearson) of the share of its labels that are right must reach ``accuracy``.
+    lower bound (Clopper and Pearson) at confidence ``sure`` of the share of its labels that are right must reach
+    ``wanted``.
     """
     samples, _ = read_source("PKU-SafeRLHF", file)
-    wanted, sure = stage.accuracy, stage.confidence
     of = {one.name: [s for s in samples if s.fields.get("principle") == one.name] for one in principles}
     enough = math.ceil(math.log(1 - sure) / math.log(wanted))
     for name, some in of.items():
@@ -129,7 +133,7 @@ def check_canaries(
             )
     found = {}
     for one in principles:
-        score_N = compare(stage, [one], of[one.name], run)[one.name].score_N
+        score_N = comparer.compare([one], of[one.name], run)[one.name].score_N
         kept = np.isfinite(score_N)
         right = int(((score_N > 0) == [sample.better for sample in of[one.name]])[kept].sum())
         least = clopper_pearson(right / kept.sum(), int(kept.sum()), sure)[0] if kept.any() else 0.0
@@ -163,8 +167,7 @@ def by_address(
 
 
 def by_letters(
-    stage: PrincipleLabels,
-    role: RoleSpec,
+    stage: TemplatedStage,
     judge: LetterJudge,
     questions: Questions,
     pairs: Sequence[RawSample],
@@ -187,6 +190,8 @@ def by_letters(
         block=BLOCK,
         before=run.furthest,
     )
+
+    role = choice_role(stage, "judge", "judge", judge.folder)
 
     def ask(some: range, roles: Roles) -> list[dict[str, Any]]:
         group = roles.scorers[role.name]

@@ -49,7 +49,7 @@ class MultipleChoice(TemplatedStage):
 
     def run(self, run: RunFolder) -> None:
         """Ask, and write what came of it."""
-        from actors.driver.multiple_choice import answer_all
+        from actors.driver.multiple_choice import Asking
         from beaver_ray.fit import check_fit
         from beaver_ray.manifest import write_rows, write_stage_manifest
         from beaver_ray.models.loading import check_model_folder
@@ -63,7 +63,7 @@ class MultipleChoice(TemplatedStage):
             files[name], report = read_questions(file, self.seed)
             run.note(f"{name}: questions {report.line()}")
         run.rewind(0)
-        figures, rows = answer_all(self, files)
+        figures, rows = Asking(self, self.policy, self.ask, self.orders).answer_all(files)
         folder = run.folder / "final.part"
         write_rows(folder / "questions.jsonl", rows)
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ class PrincipleLabels(TemplatedStage):
 
     def run(self, run: RunFolder) -> None:
         """Compare, keep what both orders agree on, and write a label for each draw of principles."""
-        from actors.driver.principle_labels import check_canaries, compare
+        from actors.driver.principle_labels import Comparer, check_canaries
         from beaver_ray.data.pairs import LABELS, read_pairs
         from beaver_ray.data.sources import find_source
         from beaver_ray.fit import check_fit
@@ -96,10 +96,12 @@ class PrincipleLabels(TemplatedStage):
         run.rewind(0)  # figures of comparisons that are there already are logged again
         principles = self.chosen()
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
-        known = check_canaries(self, principles, self.canaries, run) if self.canaries else {}
+        comparer, known = Comparer(self, self.judge, self.world), {}
+        if self.canaries is not None:
+            known = check_canaries(comparer, principles, self.canaries, self.accuracy, self.confidence, run)
         read = find_source("PKU-SafeRLHF").read_row
         samples = [read({name: value for name, value in row.items() if name not in LABELS}) for row in rows]
-        found = compare(self, principles, samples, run)
+        found = comparer.compare(principles, samples, run)
         self._write(rows, principles, found, known, left_out, run)
 
     def chosen(self) -> list[Principle]:
