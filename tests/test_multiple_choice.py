@@ -45,7 +45,9 @@ def test_figures_by_hand() -> None:
 
 def ours(folder: Path, count: int) -> Path:
     """Questions of 2 to 9 choices, the right one first in each, as TruthfulQA has it."""
-    rows = [{"question": f"q{n}", "mc1_targets": {f"c{k}": int(k == 0) for k in range(2 + n % 8)}} for n in range(count)]
+    rows = [
+        {"question": f"q{n}", "mc1_targets": {f"c{k}": int(k == 0) for k in range(2 + n % 8)}} for n in range(count)
+    ]
     file = folder / "questions.json"
     file.write_text(json.dumps(rows))
     return file
@@ -69,7 +71,12 @@ def test_chance_is_what_a_scorer_gets_that_knows_nothing(tmp_path: Path) -> None
 
 def test_formats(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    bad: list[Any] = [{"question": "x"}, {"input": "x", "target_scores": {"a": 1}}, [], {"input": "", **HHH} | {"input": ""}]
+    bad: list[Any] = [
+        {"question": "x"},
+        {"input": "x", "target_scores": {"a": 1}},
+        [],
+        {"input": "", **HHH} | {"input": ""},
+    ]
     bad += [TRUTHFUL | {"mc1_targets": {"a": 1, "b": 1}}, TRUTHFUL | {"mc2_targets": {"choices": ["a"], "labels": []}}]
     lines = [json.dumps(row) for row in (TRUTHFUL, HHH, *bad)] + ["{no"]
     file.write_text("\n".join(lines))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2.meta
 import numpy as np
+import pyarrow as pa
 
 from actors.driver.choosing import choice_role
 from actors.driver.evaluate import judging
@@ -40,6 +41,8 @@ from beaver_ray.stage import TemplatedStage
 
 BLOCK = 256
 """Pairs whose comparisons are kept together."""
+CHUNK = 16
+"""Pairs of one call."""
 RUBRIC = "principle.j2"
 _SHOWN = {"turns", "answer_a", "answer_b", "principle"}
 _WORDS = {"A": 1.0, "B": -1.0, "TIE": 0.0}
@@ -195,9 +198,11 @@ def by_letters(
 
     def ask(some: range, roles: Roles) -> list[dict[str, Any]]:
         group = roles.scorers[role.name]
-        batches = [_prompts(written[number], number) for number in some]
+        parts = [some[start : start + CHUNK] for start in range(0, len(some), CHUNK)]
+        batches = [_prompts([text for number in part for text in written[number]]) for part in parts]
         asked = [group.next().call(ChoiceScorer.letters, batch, reader.tokens) for batch in batches]
-        odds = [found_NL[:, 0] - found_NL[:, 1] for found_NL in group.wait(asked, "comparing")]
+        logprobs_XL = np.concatenate(group.wait(asked, "comparing"))
+        odds = (logprobs_XL[:, 0] - logprobs_XL[:, 1]).reshape(len(some), -1)
         return [
             {"odds": one.tolist(), "tokens": sum(map(len, written[number])), "truncated": False}
             for number, one in zip(some, odds, strict=True)
@@ -208,9 +213,8 @@ def by_letters(
     return _in_orders(found.ravel(), len(pairs), len(questions.principles))
 
 
-def _prompts(written: Sequence[Sequence[int]], first: int) -> Any:
-    ids = first * len(written) + np.arange(len(written))
-    return experience.make_batch({"sample_id": ids, "prompt_tokens": [list(text) for text in written]})
+def _prompts(texts: Sequence[list[int]]) -> pa.RecordBatch:
+    return experience.make_batch({"sample_id": np.arange(len(texts)), "prompt_tokens": list(texts)})
 
 
 def _in_orders(found: np.ndarray, pairs: int, principles: int) -> Orders:

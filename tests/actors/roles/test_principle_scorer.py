@@ -1,4 +1,4 @@
-"""A reward model that follows principles: what it reads is what it was trained on, and how its scores are put together."""
+"""A reward model that follows principles: it reads what it was trained on; how its scores are put together."""
 
 from __future__ import annotations
 
@@ -186,5 +186,5 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     cost = {"reward": options(tiny_world, "helpful") | {"folder": str(tiny_world / "cost_model")}}
     with pytest.raises(UserError, match="is a cost model; give the folder of a reward model"):
         scorers(ppo_config(tiny_world, models=cost | {"reward_critic": str(tiny_world / "reward_model")}))
-    with pytest.raises(ValueError, match="no critic can start from .*reward_critic"):
+    with pytest.raises(ValueError, match=r"no critic can start from .*reward_critic"):
         ppo_config(tiny_world, models={"reward": options(tiny_world, "helpful")})
