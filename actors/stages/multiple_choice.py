@@ -7,10 +7,14 @@ final/multiple_choice.json has the figures with intervals, final/questions.jsonl
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from actors.driver.choosing import choice_role
 from beaver_ray.data_options import DataEntry
+from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
@@ -37,11 +41,19 @@ class MultipleChoice(TemplatedStage):
         "auto",
     )
     orders: int = option("Orders in which listed choices are shown, at most one for each choice.", 4, ge=1, le=26)
+    answers: str | None = option("Finished answers to the questions (prompt, response), for the judge.", None)
+    judge: JudgeOptions | None = option("Who says whether these answers are true (docs/judge.md).", None)
     max_tokens: int = option("Longest question with its choices; a longer one is an error.", 2048, gt=0)
     template: TemplateOptions = option(
         "How a question is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
     )
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
+
+    @model_validator(mode="after")
+    def _judged_answers(self) -> MultipleChoice:
+        if (self.answers is None) != (self.judge is None):
+            raise ValueError("answers and judge go together: give both or neither")
+        return self
 
     def roles(self) -> list[RoleSpec]:
         """The policy, which reads and generates nothing."""
@@ -50,6 +62,8 @@ class MultipleChoice(TemplatedStage):
     def run(self, run: RunFolder) -> None:
         """Ask, and write what came of it."""
         from actors.driver.multiple_choice import Asking
+        from actors.driver.truthful_answers import judge_answers
+        from actors.roles.judge import REPLIES
         from beaver_ray.fit import check_fit
         from beaver_ray.manifest import write_rows, write_stage_manifest
         from beaver_ray.models.loading import check_model_folder
@@ -66,11 +80,21 @@ class MultipleChoice(TemplatedStage):
         figures, rows = Asking(self, self.policy, self.ask, self.orders).answer_all(files)
         folder = run.folder / "final.part"
         write_rows(folder / "questions.jsonl", rows)
+        if self.answers is not None and self.judge is not None:
+            replies = Path(self.workspace) / REPLIES
+            judged, answered = judge_answers(files, self.answers, self.judge, replies, run.note)
+            figures |= judged
+            write_rows(folder / "answers.jsonl", answered)
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         run.log(1, {name: of["mean"] for name, of in figures.items()})
         for name, of in figures.items():
             run.note(f"{name}: {in_words(of)}")
-        write_stage_manifest(self, folder, {"questions": len(rows)}, list(self.questions.values()))
+        write_stage_manifest(
+            self,
+            folder,
+            {"questions": len(rows)},
+            [*self.questions.values(), *([self.answers] if self.answers else [])],
+        )
 
     def lengths(self) -> Lengths:
         """Of a question with its choices."""
@@ -100,7 +124,11 @@ class MultipleChoice(TemplatedStage):
         from beaver_ray.report.charts import Card, interval
 
         return [
-            Card(name, f"{of['mean']:.1%}", f"{interval(of, '.1%')} · chance {of['chance']:.1%}")
+            Card(
+                name,
+                f"{of['mean']:.1%}",
+                interval(of, ".1%") + (f" · chance {of['chance']:.1%}" if "chance" in of else ""),
+            )
             for name, of in self._figures().items()
         ]
 
@@ -108,7 +136,8 @@ class MultipleChoice(TemplatedStage):
 def in_words(figures: dict[str, Any]) -> str:
     """A figure with its interval, and what its orders say."""
     said = f"{figures['mean']:.3f} ({figures['low']:.3f} to {figures['high']:.3f}, n = {figures['n']})"
-    said += f", chance {figures['chance']:.3f}"
+    said += f", chance {figures['chance']:.3f}" if "chance" in figures else ""
+    said += f"; {figures['unread']} of {figures['answers']} not read" if "unread" in figures else ""
     if "same_in_all_orders" in figures:
         said += f"; the same choice in all orders {figures['same_in_all_orders']['mean']:.1%}"
         said += f", what stood first {figures['chose_first_place']['mean']:.1%}"

@@ -12,13 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from actors.driver.train import train
+from actors.roles.judge import HELLO
 from actors.stages import stages
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows
+from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.multiple_choice import LISTED, read_questions
+from beaver_ray.score_sources import ALLOWED_HOSTS
 from launch.planning import plan
+from tests.actors.judging_service import judging, shown
 from tests.tiny_guards import write_guard
 
 ROOT = Path(__file__).parents[3]
@@ -75,6 +78,34 @@ def test_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
     page = (run / "report.html").read_text() if (run / "report.html").is_file() else ""
     assert not page or "chance" in page
     assert any(line.startswith("truthful/mc2: ") for line in config.headlines())
+
+
+def test_answers_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the first question is answered truly twice, the second falsely once, and once nobody can read."""
+    questions = read_questions(QUESTIONS["truthful"])[0]
+    said = [(0, "honest"), (0, "honest too"), (1, "a lie"), (2, "mumbling")]
+    rows = [{"prompt": questions[n].text, "response": text} for n, text in said] + [{"prompt": "x", "response": "y"}]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    asked: list[str] = []
+
+    def says(text: str) -> str:
+        asked.append(text)
+        answer = "" if text == HELLO else shown(text)["answer"]
+        return "VERDICT: TRUE" if "honest" in answer else "VERDICT: FALSE" if answer == "a lie" else "hm"
+
+    with judging(says) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        given = {"answers": str(tmp_path / "answers.jsonl"), "judge": {"address": service.url, "model": "m"}}
+        policy = write_guard(tmp_path / "model", "qwen3guard", max_position_embeddings=2048)
+        run = train(stage(tmp_path, policy=policy, questions={"truthful": QUESTIONS["truthful"]}, **given))
+    figures = json.loads((run / "final" / "multiple_choice.json").read_text())["truthful/truthful"]
+    assert (figures["mean"], figures["n"], figures["answers"], figures["unread"]) == (2 / 3, 3, 4, 1)
+    first = next(text for text in asked if text != HELLO and shown(text)["answer"] == "honest")
+    choices = questions[0].sets["mc2"]
+    for text, right in zip(choices.texts, choices.right, strict=True):
+        assert f"\n{'true' if right else 'false'}: {text}\n" in first
+    with pytest.raises(ValueError, match="give both or neither"):
+        stage(tmp_path, policy=policy, answers="x")
 
 
 def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
