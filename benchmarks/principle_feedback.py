@@ -38,12 +38,7 @@ BIASES, RIGHT, PAIRS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), 0.97, 20_000
 RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ letters[1] }} {{ answer_b }}"
 LETTERS = ("maybe", "also")
 QUESTIONS = 16_000
-FOLLOWED = {
-    "helpful": ["helpful"],
-    "harmless": ["harmless"],
-    "helpful and harmless": ["helpful", "harmless"],
-    "brief": ["brief"],
-}
+FOLLOWED = {"helpful": ["helpful"], "harmless": ["harmless"], "not harmless": ["not harmless"], "brief": ["brief"]}
 
 
 # synthetic
@@ -147,6 +142,7 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
         run = folder / f"ppo_{name.replace(' ', '_')}"
         if not (run / "final").is_dir():
             settings = [f"models.reward.principles={json.dumps(principles)}", f"name={run.name}", f"steps={steps}"]
+            settings += ["resume=true", "save_every=10"]
             launch("train", str(RECIPES / "principle_ppo.yaml"), *common, *settings)
         figures = json.loads((run / "evaluation.json").read_text())
         found[name] = {key: figures[key] for key in figures if key in KEYS} | words(run)
