@@ -37,7 +37,8 @@ FILE = RECIPES / "principle_small_world.yaml"
 BIASES, RIGHT, PAIRS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), 0.97, 20_000
 RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ letters[1] }} {{ answer_b }}"
 LETTERS = ("maybe", "also")
-QUESTIONS = 16_000
+SIZES = {"hidden_size": 64, "layers": 2, "heads": 2, "pairs": 10_000}
+"""Of the world's model, a tenth of a million parameters, so that a seed takes minutes; and of its data."""
 FOLLOWED = {"helpful": ["helpful"], "harmless": ["harmless"], "not harmless": ["not harmless"], "brief": ["brief"]}
 
 
@@ -90,7 +91,7 @@ def judge(folder: Path, world: SmallWorld, bias: float, seed: int) -> dict[str, 
     (given / "rubrics").mkdir(parents=True, exist_ok=True)
     (given / "rubrics" / "principle.j2").write_text(RUBRIC)
     parts = {part: read_rows(folder / "world" / "preferences" / f"{part}.jsonl") for part in ("train", "test")}
-    write_rows(given / "train.jsonl", questions(world, parts["train"][:QUESTIONS], bias, seed))
+    write_rows(given / "train.jsonl", questions(world, parts["train"], bias, seed))
     write_rows(given / "test.jsonl", questions(world, parts["test"], 0.0, seed))
     common = [f"workspace={folder}", "debug=true", f"seed={seed}", "cluster.threads=1"]
     if not (folder / "judge" / "final").is_dir():
@@ -177,10 +178,11 @@ def main() -> None:
         folder = given.workspace / str(seed)
         if not (folder / "sft" / "final").is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            pipeline = {"workspace": str(folder), "world": {"seed": seed}}
+            pipeline = {"workspace": str(folder), "world": {"seed": seed, **SIZES}}
             pipeline["stages"] = [{"config": str(CONFIGS / "local" / "sft.yaml")}]  # type: ignore[assignment]
             (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
-            launch("pipeline", str(folder / "pipeline.yaml"), "sft.debug=true", "sft.cluster.threads=1")
+            settings = ("debug=true", "cluster.threads=1", "epochs=2", "engine.micro_batch_tokens=1024")
+            launch("pipeline", str(folder / "pipeline.yaml"), *(f"sft.{setting}" for setting in settings))
         world = SmallWorld.load(folder / "world" / "world.json")
         if "judge" in given.parts:
             figures["judge"][f"seed {seed}"] = judge(folder, world, given.bias, seed)
