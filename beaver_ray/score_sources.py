@@ -65,6 +65,8 @@ class ScoreSource(ABC):
     """Whether one scorer gives all signals whose source this is, each by its name."""
     is_score_model: ClassVar[bool] = False
     """Whether its folder is a score model's, which has a head for each signal."""
+    can_be_tried: ClassVar[bool] = True
+    """Whether its worker can be tried out before a run (``try_out``)."""
     is_classifier: ClassVar[bool] = False
     """Whether its folder is a moderation model's, which has a head for each label."""
 
@@ -102,6 +104,7 @@ class FolderSource(ScoreSource):
     """A score model's folder, or its name on the hub."""
 
     worker = "actors.roles.scorer:Scorer"
+    can_be_tried = False
     starts_critics = True
     is_score_model = True
 
