@@ -135,8 +135,12 @@ def read_guard(given: Any) -> Any:
     principles as a model that follows them; anything else as it is. ValueError, one line, for what is none."""
     if not isinstance(given, dict):
         return given
-    kinds = {"labels": (ModerationModel, "moderation model"), "principles": (PrincipleModel, "model of principles")}
-    kind, what = next((kinds[key] for key in kinds if key in given), (GuardModel, "guard"))
+    kind: Any = GuardModel
+    what = "guard"
+    if "labels" in given:
+        kind, what = ModerationModel, "moderation model"
+    elif "principles" in given:
+        kind, what = PrincipleModel, "model of principles"
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -47,7 +47,8 @@ class Asking:
     def _apart(self, questions: Sequence[Question], group: Group) -> list[Row]:
         """Each choice is an answer of its own, and its score the sum of its tokens' log-probs."""
         reader = Reader(load_tokenizer(self.policy, self.stage.trusts_code), self.stage.prompt_template)
-        written, places = [], []
+        written: list[tuple[list[int], list[int]]] = []
+        places = []
         for question in questions:
             prompt = reader.prompt([question.text])
             of_text = {}
@@ -70,7 +71,8 @@ class Asking:
         if most > len(LETTERS):
             raise UserError(f"a question has {most} choices, more than there are letters; set ask: apart")
         reader = LetterReader(self.policy, LETTERS[:most], self.stage.prompt_template, self.stage.trusts_code)
-        texts, parts = [], []
+        texts: list[str] = []
+        parts = []
         for question in questions:
             for name, choices in question.sets.items():
                 orders = rotations(len(choices.texts), self.orders)

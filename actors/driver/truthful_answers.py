@@ -36,7 +36,8 @@ def judge_answers(
             given.setdefault(row["prompt"], []).append(row["response"])
     # The rubric is ours: it is given what is known, which differs by question.
     rubric = Rubric("truthful", (OURS / "truthful.j2").read_text(encoding="utf-8"), TRUTH, "truthful.j2")
-    rows, texts = [], []
+    rows: list[Row] = []
+    texts: list[str] = []
     for name, questions in files.items():
         for number, question in enumerate(questions):
             own = replace(rubric, given=_known(question))
