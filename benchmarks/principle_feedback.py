@@ -39,7 +39,7 @@ RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ let
 LETTERS = ("maybe", "also")
 SIZES = {"hidden_size": 64, "layers": 2, "heads": 2, "pairs": 10_000}
 """Of the world's model, a tenth of a million parameters, so that a seed takes minutes; and of its data."""
-FOLLOWED = {"helpful": ["helpful"], "harmless": ["harmless"], "not harmless": ["not harmless"], "brief": ["brief"]}
+FOLLOWED = {name: [name] for name in ("helpful", "harmless", "not harmless", "brief", "not brief")}
 
 
 # synthetic
