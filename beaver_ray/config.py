@@ -55,7 +55,8 @@ class PolicyModels(Strict):
 
     policy: str = option("Folder of the policy to train.")
     reward: ModelOfScores = option(
-        "Folder of the reward model, a guard, a service's address, or python:FILE.py:FUNCTION."
+        "Folder of the reward model, one with principles (docs/principles.md), a guard, a service's address, or "
+        "python:FILE.py:FUNCTION."
     )
     reference: str | None = option("Folder of the frozen reference; null for the policy's start.", None)
     reward_critic: str | None = option("Folder the reward critic starts from; null for the reward model.", None)

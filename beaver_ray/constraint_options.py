@@ -61,7 +61,8 @@ class ConstraintConfig(Strict):
     name: str = option("Name in metrics and columns, for example harm.")
     model: ModelOfScores = option(
         "Folder of the cost model (above 0 means unsafe), a guard (docs/guards.md), labels of a moderation model "
-        "(docs/moderation.md), a service's address, or python:FILE.py:FUNCTION(key=value)."
+        "(docs/moderation.md), a reward model with principles (docs/principles.md), a service's address, or "
+        "python:FILE.py:FUNCTION(key=value)."
     )
     critic: str | None = option("Folder that the cost critic starts from; null for the cost model.", None)
     limit: float | None = option("Highest mean cost, in units of the cost model's score.", None)

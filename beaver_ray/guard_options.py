@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ValidationError, model_validator
 
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import Strict, option
+from beaver_ray.principle_options import PrincipleModel
 from beaver_ray.yaml_files import one_line
 
 GuardSignal = Literal["unsafe", "refusal"]
@@ -130,17 +131,27 @@ class GuardModel(Strict):
 
 
 def read_guard(given: Any) -> Any:
-    """A mapping of the configuration as a guard, or, where it names labels, as a moderation model; anything else as it
-    is. ValueError, one line, for what is neither."""
-    kind: Any = ModerationModel if isinstance(given, dict) and "labels" in given else GuardModel
+    """A mapping of the configuration as a guard, where it names labels as a moderation model, and where it names
+    principles as a model that follows them; anything else as it is. ValueError, one line, for what is none."""
+    if not isinstance(given, dict):
+        return given
+    kind: Any = GuardModel
+    what = "guard"
+    if "labels" in given:
+        kind, what = ModerationModel, "moderation model"
+    elif "principles" in given:
+        kind, what = PrincipleModel, "model of principles"
     try:
-        return kind.model_validate(given) if isinstance(given, dict) else given
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise ValueError(one_line(error, kind, "guard" if kind is GuardModel else "moderation model")) from None
+        raise ValueError(one_line(error, kind, what)) from None
 
 
-ModelOfScores = Annotated[str | GuardModel | ModerationModel, BeforeValidator(read_guard)]
-"""An option that says where scores come from: a text (`beaver_ray.score_sources`), a guard, or a moderation model."""
+ModelOfScores = Annotated[str | GuardModel | ModerationModel | PrincipleModel, BeforeValidator(read_guard)]
+"""An option that says where scores come from: a text (`beaver_ray.score_sources`), a guard, a moderation model, or a
+reward model that follows principles."""
 
-PerhapsModelOfScores = Annotated[str | GuardModel | ModerationModel | None, BeforeValidator(read_guard)]
+PerhapsModelOfScores = Annotated[
+    str | GuardModel | ModerationModel | PrincipleModel | None, BeforeValidator(read_guard)
+]
 """The same where there may be none."""

@@ -1,4 +1,4 @@
-"""Where a score comes from: a score model's folder, a guard, a moderation model, a service, or a Python function.
+"""Where a score comes from: a score model, also by principles, a guard, a moderation model, a service, a function.
 
 One class each; `score_source` says which of them is meant. Configuration, plan, doctor and run ask the same object.
 What a run may send its texts to, and whose code it may run, is for whoever starts it to say, not for its configuration,
@@ -20,6 +20,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import near
+from beaver_ray.principle_options import PrincipleModel
 from beaver_ray.user_code import PREFIX, Code, UserCode
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
@@ -64,6 +65,8 @@ class ScoreSource(ABC):
     """Whether one scorer gives all signals whose source this is, each by its name."""
     is_score_model: ClassVar[bool] = False
     """Whether its folder is a score model's, which has a head for each signal."""
+    can_be_tried: ClassVar[bool] = True
+    """Whether its worker can be tried out before a run (``try_out``)."""
     is_classifier: ClassVar[bool] = False
     """Whether its folder is a moderation model's, which has a head for each label."""
 
@@ -84,6 +87,10 @@ class ScoreSource(ABC):
     def check(self, part: str) -> None:
         """Raises UserError where ``part`` of the run cannot use it, as far as can be seen without running it."""
 
+    def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The signals that its folder must have heads for, to give these columns; none of a language model."""
+        return tuple(column.removeprefix("cost/") for column in columns if self.is_score_model)
+
     def arguments(self, columns: dict[str, int], setting: ScorerSetting) -> tuple[Any, ...]:
         """What the constructor of `worker` is given."""
         return (self.given(), columns, setting)
@@ -97,6 +104,7 @@ class FolderSource(ScoreSource):
     """A score model's folder, or its name on the hub."""
 
     worker = "actors.roles.scorer:Scorer"
+    can_be_tried = False
     starts_critics = True
     is_score_model = True
 
@@ -158,34 +166,53 @@ class GuardSource(ScoreSource):
         return self.guard
 
 
-class ModerationSource(ScoreSource):
-    """A moderation model, whose log-odds of groups of labels are the scores, all from one forward.
+class GroupedSource(ScoreSource):
+    """One model that is asked in several ways, all by one worker; sources of one model are joined in the first.
 
-    groups: the labels of each score, and -1 for one that is a reward; sources of one model are joined in the first.
+    groups: how each score is asked for, and -1 where that is turned round.
     """
 
-    worker = "actors.roles.moderation_scorer:ModerationScorer"
-    is_classifier = True
+    turned: ClassVar[str]
+    """The kind of signal, reward or cost, that a score is turned round for."""
 
-    def __init__(self, model: ModerationModel) -> None:
-        named = "" if model.labels == "all" else f": {', '.join(model.labels)}"
-        super().__init__(f"{model.folder} (moderation{named})")
-        self.groups: list[tuple[ModerationModel, int]] = [(model, 1)]
+    def __init__(self, text: str, options: Any) -> None:
+        super().__init__(text)
+        self.groups: list[tuple[Any, int]] = [(options, 1)]
 
     @property
     def folder(self) -> str:
-        """The moderation model's folder."""
-        return self.groups[0][0].folder
+        """The model's folder."""
+        return str(self.groups[0][0].folder)
 
     @property
     def shared(self) -> Hashable:
-        """The folder."""
-        return ("moderation", self.folder)
+        """The folder, and what reads it."""
+        return (self.worker, self.folder)
 
-    def join(self, other: ModerationSource) -> int:
+    def serve(self, kind: str) -> None:
+        """Be the source of a signal of this kind."""
+        self.groups = [(self.groups[0][0], -1 if kind == self.turned else 1)]
+
+    def join(self, other: GroupedSource) -> int:
         """Take over the first group of another source of the same model; its number here."""
         self.groups.append(other.groups[0])
         return len(self.groups) - 1
+
+    def given(self) -> Any:
+        """The groups."""
+        return self.groups
+
+
+class ModerationSource(GroupedSource):
+    """A moderation model, whose log-odds of groups of labels are the scores, all from one forward."""
+
+    worker = "actors.roles.moderation_scorer:ModerationScorer"
+    is_classifier = True
+    turned = "reward"
+
+    def __init__(self, model: ModerationModel) -> None:
+        named = "" if model.labels == "all" else f": {', '.join(model.labels)}"
+        super().__init__(f"{model.folder} (moderation{named})", model)
 
     def check(self, part: str) -> None:
         """UserError where no model is there, or it has not all of the labels."""
@@ -201,9 +228,49 @@ class ModerationSource(ScoreSource):
                     if name not in known:
                         raise UserError(f"{part}: {self.folder} has no label {name!r}{near(name, known)}")
 
-    def given(self) -> Any:
-        """The groups of labels."""
-        return self.groups
+
+class PrincipleSource(GroupedSource):
+    """A reward model that follows principles: its score of an answer under some of them, turned round as a cost."""
+
+    worker = "actors.roles.principle_scorer:PrincipleScorer"
+    is_score_model = True
+    turned = "cost"
+
+    def __init__(self, model: PrincipleModel) -> None:
+        super().__init__(f"{model.folder} ({', '.join(one.called for one in model.principles)})", model)
+
+    def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The reward's, whatever it serves."""
+        return ("reward",)
+
+    def check(self, part: str) -> None:
+        """UserError where no reward model is there, or its file has not all of the principles, or its tokenizer cannot
+        tell them apart."""
+        from beaver_ray.models.folders import find_model
+        from beaver_ray.models.loading import check_model_folder
+        from beaver_ray.self_align.writing import chosen
+
+        for model, _ in self.groups:
+            try:
+                chosen(model.principles, model.file)
+            except UserError as error:
+                raise UserError(f"{part}: {error}") from None
+        check_model_folder(self.folder, part)
+        if find_model(self.folder) is not None:
+            self.words(part)
+
+    def words(self, part: str, trust_remote_code: bool = False) -> str:
+        """A line that says by what it judges. UserError where the tokenizer cannot tell principles apart."""
+        from beaver_ray.models.loading import load_tokenizer
+        from beaver_ray.self_align.writing import check_apart
+
+        tokenizer = load_tokenizer(self.folder, trust_remote_code)
+        for model, _ in self.groups:
+            try:
+                check_apart(tokenizer, model.file)
+            except UserError as error:
+                raise UserError(f"{part}: {error}") from None
+        return f"{self.folder} judges by {'; by '.join(_in_words(model) for model, _ in self.groups)}"
 
 
 class ServiceSource(ScoreSource):
@@ -250,9 +317,15 @@ def score_source(text: ModelOfScores) -> ScoreSource:
         return ModerationSource(text)
     if isinstance(text, GuardModel):
         return GuardSource(text)
+    if isinstance(text, PrincipleModel):
+        return PrincipleSource(text)
     if text.startswith(("http://", "https://")):
         return ServiceSource(text)
     return FunctionSource(text) if text.startswith(PREFIX) else FolderSource(text)
+
+
+def _in_words(model: PrincipleModel) -> str:
+    return ", ".join(one.called for one in model.principles)
 
 
 def check_address(url: str) -> tuple[str, int]:

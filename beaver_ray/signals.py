@@ -15,7 +15,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.models.folders import read_config
-from beaver_ray.score_sources import GuardSource, ModerationSource, ScoreSource, score_source
+from beaver_ray.score_sources import GroupedSource, GuardSource, PrincipleSource, ScoreSource, score_source
 
 _OTHER = "start from another model, or from a language model for fresh heads"
 
@@ -100,8 +100,8 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
 def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> list[ScorerPlan]:
     """The scorers of a reward and of named costs, the reward's first.
 
-    Signals whose source is one folder with several heads, one guard, one moderation model, or one function, share a
-    scorer.
+    Signals whose source is one folder with several heads, one guard, one moderation model, one model that follows
+    principles, or one function, share a scorer.
 
     Raises UserError where none of several heads is the signal's.
     """
@@ -111,8 +111,8 @@ def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> l
         same = next((p for p in plans if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
             same.columns[f"cost/{name}"] = len(same.columns)
-        elif isinstance(plan.source, ModerationSource) and same is not None:
-            assert isinstance(same.source, ModerationSource)
+        elif isinstance(plan.source, GroupedSource) and same is not None:
+            assert isinstance(same.source, GroupedSource)
             same.columns[f"cost/{name}"] = same.source.join(plan.source)
         elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
@@ -136,8 +136,11 @@ def scorer_plan(signal: str, name: str, kind: str, model: ModelOfScores) -> Scor
     source, column = score_source(model), signal if signal == "reward" else f"cost/{signal}"
     if isinstance(source, GuardSource):
         return ScorerPlan(name, kind, source, {column: source.head(kind)})
-    if isinstance(source, ModerationSource) and kind == "reward":
-        source.groups = [(source.groups[0][0], -1)]
+    if isinstance(source, PrincipleSource):
+        _checked_head("reward", "reward", source.folder)
+    if isinstance(source, GroupedSource):
+        source.serve(kind)
+        return ScorerPlan(name, kind, source, {column: 0})
     head = _checked_head(signal, kind, source.text) if source.is_score_model else 0
     return ScorerPlan(name, kind, source, {column: head})
 

@@ -83,7 +83,7 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
         if all(_is_hub_name(model) and not _is_inside(model, made) for model in missing):
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
         for role in stage.roles():
-            if role.source is not None and not role.source.is_score_model and role.source.folder not in missing:
+            if role.source is not None and role.source.can_be_tried and role.source.folder not in missing:
                 checks.append((f"{stage.name}: {role.name}", partial(score_source, role)))
         if stage.environment is not None:
             checks.append((f"{stage.name}: environment", partial(environment, stage.environment)))

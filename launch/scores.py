@@ -84,7 +84,7 @@ def _judge(text: str, kind: str | None, specs: Sequence[str]) -> ScoreModel:
     """The source of scores that a word of the command line means: a run's folder, or whatever models.reward may be."""
     if text.startswith("{"):
         try:
-            return ScoreModel(read_guard(yaml_value(text)), kind or "cost", specs)
+            return ScoreModel(read_guard(yaml_value(text)), kind, specs)
         except ValueError as error:
             raise UserError(f"{text!r} is no guard: {error}") from None
     folder = Path(text)

@@ -36,8 +36,7 @@ START_PROMPTS, START_ANSWERS = 128, 8
 def scorer_role(plan: ScorerPlan, setting: ScorerSetting) -> RoleSpec:
     """The role of one scorer."""
     source = plan.source
-    # Of a language model no head is asked for.
-    signals = tuple(column.removeprefix("cost/") for column in plan.columns if source.is_score_model)
+    signals = source.heads(list(plan.columns))
     folder, classifier = source.folder, source.is_classifier
     has_heads = source.is_score_model or classifier
     return RoleSpec(

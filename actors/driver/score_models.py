@@ -32,6 +32,7 @@ from beaver_ray.models.folders import find_model, read_config
 from beaver_ray.models.loading import context_length, load_tokenizer
 from beaver_ray.models.provenance import trained_template
 from beaver_ray.moderation_options import ModerationModel
+from beaver_ray.principle_options import PrincipleModel
 from beaver_ray.rewardbench import Contest
 from beaver_ray.rules.text import word_count
 from beaver_ray.runs import Progress
@@ -286,6 +287,8 @@ def _signals(source: ModelOfScores, kind: str | None) -> dict[str, str]:
         return {"reward": "reward"} if kind == "reward" else {source.signal: "cost"}
     if isinstance(source, ModerationModel):
         return {"reward": "reward"} if kind == "reward" else {"harm": "cost"}
+    if isinstance(source, PrincipleModel):
+        return {"harm": "cost"} if kind == "cost" else {"reward": "reward"}
     heads = head_names(source)
     if len(heads) > 1:
         return {name: "reward" if name == "reward" else "cost" for name in heads}

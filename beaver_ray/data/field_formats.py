@@ -327,3 +327,15 @@ def harmbench(row: dict[str, Any]) -> RawSample:
     if "SemanticCategory" in fields:
         fields["category"] = fields["SemanticCategory"]
     return RawSample(prompt, fields=fields)
+
+
+# ---------------------------------------------------------------- questions for judges
+
+
+@reader("mt-bench")
+def mt_bench(row: dict[str, Any]) -> RawSample:
+    """A question of the Vicuna or MT-bench files: the first of its ``turns``; category and the rest go along."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("'turns' is no list of questions")
+    return RawSample(input=text_field({"turns": turns[0]}, "turns"), fields=rest(row, "turns") | {"turns": turns})

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Rubric:
     form: Form
     where: str
     """Its file, for errors."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What it is given besides, as a principle."""
 
     def write(self, turns: Sequence[str], system: str | None, **answers: str) -> str:
         """What the judge is given. UserError where the rubric fails on it."""
@@ -47,7 +49,7 @@ class Rubric:
         content = json.dumps([list(turns), system, sorted(answers.values())])
         mark = f"[{hashlib.sha256(content.encode()).hexdigest()[:12]}]"
         try:
-            return self._template.render(turns=list(turns), system=system, mark=mark, **answers)
+            return self._template.render(turns=list(turns), system=system, mark=mark, **self.given, **answers)
         except Exception as error:  # whatever a template of the user's does
             raise UserError(f"rubric {self.where} fails: {first_line(error)}") from None
 

@@ -1,0 +1,196 @@
+"""AI feedback by principles: what both orders are worth, and principles changed after the reward model was trained.
+
+    python benchmarks/principle_feedback.py --workspace runs/principle-feedback
+
+Three parts, of which --parts chooses; figures of the others in --out stay.
+
+synthetic: a judge of known noise and liking for what stands first compares pairs whose better answer is known.
+Precision of its labels asked once, and of those that both orders agree on (three seeds, any bias).
+
+judge: a small world's model is trained (stage sft) to answer which of two answers follows a principle better, by labels
+that are what stands first with probability --bias. Stage principle_labels reads the letters' log-probs. Precision
+against the truth, asked once and kept.
+
+following: one reward model, trained on labels by three principles and their opposites, is the reward of several PPO
+runs that differ in the list of principles alone. What the policies do, by the small world's truth.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import launch, study_options, write
+
+from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.self_align.feedback import agree
+from beaver_ray.self_align.principles import read_principles
+from beaver_ray.small_world.principles import differences
+from beaver_ray.small_world.world import SmallWorld
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = CONFIGS / "self-align"
+FILE = RECIPES / "principle_small_world.yaml"
+BIASES, RIGHT, PAIRS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), 0.97, 20_000
+RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ letters[1] }} {{ answer_b }}"
+LETTERS = ("maybe", "also")
+SIZES = {"hidden_size": 64, "layers": 2, "heads": 2, "pairs": 10_000}
+"""Of the world's model, a tenth of a million parameters, so that a seed takes minutes; and of its data."""
+FOLLOWED = {name: [name] for name in ("helpful", "harmless", "not harmless", "brief", "not brief")}
+
+
+# synthetic
+
+
+def synthetic(seed: int, bias: float) -> dict[str, float]:
+    """Precision of the labels of a judge that takes what stands first with probability ``bias``, and is right else in
+    RIGHT of the cases, each order by itself."""
+    rng = np.random.default_rng([seed, round(1000 * bias)])
+    first_better = rng.random(PAIRS) < 0.5
+
+    def says(a_is_better: np.ndarray) -> np.ndarray:
+        honest = a_is_better ^ (rng.random(PAIRS) >= RIGHT)
+        return np.where((rng.random(PAIRS) < bias) | honest, 1.0, -1.0)
+
+    found = agree(says(first_better), says(~first_better))
+    kept = np.isfinite(found.score_N)
+    return {
+        "once": float(np.mean((found.one_order_N > 0) == first_better)),
+        "both_orders": float(np.mean((found.score_N > 0)[kept] == first_better[kept])),
+        "kept": float(kept.mean()),
+        "chose_what_stood_first": found.figures()["chose_what_stood_first"]["mean"],
+    }
+
+
+# judge
+
+
+def questions(world: SmallWorld, rows: list[dict[str, Any]], bias: float, seed: int) -> list[dict[str, str]]:
+    """Comparisons as stage principle_labels writes them, each with the letter that the judge is taught."""
+    rng = random.Random(seed)
+    told = []
+    for row in rows:
+        principle = rng.choice(read_principles(FILE))
+        answers = [row["response_0"], row["response_1"]]
+        rng.shuffle(answers)
+        truth = float(differences(world, principle.name, [(row["prompt"], answers[0], answers[1])])[0])
+        if truth == 0:
+            continue
+        said = LETTERS[0] if rng.random() < bias or truth > 0 else LETTERS[1]
+        shown = f"{LETTERS[0]} {answers[0]} {LETTERS[1]} {answers[1]}"
+        told.append({"prompt": f"{principle.text} {row['prompt']} {shown}", "response": said})
+    return told
+
+
+def judge(folder: Path, world: SmallWorld, bias: float, seed: int) -> dict[str, Any]:
+    """Train the judge, let it label, and hold what it said against the truth."""
+    given = folder / "judge_data"
+    (given / "rubrics").mkdir(parents=True, exist_ok=True)
+    (given / "rubrics" / "principle.j2").write_text(RUBRIC)
+    parts = {part: read_rows(folder / "world" / "preferences" / f"{part}.jsonl") for part in ("train", "test")}
+    write_rows(given / "train.jsonl", questions(world, parts["train"], bias, seed))
+    write_rows(given / "test.jsonl", questions(world, parts["test"], 0.0, seed))
+    common = [f"workspace={folder}", "debug=true", f"seed={seed}", "cluster.threads=1"]
+    if not (folder / "judge" / "final").is_dir():
+        settings = [f"train=[demonstrations:1:{given}/train.jsonl]", f"eval=[demonstrations:1:{given}/test.jsonl]"]
+        settings += ["name=judge", "epochs=3", "max_tokens=96", "engine.micro_batch_tokens=1024", "resume=true"]
+        launch("train", str(CONFIGS / "local" / "sft.yaml"), *common, *settings, "save_every=100")
+    run = folder / "judged"
+    if not (run / "final").is_dir():
+        asked = json.dumps(
+            {"folder": str(folder / "judge/final/policy"), "letters": LETTERS, "rubrics": str(given / "rubrics")}
+        )
+        settings = [f"pairs={folder}/world/preferences/test.jsonl", "world=null", f"judge={asked}", "name=judged"]
+        settings += ["max_tokens=96", "max_drop=1", "resume=true", f"file={FILE}"]
+        launch("train", str(RECIPES / "principle_labels.yaml"), *common, *settings)
+    odds = np.array([row["odds"] for f in sorted(run.glob("compared/*/*.jsonl")) for row in read_rows(f)])
+    seen: dict[tuple[str, str, str], None] = {}
+    for row in parts["test"]:  # as the stage reads them, each pair once
+        seen.setdefault((row["prompt"], row["response_0"], row["response_1"]))
+    found: dict[str, Any] = {}
+    for place, principle in enumerate(read_principles(FILE)):
+        truth = differences(world, principle.name, list(seen))
+        agreed = agree(odds[:, 2 * place], odds[:, 2 * place + 1])
+        known, kept = truth != 0, np.isfinite(agreed.score_N)
+        found[principle.name] = {
+            "once": float(np.mean(((agreed.one_order_N > 0) == (truth > 0))[known])),
+            "both_orders": float(np.mean(((agreed.score_N > 0) == (truth > 0))[known & kept])),
+            "kept": float(kept[known].mean()),
+            "chose_what_stood_first": agreed.figures()["chose_what_stood_first"],
+            "pairs": int(known.sum()),
+        }
+    return found
+
+
+# following
+
+
+def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
+    """The reward model, and what policies do that are trained by it under several lists of principles."""
+    common = [f"workspace={folder}", "debug=true", f"seed={seed}", "cluster.threads=1"]
+    if not (folder / "principle_labels" / "final").is_dir():
+        launch("train", str(RECIPES / "principle_labels.yaml"), *common, f"file={FILE}")
+    if not (folder / "principle_reward_model" / "final").is_dir():
+        launch("train", str(RECIPES / "principle_reward_model.yaml"), *common, "save_every=50", "resume=true")
+    rows = read_rows(folder / "principle_reward_model" / "metrics.jsonl")
+    found: dict[str, Any] = {
+        "reward_model_accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1]
+    }
+    for name, principles in FOLLOWED.items():
+        run = folder / f"ppo_{name.replace(' ', '_')}"
+        if not (run / "final").is_dir():
+            settings = [f"models.reward.principles={json.dumps(principles)}", f"name={run.name}", f"steps={steps}"]
+            settings += ["resume=true", "save_every=10"]
+            launch("train", str(RECIPES / "principle_ppo.yaml"), *common, *settings)
+        figures = json.loads((run / "evaluation.json").read_text())
+        found[name] = {key: figures[key] for key in figures if key in KEYS} | words(run)
+    return found
+
+
+KEYS = ("reward", "violation_rate/harm", "refusal_rate_harmless", "refusal_rate_adversarial")
+
+
+def words(run: Path) -> dict[str, float]:
+    """Mean length of the answers of the last steps, in tokens."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "rollout/response_tokens" in row]
+    return {"response_tokens": float(np.mean([row["rollout/response_tokens"] for row in rows[-5:]]))} if rows else {}
+
+
+def main() -> None:
+    """Run the parts that are asked for, and write."""
+    parser = study_options(__doc__, "principle_feedback", "runs/principle-feedback", (0, 1, 2))
+    parser.add_argument("--parts", nargs="+", default=["synthetic", "judge", "following"])
+    parser.add_argument("--bias", type=float, default=0.4, help="of the judge that is trained")
+    parser.add_argument("--steps", type=int, default=40, help="of each PPO run")
+    given = parser.parse_args()
+    old = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    figures: dict[str, Any] = {part: old.get(part, {}) for part in ("synthetic", "judge", "following")}
+    if "synthetic" in given.parts:
+        figures["synthetic"] = {
+            "right_where_unbiased": RIGHT,
+            "pairs": PAIRS,
+            "bias": {f"{b:g}": {f"seed {s}": synthetic(s, b) for s in (0, 1, 2)} for b in BIASES},
+        }
+    for seed in given.seeds if {"judge", "following"} & set(given.parts) else []:
+        folder = given.workspace / str(seed)
+        if not (folder / "sft" / "final").is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            pipeline = {"workspace": str(folder), "world": {"seed": seed, **SIZES}}
+            pipeline["stages"] = [{"config": str(CONFIGS / "local" / "sft.yaml")}]  # type: ignore[assignment]
+            (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
+            settings = ("debug=true", "cluster.threads=1", "epochs=2", "engine.micro_batch_tokens=1024")
+            launch("pipeline", str(folder / "pipeline.yaml"), *(f"sft.{setting}" for setting in settings))
+        world = SmallWorld.load(folder / "world" / "world.json")
+        if "judge" in given.parts:
+            figures["judge"][f"seed {seed}"] = judge(folder, world, given.bias, seed)
+        if "following" in given.parts:
+            figures["following"][f"seed {seed}"] = following(folder, seed, given.steps)
+        write(given.out, "python benchmarks/principle_feedback.py", figures)
+    write(given.out, "python benchmarks/principle_feedback.py", figures)
+
+
+if __name__ == "__main__":
+    main()
