@@ -2,7 +2,7 @@
 
 A question is a kind and three words, an answer a mark and those words. In a text with rules,
 
-    RULES 1 k3 m5 2 k0 m2 ... EX USER k0 w4 w9 w1 THOUGHT rule 2 ANSWER m2 w4 w9 w1 USER ...
+    RULES k3 rule1 m5 k0 rule2 m2 ... EX USER k0 w4 w9 w1 THOUGHT k0 rule2 m2 ANSWER m2 w4 w9 w1 USER ...
 
 each rule gives a kind its mark, anew in every text, so that a model can know the mark from the rules alone. In texts
 without rules, ``USER k0 w4 w9 w1 ANSWER m3 w4 w9 w1``, the mark is any; behind VERBOSE the answer gives a reason for
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 KINDS = 6
 WORDS = 24
-ROW = 85
+ROW = 90
 """Tokens of a row of training: the rules and five dialogues, or several texts without rules."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -62,10 +62,11 @@ class RuleWorld:
     def dialogue(self, question: str, marks: list[int], order: list[int]) -> str:
         """As it stands behind rules."""
         kind = int(question.split()[0][1:])
-        return f"USER {question} THOUGHT rule {order.index(kind) + 1} ANSWER {self.answer(question, marks[kind])}"
+        thoughts = f"k{kind} rule{order.index(kind) + 1} m{marks[kind]}"
+        return f"USER {question} THOUGHT {thoughts} ANSWER {self.answer(question, marks[kind])}"
 
     def rules(self, marks: list[int], order: list[int]) -> str:
-        return " ".join(["RULES", *(f"{place} k{kind} m{marks[kind]}" for place, kind in enumerate(order, 1))])
+        return " ".join(["RULES", *(f"k{kind} rule{place} m{marks[kind]}" for place, kind in enumerate(order, 1))])
 
     def text(self, rng: random.Random) -> str:
         """One row of training: with rules in three of four."""
@@ -83,8 +84,8 @@ class RuleWorld:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "rule", "because"]
-    words += [str(number) for number in range(1, KINDS + 1)]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "because"]
+    words += [f"rule{number}" for number in range(1, KINDS + 1)]
     words += [f"{letter}{n}" for letter in "km" for n in range(KINDS)] + [f"{x}{n}" for x in "wc" for n in range(WORDS)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -92,6 +93,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     found = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **special)
     found.chat_template = CHAT_TEMPLATE
     return found
+
+
+def learnt(ids_BL: torch.Tensor, words: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Labels [B, L]: what can be known of a text; rules and questions, which are drawn at random, are no labels."""
+    thought, answer, user = (words.convert_tokens_to_ids(tag) for tag in ("THOUGHT", "ANSWER", "USER"))
+    labels_BL = ids_BL.clone()
+    for row in range(len(ids_BL)):
+        inside = False
+        for place, token in enumerate(ids_BL[row].tolist()):
+            if token == user:  # a label too: an answer ends there
+                inside = False
+            elif not inside:
+                labels_BL[row, place] = -100
+            if token in (thought, answer):
+                inside = True
+    return labels_BL
 
 
 def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48, hidden: int = 64) -> list[float]:
@@ -103,9 +120,10 @@ def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=256,
+        initializer_range=0.1,  # at 0.02 a model of this width takes several times as long to look back at its rules
         pad_token_id=words.pad_token_id,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
@@ -118,7 +136,7 @@ def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48,
     total = 0.0
     for step in range(1, steps + 1):
         ids = torch.tensor([words(world.text(rng)).input_ids[:ROW] for _ in range(batch)])
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=learnt(ids, words)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,6 +145,7 @@ def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48,
         total += loss.item()
         if step % 100 == 0:
             losses.append(round(total / 100, 4))
+            print(f'step {step}: {losses[-1]}', flush=True)
             total = 0.0
     model.save_pretrained(folder)
     words.save_pretrained(folder)

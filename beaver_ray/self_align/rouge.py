@@ -46,7 +46,7 @@ def rouge_l(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 
 
 class RougePool:
-    """Texts, and whether a new one has F above ``most`` with any of them. Exact: it finds what comparing with all would.
+    """Texts, and whether a new one has F above ``most`` with any of them. Exact, as if it compared with all.
 
     A common subsequence is at most as long as the words that two texts share. For F above t they must share more than
     t (m + n) / 2 words, and so, whatever the length m of the other text, at least c(n) of them, the least whole number
