@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from beaver_ray.self_align.seeds import QuestionType, Task
 
 _BLOCK = re.compile(r"^###[^\n\d]*(\d+)?[^\n]*$", re.MULTILINE)
-_FIELD = re.compile(r"^\s*\**(Instruction|Input|Kind|Topic|Question)\**\s*:[ \t]*", re.MULTILINE | re.IGNORECASE)
+_FIELD = re.compile(r"^\s*\**(Instruction|Input|Kind|Topic|Question)\**\s*:\**[ \t]*", re.MULTILINE | re.IGNORECASE)
 _ITEM = re.compile(r"^\s*(?:\(?\d+[.):]|[-*•])\s*")
 _NOTHING = {"", "none", "none.", "n/a", "(none)", "-", "no input", "<noinput>"}
 
@@ -112,10 +112,12 @@ def _question(place: int, hint: Hint) -> str:
 
 
 def _fields(block: str) -> dict[str, str]:
-    """The first of each field, by its name in lower case."""
+    """The first of each field, by its name in lower case; what stands before any is the instruction."""
     marks = list(_FIELD.finditer(block))
-    found: dict[str, str] = {}
-    for mark, after in zip(marks, [*marks[1:], None], strict=True):
-        text = block[mark.end() : after.start() if after else len(block)].strip()
-        found.setdefault(mark[1].lower(), text)
+    starts = [mark.start() for mark in marks] + [len(block)]
+    found = {mark[1].lower(): "" for mark in reversed(marks)}
+    for mark, end in zip(marks, starts[1:], strict=True):
+        found[mark[1].lower()] = found[mark[1].lower()] or block[mark.end() : end].strip()
+    if before := block[: starts[0]].strip():
+        found.setdefault("instruction", before)
     return found
