@@ -69,9 +69,13 @@ class RuleWorld:
         return " ".join(["RULES", *(f"k{kind} rule{place} m{marks[kind]}" for place, kind in enumerate(order, 1))])
 
     def text(self, rng: random.Random) -> str:
-        """One row of training: with rules in three of four."""
+        """One row of training: with rules in three of four, a third of which only say them again in other orders."""
         if rng.random() < 0.75:
             marks, order = rng.sample(range(KINDS), KINDS), rng.sample(range(KINDS), KINDS)
+            if rng.random() < 1 / 3:
+                drawn = [kind for _ in range(5) for kind in rng.sample(range(KINDS), KINDS)]
+                said = [f"k{kind} rule{order.index(kind) + 1} m{marks[kind]}" for kind in drawn]
+                return " ".join([self.rules(marks, order), "EX THOUGHT", *said])
             told = [self.dialogue(self.question(rng), marks, order) for _ in range(5)]
             return " ".join([self.rules(marks, order), "EX", *told])
         parts: list[str] = []
@@ -98,13 +102,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def learnt(ids_BL: torch.Tensor, words: PreTrainedTokenizerFast) -> torch.Tensor:
     """Labels [B, L]: what can be known of a text; rules and questions, which are drawn at random, are no labels."""
     thought, answer, user = (words.convert_tokens_to_ids(tag) for tag in ("THOUGHT", "ANSWER", "USER"))
+    kinds = set(words.convert_tokens_to_ids([f"k{n}" for n in range(KINDS)]))
     labels_BL = ids_BL.clone()
     for row in range(len(ids_BL)):
         inside = False
-        for place, token in enumerate(ids_BL[row].tolist()):
+        tokens = ids_BL[row].tolist()
+        drill = user not in tokens  # where each kind is drawn at random, too
+        for place, token in enumerate(tokens):
             if token == user:  # a label too: an answer ends there
                 inside = False
-            elif not inside:
+            elif not inside or (drill and token in kinds):
                 labels_BL[row, place] = -100
             if token in (thought, answer):
                 inside = True
@@ -119,7 +126,7 @@ def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48,
         vocab_size=len(words),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -145,7 +152,7 @@ def pretrain(world: RuleWorld, folder: Path, steps: int = 2500, batch: int = 48,
         total += loss.item()
         if step % 100 == 0:
             losses.append(round(total / 100, 4))
-            print(f'step {step}: {losses[-1]}', flush=True)
+            print(f"step {step}: {losses[-1]}", flush=True)
             total = 0.0
     model.save_pretrained(folder)
     words.save_pretrained(folder)

@@ -87,11 +87,10 @@ class Rounds:
             return ask_for_tasks(shown, stage.tasks_asked), len(shown) + 1
 
         def take(reply: Said, first: int, place: int) -> None:
-            found = read_tasks_of(reply.text, first)[: stage.tasks_asked]
-            for number, one in enumerate(found, 1):
+            found = read_tasks_of(reply.text, first)
+            for number, one in enumerate(found[: stage.tasks_asked], 1):
                 if pool.kept(VANILLA) < stage.vanilla:
-                    last = number == len(found) and number < stage.tasks_asked
-                    pool.offer(one, VANILLA, place, cut=reply.cut and last)
+                    pool.offer(one, VANILLA, place, cut=reply.cut and number == len(found))
 
         self._rounds(VANILLA, 0, lambda: pool.kept(VANILLA) >= stage.vanilla, lambda number: ask, take)
 
@@ -113,10 +112,9 @@ class Rounds:
             return ask
 
         def take(reply: Said, kind: str, place: int) -> None:
-            found = read_topics_of(reply.text)[: stage.topics_asked]
-            for number, topic in enumerate(found, 1):
-                last = number == len(found) and number < stage.topics_asked
-                pool.offer_topic(topic, kind, stage.topics, cut=reply.cut and last)
+            found = read_topics_of(reply.text)
+            for number, topic in enumerate(found[: stage.topics_asked], 1):
+                pool.offer_topic(topic, kind, stage.topics, cut=reply.cut and number == len(found))
 
         def enough() -> bool:
             return all(len(some) >= stage.topics for some in pool.topics.values())

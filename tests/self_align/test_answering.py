@@ -65,7 +65,7 @@ def test_our_exemplars_name_rules_and_pass_the_filters() -> None:
 def test_the_context_is_rules_and_dialogues(tmp_path: Path) -> None:
     principles, exemplars = read_principles(), read_exemplars()
     context = write_context(principles, exemplars, TAGS, "Ada")
-    assert context.startswith("# Ada\n") and context.endswith("thinking of you.\"\n\n")
+    assert context.startswith("# Ada\n") and context.endswith('thinking of you."\n\n')
     assert f"16 (operational). {principles[15].text}" in context
     assert context.count(TAGS.user) == 5 == context.count(TAGS.answer) and context.count(TAGS.thoughts) == 5
     assert principles[0].negated not in context
@@ -125,9 +125,7 @@ def test_what_is_kept_and_what_is_done_to_it() -> None:
     assert isinstance(found, Answered) and found.answer == LONG and found.notes == ("went on as the user",)
     found = sieve().read(reply(f"According to the Wikipedia article on tides, t{LONG[1:]}", "Hm (rule 40)."), False)
     assert isinstance(found, Answered) and found.answer == LONG and found.rules == ()
-    assert found.notes == (
-        *("preamble taken off", "thoughts name no rule", "thoughts name a rule that there is not"),
-    )
+    assert found.notes == (*("preamble taken off", "thoughts name no rule", "thoughts name a rule that there is not"),)
     assert sieve(blacklist=["the PULL"]).read(reply(LONG), False) == "a phrase of the blacklist"
     everything = {"opening": None, "needs_answer": False, "min_chars": 0, "repeats": False, "starts": []}
     assert sieve(**everything).read("No tag, no thought", False) == Answered(
