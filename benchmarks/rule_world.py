@@ -88,7 +88,7 @@ class RuleWorld:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "because"]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "because", "."]
     words += [f"rule{number}" for number in range(1, KINDS + 1)]
     words += [f"{letter}{n}" for letter in "km" for n in range(KINDS)] + [f"{x}{n}" for x in "wc" for n in range(WORDS)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

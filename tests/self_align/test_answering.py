@@ -25,8 +25,8 @@ from beaver_ray.self_align.seeds import Exemplar, read_exemplars
 TAGS = Tags()
 OPENING = AnswerFilters().opening
 LONG = (
-    "Tides are caused by the pull of the Moon, and to a lesser part by that of the Sun. Water on the near side is pulled "
-    "more strongly than the Earth as a whole, that on the far side less, which raises both."
+    "Tides are caused by the pull of the Moon, and to a lesser part by that of the Sun. Water on the near side is "
+    "pulled more strongly than the Earth as a whole, that on the far side less, which raises both."
 )
 
 
@@ -74,8 +74,8 @@ def test_the_context_is_rules_and_dialogues(tmp_path: Path) -> None:
     mine.write_text("RULES {% for one in principles %}{{ one.text }} {% endfor %}EX")
     short = [Exemplar(user="k0 w1", thoughts="k0 rule1 m2", answer="m2 w1")]
     tags = Tags(user="USER", thoughts="THOUGHT", answer="ANSWER")
-    words = write_context(principles[:1], short, tags, "Ada", str(mine)).split()
-    assert words[0] == "RULES" and words[-11:] == "EX USER k0 w1 THOUGHT k0 rule1 m2 ANSWER m2 w1".split()
+    told = " ".join(write_context(principles[:1], short, tags, "Ada", str(mine)).split())
+    assert told.startswith("RULES ") and told.endswith(" EX USER k0 w1 THOUGHT k0 rule1 m2 ANSWER m2 w1")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.report.page import write_report
 from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.self_align.principles import read_principles
 from tests.actors.judging_service import judging
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -155,7 +156,7 @@ def test_answers_by_principles(
     }
     assert figures["rules"]["vanilla"]["knowledge recitation"] == 1 and figures["rules"]["topic"]["static"] == 1
     assert figures["pools_apart"] == pytest.approx(1) and figures["annotation"]["all"] == 31
-    assert [row["reason"] for row in read_rows(run.folder / "left_out.jsonl")][0] == "thoughts begin otherwise"
+    assert read_rows(run.folder / "left_out.jsonl")[0]["reason"] == "thoughts begin otherwise"
     demonstrations, _ = load_mix([f"demonstrations:1:{final}/pairs.jsonl"])
     assert [sample.answer for sample in demonstrations][:3] == [good] * 3
     assert "3 kept of 7 replies" in capsys.readouterr().out
@@ -163,7 +164,7 @@ def test_answers_by_principles(
 
 
 def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
-    """No filter; then others, with the same replies. The prompt is rules, exemplars and question, pruned the question."""
+    """No filter; then others, with the same replies. A prompt is rules and question, pruned it is the question."""
     write_rows(tmp_path / "asked.jsonl", read_rows(tiny_world / "prompts" / "test.jsonl")[:6])
     (tmp_path / "context.j2").write_text(
         "{% for one in principles %}{{ one.name }} {% endfor %}{% if exemplars %}{% endif %}"
@@ -175,27 +176,21 @@ def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
     final = train(run) / "final"
     figures = json.loads((run.folder / "self_align.json").read_text())
     assert figures["counts"]["answers"]["kept"] + figures["counts"]["answers"].get("an empty answer", 0) == 6
-    # Twenty-three words of the context, eight of both tags, and the question; pruned <s> USER: question ASSISTANT:.
+    # The principles' names, both tags and the question; pruned <s> USER: question ASSISTANT:.
     sizes = [len(row["prompt"].split()) for row in read_rows(tmp_path / "asked.jsonl")]
-    tags = len("### User ### Assistant thinks".split())
-    names = len(" ".join(yaml_names()).split())
+    tags = len(["###", "User", "###", "Assistant", "thinks"])
+    names = len(" ".join(one.name for one in read_principles()).split())
     assert figures["prompt_tokens"] == figures["computed_prompt_tokens"] == pytest.approx(names + tags + sum(sizes) / 6)
     assert figures["pruned_prompt_tokens"] == pytest.approx(3 + sum(sizes) / 6)
     replies = {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()}
     final.rename(run.folder / "not final")
     strict = run.model_copy(update={"resume": True, "filters": run.filters.model_copy(update={"min_chars": 10**6})})
-    with pytest.raises(UserError, match="of 6 replies none is kept .*change filters and go on with resume=true"):
+    with pytest.raises(UserError, match=r"of 6 replies none is kept .*change filters and go on with resume=true"):
         train(strict)
     assert {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()} == replies
     long = {"max_prompt_tokens": 20, "name": "long"}
-    with pytest.raises(UserError, match="6 replies none is kept .*'longer than max_prompt_tokens': 6"):
+    with pytest.raises(UserError, match=r"6 replies none is kept .*'longer than max_prompt_tokens': 6"):
         train(run.model_copy(update=long))
-
-
-def yaml_names() -> list[str]:
-    from beaver_ray.self_align.principles import read_principles
-
-    return [one.name for one in read_principles()]
 
 
 @pytest.mark.parametrize(
