@@ -2,11 +2,12 @@
 
 A question is a kind and three words, an answer a mark and those words. In a text with rules,
 
-    RULES k3 rule1 m5 k0 rule2 m2 ... EX USER k0 w4 w9 w1 THOUGHT k0 rule2 m2 ANSWER m2 w4 w9 w1 USER ...
+    RULES k0m2 k1m5 k2m0 ... EX USER k1 w4 w9 w1 THOUGHT rule2 m5 ANSWER m5 w4 w9 w1 USER ...
 
-each rule gives a kind its mark, anew in every text, so that a model can know the mark from the rules alone. In texts
-without rules, ``USER k0 w4 w9 w1 ANSWER m3 w4 w9 w1``, the mark is any; behind VERBOSE the answer gives a reason for
-each word, always the same for a word: ``m3 w4 because c17 w9 because c2 w1 because c8``.
+a rule, which is one word, gives a kind its mark, anew in every text, so that a model can know the mark from the rules
+alone; rule n is the one of kind n - 1. In texts without rules, ``USER k1 w4 w9 w1 ANSWER m3 w4 w9 w1``, the mark is
+any; behind VERBOSE the answer gives a reason for each word, always the same: ``m3 w4 because c17 w9 because c2 w1 because
+c8``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 KINDS = 6
 WORDS = 24
-ROW = 90
+ROW = 72
 """Tokens of a row of training: the rules and five dialogues, or several texts without rules."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,8 +43,6 @@ class RuleWorld:
         self.reasons = rng.sample(range(WORDS), WORDS)
         self.marks = rng.sample(range(KINDS), KINDS)
         """Of each kind, by the principles."""
-        self.order = rng.sample(range(KINDS), KINDS)
-        """The kinds in the order of the principles."""
 
     def question(self, rng: random.Random) -> str:
         return " ".join([f"k{rng.randrange(KINDS)}", *(f"w{n}" for n in rng.sample(range(WORDS), 3))])
@@ -59,25 +58,22 @@ class RuleWorld:
         wanted = f"m{self.marks[int(question.split()[0][1:])]}"
         return {word for word in answer.split() if word[0] == "m"} == {wanted}
 
-    def dialogue(self, question: str, marks: list[int], order: list[int]) -> str:
+    def dialogue(self, question: str, marks: list[int]) -> str:
         """As it stands behind rules."""
         kind = int(question.split()[0][1:])
-        thoughts = f"k{kind} rule{order.index(kind) + 1} m{marks[kind]}"
+        thoughts = f"rule{kind + 1} m{marks[kind]}"
         return f"USER {question} THOUGHT {thoughts} ANSWER {self.answer(question, marks[kind])}"
 
-    def rules(self, marks: list[int], order: list[int]) -> str:
-        return " ".join(["RULES", *(f"k{kind} rule{place} m{marks[kind]}" for place, kind in enumerate(order, 1))])
+    def rules(self, marks: list[int]) -> list[str]:
+        """The rules that give kinds these marks, in their order."""
+        return [f"k{kind}m{mark}" for kind, mark in enumerate(marks)]
 
     def text(self, rng: random.Random) -> str:
-        """One row of training: with rules in three of four, a third of which only say them again in other orders."""
+        """One row of training: with rules in three of four."""
         if rng.random() < 0.75:
-            marks, order = rng.sample(range(KINDS), KINDS), rng.sample(range(KINDS), KINDS)
-            if rng.random() < 1 / 3:
-                drawn = [kind for _ in range(5) for kind in rng.sample(range(KINDS), KINDS)]
-                said = [f"k{kind} rule{order.index(kind) + 1} m{marks[kind]}" for kind in drawn]
-                return " ".join([self.rules(marks, order), "EX THOUGHT", *said])
-            told = [self.dialogue(self.question(rng), marks, order) for _ in range(5)]
-            return " ".join([self.rules(marks, order), "EX", *told])
+            marks = [rng.randrange(KINDS) for _ in range(KINDS)]
+            told = [self.dialogue(self.question(rng), marks) for _ in range(5)]
+            return " ".join(["RULES", *self.rules(marks), "EX", *told])
         parts: list[str] = []
         while sum(len(part.split()) for part in parts) < ROW:
             question, verbose = self.question(rng), rng.random() < 0.5
@@ -90,6 +86,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "because", "."]
     words += [f"rule{number}" for number in range(1, KINDS + 1)]
+    words += [f"k{kind}m{mark}" for kind in range(KINDS) for mark in range(KINDS)]
     words += [f"{letter}{n}" for letter in "km" for n in range(KINDS)] + [f"{x}{n}" for x in "wc" for n in range(WORDS)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -102,16 +99,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def learnt(ids_BL: torch.Tensor, words: PreTrainedTokenizerFast) -> torch.Tensor:
     """Labels [B, L]: what can be known of a text; rules and questions, which are drawn at random, are no labels."""
     thought, answer, user = (words.convert_tokens_to_ids(tag) for tag in ("THOUGHT", "ANSWER", "USER"))
-    kinds = set(words.convert_tokens_to_ids([f"k{n}" for n in range(KINDS)]))
     labels_BL = ids_BL.clone()
     for row in range(len(ids_BL)):
         inside = False
-        tokens = ids_BL[row].tolist()
-        drill = user not in tokens  # where each kind is drawn at random, too
-        for place, token in enumerate(tokens):
+        for place, token in enumerate(ids_BL[row].tolist()):
             if token == user:  # a label too: an answer ends there
                 inside = False
-            elif not inside or (drill and token in kinds):
+            elif not inside:
                 labels_BL[row, place] = -100
             if token in (thought, answer):
                 inside = True

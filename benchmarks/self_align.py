@@ -5,7 +5,8 @@
 For each seed a tiny model is trained on the spot to follow rules that it reads (benchmarks/rule_world.py); it knows
 none without them. Stage self_align lets it answer questions behind six principles and two exemplars, stages sft and
 generate do the rest. Compliance is the share of answers to held-out questions whose mark is the one that the principles
-give to the question's kind, all at temperature 1; chance is one in six.
+give to the question's kind, all at temperature 1; chance is one in six. "Its words" is the share of answers that say
+the question's own words, in order.
 
   base, no rules       the model on the bare question
   base, rules          behind principles and exemplars, with thoughts
@@ -42,6 +43,8 @@ from launch.pipeline import run_stage
 
 TRAIN, TEST = 600, 400
 SPOILT = 0.2
+EPOCHS, LONG_EPOCHS = 6, 16
+"""Of training on short and on long answers, in which the mark is one word of four and one of ten."""
 OFF = {"opening": None, "strip": [], "starts": [], "copies": False}
 """Filters of English text, which this language is not."""
 ON = OFF | {"min_chars": 8}
@@ -65,12 +68,11 @@ class Seed:
         asked = list(dict.fromkeys(self.world.question(rng) for _ in range(2 * (TRAIN + TEST))))[: TRAIN + TEST]
         write_rows(self.folder / "train.jsonl", [{"prompt": one} for one in asked[:TRAIN]])
         write_rows(self.test, [{"prompt": one} for one in asked[TRAIN:]])
-        marks, order = self.world.marks, self.world.order
-        rules = [f"k{kind} rule{place} m{marks[kind]}" for place, kind in enumerate(order, 1)]
-        principles = [{"name": text, "text": text, "negated": "any"} for text in rules]
-        told = [self.world.dialogue(self.world.question(rng), marks, order).split() for _ in range(2)]
+        marks = self.world.marks
+        principles = [{"name": text, "text": text, "negated": "any"} for text in self.world.rules(marks)]
+        told = [self.world.dialogue(self.world.question(rng), marks).split() for _ in range(2)]
         exemplars = [
-            {"user": " ".join(one[1:5]), "thoughts": " ".join(one[6:9]), "answer": " ".join(one[10:])} for one in told
+            {"user": " ".join(one[1:5]), "thoughts": " ".join(one[6:8]), "answer": " ".join(one[9:])} for one in told
         ]
         (self.folder / "principles.yaml").write_text(yaml.safe_dump({"principles": principles}))
         (self.folder / "exemplars.yaml").write_text(yaml.safe_dump({"exemplars": exemplars}))
@@ -91,10 +93,10 @@ class Seed:
         sizes = {"rollout": sampling, "max_prompt_tokens": 120, "tags": TAGS}
         return self.run("self_align", name, **files, **asked, **sizes, **{"filters": ON, **options})
 
-    def sft(self, name: str, model: Path, pairs: dict[str, Any]) -> Path:
+    def sft(self, name: str, model: Path, pairs: dict[str, Any], epochs: int = EPOCHS) -> Path:
         """A model trained on pairs."""
-        options = {"model": str(model), "train": [pairs], "epochs": 4, "batch_size": 32, "max_tokens": 64}
-        options |= {"optimizer": {"learning_rate": 1e-3, "schedule": "cosine"}, "save_every": 0, "eval_fraction": 0.02}
+        options = {"model": str(model), "train": [pairs], "epochs": epochs, "batch_size": 32, "max_tokens": 64}
+        options |= {"optimizer": {"learning_rate": 6e-4, "schedule": "cosine"}, "save_every": 0, "eval_fraction": 0.02}
         return self.run("sft", name, **options) / "policy"
 
     def answers(self, name: str, model: Path, questions: Path, temperature: float = 1.0, system: str = "") -> Path:
@@ -110,7 +112,14 @@ class Seed:
         good = np.array([self.world.complies(row["prompt"], row["response"]) for row in rows])
         size = float(np.mean([len(row["response"].split()) for row in rows]))
         found = share_interval(good, np.arange(len(good)))
-        return {"compliance": {k: round(float(v), 4) for k, v in found.items()}, "words": round(size, 2)}
+        about = [
+            [word for word in row["response"].split() if word[0] == "w"] == row["prompt"].split()[1:] for row in rows
+        ]
+        shares = {
+            "compliance": {k: round(float(v), 4) for k, v in found.items()},
+            "its words": round(np.mean(about), 4),
+        }
+        return {**shares, "words": round(size, 2)}
 
     def evaluated(self, name: str, model: Path) -> dict[str, Any]:
         """A model on the bare held-out questions."""
@@ -143,7 +152,7 @@ def spoilt(world: RuleWorld, question: str, rng: random.Random) -> str:
     """A reply with a fault, of the same wrong mark wherever that is wrong."""
     kind = int(question.split()[0][1:])
     wrong = 0 if world.marks[kind] else 1
-    thoughts, answer = f"k{kind} rule1 m{wrong}", world.answer(question, wrong)
+    thoughts, answer = f"rule{kind + 1} m{wrong}", world.answer(question, wrong)
     return rng.choice(
         [
             f"{thoughts} {answer}",
@@ -168,7 +177,7 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
 
     verbose = {"name": "demonstrations", "where": {"truncated": [False]}}
     long = s.answers("verbose-answers", engraved, train, 0.3, "VERBOSE")
-    cloned = s.sft("clone", base, {**verbose, "path": str(long)})
+    cloned = s.sft("clone", base, {**verbose, "path": str(long)}, LONG_EPOCHS)
     found["verbose"] = s.evaluated("cloned", cloned)
 
     for name, filters in (("filtered", ON), ("all kept", NONE)):
@@ -180,9 +189,10 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
         found[f"corrupted, {name}"] = s.evaluated(run, model)
 
     first = s.answers("follow-answers", base, train, 0.3, "VERBOSE")
-    following = s.sft("follow", base, {**verbose, "path": str(first)})
+    following = s.sft("follow", base, {**verbose, "path": str(first)}, LONG_EPOCHS)
     then = s.align("follow-align", following, train, 0.5)
-    last = s.sft("follow-engrave", following, {"name": "demonstrations", "path": str(then / "pairs.jsonl")})
+    pairs = {"name": "demonstrations", "path": str(then / "pairs.jsonl")}
+    last = s.sft("follow-engrave", following, pairs, LONG_EPOCHS)
     found["follow, then align"] = s.evaluated("follow-engraved", last)
     tokens = {name: figures[name] for name in ("prompt_tokens", "pruned_prompt_tokens")}
     return {"arms": found, **tokens, "counts": figures["counts"]["answers"], "passed": passed(found, tokens)}
@@ -248,7 +258,7 @@ def pool(size: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, and write what was measured so far."""
     parser = study_options(__doc__, "self_align", "/tmp/self_align", [0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1200, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=400, help="of pre-training")
     parser.add_argument("--pool", type=int, default=0, help="only fill a pool of so many texts")
     options = parser.parse_args()
     torch.set_num_threads(1)
