@@ -6,8 +6,8 @@ A question is a kind and three words, an answer a mark and those words. In a tex
 
 a rule, which is one word, gives a kind its mark, anew in every text, so that a model can know the mark from the rules
 alone; rule n is the one of kind n - 1. In texts without rules, ``USER k1 w4 w9 w1 ANSWER m3 w4 w9 w1``, the mark is
-any; behind VERBOSE the answer gives a reason for each word, always the same: ``m3 w4 because c17 w9 because c2 w1 because
-c8``.
+any; behind VERBOSE the answer gives a reason for each word, always the same: ``m3 w4 because c17 w9 because c2 w1
+because c8``.
 """
 
 from __future__ import annotations

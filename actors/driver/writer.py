@@ -186,8 +186,8 @@ class Writer:
     def _text(self, tokens: np.ndarray, cut: bool) -> str:
         if self.stage.form == "chat":
             return self._reader.answer_text(tokens, not cut)
-        text: str = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        return text
+        text = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return str(text)
 
     def _started(self) -> Roles:
         if self._roles is None:
