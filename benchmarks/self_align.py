@@ -264,7 +264,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
     figures = {name: figures.get(name, {}) for name in ("seeds", "rouge_pool")}
-    command = "python benchmarks/self_align.py --seeds 0 1 2; python benchmarks/self_align.py --pool 300000"
+    command = "python benchmarks/self_align.py --seeds 0 1 2; python benchmarks/self_align.py --pool 20000"
     if options.pool:
         figures["rouge_pool"] = pool(options.pool)
         write(options.out, command, figures)
