@@ -102,6 +102,12 @@ class SamplingConfig(Strict):
     kv_cache_gib: float = option("KV cache of a generator on a CPU.", 1.0, gt=0)
 
 
+class TextSamplingConfig(SamplingConfig):
+    """Sampling of texts whose log-probs nobody trains on."""
+
+    top_p: float = option("Sample from the likeliest tokens of this share alone; 1 for all.", 1.0, gt=0, le=1)
+
+
 class RolloutConfig(SamplingConfig):
     """Generation of what is trained on."""
 

@@ -13,7 +13,14 @@ from actors.machine.ranks import TrainingRank
 from actors.roles.environment import EnvironmentSpec
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from actors.roles.scorer import ScorerBase
-from beaver_ray.config import GPU_SHARE, ClusterConfig, PolicyConfig, RunConfig, SamplingConfig
+from beaver_ray.config import (
+    GPU_SHARE,
+    ClusterConfig,
+    PolicyConfig,
+    RunConfig,
+    SamplingConfig,
+    TextSamplingConfig,
+)
 from beaver_ray.environments import check_environment, environment_code
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
@@ -157,6 +164,7 @@ def sampling_spec(
         max_new_tokens=sampling.max_new_tokens,
         max_sequences=sampling.max_sequences,
         temperature=sampling.temperature,
+        top_p=sampling.top_p if isinstance(sampling, TextSamplingConfig) else 1.0,
         seed=config.seed,
         eos_token_ids=read_eos_token_ids(policy, trust_remote_code, template),
         tensor_parallel_size=max(1, int(gpus)),

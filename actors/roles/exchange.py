@@ -42,6 +42,15 @@ class Exchange:
     """It answers after so many seconds at the latest, finished or not; None for no such limit."""
 
 
+@dataclass
+class PromptTokens:
+    """Tokens of prompts that a generator has read since it was started."""
+
+    read: int = 0
+    cached: int = 0
+    """Of these, those whose keys and values were there already, so that nothing was computed for them."""
+
+
 class Generator(Protocol):
     """What the scheduler asks of a generator, whatever engine it runs."""
 
@@ -51,6 +60,10 @@ class Generator(Protocol):
 
     def update_weights(self, weights: PublishedWeights) -> dict[str, Any]:
         """Load a version now."""
+        ...
+
+    def prompt_tokens(self) -> PromptTokens:
+        """What it has read so far, of finished answers."""
         ...
 
 

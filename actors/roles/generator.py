@@ -38,6 +38,7 @@ from actors.roles.exchange import (
     Exchange,
     InFlight,
     Prompt,
+    PromptTokens,
     check_prompts,
     exchange_result,
     sample_seed,
@@ -66,6 +67,8 @@ class GeneratorSpec:
     """Sequences in flight at a time."""
     temperature: float = 1.0
     """0 is greedy; log-probs are then those at temperature 1."""
+    top_p: float = 1.0
+    """Only the likeliest tokens are sampled, the fewest that have this share; log-probs are those among them."""
     seed: int = 0
     in_flight: Literal["recompute", "keep", "finish"] = "recompute"
     """What new weights do to sequences under way: compute their KV cache anew, keep it, or wait for their end."""
@@ -162,6 +165,7 @@ class VllmGenerator:
     def __init__(self, spec: GeneratorSpec, weights: PublishedWeights | None = None) -> None:
         self.spec = spec
         self.version = spec.version
+        self._prompt_tokens = PromptTokens()
         self._in_flight: dict[int, InFlight] = {}
         self._held: list[Prompt] = []  # prompts that wait for newer weights
         self._queue: list[InFlight] = []  # those of dialogues that wait for a place
@@ -238,6 +242,10 @@ class VllmGenerator:
         seconds = time.perf_counter() - started
         self._load_s += seconds
         return {"version": self.version, "seconds": seconds, "bytes": weights.layout.total_bytes}
+
+    def prompt_tokens(self) -> PromptTokens:
+        """What it has read so far, of finished answers; vLLM says of each how much its prefix cache had."""
+        return self._prompt_tokens
 
     def read(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Only try whether these weights can be had here; raises what `checked_buckets` raises."""
@@ -319,6 +327,7 @@ class VllmGenerator:
         spec, sample_id = self.spec, flight.prompt.sample_id
         params = SamplingParams(
             temperature=spec.temperature,
+            top_p=spec.top_p,
             max_tokens=spec.longest_response(flight.prompt) - len(flight.tokens),
             seed=sample_seed(spec.seed, sample_id, len(flight.turns)) if self._seeded else None,
             stop_token_ids=list(self._eos),
@@ -347,6 +356,8 @@ class VllmGenerator:
         if len(logprobs) != len(tokens):
             raise RuntimeError(f"sample {sample_id}: {len(tokens)} tokens but {len(logprobs)} log-probs")
         flight = self._in_flight[sample_id]
+        self._prompt_tokens.read += len(flight.read)
+        self._prompt_tokens.cached += output.num_cached_tokens or 0
         flight.answered(tokens, logprobs)
         if self._environment and completion.finish_reason == "stop":
             self._environment.ask(flight)

@@ -18,6 +18,7 @@ from actors.roles.exchange import (
     Exchange,
     InFlight,
     Prompt,
+    PromptTokens,
     check_prompts,
     exchange_result,
     sample_seed,
@@ -42,6 +43,7 @@ class HFGenerator:
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._environment = spec.start_environment()
         self._waiting: dict[int, Prompt] = {}
+        self._prompt_tokens = PromptTokens()
         self._base: dict[str, torch.Tensor] = {}
         if weights is not None:
             self.update_weights(weights)
@@ -88,6 +90,10 @@ class HFGenerator:
         self.version = weights.version
         return {"version": self.version, "seconds": time.perf_counter() - started, "bytes": layout.total_bytes}
 
+    def prompt_tokens(self) -> PromptTokens:
+        """What it has read so far; nothing is kept from one batch to the next."""
+        return self._prompt_tokens
+
     def close(self) -> None:
         """Free the model; the generator cannot be used afterwards."""
         del self.model
@@ -121,6 +127,7 @@ class HFGenerator:
             turns = [(flight.prompt.sample_id, len(flight.turns)) for flight in flights]
             generators = [torch.Generator().manual_seed(sample_seed(self.spec.seed, *turn)) for turn in turns]
         read = [flight.read for flight in flights]
+        self._prompt_tokens.read += sum(map(len, read))
         limits = [self.spec.longest_response(flight.prompt) - len(flight.tokens) for flight in flights]
         longest = max(len(tokens) for tokens in read)
         ids_BL = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in read])
@@ -166,6 +173,8 @@ class HFGenerator:
         since cumulative sums on a GPU do not repeat.
         """
         logprobs_BV = (logits_BV / (self.spec.temperature or 1.0)).log_softmax(-1)
+        if self.spec.top_p < 1:
+            logprobs_BV = likeliest(logprobs_BV, self.spec.top_p)
         if self.spec.temperature == 0:
             tokens_B = logits_BV.argmax(-1)
         else:
@@ -176,3 +185,14 @@ class HFGenerator:
             tokens_B = tokens_B.to(self.device)
         chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
         return tokens_B.cpu(), chosen_B.cpu()
+
+
+def likeliest(logprobs_BV: torch.Tensor, share: float) -> torch.Tensor:
+    """Log-probs [B, V] among each row's fewest likeliest tokens that have this share together; -inf of the others.
+
+    Holtzman et al., The Curious Case of Neural Text Degeneration (2020): nucleus sampling.
+    """
+    ordered_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True)
+    before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
+    inside_BV = torch.zeros_like(logprobs_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV < share)
+    return logprobs_BV.masked_fill(~inside_BV, -torch.inf).log_softmax(-1)

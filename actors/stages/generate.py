@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.policy_stage import generator_role
-from beaver_ray.config import SamplingConfig
+from beaver_ray.config import TextSamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import option
@@ -48,8 +48,10 @@ class Generate(TemplatedStage):
     prompts: list[DataSpec] = option("Prompts (NAME[:PROPORTION[:PATH]], or a mapping).", min_length=1)
     max_prompt_tokens: int = option("Longer prompts are dropped, with a count.", 512, gt=0)
     answers: int = option("Answers of each model to each prompt.", 4, gt=0)
-    pairs: int = option("Pairs drawn from a prompt's answers, as far as there are different ones.", 2, gt=0)
-    rollout: SamplingConfig = option("Sampling.", default_factory=SamplingConfig)
+    pairs: int = option(
+        "Pairs drawn from a prompt's answers, as far as there are different ones; 0 for answers alone.", 2, ge=0
+    )
+    rollout: TextSamplingConfig = option("Sampling.", default_factory=TextSamplingConfig)
     template: TemplateOptions = option(
         "How a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
     )
@@ -57,8 +59,10 @@ class Generate(TemplatedStage):
 
     @model_validator(mode="after")
     def _makes_pairs(self) -> Generate:
-        if self.answers * len(self.models) < 2:
-            raise ValueError("one answer to a prompt is no pair; raise answers to 2 at least, or name a second policy")
+        if self.pairs and self.answers * len(self.models) < 2:
+            raise ValueError(
+                "one answer to a prompt is no pair; raise answers to 2 at least, name a second policy, or set pairs: 0"
+            )
         return self
 
     @property
@@ -107,13 +111,14 @@ class Generate(TemplatedStage):
         pairs, left_out = draw_pairs(rows, self.pairs, self.seed)
         counts = {"answers": len(rows), "pairs": len(pairs), **left_out}
         run.note(", ".join(f"{count} {what}" for what, count in counts.items()))
-        if not pairs:
+        if self.pairs and not pairs:
             raise UserError(
                 f"no prompt has two different whole answers ({dict(left_out)}); raise rollout.max_new_tokens"
             )
         folder = run.folder / "final.part"
         write_rows(folder / "answers.jsonl", rows)
-        write_rows(folder / "pairs.jsonl", pairs)
+        if pairs:
+            write_rows(folder / "pairs.jsonl", pairs)
         write_stage_manifest(self, folder, counts)
 
     def _answers_of(
@@ -197,13 +202,18 @@ class Generate(TemplatedStage):
         about = {name: sample.fields[name] for name in CATEGORIES if sample.fields.get(name) is not None}
         return {"prompt": sample.input} | ({"system": sample.system} if sample.system else {}) | about
 
+    @property
+    def _nucleus(self) -> list[float]:
+        """top_p where it changes anything; without it, blocks of answers have the names that they always had."""
+        return [self.rollout.top_p] if self.rollout.top_p < 1 else []
+
     def _key(self, policy: str, prompts: PromptDataset) -> str:
         """Equal where answers that an earlier start has left are those that this one would give."""
         from beaver_ray.manifest import json_line
         from beaver_ray.models.folders import fingerprint
 
         part = self.model_dump(mode="json", include={"answers", "template", "seed", "debug"})
-        part |= {"rollout": [self.rollout.max_new_tokens, self.rollout.temperature]}
+        part |= {"rollout": [self.rollout.max_new_tokens, self.rollout.temperature, *self._nucleus]}
         digest = hashlib.blake2b((fingerprint(policy, self.engine.dtype) + json.dumps(part)).encode(), digest_size=8)
         for sample in prompts.samples:  # and not the name of their file, which may hold others by now
             digest.update(json_line(self._asked(sample)).encode())
@@ -222,8 +232,8 @@ class Generate(TemplatedStage):
 
     def headlines(self) -> list[str]:
         """Where the pairs are."""
-        pairs = self.folder / "final" / "pairs.jsonl"
-        return [f"pairs: {pairs}"] if pairs.is_file() else []
+        made = self.folder / "final" / ("pairs.jsonl" if self.pairs else "answers.jsonl")
+        return [f"{made.stem}: {made}"] if made.is_file() else []
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
         """Lengths and what is of no use, block by block."""

@@ -21,14 +21,14 @@ MOST_COMPARED = 8
 """Texts of one band that a new one is compared with; more would take time that grows with the square of the rows."""
 
 # Words of letters and digits; of scripts without spaces every character is one.
-_WORDS = re.compile(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]")
+WORDS = re.compile(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]")
 _RANDOM = np.random.default_rng(0).integers(0, 2**63, (2, BANDS * IN_A_BAND), dtype=np.uint64)
 _FACTORS_H, _OFFSETS_H = _RANDOM[0] | np.uint64(1), _RANDOM[1]
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
     """A number for each distinct run of three words, sorted; case and punctuation do not count."""
-    words = np.array([zlib.crc32(word.encode()) for word in _WORDS.findall(text.lower())], dtype=np.uint64)
+    words = np.array([zlib.crc32(word.encode()) for word in WORDS.findall(text.lower())], dtype=np.uint64)
     if len(words) < SHINGLE:
         words = np.append(words, np.zeros(SHINGLE - len(words), dtype=np.uint64))
     count = len(words) - SHINGLE + 1

@@ -110,6 +110,19 @@ def test_a_sample_does_not_depend_on_its_batch(generator: Generator) -> None:
     assert len({tuple(row["response_tokens"]) for row in answers.values()}) > 1
 
 
+def test_prompt_tokens_of_the_cache_are_told_apart(generator: Generator) -> None:
+    """The same 140 tokens in front of four prompts, one after the other: vLLM's cache has blocks of 128 on a CPU."""
+    shared = make_prompts(1, seed=9, lengths=(140, 141)).column("prompt_tokens").to_pylist()[0]
+    before = replace(generator.prompt_tokens())
+    for number in range(4):
+        row = {"sample_id": 700 + number, "prompt_id": 0, "prompt_tokens": [*shared, 5 + number]}
+        drain(generator, pa.RecordBatch.from_pylist([row], schema=PROMPT_SCHEMA))
+    after = generator.prompt_tokens()
+    assert after.read - before.read == 4 * (len(shared) + 1)
+    cached = after.cached - before.cached
+    assert cached == 0 if isinstance(generator, HFGenerator) else 3 * 128 <= cached <= 3 * len(shared)
+
+
 def test_a_prompt_that_cannot_be_generated_from_is_refused(generator: Generator) -> None:
     rows = [
         {"sample_id": 1, "prompt_id": 1, "prompt_tokens": [5]},

@@ -1,0 +1,281 @@
+"""Self-alignment in a language of rules: engraving, verbose cloning, the worth of filters, and the order of both steps.
+
+    python benchmarks/self_align.py --seeds 0 1 2
+
+For each seed a tiny model is trained on the spot to follow rules that it reads (benchmarks/rule_world.py); it knows
+none without them. Stage self_align lets it answer questions behind six principles and two exemplars, stages sft and
+generate do the rest. Compliance is the share of answers to held-out questions whose mark is the one that the principles
+give to the question's kind, all at temperature 1; chance is one in six. "Its words" is the share of answers that say
+the question's own words, in order.
+
+  base, no rules       the model on the bare question
+  base, rules          behind principles and exemplars, with thoughts
+  engraved             the base model trained on kept pairs, on the bare question
+  verbose              the base model trained on what the engraved model answers behind VERBOSE, on the bare question
+  corrupted, filtered  engraved, where a fifth of the replies was spoilt before the filters: no answer's tag, too short,
+                       a clause twice, or well-formed with a wrong mark, which no filter can see
+  corrupted, all kept  the same without filters
+  follow, then align   verbose answers first, without rules; the model trained on these then answers behind the rules
+
+Rows that are there already are not measured again; --pool N measures the index of ROUGE-L alone, on N made-up texts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from common import study_options, write
+from rule_world import KINDS, RuleWorld, pretrain, tokenizer
+
+from actors.stages import stages
+from beaver_ray.evaluation import share_interval
+from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.self_align.rouge import RougePool, rouge_l, words
+from launch.pipeline import run_stage
+
+TRAIN, TEST = 600, 400
+SPOILT = 0.2
+EPOCHS, LONG_EPOCHS = 6, 16
+"""Of training on short and on long answers, in which the mark is one word of four and one of ten."""
+OFF = {"opening": None, "strip": [], "starts": [], "copies": False}
+"""Filters of English text, which this language is not."""
+ON = OFF | {"min_chars": 8}
+NONE = OFF | {"needs_answer": False, "allow_cut": True, "min_chars": 0, "repeats": False}
+TAGS = {"user": "USER", "thoughts": "THOUGHT", "answer": "ANSWER"}
+
+
+class Seed:
+    """The stages of one seed."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed, self.world = folder, seed, RuleWorld(seed)
+        self.test = folder / "test.jsonl"
+
+    def prepare(self, steps: int) -> None:
+        """Base model, questions, principles, exemplars, context."""
+        if not (self.folder / "base" / "config.json").is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pretrain(self.world, self.folder / "base", steps)
+        rng = random.Random(f"questions/{self.seed}")
+        asked = list(dict.fromkeys(self.world.question(rng) for _ in range(2 * (TRAIN + TEST))))[: TRAIN + TEST]
+        write_rows(self.folder / "train.jsonl", [{"prompt": one} for one in asked[:TRAIN]])
+        write_rows(self.test, [{"prompt": one} for one in asked[TRAIN:]])
+        marks = self.world.marks
+        principles = [{"name": text, "text": text, "negated": "any"} for text in self.world.rules(marks)]
+        told = [self.world.dialogue(self.world.question(rng), marks).split() for _ in range(2)]
+        exemplars = [
+            {"user": " ".join(one[1:5]), "thoughts": " ".join(one[6:8]), "answer": " ".join(one[9:])} for one in told
+        ]
+        (self.folder / "principles.yaml").write_text(yaml.safe_dump({"principles": principles}))
+        (self.folder / "exemplars.yaml").write_text(yaml.safe_dump({"exemplars": exemplars}))
+        (self.folder / "context.j2").write_text("RULES {% for one in principles %}{{ one.text }} {% endfor %}EX")
+
+    def run(self, stage: str, name: str, **options: Any) -> Path:
+        """The final folder of a stage, which is run where it is not there."""
+        common = {"stage": stage, "workspace": str(self.folder), "name": name, "seed": self.seed, "debug": True}
+        if not (self.folder / name / "final").is_dir():
+            run_stage(stages()[stage].model_validate(common | options))
+        return self.folder / name / "final"
+
+    def align(self, name: str, model: Path, questions: Path, temperature: float, **options: Any) -> Path:
+        """Answers behind the rules."""
+        files = {part: str(self.folder / f"{part}.yaml") for part in ("principles", "exemplars")}
+        asked = {"model": str(model), "prompts": [f"prompts:1:{questions}"], "context": str(self.folder / "context.j2")}
+        sampling = {"max_new_tokens": 20, "max_sequences": 256, "temperature": temperature}
+        sizes = {"rollout": sampling, "max_prompt_tokens": 120, "tags": TAGS}
+        return self.run("self_align", name, **files, **asked, **sizes, **{"filters": ON, **options})
+
+    def sft(self, name: str, model: Path, pairs: dict[str, Any], epochs: int = EPOCHS) -> Path:
+        """A model trained on pairs."""
+        options = {"model": str(model), "train": [pairs], "epochs": epochs, "batch_size": 32, "max_tokens": 64}
+        options |= {"optimizer": {"learning_rate": 6e-4, "schedule": "cosine"}, "save_every": 0, "eval_fraction": 0.02}
+        return self.run("sft", name, **options) / "policy"
+
+    def answers(self, name: str, model: Path, questions: Path, temperature: float = 1.0, system: str = "") -> Path:
+        """Answers to bare questions."""
+        template = {"style": "chat", "system": system} if system else "chat"
+        options = {"policies": [str(model)], "prompts": [f"prompts:1:{questions}"], "answers": 1, "pairs": 0}
+        sampling = {"max_new_tokens": 24, "max_sequences": 256, "temperature": temperature}
+        sizes = {"rollout": sampling, "max_prompt_tokens": 32, "template": template}
+        return self.run("generate", name, **options, **sizes) / "answers.jsonl"
+
+    def measured(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Compliance with its 95 % interval, and the mean number of words of an answer."""
+        good = np.array([self.world.complies(row["prompt"], row["response"]) for row in rows])
+        size = float(np.mean([len(row["response"].split()) for row in rows]))
+        found = share_interval(good, np.arange(len(good)))
+        about = [
+            [word for word in row["response"].split() if word[0] == "w"] == row["prompt"].split()[1:] for row in rows
+        ]
+        shares = {
+            "compliance": {k: round(float(v), 4) for k, v in found.items()},
+            "its words": round(np.mean(about), 4),
+        }
+        return {**shares, "words": round(size, 2)}
+
+    def evaluated(self, name: str, model: Path) -> dict[str, Any]:
+        """A model on the bare held-out questions."""
+        return self.measured(read_rows(self.answers(f"{name}-test", model, self.test)))
+
+    def behind_rules(self, name: str, model: Path) -> dict[str, Any]:
+        """A model on the held-out questions behind the rules, with no filter: whatever it says counts."""
+        final = self.align(f"{name}-test", model, self.test, 1.0, filters=NONE | {"needs_answer": True})
+        rows = read_rows(final / "pairs.jsonl")
+        lost = [{"prompt": row["prompt"], "response": "-"} for row in read_rows(final.parent / "left_out.jsonl")]
+        return self.measured(rows + lost)
+
+
+def spoil(stage: Seed, source: Path, name: str) -> None:
+    """A run of self_align with the replies of another, a fifth of them spoilt, as a start that goes on finds them."""
+    rng = random.Random(f"spoilt/{stage.seed}")
+    target = stage.folder / name / "replies"
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.mkdir(parents=True)
+    asked = [row["prompt"] for row in read_rows(stage.folder / "train.jsonl")]
+    for file in sorted((source.parent / "replies").iterdir()):
+        start, (sizes, *said) = int(file.name.split("-")[0]), read_rows(file)
+        for place, one in enumerate(said):
+            if rng.random() < SPOILT:
+                one |= {"text": spoilt(stage.world, asked[start + place], rng), "cut": False}
+        write_rows(target / file.name, [sizes, *said])
+
+
+def spoilt(world: RuleWorld, question: str, rng: random.Random) -> str:
+    """A reply with a fault, of the same wrong mark wherever that is wrong."""
+    kind = int(question.split()[0][1:])
+    wrong = 0 if world.marks[kind] else 1
+    thoughts, answer = f"rule{kind + 1} m{wrong}", world.answer(question, wrong)
+    return rng.choice(
+        [
+            f"{thoughts} {answer}",
+            f"{thoughts} ANSWER m{wrong}",
+            f"{thoughts} ANSWER {answer} . {answer}",
+            f"{thoughts} ANSWER {answer}",
+        ]
+    )
+
+
+def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
+    """All arms of a seed."""
+    s = Seed(folder / f"seed{seed}", seed)
+    s.prepare(steps)
+    base, train = s.folder / "base", s.folder / "train.jsonl"
+    found = {"base, no rules": s.evaluated("base", base), "base, rules": s.behind_rules("base-rules", base)}
+    aligned = s.align("align", base, train, 0.5)
+    figures = json.loads((aligned.parent / "self_align.json").read_text())
+    pairs = {"name": "demonstrations", "path": str(aligned / "pairs.jsonl")}
+    engraved = s.sft("engrave", base, pairs)
+    found["engraved"] = s.evaluated("engraved", engraved)
+
+    verbose = {"name": "demonstrations", "where": {"truncated": [False]}}
+    long = s.answers("verbose-answers", engraved, train, 0.3, "VERBOSE")
+    cloned = s.sft("clone", base, {**verbose, "path": str(long)}, LONG_EPOCHS)
+    found["verbose"] = s.evaluated("cloned", cloned)
+
+    for name, filters in (("filtered", ON), ("all kept", NONE)):
+        run = f"spoilt-{name.replace(' ', '-')}"
+        if not (s.folder / run / "final").is_dir():
+            spoil(s, aligned, run)
+        kept = s.align(run, base, train, 0.5, filters=filters, resume=True)
+        model = s.sft(f"{run}-sft", base, {"name": "demonstrations", "path": str(kept / "pairs.jsonl")})
+        found[f"corrupted, {name}"] = s.evaluated(run, model)
+
+    first = s.answers("follow-answers", base, train, 0.3, "VERBOSE")
+    following = s.sft("follow", base, {**verbose, "path": str(first)}, LONG_EPOCHS)
+    then = s.align("follow-align", following, train, 0.5)
+    pairs = {"name": "demonstrations", "path": str(then / "pairs.jsonl")}
+    last = s.sft("follow-engrave", following, pairs, LONG_EPOCHS)
+    found["follow, then align"] = s.evaluated("follow-engraved", last)
+    tokens = {name: figures[name] for name in ("prompt_tokens", "pruned_prompt_tokens")}
+    return {"arms": found, **tokens, "counts": figures["counts"]["answers"], "passed": passed(found, tokens)}
+
+
+def passed(arms: dict[str, Any], tokens: dict[str, float]) -> dict[str, bool]:
+    """Which marks are reached."""
+
+    def share(name: str) -> float:
+        return 100 * float(arms[name]["compliance"]["mean"])
+
+    return {
+        "engraved >= base with rules - 5 points": share("engraved") >= share("base, rules") - 5,
+        "engraved >= base without rules + 30 points": share("engraved") >= share("base, no rules") + 30,
+        "prompt tokens fall 5 times": tokens["prompt_tokens"] >= 5 * tokens["pruned_prompt_tokens"],
+        "verbose answers 1.5 times as long": arms["verbose"]["words"] >= 1.5 * arms["engraved"]["words"],
+        "verbose compliance within 3 points": share("verbose") >= share("engraved") - 3,
+        "without filters compliance is lower": share("corrupted, all kept") < share("corrupted, filtered"),
+    }
+
+
+def pool(size: int) -> dict[str, Any]:
+    """Filling a pool of made-up texts: 6 to 24 words whose frequencies are 1 / rank, a fifth of them near copies."""
+    rng = np.random.default_rng(0)
+    vocabulary = 20_000
+    chances = 1 / np.arange(1, vocabulary + 1)
+    drawn = rng.choice(vocabulary, size=24 * size, p=chances / chances.sum()).reshape(size, 24)
+    lengths = rng.integers(6, 25, size)
+    texts: list[str] = []
+    index = RougePool(0.7)
+    began = time.perf_counter()
+    marks, rejected = [], 0
+    for number in range(size):
+        own = [f"v{word}" for word in drawn[number, : lengths[number]]]
+        if texts and rng.random() < 0.2:
+            own = texts[int(rng.integers(len(texts)))].split()
+            own[int(rng.integers(len(own)))] = f"v{drawn[number, 0]}"
+        text = " ".join(own)
+        if index.find(text) is None:
+            index.add(text)
+            texts.append(text)
+        else:
+            rejected += 1
+        if number + 1 in (size // 8, size // 4, size // 2, size):
+            seconds = round(time.perf_counter() - began, 1)
+            marks.append({"offered": number + 1, "kept": len(index), "seconds": seconds})
+    others = [words(text) for text in texts[:2000]]
+    asked = words(texts[-1])
+    began = time.perf_counter()
+    for other in others:
+        rouge_l(asked, other)
+    each = (time.perf_counter() - began) / len(others)
+    return {
+        "texts": size,
+        "rejected": rejected,
+        "compared_each": round(index.compared / size, 2),
+        "filled": marks,
+        "brute_force_microseconds_a_comparison": round(1e6 * each, 1),
+        "brute_force_hours_extrapolated": round(each * size * size / 2 / 3600, 1),
+    }
+
+
+def main() -> None:
+    """Measure, and write what was measured so far."""
+    parser = study_options(__doc__, "self_align", "/tmp/self_align", [0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="of pre-training")
+    parser.add_argument("--pool", type=int, default=0, help="only fill a pool of so many texts")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    figures = {name: figures.get(name, {}) for name in ("seeds", "rouge_pool")}
+    command = "python benchmarks/self_align.py --seeds 0 1 2; python benchmarks/self_align.py --pool 20000"
+    if options.pool:
+        figures["rouge_pool"] = pool(options.pool)
+        write(options.out, command, figures)
+        return
+    figures["tokens"] = len(tokenizer())
+    figures["chance"] = round(1 / KINDS, 4)
+    for seed in options.seeds:
+        figures["seeds"][str(seed)] = one_seed(options.workspace, seed, options.steps)
+        write(options.out, command, figures)
+        print(json.dumps(figures["seeds"][str(seed)], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Stages self_instruct and self_align in one process, by a service that is told what to say and by a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.driver.train import train
+from actors.roles.hf_generator import likeliest
+from actors.stages.generate import Generate
+from actors.stages.self_align import SelfAlign
+from actors.stages.self_instruct import SelfInstruct
+from beaver_ray.data.mixing import load_mix
+from beaver_ray.errors import UserError
+from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.report.page import write_report
+from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.self_align.principles import read_principles
+from tests.actors.judging_service import judging
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def spelled(number: int) -> str:
+    """A number by its digits: words of which two numbers share few."""
+    return " ".join(NUMBERS[int(digit)] for digit in str(number))
+
+
+def self_instruct(tmp_path: Path, **options: Any) -> SelfInstruct:
+    common = {"stage": "self_instruct", "workspace": str(tmp_path), "name": "instruct", "debug": True}
+    return SelfInstruct.model_validate(common | options)
+
+
+def self_align(tmp_path: Path, **options: Any) -> SelfAlign:
+    common = {"stage": "self_align", "workspace": str(tmp_path), "name": "align", "debug": True}
+    return SelfAlign.model_validate(common | options)
+
+
+def test_instructions_by_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sorts of requests; each reply has a known fault or two, which the counts show."""
+    asked = 0
+
+    def says(text: str) -> str:
+        nonlocal asked
+        asked += 1
+        if text.startswith("Answer with the one word"):
+            return "ready"
+        if "topics for such questions" in text:
+            first = int(re.findall(r"^(\d+)\.", text, re.MULTILINE)[-1])
+            return f" Alpha {asked}\n{first + 1}. beta\n{first + 2}. Gamma {asked}\n{first + 3}. A b c d\nThat is all"
+        if "Open topics" in text:
+            first = int(re.findall(r"^### Question (\d+)", text, re.MULTILINE)[-1])
+            return (
+                f" Who {spelled(asked * 7919)} now?\n### Question {first + 1}\nQuestion: Hm?\n### Question {first + 9}"
+            )
+        first = int(re.findall(r"^### Task (\d+)", text, re.MULTILINE)[-1])
+        return (
+            f" Say {spelled(asked * 104729)} aloud\nInput: None\n\n### Task {first + 1}\nInstruction: Draw my old cat"
+        )
+
+    types = [{"name": n, "about": "Hard.", "topic": n.title(), "question": f"{n}, really so?"} for n in ("law", "art")]
+    (tmp_path / "types.yaml").write_text(yaml.safe_dump({"types": types}))
+    with judging(says) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        model = {"address": service.url, "model": "m", "concurrency": 1}
+        options = {"vanilla": 6, "by_topic": 4, "topics": 3, "requests": 4, "most_rounds": 3, "hints": 2}
+        run = self_instruct(tmp_path, model=model, form="chat", types=str(tmp_path / "types.yaml"), **options)
+        final = train(run) / "final"
+    rows = read_rows(final / "instructions.jsonl")
+    assert [row["pool"] for row in rows] == ["vanilla"] * 6 + ["topic"] * 4
+    counts = json.loads((run.folder / "self_align.json").read_text())["counts"]
+    # Two rounds of four requests: after six are kept nothing more is taken.
+    assert counts["vanilla"] == {"written": 11, "kept": 6, "a word of the blacklist": 5}
+    # Both kinds have one topic and need two, which a reply brings; of each, the second request is the same text, and a
+    # service is asked that once.
+    left = {"no capital letter at its beginning": 4, "more than 3 words": 4, "a topic that is there": 4}
+    assert counts["topics"] == {"written": 16, "kept": 4, **left}
+    # Of the first round's four requests two were the same text; the second round's first brought what lacked.
+    left = {"fewer than 4 words": 4, "the very words of another": 1, "beyond the hints of a request": 8}
+    assert counts["topic"] == {"written": 9, "kept": 4, **left}
+    topics = read_rows(final / "topics.jsonl")
+    assert len(topics) == 6 and {row["category"] for row in topics} == {"law", "art"}
+    assert {(row["category"], row["topic"]) for row in rows[6:]} <= {(t["category"], t["topic"]) for t in topics}
+    assert [sample.fields["pool"] for sample in load_mix([f"prompts:1:{final}/instructions.jsonl"])[0]][6:] == [
+        "topic"
+    ] * 4
+    page = write_report(run, run.folder).read_text()
+    assert "177 lines" in page and "Kept: vanilla" in page
+    manifest = json.loads((final / "manifest.json").read_text())
+    assert manifest["files"]["instructions.jsonl"]["rows"] == 10 and str(tmp_path / "types.yaml") in manifest["parents"]
+
+
+def test_a_start_that_goes_on_comes_to_the_same_pool(tiny_world: Path, tmp_path: Path) -> None:
+    """The tiny model writes words at random; of its rounds one is lost, and is the same again."""
+    options: dict[str, Any] = {"model": str(tiny_world / "model"), "vanilla": 30, "by_topic": 6, "topics": 2}
+    options |= {"requests": 16, "most_rounds": 2, "tasks_asked": 3, "max_prompt_tokens": 440, "form": "chat"}
+    options |= {"rollout": {"max_new_tokens": 40, "max_sequences": 32, "top_p": 0.95}}
+    options |= {"filters": {"any_script": True}}
+    run = self_instruct(tmp_path, **options)
+    whole = train(run).joinpath("final", "instructions.jsonl").read_bytes()
+    files = {file.name: file.read_bytes() for file in (run.folder / "replies").iterdir()}
+    assert len(files) >= 4 and whole.count(b"\n") >= 8
+    # Started with fewer rounds, broken off, and gone on with: nothing that is there is asked again.
+    other = run.model_copy(update={"name": "other", "most_rounds": 1})
+    train(other)
+    (other.folder / "final").rename(other.folder / "not final")
+    written = {file: file.stat().st_mtime_ns for file in (other.folder / "replies").glob("vanilla*")}
+    again = run.model_copy(update={"name": "other", "resume": True})
+    assert train(again).joinpath("final", "instructions.jsonl").read_bytes() == whole
+    assert all(file.stat().st_mtime_ns == at for file, at in written.items()) and len(written) == 1
+    assert {file.name for file in (other.folder / "replies").iterdir()} >= set(files)
+
+
+def test_answers_by_principles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight questions of two pools, one answered as each filter has it; the shared text stands before every one."""
+    good = "Water boils sooner on a mountain because the air presses less on it there, so that its molecules leave the "
+    good += "surface at a lower temperature than they would at the level of the sea."
+    opening = "I think before I answer, as a helpful and honest assistant does."
+    answers = {
+        "q0": f"{opening} Facts (rule 8).\n### Assistant says\n{good}\n\n### User\nq9",
+        "q1": f"{opening} Steps (rules 8 and 13).\n### Assistant says\n{good}",
+        "q2": "As you like.",
+        "q3": f"{opening} (rule 1)\n### Assistant says\nNo.",
+        "q4": f"{opening} (rule 1)\n### Assistant says\nI'm sorry, {good}",
+        "q5": f"{opening} (rule 1)\n### Assistant says\n{good} {good}",
+        "q6": f"{opening} Not known (rule 9).\n### Assistant says\n{good}",
+    }
+
+    def says(text: str) -> str:
+        return "ready" if text.startswith("Answer with") else answers[text.splitlines()[-2]]
+
+    rows = [{"prompt": q, "pool": "topic" if q == "q6" else "vanilla", "category": "x"} for q in answers]
+    write_rows(tmp_path / "asked.jsonl", [*rows, {"prompt": ["a", "b", "c"]}])
+    with judging(says) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        model = {"address": service.url, "model": "m"}
+        given = {"prompts": [f"prompts:1:{tmp_path}/asked.jsonl"], "form": "chat"}
+        run = self_align(tmp_path, model=model, identity={"rows": 3, "maker": "us"}, assistant="Ada", **given)
+        final = train(run) / "final"
+    pairs = read_rows(final / "pairs.jsonl")
+    assert [row["prompt"] for row in pairs[:3]] == ["q0", "q1", "q6"] and len(pairs) == 6
+    assert pairs[0] == {"prompt": "q0", "response": good, "pool": "vanilla", "category": "x"}
+    assert all(row["pool"] == "identity" and "Ada" in row["response"] for row in pairs[3:])
+    assert [row["rules"] for row in read_rows(final / "thoughts.jsonl")] == [[8], [8, 13], [9]]
+    figures = json.loads((run.folder / "self_align.json").read_text())
+    assert figures["counts"]["answers"] == {
+        **{"written": 7, "kept": 3, "of several turns": 1, "thoughts begin otherwise": 1, "a clause twice": 1},
+        **{"fewer than 160 characters": 1, "begins as a bare apology": 1},
+    }
+    assert figures["rules"]["vanilla"]["knowledge recitation"] == 1 and figures["rules"]["topic"]["static"] == 1
+    assert figures["pools_apart"] == pytest.approx(1) and figures["annotation"]["all"] == 31
+    assert read_rows(run.folder / "left_out.jsonl")[0]["reason"] == "thoughts begin otherwise"
+    demonstrations, _ = load_mix([f"demonstrations:1:{final}/pairs.jsonl"])
+    assert [sample.answer for sample in demonstrations][:3] == [good] * 3
+    assert "3 kept of 7 replies" in capsys.readouterr().out
+    assert "Rules chosen: topic" in write_report(run, run.folder).read_text()
+
+
+def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
+    """No filter; then others, with the same replies. A prompt is rules and question, pruned it is the question."""
+    write_rows(tmp_path / "asked.jsonl", read_rows(tiny_world / "prompts" / "test.jsonl")[:6])
+    (tmp_path / "context.j2").write_text(
+        "{% for one in principles %}{{ one.name }} {% endfor %}{% if exemplars %}{% endif %}"
+    )
+    off = {"opening": None, "needs_answer": False, "min_chars": 0, "repeats": False, "allow_cut": True}
+    options: dict[str, Any] = {"model": str(tiny_world / "model"), "prompts": [f"prompts:1:{tmp_path}/asked.jsonl"]}
+    options |= {"context": str(tmp_path / "context.j2"), "max_prompt_tokens": 60, "filters": off}
+    run = self_align(tmp_path, rollout={"max_new_tokens": 8, "max_sequences": 4}, **options)
+    final = train(run) / "final"
+    figures = json.loads((run.folder / "self_align.json").read_text())
+    assert figures["counts"]["answers"]["kept"] + figures["counts"]["answers"].get("an empty answer", 0) == 6
+    # The principles' names, both tags and the question; pruned <s> USER: question ASSISTANT:.
+    sizes = [len(row["prompt"].split()) for row in read_rows(tmp_path / "asked.jsonl")]
+    tags = len(["###", "User", "###", "Assistant", "thinks"])
+    names = len(" ".join(one.name for one in read_principles()).split())
+    assert figures["prompt_tokens"] == figures["computed_prompt_tokens"] == pytest.approx(names + tags + sum(sizes) / 6)
+    assert figures["pruned_prompt_tokens"] == pytest.approx(3 + sum(sizes) / 6)
+    replies = {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()}
+    final.rename(run.folder / "not final")
+    strict = run.model_copy(update={"resume": True, "filters": run.filters.model_copy(update={"min_chars": 10**6})})
+    with pytest.raises(UserError, match=r"of 6 replies none is kept .*change filters and go on with resume=true"):
+        train(strict)
+    assert {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()} == replies
+    long = {"max_prompt_tokens": 20, "name": "long"}
+    with pytest.raises(UserError, match=r"6 replies none is kept .*'longer than max_prompt_tokens': 6"):
+        train(run.model_copy(update=long))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model": {"address": "http://localhost:1/v1", "model": "m"}}, "set form: chat"),
+        ({"vanilla": 0, "by_topic": 0}, "nothing is wanted"),
+        ({"filters": {"rouge_max": 1.0}}, "less than 1"),
+        ({"rollout": {"top_p": 0.0}}, "greater than 0"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        self_instruct(tmp_path, **({"model": "m"} | options))
+
+
+def test_bad_input_gets_one_line(tiny_world: Path, tmp_path: Path) -> None:
+    (tmp_path / "types.yaml").write_text("types: [{name: a}]")
+    model = str(tiny_world / "model")
+    with pytest.raises(UserError, match=r"types.yaml: types.0.about"):
+        train(self_instruct(tmp_path, model=model, types=str(tmp_path / "types.yaml")))
+    with pytest.raises(UserError, match="no model in 'nowhere'"):
+        train(self_instruct(tmp_path, model="nowhere", name="nowhere"))
+
+
+def test_one_answer_each_without_pairs(tiny_world: Path, tmp_path: Path) -> None:
+    """As verbose cloning needs them: one answer to a prompt under a system text that the rows do not keep."""
+    write_rows(tmp_path / "asked.jsonl", read_rows(tiny_world / "prompts" / "test.jsonl")[:4])
+    options = {
+        "stage": "generate",
+        "workspace": str(tmp_path),
+        "name": "verbose",
+        "debug": True,
+        "answers": 1,
+        "pairs": 0,
+    }
+    options |= {"policies": [str(tiny_world / "model")], "prompts": [f"prompts:1:{tmp_path}/asked.jsonl"]}
+    options |= {"rollout": {"max_new_tokens": 6, "temperature": 0.3, "top_p": 0.7}, "max_prompt_tokens": 40}
+    stage = Generate.model_validate(options | {"template": {"system": "show the car"}})
+    final = train(stage) / "final"
+    answers = read_rows(final / "answers.jsonl")
+    assert len(answers) == 4 and "system" not in answers[0] and not (final / "pairs.jsonl").exists()
+    assert [line.startswith("answers: ") for line in stage.headlines()] == [True]
+
+
+def test_the_likeliest_tokens() -> None:
+    import torch
+
+    probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.97, 0.01, 0.01, 0.01]])
+    found = likeliest(probabilities.log(), 0.6).exp()
+    # 0.4 is less than the share, 0.4 + 0.3 is not: two tokens; in the second row one.
+    torch.testing.assert_close(found, torch.tensor([[0, 4 / 7, 3 / 7, 0], [1.0, 0, 0, 0]]))
