@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from beaver_ray.self_align.seeds import QuestionType, Task
 
 _BLOCK = re.compile(r"^###[^\n\d]*(\d+)?[^\n]*$", re.MULTILINE)
-_FIELD = re.compile(r"^\s*\**(Instruction|Input|Kind|Topic|Question)\**\s*:\**[ \t]*", re.MULTILINE | re.IGNORECASE)
+# Nobody asks for an output, but models write one.
+_FIELD = re.compile(
+    r"^\s*\**(Instruction|Input|Output|Kind|Topic|Question)s?\**\s*:\**[ \t]*", re.MULTILINE | re.IGNORECASE
+)
 _ITEM = re.compile(r"^\s*(?:\(?\d+[.):]|[-*•])\s*")
 _NOTHING = {"", "none", "none.", "n/a", "(none)", "-", "no input", "<noinput>"}
 
@@ -80,7 +83,7 @@ def ask_for_questions(shown: Sequence[QuestionType], hints: Sequence[Hint]) -> s
 
 def read_tasks_of(reply: str, first: int) -> list[Written]:
     """The tasks of a reply to `ask_for_tasks` or `ask_for_questions` whose open block has the number ``first``."""
-    text = reply if re.match(r"\s*(###|\**(Instruction|Question|Kind)\**\s*:)", reply) else f"Instruction: {reply}"
+    text = reply if re.match(r"\s*(###|\**(Instruction|Question|Kind)s?\**\s*:)", reply) else f"Instruction: {reply}"
     if not text.lstrip().startswith("###"):
         text = f"### Task {first}\n{text}"
     marks = list(_BLOCK.finditer(text))

@@ -56,9 +56,12 @@ def test_a_model_goes_on_with_a_list_of_tasks() -> None:
     assert Written("Translate this.", "Guten Tag").prompt == "Translate this.\n\nGuten Tag"
 
 
-@pytest.mark.parametrize("head", ["", "### Task 3\n", "Instruction:", "**Instruction:** ", "###Task 3:\nInstruction: "])
+@pytest.mark.parametrize(
+    "head", ["", "### Task 3\n", "Instruction:", "Instructions:", "**Instruction:** ", "###Task 3:\nInstruction: "]
+)
 def test_a_tuned_model_may_write_the_head_again(head: str) -> None:
-    assert read_tasks_of(f"{head} Find a rhyme for night.\nInput: n/a", 3)[-1].instruction == "Find a rhyme for night."
+    told = f"{head} Find a rhyme for night.\nInput: n/a\nOutput: light"
+    assert read_tasks_of(told, 3)[-1] == Written("Find a rhyme for night.", "", 3)
 
 
 def test_questions_are_asked_by_hints_and_read_by_their_numbers() -> None:
