@@ -142,7 +142,7 @@ class Rounds:
             for number, one in enumerate(found, 1):
                 at = (one.number if one.number is not None else first + number - 1) - first
                 if not 0 <= at < len(hints):  # it went on beyond what it was asked
-                    pool.of(TOPIC)["beyond the hints of a request"] += 1
+                    pool.of(TOPIC).update(["written", "beyond the hints of a request"])
                 elif pool.kept(TOPIC) < stage.by_topic:
                     pool.offer(one, TOPIC, place, hints[at], cut=reply.cut and number == len(found))
 

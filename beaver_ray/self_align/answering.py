@@ -111,6 +111,10 @@ class Sieve:
             if filters.needs_answer:
                 return "no answer"
             thoughts, answer = "", text
+        for another in (self.tags.thoughts, self.tags.answer):
+            if another in answer:
+                answer, cut = answer[: answer.index(another)], False
+                notes.append("thought and answered once more")
         if cut and not filters.allow_cut:
             return "cut at its longest"
         answer = answer.strip()

@@ -123,6 +123,8 @@ def test_what_is_kept_and_what_is_done_to_it() -> None:
     # What follows is a dialogue of the model's own; the answer before it is whole.
     found = sieve().read(f"{reply(LONG)}\n\n{TAGS.user}\nAnd the Sun? {TAGS.thoughts}", True)
     assert isinstance(found, Answered) and found.answer == LONG and found.notes == ("went on as the user",)
+    found = sieve().read(f"{reply(LONG)}\n{TAGS.answer}\nThe Moon.", True)
+    assert isinstance(found, Answered) and (found.answer, found.notes) == (LONG, ("thought and answered once more",))
     found = sieve().read(reply(f"According to the Wikipedia article on tides, t{LONG[1:]}", "Hm (rule 40)."), False)
     assert isinstance(found, Answered) and found.answer == LONG and found.rules == ()
     assert found.notes == (*("preamble taken off", "thoughts name no rule", "thoughts name a rule that there is not"),)
