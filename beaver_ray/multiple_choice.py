@@ -43,7 +43,7 @@ class Question:
 
     @property
     def ask(self) -> Ask:
-        """As its format is asked by custom: TruthfulQA's choices apart, BIG-bench's listed."""
+        """How questions of its format are asked elsewhere: TruthfulQA's choices apart, BIG-bench's listed."""
         return "listed" if "choice" in self.sets else "apart"
 
 
@@ -98,6 +98,8 @@ def _question(row: Any, rng: random.Random, blank: Counter[str]) -> Question:
     if "mc1_targets" in row or "mc2_targets" in row:
         names = {"mc1": "mc1_targets", "mc2": "mc2_targets"}
         sets = {name: _choices(row[key], key, rng, blank) for name, key in names.items() if row.get(key) is not None}
+        if not sets:
+            raise BadRow("mc1_targets and mc2_targets are null")
         if "mc1" in sets and sum(sets["mc1"].right) != 1:
             raise BadRow("'mc1_targets' has not one true choice")
         return Question(text_field(row, "question"), sets)

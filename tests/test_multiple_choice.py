@@ -73,6 +73,7 @@ def test_formats(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     bad: list[Any] = [
         {"question": "x"},
+        {"question": "x", "mc1_targets": None},
         {"input": "x", "target_scores": {"a": 1}},
         [],
         {"input": "", **HHH} | {"input": ""},
@@ -81,7 +82,7 @@ def test_formats(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in (TRUTHFUL, HHH, *bad)] + ["{no"]
     file.write_text("\n".join(lines))
     questions, report = read_questions(file, seed=3)
-    assert len(questions) == 2 and report.dropped.total() == 7 and report.remarks["blank choices were left out"] == 1
+    assert len(questions) == 2 and report.dropped.total() == 8 and report.remarks["blank choices were left out"] == 1
     assert "1 'target_scores' has not right and wrong choices, 1 and 0" in report.line()
     truthful, hhh = questions
     assert set(truthful.sets["mc1"].texts) == {"so", "thus", "hence"} and truthful.ask == "apart"
