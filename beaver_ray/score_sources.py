@@ -84,8 +84,11 @@ class ScoreSource(ABC):
         return self.text
 
     @abstractmethod
-    def check(self, part: str) -> None:
-        """Raises UserError where ``part`` of the run cannot use it, as far as can be seen without running it."""
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
+        """Raises UserError where ``part`` of the run cannot use it, as far as can be seen without running it.
+
+        trust_remote_code: run Python code that its folder brings along, as the run itself would.
+        """
 
     def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The signals that its folder must have heads for, to give these columns; none of a language model."""
@@ -113,7 +116,7 @@ class FolderSource(ScoreSource):
         """The folder itself."""
         return self.text
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where no model is there."""
         from beaver_ray.models.loading import check_model_folder
 
@@ -143,14 +146,14 @@ class GuardSource(ScoreSource):
         """The number of its score: of the signal itself for a cost, of its opposite for a reward."""
         return self.guard.place + (len(self.guard.form.fields) if kind == "reward" else 0)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where no model is there, or its tokenizer cannot tell the guard's words apart."""
         from beaver_ray.models.folders import find_model
         from beaver_ray.models.loading import check_model_folder
 
         check_model_folder(self.folder, part)
         if find_model(self.folder) is not None:
-            self.words(part)
+            self.words(part, trust_remote_code)
 
     def words(self, part: str, trust_remote_code: bool = False) -> str:
         """A line that says which tokens it reads. UserError where the tokenizer cannot tell them apart."""
@@ -214,7 +217,7 @@ class ModerationSource(GroupedSource):
         named = "" if model.labels == "all" else f": {', '.join(model.labels)}"
         super().__init__(f"{model.folder} (moderation{named})", model)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where no model is there, or it has not all of the labels."""
         from beaver_ray.models.classifier import labels_of
         from beaver_ray.models.folders import find_model
@@ -222,7 +225,7 @@ class ModerationSource(GroupedSource):
 
         check_model_folder(self.folder, part)
         if find_model(self.folder) is not None:
-            known = labels_of(self.folder)
+            known = labels_of(self.folder, trust_remote_code)
             for model, _ in self.groups:
                 for name in [] if model.labels == "all" else model.labels:
                     if name not in known:
@@ -243,7 +246,7 @@ class PrincipleSource(GroupedSource):
         """The reward's, whatever it serves."""
         return ("reward",)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where no reward model is there, or its file has not all of the principles, or its tokenizer cannot
         tell them apart."""
         from beaver_ray.models.folders import find_model
@@ -257,7 +260,7 @@ class PrincipleSource(GroupedSource):
                 raise UserError(f"{part}: {error}") from None
         check_model_folder(self.folder, part)
         if find_model(self.folder) is not None:
-            self.words(part)
+            self.words(part, trust_remote_code)
 
     def words(self, part: str, trust_remote_code: bool = False) -> str:
         """A line that says by what it judges. UserError where the tokenizer cannot tell principles apart."""
@@ -282,7 +285,7 @@ class ServiceSource(ScoreSource):
         super().__init__(text)
         check_address(text)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where the environment does not name its host."""
         check_allowed(self.text)
 
@@ -300,7 +303,7 @@ class FunctionSource(ScoreSource):
         super().__init__(text)
         self.code = UserCode(text, "a function that scores", ast.FunctionDef, GIVEN)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str, trust_remote_code: bool = False) -> None:
         """UserError where there is no such function, or where its file may not be run."""
         found = self.code.find(part)
         assert isinstance(found, ast.FunctionDef)

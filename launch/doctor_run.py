@@ -84,7 +84,7 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
             checks.append((f"{stage.name}: room", partial(room, stage, resources)))
         for role in stage.roles():
             if role.source is not None and role.source.can_be_tried and role.source.folder not in missing:
-                checks.append((f"{stage.name}: {role.name}", partial(score_source, role)))
+                checks.append((f"{stage.name}: {role.name}", partial(score_source, role, stage.trusts_code)))
         if stage.environment is not None:
             checks.append((f"{stage.name}: environment", partial(environment, stage.environment)))
         made.append(stage.folder)
@@ -96,12 +96,12 @@ def _folders(stage: Stage) -> dict[str, str]:
     return {use.folder: use.part for use in reversed(models_of(stage))}
 
 
-def score_source(role: RoleSpec) -> Finding:
+def score_source(role: RoleSpec, trust_remote_code: bool) -> Finding:
     """A service or a function may be asked for scores, and is there, tried from here; a guard's words are tokens."""
     assert role.source is not None
-    role.source.check(role.name)
+    role.source.check(role.name, trust_remote_code)
     worker: Any = role.worker_class()
-    return Finding("pass", worker.try_out(role.source, SERVICE_S))
+    return Finding("pass", worker.try_out(role.source, SERVICE_S, trust_remote_code))
 
 
 def environment(named: str) -> Finding:

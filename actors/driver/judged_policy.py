@@ -44,7 +44,7 @@ class JudgedPolicy(PolicyStage):
         """UserError for a source of scores that is none, or may not be used."""
         for role in self.scorers():
             assert role.source is not None
-            role.source.check(role.name)
+            role.source.check(role.name, self.trusts_code)
 
 
 def judged_policy(

@@ -64,7 +64,7 @@ def check_models(config: PolicyStage) -> list[str]:
     sources = {"reward model": config.models.reward}
     sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
     for part, model in sources.items():
-        score_source(model).check(part)
+        score_source(model).check(part, config.trusts_code)
     if config.environment is not None:
         check_environment(config.environment)
     return check_fit(config)

@@ -104,7 +104,7 @@ def _check(stage: RedTeamConfig) -> list[str]:
         check_model_folder(use.folder, use.part)
     for role in stage.roles()[1:]:
         assert role.source is not None
-        role.source.check(role.name)
+        role.source.check(role.name, stage.trusts_code)
     for attack in stage.named_attacks:
         attack.check()
     return check_fit(stage)

@@ -181,7 +181,7 @@ class ScoreModel:
         kinds = _signals(source, kind)
         plans = [scorer_plan(name, text, of_kind, source) for name, of_kind in kinds.items()]
         self.kinds, self.name = kinds, plans[0].source.text
-        plans[0].source.check("the score model")
+        plans[0].source.check("the score model", trust)
         columns = {column: head for plan in plans for column, head in plan.columns.items()}
         self.is_model = plans[0].source.is_score_model
         with tempfile.TemporaryDirectory() as folder:

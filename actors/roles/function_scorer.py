@@ -47,7 +47,7 @@ class FunctionScorer(TextScorer):
         self.fields = _wanted(self.source, self.function, known, self.keywords)
 
     @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
         """A line that says that the function is there; it is not called."""
         return f"{source.text} is there"
 

@@ -38,10 +38,10 @@ class GuardScorer(TextScorer):
         self.model.eval().requires_grad_(False)
 
     @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
         """A line that says which of the guard's tokens are read."""
         assert isinstance(source, GuardSource)
-        return source.words(source.text)
+        return source.words(source.text, trust_remote_code)
 
     @torch.no_grad()
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:

@@ -37,7 +37,7 @@ class ModerationScorer(TextScorer):
         ]
 
     @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
         """A line that says of which labels the scores are."""
         assert isinstance(source, ModerationSource)
         return f"{source.folder}: {'; '.join(map(_in_words, source.groups))}"

@@ -45,10 +45,10 @@ class PrincipleScorer(TextScorer):
         self.positions = context_length(self.folder, setting.trust_remote_code)
 
     @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float) -> str:
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
         """A line that says by what it judges."""
         assert isinstance(source, PrincipleSource)
-        return source.words(source.text)
+        return source.words(source.text, trust_remote_code)
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The score [N, G] of each group of principles."""

@@ -161,7 +161,7 @@ class Label(TemplatedStage):
         roles = self.roles()
         for role in roles:
             assert role.source is not None
-            role.source.check(role.name)
+            role.source.check(role.name, self.trusts_code)
         for line in check_fit(self):
             run.note(line)
         reader = Reader(load_tokenizer(self.policy, self.trust_remote_code), self.template)

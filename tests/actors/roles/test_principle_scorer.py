@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actors.driver.processes import check_models
 from actors.driver.score_models import ScoreModel, read_answers
 from actors.driver.train import train
 from actors.roles.principle_scorer import PrincipleScorer
@@ -188,3 +190,28 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
         scorers(ppo_config(tiny_world, models=cost | {"reward_critic": str(tiny_world / "reward_model")}))
     with pytest.raises(ValueError, match=r"no critic can start from .*reward_critic"):
         ppo_config(tiny_world, models={"reward": options(tiny_world, "helpful")})
+
+
+def test_a_tokenizer_of_its_own_is_run_where_the_configuration_says_so(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "brings_code"
+    shutil.copytree(tiny_world / "reward_model", folder)
+    code = "from transformers import PreTrainedTokenizerFast\nclass Brought(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "brought.py").write_text(code)
+    file = folder / "tokenizer_config.json"
+    told = {"auto_map": {"AutoTokenizer": [None, "brought.Brought"]}, "tokenizer_class": "Brought"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    for trust in (False, True):
+        models = {
+            "reward": options(tiny_world, "helpful") | {"folder": str(folder)},
+            "reward_critic": str(tiny_world / "reward_model"),
+            "trust_remote_code": trust,
+        }
+        config = ppo_config(tiny_world, models=models)
+        if trust:
+            check_models(config)
+        else:
+            with pytest.raises(UserError, match="custom code"):
+                check_models(config)
