@@ -176,7 +176,7 @@ def listed(question: str, texts: Sequence[str]) -> str:
 
 
 def over_orders(logprobs_OL: np.ndarray, orders: Sequence[Sequence[int]]) -> tuple[np.ndarray, bool, int]:
-    """(sum [L] of each choice's log-probs over O orders, whether all orders choose alike, how often the first place).
+    """(mean [L] of each choice's log-probs over O orders, whether all orders choose alike, how often the first place).
 
     logprobs_OL: of the letters in each order; ``orders[o][l]`` is the choice under letter l.
     """
@@ -186,4 +186,4 @@ def over_orders(logprobs_OL: np.ndarray, orders: Sequence[Sequence[int]]) -> tup
         scores[list(order)] += logprobs_L
         picked.append(int(np.argmax(logprobs_L)))
     same = {order[place] for place, order in zip(picked, orders, strict=True)}
-    return scores, len(same) == 1, sum(place == 0 for place in picked)
+    return scores / len(orders), len(same) == 1, sum(place == 0 for place in picked)

@@ -106,9 +106,15 @@ def test_choices_in_several_orders() -> None:
     likes, orders = np.array([0.0, 1.0]), rotations(2, 2)
     logprobs = np.array([[likes[order[0]] + 3, likes[order[1]]] for order in orders])
     scores, same, first = over_orders(logprobs, orders)
-    assert scores.tolist() == [3.0, 5.0] and not same and first == 2
+    assert scores.tolist() == [1.5, 2.5] and not same and first == 2
     assert figure("choice", scores.tolist(), Choices(("a", "b"), (False, True))) == 1.0
     assert over_orders(np.array([[0.0, 9.0], [9.0, 0.0]]), orders)[1:] == (True, 1)
+    # A policy that has no liking for places gives its own probability, in however many orders it is asked.
+    sure = np.log([0.25, 0.75])
+    seen = np.array([sure[list(order)] for order in orders])
+    for few in (1, 2):
+        mass = figure("mc2", over_orders(seen[:few], orders[:few])[0].tolist(), Choices(("a", "b"), (False, True)))
+        assert mass == pytest.approx(0.75)
     # One that goes by places alone is undecided, and gets chance.
     blind, _, _ = over_orders(np.array([[-0.1, -2.0], [-0.1, -2.0]]), orders)
     question = Question("?", {"choice": Choices(("a", "b"), (True, False))})

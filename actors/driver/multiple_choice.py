@@ -66,7 +66,7 @@ class Asking:
         ]
 
     def _listed(self, questions: Sequence[Question], group: Group) -> list[Row]:
-        """The choices stand under letters, in several orders; a choice's score is the sum of its letters' log-probs."""
+        """The choices stand under letters, in several orders; a choice's score is its letters' mean log-prob."""
         most = max(len(choices.texts) for question in questions for choices in question.sets.values())
         if most > len(LETTERS):
             raise UserError(f"a question has {most} choices, more than there are letters; set ask: apart")

@@ -77,14 +77,16 @@ class MultipleChoice(TemplatedStage):
             files[name], report = read_questions(file, self.seed)
             run.note(f"{name}: questions {report.line()}")
         run.rewind(0)
-        figures, rows = Asking(self, self.policy, self.ask, self.orders).answer_all(files)
         folder = run.folder / "final.part"
-        write_rows(folder / "questions.jsonl", rows)
+        judged: dict[str, Any] = {}
         if self.answers is not None and self.judge is not None:
+            # First, since its replies are kept, and what is wrong with answers or judge shows at once.
             replies = Path(self.workspace) / REPLIES
             judged, answered = judge_answers(files, self.answers, self.judge, replies, run.note)
-            figures |= judged
             write_rows(folder / "answers.jsonl", answered)
+        figures, rows = Asking(self, self.policy, self.ask, self.orders).answer_all(files)
+        figures |= judged
+        write_rows(folder / "questions.jsonl", rows)
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         run.log(1, {name: of["mean"] for name, of in figures.items()})
         for name, of in figures.items():

@@ -67,7 +67,8 @@ def test_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
         for order in ((first, second), (second, first)):
             lines = "\n".join([row["question"], "", f"A. {order[0]}", f"B. {order[1]}", "", LISTED])
             said = logprobs(model, tokenizer, head.format(lines))
-            found += [float(said[a]), float(said[b])] if order[0] == first else [float(said[b]), float(said[a])]
+            by_letter = [float(said[a]), float(said[b])]
+            found += np.array(by_letter if order[0] == first else by_letter[::-1]) / 2
         np.testing.assert_allclose(row["sets"]["choice"]["scores"], found, atol=1e-3)
     figures = json.loads((run / "final" / "multiple_choice.json").read_text())
     assert figures.keys() == {"truthful/mc1", "truthful/mc2", "hhh/choice"}
