@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.options import Strict, option
@@ -18,7 +18,7 @@ class LetterJudge(Strict):
     """A language model on this machine that compares two answers by the log-probs of the letters that name them."""
 
     folder: str = option("Folder of the language model, or its name on the hub.")
-    letters: list[str] = option(
+    letters: list[Annotated[str, Field(min_length=1)]] = option(
         "What the two answers are called, each with a first token of its own.", ["A", "B"], min_length=2, max_length=2
     )
     rubrics: str | None = option("Folder with a principle.j2 of your own; null for ours.", None)

@@ -128,13 +128,14 @@ class PrincipleLabels(TemplatedStage):
         from beaver_ray.manifest import write_rows, write_stage_manifest
         from beaver_ray.self_align.principles import OURS
 
-        figures: dict[str, Row] = {name: one.figures() | {"used": True} for name, one in found.items()}
+        figures: dict[str, Row] = {name: one.figures() for name, one in found.items()}
         for name, of in figures.items():
             run.note(f"{name}: {_in_words(of)}")
             if known:
                 of["canaries"] = known[name]
-            if (agreement := of["agreement"]["mean"]) is None or agreement < 1 - self.max_drop:
-                of["used"] = False
+            agreement = of["agreement"]["mean"]
+            of["used"] = agreement is not None and agreement >= 1 - self.max_drop
+            if agreement is not None and not of["used"]:
                 run.note(
                     f"{name} is left out: the orders disagree on more than {self.max_drop:g} of the pairs (max_drop)"
                 )
@@ -221,6 +222,8 @@ class PrincipleLabels(TemplatedStage):
         """How many labels there are, and of each principle how far the orders agree."""
         from beaver_ray.report.charts import Card
 
+        if "labels" not in metrics:  # the run has not come that far
+            return []
         cards = [Card("Labels", f"{int(metrics['labels'][-1]):,}", f"{int(metrics['held_out'][-1]):,} held out")]
         for key in [key for key in metrics if key.startswith("agreement/")]:
             name = key.removeprefix("agreement/")

@@ -110,6 +110,7 @@ def test_letters_are_those_of_plain_transformers(tiny_world: Path, tmp_path: Pat
                     logits = model(torch.tensor([ids])).logits[0, -1]
                 expected.append(float(logits[a] - logits[b]))
         np.testing.assert_allclose(odds, expected, atol=1e-4)
+    assert config.cards({"step": np.ones(1), "answers": np.ones(1)}, {}) == []  # a run that has compared alone
     figures = json.loads((run / "final" / "principles.json").read_text())
     for place, name in enumerate(agreed):
         agreed[name] = sum(odds[2 * place] * odds[2 * place + 1] < 0 for odds in kept)
@@ -156,6 +157,8 @@ def test_a_judge_over_http_that_likes_a_place(
         ):
             with pytest.raises(UserError, match=words):
                 train(stage(tmp_path, **options, **more, name=words.split()[-1].strip("'")))
+    brief = json.loads((folder / "final" / "principles.json").read_text())["brief"]
+    assert brief["agreement"]["mean"] is None and not brief["used"] and "brief is left out" not in said
 
 
 def n_words(row: dict[str, Any]) -> int:
@@ -172,6 +175,8 @@ def test_what_a_judge_is_shown(tmp_path: Path) -> None:
         for text, a, b in ((first, sly, "never"), (second, "never", sly)):
             assert shown(text)["answer A"] == a and shown(text)["answer B"] == b and ending in text
             assert text.count(principles[0].text) == 1 and "system: Be Ada." in text and "assistant: yes?" in text
+    first, second = Questions(principles, principle_rubric(None), ["X", "Y"]).of(pair)
+    assert shown(first)["answer X"] == shown(second)["answer Y"] == sly and "answer A" not in first
     for words, text in (("must show {{ answer_b }}", RUBRIC.replace("answer_b", "x")), ("uses x", RUBRIC + "{{ x }}")):
         (tmp_path / "principle.j2").write_text(text)
         with pytest.raises(UserError, match=words.replace("{", r"\{")):
@@ -185,6 +190,7 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
         ({"world": world, "judge": {"folder": "x"}}, "judge or by world: give one"),
         ({"world": world, "canaries": "x"}, "leave canaries out"),
         ({"judge": {"folder": "x", "lettres": ["A", "B"]}}, "did you mean 'letters'"),
+        ({"judge": {"folder": "x", "letters": ["", "B"]}}, "letters"),
         ({"judge": {"address": "ftp://x", "model": "m"}}, "a judge's address"),
     ):
         with pytest.raises(ValueError, match=words):
