@@ -37,6 +37,7 @@ OF_POLICIES: dict[str, Any] = {
 MAKES_DATA: dict[str, dict[str, Any]] = {
     "generate": {"name": "x", "policies": ["p"], "prompts": ["prompts:1:f"]},
     "red_team": {"name": "x", "policy": "p", "seeds": ["prompts:1:f"], "cost": "c"},
+    "self_align": {"name": "x", "model": "m", "prompts": ["prompts:1:f"]},
     "principle_labels": {"name": "x", "pairs": "f.jsonl", "judge": {"folder": "j"}},
     "multiple_choice": {"name": "x", "policy": "p", "questions": {"q": "f.json"}},
     "label": {"name": "x", "pairs": "f.jsonl", "reward": "r", "cost": "c", "policy": "p"},
