@@ -88,8 +88,10 @@ class Rounds:
 
         def take(reply: Said, first: int, place: int) -> None:
             found = read_tasks_of(reply.text, first)
-            for number, one in enumerate(found[: stage.tasks_asked], 1):
-                if pool.kept(VANILLA) < stage.vanilla:
+            for number, one in enumerate(found, 1):
+                if number > stage.tasks_asked:
+                    pool.of(VANILLA).update(["written", "beyond the tasks of a request"])
+                elif pool.kept(VANILLA) < stage.vanilla:
                     pool.offer(one, VANILLA, place, cut=reply.cut and number == len(found))
 
         self._rounds(VANILLA, 0, lambda: pool.kept(VANILLA) >= stage.vanilla, lambda number: ask, take)

@@ -66,7 +66,9 @@ def write_context(
         head = _ENVIRONMENT.from_string(text).render(
             principles=shown, assistant=assistant, exemplars=exemplars, tags=tags
         )
-    except (OSError, ValueError, jinja2.TemplateError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a template of the user's does
         raise UserError(f"context {path} cannot be read as a Jinja template: {first_line(error)}") from None
     told = [] if "exemplars" in used else [dialogue(one, tags) for one in exemplars]
     return "\n\n".join([head.rstrip(), *told]) + "\n\n"
@@ -111,10 +113,10 @@ class Sieve:
             if filters.needs_answer:
                 return "no answer"
             thoughts, answer = "", text
-        for another in (self.tags.thoughts, self.tags.answer):
-            if another in answer:
-                answer, cut = answer[: answer.index(another)], False
-                notes.append("thought and answered once more")
+        again = [answer.index(tag) for tag in (self.tags.thoughts, self.tags.answer) if tag in answer]
+        if again:
+            answer, cut = answer[: min(again)], False
+            notes.append("thought and answered once more")
         if cut and not filters.allow_cut:
             return "cut at its longest"
         answer = answer.strip()

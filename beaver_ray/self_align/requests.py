@@ -82,7 +82,12 @@ def ask_for_questions(shown: Sequence[QuestionType], hints: Sequence[Hint]) -> s
 
 
 def read_tasks_of(reply: str, first: int) -> list[Written]:
-    """The tasks of a reply to `ask_for_tasks` or `ask_for_questions` whose open block has the number ``first``."""
+    """The tasks of a reply to `ask_for_tasks` or `ask_for_questions` whose open block has the number ``first``.
+
+    What a tuned model says before it writes the head of that block again is none of them.
+    """
+    again = next((mark for mark in _BLOCK.finditer(reply) if mark[1] == str(first)), None)
+    reply = reply[again.start() :] if again else reply
     text = reply if re.match(r"\s*(###|\**(Instruction|Question|Kind)s?\**\s*:)", reply) else f"Instruction: {reply}"
     if not text.lstrip().startswith("###"):
         text = f"### Task {first}\n{text}"
@@ -101,8 +106,8 @@ def read_tasks_of(reply: str, first: int) -> list[Written]:
 def read_topics_of(reply: str) -> list[str]:
     """The lines of a reply to `ask_for_topics`, without their numbers; what is no longer a list ends it."""
     found: list[str] = []
-    for place, line in enumerate(reply.splitlines()):
-        if place and found and not _ITEM.match(line):
+    for line in filter(str.strip, reply.splitlines()):
+        if found and not _ITEM.match(line):
             break
         topic = _ITEM.sub("", line).strip()
         if topic:

@@ -82,8 +82,9 @@ def test_the_context_is_rules_and_dialogues(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("{% for %}", "cannot be read as a Jinja template"),
-        ("no rules", "must show {{ principles }}"),
-        ("{{ principles }} {{ query }}", "uses query, which it is not given"),
+        ("{{ principles + 1 }}", "cannot be read as a Jinja template: TypeError"),
+        ("no rules", "mine.j2 must show {{ principles }}"),
+        ("{{ principles }} {{ query }}", "mine.j2 uses query, which it is not given"),
     ],
 )
 def test_a_bad_template_gets_one_line(tmp_path: Path, text: str, says: str) -> None:
@@ -124,6 +125,8 @@ def test_what_is_kept_and_what_is_done_to_it() -> None:
     found = sieve().read(f"{reply(LONG)}\n\n{TAGS.user}\nAnd the Sun? {TAGS.thoughts}", True)
     assert isinstance(found, Answered) and found.answer == LONG and found.notes == ("went on as the user",)
     found = sieve().read(f"{reply(LONG)}\n{TAGS.answer}\nThe Moon.", True)
+    assert isinstance(found, Answered) and (found.answer, found.notes) == (LONG, ("thought and answered once more",))
+    found = sieve().read(f"{reply(LONG)}\n{TAGS.answer}\nThe Moon.\n{TAGS.thoughts}\nHm.", True)
     assert isinstance(found, Answered) and (found.answer, found.notes) == (LONG, ("thought and answered once more",))
     found = sieve().read(reply(f"According to the Wikipedia article on tides, t{LONG[1:]}", "Hm (rule 40)."), False)
     assert isinstance(found, Answered) and found.answer == LONG and found.rules == ()

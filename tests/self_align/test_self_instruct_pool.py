@@ -64,6 +64,11 @@ def test_a_tuned_model_may_write_the_head_again(head: str) -> None:
     assert read_tasks_of(told, 3)[-1] == Written("Find a rhyme for night.", "", 3)
 
 
+def test_what_stands_before_the_head_is_no_task() -> None:
+    told = "Sure, here are the next tasks for you:\n\n### Task 3\nInstruction: Name a lake in Asia.\n### Task 4\nSort b, a."
+    assert [one.instruction for one in read_tasks_of(told, 3)] == ["Name a lake in Asia.", "Sort b, a."]
+
+
 def test_questions_are_asked_by_hints_and_read_by_their_numbers() -> None:
     request = ask_for_questions([KIND], [Hint("law", "Wills"), Hint("crime", "Theft")])
     assert "2. Wills (law); 3. Theft (crime)" in request
@@ -79,6 +84,9 @@ def test_topics_end_where_the_list_does() -> None:
         *("Wills", "Divorce", "Speed limits", "Taxes"),
     ]
     assert read_topics_of("") == []
+    assert read_topics_of("Here they are:\n\n2. Wills\n\n3. Divorce\n\nThat is all.") == [
+        *("Here they are:", "Wills", "Divorce"),
+    ]
 
 
 @pytest.mark.parametrize(
