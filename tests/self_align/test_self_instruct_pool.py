@@ -65,7 +65,7 @@ def test_a_tuned_model_may_write_the_head_again(head: str) -> None:
 
 
 def test_what_stands_before_the_head_is_no_task() -> None:
-    told = "Sure, here are the next tasks for you:\n\n### Task 3\nInstruction: Name a lake in Asia.\n### Task 4\nSort b, a."
+    told = "Sure, here they are:\n\n### Task 3\nInstruction: Name a lake in Asia.\n### Task 4\nSort b, a."
     assert [one.instruction for one in read_tasks_of(told, 3)] == ["Name a lake in Asia.", "Sort b, a."]
 
 
