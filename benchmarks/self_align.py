@@ -257,7 +257,7 @@ def pool(size: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, and write what was measured so far."""
-    parser = study_options(__doc__, "self_align", "/tmp/self_align", [0, 1, 2])
+    parser = study_options(__doc__, "self_align", "runs/self-align-study", [0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of pre-training")
     parser.add_argument("--pool", type=int, default=0, help="only fill a pool of so many texts")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -83,6 +84,8 @@ class Writer:
         self._open = ExitStack()
         self._roles: Roles | None = None
         self._judge: Judge | None = None
+        self._times: Counter[str] = Counter()
+        """How often each text was asked, of a service."""
         if isinstance(stage.model, JudgeOptions):
             self._judge = Judge(stage.model, Path(stage.workspace) / REPLIES, run.note)
         else:
@@ -106,11 +109,12 @@ class Writer:
         """
         digest = hashlib.blake2b(self._key.encode(), digest_size=6)
         digest.update(json.dumps([first, shared, list(texts)]).encode())
+        seeds = [self._seed(text) for text in texts]  # before a kept block is read: those count too
         file = self.folder / f"{name}-{digest.hexdigest()}.jsonl"
         if file.is_file():
             sizes, *rows = read_rows(file)
             return Block([Said(**row) for row in rows], **sizes)
-        block = self._ask_service(texts, shared) if self._judge else self._ask_generators(first, texts, shared)
+        block = self._ask_service(texts, shared, seeds) if self._judge else self._ask_generators(first, texts, shared)
         write_rows(file, [{"read": block.read, "cached": block.cached}, *map(asdict, block.said)])
         return block
 
@@ -151,9 +155,15 @@ class Writer:
             return json.dumps([part, asked])
         return json.dumps([part, sampling, fingerprint(stage.model, stage.engine.dtype)])
 
-    def _ask_service(self, texts: Sequence[str], shared: str) -> Block:
+    def _seed(self, text: str) -> int | None:
+        """None of a text that is asked for the first time, else another each time: the same request has one reply."""
+        self._times[text] += 1
+        return self._times[text] - 1 or None
+
+    def _ask_service(self, texts: Sequence[str], shared: str, seeds: Sequence[int | None]) -> Block:
         assert self._judge is not None
-        replies = self._judge([shared + text for text in texts])
+        drawn = isinstance(self.stage.model, JudgeOptions) and self.stage.model.temperature > 0
+        replies = self._judge([shared + text for text in texts], seeds if drawn else None)
         said = [Said(one.text, one.finish == "length", one.completion_tokens) for one in replies]
         return Block(said, sum(one.prompt_tokens for one in replies), 0)
 

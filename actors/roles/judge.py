@@ -96,13 +96,14 @@ class Judge:
         self._known = False
         """Whether the service has answered."""
 
-    def __call__(self, texts: Sequence[str]) -> list[Reply]:
-        """A reply to each text; texts that are alike are asked once."""
-        keys = [request_key(request(self.options, text)) for text in texts]
+    def __call__(self, texts: Sequence[str], seeds: Sequence[int | None] | None = None) -> list[Reply]:
+        """A reply to each text; texts that are alike are asked once, where their ``seeds`` do not differ."""
+        bodies = [request(self.options, *one) for one in zip(texts, seeds or [None] * len(texts), strict=True)]
+        keys = [request_key(body) for body in bodies]
         found = {key: reply for key in set(keys) if (reply := self._cache.get(key))}
         self.usage.from_cache += len(found)
         self.usage.tokens_saved += sum(r.prompt_tokens + r.completion_tokens for r in found.values())
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         if missing:
             self.greet()
         with ThreadPoolExecutor(self.options.concurrency) as pool:
@@ -116,12 +117,11 @@ class Judge:
     def greet(self) -> None:
         """Ask for one word, if nothing was asked before. UserError where nobody answers as a judge should."""
         if not self._known:
-            self._ask(HELLO, first=True)
+            self._ask(request(self.options, HELLO), first=True)
             self._known = True
 
-    def _ask(self, text: str, first: bool = False) -> Reply:
-        """The reply to one text, kept. first: nobody knows yet that the service is there, and takes such requests."""
-        body = request(self.options, text)
+    def _ask(self, body: dict[str, Any], first: bool = False) -> Reply:
+        """The reply to one request, kept. first: nobody knows yet that the service is there, and takes such ones."""
         answer = self._post(body, wait_for_it=not first)
         if answer.status_code in NOT_TAKEN and not first:
             with self._counting:

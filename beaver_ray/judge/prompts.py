@@ -96,12 +96,17 @@ def load_rubric(name: str, forms: Form | Sequence[Form], folder: str | None = No
     return Rubric(name, text, form, str(file))
 
 
-def sampling(options: JudgeOptions) -> dict[str, Any]:
+def sampling(options: JudgeOptions, seed: int | None = None) -> dict[str, Any]:
     """The fields of a request besides the text itself."""
-    fields = {"model": options.model, "temperature": options.temperature, "max_tokens": options.max_tokens}
+    fields = {
+        "model": options.model,
+        "temperature": options.temperature,
+        "max_tokens": options.max_tokens,
+        "seed": seed,
+    }
     return {key: value for key, value in {**fields, **options.extra}.items() if value is not None}
 
 
-def request(options: JudgeOptions, prompt: str) -> dict[str, Any]:
-    """The body of a request to OpenAI's chat completions."""
-    return {**sampling(options), "messages": [{"role": "user", "content": prompt}]}
+def request(options: JudgeOptions, prompt: str, seed: int | None = None) -> dict[str, Any]:
+    """The body of a request to OpenAI's chat completions; without a seed it has no such field."""
+    return {**sampling(options, seed), "messages": [{"role": "user", "content": prompt}]}
