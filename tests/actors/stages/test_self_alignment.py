@@ -72,7 +72,8 @@ def test_instructions_by_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run = self_instruct(tmp_path, model=model, form="chat", types=str(tmp_path / "types.yaml"), **options)
         final = train(run) / "final"
         rows, at_first = read_rows(final / "instructions.jsonl"), asked
-        final.rename(run.folder / "not final")  # a start that has lost two blocks asks for the same, with the same seeds
+        final.rename(run.folder / "not final")
+        # A start that has lost blocks asks for the same, with the same seeds: the service has nothing to do.
         for file in [*(run.folder / "replies").glob("topic*")]:
             file.unlink()
         train(run.model_copy(update={"resume": True}))
