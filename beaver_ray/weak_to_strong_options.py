@@ -33,7 +33,9 @@ class WeakConfig(Strict):
     known: list[str] = option("Words that a bag of words knows; empty for all that it meets.", default_factory=list)
     unknown: list[str] = option("Words that a bag of words does not know.", default_factory=list)
     ridge: float = option("Weight of a bag of words' squared weights, times 1/2, beside summed losses.", 1.0, gt=0)
-    epochs: float | None = option("Passes over its half, of a model; null for those of the students.", None, gt=0)
+    epochs: float | None = option(
+        "Passes over its half, of a model; null for those of the students.", None, gt=0, le=1e6
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> WeakConfig:
@@ -51,7 +53,7 @@ class StudentConfig(Strict):
     loss: Literal["xent", "confidence", "product"] = option("What it learns; see docs/weak-to-strong.md.", "xent")
     alpha: float = option("Weight of its own decisions; of product, the power of the weak label.", 0.5, ge=0, le=1)
     beta: float = option("Of product: the power of its own probability.", 1.0, ge=0)
-    warmup: float = option("Share of the steps over which alpha rises from 0.", 0.2, ge=0, le=1)
+    warmup: float = option("Of confidence: share of the steps over which alpha rises from 0.", 0.2, ge=0, le=1)
     schedule: Literal["linear", "published"] = option(
         "How alpha rises; published jumps at the end of the warm-up.", "linear"
     )

@@ -154,9 +154,9 @@ class SoftArm(TextArm):
         return finish(self, trainer)
 
     def told(self, trainer: Trainer) -> dict[str, Any]:
-        """What the looks have seen, and which of them was the best."""
+        """What the looks have seen, which of them was the best, and how much was trained on how many rows."""
         told: dict[str, Any] = trainer.prepared.told()
-        return told
+        return told | {"sizes": trainer.sizes()}
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:
         """Write an ordinary score model, or an ordinary moderation model."""

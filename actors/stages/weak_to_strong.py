@@ -49,7 +49,9 @@ class WeakToStrong(TrainerStage):
     chain: list[str] = option(
         "Folders of models between weak and strong, each of which learns from the one before.", default_factory=list
     )
-    generative: float = option("First train the strong model on the unlabelled texts for so many epochs.", 0.0, ge=0)
+    generative: float = option(
+        "First train the strong model on the unlabelled texts for so many epochs.", 0.0, ge=0, le=1e6
+    )
     split: float = option(
         "Share of the prompts that the weak model learns from; the others are the strong ones'.", 0.5, gt=0, lt=1
     )

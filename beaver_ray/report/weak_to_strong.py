@@ -17,7 +17,6 @@ from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain
 from beaver_ray.method.weak_to_strong import figures as method_figures
 from beaver_ray.method.weak_to_strong import imitation, recovered
-from beaver_ray.models.folders import read_shapes
 from beaver_ray.report.charts import Card, Chart, Panel, Series
 from beaver_ray.report.page import GRID, INK, SERIES_COLORS, drawing, svg, templates
 from beaver_ray.weak_to_strong_options import QUESTIONS, STUDENT
@@ -130,19 +129,16 @@ class WeakToStrongReport:
         ]
 
     def metrics(self, figures: Mapping[str, Any]) -> Iterator[dict[str, float]]:
-        """What metrics.jsonl says of each model; in its last line everything, for a sweep."""
+        """What metrics.jsonl says of each model; in its last line everything, for a sweep: no PGR that is not valid."""
         models = figures["questions"][figures["question"]]
         for name in self.names[:-1]:
             yield {"accuracy": models[name]["mean"]}
         found = {f"eval/{name}": models[name]["mean"] for name in self.names} | {"eval/gap": figures["gap"]}
         for name in self.stage.student_names:
             for figure in ("pgr", "agreement", "copied"):
-                value = models[name][figure]
-                found[f"eval/{name}/{figure}"] = math.nan if value is None else value
-        folder = self.stage.folder / "final.part" / "ceiling"
-        size = sum(math.prod(shape) for shape in read_shapes(folder).values())
-        sizes = {"data/rows": float(figures["rows"]["strong"]), "model/trained_parameters": float(size)}
-        yield {"accuracy": models["ceiling"]["mean"]} | found | sizes
+                known = models[name][figure] is not None and (figure != "pgr" or models[name]["valid"])
+                found[f"eval/{name}/{figure}"] = models[name][figure] if known else math.nan
+        yield {"accuracy": models["ceiling"]["mean"]} | found | self.found.told["ceiling"]["sizes"]
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write weak_to_strong.json, whose content it returns, and weak_to_strong.html."""
@@ -173,7 +169,7 @@ def page(figures: Mapping[str, Any]) -> str:
 BARS = Chart(
     "Weak, student, ceiling",
     "Accuracy on the tests: the supervisor, whoever learnt its labels, and the same model taught the truth. Whiskers "
-    "are 95 % intervals, the line is the supervisor's height, and bars begin at one half, which is chance.",
+    "are 95 % intervals, the line is the supervisor's height, and bars begin at one half, or below where one is lower.",
     [],
 )
 

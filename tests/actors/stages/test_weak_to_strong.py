@@ -16,6 +16,7 @@ from actors.roles.soft_training import all_logits
 from actors.stages.weak_to_strong import WeakToStrong
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.models.loading import load_policy
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.models.score import load_score_model
 from beaver_ray.report.page import write_report
@@ -119,6 +120,7 @@ def test_a_cost_model_learns_from_a_bag_of_words(one_rank: None, tiny_world: Pat
     assert "not valid" in (folder / "weak_to_strong.html").read_text() and stage.headlines()
     last = read_metrics(folder)[-1]
     assert last["eval/student_xent"] == figures["questions"]["sign"]["student_xent"]["mean"]
+    assert last["eval/student_xent/pgr"] is None and figures["questions"]["sign"]["student_xent"]["pgr"] is not None
     # Safe PPO takes the student as it is.
     run = train(
         ppo_config(
@@ -218,8 +220,13 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
 def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     files = {"train": [f"moderation:100/-1:{tiny_world}/moderation/train.jsonl"], "eval_fraction": 0.3, "eval": []}
     students = [{"name": "confidence", "loss": "confidence", "warmup": 0.0}]
-    stage = stage_of(tiny_world, tmp_path, task="moderation", label="harm", students=students, by=["kind"], **files)
-    folder = train(stage)
+    more = {"students": students, "by": ["kind"], "lora_rank": 2}
+    folder = train(stage_of(tiny_world, tmp_path, task="moderation", label="harm", **more, **files))
+    trunk = load_policy(str(tiny_world / "model"), torch.float32).model
+    linear = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
+    head = trunk.config.hidden_size + 1  # with its bias
+    trained = sum(2 * (part.in_features + part.out_features) for part in linear) + head
+    assert read_metrics(folder)[-1]["model/trained_parameters"] == trained
     judged = Moderator(str(folder / "final" / "student_confidence"))
     held = read_rows(folder / "ensemble" / "held_out.jsonl")
     odds = judged.judge([((row["prompt"],), row["response"], None) for row in held])
