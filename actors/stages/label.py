@@ -225,12 +225,9 @@ class Label(TemplatedStage):
         """The rows on which the judge is of one mind; the others go to final/audit.jsonl."""
         from actors.driver.judge_labels import label_by_judge
         from actors.roles.judge import REPLIES
-        from beaver_ray.data.pairs import LABELS
-        from beaver_ray.data.sources import find_source
+        from beaver_ray.data.pairs import unlabelled_samples
 
-        read = find_source("PKU-SafeRLHF").read_row
-        samples = [read({name: value for name, value in row.items() if name not in LABELS}) for row in rows]
-        judged = label_by_judge(samples, judge, Path(self.workspace) / REPLIES, run.note)
+        judged = label_by_judge(unlabelled_samples(rows), judge, Path(self.workspace) / REPLIES, run.note)
         judged.write_audit(run.folder / "final.part")
         left_out["pairs for people, in final/audit.jsonl"] += len(judged.labelled.audit)
         return [row | {"labelled_by": judge.model} for row in judged.labelled.rows]

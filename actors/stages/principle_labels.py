@@ -83,8 +83,7 @@ class PrincipleLabels(TemplatedStage):
     def run(self, run: RunFolder) -> None:
         """Compare, keep what both orders agree on, and write a label for each draw of principles."""
         from actors.driver.principle_labels import Comparer, check_canaries
-        from beaver_ray.data.pairs import LABELS, read_pairs
-        from beaver_ray.data.sources import find_source
+        from beaver_ray.data.pairs import read_pairs, unlabelled_samples
         from beaver_ray.fit import check_fit
         from beaver_ray.manifest import read_rows
         from beaver_ray.models.loading import check_model_folder
@@ -99,9 +98,7 @@ class PrincipleLabels(TemplatedStage):
         comparer, known = Comparer(self, self.judge, self.world), {}
         if self.canaries is not None:
             known = check_canaries(comparer, principles, self.canaries, self.accuracy, self.confidence, run)
-        read = find_source("PKU-SafeRLHF").read_row
-        samples = [read({name: value for name, value in row.items() if name not in LABELS}) for row in rows]
-        found = comparer.compare(principles, samples, run)
+        found = comparer.compare(principles, unlabelled_samples(rows), run)
         self._write(rows, principles, found, known, left_out, run)
 
     def chosen(self) -> list[Principle]:
@@ -167,7 +164,7 @@ class PrincipleLabels(TemplatedStage):
         """The labelled pairs for training and held out, and counts."""
         import numpy as np
 
-        from beaver_ray.data.pairs import LABELS, is_held_out
+        from beaver_ray.data.pairs import is_held_out, unlabelled
         from beaver_ray.self_align.feedback import draw_label, scaled
         from beaver_ray.self_align.writing import worded, written
 
@@ -177,7 +174,6 @@ class PrincipleLabels(TemplatedStage):
         counts: Counter[str] = Counter(pairs=len(rows), labels=0)
         for number, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, int(row["id"], 16)])
-            plain = {name: value for name, value in row.items() if name not in LABELS}
             for _ in range(self.draws):
                 drawn = draw_label(score_PN[:, number], rng, self.negate, self.most)
                 if drawn is None:
@@ -192,7 +188,7 @@ class PrincipleLabels(TemplatedStage):
                     "better_response_id": int(drawn.score < 0),
                 }
                 part = "test" if is_held_out(row, self.eval_fraction) else "train"
-                parts[part].append(plain | label)
+                parts[part].append(unlabelled(row) | label)
                 counts["labels"] += 1
         return parts, counts + Counter({"held out": len(parts["test"])})
 

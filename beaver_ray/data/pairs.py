@@ -75,19 +75,29 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Row:
     return {"id": pair_id(row), **row}
 
 
+def unlabelled(row: Mapping[str, Any]) -> Row:
+    """A pair's row without its labels."""
+    return {name: value for name, value in row.items() if name not in LABELS}
+
+
+def unlabelled_samples(rows: Iterable[Mapping[str, Any]]) -> list[RawSample]:
+    """Pairs as data sets have them, without their labels. Raises BadRow for a row that is no pair."""
+    read = find_source("PKU-SafeRLHF").read_row
+    return [read(unlabelled(row)) for row in rows]
+
+
 def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row], Counter[str]]:
     """The rows that are pairs, each with its ``id``, and how many others there were for which reason.
 
     Raises UserError for a row whose ``id`` is not that of its texts, and where no pair is left.
     """
-    reader = find_source("PKU-SafeRLHF").read_row
     pairs: dict[str, Row] = {}
     left_out: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
         try:
             if not isinstance(row, dict):
                 raise BadRow("row is not an object")
-            reader({name: value for name, value in row.items() if name not in LABELS})
+            unlabelled_samples([row])
         except BadRow as reason:
             left_out[str(reason)] += 1
             continue
