@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import field_validator
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import check_address
-from beaver_ray.yaml_files import apply_overrides, one_line, read_yaml, yaml_value
+from beaver_ray.yaml_files import apply_overrides, read_yaml, validated, yaml_value
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TEXTS = frozenset({"address", "model", "rubric", "rubrics", "api_key_env"})
@@ -88,7 +88,4 @@ def read_judge(text: str) -> JudgeOptions:
         tree, where = read_yaml(Path(text), TEXTS), text
     else:
         raise UserError(f"a judge is a YAML file or a mapping {{address: URL, model: NAME}}, not {text!r:.100}")
-    try:
-        return JudgeOptions.model_validate(apply_overrides(tree, [], where, TEXTS))
-    except ValidationError as error:
-        raise UserError(one_line(error, JudgeOptions, where)) from None
+    return validated(JudgeOptions, apply_overrides(tree, [], where, TEXTS), where)

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,8 @@ from pydantic import BaseModel, ValidationError
 from beaver_ray.data_options import TAGS
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.options import near
+
+Model = TypeVar("Model", bound=BaseModel)
 
 MOST_VALUES = 100_000
 MOST_LEVELS = 30
@@ -293,6 +295,14 @@ def _names(node: Any) -> list[str]:
 def as_yaml(value: Any) -> str:
     """A plain value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+
+
+def validated(model: type[Model], tree: Any, where: str) -> Model:
+    """A tree as this model; UserError with one line where it is none. where: names its origin in that."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(one_line(error, model, where)) from None
 
 
 def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:

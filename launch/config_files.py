@@ -16,7 +16,7 @@ from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.stage import Stage
-from beaver_ray.yaml_files import apply_overrides, as_yaml, interpolate, one_line, read_yaml, text_options
+from beaver_ray.yaml_files import apply_overrides, as_yaml, interpolate, one_line, read_yaml, text_options, validated
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Stage:
@@ -59,10 +59,7 @@ def parse_config(
     name = tree.get("stage")
     if not isinstance(name, str) or name not in stages():
         raise UserError(f"{where}: stage must be one of {', '.join(sorted(stages()))}")
-    try:
-        return stages()[name].model_validate(tree)
-    except ValidationError as error:
-        raise UserError(one_line(error, stages()[name], where)) from None
+    return validated(stages()[name], tree, where)
 
 
 def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple[PipelineConfig, list[Stage]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.table import Table
 
 from actors.driver.judge_labels import label_by_judge, read_samples
@@ -14,7 +13,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.judge.labels import Labelled
 from beaver_ray.judge_options import LabellingJudge, read_judge
 from beaver_ray.manifest import write_rows
-from beaver_ray.yaml_files import one_line
+from beaver_ray.yaml_files import validated
 from launch.terminal import table_console
 
 
@@ -23,10 +22,7 @@ def label(pairs: str, judge: str, out: Path, labels: Sequence[str], **checks: An
 
     checks: the options that a `LabellingJudge` has besides those of a judge. UserError where it may not be trusted.
     """
-    try:
-        options = LabellingJudge.model_validate(read_judge(judge).model_dump() | checks)
-    except ValidationError as error:
-        raise UserError(one_line(error, LabellingJudge, "judge")) from None
+    options = validated(LabellingJudge, read_judge(judge).model_dump() | checks, "judge")
     if (out / "labels.jsonl").exists():
         raise UserError(f"{out / 'labels.jsonl'} is there already; give another --out, or delete it")
     judged = label_by_judge(read_samples(pairs, print), options, out / "replies.jsonl", print, labels)

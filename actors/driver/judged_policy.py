@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
-
 from actors.driver.policy_stage import PolicyStage
-from beaver_ray.errors import UserError
 from beaver_ray.options import option
 from beaver_ray.stage import RoleSpec
-from beaver_ray.yaml_files import one_line
+from beaver_ray.yaml_files import validated
 
 NOBODY = "http://localhost"
 """A source must be named for the reward; where nobody says it this one is, and is never started."""
@@ -66,7 +63,4 @@ def judged_policy(
         **more,
         "rollout": {"samples_per_prompt": 2, **more.get("rollout", {})},
     }
-    try:
-        return JudgedPolicy.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(one_line(error, JudgedPolicy, where)) from None
+    return validated(JudgedPolicy, tree, where)

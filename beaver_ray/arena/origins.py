@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from beaver_ray.errors import UserError
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.template_options import TemplateOptions
-from beaver_ray.yaml_files import one_line, read_yaml
+from beaver_ray.yaml_files import read_yaml, validated
 
 
 def run_of(place: str) -> dict[str, Any]:
@@ -34,10 +31,7 @@ def template_of(run: Mapping[str, Any]) -> TemplateOptions:
     """How a run writes prompts: of a PPO run under data, of others at the top. UserError for what is no template."""
     data = run.get("data")
     given = (data if isinstance(data, Mapping) else run).get("template", "auto")
-    try:
-        return TemplateOptions.model_validate(given)
-    except ValidationError as error:
-        raise UserError(one_line(error, TemplateOptions, "template of a policy's run")) from None
+    return validated(TemplateOptions, given, "template of a policy's run")
 
 
 def trained_against(place: str) -> set[str]:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict
-from beaver_ray.yaml_files import one_line, read_yaml
+from beaver_ray.yaml_files import read_yaml, validated
 
 OURS = Path(__file__).parent / "principles.yaml"
 """Sixteen, under the names of Dromedary's (arXiv 2305.03047), in words of our own."""
@@ -37,10 +37,7 @@ def read_principles(file: str | Path | None = None) -> list[Principle]:
     """
     path = Path(file or OURS)
     tree = read_yaml(path, frozenset({"name", "text", "negated"}))
-    try:
-        found = _File.model_validate(tree).principles
-    except ValidationError as error:
-        raise UserError(one_line(error, _File, str(path))) from None
+    found = validated(_File, tree, str(path)).principles
     name, count = Counter(principle.name for principle in found).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: two principles are called {name!r}; give each a name of its own")

@@ -5,22 +5,21 @@ Ours lie beside this module, in our own words; any of them may be replaced by a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict
 from beaver_ray.self_align.principles import Principle
-from beaver_ray.yaml_files import one_line, read_yaml
+from beaver_ray.yaml_files import read_yaml, validated
 
 TASKS = Path(__file__).parent / "seed_tasks.yaml"
 TYPES = Path(__file__).parent / "adversarial_types.yaml"
 EXEMPLARS = Path(__file__).parent / "exemplars.yaml"
 _TEXTS = frozenset({"name", "about", "topic", "question", "user", "thoughts", "answer", "tasks"})
-File = TypeVar("File", bound=BaseModel)
 
 
 class Task(Strict):
@@ -69,22 +68,25 @@ def read_tasks(file: str | Path | None = None) -> list[Task]:
 
     Raises UserError, as the others here do, where the file is not of its form.
     """
-    return _read(file or TASKS, _Tasks, lambda found: found.tasks)
+    path = file or TASKS
+    return validated(_Tasks, read_yaml(path, _TEXTS), str(path)).tasks
 
 
 def read_types(file: str | Path | None = None) -> list[QuestionType]:
     """The kinds of question of a YAML file, ours where none is named: ``types: [{name, about, topic, question}]``."""
-    found = _read(file or TYPES, _Types, lambda found: found.types)
+    path = file or TYPES
+    found = validated(_Types, read_yaml(path, _TEXTS), str(path)).types
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{file or TYPES}: two types are called {twice!r}; give each a name of its own")
+        raise UserError(f"{path}: two types are called {twice!r}; give each a name of its own")
     return found
 
 
 def read_exemplars(file: str | Path | None = None) -> list[Exemplar]:
     """The exemplars of a YAML file, ours where none is named: ``exemplars: [{user, thoughts, answer}]``."""
-    return _read(file or EXEMPLARS, _Exemplars, lambda found: found.exemplars)
+    path = file or EXEMPLARS
+    return validated(_Exemplars, read_yaml(path, _TEXTS), str(path)).exemplars
 
 
 def annotation_lines(
@@ -114,11 +116,3 @@ def annotation_lines(
 def _task(text: str) -> dict[str, str]:
     instruction, _, given = text.partition(" | ")
     return {"instruction": instruction.strip(), "input": given.strip()}
-
-
-def _read(file: str | Path, form: type[File], part: Callable[[File], Any]) -> Any:
-    tree = read_yaml(file, _TEXTS)
-    try:
-        return part(form.model_validate(tree))
-    except ValidationError as error:
-        raise UserError(one_line(error, form, str(file))) from None
