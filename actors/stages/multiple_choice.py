@@ -113,9 +113,9 @@ class MultipleChoice(TemplatedStage):
 
     def _figures(self) -> dict[str, Any]:
         """Those of the finished run; none before."""
-        file = self.folder / "final" / FIGURES
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return found
+        from beaver_ray.report.page import read_json
+
+        return read_json(self.folder / "final" / FIGURES) or {}
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
         """None: its figures are few."""

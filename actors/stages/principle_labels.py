@@ -203,10 +203,12 @@ class PrincipleLabels(TemplatedStage):
 
     def headlines(self) -> list[str]:
         """Where the labelled pairs are, and how each principle fared."""
+        from beaver_ray.report.page import read_json
+
         final = self.folder / "final"
-        if not final.is_dir():
+        figures = read_json(final / "principles.json")
+        if figures is None:
             return []
-        figures = json.loads((final / "principles.json").read_text(encoding="utf-8"))
         told = [f"{name}: {_in_words(of)}" for name, of in figures.items()]
         return [f"labelled pairs: {final / 'train.jsonl'}, {final / 'test.jsonl'}", *told]
 

@@ -41,9 +41,10 @@ class SelfAlign(SelfAlignConfig):
 
     def headlines(self) -> list[str]:
         """How many there are, and where."""
-        from beaver_ray.report.self_align import headline, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.self_align import FILE, headline
 
-        figures = read_figures(self.folder)
+        figures = read_json(self.folder / FILE)
         where = self.folder / "final" / "pairs.jsonl"
         return [headline(figures), f"pairs: {where}"] if figures else []
 
@@ -55,6 +56,7 @@ class SelfAlign(SelfAlignConfig):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many are kept, what they took, and how many lines people wrote for them."""
-        from beaver_ray.report.self_align import cards, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.self_align import FILE, cards
 
-        return cards(read_figures(self.folder))
+        return cards(read_json(self.folder / FILE))

@@ -40,9 +40,10 @@ class SelfInstruct(SelfInstructConfig):
 
     def headlines(self) -> list[str]:
         """How many there are, and where."""
-        from beaver_ray.report.self_align import headline, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.self_align import FILE, headline
 
-        figures = read_figures(self.folder)
+        figures = read_json(self.folder / FILE)
         where = self.folder / "final" / "instructions.jsonl"
         return [headline(figures), f"instructions: {where}"] if figures else []
 
@@ -54,6 +55,7 @@ class SelfInstruct(SelfInstructConfig):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many of each sort, and how many lines people wrote for them."""
-        from beaver_ray.report.self_align import cards, read_figures
+        from beaver_ray.report.page import read_json
+        from beaver_ray.report.self_align import FILE, cards
 
-        return cards(read_figures(self.folder))
+        return cards(read_json(self.folder / FILE))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beaver_ray.report.charts import Card, Chart, Panel, Series, drawable
-from beaver_ray.report.page import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +18,6 @@ FILE = "self_align.json"
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     """Write self_align.json into a run's folder."""
     (folder / FILE).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_figures(folder: Path) -> dict[str, Any] | None:
-    """What stands in it; None where it is not there."""
-    found: dict[str, Any] | None = read_json(folder / FILE)
-    return found
 
 
 def headline(figures: Mapping[str, Any]) -> str:
