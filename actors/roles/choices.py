@@ -9,25 +9,22 @@ import pyarrow as pa
 import torch
 
 from actors.roles.micro_batches import SequenceRows
+from actors.roles.scorer import FrozenPolicy
 from beaver_ray import experience
 from beaver_ray.errors import UserError
-from beaver_ray.models.loading import DTYPES, context_length, default_device, load_policy
-from beaver_ray.models.logprobs import response_logprobs
+from beaver_ray.models.loading import context_length
 from beaver_ray.packing import pack, plan_micro_batches
 
 
-class ChoiceScorer:
+class ChoiceScorer(FrozenPolicy):
     """A frozen language model. Rows are packed up to ``token_budget`` tokens, or to the longest."""
 
     def __init__(
         self, model: str, dtype: str, token_budget: int, threads: int, trust_remote_code: bool = False
     ) -> None:
-        torch.set_num_threads(threads)
-        self.folder, self.token_budget = model, token_budget
+        self.folder = model
         self.positions = context_length(model, trust_remote_code)
-        self.device = default_device()
-        self.model = load_policy(model, DTYPES[dtype], trust_remote_code, self.device)
-        self.model.eval().requires_grad_(False)
+        super().__init__(model, dtype, token_budget, threads, trust_remote_code)
 
     @torch.no_grad()
     def letters(self, batch: pa.RecordBatch, letters: Sequence[int]) -> np.ndarray:
@@ -53,17 +50,9 @@ class ChoiceScorer:
         rows = SequenceRows(batch)
         budget = max([self.token_budget, *self._checked(rows.lengths.tolist())])
         found_N = np.zeros(len(rows.lengths))
-        for micro_batch in rows.micro_batches(range(len(found_N)), budget, 0, 1, self.device):
-            logprobs_T, _ = response_logprobs(
-                self.model,
-                micro_batch.packed.input_ids,
-                micro_batch.packed.position_ids,
-                micro_batch.positions_T,
-                micro_batch.targets_T,
-                1.0,
-            )
-            starts = np.cumsum(micro_batch.lengths_B.cpu().numpy()) - micro_batch.lengths_B.cpu().numpy()
-            found_N[micro_batch.rows] = np.add.reduceat(logprobs_T.double().cpu().numpy(), starts)
+        for micro_batch, logprobs_T in self.token_logprobs(rows, budget, 1.0):
+            lengths_B = rows.response_lengths[micro_batch.rows]
+            found_N[micro_batch.rows] = np.add.reduceat(logprobs_T.astype(np.float64), np.cumsum(lengths_B) - lengths_B)
         return found_N
 
     def _checked(self, lengths: list[int]) -> list[int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.roles.micro_batches import SequenceRows, token_column
+from actors.roles.micro_batches import PackedResponses, SequenceRows, token_column
 from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
@@ -171,7 +171,35 @@ class Scorer(ScorerBase):
         return batch.set_column(place, batch.schema.field(place), experience.ragged(tokens, lengths))
 
 
-class Reference:
+class FrozenPolicy:
+    """A language model that says how likely responses are, and is not trained."""
+
+    def __init__(
+        self, model: str, dtype: str, token_budget: int, threads: int, trust_remote_code: bool = False
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.token_budget = token_budget
+        self.device = default_device()
+        self.model = load_policy(model, DTYPES[dtype], trust_remote_code, self.device)
+        self.model.eval().requires_grad_(False)
+
+    def token_logprobs(
+        self, rows: SequenceRows, budget: int, temperature: float
+    ) -> Iterator[tuple[PackedResponses, np.ndarray]]:
+        """All rows in micro-batches of ``budget`` tokens, with the log-probs [T] of their responses' tokens."""
+        for micro_batch in rows.micro_batches(range(len(rows.lengths)), budget, 0, 1, self.device):
+            logprobs_T, _ = response_logprobs(
+                self.model,
+                micro_batch.packed.input_ids,
+                micro_batch.packed.position_ids,
+                micro_batch.positions_T,
+                micro_batch.targets_T,
+                temperature,
+            )
+            yield micro_batch, logprobs_T.cpu().numpy()
+
+
+class Reference(FrozenPolicy):
     """The frozen policy that the KL is measured against."""
 
     def __init__(
@@ -183,25 +211,12 @@ class Reference:
         threads: int,
         trust_remote_code: bool = False,
     ) -> None:
-        torch.set_num_threads(threads)
-        self.token_budget, self.temperature = token_budget, temperature
-        self.device = default_device()
-        self.model = load_policy(model, DTYPES[dtype], trust_remote_code, self.device)
-        self.model.eval().requires_grad_(False)
+        super().__init__(model, dtype, token_budget, threads, trust_remote_code)
+        self.temperature = temperature
 
     @torch.no_grad()
     def logprobs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """``sample_id`` and ``reference_logprobs``, at the temperature that was sampled at."""
-        rows = SequenceRows(batch)
-        parts = []
-        for micro_batch in rows.micro_batches(range(batch.num_rows), self.token_budget, 0, 1, self.device):
-            logprobs_T, _ = response_logprobs(
-                self.model,
-                micro_batch.packed.input_ids,
-                micro_batch.packed.position_ids,
-                micro_batch.positions_T,
-                micro_batch.targets_T,
-                self.temperature,
-            )
-            parts.append((micro_batch.rows, logprobs_T.cpu().numpy()))
+        found = self.token_logprobs(SequenceRows(batch), self.token_budget, self.temperature)
+        parts = [(micro_batch.rows, logprobs_T) for micro_batch, logprobs_T in found]
         return token_column(batch, "reference_logprobs", parts)
