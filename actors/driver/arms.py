@@ -30,7 +30,6 @@ class TextArm(TrainerStage):
     input: Reads = option("What is read of single texts.", "qa")
     save_to: str = option("The model's folder; empty where it is not kept.", "")
     places: ClassVar[tuple[str, ...]] = ("save_to", "labels", "watched_labels", "resume", "tracker")
-    """Options that say where something lies, and not what is trained."""
 
     @property
     def model_folders(self) -> tuple[str, ...]:

@@ -156,12 +156,12 @@ def gather(found: Mapping[str, Scored], rows: Mapping[str, np.ndarray], members:
 
 def _files(member: Any) -> list[str]:
     """The files that a member reads; many members read the same ones."""
-    return [*(entry.path for entry in (*member.train, *member.eval)), *getattr(member, "label_files", ())]
+    return [*(entry.path for entry in (*member.train, *member.eval)), *member.label_files]
 
 
 def _made_of(member: Any, hashes: Mapping[str, str]) -> str:
     """A hash of a member's options, data, and the model that it starts from; not of where it is trained or lies."""
-    places = {"cluster", "debug", "workspace", "model", "train", "eval", *getattr(member, "places", ())}
+    places = {"cluster", "debug", "workspace", "model", "train", "eval", *member.places}
     options = member.model_dump_json(exclude=places)
     parts = [options, hashes[member.model], *(hashes[path] for path in _files(member))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -172,7 +172,7 @@ def _read(file: Path, made_of: str, member: Any) -> Scored | None:
     if not file.is_file():
         return None
     kept = json.loads(file.read_text(encoding="utf-8"))
-    there = all(Path(folder).is_dir() for folder in getattr(member, "model_folders", ()))
+    there = all(Path(folder).is_dir() for folder in member.model_folders)
     if not there or kept.get("made_of") != made_of:
         return None
     return Scored(np.array(kept["scores"]), kept["loss"], kept["told"])

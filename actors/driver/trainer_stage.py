@@ -149,7 +149,20 @@ class TrainerStage(TrainerConfig, TemplatedStage):
         """Write the model as a Hugging Face folder."""
         raise NotImplementedError
 
-    # Of a model that is trained beside others (`actors.roles.ensemble`); its trainer is alone.
+    # Of a model that is trained beside others (`actors.driver.ensemble`); its trainer is alone.
+
+    places: ClassVar[tuple[str, ...]] = ()
+    """Options that say where something lies, and not what is trained."""
+
+    @property
+    def label_files(self) -> tuple[str, ...]:
+        """Files that it learns from besides its data."""
+        return ()
+
+    @property
+    def model_folders(self) -> tuple[str, ...]:
+        """Folders of models that are there once it is trained."""
+        return ()
 
     def ends_after(self, trainer: Trainer, done: int) -> bool:
         """Whether training ends here, after ``done`` steps; asked after each."""
