@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers import TopPLogitsWarper
 
 from actors.roles.exchange import (
     Exchange,
@@ -192,7 +193,4 @@ def likeliest(logprobs_BV: torch.Tensor, share: float) -> torch.Tensor:
 
     Holtzman et al., The Curious Case of Neural Text Degeneration (2020): nucleus sampling.
     """
-    ordered_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True)
-    before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
-    inside_BV = torch.zeros_like(logprobs_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV < share)
-    return logprobs_BV.masked_fill(~inside_BV, -torch.inf).log_softmax(-1)
+    return TopPLogitsWarper(share)(torch.empty(0, dtype=torch.long), logprobs_BV).log_softmax(-1)
