@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2.meta
 import numpy as np
 import pyarrow as pa
 
@@ -24,8 +24,8 @@ from beaver_ray import experience
 from beaver_ray.bounds import clopper_pearson
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample, read_source
-from beaver_ray.errors import UserError, first_line
-from beaver_ray.judge.prompts import OURS, Rubric
+from beaver_ray.errors import UserError
+from beaver_ray.judge.prompts import OURS, Rubric, check_template, read_template
 from beaver_ray.judge.replies import PAIR
 from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.models.folders import fingerprint
@@ -37,14 +37,14 @@ from beaver_ray.self_align.principles import Principle
 from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.principles import differences
 from beaver_ray.small_world.world import SmallWorld
-from beaver_ray.stage import TemplatedStage
+from beaver_ray.stage import RoleSpec, TemplatedStage
 
 BLOCK = 256
 """Pairs whose comparisons are kept together."""
 CHUNK = 16
 """Pairs of one call."""
 RUBRIC = "principle.j2"
-_SHOWN = {"turns", "answer_a", "answer_b", "principle"}
+_SHOWN = {"turns", *PAIR.answers, "principle"}
 _WORDS = {"A": 1.0, "B": -1.0, "TIE": 0.0}
 
 Orders = tuple[np.ndarray, np.ndarray]
@@ -54,16 +54,8 @@ Orders = tuple[np.ndarray, np.ndarray]
 def principle_rubric(folder: str | None) -> Rubric:
     """principle.j2 of ``folder``, else ours. UserError where it is none, or leaves out what is to be judged."""
     file = (Path(folder) if folder else OURS) / RUBRIC
-    try:
-        text = file.read_text(encoding="utf-8")
-        used = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
-    except (OSError, ValueError, jinja2.TemplateError) as error:
-        raise UserError(f"rubric {file} cannot be read as a Jinja template: {first_line(error)}") from None
-    if missing := sorted(_SHOWN - used):
-        raise UserError(f"rubric {file} must show {{{{ {missing[0]} }}}}, or the judge does not see it")
-    if unknown := sorted(used - _SHOWN - {"system", "mark", "letters"}):
-        given = ", ".join(sorted({*_SHOWN, "system", "mark", "letters"}))
-        raise UserError(f"rubric {file} uses {unknown[0]}, which it is not given; it is given {given}")
+    text, used = read_template(file)
+    check_template(file, used, _SHOWN, frozenset({"letters"}))
     return Rubric("principle", text, PAIR, str(file))
 
 
@@ -94,10 +86,27 @@ class Questions:
 
 
 class Comparer:
-    """Who compares pairs in a run of ``stage``: its ``judge``, or the truth of the small world ``world``."""
+    """Who compares pairs in a run of ``stage``: its ``judge``, or the truth of the small world ``world``.
+
+    A language model is started when it is first asked, and ends with the context.
+    """
 
     def __init__(self, stage: TemplatedStage, judge: LetterJudge | JudgeOptions | None, world: str | None) -> None:
         self.stage, self.judge, self.world = stage, judge, world
+        self._open = ExitStack()
+        self._roles: Roles | None = None
+
+    def __enter__(self) -> Comparer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.close()
+
+    def _started(self, role: RoleSpec) -> AbstractContextManager[Roles]:
+        """The language model's role, which goes on when this context ends."""
+        if self._roles is None:
+            self._roles = self._open.enter_context(judging(self.stage, [role]))
+        return nullcontext(self._roles)
 
     def compare(
         self, principles: Sequence[Principle], pairs: Sequence[RawSample], run: RunFolder
@@ -110,7 +119,7 @@ class Comparer:
             letters = judge.letters if isinstance(judge, LetterJudge) else None
             questions = Questions(principles, principle_rubric(judge.rubrics), letters)
             if isinstance(judge, LetterJudge):
-                orders = by_letters(self.stage, judge, questions, pairs, run)
+                orders = by_letters(self.stage, judge, questions, pairs, run, self._started)
             else:
                 orders = by_address(judge, questions, pairs, Path(self.stage.workspace) / REPLIES, run.note)
         return {one.name: agree(*of_both) for one, *of_both in zip(principles, *orders, strict=True)}
@@ -175,6 +184,7 @@ def by_letters(
     questions: Questions,
     pairs: Sequence[RawSample],
     run: RunFolder,
+    start: Callable[[RoleSpec], AbstractContextManager[Roles]],
 ) -> Orders:
     """log P(A) - log P(B) of a language model. Blocks that an earlier start has left are not asked again."""
     reader = LetterReader(judge.folder, judge.letters, stage.prompt_template, stage.trusts_code)
@@ -208,7 +218,7 @@ def by_letters(
             for number, one in zip(some, odds, strict=True)
         ]
 
-    blocks = kept.rows(start=lambda: judging(stage, [role]), ask=ask, figures=lambda rows: {})
+    blocks = kept.rows(start=lambda: start(role), ask=ask, figures=lambda rows: {})
     found = np.array([row["odds"] for rows in blocks for row in rows])
     return _in_orders(found.ravel(), len(pairs), len(questions.principles))
 

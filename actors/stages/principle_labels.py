@@ -95,10 +95,11 @@ class PrincipleLabels(TemplatedStage):
         run.rewind(0)  # figures of comparisons that are there already are logged again
         principles = self.chosen()
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
-        comparer, known = Comparer(self, self.judge, self.world), {}
-        if self.canaries is not None:
-            known = check_canaries(comparer, principles, self.canaries, self.accuracy, self.confidence, run)
-        found = comparer.compare(principles, unlabelled_samples(rows), run)
+        known = {}
+        with Comparer(self, self.judge, self.world) as comparer:
+            if self.canaries is not None:
+                known = check_canaries(comparer, principles, self.canaries, self.accuracy, self.confidence, run)
+            found = comparer.compare(principles, unlabelled_samples(rows), run)
         self._write(rows, principles, found, known, left_out, run)
 
     def chosen(self) -> list[Principle]:

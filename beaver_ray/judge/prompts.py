@@ -79,21 +79,37 @@ def load_rubric(name: str, forms: Form | Sequence[Form], folder: str | None = No
     if file is None or Path(name).name != name:
         known = {found.stem for place in files for found in place.parent.glob("*.j2")}
         raise UserError(f"no rubric is called {name!r}{near(name, known)}")
+    text, used = read_template(file)
+    form = next((form for form in forms if used >= set(form.answers)), forms[0])
+    check_template(file, used, {"turns", *form.answers})
+    if f"{form.label}:" not in text:
+        raise UserError(f"rubric {file} must ask for a last line {form.label}: {' or '.join(form.shown)}")
+    return Rubric(name, text, form, str(file))
+
+
+def read_template(file: Path) -> tuple[str, set[str]]:
+    """A rubric's words, and what it uses. UserError where it is no template."""
     try:
         text = file.read_text(encoding="utf-8")
         used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
         _ENVIRONMENT.from_string(text)  # finds filters and tests that there are not
     except (OSError, ValueError, jinja2.TemplateError) as error:
         raise UserError(f"rubric {file} cannot be read as a Jinja template: {first_line(error)}") from None
-    form = next((form for form in forms if used >= set(form.answers)), forms[0])
-    if missing := {"turns", *form.answers} - used:
+    return text, used
+
+
+def check_template(file: Path, used: set[str], shown: set[str], more: frozenset[str] = frozenset()) -> None:
+    """UserError for a rubric that does not show all that is to be ``shown``, or uses what it is not given.
+
+    more: what it is given, and may leave out, besides what every rubric is given.
+    """
+    if missing := shown - used:
         raise UserError(f"rubric {file} must show {{{{ {min(missing)} }}}}, or the judge does not see it")
-    if unknown := used - _GIVEN - set(form.answers):
-        given = ", ".join(sorted({*_GIVEN, *form.answers}))
-        raise UserError(f"rubric {file} uses {min(unknown)}, which it is not given; it is given {given}")
-    if f"{form.label}:" not in text:
-        raise UserError(f"rubric {file} must ask for a last line {form.label}: {' or '.join(form.shown)}")
-    return Rubric(name, text, form, str(file))
+    given = _GIVEN | shown | more
+    if unknown := used - given:
+        raise UserError(
+            f"rubric {file} uses {min(unknown)}, which it is not given; it is given {', '.join(sorted(given))}"
+        )
 
 
 def sampling(options: JudgeOptions, seed: int | None = None) -> dict[str, Any]:
