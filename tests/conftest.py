@@ -64,10 +64,9 @@ def one_rank() -> Iterator[None]:
     """This process as the only rank; the group ends with the module, so that others can start their own."""
     import deepspeed
 
-    from actors.machine.engine import join_ranks
-    from tests.actors.support import free_port
+    from actors.machine.engine import join_ranks, meeting_place
 
-    join_ranks(0, 1, "127.0.0.1", free_port())
+    join_ranks(0, 1, meeting_place("127.0.0.1"))
     yield
     deepspeed.comm.destroy_process_group()
 

@@ -18,6 +18,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -46,16 +47,27 @@ class LossTerms:
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
 
-def join_ranks(rank: int, world: int, address: str, port: int) -> None:
-    """Make this process one of ``world`` ranks that meet at ``address:port`` (nccl on GPUs, gloo on CPUs)."""
+def meeting_place(address: str, port: int = 0, first: bool = True) -> dist.TCPStore:
+    """Where the ranks of a group meet: the first one's own, at a port that the system picks, or another's way there.
+
+    The first listens from here on: a port that is only looked up may be somebody else's by the time it is used.
+    """
+    return dist.TCPStore(address, port, is_master=first, wait_for_workers=False, timeout=default_pg_timeout)
+
+
+def join_ranks(rank: int, world: int, place: dist.TCPStore) -> None:
+    """Make this process one of ``world`` ranks that meet there (nccl on GPUs, gloo on CPUs)."""
     if dist.is_initialized():
         return
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for tensor-parallel inference, over a minute on a
     # new machine and impossible without a compiler. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     shown = sys.excepthook
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=default_pg_timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     # PyTorch would put "[rank0]:" before every line of an error's traceback, also where there is one process only.
     sys.excepthook = shown
 

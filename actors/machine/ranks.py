@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
-from actors.machine.engine import TrainingEngine, join_ranks
+from actors.machine.engine import TrainingEngine, join_ranks, meeting_place
 from beaver_ray.errors import UserError
 
 
@@ -27,21 +27,20 @@ class TrainingRank:
 
     def __init__(self, rank: int, world: int, seed: int, threads: int) -> None:
         self.rank, self.world, self.seed = rank, world, seed
+        self.place: dist.TCPStore | None = None
         torch.set_num_threads(threads)
 
     def rendezvous(self) -> tuple[str, int]:
-        """This process's address and a free port."""
-        address = "127.0.0.1" if self.world == 1 else ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
+        """Of the first rank: its address, and the port at which it waits for the others."""
+        self.place = meeting_place("127.0.0.1" if self.world == 1 else ray.util.get_node_ip_address())
+        return self.place.host, self.place.port
 
     def setup(self, address: str, port: int) -> None:
         """Join the other ranks, then load the model."""
         if self.world > 1:
             # Gloo would go by the host's name, which on many machines stands for a loopback address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address()))
-        join_ranks(self.rank, self.world, address, port)
+        join_ranks(self.rank, self.world, self.place or meeting_place(address, port, first=False))
         torch.manual_seed(self.seed)
         self.build()
 

@@ -170,18 +170,18 @@ def read_end_tokens(folder: str, template: Template = "auto", trust_remote_code:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        configured = read_configured_ends(folder)
+        ends = set(read_configured_ends(folder))
+        if tokenizer.eos_token_id is not None:
+            ends |= answer_form(tokenizer, template).stops
     except UserError:
         raise
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot read the EOS tokens of {folder}: {first_line(error)}") from None
-    if tokenizer.eos_token_id is not None:
-        return tuple(sorted({*answer_form(tokenizer, template).stops, *configured}))
-    if not configured:
+    if not ends:
         raise UserError(
             f"{folder}: neither generation config nor tokenizer names an EOS token; set eos_token_id in one"
         )
-    return tuple(sorted(set(configured)))
+    return tuple(sorted(ends))
 
 
 def read_configured_ends(folder: str) -> list[int]:

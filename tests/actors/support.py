@@ -76,10 +76,10 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
-    from actors.machine.engine import join_ranks
+    from actors.machine.engine import join_ranks, meeting_place
 
     torch.set_num_threads(1)
-    join_ranks(rank, world, "127.0.0.1", port)
+    join_ranks(rank, world, meeting_place("127.0.0.1", port, first=rank == 0))
     while True:
         function, args = pipe.recv()
         try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from beaver_ray.data.templates import read_end_tokens
 from beaver_ray.errors import UserError
 from beaver_ray.models import loading
 from beaver_ray.models.folders import read_model
@@ -106,6 +107,17 @@ def test_a_tokenizer_needs_an_end(tiny_world: Path, tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="has no EOS token"):
         load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_whose_unknown_token_is_no_token_is_refused(tiny_world: Path, tmp_path: Path) -> None:
+    """transformers takes it for the unknown token of itself, without end."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_world / "model", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": ""}))
+    for load in (load_tokenizer, read_end_tokens):
+        with pytest.raises(UserError, match=f"{folder}: RecursionError"):
+            load(str(folder))
 
 
 def test_a_tokenizer_that_its_models_type_cannot_read_is_refused(tiny_world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from actors.machine.engine import LossTerms, TrainingEngine, learning_rate
+from actors.machine.engine import LossTerms, TrainingEngine, learning_rate, meeting_place
 from beaver_ray.config import EngineConfig, OptimizerConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models import chunks, logprobs
 from beaver_ray.models.logprobs import install_logprob_head, response_logprobs
 from beaver_ray.packing import pack
-from tests.actors.support import Ranks, free_port, pad
+from tests.actors.support import Ranks, pad
 
 STEPS = 3
 # Losses of different size, without which Adam would hide whether gradients are clipped.
@@ -414,10 +415,18 @@ def test_a_step_without_dropout_computes_what_an_evaluation_does(one_rank: None,
     assert abs(dropped - expected) > 1e-4 * expected, "the test is of a model with dropout"
 
 
+def test_the_port_where_ranks_meet_is_taken_as_soon_as_it_is_told() -> None:
+    place = meeting_place("127.0.0.1")
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", place.port))
+    meeting_place("127.0.0.1", place.port, first=False).set("here", "rank 1")
+    assert place.get("here") == b"rank 1"
+
+
 def test_one_rank_says_nothing_and_keeps_tracebacks_plain() -> None:
     code = (
-        "from actors.machine.engine import join_ranks\n"
-        f"join_ranks(0, 1, '127.0.0.1', {free_port()})\n"
+        "from actors.machine.engine import join_ranks, meeting_place\n"
+        "join_ranks(0, 1, meeting_place('127.0.0.1'))\n"
         "raise RuntimeError('a mistake')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
