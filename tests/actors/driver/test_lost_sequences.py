@@ -34,8 +34,11 @@ def nodes() -> Iterator[Cluster]:
 
 
 def generator(name: str, resources: dict[str, float]) -> RayHandle:
+    """One that is up, so that no other makes all sequences before its first."""
     actor: Any = ray.remote(num_cpus=0, resources=resources)(LightGenerator)
-    return RayHandle(name, actor.remote(tokens=TOKENS))
+    started = actor.remote(tokens=TOKENS)
+    ray.get(started.__ray_ready__.remote(), timeout=120)
+    return RayHandle(name, started)
 
 
 def samples_of(collected: Collected) -> list[int]:
