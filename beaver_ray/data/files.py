@@ -192,7 +192,13 @@ def _listed_rows(content: Any, path: Path) -> Iterator[Any]:
 def hub_dataset(place: Place) -> Any:
     """The data set of the hub at ``place``. Raises UserError for one that cannot be had."""
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS
 
+    # For the name of one of its readers it would take all files below the working directory for data.
+    if place.where in READERS:
+        raise UserError(
+            f"'{place.where}' is a format and no dataset: give a local path as {place.name}:PROPORTION:PATH"
+        )
     try:
         return datasets.load_dataset(place.where, place.subset, data_dir=place.data_dir, split=place.split)
     except Exception as error:  # not found, offline, no such split, broken: each a kind of its own

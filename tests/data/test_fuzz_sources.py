@@ -204,7 +204,11 @@ def test_what_once_got_through(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:12] + b"\xff" * 4 + whole[16:])
     with pytest.raises(UserError, match=r"cannot read .*a\.jsonl\.gz: .*check that the file is whole"):
         read_source("prompts", str(tmp_path / "a.jsonl.gz"))
-    for place, message in (("~nobody/x", "no file or folder ~nobody/x"), ("/" + "x" * 300, "no file or folder /xxx")):
+    for place, message in (
+        ("~nobody/x", "no file or folder ~nobody/x"),
+        ("/" + "x" * 300, "no file or folder /xxx"),
+        ("json", "'json' is a format and no dataset"),
+    ):
         with pytest.raises(UserError, match=message):
             load_mix([f"prompts:1:{place}"])
     with pytest.raises(UserError, match="is above 1000: lower it"):
