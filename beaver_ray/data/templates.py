@@ -172,7 +172,7 @@ def read_end_tokens(folder: str, template: Template = "auto", trust_remote_code:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         ends = set(read_configured_ends(folder))
         if tokenizer.eos_token_id is not None:
-            ends |= answer_form(tokenizer, template).stops
+            ends.update(answer_form(tokenizer, template).stops)
     except UserError:
         raise
     except Exception as error:  # of broken files transformers raises nearly anything

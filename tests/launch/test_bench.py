@@ -136,14 +136,11 @@ def test_iteration(tmp_path: Path) -> None:
 
 
 def test_step(tmp_path: Path) -> None:
-    result = measured("step", tmp_path)
-    found = values(result)
-    for k in (0, 1):
-        phases = sum(found[f"phase {p}, staleness {k}"] for p in ("generate", "score", "train", "publish"))
-        assert 0 < phases <= 1.01 * found[f"step, staleness {k}"]
-    ahead = next(f for f in result["figures"] if f["name"] == "step ahead")
-    assert ahead["value"] == found["step, staleness 1"]
-    assert ahead["ratio"] == pytest.approx(found["step, staleness 1"] / found["step, staleness 0"])
+    """One run: an override says how far generation is ahead, so that no other is held against it."""
+    ahead = ("rollout.staleness=1", "ppo.old_logprobs=trainer")
+    found = values(measured("step", tmp_path, Options(size="small", overrides=ahead)))
+    phases = sum(found[f"phase {p}"] for p in ("generate", "score", "train", "publish"))
+    assert 0 < phases <= 1.01 * found["step"]
 
 
 def test_all_roles_on_one_gpu(workspace: Path) -> None:

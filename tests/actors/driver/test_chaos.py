@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: one kill of each kind that matters, on three real nodes, with long answers."""
+"""The short form of `make chaos` on three real nodes, with long answers; test_deaths_ray.py has more ways to die."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.chaos import Kill, check, role_of, run_chaos, write_config
 from tests.tiny_ppo import build_workspace, write_stage
 
-STEPS = 16
+STEPS = 10
 TOKENS = 300  # of each answer: 32 of them, which a generator hands out at a time, take 120 KB and are not inlined
 
 
@@ -61,17 +61,14 @@ def test_a_run_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> Non
         Kill("rollout", "generation"),
         Kill("node", "generation"),
         Kill("cost-harm", "scoring"),
-        Kill("policy", "scoring"),
         Kill("policy", "publishing"),
-        Kill("critic-reward", "scoring"),
-        Kill("reward", "evaluation"),
         Kill("driver"),
     ]
     print(run_chaos(config, len(kills) + 1, seed=1, steps=STEPS, choice=kills))
     print(check(tmp_path / "chaos", STEPS))
     notes = (tmp_path / "chaos" / "notes.log").read_text(encoding="utf-8")
     assert "resumed after step" in notes and "is lost with" in notes and "are lost with their node" in notes
-    # A rank's death rolls back, and no other: not that of a scorer in the last evaluation, nor that of the node.
-    assert 1 <= notes.count("rolled back to step") <= 3
+    # A rank's death rolls back, and no other: not that of a scorer, nor that of the node.
+    assert notes.count("rolled back to step") == 1
     rows = [json.loads(line) for line in (tmp_path / "chaos" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["rollout/response_tokens"] > 0.9 * TOKENS for row in rows)

@@ -27,7 +27,9 @@ def start(stage: Path, *overrides: str) -> subprocess.Popen[bytes]:
 @pytest.mark.timeout(900)
 def test_a_killed_and_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     build_workspace(tmp_path)
-    whole, cut = (write_stage(tmp_path, name=name, steps=5, save_every=2) for name in ("whole", "cut"))
+    constraint = {"name": "harm", "model": "${workspace}/harm", "limit": 0.0, "multiplier": {"initial": 1.0}}
+    changes = {"constraints": [constraint], "steps": 5, "save_every": 2}
+    whole, cut = (write_stage(tmp_path, name=name, **changes) for name in ("whole", "cut"))
     assert start(whole).wait() == 0
     run = start(cut)
     metrics = tmp_path / "cut" / "metrics.jsonl"

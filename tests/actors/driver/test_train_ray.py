@@ -215,12 +215,14 @@ def largest(table: pa.Table, first: str, second: str) -> float:
 
 def test_generators_join_and_leave_in_mid_run(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 1 generator to 3 and back to 1, one step ahead of training: every sample is trained on exactly once."""
-    placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
-    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
+    placement = {role: {"cpus": 0.1} for role in ("reward", "reference", "reward_critic", "experience")}
+    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}}
     rollout = {"prompts_per_step": 16, "max_new_tokens": 8, "max_sequences": 8, "kv_cache_gib": 0.1, "staleness": 1}
     path = write_stage(
         build_workspace(tmp_path, tied=True),
         name="elastic",
+        stage="ppo",
+        constraints=[],
         steps=12,
         cluster={"placement": placement},
         rollout=rollout,

@@ -165,9 +165,10 @@ def test_a_run_whose_weights_go_direct_where_they_can(
 
     monkeypatch.setattr("actors.driver.loop.publish", announced)
     monkeypatch.setattr("actors.driver.recovery.publish", announced)
-    placement = {role: {"cpus": 0.1} for role in ("reward", "cost", "reference", "reward_critic", "cost_critic")}
-    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}, "experience": {"cpus": 0.1}}
-    path = write_stage(build_workspace(tmp_path), steps=4, cluster={"placement": placement})
+    placement = {role: {"cpus": 0.1} for role in ("reward", "reference", "reward_critic", "experience")}
+    placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}}
+    stage = {"stage": "ppo", "constraints": [], "steps": 4, "cluster": {"placement": placement}}
+    path = write_stage(build_workspace(tmp_path), **stage)
     metrics = read_metrics(train(load_config(path)))
     assert len(metrics) == 4
     assert way in capsys.readouterr().out
