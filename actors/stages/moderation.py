@@ -75,12 +75,12 @@ class Moderation(TrainerStage):
     def run(self, run: RunFolder) -> None:
         """Train, choose thresholds, save, and put what was measured beside the run's figures."""
         from beaver_ray.data.mixing import load_mix
-        from beaver_ray.models.moderator import FILE
+        from beaver_ray.models.folders import MODERATION
 
         if self.look_alikes:
             load_mix(self.look_alikes)  # read after the training, but a mistake in them is said before it
         super().run(run)
-        shutil.copyfile(run.folder / "final.part" / self.trained / FILE, run.folder / FILE)
+        shutil.copyfile(run.folder / "final.part" / self.trained / MODERATION, run.folder / MODERATION)
 
     @property
     def packed(self) -> bool:
@@ -167,9 +167,10 @@ class Moderation(TrainerStage):
 
     def _headings(self) -> list[tuple[str, str]]:
         """(What, how much) of moderation.json; nothing before the run has ended."""
-        from beaver_ray.models.moderator import FILE, Settings
+        from beaver_ray.models.folders import MODERATION
+        from beaver_ray.models.moderator import Settings
 
-        file = self.folder / FILE
+        file = self.folder / MODERATION
         if not file.is_file():
             return []
         figures = Settings.model_validate_json(file.read_bytes()).figures
