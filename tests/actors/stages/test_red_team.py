@@ -123,8 +123,17 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
         ({"cost": None}, "give one of cost and world"),
         ({"target": [0.6, 0.4]}, r"target \[0.6, 0.4\] must be two rising shares"),
         ({"attacks": ["translat"]}, "no attack is called 'translat'; did you mean 'translate'"),
+        ({"attacker": {"address": "http://h/v1", "modle": "m"}}, "unknown key modle; did you mean 'model'"),
+        ({"attacker": "http://h/v1"}, r"an address needs the name of its model beside it: \{address: http://h/v1, mod"),
     ],
 )
 def test_options_that_do_not_fit(tiny_world: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage(tiny_world, tmp_path, **options)
+
+
+def test_prompts_to_be_left_out_are_read_before_anybody_is_asked(tiny_world: Path, tmp_path: Path) -> None:
+    run = stage(tiny_world, tmp_path, known=[f"prompts:1:{tmp_path}/none.jsonl"], attacks=["plain"])
+    with pytest.raises(UserError, match="no file or folder .*none.jsonl"):
+        train(run)
+    assert not (run.folder / "answers").exists()
