@@ -134,6 +134,6 @@ def test_options_that_do_not_fit(tiny_world: Path, tmp_path: Path, options: dict
 
 def test_prompts_to_be_left_out_are_read_before_anybody_is_asked(tiny_world: Path, tmp_path: Path) -> None:
     run = stage(tiny_world, tmp_path, known=[f"prompts:1:{tmp_path}/none.jsonl"], attacks=["plain"])
-    with pytest.raises(UserError, match="no file or folder .*none.jsonl"):
+    with pytest.raises(UserError, match=r"no file or folder .*none.jsonl"):
         train(run)
     assert not (run.folder / "answers").exists()
