@@ -226,6 +226,11 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     write_rows(to, [decided | {"better_response_id": 7}])
     with pytest.raises(UserError, match=r"labels.jsonl: pair \w+: better_response_id is 7; it must be 0 or 1"):
         train(label.model_copy(update={"name": "again"}))
+    write_rows(to, [decided | {"response_1": "nicer"}])
+    with pytest.raises(
+        UserError, match=r"labels.jsonl: pair 1 has id '\w+', but its texts have \w+: they were changed"
+    ):
+        train(label.model_copy(update={"name": "again"}))
     write_rows(to, [pair(50, **GOOD)])
     with pytest.raises(UserError, match="has labels of 1 pairs that are not in"):
         train(label.model_copy(update={"name": "again"}))
