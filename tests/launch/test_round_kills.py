@@ -1,4 +1,4 @@
-"""Rounds of red teaming, answers, labels, score models and Safe PPO, killed within and behind every kind of stage."""
+"""Rounds of generate, label, reward model, cost model and Safe PPO, killed within and behind every kind of stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import yaml
 
 import beaver_ray.manifest as manifest
 import launch.pipeline as pipeline
-from actors.driver import red_team
 from actors.stages import generate
 from beaver_ray.runs import RunFolder, read_metrics
 from beaver_ray.stage import Stage
 
-STAGES = ("red_team", "generate", "label", "reward", "cost", "policy")
+STAGES = ("generate", "label", "reward", "cost", "policy")
 KILLS = [*[(f"round_1/{name}", "within") for name in STAGES], *[(f"round_2/{name}", "behind") for name in STAGES]]
 PRELOADED = ["actors.machine.engine", "actors.driver.train_on_prompts", "transformers.models.llama.modeling_llama"]
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
@@ -27,25 +26,16 @@ TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 def rounds(world: Path, folder: Path) -> Path:
     """A pipeline on the tiny world: SFT, and two rounds."""
     before, own = "${workspace}/round_${previous_round}/policy/final/policy", "${workspace}/round_${round}"
-    prompts = [f"prompts:1:{world}/prompts/train.jsonl", f"prompts:1:{own}/red_team/final/prompts.jsonl"]
+    prompts = [f"prompts:1:{world}/prompts/train.jsonl"]
     labels = ["PKU-SafeRLHF:1:${workspace}/round_${rounds_so_far}/label/final/train.jsonl"]
     held_out = [f"PKU-SafeRLHF:1:{own}/label/final/test.jsonl"]
     sampling = {"max_new_tokens": 12, "max_sequences": 64}
-    training = {"model": str(world / "model"), "max_tokens": 64, "epochs": 4, "batch_size": 16, "save_every": 1}
+    training = {"model": str(world / "model"), "max_tokens": 64, "epochs": 4, "batch_size": 16, "save_every": 2}
     training |= {"optimizer": {"learning_rate": 5.0e-3}, "engine": {"micro_batch_tokens": 1024}}
     harm = {"name": "harm", "model": f"{own}/cost/final/cost_model", "violation_rate": 0.2, "calibration": held_out}
     rate = {"learning_rate": 1.0e-3}
     trees: dict[str, dict[str, Any]] = {
         "sft": training | {"train": [f"demonstrations:1:{world}/demonstrations/train.jsonl"]},
-        "red_team": {
-            "policy": before,
-            "seeds": [f"prompts:1:{world}/seeds/train.jsonl"],
-            "attacks": ["plain", "recombine"],
-            "seeds_per_category": 2,
-            "world": f"{world}/world.json",
-            "max_prompt_tokens": 32,
-            "rollout": sampling,
-        },
         "generate": {"policies": [before], "prompts": prompts, "max_prompt_tokens": 32, "rollout": sampling},
         "label": {"pairs": f"{own}/generate/final/pairs.jsonl", "world": f"{world}/world.json", "eval_fraction": 0.4},
         "reward_model": training | {"train": labels},
@@ -75,7 +65,7 @@ def rounds(world: Path, folder: Path) -> Path:
 
 def die_at(file: Path, name: str, moment: str) -> None:
     """Go on with the pipeline and end this process by SIGKILL within that stage's run, or right behind it."""
-    red_team.BLOCK = generate.BLOCK = 10
+    generate.BLOCK = 10
     torch.set_num_threads(1)
     log, write, run = RunFolder.log, manifest.write_stage_manifest, pipeline.run_stage
 
@@ -109,12 +99,12 @@ def go_on(file: Path, name: str = "", moment: str = "") -> int | None:
     context.set_forkserver_preload([__name__, *PRELOADED])
     process = context.Process(target=die_at, args=(file, name, moment))
     process.start()
-    process.join(120)
+    process.join(240)
     return process.exitcode
 
 
 def test_killed_at_every_stage_and_gone_on(tiny_world: Path, tmp_path: Path) -> None:
-    """Twelve kills: some blocks of answers are there, labels without a manifest, some steps of training; or a stage.
+    """Ten kills: some blocks of answers are there, labels without their manifest, some steps of training; or a stage.
 
     Models, data and figures of both rounds are those of a run that nothing disturbed.
     """
@@ -126,8 +116,6 @@ def test_killed_at_every_stage_and_gone_on(tiny_world: Path, tmp_path: Path) -> 
         assert (workspace / name / "final").exists() == (moment == "behind")
     assert not (workspace / "round_2" / "manifest.json").exists()
     assert go_on(file) == 0
-    for name in ("reward", "cost", "policy"):
-        assert "resumed after step" in (workspace / "round_1" / name / "notes.log").read_text()
     for number in (1, 2):
         # Hashes of all models and data that a round has read and made.
         made = [folder / f"round_{number}" / "manifest.json" for folder in (whole, workspace)]
