@@ -139,10 +139,12 @@ def length_problems(stage: Stage, models: Mapping[str, ModelFacts]) -> list[str]
     """Sequences of the stage that are longer than a model's positions, or than one forward pass takes."""
     lengths = stage.lengths()
     longest, options = lengths.longest, lengths.options
+    # A moderation model that scores cuts what it reads, at the length that moderation.json says.
+    cut = {use.folder for use in models_of(stage) if use.classifier and use.scores}
     problems = [
         f"{options} make sequences of {longest} tokens, but {model} has {facts.positions} positions; {lengths.lower}"
         for model, facts in models.items()
-        if facts.positions is not None and longest > facts.positions
+        if facts.positions is not None and longest > facts.positions and model not in cut
     ]
     budget, needed = stage.engine.micro_batch_tokens, lengths.at_once * longest
     if longest > budget:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, ValidationError, field_validator
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import check_address
-from beaver_ray.yaml_files import apply_overrides, read_yaml, validated, yaml_value
+from beaver_ray.yaml_files import apply_overrides, one_line, read_yaml, validated, yaml_value
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TEXTS = frozenset({"address", "model", "rubric", "rubrics", "api_key_env"})
@@ -62,6 +62,25 @@ class JudgeOptions(Strict):
         if taken := {"model", "messages", "stream", "n"} & set(extra):
             raise ValueError(f"{min(taken)} is not for extra to set")
         return extra
+
+
+def read_service(given: Any) -> Any:
+    """A mapping of the configuration as a service, anything else as it is. ValueError, one line, for what is none, and
+    for an address alone."""
+    if isinstance(given, str) and given.startswith(("http://", "https://")):
+        raise ValueError(f"an address needs the name of its model beside it: {{address: {given}, model: NAME}}")
+    if not isinstance(given, dict):
+        return given
+    try:
+        return JudgeOptions.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(one_line(error, JudgeOptions, "service")) from None
+
+
+FolderOrService = Annotated[str | JudgeOptions, BeforeValidator(read_service)]
+"""An option that says who writes: a model's folder, or a service."""
+PerhapsFolderOrService = Annotated[str | JudgeOptions | None, BeforeValidator(read_service)]
+"""The same where there may be none."""
 
 
 class LabellingJudge(JudgeOptions):

@@ -204,8 +204,10 @@ def _tables(found: dict[str, Any], labels: Sequence[str]) -> list[Table]:
     rows = [("any", found["share"], known and known["flagged"])]
     rows += [(name, found["labels"][name], known and known["labels"][name]) for name in labels]
     for name, share, right in rows:
-        figures_of = [f"{right[key]:.3f}" for key in ("precision", "recall", "f1")] if right else []
-        table.add_row(name, *_cells(share), *figures_of)
+        figures_of = [right[key] for key in ("precision", "recall", "f1")] if right else []
+        # Nobody knows the precision of a label that no row is known to have, or that none is flagged with.
+        shown = [f"{figure:.3f}" if np.isfinite(figure) else "unknown" for figure in figures_of]
+        table.add_row(name, *_cells(share), *shown)
     tables = [table]
     others = {f"by {name}": values for name, values in found["by"].items()}
     others |= {"Flagged answers that pass once obfuscated": found["evasion"]} if found.get("evasion") else {}

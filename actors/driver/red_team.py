@@ -74,13 +74,15 @@ def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
     for label, report in reports.items():
         run.note(f"{label}: {report.line()}")
     seeds = read_seeds(samples, stage.held_out, (stage.category,) if stage.category else CATEGORIES)
+    others = load_mix(stage.known)[0] if stage.known else []
     team = Team(stage, run, seeds)
     attempts = team.attempts()
     tried = team.tried(attempts)
     known = NearTexts()
-    others = ["\n".join(bare_turns(sample)[::2]) for sample in load_mix(stage.known)[0]] if stage.known else []
-    for text in [*(text for texts in (*seeds.used.values(), *seeds.held_out.values()) for text in texts), *others]:
+    for text in (text for texts in (*seeds.used.values(), *seeds.held_out.values()) for text in texts):
         known.add(text)
+    for sample in others:
+        known.add("\n".join(bare_turns(sample)[::2]))
     choice = choose(tried, known, team.telltale, stage.worked, stage.per_category)
     found = figures(tried, choice, {**seeds.left_out, **team.left_out}, stage.target)
     shares = {

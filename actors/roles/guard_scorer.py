@@ -79,7 +79,7 @@ class GuardScorer(TextScorer):
         if self.positions is not None and longest > self.positions:
             raise UserError(
                 f"the guard in {self.guard.folder} has {self.positions} positions, and an answer makes {longest} "
-                f"tokens in its template; lower data.max_prompt_tokens or rollout.max_new_tokens"
+                f"tokens in its template; lower max_prompt_tokens or rollout.max_new_tokens"
             )
         return [row for row, _ in rows], [start for _, start in rows]
 

@@ -30,7 +30,7 @@ def conclude(stage: Any, trainer: Trainer) -> Settings:
     """
     reader = ModerationReader(trainer.tokenizer, stage.template, stage.input, stage.max_tokens)
     names, precision = stage.names, target_precision(stage.threshold)
-    answers, truth_NK, prompts_N = judged(_held_out(stage), names, stage.input)
+    answers, truth_NK, prompts_N = judged(held_out(stage), names, stage.input)
     odds_NK = odds_of(trainer, reader, answers)
     chosen_K, notes = thresholds(odds_NK, truth_NK, names, precision)
     half_N = prompts_N % 2 == 0  # of a hash
@@ -57,8 +57,8 @@ def conclude(stage: Any, trainer: Trainer) -> Settings:
     )
 
 
-def _held_out(stage: Any) -> list[RawSample]:
-    """The samples that the trainer holds out (`TokenMix.split`)."""
+def held_out(stage: Any) -> list[RawSample]:
+    """The samples that the trainer of a `Moderation` holds out (`TokenMix.split`)."""
     if stage.eval:
         return load_mix(stage.eval)[0]
     samples = load_mix(stage.train)[0]

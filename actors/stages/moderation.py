@@ -15,6 +15,7 @@ from pydantic import model_validator
 
 from actors.driver.trainer_stage import TrainerStage
 from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.errors import UserError
 from beaver_ray.moderation_options import LabelSchema, Reads, ThresholdRule, label_names
 from beaver_ray.options import near, option
 from beaver_ray.stage import RoleSpec
@@ -74,13 +75,25 @@ class Moderation(TrainerStage):
 
     def run(self, run: RunFolder) -> None:
         """Train, choose thresholds, save, and put what was measured beside the run's figures."""
+        from beaver_ray.models.folders import MODERATION
+
+        self._check_what_is_read_last()
+        super().run(run)
+        shutil.copyfile(run.folder / "final.part" / self.trained / MODERATION, run.folder / MODERATION)
+
+    def _check_what_is_read_last(self) -> None:
+        """UserError, before the training and not after it, for look-alikes that cannot be read, and for a field of
+        ``by`` that no held-out row has."""
+        from actors.roles.moderation_figures import held_out
         from beaver_ray.data.mixing import load_mix
-        from beaver_ray.models.moderator import FILE
+        from beaver_ray.data.moderation import answers_of
 
         if self.look_alikes:
-            load_mix(self.look_alikes)  # read after the training, but a mistake in them is said before it
-        super().run(run)
-        shutil.copyfile(run.folder / "final.part" / self.trained / FILE, run.folder / FILE)
+            load_mix(self.look_alikes)
+        if self.by:
+            known = {name for answer in answers_of(held_out(self))[0] for name in answer.fields}
+            if strange := [name for name in self.by if name not in known]:
+                raise UserError(f"by: no held-out row has field {strange[0]!r}{near(strange[0], known)}")
 
     @property
     def packed(self) -> bool:
@@ -167,9 +180,10 @@ class Moderation(TrainerStage):
 
     def _headings(self) -> list[tuple[str, str]]:
         """(What, how much) of moderation.json; nothing before the run has ended."""
-        from beaver_ray.models.moderator import FILE, Settings
+        from beaver_ray.models.folders import MODERATION
+        from beaver_ray.models.moderator import Settings
 
-        file = self.folder / FILE
+        file = self.folder / MODERATION
         if not file.is_file():
             return []
         figures = Settings.model_validate_json(file.read_bytes()).figures

@@ -103,7 +103,8 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
             continue
         own = pair_id(row)
         if row.get("id", own) != own:
-            raise UserError(f"pair {number} has id {row['id']!r}, but its texts have {own}: they were changed since")
+            said = f"{where}: pair {number} has id {row['id']!r}, but its texts have {own}"
+            raise UserError(f"{said}: they were changed since; take the file as it was written")
         if own in pairs:
             left_out["repeated pair"] += 1
         pairs.setdefault(own, {"id": own, **row})

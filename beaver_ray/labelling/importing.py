@@ -208,7 +208,7 @@ def _rows(file: Path) -> Iterator[_Label]:
 
 def _table(file: Path, rows: Sequence[Row]) -> Iterator[_Label]:
     for number, row in enumerate(rows, start=1):
-        texts = {name: row[name] for name in TEXTS if row.get(name)}
+        texts = {name: row[name] for name in TEXTS if row.get(name) is not None}
         export, id_, annotator = (str(row.get(name) or "") for name in ("export", "id", "annotator"))
         yield _Label(f"{file} row {number}", export, id_, annotator, texts, row)
 
@@ -220,7 +220,7 @@ def _page(file: Path, content: Row) -> Iterator[_Label]:
     if content["digest"] != digest(export, annotator, lines):
         raise UserError(f"{file} was changed after it was saved (its digest is another); ask for the file again")
     for number, row in enumerate(labels, start=1):
-        yield _Label(f"{file} label {number}", export, row["id"], annotator, {}, row)
+        yield _Label(f"{file} label {number}", str(export), str(row["id"]), str(annotator), {}, row)
 
 
 def _label_studio(file: Path, tasks: list[Row]) -> Iterator[_Label]:
@@ -233,8 +233,13 @@ def _label_studio(file: Path, tasks: list[Row]) -> Iterator[_Label]:
                 continue
             by = annotation.get("completed_by", "")
             annotator = str(by.get("email") or by.get("id") or "") if isinstance(by, dict) else str(by)
-            labels = {part["from_name"]: part["value"]["choices"][0] for part in annotation["result"]}
-            yield _Label(f"{file} task {number}", data["export"], data["id"], annotator, texts, labels)
+            chosen = {part["from_name"]: part["value"]["choices"] for part in annotation["result"]}
+            where = f"{file} task {number}"
+            for name, choices in chosen.items():
+                if not isinstance(choices, list) or len(choices) != 1:
+                    raise UserError(f"{where}: {name} is {choices!r:.100}, which is no single choice; mend it")
+            labels = {name: choice for name, (choice,) in chosen.items()}
+            yield _Label(where, str(data["export"]), str(data["id"]), annotator, texts, labels)
 
 
 def _judged(given: dict[str, dict[str, int]], export: Export, accept: float) -> Annotator:

@@ -19,13 +19,12 @@ from beaver_ray.data.moderation import Dialogue, ModerationReader
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.method.multilabel import flag_margin
 from beaver_ray.models.classifier import EncoderClassifier, classify, labels_of, load_classifier
-from beaver_ray.models.folders import find_model, read_config
+from beaver_ray.models.folders import MODERATION, find_model, read_config
 from beaver_ray.models.loading import context_length, default_device, load_tokenizer
 from beaver_ray.moderation_options import Reads
 from beaver_ray.packing import plan_micro_batches, plan_padded
 from beaver_ray.template_options import TemplateOptions
 
-FILE = "moderation.json"
 LONGEST = 512
 
 
@@ -48,7 +47,7 @@ class Settings(BaseModel):
 
     def write(self, folder: Path) -> Path:
         """Write moderation.json into a folder; returns its path."""
-        path = folder / FILE
+        path = folder / MODERATION
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return path
 
@@ -58,11 +57,11 @@ def read_settings(path: str, trust_remote_code: bool = False) -> Settings:
     labels = labels_of(path, trust_remote_code)
     folder = find_model(path)
     assert folder is not None
-    file = folder / FILE
+    file = folder / MODERATION
     if not file.is_file():
         if kind := read_config(folder).get("score_type"):
             raise UserError(
-                f"{path} is a {kind} model without {FILE}; give a moderation model, as stage moderation does"
+                f"{path} is a {kind} model without {MODERATION}; give a moderation model, as stage moderation does"
             )
         longest = min(LONGEST, context_length(path, trust_remote_code) or LONGEST)
         return Settings(labels=labels, thresholds=[0.0] * len(labels), max_tokens=longest)
@@ -72,6 +71,10 @@ def read_settings(path: str, trust_remote_code: bool = False) -> Settings:
         raise UserError(f"{file} is no moderation model's ({first_line(error)}); save the model again") from None
     if found.labels != labels or len(found.thresholds) != len(labels) or not all(map(math.isfinite, found.thresholds)):
         raise UserError(f"{file} does not belong to the model beside it, whose labels are {', '.join(labels)}")
+    if found.max_tokens > (positions := context_length(path, trust_remote_code) or found.max_tokens):
+        raise UserError(
+            f"{file}: max_tokens {found.max_tokens} is more than the model's {positions} positions; lower it"
+        )
     return found
 
 

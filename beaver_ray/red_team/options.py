@@ -10,7 +10,7 @@ from pydantic import model_validator
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.guard_options import ModelOfScores
-from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.judge_options import JudgeOptions, PerhapsFolderOrService
 from beaver_ray.options import option
 from beaver_ray.red_team.attacks import Attack, read_attacks
 from beaver_ray.score_sources import score_source
@@ -40,7 +40,7 @@ class RedTeamConfig(TemplatedStage):
         default_factory=lambda: list(ATTACKS),
         min_length=1,
     )
-    attacker: str | JudgeOptions | None = option(
+    attacker: PerhapsFolderOrService = option(
         "Who few_shot and translate ask: a model's folder, or {address, model}; null for the policy itself.", None
     )
     seeds_per_category: int = option("Seeds drawn of each category.", 32, gt=0)

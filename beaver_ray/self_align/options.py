@@ -12,7 +12,7 @@ from pydantic import field_validator, model_validator
 
 from beaver_ray.config import TextSamplingConfig
 from beaver_ray.data_options import DataEntry, DataSpec
-from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.judge_options import FolderOrService, JudgeOptions
 from beaver_ray.options import Strict, option
 from beaver_ray.stage import Lengths, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
@@ -26,7 +26,7 @@ BLACKLIST = [
 class AskingConfig(TemplatedStage):
     """What stages share that ask one model many texts."""
 
-    model: str | JudgeOptions = option("Who writes: a model's folder, or {address, model} of a service.")
+    model: FolderOrService = option("Who writes: a model's folder, or {address, model} of a service.")
     form: Literal["completion", "chat"] = option(
         "completion: a model without tuning goes on with the text; chat: the text is a user's turn.", "completion"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from actors.driver.train import train
 from actors.stages.label import Label
@@ -20,9 +21,10 @@ from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import read_source
 from beaver_ray.errors import UserError
 from beaver_ray.labelling.export import QUESTIONS, Export, digest, export_pairs
-from beaver_ray.labelling.importing import Agreement, import_labels
+from beaver_ray.labelling.importing import Agreement, import_labels, read_votes
 from beaver_ray.manifest import read_rows, write_rows
 from launch.__main__ import main
+from tests.fuzzing import accepted, mutated
 
 Row = dict[str, Any]
 GOOD: Row = {
@@ -224,6 +226,11 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     write_rows(to, [decided | {"better_response_id": 7}])
     with pytest.raises(UserError, match=r"labels.jsonl: pair \w+: better_response_id is 7; it must be 0 or 1"):
         train(label.model_copy(update={"name": "again"}))
+    write_rows(to, [decided | {"response_1": "nicer"}])
+    with pytest.raises(
+        UserError, match=r"labels.jsonl: pair 1 has id '\w+', but its texts have \w+: they were changed"
+    ):
+        train(label.model_copy(update={"name": "again"}))
     write_rows(to, [pair(50, **GOOD)])
     with pytest.raises(UserError, match="has labels of 1 pairs that are not in"):
         train(label.model_copy(update={"name": "again"}))
@@ -266,6 +273,61 @@ def test_a_file_that_is_refused(
     with pytest.raises(UserError, match=message) as caught:
         import_labels([file], tmp_path / "out", tmp_path / "l.jsonl", 0.8)
     assert "\n" not in str(caught.value) and not (tmp_path / "l.jsonl").exists()
+
+
+@pytest.mark.parametrize("form", ["tasks.jsonl", "tasks.csv", "export of Label Studio.json"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_1": "nicer"}, "response_1 is not what was exported; the file was changed"),
+        ({"prompt": ""}, "prompt is not what was exported; the file was changed"),
+        ({"id": "0123"}, "no pair of the export has id '0123'"),
+        ({"export": "f" * 64}, r"is of export ffffffffffff\.\.\., not of"),
+        ({"is_response_0_safe": "perhaps"}, "is_response_0_safe is 'perhaps'; write unsafe or safe, or 0 or 1"),
+        ({"safer_response_id": 1}, "the answer that is called safer is unsafe and the other one safe"),
+    ],
+)
+def test_tampered_in_every_form(
+    exported: Callable[..., Export], tmp_path: Path, form: str, change: Row, message: str
+) -> None:
+    exported()
+    rows = [row | GOOD | {"annotator": "anna"} for row in read_rows(tmp_path / "out" / "tasks.jsonl")]
+    rows[2] |= change
+    file = tmp_path / form
+    if form.endswith(".jsonl"):
+        write_rows(file, rows)
+    elif form.endswith(".csv"):
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            table = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        tasks = json.loads(label_studio(tmp_path, "anna", GOOD).read_text())
+        tasks[2]["data"] |= {name: value for name, value in change.items() if name in tasks[2]["data"]}
+        for part in tasks[2]["annotations"][0]["result"]:
+            part["value"] = {"choices": [rows[2][part["from_name"]]]}
+        file.write_text(json.dumps(tasks))
+    with pytest.raises(UserError, match=rf"(row|task) 3:? ?.*{message}") as caught:
+        import_labels([file], tmp_path / "out", tmp_path / "l.jsonl", 0.8)
+    assert "\n" not in str(caught.value) and not (tmp_path / "l.jsonl").exists()
+
+
+def test_whatever_is_changed_in_label_studios_file(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported()
+    file = label_studio(tmp_path, {"id": 7, "email": "g@example.org"}, GOOD)
+    tasks = json.loads(file.read_text())[:2]
+
+    @settings(max_examples=200)
+    @given(mutated(tasks))
+    def read(tree: Any) -> None:
+        file.write_text(json.dumps(tree))
+        accepted(lambda: read_votes([file], export))
+
+    read()
+    tasks[1]["annotations"][0]["result"][0]["value"]["choices"] = ["0", "1"]
+    file.write_text(json.dumps(tasks))
+    with pytest.raises(UserError, match=r"task 2: better_response_id is \['0', '1'\], which is no single choice"):
+        read_votes([file], export)
 
 
 def test_other_tampering(exported: Callable[..., Export], tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_keywords_know_no_context(rows: str, tmp_path: Path, capsys: pytest.Capt
     # A refusal and a process are flagged too: one of the three whose labels are known is right.
     right = found["against_labels"]
     assert (right["labels"]["theft"]["precision"], right["labels"]["theft"]["recall"]) == (0.5, 1.0)
+    assert "unknown" in text and "nan" not in text, "no row is known to be violent, so that nobody knows the recall"
     assert right["labels"]["violence"]["precision"] == 0.0 and right["flagged"]["known"] == 2
     assert all(passing["mean"] == 1.0 for passing in found["evasion"].values()) and len(found["evasion"]) == 5
     code, text, _ = run(

@@ -141,6 +141,9 @@ def test_settings_belong_to_their_model(tiny_world: Path, tmp_path: Path) -> Non
         UserError, match="does not belong to the model beside it, whose labels are violence, theft, other"
     ):
         Moderator(str(folder), device=CPU)
+    settings.model_copy(update={"max_tokens": 4096}).write(folder)
+    with pytest.raises(UserError, match=r"moderation.json: max_tokens 4096 is more than the model's 512 positions"):
+        Moderator(str(folder), device=CPU)
     (folder / "moderation.json").write_text("{")
     with pytest.raises(UserError, match="is no moderation model's"):
         Moderator(str(folder), device=CPU)

@@ -33,11 +33,9 @@ LABELS = ["violence", "theft", "other"]
 THRESHOLDS = [0.25, -0.5, 4.0]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random RoBERTa with three labels whose outputs differ from answer to answer."""
-    folder = tmp_path_factory.mktemp("moderation")
-    start = write_encoder(folder / "start", "roberta", [*ANSWERS, *(turn for turns in DIALOGUES for turn in turns)])
+def write_moderation(folder: Path, texts: list[str]) -> Path:
+    """A random RoBERTa with three labels, which knows the words of these texts and differs from answer to answer."""
+    start = write_encoder(folder / "start", "roberta", texts)
     made: Any = load_classifier(str(start), LABELS, torch.float32, fresh=True)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -50,6 +48,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_tokenizer(str(start)).save_pretrained(folder / "model")
     Settings(labels=LABELS, thresholds=THRESHOLDS, max_tokens=64).write(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that knows the words of the dialogues here."""
+    texts = [*ANSWERS, *(turn for turns in DIALOGUES for turn in turns)]
+    return write_moderation(tmp_path_factory.mktemp("moderation"), texts)
 
 
 def constraints(model: Path) -> list[dict[str, Any]]:

@@ -216,6 +216,8 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path, encoder: Path) -> Non
     # What is read after the training is missed before it.
     with pytest.raises(UserError, match=r"none\.jsonl"):
         train(config_of(tiny_world, tmp_path, look_alikes=[f"moderation:1:{tmp_path}/none.jsonl"], debug=True))
+    with pytest.raises(UserError, match="by: no held-out row has field 'topc'; did you mean 'topic'"):
+        train(config_of(tiny_world, tmp_path, by=["topc"], debug=True))
 
 
 @pytest.mark.parametrize(("name", "machine"), [("encoder-125m", ONE_GPU), ("decoder-7b", EIGHT_GPUS)])

@@ -94,25 +94,26 @@ def test_attacks_on_a_small_policy(
 
 
 def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Path) -> None:
-    """The policy writes prompts itself; of three groups of answers one is lost, and is the same again."""
-    attacks = ["few_shot(count=1, request='{examples}')", "recombine", "split(first='well {part}', last='then {part}')"]
+    """The policy writes prompts and translates itself; of four groups of answers one is lost, and is the same again."""
+    attacks = ["few_shot(count=1, request='{examples}')", "translate(request='{prompt}')", "recombine"]
+    attacks.append("split(first='well {part}', last='then {part}')")
     long = {"max_prompt_tokens": 140, "seeds_per_category": 3, "engine": {"micro_batch_tokens": 512}}
     run = stage(tiny_world, tmp_path, attacks=attacks, unsafe_above=5.0, **long)
     with pytest.raises(UserError, match=r"of \d+ attempts none is kept \(\d+ did not work\); lower worked"):
         train(run)
     blocks = {file: file.read_bytes() for file in run.folder.glob("answers/*/*0.jsonl")}
     written = {file: file.stat().st_mtime_ns for file in blocks}
-    assert sorted(file.parent.name.split("-")[0] for file in blocks) == ["few_shot", "scripted", "single"]
+    assert sorted(file.parent.name.split("-")[0] for file in blocks) == ["few_shot", "scripted", "single", "translate"]
     lost = next(file for file in blocks if file.parent.name.startswith("scripted"))
     lost.unlink()
     train(run.model_copy(update={"worked": 0.1, "unsafe_above": 0.0, "resume": True}))
     assert {file: file.read_bytes() for file in run.folder.glob("answers/*/*0.jsonl")} == blocks
     assert all((file.stat().st_mtime_ns == at) == (file != lost) for file, at in written.items())
     # What the policy wrote when it was asked is what it was attacked with.
-    asked = next(rows for file in blocks if "few_shot" in file.parent.name for rows in [read_rows(file)])
-    replies = {row["response"].strip() for row in asked}
     tried = next(read_rows(file) for file in blocks if file.parent.name.startswith("single"))
-    assert len({row["turns"][0] for row in tried} & replies) >= 3
+    for name in ("few_shot", "translate"):
+        asked = next(read_rows(file) for file in blocks if file.parent.name.startswith(name))
+        assert len({row["turns"][0] for row in tried} & {row["response"].strip() for row in asked}) >= 3
     assert sorted(p.name for p in (run.folder / "final").iterdir())[:2] == ["answers.jsonl", "manifest.json"]
 
 
@@ -123,8 +124,17 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
         ({"cost": None}, "give one of cost and world"),
         ({"target": [0.6, 0.4]}, r"target \[0.6, 0.4\] must be two rising shares"),
         ({"attacks": ["translat"]}, "no attack is called 'translat'; did you mean 'translate'"),
+        ({"attacker": {"address": "http://h/v1", "modle": "m"}}, "unknown key modle; did you mean 'model'"),
+        ({"attacker": "http://h/v1"}, r"an address needs the name of its model beside it: \{address: http://h/v1, mod"),
     ],
 )
 def test_options_that_do_not_fit(tiny_world: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage(tiny_world, tmp_path, **options)
+
+
+def test_prompts_to_be_left_out_are_read_before_anybody_is_asked(tiny_world: Path, tmp_path: Path) -> None:
+    run = stage(tiny_world, tmp_path, known=[f"prompts:1:{tmp_path}/none.jsonl"], attacks=["plain"])
+    with pytest.raises(UserError, match=r"no file or folder .*none.jsonl"):
+        train(run)
+    assert not (run.folder / "answers").exists()

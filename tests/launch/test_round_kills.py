@@ -1,0 +1,126 @@
+"""Rounds of generate, label, reward model, cost model and Safe PPO, killed within and behind every kind of stage."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import beaver_ray.manifest as manifest
+import launch.pipeline as pipeline
+from actors.stages import generate
+from beaver_ray.runs import RunFolder, read_metrics
+from beaver_ray.stage import Stage
+
+STAGES = ("generate", "label", "reward", "cost", "policy")
+KILLS = [*[(f"round_1/{name}", "within") for name in STAGES], *[(f"round_2/{name}", "behind") for name in STAGES]]
+PRELOADED = ["actors.machine.engine", "actors.driver.train_on_prompts", "transformers.models.llama.modeling_llama"]
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
+
+
+def rounds(world: Path, folder: Path) -> Path:
+    """A pipeline on the tiny world: SFT, and two rounds."""
+    before, own = "${workspace}/round_${previous_round}/policy/final/policy", "${workspace}/round_${round}"
+    prompts = [f"prompts:1:{world}/prompts/train.jsonl"]
+    labels = ["PKU-SafeRLHF:1:${workspace}/round_${rounds_so_far}/label/final/train.jsonl"]
+    held_out = [f"PKU-SafeRLHF:1:{own}/label/final/test.jsonl"]
+    sampling = {"max_new_tokens": 12, "max_sequences": 64}
+    training = {"model": str(world / "model"), "max_tokens": 64, "epochs": 4, "batch_size": 16, "save_every": 2}
+    training |= {"optimizer": {"learning_rate": 5.0e-3}, "engine": {"micro_batch_tokens": 1024}}
+    harm = {"name": "harm", "model": f"{own}/cost/final/cost_model", "violation_rate": 0.2, "calibration": held_out}
+    rate = {"learning_rate": 1.0e-3}
+    trees: dict[str, dict[str, Any]] = {
+        "sft": training | {"train": [f"demonstrations:1:{world}/demonstrations/train.jsonl"]},
+        "generate": {"policies": [before], "prompts": prompts, "max_prompt_tokens": 32, "rollout": sampling},
+        "label": {"pairs": f"{own}/generate/final/pairs.jsonl", "world": f"{world}/world.json", "eval_fraction": 0.4},
+        "reward_model": training | {"train": labels},
+        "cost_model": training | {"train": labels},
+        "safe_ppo": {
+            "steps": 3,
+            "models": {"policy": before, "reward": f"{own}/reward/final/reward_model"},
+            "constraints": [harm],
+            "data": {"prompts": prompts, "max_prompt_tokens": 32},
+            "rollout": sampling | {"prompts_per_step": 8},
+            "evaluation": {"prompts": [f"prompts:1:{world}/prompts/test.jsonl"], "world": f"{world}/world.json"},
+            "policy": rate,
+            "critic": rate,
+            "engine": {"micro_batch_tokens": 64},
+            "save_every": 1,
+        },
+    }
+    names = ["round_0/policy", *(f"round_${{round}}/{name}" for name in STAGES)]
+    for name, (stage, tree) in zip(names, trees.items(), strict=True):
+        common = {"stage": stage, "workspace": "elsewhere", "name": name, "debug": True}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(common | tree))
+    first, *others = [{"config": f"{stage}.yaml"} for stage in trees]
+    tree = {"workspace": str(folder / "w"), "rounds": 2, "stages": [first, {"each_round": others}]}
+    (folder / "rounds.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "rounds.yaml"
+
+
+def die_at(file: Path, name: str, moment: str) -> None:
+    """Go on with the pipeline and end this process by SIGKILL within that stage's run, or right behind it."""
+    generate.BLOCK = 10
+    torch.set_num_threads(1)
+    log, write, run = RunFolder.log, manifest.write_stage_manifest, pipeline.run_stage
+
+    def kill(stage: Any, when: str) -> None:
+        if (str(stage.name), when) == (name, moment):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_and_die(self: RunFolder, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 2:
+            kill(self._config, "within")
+
+    def die_before_the_manifest(stage: Stage, *args: Any) -> None:
+        if stage.stage == "label":
+            kill(stage, "within")
+        write(stage, *args)
+
+    def run_and_die(config: Stage, complete: bool = False) -> None:
+        run(config, complete)
+        kill(config, "behind")
+
+    RunFolder.log = log_and_die  # type: ignore[method-assign]
+    manifest.write_stage_manifest = die_before_the_manifest
+    pipeline.run_stage = run_and_die
+    pipeline.run_pipeline(file, ["resume=true"])
+
+
+def go_on(file: Path, name: str = "", moment: str = "") -> int | None:
+    """The exit code of a process that runs the pipeline, or what is left of it."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *PRELOADED])
+    process = context.Process(target=die_at, args=(file, name, moment))
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+def test_killed_at_every_stage_and_gone_on(tiny_world: Path, tmp_path: Path) -> None:
+    """Ten kills: some blocks of answers are there, labels without their manifest, some steps of training; or a stage.
+
+    Models, data and figures of both rounds are those of a run that nothing disturbed.
+    """
+    file, workspace, whole = rounds(tiny_world, tmp_path), tmp_path / "w", tmp_path / "whole"
+    assert go_on(file) == 0
+    workspace.rename(whole)
+    for name, moment in KILLS:
+        assert go_on(file, name, moment) == -signal.SIGKILL
+        assert (workspace / name / "final").exists() == (moment == "behind")
+    assert not (workspace / "round_2" / "manifest.json").exists()
+    assert go_on(file) == 0
+    for number in (1, 2):
+        # Hashes of all models and data that a round has read and made.
+        made = [folder / f"round_{number}" / "manifest.json" for folder in (whole, workspace)]
+        assert made[0].read_bytes() == made[1].read_bytes()
+        for name in STAGES:
+            runs = [read_metrics(folder / f"round_{number}" / name) for folder in (whole, workspace)]
+            first, second = ([{k: v for k, v in r.items() if not k.startswith(TIMED)} for r in rows] for rows in runs)
+            assert first == second and first, name
