@@ -38,11 +38,6 @@ class WeakToStrongReport:
     halves: Any
     found: Any
 
-    @property
-    def names(self) -> list[str]:
-        """Weak model, students, ceiling."""
-        return ["weak", *self.stage.student_names, "ceiling"]
-
     def _right(self, logits_NK: np.ndarray, columns: list[int], rows: Any) -> np.ndarray:
         """[N * columns] whether each answer is right; ``rows`` are those that the logits are of."""
         right: np.ndarray = ((logits_NK[:, columns] > 0) == (rows.truth_NK[:, columns] > 0.5)).reshape(-1)
@@ -53,7 +48,7 @@ class WeakToStrongReport:
         """Of each question, by model: whether it is right about each test."""
         tested, tests = self.halves.tested, self.halves.tests
         return {
-            question: {name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.names}
+            question: {name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.stage.model_names}
             for question, columns in QUESTIONS[self.stage.task].items()
         }
 
@@ -131,9 +126,9 @@ class WeakToStrongReport:
     def metrics(self, figures: Mapping[str, Any]) -> Iterator[dict[str, float]]:
         """What metrics.jsonl says of each model; in its last line everything, for a sweep: no PGR that is not valid."""
         models = figures["questions"][figures["question"]]
-        for name in self.names[:-1]:
+        for name in self.stage.model_names[:-1]:
             yield {"accuracy": models[name]["mean"]}
-        found = {f"eval/{name}": models[name]["mean"] for name in self.names} | {"eval/gap": figures["gap"]}
+        found = {f"eval/{name}": models[name]["mean"] for name in self.stage.model_names} | {"eval/gap": figures["gap"]}
         for name in self.stage.student_names:
             for figure in ("pgr", "agreement", "copied"):
                 known = models[name][figure] is not None and (figure != "pgr" or models[name]["valid"])

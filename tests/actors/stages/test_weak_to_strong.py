@@ -215,6 +215,19 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
     assert (folder / "weak_to_strong.json").read_bytes() == before, "the same model again"
     again = {file for file, was in times.items() if file.stat().st_mtime_ns != was}
     assert {file.stem for file in again} == {"student_chained"}
+    chained_before = kept(folder, "student_chained").tolist()
+    # Resumed with fewer students and another weak model, it leaves what this configuration names, and nothing else.
+    (folder / "final").rename(folder / "final.part")
+    bag = {"weak": {"rows": 40}, "students": students[2:], "patience": 0, "resume": True}
+    train(WeakToStrong.model_validate(stage.model_dump() | bag))
+    assert {part.name for part in (folder / "final").iterdir() if part.is_dir()} == {
+        "weak",
+        "ceiling",
+        "student_chained",
+    }
+    assert [part.name for part in (folder / "final" / "weak").iterdir()] == ["bag_of_words.json"]
+    assert "student_stopped was trained before this run was resumed" in (folder / "notes.log").read_text()
+    assert kept(folder, "student_chained").tolist() != chained_before
 
 
 def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
@@ -291,7 +304,14 @@ def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path
         ({"chain": ["m"]}, "no student learns from it"),
         ({"input": "qa"}, "input is of single texts"),
         ({"task": "moderation", "input": "dialogue"}, "a bag of words reads the last turn"),
-        ({"weak": {"model": "m", "known": ["a"]}}, "are of a bag of words"),
+        ({"weak": {"model": "m", "known": ["a"]}}, "known is of a bag of words; leave it out, or set model to null"),
+        ({"weak": {"model": "m", "ridge": 1.0}}, "ridge is of a bag of words"),
+        ({"weak": {"epochs": 2}}, "epochs is of a model; leave it out, or give its folder as model"),
+        ({"students": [{"name": "a", "alpha": 0.7}]}, "alpha is of loss confidence and product; leave it out for xent"),
+        ({"students": [{"name": "a", "loss": "product", "schedule": "published"}]}, "schedule is of loss confidence"),
+        ({"label": "harm"}, "label is of single texts; leave it out for task cost"),
+        ({"task": "moderation", "regularization": 0.1}, "regularization is of pairs"),
+        ({"patience": 2}, "patience is of students that stop"),
         ({"weak": {"known": ["a"], "unknown": ["b"]}}, "exclude each other"),
         ({"engine": {"zero_stage": 3}}, "zero_stage to 2"),
     ],
