@@ -48,7 +48,9 @@ class WeakToStrongReport:
         """Of each question, by model: whether it is right about each test."""
         tested, tests = self.halves.tested, self.halves.tests
         return {
-            question: {name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.stage.model_names}
+            question: {
+                name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.stage.model_names
+            }
             for question, columns in QUESTIONS[self.stage.task].items()
         }
 

@@ -262,6 +262,26 @@ def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
         train(asked.model_copy(update={"name": "generative", "generative": 1.0}))
 
 
+def test_adapters_and_zero(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Students and the generatively tuned base are adapters, which lie in final/ with their weights added."""
+    changes = {"train": [f"PKU-SafeRLHF:60/-1:{tiny_world}/preferences/train.jsonl"], "lora_rank": 2, "generative": 1}
+    changes |= {"students": [{"name": "xent"}], "engine": {"micro_batch_tokens": 1024, "zero_stage": 2}}
+    folder = train(stage_of(tiny_world, tmp_path, **changes))
+    held = read_rows(folder / "ensemble" / "held_out.jsonl")
+    for name in ("student_xent", "ceiling"):
+        said = by_saved_model(folder / "final" / name, tiny_world, held)
+        assert np.allclose(said, kept(folder, name), atol=1e-4)
+    before, after = (
+        load_policy(str(path), torch.float32).state_dict() for path in (tiny_world / "model", folder / "ensemble/base")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("norm" not in name and "embed" not in name for name in moved), "linear layers alone"
+    trunk = load_policy(str(tiny_world / "model"), torch.float32).model
+    linear = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
+    trained = sum(2 * (part.in_features + part.out_features) for part in linear) + trunk.config.hidden_size + 1
+    assert read_metrics(folder)[-1]["model/trained_parameters"] == trained
+
+
 def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     """However the batch is cut into micro-batches; and the step is a gradient step on that target."""
     rows = read_rows(tiny_world / "preferences" / "train.jsonl")[:30]
