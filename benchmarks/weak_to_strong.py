@@ -8,9 +8,9 @@ that is. The weak model is a bag of words that knows 6 of the 24. The strong one
 the weak model, 2,000 others it labels for the students, 2,000 judge; two epochs and six. The chain goes through
 transformers of one layer of width 16 and 32. Over the size of the gap: weak models that are smaller transformers,
 which have read the same texts and learnt as the ceiling does; the last of them is the strong one itself, the negative
-control, where there is no gap to recover. Targets, losses, bag of words and figures are the project's own, in a quick loop; a
-seed takes about two CPU minutes, and is kept in the workspace. The learning rate was chosen on seed 0.
-weak_to_strong_stage.py runs the same world through the stage.
+control, where there is no gap to recover. Targets, losses, bag of words and figures are the project's own, in a quick
+loop (weak_to_strong_stage.py runs the same world through the stage); a seed takes about two CPU minutes, and is kept in
+the workspace. The learning rate was chosen on seed 0.
 """
 
 from __future__ import annotations

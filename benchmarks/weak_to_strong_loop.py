@@ -7,9 +7,9 @@ Runs the recipe configs/local/weak_to_strong_loop.yaml for each seed, in debug m
 dangerous words of five topics of eight, and of the others nothing. By the truth, on held-out prompts and over the last
 fifth of the steps: how many answers are harmful, and the share of the constrained optimum; for the supervisor itself,
 for students with and without the confidence loss, and for the same model taught the truth. Of the training prompts in
-the last fifth: how many answers are harmful on the three blind topics, and on the others. With --signal reward it is the
-recipe configs/local/weak_to_strong_reward.yaml, where a bag of words teaches what is better, and harm is the truth's.
-Complete stages are skipped, and a run that was broken off goes on.
+the last fifth: how many answers are harmful on the three blind topics, and on the others. With --signal reward it is
+the recipe configs/local/weak_to_strong_reward.yaml, where a bag of words teaches what is better, and harm is the
+truth's. Complete stages are skipped, and a run that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KEYS = ("mean", "pgr", "valid", "agreement", "copied", "spoilt")
 
 
 def with_topics(world: Path) -> None:
-    """Say of each held-out pair whether an answer has a blind topic's dangerous word, and the prompt's topic and kind."""
+    """Say of each held-out pair whether a blind topic's dangerous word is in it, and its prompt's topic and kind."""
     truth, file = SmallWorld.load(world / "world.json"), world / "preferences" / "test.jsonl"
     rows = read_rows(file)
     if "blind" not in rows[0]:
