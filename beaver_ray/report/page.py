@@ -34,6 +34,8 @@ from beaver_ray.verdicts import Certificate, Reliability
 
 FIRST_SAMPLES, LAST_SAMPLES = 6, 18
 SERIES = 6
+LEGEND_WIDTH = 70
+"""Letters that fit beside one another above a chart; 6 of each entry are its line."""
 # Colours that the page replaces: series, text, grid lines.
 SERIES_COLORS = [f"#00ff{index:02x}" for index in range(SERIES)]
 INK, GRID = "#00fe00", "#00fe01"
@@ -253,7 +255,9 @@ def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
         for series, color in zip(panel.series, colors, strict=True):
             _draw_line(ax, series, steps, color)
     if len(panel.series) > 1 and not (panel.stacked and len(steps) == 1):
-        ax.legend(frameon=False, ncols=len(panel.series), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
+        across = LEGEND_WIDTH // (max(len(series.label) for series in panel.series) + 6)
+        ncols = min(len(panel.series), max(1, across))
+        ax.legend(frameon=False, ncols=ncols, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
 
 
 def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:

@@ -194,7 +194,10 @@ def bars(models: Mapping[str, Mapping[str, Any]]) -> str:
         ax.axhline(means[0], color=SERIES_COLORS[1], linewidth=1, linestyle=(0, (4, 3)))
         for place, mean, (_, up) in zip(places, means, known, strict=True):
             ax.annotate(f"{mean:.3f}", (place, mean + max(0.0, up)), (0, 4), textcoords="offset points", ha="center")
-        ax.set_xticks(places, [name.removeprefix(STUDENT) for name in order])
+        names = [name.removeprefix(STUDENT) for name in order]
+        # Many or long names would run into one another.
+        lie = {} if max(map(len, names)) * len(names) < 80 else {"rotation": 30, "ha": "right"}
+        ax.set_xticks(places, names, **lie)
         # From chance, where that is below all of them.
         ax.set_ylim(min(0.5, min(means) - 0.05), max(1.0, max(means)) + 0.04)
         ax.set_ylabel("accuracy")
@@ -224,6 +227,8 @@ def _curves(figures: Mapping[str, Any]) -> list[Chart]:
     x = np.unique([round(seen["epochs"], 6) for curve in told.values() for seen in curve])
     if len(x) > 1:
         lines = [_line(name, curve, x, "accuracy") for name, curve in told.items()]
+        if "weak" not in told:
+            lines.append(Series("weak", np.full(len(x), models["weak"]["mean"]), dashed=True))
         caption = "On the tests. A student that rises above its supervisor and falls again has begun to copy mistakes."
         charts.append(Chart("Accuracy over epochs", caption, [Panel("accuracy", lines)], x, "epochs"))
         agreeing = [_line(n, c, x, "agreement") for n, c in told.items() if c[0]["agreement"] is not None]
