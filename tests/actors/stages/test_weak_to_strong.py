@@ -206,6 +206,10 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
     # Generative fine-tuning has taught the base the texts: its loss on them is below that of the model it began as.
     assert figures["language_loss"] < 5 and figures["rows"]["weak"] == 40
     assert load_score_model(str(folder / "final" / "student_chained"), "reward", torch.float32).heads == ("reward",)
+    # Safe PPO is rewarded by a student as by any reward model.
+    rewarded = ppo_config(tiny_world, steps=1, workspace=str(tmp_path))
+    rewarded.models.reward = str(folder / "final" / "student_chained")
+    assert read_metrics(train(rewarded))[0]["reward/mean"] is not None
     # A resumed run has everything but what is missing.
     times = {file: file.stat().st_mtime_ns for file in (folder / "ensemble").glob("*.json")}
     (folder / "final").rename(folder / "final.part")
