@@ -1,7 +1,7 @@
 """Safe PPO under cost models that a weak supervisor taught: is the limit kept by a policy that is stronger than it?
 
-    python benchmarks/weak_to_strong_loop.py --seeds 0 1 2 --out benchmarks/weak_to_strong_loop.json
-    python benchmarks/weak_to_strong_loop.py --signal reward --seeds 0 --out benchmarks/weak_to_strong_reward.json
+    python benchmarks/weak_to_strong_loop.py --seeds 0 1 2 --steps 32
+    python benchmarks/weak_to_strong_loop.py --signal reward --seeds 0 --steps 32
 
 Runs the recipe configs/local/weak_to_strong_loop.yaml for each seed, in debug mode. The weak cost model knows the
 dangerous words of five topics of eight, and of the others nothing. By the truth, on held-out prompts and over the last
@@ -94,6 +94,7 @@ def recipe(workspace: Path, name: str, arms: Sequence[str]) -> Path:
     pipeline = read_yaml(CONFIGS / f"{name}.yaml", frozenset())
     for entry in pipeline["stages"]:
         entry["config"] = str(CONFIGS / entry["config"])
+    # What has no name of its own is what they build on.
     pipeline["stages"] = [one for one in pipeline["stages"] if one.get("set", {}).get("name", arms[0]) in arms]
     file = workspace / "recipe.yaml"
     file.write_text(json.dumps(pipeline), encoding="utf-8")  # JSON is YAML
@@ -127,6 +128,7 @@ def study(root: Path, signal: str, seed: int, steps: int, arms: Sequence[str]) -
 def main() -> None:
     """Run everything and write one JSON file."""
     parser = study_options(__doc__, "weak_to_strong_loop", "runs/weak-to-strong", range(3))
+    parser.set_defaults(out=None)  # by the signal
     parser.add_argument("--steps", type=int, default=40, help="of Safe PPO")
     parser.add_argument("--signal", default="cost", choices=SIGNALS, help="what is learnt from weak labels")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -139,7 +141,8 @@ def main() -> None:
     command += "" if options.signal == "cost" else f" --signal {options.signal}"
     command += "" if options.arms == list(ARMS) else f" --arms {' '.join(options.arms)}"
     blind = {"blind_topics": BLIND} if options.signal == "cost" else {}
-    write(options.out, command, {"target_violation_rate": TARGET, **blind, "seeds": seeds})
+    out = options.out or Path(__file__).parent / f"{SIGNALS[options.signal][0]}.json"
+    write(out, command, {"target_violation_rate": TARGET, **blind, "seeds": seeds})
     print(json.dumps(seeds, indent=2))
 
 

@@ -86,7 +86,7 @@ class WeakToStrong(TrainerStage):
         return self
 
     @model_validator(mode="after")
-    def _nothing_means_nothing(self) -> WeakToStrong:
+    def _all_is_read(self) -> WeakToStrong:
         pairs, single = self.task in HEADS, f"is of single texts; leave it out for task {self.task}"
         stops = "is of students that stop; give one with stop, or leave it out"
         unread = [
