@@ -118,7 +118,7 @@ def study(root: Path, signal: str, seed: int, steps: int, arms: Sequence[str]) -
     pairs = f"PKU-SafeRLHF:{share}:{workspace}/world/preferences/train.jsonl"
     settings += [f"weak_to_strong.by=[{','.join(fields)}]", f"weak_to_strong.train=[{pairs}]"]
     launch("pipeline", str(recipe(workspace, name, arms)), *settings)
-    runs = {arm: figures(read_metrics(workspace / arm), TARGET) for arm in arms}
+    runs: dict[str, dict[str, Any]] = {arm: {**figures(read_metrics(workspace / arm), TARGET)} for arm in arms}
     if signal == "cost":
         for arm in arms:
             runs[arm]["harmful"] = harmful_by_topic(workspace, arm, steps)

@@ -34,7 +34,7 @@ def students() -> list[dict[str, Any]]:
         for name, loss in LOSSES.items():
             if name == "jump_.5" and epochs != EPOCHS[0]:
                 continue
-            student = {"name": f"{name}_{epochs}", "epochs": epochs}
+            student: dict[str, Any] = {"name": f"{name}_{epochs}", "epochs": epochs}
             if loss["most"]:
                 schedule = "published" if loss.get("published") else "linear"
                 student |= {"loss": "confidence", "alpha": loss["most"], "warmup": loss["warmup"], "schedule": schedule}

@@ -196,7 +196,7 @@ def bars(models: Mapping[str, Mapping[str, Any]]) -> str:
             ax.annotate(f"{mean:.3f}", (place, mean + max(0.0, up)), (0, 4), textcoords="offset points", ha="center")
         names = [name.removeprefix(STUDENT) for name in order]
         # Many or long names would run into one another.
-        lie = {} if max(map(len, names)) * len(names) < 80 else {"rotation": 30, "ha": "right"}
+        lie: dict[str, Any] = {} if max(map(len, names)) * len(names) < 80 else {"rotation": 30, "ha": "right"}
         ax.set_xticks(places, names, **lie)
         # From chance, where that is below all of them.
         ax.set_ylim(min(0.5, min(means) - 0.05), max(1.0, max(means)) + 0.04)

@@ -268,8 +268,13 @@ def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
 
 def test_adapters_and_zero(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     """Students and the generatively tuned base are adapters, which lie in final/ with their weights added."""
-    changes = {"train": [f"PKU-SafeRLHF:60/-1:{tiny_world}/preferences/train.jsonl"], "lora_rank": 2, "generative": 1}
-    changes |= {"students": [{"name": "xent"}], "engine": {"micro_batch_tokens": 1024, "zero_stage": 2}}
+    changes: dict[str, Any] = {"train": [f"PKU-SafeRLHF:60/-1:{tiny_world}/preferences/train.jsonl"]}
+    changes |= {
+        "lora_rank": 2,
+        "generative": 1,
+        "students": [{"name": "xent"}],
+        "engine": {"micro_batch_tokens": 1024, "zero_stage": 2},
+    }
     folder = train(stage_of(tiny_world, tmp_path, **changes))
     held = read_rows(folder / "ensemble" / "held_out.jsonl")
     for name in ("student_xent", "ceiling"):
