@@ -21,6 +21,13 @@ Of a preference: whether the first answer is better. Of a cost pair: whether the
 """
 HEADS: dict[str, tuple[str, ...]] = {"preference": ("reward",), "cost": ("cost",)}
 """Heads of the tasks whose rows are pairs; the others' models are classifiers."""
+OF_LOSSES = {
+    "alpha": ("confidence", "product"),
+    "beta": ("product",),
+    "warmup": ("confidence",),
+    "schedule": ("confidence",),
+}
+"""Losses that an option of a student is of."""
 STUDENT = "student_"
 """What the folders of students begin with."""
 
@@ -32,15 +39,20 @@ class WeakConfig(Strict):
     rows: int | None = option("Train it on this many rows of its half at most; null for all.", None, gt=0)
     known: list[str] = option("Words that a bag of words knows; empty for all that it meets.", default_factory=list)
     unknown: list[str] = option("Words that a bag of words does not know.", default_factory=list)
-    ridge: float = option("Weight of a bag of words' squared weights, times 1/2, beside summed losses.", 1.0, gt=0)
+    ridge: float | None = option(
+        "Weight of a bag of words' squared weights, times 1/2, beside summed losses; null: 1.", None, gt=0
+    )
     epochs: float | None = option(
         "Passes over its half, of a model; null for those of the students.", None, gt=0, le=1e6
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> WeakConfig:
-        if self.model is not None and (self.known or self.unknown):
-            raise ValueError("known and unknown are of a bag of words; leave them empty, or set model to null")
+        is_bag = self.model is None
+        for name in ("epochs",) if is_bag else ("known", "unknown", "ridge"):
+            if getattr(self, name):
+                kind, mend = ("model", "give its folder as model") if is_bag else ("bag of words", "set model to null")
+                raise ValueError(f"{name} is of a {kind}; leave it out, or {mend}")
         if self.known and self.unknown:
             raise ValueError("known and unknown exclude each other: give one of them")
         return self
@@ -64,7 +76,10 @@ class StudentConfig(Strict):
     chain: bool = option("Learn from the last model of the chain, and not from the weak one.", False)
 
     @model_validator(mode="after")
-    def _product_needs_labels(self) -> StudentConfig:
+    def _fits_its_loss(self) -> StudentConfig:
+        for name, losses in OF_LOSSES.items():
+            if self.loss not in losses and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of loss {' and '.join(losses)}; leave it out for {self.loss}")
         if self.loss == "product" and self.alpha == 0:
             raise ValueError("loss product with alpha 0 does without the weak labels; set alpha above 0")
         return self

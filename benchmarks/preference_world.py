@@ -186,8 +186,8 @@ def config(dropout: float = 0.0) -> GPT2Config:
     )
 
 
-def write_model(folder: Path, seed: int, dropout: float = 0.0) -> None:
-    """A language model of random weights, and its tokenizer, for the stages to start from."""
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer of all models of this world."""
     words = {word: n for n, word in enumerate([*SPECIAL, *(text(np.array([n])) for n in range(WORDS))])}
     core = Tokenizer(WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -195,6 +195,11 @@ def write_model(folder: Path, seed: int, dropout: float = 0.0) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special, clean_up_tokenization_spaces=False)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+
+
+def write_model(folder: Path, seed: int, dropout: float = 0.0) -> None:
+    """A language model of random weights, and its tokenizer, for the stages to start from."""
+    write_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         GPT2LMHeadModel(config(dropout)).save_pretrained(folder)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from beaver_ray.method.weak_to_strong import figures as method_figures
-from beaver_ray.report.weak_to_strong import cards, page, remarks
+from beaver_ray.report.charts import Chart, Panel, Series
+from beaver_ray.report.page import svg
+from beaver_ray.report.weak_to_strong import bars, cards, page, remarks
 from beaver_ray.weak_to_strong_options import StudentConfig
 from tests.test_report import Page
 
@@ -69,3 +72,15 @@ def test_without_a_gap_there_is_no_pgr(tmp_path: Path) -> None:
     text = " ".join(Page(tmp_path / "page.html").text)
     assert "not valid" in text and "PGR 0" not in text
     assert cards(found)[-1].state == "bad" and "cannot be read" in remarks(found)[1]
+
+
+def test_many_students_are_still_told_apart() -> None:
+    model = {"mean": 0.8, "low": 0.7, "high": 0.9}
+    few = bars({name: model for name in ("weak", "student_xent", "student_confidence", "ceiling")})
+    many = bars({name: model for name in ("weak", *(f"student_conf_.{n}_6" for n in range(8)), "ceiling")})
+    assert "rotate(-30)" in many and "rotate(-30)" not in few
+    # The legend has rows: in one, no room would be left for the axes, of which there is a warning.
+    lines = [Series(f"conf_.{n}_6", np.array([0.7, 0.8])) for n in range(10)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg(Chart("Accuracy over epochs", "", [Panel("accuracy", lines)], np.array([1.0, 2.0]), "epochs"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,12 @@ class _Queue:
             else:
                 self._know(member.name, kept)
 
+    def begin(self, member: Any) -> None:
+        """Forget what is kept of a member that is trained now: it is of other options, or was broken off."""
+        (self.folder / f"{member.name}.json").unlink(missing_ok=True)
+        for folder in filter(Path.is_dir, map(Path, member.model_folders)):
+            shutil.rmtree(folder)
+
     def finish(self, name: str, scored: Scored) -> None:
         """Keep what a member says."""
         told = {"made_of": self.made_of[name], "loss": scored.loss, "scores": scored.scores.tolist()}
@@ -107,6 +114,7 @@ def _work(stage: Stage, queue: _Queue, run: RunFolder, total: int) -> None:
             while pending or busy:
                 while idle and pending:
                     worker, member = idle.pop(), pending.popleft()
+                    queue.begin(member)
                     busy[worker.call(EnsembleWorker.work, member, seconds)] = worker, member
                 what = f"training {', '.join(member.name for _, member in busy.values())}"
                 ready = wait_any(list(busy), what, stage.cluster.step_timeout)
@@ -172,7 +180,7 @@ def _read(file: Path, made_of: str, member: Any) -> Scored | None:
     if not file.is_file():
         return None
     kept = json.loads(file.read_text(encoding="utf-8"))
-    there = all(Path(folder).is_dir() for folder in member.model_folders)
+    there = all((Path(folder) / "config.json").is_file() for folder in member.model_folders)
     if not there or kept.get("made_of") != made_of:
         return None
     return Scored(np.array(kept["scores"]), kept["loss"], kept["told"])

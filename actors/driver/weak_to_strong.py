@@ -8,6 +8,7 @@ once, and whoever learns from another model's labels as soon as these are there.
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -305,7 +306,9 @@ def train_bag_of_words(stage: Any, halves: Halves, folder: Path) -> np.ndarray:
         features, labels = one_NF, truth_NK[:, 0]
     if not counter.columns:
         raise UserError("weak: the bag of words knows no word of the data; name others under known, or fewer unknown")
-    model = counter.model(fit_logistic(features, labels, weak.ridge))
+    model = counter.model(fit_logistic(features, labels, weak.ridge or 1.0))
+    if folder.is_dir():  # of a broken-off run, whose weak model may have been another one
+        shutil.rmtree(folder)
     model.write(folder)
     return bag_logits(model, stage.task, halves.held_out, stage.reads == "answer")
 
@@ -344,4 +347,7 @@ def supervise(stage: Any, run: RunFolder) -> tuple[Halves, Found]:
     write_rows(arms.final / "labelled_by_weak.jsonl", labelled_rows(stage.task, halves.strong, said_NK[:count]))
     tests_by_weak = labelled_rows(stage.task, halves.tests, said_NK[halves.tested :])
     write_rows(arms.final / "tests_by_weak.jsonl", tests_by_weak)
+    for folder in sorted(part for part in arms.final.iterdir() if part.is_dir() and part.name not in stage.model_names):
+        shutil.rmtree(folder)
+        run.note(f"{folder.name} was trained before this run was resumed with other settings: removed")
     return halves, arms.found

@@ -77,14 +77,28 @@ class WeakToStrong(TrainerStage):
                 raise ValueError(f"students.{student.name}: stop chooses among looks; set looks above 0")
         if self.chain and not any(student.chain for student in self.students):
             raise ValueError("chain: no student learns from it; give one with chain: true")
-        if self.input is not None and self.task in HEADS:
-            raise ValueError(f"input is of single texts; leave it out for task {self.task}")
         if self.weak.model is None and self.reads == "dialogue":
             raise ValueError(
                 "input: a bag of words reads the last turn; take question, answer or qa, or give weak.model"
             )
         if self.engine.zero_stage == 3:
             raise ValueError("each model is trained by one process; set engine.zero_stage to 2 at most")
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> WeakToStrong:
+        pairs, single = self.task in HEADS, f"is of single texts; leave it out for task {self.task}"
+        stops = "is of students that stop; give one with stop, or leave it out"
+        unread = [
+            ("input", not pairs, single),
+            ("label", not pairs, single),
+            ("regularization", pairs, f"is of pairs; leave it out for task {self.task}"),
+            ("patience", self.watches, stops),
+            ("watch_fraction", self.watches, stops),
+        ]
+        for name, is_read, why in unread:
+            if not is_read and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {why}")
         return self
 
     @property
@@ -101,6 +115,11 @@ class WeakToStrong(TrainerStage):
     def student_names(self) -> list[str]:
         """The students' folders."""
         return [STUDENT + student.name for student in self.students]
+
+    @property
+    def model_names(self) -> list[str]:
+        """The folders of final/: weak model, students, ceiling."""
+        return ["weak", *self.student_names, "ceiling"]
 
     def roles(self) -> list[RoleSpec]:
         """Trainers that train alone, each one model after another."""

@@ -34,6 +34,8 @@ from beaver_ray.verdicts import Certificate, Reliability
 
 FIRST_SAMPLES, LAST_SAMPLES = 6, 18
 SERIES = 6
+LEGEND_WIDTH = 70
+"""Letters that fit beside one another above a chart; 6 of each entry are its line."""
 # Colours that the page replaces: series, text, grid lines.
 SERIES_COLORS = [f"#00ff{index:02x}" for index in range(SERIES)]
 INK, GRID = "#00fe00", "#00fe01"
@@ -250,20 +252,23 @@ def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
         else:
             ax.stackplot(steps, values, labels=labels, colors=colors, alpha=0.85, linewidth=0)
     else:
-        for series, color in zip(panel.series, colors, strict=True):
-            _draw_line(ax, series, steps, color)
+        for number, (series, color) in enumerate(zip(panel.series, colors, strict=True)):
+            _draw_line(ax, series, steps, color, "-" if number < SERIES else ":")
     if len(panel.series) > 1 and not (panel.stacked and len(steps) == 1):
-        ax.legend(frameon=False, ncols=len(panel.series), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
+        across = LEGEND_WIDTH // (max(len(series.label) for series in panel.series) + 6)
+        ncols = min(len(panel.series), max(1, across))
+        ax.legend(frameon=False, ncols=ncols, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
 
 
-def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:
+def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str, style: str) -> None:
+    """One line; ``style`` tells those apart that have the same colour."""
     known = np.isfinite(series.y)
     x, y = steps[known], series.y[known]
     if series.dashed:
         ax.plot(x, y, color=color, linewidth=1.4, linestyle=(0, (4, 3)), label=series.label)
     elif len(x) < 60:
         size = 2.5 if len(x) > 1 else 6.0
-        ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=size, label=series.label)
+        ax.plot(x, y, style, color=color, linewidth=1.6, marker="o", markersize=size, label=series.label)
     else:
         window = len(x) // 20
         # Trailing mean: at every step only what was known by then.
@@ -271,4 +276,4 @@ def _draw_line(ax: Axes, series: Series, steps: np.ndarray, color: str) -> None:
         starts = np.maximum(np.arange(len(y)) + 1 - window, 0)
         smooth = (sums[1:] - sums[starts]) / (np.arange(len(y)) + 1 - starts)
         ax.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-        ax.plot(x, smooth, color=color, linewidth=1.8, label=series.label)
+        ax.plot(x, smooth, style, color=color, linewidth=1.8, label=series.label)

@@ -38,11 +38,6 @@ class WeakToStrongReport:
     halves: Any
     found: Any
 
-    @property
-    def names(self) -> list[str]:
-        """Weak model, students, ceiling."""
-        return ["weak", *self.stage.student_names, "ceiling"]
-
     def _right(self, logits_NK: np.ndarray, columns: list[int], rows: Any) -> np.ndarray:
         """[N * columns] whether each answer is right; ``rows`` are those that the logits are of."""
         right: np.ndarray = ((logits_NK[:, columns] > 0) == (rows.truth_NK[:, columns] > 0.5)).reshape(-1)
@@ -53,7 +48,9 @@ class WeakToStrongReport:
         """Of each question, by model: whether it is right about each test."""
         tested, tests = self.halves.tested, self.halves.tests
         return {
-            question: {name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.names}
+            question: {
+                name: self._right(self.found.logits[name][tested:], columns, tests) for name in self.stage.model_names
+            }
             for question, columns in QUESTIONS[self.stage.task].items()
         }
 
@@ -131,9 +128,9 @@ class WeakToStrongReport:
     def metrics(self, figures: Mapping[str, Any]) -> Iterator[dict[str, float]]:
         """What metrics.jsonl says of each model; in its last line everything, for a sweep: no PGR that is not valid."""
         models = figures["questions"][figures["question"]]
-        for name in self.names[:-1]:
+        for name in self.stage.model_names[:-1]:
             yield {"accuracy": models[name]["mean"]}
-        found = {f"eval/{name}": models[name]["mean"] for name in self.names} | {"eval/gap": figures["gap"]}
+        found = {f"eval/{name}": models[name]["mean"] for name in self.stage.model_names} | {"eval/gap": figures["gap"]}
         for name in self.stage.student_names:
             for figure in ("pgr", "agreement", "copied"):
                 known = models[name][figure] is not None and (figure != "pgr" or models[name]["valid"])
@@ -197,7 +194,10 @@ def bars(models: Mapping[str, Mapping[str, Any]]) -> str:
         ax.axhline(means[0], color=SERIES_COLORS[1], linewidth=1, linestyle=(0, (4, 3)))
         for place, mean, (_, up) in zip(places, means, known, strict=True):
             ax.annotate(f"{mean:.3f}", (place, mean + max(0.0, up)), (0, 4), textcoords="offset points", ha="center")
-        ax.set_xticks(places, [name.removeprefix(STUDENT) for name in order])
+        names = [name.removeprefix(STUDENT) for name in order]
+        # Many or long names would run into one another.
+        lie: dict[str, Any] = {} if max(map(len, names)) * len(names) < 80 else {"rotation": 30, "ha": "right"}
+        ax.set_xticks(places, names, **lie)
         # From chance, where that is below all of them.
         ax.set_ylim(min(0.5, min(means) - 0.05), max(1.0, max(means)) + 0.04)
         ax.set_ylabel("accuracy")
@@ -227,6 +227,8 @@ def _curves(figures: Mapping[str, Any]) -> list[Chart]:
     x = np.unique([round(seen["epochs"], 6) for curve in told.values() for seen in curve])
     if len(x) > 1:
         lines = [_line(name, curve, x, "accuracy") for name, curve in told.items()]
+        if "weak" not in told:
+            lines.append(Series("weak", np.full(len(x), models["weak"]["mean"]), dashed=True))
         caption = "On the tests. A student that rises above its supervisor and falls again has begun to copy mistakes."
         charts.append(Chart("Accuracy over epochs", caption, [Panel("accuracy", lines)], x, "epochs"))
         agreeing = [_line(n, c, x, "agreement") for n, c in told.items() if c[0]["agreement"] is not None]

@@ -206,6 +206,10 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
     # Generative fine-tuning has taught the base the texts: its loss on them is below that of the model it began as.
     assert figures["language_loss"] < 5 and figures["rows"]["weak"] == 40
     assert load_score_model(str(folder / "final" / "student_chained"), "reward", torch.float32).heads == ("reward",)
+    # Safe PPO is rewarded by a student as by any reward model.
+    rewarded = ppo_config(tiny_world, steps=1, workspace=str(tmp_path))
+    rewarded.models.reward = str(folder / "final" / "student_chained")
+    assert read_metrics(train(rewarded))[0]["reward/mean"] is not None
     # A resumed run has everything but what is missing.
     times = {file: file.stat().st_mtime_ns for file in (folder / "ensemble").glob("*.json")}
     (folder / "final").rename(folder / "final.part")
@@ -215,6 +219,19 @@ def test_a_reward_model_learns_through_a_chain(one_rank: None, tiny_world: Path,
     assert (folder / "weak_to_strong.json").read_bytes() == before, "the same model again"
     again = {file for file, was in times.items() if file.stat().st_mtime_ns != was}
     assert {file.stem for file in again} == {"student_chained"}
+    chained_before = kept(folder, "student_chained").tolist()
+    # Resumed with fewer students and another weak model, it leaves what this configuration names, and nothing else.
+    (folder / "final").rename(folder / "final.part")
+    bag = {"weak": {"rows": 40}, "students": students[2:], "patience": 0, "resume": True}
+    train(WeakToStrong.model_validate(stage.model_dump() | bag))
+    assert {part.name for part in (folder / "final").iterdir() if part.is_dir()} == {
+        "weak",
+        "ceiling",
+        "student_chained",
+    }
+    assert [part.name for part in (folder / "final" / "weak").iterdir()] == ["bag_of_words.json"]
+    assert "student_stopped was trained before this run was resumed" in (folder / "notes.log").read_text()
+    assert kept(folder, "student_chained").tolist() != chained_before
 
 
 def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
@@ -247,6 +264,31 @@ def test_single_texts(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     assert run_figures(asked.folder)["eval/student_xent"] > 0, "a sweep finds figures"
     with pytest.raises(UserError, match="is no language model"):
         train(asked.model_copy(update={"name": "generative", "generative": 1.0}))
+
+
+def test_adapters_and_zero(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Students and the generatively tuned base are adapters, which lie in final/ with their weights added."""
+    changes: dict[str, Any] = {"train": [f"PKU-SafeRLHF:60/-1:{tiny_world}/preferences/train.jsonl"]}
+    changes |= {
+        "lora_rank": 2,
+        "generative": 1,
+        "students": [{"name": "xent"}],
+        "engine": {"micro_batch_tokens": 1024, "zero_stage": 2},
+    }
+    folder = train(stage_of(tiny_world, tmp_path, **changes))
+    held = read_rows(folder / "ensemble" / "held_out.jsonl")
+    for name in ("student_xent", "ceiling"):
+        said = by_saved_model(folder / "final" / name, tiny_world, held)
+        assert np.allclose(said, kept(folder, name), atol=1e-4)
+    before, after = (
+        load_policy(str(path), torch.float32).state_dict() for path in (tiny_world / "model", folder / "ensemble/base")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("norm" not in name and "embed" not in name for name in moved), "linear layers alone"
+    trunk = load_policy(str(tiny_world / "model"), torch.float32).model
+    linear = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
+    trained = sum(2 * (part.in_features + part.out_features) for part in linear) + trunk.config.hidden_size + 1
+    assert read_metrics(folder)[-1]["model/trained_parameters"] == trained
 
 
 def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
@@ -291,7 +333,14 @@ def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path
         ({"chain": ["m"]}, "no student learns from it"),
         ({"input": "qa"}, "input is of single texts"),
         ({"task": "moderation", "input": "dialogue"}, "a bag of words reads the last turn"),
-        ({"weak": {"model": "m", "known": ["a"]}}, "are of a bag of words"),
+        ({"weak": {"model": "m", "known": ["a"]}}, "known is of a bag of words; leave it out, or set model to null"),
+        ({"weak": {"model": "m", "ridge": 1.0}}, "ridge is of a bag of words"),
+        ({"weak": {"epochs": 2}}, "epochs is of a model; leave it out, or give its folder as model"),
+        ({"students": [{"name": "a", "alpha": 0.7}]}, "alpha is of loss confidence and product; leave it out for xent"),
+        ({"students": [{"name": "a", "loss": "product", "schedule": "published"}]}, "schedule is of loss confidence"),
+        ({"label": "harm"}, "label is of single texts; leave it out for task cost"),
+        ({"task": "moderation", "regularization": 0.1}, "regularization is of pairs"),
+        ({"patience": 2}, "patience is of students that stop"),
         ({"weak": {"known": ["a"], "unknown": ["b"]}}, "exclude each other"),
         ({"engine": {"zero_stage": 3}}, "zero_stage to 2"),
     ],
