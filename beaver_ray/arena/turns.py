@@ -20,7 +20,7 @@ FIELD = "turns"
 def next_turns(sample: RawSample, most: int) -> list[str]:
     """What the user says after the first answer, ``most`` turns of it at most; none where the row lists no turns."""
     turns = sample.fields.get(FIELD)
-    if not isinstance(turns, list) or (*prompt_key(sample),) != (*turns[:1],):
+    if not isinstance(turns, list) or list(prompt_key(sample)) != turns[:1]:
         return []
     return [turn for turn in turns[1 : 1 + most] if isinstance(turn, str)]
 
