@@ -170,7 +170,9 @@ def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> No
     rows = [
         (name, n, k) for name, said in held.said.items() for n in range(len(said.texts)) for k in range(said.answers)
     ]
-    prompts = [reader.prompt(held.dialogue(*row), held.samples[row[1]].system) for row in rows]
+    asked = [(held.dialogue(*row), held.samples[row[1]].system) for row in rows]
+    written = {one: reader.prompt(*one) for one in dict.fromkeys(asked)}
+    prompts = [written[one] for one in asked]
     answers = [
         reader.answer(reader.form.bare(held.said[p].texts[n][k]), held.said[p].ended_NK[n, k]) for p, n, k in rows
     ]
