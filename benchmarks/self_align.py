@@ -11,6 +11,7 @@ the question's own words, in order.
   base, no rules       the model on the bare question
   base, rules          behind principles and exemplars, with thoughts
   engraved             the base model trained on kept pairs, on the bare question
+  engraved, VERBOSE    the engraved model behind VERBOSE, on the training questions: what the next one is shown
   verbose              the base model trained on what the engraved model answers behind VERBOSE, on the bare question
   corrupted, filtered  engraved, where a fifth of the replies was spoilt before the filters: no answer's tag, too short,
                        a clause twice, or well-formed with a wrong mark, which no filter can see
@@ -176,6 +177,7 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     verbose = {"name": "demonstrations", "where": {"truncated": [False]}}
     long = s.answers("verbose-answers", engraved, train, 0.3, "VERBOSE")
     cloned = s.sft("clone", base, {**verbose, "path": str(long)}, LONG_EPOCHS)
+    found["engraved, VERBOSE"] = s.measured(read_rows(long))
     found["verbose"] = s.evaluated("cloned", cloned)
 
     for name, filters in (("filtered", ON), ("all kept", NONE)):
@@ -208,6 +210,7 @@ def passed(arms: dict[str, Any], tokens: dict[str, float]) -> dict[str, bool]:
         "prompt tokens fall 5 times": tokens["prompt_tokens"] >= 5 * tokens["pruned_prompt_tokens"],
         "verbose answers 1.5 times as long": arms["verbose"]["words"] >= 1.5 * arms["engraved"]["words"],
         "verbose compliance within 3 points": share("verbose") >= share("engraved") - 3,
+        "verbose compliance within 3 points of what it was shown": share("verbose") >= share("engraved, VERBOSE") - 3,
         "without filters compliance is lower": share("corrupted, all kept") < share("corrupted, filtered"),
     }
 
