@@ -75,7 +75,9 @@ def fill(count: int, seed: int) -> dict[str, Any]:
         if number in {count * part // 8 for part in (1, 2, 4, 8)}:
             seconds = time.process_time() - began - spent
             mark = {"offered": number, "kept": len(index), "seconds": round(seconds, 1), "mib": round(peak() - before)}
-            marks.append(mark | {"found_each": round(index.found / number), "compared_each": round(index.compared / number, 3)})
+            marks.append(
+                mark | {"found_each": round(index.found / number), "compared_each": round(index.compared / number, 3)}
+            )
             print(marks[-1], flush=True)
     return {"texts": count, "words": round(np.mean([len(t.split()) for t in texts]), 1), "filled": marks} | brute(texts)
 
