@@ -106,8 +106,8 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     files = {name: read_answers(Path(place)) for name, place in arena.files.items()}
     samples = common_prompts(arena, read_prompts(arena, world, note), contenders, files, note)
     prompt_N, turn_N = places([next_turns(sample, arena.follow_ups) for sample in samples])
-    said = {name: Said.of_file(found, samples, arena.follow_ups) for name, found in files.items()}
-    held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, said)
+    told = {name: Said.of_file(found, samples, arena.follow_ups) for name, found in files.items()}
+    held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, told)
     for contender in contenders:
         started = time.monotonic()
         whole = merged(contender, folder / MERGED)

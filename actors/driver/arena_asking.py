@@ -221,7 +221,7 @@ class Spoken(NamedTuple):
 
 def _go_on(
     arena: ArenaConfig,
-    tokens: Sequence[list[int]],
+    tokens: list[list[int]],
     next_turns_P: Sequence[Sequence[str]],
     dialogues: list[list[Spoken]],
     asked: tuple[Reader, Roles, Rollouts],

@@ -59,7 +59,7 @@ def _compare_answers(name: str, judge: Judge, rubric: Rubric, held: Held) -> Non
     for first, second in itertools.combinations(held.said, 2):
         answers = min(held.said[first].answers, held.said[second].answers)
         comparisons = [
-            Comparison(prompt_key(sample), *(_told(held, name, n, k) for name in (first, second)), sample.system)
+            Comparison(prompt_key(sample), _told(held, first, n, k), _told(held, second, n, k), sample.system)
             for n, sample in enumerate(held.samples)
             for k in range(answers)
         ]
