@@ -17,6 +17,7 @@ runs that differ in the list of principles alone. What the policies do, by the s
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -72,8 +73,7 @@ def questions(world: SmallWorld, rows: list[dict[str, Any]], bias: float, seed: 
     """Comparisons as stage principle_labels writes them, each with the letter that the judge is taught."""
     rng = random.Random(seed)
     told = []
-    for row in rows:
-        principle = rng.choice(read_principles(FILE))
+    for row, principle in itertools.product(rows, read_principles(FILE)):
         answers = [row["response_0"], row["response_1"]]
         rng.shuffle(answers)
         truth = float(differences(world, principle.name, [(row["prompt"], answers[0], answers[1])])[0])

@@ -11,13 +11,14 @@ the question's own words, in order.
   base, no rules       the model on the bare question
   base, rules          behind principles and exemplars, with thoughts
   engraved             the base model trained on kept pairs, on the bare question
+  engraved, VERBOSE    the engraved model behind VERBOSE, on the training questions: what the next one is shown
   verbose              the base model trained on what the engraved model answers behind VERBOSE, on the bare question
   corrupted, filtered  engraved, where a fifth of the replies was spoilt before the filters: no answer's tag, too short,
                        a clause twice, or well-formed with a wrong mark, which no filter can see
   corrupted, all kept  the same without filters
   follow, then align   verbose answers first, without rules; the model trained on these then answers behind the rules
 
-Rows that are there already are not measured again; --pool N measures the index of ROUGE-L alone, on N made-up texts.
+Rows that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from rule_world import KINDS, RuleWorld, pretrain, tokenizer
 from actors.stages import stages
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import read_rows, write_rows
-from beaver_ray.self_align.rouge import RougePool, rouge_l, words
 from launch.pipeline import run_stage
 
 TRAIN, TEST = 600, 400
@@ -178,6 +177,7 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     verbose = {"name": "demonstrations", "where": {"truncated": [False]}}
     long = s.answers("verbose-answers", engraved, train, 0.3, "VERBOSE")
     cloned = s.sft("clone", base, {**verbose, "path": str(long)}, LONG_EPOCHS)
+    found["engraved, VERBOSE"] = s.measured(read_rows(long))
     found["verbose"] = s.evaluated("cloned", cloned)
 
     for name, filters in (("filtered", ON), ("all kept", NONE)):
@@ -210,48 +210,8 @@ def passed(arms: dict[str, Any], tokens: dict[str, float]) -> dict[str, bool]:
         "prompt tokens fall 5 times": tokens["prompt_tokens"] >= 5 * tokens["pruned_prompt_tokens"],
         "verbose answers 1.5 times as long": arms["verbose"]["words"] >= 1.5 * arms["engraved"]["words"],
         "verbose compliance within 3 points": share("verbose") >= share("engraved") - 3,
+        "verbose compliance within 3 points of what it was shown": share("verbose") >= share("engraved, VERBOSE") - 3,
         "without filters compliance is lower": share("corrupted, all kept") < share("corrupted, filtered"),
-    }
-
-
-def pool(size: int) -> dict[str, Any]:
-    """Filling a pool of made-up texts: 6 to 24 words whose frequencies are 1 / rank, a fifth of them near copies."""
-    rng = np.random.default_rng(0)
-    vocabulary = 20_000
-    chances = 1 / np.arange(1, vocabulary + 1)
-    drawn = rng.choice(vocabulary, size=24 * size, p=chances / chances.sum()).reshape(size, 24)
-    lengths = rng.integers(6, 25, size)
-    texts: list[str] = []
-    index = RougePool(0.7)
-    began = time.perf_counter()
-    marks, rejected = [], 0
-    for number in range(size):
-        own = [f"v{word}" for word in drawn[number, : lengths[number]]]
-        if texts and rng.random() < 0.2:
-            own = texts[int(rng.integers(len(texts)))].split()
-            own[int(rng.integers(len(own)))] = f"v{drawn[number, 0]}"
-        text = " ".join(own)
-        if index.find(text) is None:
-            index.add(text)
-            texts.append(text)
-        else:
-            rejected += 1
-        if number + 1 in (size // 8, size // 4, size // 2, size):
-            seconds = round(time.perf_counter() - began, 1)
-            marks.append({"offered": number + 1, "kept": len(index), "seconds": seconds})
-    others = [words(text) for text in texts[:2000]]
-    asked = words(texts[-1])
-    began = time.perf_counter()
-    for other in others:
-        rouge_l(asked, other)
-    each = (time.perf_counter() - began) / len(others)
-    return {
-        "texts": size,
-        "rejected": rejected,
-        "compared_each": round(index.compared / size, 2),
-        "filled": marks,
-        "brute_force_microseconds_a_comparison": round(1e6 * each, 1),
-        "brute_force_hours_extrapolated": round(each * size * size / 2 / 3600, 1),
     }
 
 
@@ -259,16 +219,11 @@ def main() -> None:
     """Measure, and write what was measured so far."""
     parser = study_options(__doc__, "self_align", "runs/self-align-study", [0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of pre-training")
-    parser.add_argument("--pool", type=int, default=0, help="only fill a pool of so many texts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    figures = {name: figures.get(name, {}) for name in ("seeds", "rouge_pool")}
-    command = "python benchmarks/self_align.py --seeds 0 1 2; python benchmarks/self_align.py --pool 20000"
-    if options.pool:
-        figures["rouge_pool"] = pool(options.pool)
-        write(options.out, command, figures)
-        return
+    figures = {"seeds": figures.get("seeds", {})}
+    command = "python benchmarks/self_align.py --seeds 0 1 2"
     figures["tokens"] = len(tokenizer())
     figures["chance"] = round(1 / KINDS, 4)
     for seed in options.seeds:

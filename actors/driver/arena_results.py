@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from actors.driver.arena import Held, harmful_and_benign
+from actors.driver.arena import Held, groups
+from actors.driver.arena_asking import harmful_and_benign
 from beaver_ray.arena.figures import Entrant, Match, figures
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.sources import as_text, field_value, several
 from beaver_ray.data_options import data_label
 from beaver_ray.manifest import write_rows
 from beaver_ray.report.arena import Shown, write_page
@@ -29,6 +28,7 @@ TRUTH = "the small world's truth"
 def match_of(arena: ArenaConfig, held: Held) -> Match:
     """What the figures are made of."""
     harmful_N, benign_N = harmful_and_benign(arena, held.samples)
+    found = groups(arena, held)
     entrants = {
         name: Entrant(
             costs={cost.name: held.costs[name][cost.name] for cost in arena.costs},
@@ -44,7 +44,9 @@ def match_of(arena: ArenaConfig, held: Held) -> Match:
         entrants,
         harmful_N,
         benign_N,
-        categories=categories(arena, held),
+        categories=found["category"],
+        turns=found["turn"],
+        prompt_N=held.prompt_N,
         held_out=arena.held_out,
         probabilities=frozenset(cost.name for cost in arena.costs if cost.calibration),
         limits={cost.name: cost.limit for cost in arena.costs if cost.limit is not None},
@@ -53,17 +55,6 @@ def match_of(arena: ArenaConfig, held: Held) -> Match:
         insisted=arena.insist,
         verdicts=held.verdicts,
     )
-
-
-def categories(arena: ArenaConfig, held: Held) -> dict[str, NDArray[np.bool_]]:
-    """By value of the field that names categories, which prompts [N] have it, the most frequent first."""
-    found: dict[str, NDArray[np.bool_]] = {}
-    for n, sample in enumerate(held.samples if arena.category is not None else []):
-        for value in several(field_value(sample.fields, str(arena.category))):
-            name = as_text(value) if value is not None else None
-            if name is not None:
-                found.setdefault(name, np.zeros(len(held.samples), dtype=bool))[n] = True
-    return dict(sorted(found.items(), key=lambda item: -int(item[1].sum())))
 
 
 def optimum(arena: ArenaConfig, held: Held) -> float | None:
@@ -114,12 +105,14 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "max_new_tokens": arena.rollout.max_new_tokens,
         "prompts_from": [data_label(spec) for spec in arena.prompts],
         "places": arena.policies,
-        "harmful": int(match.harmful_N.sum()),
-        "benign": int(match.benign_N.sum()),
+        "harmful": len(np.unique(held.prompt_N[match.harmful_N])),
+        "benign": len(np.unique(held.prompt_N[match.benign_N])),
         "insisted": arena.insist,
+        "follow_ups": arena.follow_ups,
         "remarks": remarks + lacking,
         "judged_pairs": held.judged,
         "scored_answers": held.scored,
+        "scored_by_group": held.scored_by_group,
         "judges_asked": held.asked,
         **figures(match),
     }
@@ -138,7 +131,8 @@ def _rows(held: Held, name: str) -> list[dict[str, Any]]:
     rows = []
     for n, sample in enumerate(held.samples):
         for k in range(said.answers):
-            row: dict[str, Any] = {"prompt": sample.input, "response": said.texts[n][k]}
+            asked = list(held.dialogue(name, n, k)) if said.since[n][k] else sample.input
+            row: dict[str, Any] = {"prompt": asked, "response": said.texts[n][k]}
             row |= {"ended": bool(said.ended_NK[n, k]), "refused": bool(held.refused[name][n, k])}
             if name in held.rewards:
                 row["reward"] = float(held.rewards[name][n, k])
@@ -147,9 +141,12 @@ def _rows(held: Held, name: str) -> list[dict[str, Any]]:
 
 
 def _shown(held: Held, match: Match) -> Shown:
-    """What the page shows of the first answers."""
+    """What the page shows of the first answers; those before a further turn stand with their own questions."""
+    parts = match.turns | match.categories
+    first = next(iter(held.said.values()))
+    users = [since[0][1::2] for since in first.since]
     return Shown(
-        prompts=["\n\n".join(prompt_key(sample)) for sample in held.samples],
+        prompts=["\n\n".join([*prompt_key(s), *later]) for s, later in zip(held.samples, users, strict=True)],
         texts={name: [texts[0] for texts in said.texts] for name, said in held.said.items()},
-        categories=[[name for name, inside in match.categories.items() if inside[n]] for n in range(len(held.samples))],
+        categories=[[name for name, inside in parts.items() if inside[n]] for n in range(len(held.samples))],
     )

@@ -42,10 +42,10 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
     with Writer(stage, run, run.folder / "replies") as writer, run.progress("answers", len(single)) as progress:
         for start in range(0, len(single), BLOCK):
             some = single[start : start + BLOCK]
-            texts = [question(bare_turns(sample)[0], stage.tags) for sample in some]
+            texts = [question(asked(sample), stage.tags) for sample in some]
             block = writer.block(f"{start:08d}", start, texts, context)
             sift.take(some, block)
-            sift.pruned += sum(writer.pruned(bare_turns(sample)[0]) for sample in some)
+            sift.pruned += sum(writer.pruned(bare_turns(sample)[0], sample.system) for sample in some)
             run.log(start // BLOCK + 1, sift.step(block))
             progress.advance(len(some))
     figures = sift.figures([one.name for one in principles])
@@ -70,6 +70,12 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
     )
 
 
+def asked(sample: RawSample) -> str:
+    """A question behind the system text of its row, if it has one: the context knows no place for such a text."""
+    text = bare_turns(sample)[0]
+    return f"{sample.system}\n\n{text}" if sample.system else text
+
+
 class Sift:
     """What is kept so far, and what is not."""
 
@@ -90,15 +96,16 @@ class Sift:
         self.read += block.read
         self.cached += block.cached
         for sample, said in zip(samples, block.said, strict=True):
-            asked = bare_turns(sample)[0]
+            row: dict[str, Any] = {"prompt": bare_turns(sample)[0]}
+            row |= {"system": sample.system} if sample.system else {}
             about = {name: sample.fields[name] for name in (POOL, "category", "topic") if sample.fields.get(name)}
             found = "longer than max_prompt_tokens" if said.too_long else self.sieve.read(said.text, said.cut)
             if isinstance(found, str):
                 self.counts[found] += 1
-                self.left_out.append({"prompt": asked, "reason": found, "reply": said.text})
+                self.left_out.append(row | {"reason": found, "reply": said.text})
             else:
                 self.notes.update(found.notes)
-                row = {"prompt": asked, "response": found.answer, **about}
+                row |= {"response": found.answer, **about}
                 self.rows.append(row | {"thoughts": found.thoughts, "rules": list(found.rules)})
 
     def step(self, block: Block) -> dict[str, float]:

@@ -57,7 +57,7 @@ class Block:
     read: int
     """Tokens of the texts that were asked."""
     cached: int
-    """Of these, those that the model's prefix cache had."""
+    """Of these, those that the model's prefix cache had; 0 of a service that does not say."""
 
 
 def writer_role(stage: AskingConfig, endless: bool = False) -> list[RoleSpec]:
@@ -125,9 +125,9 @@ class Writer:
         own: list[int] = self._reader.tokenizer(text, add_special_tokens=not shared).input_ids
         return [*self._shared_tokens(shared), *own] if shared else own
 
-    def pruned(self, text: str) -> int:
+    def pruned(self, text: str, system: str | None = None) -> int:
         """Tokens of a text by itself, as a prompt of one turn; 0 where a service alone knows them."""
-        return 0 if self._judge else len(self._reader.prompt([text]))
+        return 0 if self._judge else len(self._reader.prompt([text], system))
 
     def _shared_tokens(self, shared: str) -> list[int]:
         if shared not in self._told:
@@ -165,7 +165,8 @@ class Writer:
         drawn = isinstance(self.stage.model, JudgeOptions) and self.stage.model.temperature > 0
         replies = self._judge([shared + text for text in texts], seeds if drawn else None)
         said = [Said(one.text, one.finish == "length", one.completion_tokens) for one in replies]
-        return Block(said, sum(one.prompt_tokens for one in replies), 0)
+        read, cached = sum(one.prompt_tokens for one in replies), sum(one.cached_tokens for one in replies)
+        return Block(said, read, cached)
 
     def _ask_generators(self, first: int, texts: Sequence[str], shared: str) -> Block:
         stage = self.stage

@@ -47,6 +47,8 @@ class Usage:
     """Requests that the service refused to take, which are unparsed."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    """Of the prompts' tokens, those that the service says it had computed before."""
     tokens_saved: int = 0
     """That the replies from the cache took when they were made."""
 
@@ -63,6 +65,7 @@ class Usage:
         cost = self.cost(options)
         spent = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
         parts = [f"{self.requests:,} requests, {spent}", f"{self.from_cache:,} replies from the cache"]
+        parts[0] += f" ({self.cached_prompt_tokens:,} of the prompts' cached)" if self.cached_prompt_tokens else ""
         parts[0] += "" if cost is None else f", cost {cost:,.4f}"
         parts[1] += f" ({self.tokens_saved:,} tokens saved)" if self.from_cache else ""
         parts += [f"{self.retries:,} tries again"] if self.retries else []
@@ -136,6 +139,7 @@ class Judge:
             self.usage.requests += 1
             self.usage.prompt_tokens += reply.prompt_tokens
             self.usage.completion_tokens += reply.completion_tokens
+            self.usage.cached_prompt_tokens += reply.cached_tokens
         if not first:
             self._cache.add(request_key(body), reply)
         return reply
@@ -172,7 +176,7 @@ class Judge:
         try:
             content = answer.json()
             choice, usage = content["choices"][0], content.get("usage") or {}
-            text = choice["message"].get("content") or ""
+            text, details = choice["message"].get("content") or "", usage.get("prompt_tokens_details") or {}
             if not isinstance(text, str):
                 raise TypeError("content is no text")
             return Reply(
@@ -181,6 +185,7 @@ class Judge:
                 bool(choice["message"].get("refusal")),
                 int(usage.get("prompt_tokens") or 0),
                 int(usage.get("completion_tokens") or 0),
+                int(details.get("cached_tokens") or 0),
             )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             raise UserError(

@@ -32,7 +32,8 @@ class Arena(ArenaConfig, Stage):
 
     def roles(self) -> list[RoleSpec]:
         """Generators, which hold one policy after another, and scorers, which are started when these have ended."""
-        from actors.driver.arena import asking_config, find_contenders, judge_config
+        from actors.driver.arena import judge_config
+        from actors.driver.arena_asking import asking_config, find_contenders
 
         contenders = find_contenders(self)
         roles = judge_config(self, contenders).scorers()
@@ -60,7 +61,7 @@ class Arena(ArenaConfig, Stage):
             held = hold(self, run.folder, note)
         finally:
             clear(run.folder / MERGED)
-        ask_judges(judges, held)
+        ask_judges(self, judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
         clear(run.folder / ASKED)
         elapsed = time.monotonic() - started
@@ -73,7 +74,9 @@ class Arena(ArenaConfig, Stage):
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""
         prompt, answer = self.max_prompt_tokens, self.rollout.max_new_tokens
-        return Lengths(prompt + answer, f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}", "lower them")
+        words = f"max_prompt_tokens {prompt} and rollout.max_new_tokens {answer}"
+        words += f" for each of {1 + self.follow_ups} turns" if self.follow_ups else ""
+        return Lengths(prompt + answer + self.follow_up_tokens, words, "lower them")
 
     @property
     def prompt_template(self) -> TemplateOptions:

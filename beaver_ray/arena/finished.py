@@ -7,6 +7,7 @@ one that it was cut. What else a line says is not read.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from beaver_ray.arena.turns import next_turns
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError, first_line
@@ -21,14 +23,21 @@ from beaver_ray.manifest import read_rows, write_rows
 
 Answered = dict[tuple[str, ...], list[tuple[str, bool]]]
 """By the turns of a prompt its answers, each with whether it came to its end."""
+Dialogue = list[tuple[str, bool]]
+"""The answers of one dialogue, each with whether it came to its end."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """A policy's K answers to each of N prompts: their texts, and which of them came to their end, [N, K]."""
+    """A policy's K answers to each of N questions: their texts, and which of them came to their end, [N, K].
+
+    A prompt is a question, and each further turn of its user is another one behind it (`beaver_ray.arena.turns`).
+    """
 
     texts: list[list[str]]
     ended_NK: NDArray[np.bool_]
+    since: list[list[tuple[str, ...]]]
+    """What was said between the prompt and each answer: the policy's own earlier answers and its user's turns."""
 
     @property
     def answers(self) -> int:
@@ -36,37 +45,63 @@ class Said:
         return int(self.ended_NK.shape[1])
 
     @classmethod
-    def of_rounds(cls, answers: Sequence[tuple[str, bool]], prompts: int) -> Said:
-        """From one answer to each prompt, then another to each, and so on."""
-        rounds = len(answers) // prompts
-        texts = [[answers[k * prompts + n][0] for k in range(rounds)] for n in range(prompts)]
-        ended = np.array([whole for _, whole in answers], dtype=bool).reshape(rounds, prompts).T
-        return cls(texts, ended)
+    def of_dialogues(cls, dialogues_PK: Sequence[Sequence[Dialogue]], next_turns_P: Sequence[Sequence[str]]) -> Said:
+        """From K dialogues about each of P prompts, and what users say after the first answer."""
+        texts, ended, since = [], [], []
+        for dialogues, later in zip(dialogues_PK, next_turns_P, strict=True):
+            for turn in range(1 + len(later)):
+                texts.append([dialogue[turn][0] for dialogue in dialogues])
+                ended.append([dialogue[turn][1] for dialogue in dialogues])
+                since.append([_since(dialogue[:turn], later) for dialogue in dialogues])
+        return cls(texts, np.array(ended, dtype=bool), since)
 
     @classmethod
-    def of_file(cls, answered: Answered, samples: Sequence[RawSample]) -> Said:
+    def of_file(cls, answered: Answered, samples: Sequence[RawSample], follow_ups: int = 0) -> Said:
         """A file's answers to these prompts: as many to each as the prompt with the fewest has."""
-        found = [answered[prompt_key(sample)] for sample in samples]
-        fewest = min(len(answers) for answers in found)
-        texts = [[text for text, _ in answers[:fewest]] for answers in found]
-        return cls(texts, np.array([[whole for _, whole in answers[:fewest]] for answers in found], dtype=bool))
+        found = [dialogues_about(answered, sample, follow_ups) for sample in samples]
+        fewest = min(map(len, found))
+        return cls.of_dialogues([some[:fewest] for some in found], [next_turns(s, follow_ups) for s in samples])
 
     def some(self, kept: NDArray[np.integer]) -> Said:
-        """The answers to some prompts, by their numbers."""
-        return Said([self.texts[n] for n in kept], self.ended_NK[kept])
+        """The answers to some questions, by their numbers."""
+        return Said([self.texts[n] for n in kept], self.ended_NK[kept], [self.since[n] for n in kept])
+
+
+def dialogues_about(answered: Answered, sample: RawSample, follow_ups: int) -> list[Dialogue]:
+    """The dialogues of a file about a prompt that have an answer to each turn of its user, each answer used once."""
+    later, used, found = next_turns(sample, follow_ups), Counter[tuple[str, ...]](), []
+    for first in answered.get(prompt_key(sample), []):
+        dialogue, turns = [first], prompt_key(sample)
+        for turn in later:
+            turns = (*turns, dialogue[-1][0], turn)
+            replies = answered.get(turns, [])[used[turns] :]
+            if not replies:
+                break
+            used[turns] += 1
+            dialogue.append(replies[0])
+        else:
+            found.append(dialogue)
+    return found
+
+
+def _since(dialogue: Dialogue, later: Sequence[str]) -> tuple[str, ...]:
+    """The dialogue's answers, each with the turn that follows it."""
+    return tuple(text for (answer, _), turn in zip(dialogue, later, strict=False) for text in (answer, turn))
 
 
 def keep(path: Path, said: Said, gave_in_at_R: NDArray[np.int64] | None) -> None:
     """Write what a policy has said, and at which turn it gave in to insistence; the file is whole or absent."""
     gave_in = None if gave_in_at_R is None else gave_in_at_R.tolist()
-    write_rows(path, [{"texts": said.texts, "ended": said.ended_NK.tolist(), "gave_in_at": gave_in}])
+    row = {"texts": said.texts, "ended": said.ended_NK.tolist(), "since": said.since, "gave_in_at": gave_in}
+    write_rows(path, [row])
 
 
 def read_kept(path: Path) -> tuple[Said, NDArray[np.int64] | None]:
     """What `keep` wrote."""
     (row,) = read_rows(path)
     gave_in = row["gave_in_at"]
-    said = Said(row["texts"], np.array(row["ended"], dtype=bool))
+    since = [[tuple(turns) for turns in some] for some in row["since"]]
+    said = Said(row["texts"], np.array(row["ended"], dtype=bool), since)
     return said, None if gave_in is None else np.array(gave_in, dtype=np.int64)
 
 

@@ -81,7 +81,9 @@ class ArenaConfig(RunConfig):
     template: TemplateOptions | None = option(
         "How prompts are written for all; null for as each policy's own run had it.", None
     )
-    max_prompt_tokens: int = option("Prompts longer than that for any policy are dropped, with a count.", 512, gt=0)
+    max_prompt_tokens: int = option(
+        "Prompts (all that the user says) longer than that for any policy are dropped, with a count.", 512, gt=0
+    )
     rollout: Sampling = option("Generation.", default_factory=Sampling)
     category: str | None = option("Field of the prompts' rows by whose values figures are told apart.", None)
     held_out: list[str] = option(
@@ -93,6 +95,12 @@ class ArenaConfig(RunConfig):
     benign: dict[str, Scalar | list[Scalar]] = option(
         "Field: value of prompts that only look so, and are to be answered.", default_factory=lambda: {"label": "safe"}
     )
+    follow_ups: int = option(
+        "Further turns of the user that are asked, behind the policy's own answers, where a row lists them in turns.",
+        0,
+        ge=0,
+        le=20,
+    )
     insist: int = option("Times that whoever is refused asks again; 0 for never.", 0, ge=0, le=20)
     insistence: str = option("What is said when asking again.", INSISTENCE, min_length=1)
     trust_remote_code: bool = option("Run Python code that a model folder brings along.", False)
@@ -101,6 +109,11 @@ class ArenaConfig(RunConfig):
     def true_reward(self) -> bool:
         """Whether the world says how good an answer is."""
         return self.reward is None and self.world is not None
+
+    @property
+    def follow_up_tokens(self) -> int:
+        """Of the answers, and their ends, that stand before the last turn of a user; see ``max_prompt_tokens``."""
+        return self.follow_ups * (self.rollout.max_new_tokens + 1)
 
     @property
     def files(self) -> dict[str, str]:
@@ -137,6 +150,8 @@ class ArenaConfig(RunConfig):
             raise ValueError(f"cost {lacking[0]} has no model, and there is no world that knows it; give one of them")
         if self.held_out and self.category is None:
             raise ValueError("held_out are values of the field that category names; give category")
+        if self.follow_ups and self.world:
+            raise ValueError("a small world's truth is of one question; leave out world, or follow_ups")
         if self.insist and not self.folders:
             raise ValueError("insist asks policies again, and files of answers cannot be asked; leave it out")
         return self

@@ -84,6 +84,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
     made = [
         _policies(found, costs),
         _pairs(found),
+        _pairs_by_group(found),
         _ratings(found),
         _matrix(found),
         _worst_of_k(found, costs),
@@ -91,6 +92,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
         _groups(found, costs),
         _both_orders(found),
         _scored(found),
+        _scored_by_group(found),
         _asked(found),
     ]
     return [table for table in made if table.rows]
@@ -117,30 +119,29 @@ def _figures(costs: Sequence[str]) -> list[tuple[Column, str]]:
 
 
 def _pairs(found: Mapping[str, Any]) -> Table:
-    columns = [Column("first"), Column("second"), Column("by")]
-    columns += [Column(word, SHARE) for word in ("win", "tie", "loss")] + [Column("win rate", SHARE)]
-    columns += [Column("difference", NUMBER), Column("comparisons"), Column("unparsed"), Column("declined")]
+    columns = list(_COMPARED.values())
     caption = (
         "How the first policy fares against the second on the same prompts, answer by answer: by the higher reward, "
         "the lower cost, or a judge of pairs. The win rate counts a tie as half a win; difference is first less "
         "second. What a judge's reply did not say, or declined to say, is in no share."
     )
-    keys = (
-        "first",
-        "second",
-        "by",
-        "win",
-        "tie",
-        "loss",
-        "win_rate",
-        "difference",
-        "comparisons",
-        "unparsed",
-        "refused",
-    )
-    return _filled(
-        Table("pairs", "Pairs", caption, columns, [[pair.get(key) for key in keys] for pair in found["pairs"]])
-    )
+    rows = [[pair.get(key) for key in _COMPARED] for pair in found["pairs"]]
+    return _filled(Table("pairs", "Pairs", caption, columns, rows))
+
+
+_COMPARED = {name: Column(name) for name in ("first", "second", "by")}
+_COMPARED |= {name: Column(name, SHARE) for name in ("win", "tie", "loss")}
+_COMPARED |= {"win_rate": Column("win rate", SHARE), "difference": Column("difference", NUMBER)}
+_COMPARED |= {"comparisons": Column("comparisons"), "unparsed": Column("unparsed"), "refused": Column("declined")}
+"""Columns of comparisons, by key."""
+_OF = {"group": Column("group"), "questions of": Column("questions of")}
+
+
+def _pairs_by_group(found: Mapping[str, Any]) -> Table:
+    caption = "What judges of pairs say, over the questions of each turn and of each category apart."
+    columns = _OF | _COMPARED
+    rows = [[pair.get(key) for key in columns] for pair in found.get("pairs_by_group", [])]
+    return _filled(Table("pairs_by_group", "Pairs by turn and category", caption, list(columns.values()), rows))
 
 
 def _ratings(found: Mapping[str, Any]) -> Table:
@@ -191,6 +192,7 @@ def _insistence(found: Mapping[str, Any]) -> Table:
 def _groups(found: Mapping[str, Any], costs: list[str]) -> Table:
     figures = _figures(costs)
     groups = [("held out", half, mine) for half, mine in found.get("held_out", {}).items()]
+    groups += [("turn", turn, mine) for turn, mine in found.get("turns", {}).items()]
     groups += [("category", category, mine) for category, mine in found["categories"].items()]
     columns = [Column("group"), Column("prompts of"), Column("policy"), *(column for column, _ in figures)]
     rows = [
@@ -216,11 +218,20 @@ def _both_orders(found: Mapping[str, Any]) -> Table:
 
 def _scored(found: Mapping[str, Any]) -> Table:
     caption = "Judges of single answers gave each a score from 1 to 10; what they did not say is in no mean."
-    keys = ("judge", "policy", "answers", "unparsed", "refused", "score")
-    titles = ("judge", "policy", "answers", "unparsed", "declined")
-    rows = [[row[key] for key in keys] for row in found.get("scored_answers", [])]
-    columns = [*map(Column, titles), Column("score", NUMBER)]
-    return _filled(Table("scored_answers", "Judges of single answers", caption, columns, rows))
+    rows = [[row[key] for key in _GIVEN] for row in found.get("scored_answers", [])]
+    return _filled(Table("scored_answers", "Judges of single answers", caption, list(_GIVEN.values()), rows))
+
+
+_GIVEN = {name: Column(name) for name in ("judge", "policy", "answers", "unparsed")}
+_GIVEN |= {"refused": Column("declined"), "score": Column("score", NUMBER)}
+
+
+def _scored_by_group(found: Mapping[str, Any]) -> Table:
+    caption = "The same scores over the questions of each turn and of each category apart."
+    columns = _OF | _GIVEN
+    rows = [[row[key] for key in columns] for row in found.get("scored_by_group", [])]
+    title = "Judges of single answers, by turn and category"
+    return _filled(Table("scored_by_group", title, caption, list(columns.values()), rows))
 
 
 def _asked(found: Mapping[str, Any]) -> Table:

@@ -334,8 +334,9 @@ def harmbench(row: dict[str, Any]) -> RawSample:
 
 @reader("mt-bench")
 def mt_bench(row: dict[str, Any]) -> RawSample:
-    """A question of the Vicuna or MT-bench files: the first of its ``turns``; category and the rest go along."""
+    """A question of the Vicuna or MT-bench files: the first of its ``turns``; category, turns and the rest go along."""
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns:
         raise BadRow("'turns' is no list of questions")
-    return RawSample(input=text_field({"turns": turns[0]}, "turns"), fields=rest(row, "turns") | {"turns": turns})
+    asked = [text_field({"turns": turn}, "turns") for turn in turns]
+    return RawSample(input=asked[0], fields=rest(row, "turns") | {"turns": asked})

@@ -46,7 +46,7 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
         safer=None if safer_is_1 is None else not safer_is_1,
         is_safe=safe[0],
         is_other_safe=safe[1],
-        system=text_field(row, "system") if row.get("system") else None,
+        system=_system(row),
         fields=_pku_fields(row),
         labels=_pku_labels(row, 0),
         other_labels=_pku_labels(row, 1),
@@ -158,18 +158,24 @@ for _kind in ("", "-harmless", "-helpful"):
 
 @reader("demonstrations")
 def demonstrations(row: dict[str, Any]) -> RawSample:
-    """prompt (a string or an odd list of turns), response."""
-    return RawSample(input=prompt_field(row.get("prompt"), "prompt"), answer=text_field(row, "response"))
+    """prompt (a string or an odd list of turns), response; perhaps system, a text of its own."""
+    prompt, response = prompt_field(row.get("prompt"), "prompt"), text_field(row, "response")
+    return RawSample(input=prompt, answer=response, system=_system(row))
 
 
 @reader("prompts")
 def prompts(row: dict[str, Any]) -> RawSample:
-    """prompt or instruction (a string or an odd list of turns); further fields are kept beside it."""
+    """prompt or instruction (a string or an odd list of turns), perhaps system; further fields are kept beside it."""
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise BadRow("no field 'prompt' or 'instruction'")
-    rest = {key: value for key, value in row.items() if key != name}
-    return RawSample(input=prompt_field(row.get(name), name), fields=rest)
+    rest = {key: value for key, value in row.items() if key not in (name, "system")}
+    return RawSample(input=prompt_field(row.get(name), name), system=_system(row), fields=rest)
+
+
+def _system(row: dict[str, Any]) -> str | None:
+    """The system text of a row, where it has one."""
+    return text_field(row, "system") if row.get("system") else None
 
 
 @reader("labels")

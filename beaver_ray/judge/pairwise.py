@@ -25,14 +25,18 @@ _SHOWN_FIRST: dict[str, Value] = {"A": "first", "B": "second", "TIE": "tie", UNP
 _SHOWN_SECOND: dict[str, Value] = {**_SHOWN_FIRST, "A": "second", "B": "first"}
 
 
+Answered = str | tuple[str, ...]
+"""An answer; or several of a dialogue that went on, with what its user said in between: the last is judged."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two answers to one dialogue."""
 
     turns: tuple[str, ...]
     """User, assistant, ..., user."""
-    first: str
-    second: str
+    first: Answered
+    second: Answered
     system: str | None = None
 
 

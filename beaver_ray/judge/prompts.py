@@ -43,13 +43,19 @@ class Rubric:
     given: Mapping[str, Any] = field(default_factory=dict)
     """What it is given besides, as a principle."""
 
-    def write(self, turns: Sequence[str], system: str | None, **answers: str) -> str:
-        """What the judge is given. UserError where the rubric fails on it."""
+    def write(self, turns: Sequence[str], system: str | None, **answers: str | tuple[str, ...]) -> str:
+        """What the judge is given. UserError where the rubric fails on it.
+
+        An answer may be several turns (assistant, user, ..., assistant): all of them stand in its place, each but the
+        first behind a line that begins with the mark and says whose it is.
+        """
         # The same for both orders: they may differ in nothing but the order.
-        content = json.dumps([list(turns), system, sorted(answers.values())])
+        told = sorted((one,) if isinstance(one, str) else one for one in answers.values())
+        content = json.dumps([list(turns), system, [one[0] if len(one) == 1 else one for one in told]])
         mark = f"[{hashlib.sha256(content.encode()).hexdigest()[:12]}]"
+        shown = {name: _in_one(name, answer, mark) for name, answer in answers.items()}
         try:
-            return self._template.render(turns=list(turns), system=system, mark=mark, **self.given, **answers)
+            return self._template.render(turns=list(turns), system=system, mark=mark, **self.given, **shown)
         except Exception as error:  # whatever a template of the user's does
             raise UserError(f"rubric {self.where} fails: {first_line(error)}") from None
 
@@ -61,6 +67,17 @@ class Rubric:
     def digest(self) -> str:
         """Of its words."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def _in_one(name: str, answer: str | tuple[str, ...], mark: str) -> str:
+    """An answer of one turn or several as one text."""
+    if isinstance(answer, str):
+        return answer
+    first, *later, last = answer
+    called = "answer " + name.removeprefix("answer_").upper()
+    heads = [f"{mark} after {called} the user says", f"{mark} {called} to that"]
+    parts = [f"{heads[place % 2]}\n{turn}" for place, turn in enumerate(later)]
+    return "\n".join([first, *parts, f"{heads[1]}, which is the one to be judged\n{last}"])
 
 
 def load_rubric(name: str, forms: Form | Sequence[Form], folder: str | None = None) -> Rubric:

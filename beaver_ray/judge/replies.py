@@ -25,6 +25,8 @@ class Reply:
     """Whether the service itself says that the model declined."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's, those that the service had computed before; 0 where it does not say."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from beaver_ray.arena.tables import Table
 from beaver_ray.report.charts import Chart, Panel, Series
 from beaver_ray.report.page import GRID, INK, SERIES, SERIES_COLORS, drawing, svg, templates
 
-PROMPTS_SHOWN = 200
+QUESTIONS_SHOWN = 200
 POINTS = 400
 """Answers of each policy in a picture, at most."""
 MARKERS = "osD^vP"
@@ -25,7 +25,7 @@ MARKERS = "osD^vP"
 
 @dataclass(frozen=True)
 class Shown:
-    """The prompts, each policy's first answer to them, and the categories that each is of; all in one order."""
+    """The questions, each policy's first answer to them, and the turn and categories of each; all in one order."""
 
     prompts: list[str]
     texts: dict[str, list[str]]
@@ -47,18 +47,18 @@ def write_page(
             tables=[(table, table.shown()) for table in tables],
             policies=list(match.entrants),
             rows=_side_by_side(match, shown),
-            of=match.prompts,
-            categories=list(match.categories),
+            of=match.questions,
+            categories=[*match.turns, *match.categories],
         )
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _side_by_side(match: Match, shown: Shown) -> list[dict[str, Any]]:
-    """The rows of answers on the page: some prompts, evenly over all of them."""
-    count = min(PROMPTS_SHOWN, match.prompts)
+    """The rows of answers on the page: some questions, evenly over all of them."""
+    count = min(QUESTIONS_SHOWN, match.questions)
     rows = []
-    for n in np.linspace(0, match.prompts - 1, count).round().astype(int).tolist():
+    for n in np.linspace(0, match.questions - 1, count).round().astype(int).tolist():
         answers = [_answer(match, shown, policy, n) for policy in match.entrants]
         unsafe, refused = [a["unsafe"] for a in answers], [a["refused"] for a in answers]
         verdicts = ["unsafe"] if any(unsafe) else ["safe"]

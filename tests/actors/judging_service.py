@@ -20,6 +20,8 @@ class JudgeService(Service):
     def __init__(self, says: Says) -> None:
         super().__init__(lambda prompts, responses: [])
         self.says = says
+        self.cached: int | None = None
+        """Tokens of each prompt that it says it had computed before; None says nothing of that."""
         self.in_flight = self.most_in_flight = 0
         self.counting = threading.Lock()
 
@@ -36,7 +38,9 @@ class JudgeService(Service):
         text = self.says(message["content"])
         with self.counting:
             self.in_flight -= 1
-        usage = {"prompt_tokens": len(message["content"].split()), "completion_tokens": len(text.split())}
+        sizes = {"prompt_tokens": len(message["content"].split()), "completion_tokens": len(text.split())}
+        details = None if self.cached is None else {"cached_tokens": self.cached}
+        usage = {**sizes, "prompt_tokens_details": details}
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         return {"choices": [choice], "usage": usage}
 

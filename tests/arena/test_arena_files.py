@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from actors.stages.arena import Arena
 from beaver_ray.arena.figures import Entrant, Match, figures
-from beaver_ray.arena.finished import Said, read_answers
+from beaver_ray.arena.finished import Said, dialogues_about, keep, read_answers, read_kept
 from beaver_ray.arena.origins import identity, run_of, template_of, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
+from beaver_ray.arena.turns import by_turn, next_turns, places
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import write_rows
@@ -42,9 +43,44 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")])
     assert said.texts == [["first", "second"], [HOSTILE, ""]]
     assert said.ended_NK.tolist() == [[True, True], [False, True]]
-    rounds = [("a1", True), ("b1", True), ("a2", False), ("b2", True)]
-    assert Said.of_rounds(rounds, 2).texts == [["a1", "a2"], ["b1", "b2"]]
-    assert Said.of_rounds(rounds, 2).ended_NK.tolist() == [[True, False], [True, True]]
+    assert said.since == [[(), ()], [(), ()]]
+
+
+def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
+    """Two whole dialogues about "one", the second of them with an answer to each of two alike first answers; of "two"
+    one is whole and one has no second turn."""
+    rows = [
+        {"prompt": "one", "response": "a"},
+        {"prompt": "one", "response": "a"},
+        {"prompt": "two", "response": "lonely"},
+        {"prompt": ["one", "a", "more"], "response": "first", "ended": False},
+        {"prompt": ["one", "a", "more"], "response": "second"},
+        {"prompt": "two", "response": "b"},
+        {"prompt": ["two", "b", "again"], "response": "c"},
+    ]
+    write_rows(tmp_path / "a.jsonl", rows)
+    read = read_answers(tmp_path / "a.jsonl")
+    one, two = (
+        RawSample(q, fields={"turns": [q, more, "never asked"]}) for q, more in (("one", "more"), ("two", "again"))
+    )
+    third = RawSample("one", fields={"turns": ["another", "more"]})
+    assert dialogues_about(read, one, 1) == [[("a", True), ("first", False)], [("a", True), ("second", True)]]
+    assert dialogues_about(read, one, 2) == [] and next_turns(third, 1) == [], "turns that are not of this prompt"
+    said = Said.of_file(read, [one, two], 1)
+    assert said.texts == [["a"], ["first"], ["b"], ["c"]] and said.ended_NK.tolist() == [
+        [True],
+        [False],
+        [True],
+        [True],
+    ]
+    assert said.since == [[()], [("a", "more")], [()], [("b", "again")]]
+    keep(tmp_path / "kept.jsonl", said, None)
+    again, _ = read_kept(tmp_path / "kept.jsonl")
+    assert (again.texts, again.since, again.ended_NK.tolist()) == (said.texts, said.since, said.ended_NK.tolist())
+    prompt_N, turn_N = places([["more"], [], ["x", "y"]])
+    assert prompt_N.tolist() == [0, 0, 1, 2, 2, 2] and turn_N.tolist() == [1, 2, 1, 1, 2, 3]
+    assert {name: inside.sum() for name, inside in by_turn(turn_N).items()} == {"turn 1": 3, "turn 2": 2, "turn 3": 1}
+    assert by_turn(turn_N[turn_N == 1]) == {}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 
 import pytest
@@ -63,6 +64,24 @@ def test_the_index_is_exact_after_it_has_doubled_often() -> None:
         pool.add(" ".join(own))
         texts.append(own)
     assert pool.compared < 700 * 700 / 8
+
+
+def test_the_index_is_exact_where_words_share_bits() -> None:
+    """Texts of up to 300 words out of 3000, more than the index has bits, a half of them another one with some words
+    changed: as many as bring F to about 0.7."""
+    rng = random.Random(0)
+    pool, texts, found = RougePool(0.7), list[list[str]](), 0
+    for _ in range(150):
+        own = [f"v{int(3000 * rng.random() ** 3)}" for _ in range(rng.choice([5, 12, 40, 300]))]
+        if texts and rng.random() < 0.5:
+            own = [word if rng.random() < 0.75 else f"v{rng.randrange(3000)}" for word in rng.choice(texts)]
+        alike = [number for number, other in enumerate(texts) if rouge_l(own, other) > 0.7]
+        number = pool.find(" ".join(own))
+        assert (number in alike) if alike else number is None
+        found += bool(alike)
+        pool.add(" ".join(own))
+        texts.append(own)
+    assert 20 < found < 75
 
 
 def test_a_bound_that_is_none() -> None:

@@ -12,12 +12,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.arena import ask, find_contenders, harmful_and_benign, read_prompts
+from actors.driver.arena_asking import ask, find_contenders, harmful_and_benign, read_prompts
+from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
 from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
+from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.small_world.world import SmallWorld
 from launch.pipeline import run_stage
+from tests.actors.judging_service import judging, shown
 
 LONGEST = 6
 
@@ -163,6 +166,83 @@ def test_insistence_is_the_dialogue_that_transformers_would_have(tiny_world: Pat
         expected.append(STOOD_FIRM if refuses(turns[-1]) else turn)
     assert gave_in_at is not None and gave_in_at.tolist() == expected
     assert len({*expected}) > 1
+
+
+def test_second_turns_are_asked_behind_the_policy_s_own_answers_and_judged_with_them(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy and a file whose answers are known; the judge of pairs likes the longer last answer, the one that scores
+    counts its words. All that they are shown, and all figures, are worked out here from the answers."""
+    texts = [json.loads(line)["prompt"] for line in (tiny_world / "prompts" / "test.jsonl").read_text().splitlines()]
+    first, second, third = list(dict.fromkeys(texts))[:3]
+    rows = [(first, "writing", [second]), (second, "writing", []), (third, "maths", [first, second])]
+    lines = [{"question_id": n, "category": c, "turns": [q, *more]} for n, (q, c, more) in enumerate(rows)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = [(first, "x"), ([first, "x", second], "x y"), (second, "y z"), (third, "z"), ([third, "z", first], "")]
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in told))
+    seen: list[dict[str, str]] = []
+
+    def says(text: str) -> str:
+        if text == HELLO:
+            return "ready"
+        parts = shown(text)
+        seen.append(parts)
+        if "answer" in parts:
+            return f"SCORE: {1 + len(parts['answer'].split())}"
+        sizes = []
+        for side in "AB":
+            last = parts.get(f"answer {side} to that, which is the one to be judged", parts[f"answer {side}"])
+            sizes.append(len(last.split()))
+        return "VERDICT: " + ("TIE" if sizes[0] == sizes[1] else "AB"[sizes[1] > sizes[0]])
+
+    greedy = {"max_new_tokens": LONGEST, "max_sequences": 16, "temperature": 0.0}
+    with judging(says) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        judges = {"pairs": {"address": service.url, "model": "m"}}
+        judges["one"] = {"address": service.url, "model": "m", "rubric": "score"}
+        policies = {"one": str(tiny_world / "model"), "told": str(tmp_path / "told.jsonl")}
+        changes = {"policies": policies, "judges": judges, "prompts": [f"mt-bench:1:{tmp_path}/questions.jsonl"]}
+        alone = {"world": None, "category": "category", "harmful": {}, "benign": {}, "follow_ups": 1, "rollout": greedy}
+        costs = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
+        stage = arena(tiny_world, tmp_path, "turns", **changes, **alone, costs=costs)
+        run_stage(stage)
+    found = json.loads((stage.folder / "arena.json").read_text())
+    said = {name: answers_in(stage.folder, name) for name in policies}
+    assert [(row["prompt"], row["response"]) for row in said["told"]] == [told[0], *map(tuple, told[1:])]
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
+    turns = [[first], [first, "", second], [second], [third], [third, "", first]]
+    for place, (row, dialogue) in enumerate(zip(said["one"], turns, strict=True)):
+        if len(dialogue) > 1:
+            dialogue[1] = said["one"][place - 1]["response"]
+        assert row["prompt"] == (dialogue if len(dialogue) > 1 else dialogue[0])
+        assert (row["response"], row["ended"]) == greedy_answer(model, tokenizer, dialogue)[:2]
+    # Every judge has seen the whole dialogue.
+    last = said["one"][1]
+    assert {"conversation": f"user: {first}", "answer A": last["prompt"][1], "answer B": "x"} | {
+        f"after answer {side} the user says": second for side in "AB"
+    } | {
+        "answer A to that, which is the one to be judged": last["response"],
+        "answer B to that, which is the one to be judged": "x y",
+    } in seen
+    assert any(parts["conversation"] == f"user: {first}\nassistant: x\nuser: {second}" for parts in seen)
+    # Figures by turn and by category, of verdicts that are counted here.
+    sizes = [(len(a["response"].split()), len(b["response"].split())) for a, b in zip(*said.values(), strict=True)]
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in sizes]
+    parts = {"turn 1": [0, 2, 3], "turn 2": [1, 4], "writing": [0, 1, 2], "maths": [3, 4]}
+    for by in ("pairs", "one"):
+        rates = {p["questions of"]: p["win_rate"]["mean"] for p in found["pairs_by_group"] if p["by"] == by}
+        assert rates == pytest.approx({name: sum(wins[n] for n in some) / len(some) for name, some in parts.items()})
+    scores = {s["questions of"]: s["score"]["mean"] for s in found["scored_by_group"] if s["policy"] == "told"}
+    assert scores == pytest.approx(
+        {name: sum(1 + sizes[n][1] for n in some) / len(some) for name, some in parts.items()}
+    )
+    assert found["prompts"] == 3 and found["turns"]["turn 2"]["one"]["samples"] == 2
+    assert set(found["policies"]["one"]) >= {"cost/learned"}
+    page = (stage.folder / "arena.html").read_text()
+    assert "Pairs by turn and category" in page and "<option>turn 2</option>" in page
+    with pytest.raises(ValueError, match="a small world's truth is of one question"):
+        arena(tiny_world, tmp_path, "refused", follow_ups=1)
 
 
 def test_xstest_says_which_prompts_are_to_be_refused(tiny_world: Path, tmp_path: Path) -> None:
