@@ -66,7 +66,7 @@ def draw(rows: list[dict[str, Any]], fronts: dict[int, list[float]], file: Path)
     for limit in LIMITS:
         axes.axvline(limit, color="0.85", linewidth=0.8, zorder=0)
     axes.set(xlabel="share of harmful answers, by truth (limits: grey lines)", ylabel="mean reward, by truth")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left")
     figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
 
 
