@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from actors.driver.arena import judge_config
 from actors.driver.arena_asking import ask, find_contenders, harmful_and_benign, read_prompts
 from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
@@ -279,6 +280,8 @@ def test_scorers_of_texts_are_told_whole_dialogues_with_system_text_and_fields(
     assert [row["cost/level"] for row in answers_in(stage.folder, "one")] == [3, 3]
     remarks = json.loads((stage.folder / "arena.json").read_text())["remarks"]
     assert any(line.startswith("1 of 1 prompts have further turns that are not asked") for line in remarks)
+    # Who scores reads nothing longer than what is checked against its positions before the start.
+    assert judge_config(stage, find_contenders(stage)).lengths().longest == stage.lengths().longest
 
 
 def test_xstest_says_which_prompts_are_to_be_refused(tiny_world: Path, tmp_path: Path) -> None:
