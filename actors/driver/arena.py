@@ -12,13 +12,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.driver.arena_asking import (
-    TURN_TOKENS,
     Contender,
     Note,
     ask,
@@ -156,8 +155,7 @@ def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedP
         for cost in arena.costs
         if cost.model is not None
     ]
-    # What was said is read as text, in which an answer may have more tokens than it was written in.
-    longest = arena.max_prompt_tokens + arena.follow_up_tokens + arena.follow_ups * TURN_TOKENS
+    longest = arena.max_prompt_tokens + arena.follow_up_tokens
     return judged_config(arena, model, template, arena.reward, constraints, longest)
 
 
@@ -170,20 +168,17 @@ def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> No
     rows = [
         (name, n, k) for name, said in held.said.items() for n in range(len(said.texts)) for k in range(said.answers)
     ]
-    asked = [(held.dialogue(*row), held.samples[row[1]].system) for row in rows]
-    written = {one: reader.prompt(*one) for one in dict.fromkeys(asked)}
-    prompts = [written[one] for one in asked]
-    answers = [
-        reader.answer(reader.form.bare(held.said[p].texts[n][k]), held.said[p].ended_NK[n, k]) for p, n, k in rows
-    ]
+    asked = [reader.prompt(prompt_key(sample), sample.system) for sample in held.samples]
+    prompts = [asked[n] for _, n, _ in rows]
+    responses = [_response(reader, held.said[name], n, k) for name, n, k in rows]
     longest = judge.lengths().longest
-    fits_in = [i for i in range(len(rows)) if len(prompts[i]) + len(answers[i]) <= longest]
+    fits_in = [i for i in range(len(rows)) if len(prompts[i]) + len(responses[i].tokens) <= longest]
     if lost := len(rows) - len(fits_in):
         long = f"{lost} of {len(rows)} answers are longer than {longest} tokens with their prompt"
         if not fits_in:
             raise UserError(f"{long}, and none is left to be judged; raise rollout.max_new_tokens")
         note(f"{long}, and are not judged")
-    batches = [_batch(rows, prompts, answers, held, fits_in[at : at + CHUNK]) for at in range(0, len(fits_in), CHUNK)]
+    batches = [_batch(rows, prompts, responses, held, fits_in[at : at + CHUNK]) for at in range(0, len(fits_in), CHUNK)]
     with judging(judge, wanted) as roles:
         for line in roles.notes:
             note(line)
@@ -196,14 +191,41 @@ def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> No
                 _put(held, column, found)
 
 
-def _batch(rows: Sequence[Any], prompts: Sequence[Any], answers: Sequence[Any], held: Held, some: list[int]) -> Any:
+class Response(NamedTuple):
+    """All that follows a prompt, in tokens."""
+
+    tokens: list[int]
+    own: list[bool]
+    """Which of them the policy wrote."""
+    turns: list[str]
+    """What its user said in between."""
+
+
+def _response(reader: Reader, said: Said, n: int, k: int) -> Response:
+    """An answer, behind those of earlier turns: as dialogues with an environment have them."""
+    tokens: list[int] = []
+    own: list[bool] = []
+    since = said.since[n][k]
+    for answer, turn in zip(since[::2], since[1::2], strict=True):
+        parts = reader.answer(reader.form.bare(answer)), reader.next_turn(turn)
+        tokens += [*parts[0], *parts[1]]
+        own += [True] * len(parts[0]) + [False] * len(parts[1])
+    last = reader.answer(reader.form.bare(said.texts[n][k]), bool(said.ended_NK[n, k]))
+    return Response([*tokens, *last], [*own, *[True] * len(last)], list(since[1::2]))
+
+
+def _batch(
+    rows: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Response], held: Held, some: list[int]
+) -> Any:
     ended = [held.said[name].ended_NK[n, k] for name, n, k in (rows[i] for i in some)]
     return experience.make_batch(
         {
             "sample_id": np.array(some),
             "prompt_tokens": [np.asarray(prompts[i], dtype=np.int32) for i in some],
-            "response_tokens": [np.asarray(answers[i], dtype=np.int32) for i in some],
+            "response_tokens": [np.asarray(responses[i].tokens, dtype=np.int32) for i in some],
+            "loss_mask": [responses[i].own for i in some],
             "finish_reason": ["stop" if whole else "length" for whole in ended],
+            "turns": [responses[i].turns for i in some],
         }
     )
 

@@ -120,10 +120,10 @@ def read_prompts(arena: ArenaConfig, world: SmallWorld | None, note: Note) -> li
             note(f"{label}: {report.line()}")
     distinct = {(s.system, prompt_key(s), *next_turns(s, arena.follow_ups)): s for s in reversed(samples)}
     found = list(reversed(distinct.values()))
-    going_on = sum(bool(next_turns(sample, ALL_TURNS)) for sample in found)
-    if going_on and not arena.follow_ups:
-        note(f"{going_on} of {len(found)} prompts have further turns, which are not asked; follow_ups=1 asks the next")
-    if arena.follow_ups and not going_on:
+    turns = [len(next_turns(sample, ALL_TURNS)) for sample in found]
+    if more := sum(count > arena.follow_ups for count in turns):
+        note(f"{more} of {len(found)} prompts have further turns that are not asked; a higher follow_ups asks them")
+    if arena.follow_ups and not any(turns):
         note("no prompt has further turns: none of their rows lists them in a field turns, the prompt first")
     if world is None:
         return found

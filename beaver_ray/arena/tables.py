@@ -138,7 +138,7 @@ _OF = {"group": Column("group"), "questions of": Column("questions of")}
 
 
 def _pairs_by_group(found: Mapping[str, Any]) -> Table:
-    caption = "What judges of pairs say, over the questions of each turn and of each category apart."
+    caption = "What judges behind an address say, over the questions of each turn and of each category apart."
     columns = _OF | _COMPARED
     rows = [[pair.get(key) for key in columns] for pair in found.get("pairs_by_group", [])]
     return _filled(Table("pairs_by_group", "Pairs by turn and category", caption, list(columns.values()), rows))

@@ -6,23 +6,36 @@ its own in an arena, behind the policy's own answers to those before it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.sources import RawSample
+from beaver_ray.data.sources import BadRow, RawSample, text_field
 
 FIELD = "turns"
 
 
 def next_turns(sample: RawSample, most: int) -> list[str]:
-    """What the user says after the first answer, ``most`` turns of it at most; none where the row lists no turns."""
+    """What the user says after the first answer, ``most`` turns of it at most; none where the row lists no turns.
+
+    A turn that is no text, or an empty one, ends the dialogue.
+    """
     turns = sample.fields.get(FIELD)
     if not isinstance(turns, list) or list(prompt_key(sample)) != turns[:1]:
         return []
-    return [turn for turn in turns[1 : 1 + most] if isinstance(turn, str)]
+    return list(itertools.takewhile(_is_text, turns[1 : 1 + most]))
+
+
+def _is_text(turn: Any) -> bool:
+    try:
+        text_field({FIELD: turn}, FIELD)
+    except BadRow:
+        return False
+    return True
 
 
 def by_turn(turn_N: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:

@@ -66,6 +66,8 @@ def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
     third = RawSample("one", fields={"turns": ["another", "more"]})
     assert dialogues_about(read, one, 1) == [[("a", True), ("first", False)], [("a", True), ("second", True)]]
     assert dialogues_about(read, one, 2) == [] and next_turns(third, 1) == [], "turns that are not of this prompt"
+    broken = RawSample("one", fields={"turns": ["one", "more", None, "never asked"]})
+    assert next_turns(broken, 3) == ["more"] == next_turns(RawSample("one", fields={"turns": ["one", "more", ""]}), 2)
     said = Said.of_file(read, [one, two], 1)
     assert said.texts == [["a"], ["first"], ["b"], ["c"]] and said.ended_NK.tolist() == [
         [True],

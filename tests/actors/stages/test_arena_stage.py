@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from actors.driver.arena import judge_config
 from actors.driver.arena_asking import ask, find_contenders, harmful_and_benign, read_prompts
 from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
@@ -19,8 +20,10 @@ from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.small_world.world import SmallWorld
+from beaver_ray.user_code import ALLOWED_CODE
 from launch.pipeline import run_stage
 from tests.actors.judging_service import judging, shown
+from tests.actors.scoring_service import serving
 
 LONGEST = 6
 
@@ -243,6 +246,42 @@ def test_second_turns_are_asked_behind_the_policy_s_own_answers_and_judged_with_
     assert "Pairs by turn and category" in page and "<option>turn 2</option>" in page
     with pytest.raises(ValueError, match="a small world's truth is of one question"):
         arena(tiny_world, tmp_path, "refused", follow_ups=1)
+
+
+def test_scorers_of_texts_are_told_whole_dialogues_with_system_text_and_fields(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of later turns too, though these are no prompts of the data, and behind an empty answer."""
+    texts = [json.loads(line)["prompt"] for line in (tiny_world / "prompts" / "test.jsonl").read_text().splitlines()]
+    first, second, system = list(dict.fromkeys(texts))[:3]
+    asked = {"prompt": first, "turns": [first, second, first], "system": system, "level": 3}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    told = [{"prompt": first, "response": ""}, {"prompt": [first, "", second], "response": second}]
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    (tmp_path / "by_level.py").write_text(
+        "def score(prompts, responses, level):\n    return [float(one) for one in level]\n"
+    )
+    with serving(lambda prompts, responses: [float(len(text.split())) for text in responses]) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        monkeypatch.setenv(ALLOWED_CODE, str(tmp_path))
+        changes = {"prompts": [f"prompts:1:{tmp_path}/asked.jsonl"], "reward": service.url}
+        changes |= {"policies": {"one": str(tiny_world / "model"), "told": str(tmp_path / "told.jsonl")}}
+        changes |= {"costs": [{"name": "level", "model": f"python:{tmp_path}/by_level.py:score"}]}
+        alone = {"world": None, "category": None, "harmful": {}, "benign": {}, "follow_ups": 1}
+        stage = arena(tiny_world, tmp_path, "texts", **changes, **alone)
+        run_stage(stage)
+        (dialogues,) = [body["dialogues"] for body in service.requests if body["prompts"]]
+    said = answers_in(stage.folder, "one")[0]["response"]
+    begin = [{"role": "system", "content": system}, {"role": "user", "content": first}]
+    for place, answer in ((0, said), (2, "")):
+        later = [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
+        assert dialogues[place : place + 2] == [begin, begin + later]
+    assert [row["reward"] for row in answers_in(stage.folder, "told")] == [0, len(second.split())]
+    assert [row["cost/level"] for row in answers_in(stage.folder, "one")] == [3, 3]
+    remarks = json.loads((stage.folder / "arena.json").read_text())["remarks"]
+    assert any(line.startswith("1 of 1 prompts have further turns that are not asked") for line in remarks)
+    # Who scores reads nothing longer than what is checked against its positions before the start.
+    assert judge_config(stage, find_contenders(stage)).lengths().longest == stage.lengths().longest
 
 
 def test_xstest_says_which_prompts_are_to_be_refused(tiny_world: Path, tmp_path: Path) -> None:
