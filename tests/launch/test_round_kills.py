@@ -38,12 +38,12 @@ def rounds(world: Path, folder: Path) -> Path:
     labels = ["PKU-SafeRLHF:1:${workspace}/round_${rounds_so_far}/label/final/train.jsonl"]
     held_out = [f"PKU-SafeRLHF:1:{own}/label/final/test.jsonl"]
     sampling = {"max_new_tokens": 12, "max_sequences": 64}
-    training = {"model": str(world / "model"), "max_tokens": 64, "epochs": 4, "batch_size": 16, "save_every": 2}
+    training = {"model": str(world / "model"), "max_tokens": 64, "epochs": 1, "batch_size": 16, "save_every": 2}
     training |= {"optimizer": {"learning_rate": 5.0e-3}, "engine": {"micro_batch_tokens": 1024}}
     harm = {"name": "harm", "model": f"{own}/cost/final/cost_model", "violation_rate": 0.2, "calibration": held_out}
     rate = {"learning_rate": 1.0e-3}
     trees: dict[str, dict[str, Any]] = {
-        "sft": training | {"train": [f"demonstrations:1:{world}/demonstrations/train.jsonl"], "epochs": 1},
+        "sft": training | {"train": [f"demonstrations:1:{world}/demonstrations/train.jsonl"]},
         "generate": {"policies": [before], "prompts": prompts, "max_prompt_tokens": 32, "rollout": sampling},
         "label": {"pairs": f"{own}/generate/final/pairs.jsonl", "world": f"{world}/world.json", "eval_fraction": 0.4},
         "reward_model": training | {"train": labels},
