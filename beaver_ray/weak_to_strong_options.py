@@ -39,9 +39,7 @@ class WeakConfig(Strict):
     rows: int | None = option("Train it on this many rows of its half at most; null for all.", None, gt=0)
     known: list[str] = option("Words that a bag of words knows; empty for all that it meets.", default_factory=list)
     unknown: list[str] = option("Words that a bag of words does not know.", default_factory=list)
-    ridge: float | None = option(
-        "Weight of a bag of words' squared weights, times 1/2, beside summed losses; null: 1.", None, gt=0
-    )
+    ridge: float = option("Weight of a bag of words' squared weights, times 1/2, beside summed losses.", 1.0, gt=0)
     epochs: float | None = option(
         "Passes over its half, of a model; null for those of the students.", None, gt=0, le=1e6
     )
@@ -50,7 +48,8 @@ class WeakConfig(Strict):
     def _fits_together(self) -> WeakConfig:
         is_bag = self.model is None
         for name in ("epochs",) if is_bag else ("known", "unknown", "ridge"):
-            if getattr(self, name):
+            # A run's config.yaml has all options: what is as it was by default was not asked for.
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 kind, mend = ("model", "give its folder as model") if is_bag else ("bag of words", "set model to null")
                 raise ValueError(f"{name} is of a {kind}; leave it out, or {mend}")
         if self.known and self.unknown:

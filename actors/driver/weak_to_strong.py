@@ -306,7 +306,7 @@ def train_bag_of_words(stage: Any, halves: Halves, folder: Path) -> np.ndarray:
         features, labels = one_NF, truth_NK[:, 0]
     if not counter.columns:
         raise UserError("weak: the bag of words knows no word of the data; name others under known, or fewer unknown")
-    model = counter.model(fit_logistic(features, labels, weak.ridge or 1.0))
+    model = counter.model(fit_logistic(features, labels, weak.ridge))
     if folder.is_dir():  # of a broken-off run, whose weak model may have been another one
         shutil.rmtree(folder)
     model.write(folder)

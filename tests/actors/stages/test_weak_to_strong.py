@@ -23,6 +23,8 @@ from beaver_ray.report.page import write_report
 from beaver_ray.report.sweep import run_figures
 from beaver_ray.rules.bag_of_words import score
 from beaver_ray.runs import read_metrics
+from beaver_ray.yaml_files import save_config
+from launch.config_files import load_run
 from tests.actors.stages.test_supervised import encoded, trainer_of
 from tests.actors.support import LiteralScoreModel, ppo_config
 from tests.tiny_encoders import write_encoder
@@ -334,7 +336,7 @@ def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path
         ({"input": "qa"}, "input is of single texts"),
         ({"task": "moderation", "input": "dialogue"}, "a bag of words reads the last turn"),
         ({"weak": {"model": "m", "known": ["a"]}}, "known is of a bag of words; leave it out, or set model to null"),
-        ({"weak": {"model": "m", "ridge": 1.0}}, "ridge is of a bag of words"),
+        ({"weak": {"model": "m", "ridge": 2.0}}, "ridge is of a bag of words"),
         ({"weak": {"epochs": 2}}, "epochs is of a model; leave it out, or give its folder as model"),
         ({"students": [{"name": "a", "alpha": 0.7}]}, "alpha is of loss confidence and product; leave it out for xent"),
         ({"students": [{"name": "a", "loss": "product", "schedule": "published"}]}, "schedule is of loss confidence"),
@@ -348,6 +350,14 @@ def test_a_threshold_is_that_of_the_whole_batch(one_rank: None, tiny_world: Path
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage_of(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("weak", [{"known": ["lock"]}, {"model": "m", "epochs": 2}])
+def test_a_run_is_read_again(tmp_path: Path, weak: dict[str, Any]) -> None:
+    """Its config.yaml has all options, those too that nothing reads; runs before `ridge` was checked had it as 1."""
+    stage = stage_of(tmp_path, tmp_path, weak=weak)
+    save_config(stage, tmp_path / "config.yaml")
+    assert "ridge: 1.0" in (tmp_path / "config.yaml").read_text() and load_run(tmp_path) == stage
 
 
 @pytest.mark.parametrize(
