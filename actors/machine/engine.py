@@ -57,8 +57,6 @@ def meeting_place(address: str, port: int = 0, first: bool = True) -> dist.TCPSt
 
 def join_ranks(rank: int, world: int, place: dist.TCPStore) -> None:
     """Make this process one of ``world`` ranks that meet there (nccl on GPUs, gloo on CPUs)."""
-    if dist.is_initialized():
-        return
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for tensor-parallel inference, over a minute on a

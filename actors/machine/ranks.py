@@ -36,11 +36,12 @@ class TrainingRank:
         return self.place.host, self.place.port
 
     def setup(self, address: str, port: int) -> None:
-        """Join the other ranks, then load the model."""
+        """Join the other ranks, unless they have met for an earlier model, then load the model."""
         if self.world > 1:
             # Gloo would go by the host's name, which on many machines stands for a loopback address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address()))
-        join_ranks(self.rank, self.world, self.place or meeting_place(address, port, first=False))
+        if not dist.is_initialized():
+            join_ranks(self.rank, self.world, self.place or meeting_place(address, port, first=False))
         torch.manual_seed(self.seed)
         self.build()
 
