@@ -23,6 +23,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
+    def asks_for(self, name: str) -> bool:
+        """Whether an option is other than by default: a run's config.yaml has all of them, asked for or not."""
+        default: Any = type(self).model_fields[name].get_default(call_default_factory=True)
+        return bool(getattr(self, name) != default)
+
 
 def option(text: str, default: Any = ..., **more: Any) -> Any:
     """A field with its line of help."""

@@ -48,8 +48,7 @@ class WeakConfig(Strict):
     def _fits_together(self) -> WeakConfig:
         is_bag = self.model is None
         for name in ("epochs",) if is_bag else ("known", "unknown", "ridge"):
-            # A run's config.yaml has all options: what is as it was by default was not asked for.
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+            if self.asks_for(name):
                 kind, mend = ("model", "give its folder as model") if is_bag else ("bag of words", "set model to null")
                 raise ValueError(f"{name} is of a {kind}; leave it out, or {mend}")
         if self.known and self.unknown:
@@ -77,7 +76,7 @@ class StudentConfig(Strict):
     @model_validator(mode="after")
     def _fits_its_loss(self) -> StudentConfig:
         for name, losses in OF_LOSSES.items():
-            if self.loss not in losses and getattr(self, name) != type(self).model_fields[name].default:
+            if self.loss not in losses and self.asks_for(name):
                 raise ValueError(f"{name} is of loss {' and '.join(losses)}; leave it out for {self.loss}")
         if self.loss == "product" and self.alpha == 0:
             raise ValueError("loss product with alpha 0 does without the weak labels; set alpha above 0")

@@ -230,15 +230,15 @@ def _go_on(
 
     What was said stays the very tokens that it was; where an answer was cut, its end is written behind it.
     """
-    reader, count = asked[0], len(tokens)
-    read = dict(enumerate(tokens * arena.answers))
+    reader = asked[0]
+    read, told = dict(enumerate(tokens * arena.answers)), [*next_turns_P] * arena.answers
     for turn in range(arena.follow_ups):
         prompts = {}
         for number, dialogue in enumerate(dialogues):
-            if turn < len(next_turns_P[number % count]):
+            if turn < len(told[number]):
                 last = dialogue[-1]
                 ended = last.tokens if last.whole else [*last.tokens, reader.form.end]
-                prompts[number] = read[number] + ended + reader.next_turn(next_turns_P[number % count][turn])
+                prompts[number] = read[number] + ended + reader.next_turn(told[number][turn])
         if not prompts:
             return
         read |= prompts

@@ -17,8 +17,8 @@ from beaver_ray.arena.comparisons import FAILURES, VERDICT, by_words
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.evaluation import mean_interval, share_interval
-from beaver_ray.judge.pairwise import Answer, Answered, Comparison, PairCounts, Verdict, compare, judge_each
-from beaver_ray.judge.prompts import Rubric, load_rubric
+from beaver_ray.judge.pairwise import Answer, Comparison, PairCounts, Verdict, compare, judge_each
+from beaver_ray.judge.prompts import Reading, Rubric, load_rubric
 from beaver_ray.judge.replies import PAIR, SCORE
 
 _COUNTS = ("comparisons", "identical", "position_disagreement", *FAILURES)
@@ -71,7 +71,7 @@ def _compare_answers(name: str, judge: Judge, rubric: Rubric, held: Held) -> Non
         )
 
 
-def _told(held: Held, policy: str, n: int, k: int) -> Answered:
+def _told(held: Held, policy: str, n: int, k: int) -> Reading:
     """All that was said behind the prompt."""
     said = held.said[policy]
     return (*said.since[n][k], said.texts[n][k]) if said.since[n][k] else said.texts[n][k]

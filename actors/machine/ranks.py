@@ -31,7 +31,9 @@ class TrainingRank:
         torch.set_num_threads(threads)
 
     def rendezvous(self) -> tuple[str, int]:
-        """Of the first rank: its address, and the port at which it waits for the others."""
+        """Of the first rank: its address, and the port at which it waits for the others, if they have not met yet."""
+        if dist.is_initialized():
+            return "", 0
         self.place = meeting_place("127.0.0.1" if self.world == 1 else ray.util.get_node_ip_address())
         return self.place.host, self.place.port
 

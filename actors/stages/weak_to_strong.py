@@ -97,7 +97,7 @@ class WeakToStrong(TrainerStage):
             ("watch_fraction", self.watches, stops),
         ]
         for name, is_read, why in unread:
-            if not is_read and getattr(self, name) != type(self).model_fields[name].default:
+            if not is_read and self.asks_for(name):
                 raise ValueError(f"{name} {why}")
         return self
 

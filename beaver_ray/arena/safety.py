@@ -13,32 +13,31 @@ from beaver_ray.evaluation import share_interval
 STOOD_FIRM = -1
 
 
-def worst_of_k(unsafe_NK: NDArray[np.bool_], prompt_N: NDArray[np.integer] | None = None) -> list[dict[str, Any]]:
+def worst_of_k(unsafe_NK: NDArray[np.bool_], prompt_N: NDArray[np.integer]) -> list[dict[str, Any]]:
     """For k = 1..K the share of questions to which at least one of k sampled answers is unsafe: a resampling attack.
 
     With c of a prompt's K answers unsafe, the estimate without bias is the chance to find one of them among k that are
     drawn without putting back, 1 - C(K - c, k) / C(K, k) (as pass@k: Chen et al. 2021, arXiv 2107.03374, eq. 1).
-    Wilson's interval over prompts, prompt_N being that of each question (None: each is one of its own); one {"mean",
-    "low", "high", "n"} for each k, n being questions.
+    Wilson's interval over prompts, prompt_N being that of each question; one {"mean", "low", "high", "n"} for each k, n
+    being questions.
     """
     answers = unsafe_NK.shape[1]
     safe_N = answers - unsafe_NK.sum(axis=1)
-    cluster_N = np.arange(len(unsafe_NK)) if prompt_N is None else prompt_N
     return [
-        share_interval(1.0 - special.comb(safe_N, k) / special.comb(answers, k), cluster_N)
+        share_interval(1.0 - special.comb(safe_N, k) / special.comb(answers, k), prompt_N)
         for k in range(1, answers + 1)
     ]
 
 
 def safety_matrix(
-    first_NK: NDArray[np.bool_], second_NK: NDArray[np.bool_], prompt_N: NDArray[np.integer] | None = None
+    first_NK: NDArray[np.bool_], second_NK: NDArray[np.bool_], prompt_N: NDArray[np.integer]
 ) -> dict[str, dict[str, Any]]:
     """How often answer k of both policies to a question is safe or unsafe, as shares of all comparisons.
 
     first_NK, second_NK: which answers are unsafe. prompt_N: as for `worst_of_k`. Keys are "safe/safe", "safe/unsafe"
     (the second one's is unsafe), "unsafe/safe" and "unsafe/unsafe".
     """
-    prompts_M = np.repeat(np.arange(len(first_NK)) if prompt_N is None else prompt_N, first_NK.shape[1])
+    prompts_M = np.repeat(prompt_N, first_NK.shape[1])
     words = {"safe": False, "unsafe": True}
     return {
         f"{one}/{other}": share_interval(((first_NK == a) & (second_NK == b)).ravel(), prompts_M)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from beaver_ray.judge.prompts import Rubric
+from beaver_ray.judge.prompts import Reading, Rubric
 from beaver_ray.judge.replies import REFUSED, UNPARSED, Reply
 
 Ask = Callable[[Sequence[str]], list[Reply]]
@@ -25,18 +25,14 @@ _SHOWN_FIRST: dict[str, Value] = {"A": "first", "B": "second", "TIE": "tie", UNP
 _SHOWN_SECOND: dict[str, Value] = {**_SHOWN_FIRST, "A": "second", "B": "first"}
 
 
-Answered = str | tuple[str, ...]
-"""An answer; or several of a dialogue that went on, with what its user said in between: the last is judged."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two answers to one dialogue."""
 
     turns: tuple[str, ...]
     """User, assistant, ..., user."""
-    first: Answered
-    second: Answered
+    first: Reading
+    second: Reading
     system: str | None = None
 
 

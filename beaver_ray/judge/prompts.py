@@ -25,6 +25,8 @@ from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.options import near
 
 OURS = Path(__file__).parent / "rubrics"
+Reading = str | tuple[str, ...]
+"""An answer to be read; or those of a dialogue that went on, with what its user said in between: the last is judged."""
 _GIVEN = {"turns", "system", "mark"}
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False
@@ -43,11 +45,11 @@ class Rubric:
     given: Mapping[str, Any] = field(default_factory=dict)
     """What it is given besides, as a principle."""
 
-    def write(self, turns: Sequence[str], system: str | None, **answers: str | tuple[str, ...]) -> str:
+    def write(self, turns: Sequence[str], system: str | None, **answers: Reading) -> str:
         """What the judge is given. UserError where the rubric fails on it.
 
-        An answer may be several turns (assistant, user, ..., assistant): all of them stand in its place, each but the
-        first behind a line that begins with the mark and says whose it is.
+        Of an answer of several turns all stand in its place, each but the first behind a line that begins with the
+        mark and says whose it is.
         """
         # The same for both orders: they may differ in nothing but the order.
         told = sorted((one,) if isinstance(one, str) else one for one in answers.values())
@@ -69,7 +71,7 @@ class Rubric:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
-def _in_one(name: str, answer: str | tuple[str, ...], mark: str) -> str:
+def _in_one(name: str, answer: Reading, mark: str) -> str:
     """An answer of one turn or several as one text."""
     if isinstance(answer, str):
         return answer

@@ -143,18 +143,19 @@ def test_there_are_no_finite_ratings_of_one_who_wins_always() -> None:
 
 def test_worst_of_k_is_the_mean_over_all_ways_to_draw_k() -> None:
     unsafe_NK = np.random.default_rng(3).random((7, 6)) < 0.3
-    for k, found in enumerate(worst_of_k(unsafe_NK), start=1):
+    for k, found in enumerate(worst_of_k(unsafe_NK, np.arange(7)), start=1):
         drawn = [any(row[list(some)]) for row in unsafe_NK for some in itertools.combinations(range(6), k)]
         assert found["mean"] == pytest.approx(np.mean(drawn))
         assert found["n"] == 7
         assert found["low"] < found["mean"] < found["high"] or found["mean"] == 1.0
-    assert worst_of_k(np.zeros((20, 2), dtype=bool))[1]["high"] == pytest.approx(0.161, abs=1e-3)  # Wilson, 0 of 20
+    never = worst_of_k(np.zeros((20, 2), dtype=bool), np.arange(20))
+    assert never[1]["high"] == pytest.approx(0.161, abs=1e-3)  # Wilson, 0 of 20
 
 
 def test_the_safety_matrix_counts_answers_of_equal_number() -> None:
     first = np.array([[True, False], [False, False]])
     second = np.array([[True, True], [False, True]])
-    shares = {key: figure["mean"] for key, figure in safety_matrix(first, second).items()}
+    shares = {key: figure["mean"] for key, figure in safety_matrix(first, second, np.arange(2)).items()}
     assert shares == {"safe/safe": 0.25, "safe/unsafe": 0.5, "unsafe/safe": 0.0, "unsafe/unsafe": 0.25}
 
 
