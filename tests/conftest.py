@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,21 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """This process as the only rank; the group ends with the module, so that others can start their own."""
-    import deepspeed
+@pytest.fixture(scope="module", autouse=True)
+def no_group_outlives_its_module() -> Iterator[None]:
+    """A run in this process leaves it as the only rank of a group; the next module starts its own."""
+    yield
+    # Looked up instead of imported: most modules need neither, and both are slow to import.
+    if (deepspeed := sys.modules.get("deepspeed")) and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
+
+@pytest.fixture(scope="module")
+def one_rank() -> None:
+    """This process as the only rank of a group."""
     from actors.machine.engine import join_ranks, meeting_place
 
     join_ranks(0, 1, meeting_place("127.0.0.1"))
-    yield
-    deepspeed.comm.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

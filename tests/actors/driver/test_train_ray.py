@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.util.state import list_actors
+from ray.util.state.common import ActorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ EXPECTED_KEYS = """
 
 @dataclass
 class Run:
-    """What a run left, and the actors that were seen alive while it ran: name without the run's tag to class."""
+    """What a run left, the actors that it had (name without the run's tag to class) and how many outlived it."""
 
     folder: Path
     metrics: list[dict[str, Any]]
@@ -59,33 +59,22 @@ def address() -> Iterator[str]:
 
 
 def watched(config: Path, address: str) -> Run:
-    """Train, and look at Ray's list of actors all the while."""
-    seen: dict[str, str] = {}
-    ended = threading.Event()
+    """Train; then ask Ray, which keeps an actor's name beyond its end, what it ran as and whether anything is left."""
 
-    def alive() -> dict[str, str]:
-        actors = list_actors(address=address, filters=[("state", "=", "ALIVE")])
-        return {actor.name.split(":")[0]: actor.class_name for actor in actors}
+    def actors() -> dict[str, ActorState]:
+        return {actor.actor_id: actor for actor in list_actors(address=address, limit=1000)}
 
-    def watch() -> None:
-        while not ended.wait(1.0):
-            seen.update(alive())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        folder = train(load_config(config))
-    finally:
-        ended.set()
-        watcher.join()
-    files = sorted((folder / "trajectories").glob("*.parquet"))
+    before = actors()
+    folder = train(load_config(config))
     for _ in range(50):
-        left = len(alive())
+        started = [actor for key, actor in actors().items() if key not in before]
+        left = sum(actor.state == "ALIVE" for actor in started)
         if not left:
             break
-        ended.clear()
-        ended.wait(0.2)
-    return Run(folder, read_metrics(folder), [pq.read_table(file) for file in files], seen, left)
+        time.sleep(0.2)
+    files = sorted((folder / "trajectories").glob("*.parquet"))
+    names = {actor.name.split(":")[0]: actor.class_name for actor in started}
+    return Run(folder, read_metrics(folder), [pq.read_table(file) for file in files], names, left)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +120,7 @@ def test_every_metric_is_there_and_finite(tied: Run) -> None:
     assert all(0.0 <= row["cost/harm/mean"] <= 1.0 for row in tied.metrics), "a probability after calibration"
 
 
-def test_every_role_is_an_actor_of_its_own_while_it_runs(tied: Run) -> None:
+def test_every_role_is_an_actor_of_its_own(tied: Run) -> None:
     assert tied.actors == {
         "rollout-0": "VllmGenerator",
         "rollout-1": "VllmGenerator",
