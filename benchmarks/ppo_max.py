@@ -3,10 +3,10 @@
     python benchmarks/ppo_max.py --seeds 0 1 2 --out benchmarks/ppo_max.json
 
 For each seed: a world a quarter of whose labels are wrong, its SFT policy, and a reward model of PAIRS pairs. Then
-from the same models `configs/local/ppo_max.yaml`, the same without its PTX loss, and vanilla PPO: no normalised reward,
-no KL penalty, no critic's warm-up, no cut value update, no PTX loss (and the same learning rates, batches and steps).
-One process a run (debug mode); complete runs in the working folder are skipped. With ``--safe`` also Safe PPO under
-PPO-max's options, on the models of `small_world.py` for one seed.
+from the same models `configs/local/ppo_max.yaml`, the same without its PTX loss and with one of ten times the weight,
+and vanilla PPO: no normalised reward, no KL penalty, no critic's warm-up, no cut value update, no PTX loss (and the
+same learning rates, batches and steps). One process a run (debug mode); complete runs in the working folder are
+skipped. With ``--safe`` also Safe PPO under PPO-max's options, on the models of `small_world.py` for one seed.
 
 Gold is the true reward of answers to held-out prompts, proxy the learned one, both means of three evaluations at the
 end, and at first those of the SFT policy (one evaluation); `gold_peak` is the best there was. Entropy is in nats a
@@ -39,7 +39,12 @@ VANILLA = [
     "ppo.critic_warmup_steps=0",
     "ppo.clip_value=null",
 ]
-METHODS = {"vanilla": VANILLA, "ppo_max": [], "ppo_max_without_ptx": WITHOUT_PTX}
+METHODS = {
+    "vanilla": VANILLA,
+    "ppo_max": [],
+    "ppo_max_without_ptx": WITHOUT_PTX,
+    "ppo_max_more_ptx": ["ppo.ptx_coefficient=1"],
+}
 SAFE = [
     "ppo.normalize_rewards=0.8",
     "ppo.clip_value=0.2",
