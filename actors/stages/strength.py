@@ -33,7 +33,7 @@ PASSED_ON = (
 
 
 class Strength(SupervisedConfig, TrainerStage):
-    """Options of stage strength; ``eval`` must be empty, and ``save_every`` means nothing: whole models are kept."""
+    """Options of stage strength; ``eval`` and ``eval_fraction`` must be left out, and ``save_every`` means nothing: whole models are kept."""
 
     trained: ClassVar[str] = "member"
     heads: ClassVar[tuple[str, ...]] = ("reward",)
@@ -49,8 +49,9 @@ class Strength(SupervisedConfig, TrainerStage):
     def _fits_together(self) -> Strength:
         if self.folds == 1:
             raise ValueError("folds: 1 leaves nothing to train on; set 2 or more, or 0 for no folds")
-        if self.eval:
-            raise ValueError("eval: stage strength holds out by folds; leave eval empty, or name the data under train")
+        if self.eval or self.asks_for("eval_fraction"):
+            option = "eval" if self.eval else "eval_fraction"
+            raise ValueError(f"{option}: stage strength holds out by folds; leave it out, or name the data under train")
         return self
 
     def roles(self) -> list[RoleSpec]:

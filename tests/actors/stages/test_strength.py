@@ -155,7 +155,11 @@ def test_rows_of_dialogues() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"folds": 1}, "folds: 1 leaves nothing to train on"), ({"eval": ["PKU-SafeRLHF"]}, "holds out by folds")],
+    [
+        ({"folds": 1}, "folds: 1 leaves nothing to train on"),
+        ({"eval": ["PKU-SafeRLHF"]}, "eval: stage strength holds out by folds"),
+        ({"eval_fraction": 0.1}, "eval_fraction: stage strength holds out by folds"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
