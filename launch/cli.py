@@ -406,7 +406,9 @@ def bench(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="1M|10M|0.5B|0.6B|1.5B|4B|7B", help="scoring, raw-vllm, iteration, step: random model of this size."),
+        typer.Option(
+            metavar="1M|10M|0.5B|0.6B|1.5B|4B|7B", help="scoring, raw-vllm, iteration, step: random model of this size."
+        ),
     ] = None,
 ) -> None:
     """Measure the system: experience, weights, rollouts, scoring, raw-vllm, trainer, sync, iteration, step, families,

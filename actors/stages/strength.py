@@ -33,7 +33,7 @@ PASSED_ON = (
 
 
 class Strength(SupervisedConfig, TrainerStage):
-    """Options of stage strength; ``eval`` and ``eval_fraction`` must be left out, and ``save_every`` means nothing: whole models are kept."""
+    """Options of stage strength. ``eval`` and ``eval_fraction`` are refused, and ``save_every`` means nothing."""
 
     trained: ClassVar[str] = "member"
     heads: ClassVar[tuple[str, ...]] = ("reward",)

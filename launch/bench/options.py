@@ -23,7 +23,7 @@ class Options:
     overrides: tuple[str, ...] = field(default=())
     """iteration, step: key=value changes of our side's configuration."""
     shape: str | None = None
-    """scoring, raw-vllm, iteration, step: model of a shape of `launch.bench.models.SHAPES` instead of the benchmark's own."""
+    """scoring, raw-vllm, iteration, step: model of a shape of `launch.bench.models.SHAPES`, not the benchmark's own."""
 
     @property
     def small(self) -> bool:
