@@ -45,9 +45,23 @@ class EngineConfig(Strict):
 
     dtype: Literal["float32", "bfloat16"] = option("Dtype of the forward and backward pass.", "float32")
     zero_stage: Literal[0, 1, 2, 3] = option("DeepSpeed ZeRO stage.", 0)
-    offload: Literal["none", "optimizer", "all"] = option("What ZeRO keeps in host memory.", "none")
+    offload: Literal["none", "optimizer", "all"] = option(
+        "What ZeRO keeps in host memory: from stage 1 on the optimizer, in stage 3 all.", "none"
+    )
     micro_batch_tokens: int = option("Most tokens in one forward and backward of a rank.", 4096, gt=0)
     gradient_checkpointing: bool = option("Recompute activations in the backward pass.", False)
+
+    @property
+    def stage_in_use(self) -> int:
+        """The ZeRO stage that trains: in bfloat16 stage 0 would keep no float32 weights and lose small updates."""
+        return max(1, self.zero_stage) if self.dtype == "bfloat16" else self.zero_stage
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.stage_in_use < least:
+            raise ValueError(f"offload: {self.offload} is of ZeRO stage {least} or more; set zero_stage: {least}")
+        return self
 
 
 class PolicyModels(Strict):

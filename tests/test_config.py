@@ -52,6 +52,15 @@ def test_the_stage_decides_the_kind() -> None:
     assert "stage must be one of" in error("stage=spo")
 
 
+@pytest.mark.parametrize(
+    ("offload", "stage", "mend"),
+    [("optimizer", 0, "set zero_stage: 1"), ("all", 0, "set zero_stage: 3"), ("all", 2, "set zero_stage: 3")],
+)
+def test_what_a_stage_cannot_hold_on_the_host_is_refused(offload: str, stage: int, mend: str) -> None:
+    assert mend in error(f"engine.offload={offload}", f"engine.zero_stage={stage}")
+    assert safe_ppo("engine.offload=optimizer", "engine.dtype=bfloat16").engine.stage_in_use == 1
+
+
 def test_workspace_is_filled_in() -> None:
     assert safe_ppo("workspace=/data/w").models.policy == "/data/w/sft/final/policy"
     assert safe_ppo().models.policy == "runs/sft/final/policy"

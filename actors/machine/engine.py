@@ -115,12 +115,12 @@ class TrainingEngine:
         adam = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=optimizer.learning_rate, betas=(0.9, 0.95), fused=True
         )
-        # Stage 0 in bfloat16 would keep no float32 copy of the weights and lose small updates; stage 1 does.
-        self.zero_stage = max(1, engine.zero_stage) if engine.dtype == "bfloat16" else engine.zero_stage
+        self.zero_stage = engine.stage_in_use
+        self.kept_as = f"zero_stage {self.zero_stage} in {engine.dtype}"
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adam,
-            config=_deepspeed_config(engine, self.zero_stage, max_grad_norm, sum(p.numel() for p in trained)),
+            config=_deepspeed_config(engine, max_grad_norm, sum(p.numel() for p in trained)),
         )
         self.files = self.engine.checkpoint_engine = CheckpointFiles()
         self.device = self.engine.device
@@ -216,7 +216,8 @@ class TrainingEngine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        self.files.save({"position": position, "random": random_state()}, f"{folder}/rank_{self.rank}.pt")
+        saved = {"position": position, "random": random_state(), "kept_as": self.kept_as}
+        self.files.save(saved, f"{folder}/rank_{self.rank}.pt")
         failed = torch.tensor([float(self.files.error is not None)], device=self.device)
         dist.all_reduce(failed)
         error, self.files.error = self.files.error, None
@@ -225,16 +226,22 @@ class TrainingEngine:
             raise UserError(f"cannot write the {self.name}'s state to {folder}: {reason}; free some space there")
 
     def load_state(self, folder: str) -> dict[str, Any]:
-        """Restore what as many ranks saved; returns this rank's position. All ranks must call it."""
+        """Restore what as many ranks saved; returns this rank's position. All ranks must call it.
+
+        Raises UserError where another number of ranks, or an engine of another ZeRO stage or dtype, wrote it.
+        """
         path = f"{folder}/rank_{self.rank}.pt"
         if not os.path.isdir(folder):
             raise UserError(f"the checkpoint has no {folder}; resume with the models that it was written with")
         if not os.path.isfile(path) or os.path.isfile(f"{folder}/rank_{self.world}.pt"):
             raise UserError(f"{folder} was not written by {self.world} rank(s); resume with as many as before")
+        saved = self.files.load(path, map_location="cpu")
+        # Checkpoints of before say nothing of it.
+        if (before := saved.get("kept_as", self.kept_as)) != self.kept_as:
+            raise UserError(f"{folder} was written with engine.{before}, not {self.kept_as}; resume with that")
         # Frozen weights are the base model's, which are loaded already.
         _, client_state = self.engine.load_checkpoint(folder, tag="state", load_module_strict=False)
         self.steps_done = int(client_state["steps_done"])
-        saved = self.files.load(path, map_location="cpu")
         restore_random_state(saved["random"])
         position: dict[str, Any] = saved["position"]
         return position
@@ -315,8 +322,9 @@ def _clear_rates(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _deepspeed_config(engine: EngineConfig, zero_stage: int, max_grad_norm: float, trained: int) -> dict[str, Any]:
+def _deepspeed_config(engine: EngineConfig, max_grad_norm: float, trained: int) -> dict[str, Any]:
     """trained: parameters that have gradients."""
+    zero_stage = engine.stage_in_use
     # A bucket of gradients is allocated whole, 2 GB by DeepSpeed's default however small the model.
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": min(trained, MOST_IN_A_BUCKET)}
     if engine.offload != "none":

@@ -62,9 +62,11 @@ def negative_logprobs(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
     return -(chosen * mask[:, 1:]).sum()
 
 
-def train(rank: int, zero_stage: int, cuts: Sequence[Sequence[Sequence[int]]], max_norm: float) -> dict[str, Any]:
+def train(
+    rank: int, zero_stage: int, cuts: Sequence[Sequence[Sequence[int]]], max_norm: float, offload: str = "none"
+) -> dict[str, Any]:
     """Three steps; ``cuts[rank]`` are the micro-batches, empty ones keep ranks in step."""
-    config = EngineConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
+    config = EngineConfig(zero_stage=zero_stage, offload=offload)  # type: ignore[arg-type]
     engine = TrainingEngine(tied_llama(), "test", RATE, config, STEPS, max_norm)
     figures = []
     for step in range(STEPS):
@@ -127,6 +129,11 @@ def check(result: dict[str, Any], max_norm: float) -> None:
 def test_a_step_is_plain_adamw_for_every_stage(one_rank: None, zero_stage: int, max_norm: float) -> None:
     """Fault 13 of the published code."""
     check(train(0, zero_stage, [ONE_RANK_CUTS[1]], max_norm), max_norm)
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "all")])
+def test_what_is_held_on_the_host_changes_no_step(one_rank: None, zero_stage: int, offload: str) -> None:
+    check(train(0, zero_stage, [ONE_RANK_CUTS[1]], 1.0, offload), 1.0)
 
 
 @pytest.mark.parametrize("cut", ONE_RANK_CUTS)
@@ -362,6 +369,16 @@ def test_a_loaded_state_goes_on_bit_for_bit(
         assert resumed.keys() == whole.keys()
         for name, expected in whole.items():
             np.testing.assert_array_equal(resumed[name], expected, err_msg=name)
+
+
+def test_a_state_of_another_stage_or_dtype_is_refused(one_rank: None, tmp_path: Path) -> None:
+    def engine(**options: Any) -> TrainingEngine:
+        return TrainingEngine(tied_llama(), "test", RATE, EngineConfig(**options), 1)
+
+    engine().save_state(str(tmp_path / "state"), {})
+    for options, now in (({"zero_stage": 2}, "zero_stage 2 in float32"), ({"dtype": "bfloat16"}, "zero_stage 1 in bf")):
+        with pytest.raises(UserError, match=f"written with engine.zero_stage 0 in float32, not {now}"):
+            engine(**options).load_state(str(tmp_path / "state"))
 
 
 def test_learning_rate_by_hand() -> None:
