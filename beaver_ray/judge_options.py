@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError, field_validator
+from pydantic import BeforeValidator, ValidationError, field_validator, model_validator
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict, option
@@ -64,6 +64,14 @@ class JudgeOptions(Strict):
         return extra
 
 
+def unread(options: JudgeOptions, *names: str) -> JudgeOptions:
+    """The options. ValueError where one of those that their user does not read is other than by default."""
+    for name in names:
+        if options.asks_for(name):
+            raise ValueError(f"{name} is not read here (docs/judge.md says by whom); leave it out")
+    return options
+
+
 def read_service(given: Any) -> Any:
     """A mapping of the configuration as a service, anything else as it is. ValueError, one line, for what is none, and
     for an address alone."""
@@ -72,7 +80,7 @@ def read_service(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     try:
-        return JudgeOptions.model_validate(given)
+        return unread(JudgeOptions.model_validate(given), "rubric", "rubrics")
     except ValidationError as error:
         raise ValueError(one_line(error, JudgeOptions, "service")) from None
 
@@ -92,6 +100,11 @@ class LabellingJudge(JudgeOptions):
     sensitive: list[str] = option(
         "Pairs that have one of these, WORD or FIELD=VALUE, go to people and never to the judge.", default_factory=list
     )
+
+    @model_validator(mode="after")
+    def _goes_by_its_labels(self) -> LabellingJudge:
+        unread(self, "rubric")
+        return self
 
 
 def read_judge(text: str) -> JudgeOptions:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from beaver_ray.options import Strict, option
 
 
@@ -17,6 +19,12 @@ class NoiseConfig(Strict):
     smoothing: float = option("Weight of the opposite order in the loss.", 0.0, ge=0, le=0.5)
     smooth: Literal["all", "negative"] = option("Smooth all pairs, or those whose strength is below 0.", "all")
     margin: float = option("Scores are to differ by this times the strength.", 0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _is_read(self) -> NoiseConfig:
+        if self.asks_for("smooth") and not self.smoothing:
+            raise ValueError(f"smooth: {self.smooth} says where to smooth and nothing is smoothed; set smoothing too")
+        return self
 
     @property
     def needs_strength(self) -> bool:

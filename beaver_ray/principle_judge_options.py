@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.judge_options import JudgeOptions, unread
 from beaver_ray.options import Strict, option
 from beaver_ray.yaml_files import one_line
 
@@ -31,7 +31,8 @@ def read_principle_judge(given: Any) -> Any:
         return given
     kind: Any = LetterJudge if "folder" in given else JudgeOptions
     try:
-        return kind.model_validate(given)
+        judge = kind.model_validate(given)
+        return judge if isinstance(judge, LetterJudge) else unread(judge, "rubric")
     except ValidationError as error:
         raise ValueError(one_line(error, kind, "judge")) from None
 

@@ -109,7 +109,7 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, told)
     for contender in contenders:
         started = time.monotonic()
-        whole = merged(contender, folder / MERGED)
+        whole = merged(contender, folder / MERGED, arena.trust_remote_code)
         kept = folder / ASKED / f"{contender.name}-{asking_key(arena, whole, samples)}.jsonl"
         if not kept.is_file():
             keep(kept, *ask(arena, whole, samples, refuses, note))

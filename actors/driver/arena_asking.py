@@ -69,13 +69,14 @@ def find_contenders(arena: ArenaConfig) -> list[Contender]:
     return found
 
 
-def merged(contender: Contender, scratch: Path) -> Contender:
+def merged(contender: Contender, scratch: Path, trust_remote_code: bool) -> Contender:
     """The contender with its adapter added to its model, in a folder under ``scratch``."""
     if contender.adapter is None:
         return contender
     folder = scratch / contender.name
-    ChatFolder(contender.model, contender.adapter).load(torch.float32).cpu().save_pretrained(folder)
-    load_tokenizer(contender.model).save_pretrained(folder)
+    model = ChatFolder(contender.model, contender.adapter).load(torch.float32, trust_remote_code)
+    model.cpu().save_pretrained(folder)
+    load_tokenizer(contender.model, trust_remote_code).save_pretrained(folder)
     return replace(contender, model=str(folder), adapter=None)
 
 

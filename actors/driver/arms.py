@@ -73,7 +73,7 @@ class LanguageArm(TextArm):
         """The mean loss of a token of the held-out texts [1]; the model is saved besides."""
         import numpy as np
 
-        trainer.save_model(self.save_to)
+        trainer.save(self.save_to)
         return np.array([trainer.evaluate()["loss"]])
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:

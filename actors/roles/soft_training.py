@@ -155,7 +155,7 @@ def look(arm: Any, trainer: Trainer, done: int) -> bool:
 def _keep(arm: Any, trainer: Trainer, scores_NK: np.ndarray) -> None:
     trainer.prepared.scores_NK = scores_NK
     if arm.save_to:
-        trainer.save_model(arm.save_to)
+        trainer.save(arm.save_to)
 
 
 def finish(arm: Any, trainer: Trainer) -> np.ndarray:

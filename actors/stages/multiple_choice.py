@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from actors.driver.choosing import choice_role
 from beaver_ray.data_options import DataEntry
-from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.judge_options import JudgeOptions, unread
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
@@ -53,6 +53,8 @@ class MultipleChoice(TemplatedStage):
     def _judged_answers(self) -> MultipleChoice:
         if (self.answers is None) != (self.judge is None):
             raise ValueError("answers and judge go together: give both or neither")
+        if self.judge is not None:
+            unread(self.judge, "rubric", "rubrics")
         return self
 
     def roles(self) -> list[RoleSpec]:

@@ -42,7 +42,7 @@ class PrincipleLabels(TemplatedStage):
     stage: Literal["principle_labels"] = option("Label pairs of answers by principles.")
     pairs: str = option("File of pairs (prompt, response_0, response_1), as stage generate writes them.")
     file: str | None = option("Principles' file; null for ours.", None)
-    principles: list[str] | None = option("Names of those that are used; null for all of the file.", None)
+    principles: list[str] | None = option("Names of those that are used; null for all of the file.", None, min_length=1)
     judge: PrincipleJudge = option(
         "Who compares: {folder, letters, ...} of a language model, or a judge's {address, model, ...}.", None
     )
@@ -72,6 +72,9 @@ class PrincipleLabels(TemplatedStage):
             raise ValueError("answers are compared by judge or by world: give one")
         if self.world is not None and self.canaries is not None:
             raise ValueError("canaries are for judges, and a world's truth needs none; leave canaries out")
+        for name in ("accuracy", "confidence"):
+            if self.canaries is None and self.asks_for(name):
+                raise ValueError(f"{name} is what a judge shows on canaries; name a file of these, or leave it out")
         return self
 
     def roles(self) -> list[RoleSpec]:
@@ -165,7 +168,7 @@ class PrincipleLabels(TemplatedStage):
         """The labelled pairs for training and held out, and counts."""
         import numpy as np
 
-        from beaver_ray.data.pairs import is_held_out, unlabelled
+        from beaver_ray.data.pairs import is_held_out, pair_id, unlabelled
         from beaver_ray.self_align.feedback import draw_label, scaled
         from beaver_ray.self_align.writing import worded, written
 
@@ -189,7 +192,8 @@ class PrincipleLabels(TemplatedStage):
                     "better_response_id": int(drawn.score < 0),
                 }
                 part = "test" if is_held_out(row, self.eval_fraction) else "train"
-                parts[part].append(unlabelled(row) | label)
+                made = unlabelled(row) | label
+                parts[part].append(made | {"id": pair_id(made)})  # a pair's id is of its system text too
                 counts["labels"] += 1
         return parts, counts + Counter({"held out": len(parts["test"])})
 

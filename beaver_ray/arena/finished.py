@@ -1,7 +1,7 @@
 """Answers as an arena holds them, and files of them: one JSON object a line with ``prompt`` and ``response``.
 
-``prompt`` is a text or a list of turns, several lines of one prompt are several answers, and ``ended: false`` says of
-one that it was cut. What else a line says is not read.
+``prompt`` is a text or a list of turns, ``system`` perhaps the system text that it was answered under, several lines of
+one prompt are several answers, and ``ended: false`` says of one that it was cut. What else a line says is not read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.manifest import read_rows, write_rows
 
-Answered = dict[tuple[str, ...], list[tuple[str, bool]]]
-"""By the turns of a prompt its answers, each with whether it came to its end."""
+Asked = tuple[str | None, tuple[str, ...]]
+"""A system text, None where a line has none, and the turns of a prompt."""
+Answered = dict[Asked, list[tuple[str, bool]]]
+"""By what was asked its answers, each with whether it came to its end."""
 Dialogue = list[tuple[str, bool]]
 """The answers of one dialogue, each with whether it came to its end."""
 
@@ -68,13 +70,17 @@ class Said:
 
 
 def dialogues_about(answered: Answered, sample: RawSample, follow_ups: int) -> list[Dialogue]:
-    """The dialogues of a file about a prompt that have an answer to each turn of its user, each answer used once."""
+    """The dialogues of a file about a prompt that have an answer to each turn of its user, each answer used once.
+
+    Lines under the prompt's own system text count; where there are none, those that say nothing of a system text.
+    """
     later, used, found = next_turns(sample, follow_ups), Counter[tuple[str, ...]](), []
-    for first in answered.get(prompt_key(sample), []):
+    system = sample.system if (sample.system, prompt_key(sample)) in answered else None
+    for first in answered.get((system, prompt_key(sample)), []):
         dialogue, turns = [first], prompt_key(sample)
         for turn in later:
             turns = (*turns, dialogue[-1][0], turn)
-            replies = answered.get(turns, [])[used[turns] :]
+            replies = answered.get((system, turns), [])[used[turns] :]
             if not replies:
                 break
             used[turns] += 1
@@ -114,22 +120,25 @@ def read_answers(path: Path) -> Answered:
     found: Answered = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            turns, response, ended = _row(path, number, line)
-            found.setdefault(turns, []).append((response, ended))
+            asked, response, ended = _row(path, number, line)
+            found.setdefault(asked, []).append((response, ended))
     if not found:
         raise UserError(f"{path} holds no answers; write one JSON object a line with prompt and response")
     return found
 
 
-def _row(path: Path, number: int, line: str) -> tuple[tuple[str, ...], str, bool]:
+def _row(path: Path, number: int, line: str) -> tuple[Asked, str, bool]:
     where = f"{path} line {number}"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {first_line(error)}") from None
-    prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
+    row = row if isinstance(row, dict) else {}
+    prompt, response, system = row.get("prompt"), row.get("response"), row.get("system")
     turns = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list) else []
     whole = len(turns) % 2 == 1 and all(isinstance(turn, str) for turn in turns)
-    if not whole or not isinstance(response, str):
-        raise UserError(f"{where} needs prompt (a text, or an odd number of turns) and response (a text)")
-    return tuple(turns), response, row.get("ended") is not False
+    if not whole or not isinstance(response, str) or not isinstance(system, str | None):
+        raise UserError(
+            f"{where} needs prompt (a text, or an odd number of turns), response (a text) and perhaps system (a text)"
+        )
+    return (system, tuple(turns)), response, row.get("ended") is not False

@@ -64,7 +64,7 @@ class Form:
     @cached_property
     def _line(self) -> re.Pattern[str]:
         words = "|".join(map(re.escape, (*self.words, _NONE)))
-        return re.compile(rf"{self.label}\s*:[*_`\s]*({words})", re.IGNORECASE)
+        return re.compile(rf"{self.label}[*_`\s]*:[*_`\s]*({words})", re.IGNORECASE)
 
 
 def _bare(line: str) -> str:

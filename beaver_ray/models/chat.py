@@ -67,9 +67,9 @@ class ChatFolder:
         check_model_folder(text, part)
         return cls(text)
 
-    def load(self, dtype: torch.dtype) -> Any:
+    def load(self, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
         """The model in evaluation mode, any adapter added to its weights."""
-        model = load_safely(AutoModelForCausalLM, self.model, dtype, False)
+        model = load_safely(AutoModelForCausalLM, self.model, dtype, trust_remote_code)
         if self.adapter is not None:
             from peft import PeftModel
 

@@ -66,6 +66,8 @@ class RedTeamConfig(TemplatedStage):
     @model_validator(mode="after")
     def _fits_together(self) -> RedTeamConfig:
         read_attacks(self.attacks)
+        if self.attacker is not None and all(attack.kind != "asked" for attack in self.named_attacks):
+            raise ValueError("attacker is asked by few_shot and translate, and attacks has neither; leave attacker out")
         if (self.cost is None) == (self.world is None):
             raise ValueError("either a cost or the truth of a world says what is unsafe: give one of cost and world")
         if self.cost is not None:

@@ -46,6 +46,21 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert said.since == [[(), ()], [(), ()]]
 
 
+def test_answers_belong_to_the_system_text_they_were_given_under(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"system": "A pirate.", "prompt": "one", "response": "arr"},
+        {"system": "A judge.", "prompt": "one", "response": "order"},
+        {"system": "A judge.", "prompt": ["one", "order", "more"], "response": "in court"},
+        {"prompt": "one", "response": "hm"},
+    ]
+    write_rows(tmp_path / "a.jsonl", rows)
+    read = read_answers(tmp_path / "a.jsonl")
+    for system, said in (("A pirate.", "arr"), ("A judge.", "order"), (None, "hm"), ("Nobody.", "hm")):
+        assert dialogues_about(read, RawSample("one", system=system), 0) == [[(said, True)]]
+    judge = RawSample("one", system="A judge.", fields={"turns": ["one", "more"]})
+    assert dialogues_about(read, judge, 1) == [[("order", True), ("in court", True)]]
+
+
 def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
     """Two whole dialogues about "one", the second of them with an answer to each of two alike first answers; of "two"
     one is whole and one has no second turn."""
@@ -89,9 +104,10 @@ def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("{", "line 2 is not JSON"),
-        ('{"prompt": "a"}', "line 2 needs prompt .* and response"),
+        ('{"prompt": "a"}', "line 2 needs prompt .* response"),
         ('{"prompt": ["a", "b"], "response": "c"}', "an odd number of turns"),
         ("[]", "line 2 needs prompt"),
+        ('{"prompt": "a", "response": "c", "system": 3}', r"perhaps system \(a text\)"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:

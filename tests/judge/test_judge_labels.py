@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
+from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import RawSample, read_source
 from beaver_ray.errors import UserError
 from beaver_ray.judge.labels import LABELS, check_canaries, label_pairs, load_rubrics, refuse_untrusted
@@ -60,7 +61,9 @@ def test_only_what_both_orders_say_is_a_label(tmp_path: Path) -> None:
 
     found = label_pairs(samples, RUBRICS, ask_of(says), ["doctor", "kind=odd"])  # type: ignore[arg-type]
     both_safe = {"is_response_0_safe": True, "is_response_1_safe": True}
-    labels = [{k: v for k, v in row.items() if k not in ("prompt", "response_0", "response_1")} for row in found.rows]
+    labels = [
+        {k: v for k, v in row.items() if k not in ("id", "prompt", "response_0", "response_1")} for row in found.rows
+    ]
     assert labels == [
         {
             "better_response_id": 0,
@@ -124,12 +127,14 @@ def test_what_cannot_be_read_or_contradicts_itself_goes_to_people() -> None:
 
 
 def test_labels_that_rows_came_with_are_not_kept() -> None:
-    sample = RawSample("Well?", "+", "", fields={"better_response_id": 1, "is_response_0_safe": 0, "source": "x"})
+    """Nor is an id of somebody else's, by which `label export` could not find the pair again."""
+    theirs = {"id": 23, "better_response_id": 1, "is_response_0_safe": 0, "source": "x"}
+    sample = RawSample("Well?", "+", "", fields=theirs)
     rubrics = {"helpfulness": RUBRICS["helpfulness"]}
     found = label_pairs([sample], rubrics, ask_of(honest))  # type: ignore[arg-type]
-    assert found.rows == [
-        {"source": "x", "prompt": "Well?", "response_0": "+", "response_1": "", "better_response_id": 0}
-    ]
+    (row,) = found.rows
+    assert row.pop("id") == pair_id(row)
+    assert row == {"source": "x", "prompt": "Well?", "response_0": "+", "response_1": "", "better_response_id": 0}
 
 
 def canaries(count: int, first: str = "+ one") -> list[RawSample]:

@@ -106,6 +106,8 @@ def test_strengths_that_are_missing_or_in_vain_are_refused(one_rank: None, tiny_
         trainer_of(config)
     with pytest.raises(ValueError, match="of end scores; set loss: sequence"):
         config_of(tiny_world, "reward_model", loss="token", noise={"smoothing": 0.1})
+    with pytest.raises(ValueError, match="nothing is smoothed; set smoothing too"):
+        config_of(tiny_world, "reward_model", noise={"flip": 0.1, "smooth": "negative"})
     assert stages()["reward_model"].model_fields["noise"].default_factory is not None
 
 

@@ -16,6 +16,7 @@ from actors.driver.principle_labels import Questions, principle_rubric
 from actors.driver.train import train
 from actors.roles.judge import HELLO
 from actors.stages import stages
+from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
@@ -54,7 +55,8 @@ def test_labels_by_the_truth(tiny_world: Path, tmp_path: Path) -> None:
         return float(truth(row["prompt"], first) - truth(row["prompt"], second))
 
     every = [*rows["train"], *rows["test"]]
-    pairs_of = {row["id"]: row for row in every}
+    assert all(row["id"] == pair_id(row) for row in every), "by which label export finds it"
+    pairs_of = {(row["prompt"], row["response_0"], row["response_1"]): row for row in every}
     rms = {n: math.sqrt(np.mean([d**2 for r in pairs_of.values() if (d := difference(r, n))])) for n in texts}
     for row in every:
         named = [(name.removeprefix("not "), name.startswith("not ")) for name in row["principles"]]
@@ -192,6 +194,9 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
         ({"judge": {"folder": "x", "lettres": ["A", "B"]}}, "did you mean 'letters'"),
         ({"judge": {"folder": "x", "letters": ["", "B"]}}, "letters"),
         ({"judge": {"address": "ftp://x", "model": "m"}}, "a judge's address"),
+        ({"judge": {"address": "http://x/v1", "model": "m", "rubric": "score"}}, "rubric is not read here"),
+        ({"world": world, "principles": []}, "principles"),
+        ({"judge": {"folder": "x"}, "accuracy": 0.9}, "accuracy is what a judge shows on canaries"),
     ):
         with pytest.raises(ValueError, match=words):
             stage(tmp_path, pairs="pairs.jsonl", **options)

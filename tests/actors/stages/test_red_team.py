@@ -123,6 +123,8 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
         ({"world": "w"}, "give one of cost and world"),
         ({"cost": None}, "give one of cost and world"),
         ({"target": [0.6, 0.4]}, r"target \[0.6, 0.4\] must be two rising shares"),
+        ({"attacker": "elsewhere", "attacks": ["plain"]}, "attacks has neither; leave attacker out"),
+        ({"attacker": {"address": "http://h/v1", "model": "m", "rubric": "score"}}, "rubric is not read here"),
         ({"attacks": ["translat"]}, "no attack is called 'translat'; did you mean 'translate'"),
         ({"attacker": {"address": "http://h/v1", "modle": "m"}}, "unknown key modle; did you mean 'model'"),
         ({"attacker": "http://h/v1"}, r"an address needs the name of its model beside it: \{address: http://h/v1, mod"),

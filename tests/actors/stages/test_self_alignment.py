@@ -177,6 +177,33 @@ def test_answers_by_principles(
     assert "Rules chosen: topic" in write_report(run, run.folder).read_text()
 
 
+def test_what_a_service_did_not_take_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = "I think before I answer, as a helpful and honest assistant does. (rule 8)\n### Assistant says\n"
+    good += "Salt lowers the temperature at which water freezes, and so an icy road thaws although the air is below "
+    good += "the point at which pure water would stay as it is, down to some twenty degrees of frost."
+
+    def says(text: str) -> str:
+        if text.startswith("Answer with"):
+            return "ready"
+        if text.splitlines()[-2] == "q1":
+            service.instead.append((400, {}, b'{"error": {"message": "too long"}}'))  # to the next one, q2
+        return good
+
+    write_rows(tmp_path / "asked.jsonl", [{"prompt": f"q{n}"} for n in range(4)])
+    with judging(says) as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        model = {"address": service.url, "model": "m", "concurrency": 1}
+        run = self_align(tmp_path, model=model, prompts=[f"prompts:1:{tmp_path}/asked.jsonl"], form="chat")
+        final = train(run) / "final"
+        assert [row["prompt"] for row in read_rows(final / "pairs.jsonl")][:3] == ["q0", "q1", "q3"]
+        final.rename(run.folder / "not final")
+        before = len(service.requests)
+        train(run.model_copy(update={"resume": True}))
+    assert [row["prompt"] for row in read_rows(final / "pairs.jsonl")][:4] == ["q0", "q1", "q2", "q3"]
+    asked = [body["messages"][0]["content"] for body in service.requests[before:]]
+    assert [text.splitlines()[-2] for text in asked if not text.startswith("Answer with")] == ["q2"]
+
+
 def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
     """No filter; then others, with the same replies. A prompt is rules and question, pruned it is the question."""
     write_rows(tmp_path / "asked.jsonl", read_rows(tiny_world / "prompts" / "test.jsonl")[:6])
