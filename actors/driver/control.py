@@ -5,7 +5,7 @@ The job starts one small actor under a name that the command line can find, and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util import list_named_actors
@@ -13,8 +13,10 @@ from ray.util import list_named_actors
 from actors.machine.cluster import Cluster, RayHandle, join_ray
 from actors.machine.handles import Handle
 from actors.machine.waits import fetch
-from actors.roles.generator import GeneratorSpec, VllmGenerator
 from beaver_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.roles.generator import GeneratorSpec
 
 NAMESPACE, PREFIX = "beaver-ray", "control:"
 ANSWER_S = 30.0
@@ -50,6 +52,8 @@ class GeneratorSupply:
 
     def start(self) -> RayHandle:
         """Begin to start one more generator."""
+        from actors.roles.generator import VllmGenerator  # the actor in this module needs no vLLM
+
         return self.cluster.start_another("rollout", VllmGenerator, (self.spec,))
 
     def stop(self, handle: Handle) -> None:

@@ -15,23 +15,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from ray.exceptions import RayError
 
 from actors.machine.waits import (
-    WaitTimeoutError,
-    WeightsLostError,
-    WeightsMissingError,
-    WeightsUnreadableError,
-    WorkerDiedError,
     all_here,
-    fetch,
 )
 from actors.roles.environment import Environment, EnvironmentSpec
 from actors.roles.exchange import (
@@ -43,11 +36,12 @@ from actors.roles.exchange import (
     exchange_result,
     sample_seed,
 )
+from actors.weights.publishing import checked_buckets
 from beaver_ray.data.templates import Template, read_end_tokens
-from beaver_ray.errors import UserError, cause
+from beaver_ray.errors import UserError
 from beaver_ray.models.checkpoint_names import checkpoint_names
 from beaver_ray.models.folders import count_parameters, find_model, is_pickled
-from beaver_ray.weights import Bucket, PublishedWeights, verify
+from beaver_ray.weights import PublishedWeights
 
 VLLM_BESIDE = 3 * 2**30  # of a GPU, for CUDA's context, activations, sampling and CUDA graphs
 KV_CACHE_LEAST = 2**28
@@ -129,34 +123,6 @@ def check_base(weights: PublishedWeights, model: str) -> None:
     adapter = weights.layout.adapter
     if adapter and adapter.base != model:
         raise ValueError(f"weights version {weights.version} is an adapter of {adapter.base}, not of {model}")
-
-
-def checked_buckets(weights: PublishedWeights, timeout_s: float) -> Iterator[Bucket]:
-    """The buckets of a version, each as soon as it is made: shared memory under Ray, or what was read off a device.
-
-    Raises WeightsMissingError where one does not come (WeightsLostError where its maker died, WeightsUnreadableError
-    where it stays on another device), ValueError for a damaged one.
-    """
-    for index, reference in enumerate(weights.buckets):
-        what = f"weights version {weights.version}, bucket {index} of {len(weights.buckets)}"
-        try:
-            bucket = _read(fetch(reference, what, timeout_s), what, timeout_s)
-        except WorkerDiedError as error:
-            raise WeightsLostError(str(error)) from None
-        except (WaitTimeoutError, RayError) as error:
-            raise WeightsMissingError(f"{what} did not come: {error}") from None
-        # While this one is loaded, those that are made already come from the policy's node to this one.
-        all_here(weights.buckets[index + 1 :])
-        verify(weights, index, bucket)
-        yield bucket
-
-
-def _read(bucket: Bucket, what: str, timeout_s: float) -> Bucket:
-    """The bucket with its bytes here, or on this process's device."""
-    try:
-        return replace(bucket, data=fetch(bucket.data, what, timeout_s))
-    except (WorkerDiedError, WaitTimeoutError, RayError) as error:
-        raise WeightsUnreadableError(f"{what} cannot be read where it lies: {cause(error)}") from None
 
 
 class VllmGenerator:

@@ -24,7 +24,8 @@ from actors.roles.exchange import (
     exchange_result,
     sample_seed,
 )
-from actors.roles.generator import GeneratorSpec, check_base, checked_buckets
+from actors.roles.generator import GeneratorSpec, check_base
+from actors.weights.publishing import checked_buckets
 from beaver_ray.models.loading import default_device, load_policy
 from beaver_ray.models.lora import merged
 from beaver_ray.weights import PublishedWeights, unpack

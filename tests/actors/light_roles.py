@@ -11,48 +11,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 import torch
 
 from actors.machine.waits import WeightsUnreadableError
 from actors.roles.exchange import Exchange
-from actors.roles.generator import VllmGenerator, checked_buckets
 from actors.weights.direct import put_bucket, trial_weights
+from actors.weights.publishing import checked_buckets
 from beaver_ray import experience
-from beaver_ray.errors import UserError
 from beaver_ray.weights import Bucket, Layout, PublishedWeights, pack_bucket, plan_layout, unpack
-
-
-class Sleeper:
-    """Takes its time, to start and to answer."""
-
-    def __init__(self, start_seconds: float = 0.0) -> None:
-        time.sleep(start_seconds)
-
-    def sleep(self, seconds: float) -> float:
-        time.sleep(seconds)
-        return seconds
-
-    def complain(self) -> None:
-        raise UserError("the disk of /data is full: free some space")
-
-    def fail(self) -> None:
-        raise ZeroDivisionError("a bug")
-
-    def place(self) -> dict[str, Any]:
-        """Where this worker lies and what its environment is."""
-        context = ray.get_runtime_context()
-        names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-        return {"group": context.get_placement_group_id(), "pid": os.getpid(), **{n: os.environ.get(n) for n in names}}
-
-
-class Broken:
-    """Cannot start, by the user's mistake or by a bug."""
-
-    def __init__(self, bug: bool) -> None:
-        if bug:
-            raise ZeroDivisionError("a bug")
-        raise UserError("reward model: no model in '/models/none' (no config.json there)")
 
 
 class Publisher:
@@ -136,13 +102,6 @@ class BlindPublisher(Blind, Publisher):
 
 class BlindReader(Blind, Reader):
     """Cannot read weights on another's."""
-
-
-class OverConfidentGenerator(Blind, VllmGenerator):
-    """On a node without NIXL, which it does not find out in time."""
-
-    def read(self, weights: PublishedWeights, timeout_s: float) -> None:
-        """Says that all is well."""
 
 
 class LightGenerator:

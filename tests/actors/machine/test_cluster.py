@@ -25,7 +25,8 @@ from actors.machine.waits import WaitTimeoutError, WorkerDiedError, fetch
 from actors.weights.publishing import publish
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError
-from tests.actors.light_roles import Broken, Publisher, Reader, Sleeper
+from tests.actors.light_roles import Publisher, Reader
+from tests.actors.sleepers import Broken, Sleeper
 
 STORE_MIB = 96
 
@@ -260,7 +261,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
         import signal
         from actors.machine.cluster import Cluster
         from beaver_ray.config import ClusterConfig
-        from tests.actors.light_roles import Sleeper
+        from tests.actors.sleepers import Sleeper
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
         cluster = Cluster(ClusterConfig(), {"reward": "reward"})
         try:

@@ -15,7 +15,7 @@ from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import WaitTimeoutError, fetch, wait_any
 from beaver_ray.errors import UserError
-from tests.actors.light_roles import Sleeper
+from tests.actors.sleepers import Sleeper
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,7 +75,7 @@ def test_a_users_mistake_passes_through_and_a_bug_keeps_its_traceback(sleepers: 
     with pytest.raises(UserError) as caught:
         fetch(sleepers[0].complain.remote(), "saving", 30)
     assert type(caught.value) is UserError and str(caught.value) == "the disk of /data is full: free some space"
-    with pytest.raises(ZeroDivisionError, match="light_roles"):
+    with pytest.raises(ZeroDivisionError, match="sleepers"):
         fetch(sleepers[0].fail.remote(), "saving", 30)
 
 

@@ -24,13 +24,8 @@ from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
 from launch.config_files import load_config
-from tests.actors.light_roles import (
-    BlindPublisher,
-    BlindReader,
-    OverConfidentGenerator,
-    Publisher,
-    Reader,
-)
+from tests.actors.blind_generator import OverConfidentGenerator
+from tests.actors.light_roles import BlindPublisher, BlindReader, Publisher, Reader
 from tests.actors.support import ppo_config
 from tests.tiny_ppo import build_workspace, write_stage
 
@@ -156,7 +151,6 @@ def test_a_run_whose_weights_go_direct_where_they_can(
 ) -> None:
     monkeypatch.setattr(PolicyStage, "direct_weights", property(lambda self: True))
     monkeypatch.setattr("actors.roles.generator.VllmGenerator", generator)
-    monkeypatch.setattr("actors.driver.control.VllmGenerator", generator)
     taken: list[PublishedWeights] = []
 
     def announced(group: Group, version: int, direct: bool) -> PublishedWeights:

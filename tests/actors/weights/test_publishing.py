@@ -16,8 +16,7 @@ from actors.driver.schedule import RolloutSchedule
 from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import WeightsLostError, WeightsMissingError, WorkerDiedError, all_here, fetch, ready_now
-from actors.roles.generator import checked_buckets
-from actors.weights.publishing import publish
+from actors.weights.publishing import checked_buckets, publish
 from beaver_ray.weights import unpack
 from tests.actors.driver.test_replacement import Supply, generator, prompts
 from tests.actors.light_roles import Publisher
