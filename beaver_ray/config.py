@@ -343,6 +343,14 @@ class PolicyConfig(RunConfig):
                 raise ValueError("multiplier.initial: auto needs ppo.kl_coefficient above 0, or no policy is near it")
             if self.ppo.advantage == "group_standardized":
                 raise ValueError("multiplier.initial: auto is in units of scores; ppo.advantage takes these away")
+            self.check_dual()
+        if self.steps is not None and self.ppo.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"the policy is never trained in {self.steps} steps of which ppo.critic_warmup_steps are "
+                f"{self.ppo.critic_warmup_steps}; lower these, or raise steps"
+            )
+        if self.evaluation.every and not self.evaluation.prompts:
+            raise ValueError("evaluation.every needs prompts to evaluate on: set evaluation.prompts, or leave it out")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
         if self.ppo.has_critics:
@@ -365,7 +373,8 @@ class PolicyConfig(RunConfig):
             )
         if constraint.form == "worst_of_k" and self.ppo.advantage == "group_standardized":
             raise ValueError(f"{what} is of all answers together, and group_standardized of each; use leave_one_out")
-        if constraint.form == "worst_of_k" and self.ppo.replay:
+        if (constraint.form == "worst_of_k" or constraint.tail < 1) and self.ppo.replay:
+            # What an earlier answer counted among the worst of its own step it does not count among those of today.
             raise ValueError(
                 f"{what} is of all answers together, and ppo.replay of one earlier one; leave ppo.replay out"
             )
@@ -374,6 +383,14 @@ class PolicyConfig(RunConfig):
                 f"{what} is of the worst {constraint.tail:.2g} of the answers, less than one of the {samples} in a "
                 f"step; raise rollout.prompts_per_step, or lower the level"
             )
+
+    def check_dual(self) -> None:
+        """ValueError where a limit is on a figure of several answers: the dual is of what each costs by itself."""
+        for c in self.constraints:
+            if c.form == "worst_of_k" or c.tail < 1:
+                raise ValueError(
+                    f"constraint {c.name}: what limits cost is worked out of form mean and hinge alone, not {c.form}"
+                )
 
     def _check_starts_of_critics(self) -> None:
         models, without = self.models, "or do without critics (ppo.advantage: leave_one_out)"

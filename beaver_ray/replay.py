@@ -159,7 +159,7 @@ class BestAnswers:
 
     def _scores(self, answers: list[Earlier], signal: str, units: Mapping[str, Unit]) -> np.ndarray:
         scores_M = np.array([answer.scores[signal] for answer in answers])
-        return units[signal].of(scores_M) if signal in units else scores_M
+        return self.objective.clipped(signal, units[signal].of(scores_M) if signal in units else scores_M)
 
     def _spread(self, batch: pa.RecordBatch, weights: Mapping[str, float]) -> float:
         """The standard deviation of the step's advantages over its tokens, before whitening."""

@@ -160,8 +160,18 @@ def test_forms_of_a_cost() -> None:
     assert safe_ppo("constraints.harm.form=cvar:0.5", *rate).constraints[0].bound == 0.1
     grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized", "constraints.harm.form=worst_of_k")
     assert "group_standardized of each; use leave_one_out" in error(*grouped)
+    for form in ("cvar:0.5", "worst_of_k"):
+        several = ("rollout.samples_per_prompt=2", f"constraints.harm.form={form}")
+        assert "leave ppo.replay out" in error(*several, "ppo.replay=0.5")
+        assert "form mean and hinge alone" in error(*several, "constraints.harm.multiplier.initial=auto")
     shaping = ("stage=reward_shaping", "rollout.samples_per_prompt=2", "constraints.harm.form=worst_of_k")
     assert "the reward is each answer's own" in error(*shaping)
+
+
+def test_what_would_never_happen_is_refused() -> None:
+    assert "the policy is never trained in 3 steps" in error("ppo.critic_warmup_steps=3")
+    assert safe_ppo("ppo.critic_warmup_steps=2").ppo.critic_warmup_steps == 2
+    assert "set evaluation.prompts" in error("evaluation.every=2")
 
 
 def test_without_critics() -> None:

@@ -86,6 +86,14 @@ def test_scores_are_reckoned_in_the_units_of_today() -> None:
     assert replay.gains_M == pytest.approx([((1.5 - 0.5) - 0.5 * (0.5 - 0.25)) / 1.5])
 
 
+def test_scores_count_as_far_as_the_clip() -> None:
+    """An answer of 20 where 5 is the most, which the policy is expected to give: nothing to imitate."""
+    best = BestAnswers(ConstrainedReward(Settings(clip_score=5.0), HARM))
+    best.remember(step((7, 20.0, 0.0)))
+    replay = best.replay(step((7, 5.0, 0.0), baselines=(5.0, 0.0)), {"harm": 0.0}, 1.0, (0,))
+    assert replay.gains_M.tolist() == [0.0]
+
+
 def test_whitened_advantages_are_matched() -> None:
     best = BestAnswers(ConstrainedReward(Settings(normalize=True), HARM))
     best.remember(step((7, 5.0, 1.0)))

@@ -79,8 +79,14 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
     blocks = math.ceil(len(prompts) / config.rollout.prompts_per_step)
     checkpoint = run.last_checkpoint() if config.resume else None
     done, answered, elapsed = 0, 0, 0.0
+    n, size = config.rollout.samples_per_prompt, config.rollout.prompts_per_step
+    asked = f"rollout.samples_per_prompt {n}, rollout.prompts_per_step {size} and {len(prompts)} prompts"
     if checkpoint is not None:
         state = checkpoint.state()
+        if state.get("asked", asked) != asked:
+            raise UserError(
+                f"the run was begun with {state['asked']} and cannot go on with {asked}: take the same, or another name"
+            )
         done, answered, elapsed = checkpoint.step, state["answers_bytes"], state["elapsed"]
         run.rewind(state["metrics_bytes"])
     began = time.perf_counter() - elapsed
@@ -93,7 +99,7 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
             if step in (1, blocks):
                 pq.write_table(pa.Table.from_batches([part.given]), run.trajectories / f"step_{step:06d}.parquet")
             if config.save_every and step % config.save_every == 0 and step < blocks:
-                state = {"answers_bytes": path.stat().st_size, "metrics_bytes": run.metrics_bytes()}
+                state = {"asked": asked, "answers_bytes": path.stat().st_size, "metrics_bytes": run.metrics_bytes()}
                 with run.checkpoints.writing(step, state | {"elapsed": time.perf_counter() - began}):
                     pass
             best = f"best_of/{config.rollout.samples_per_prompt}"

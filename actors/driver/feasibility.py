@@ -49,7 +49,7 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
     """Sample the reference on up to ``prompts`` training prompts, solve the dual, and write what came of it.
 
     feasibility.json and feasibility.html go to ``out``, or beside the run's folder. Raises UserError where there is no
-    limit, or no KL that would keep a policy near the reference.
+    limit, no KL that would keep a policy near the reference, or a form that is not of each answer by itself.
     """
     from beaver_ray.report.feasibility import Feasibility, write_feasibility
 
@@ -57,6 +57,10 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
         raise UserError(f"{config.name}: there are no constraints whose limits could cost anything")
     if not config.ppo.kl_coefficient:
         raise UserError("ppo.kl_coefficient is 0, with which nothing keeps a policy near the reference; set it above 0")
+    try:
+        config.check_dual()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     folder = config.models.reference or config.models.policy
     config = with_policy(config, folder)
     tokenizer = load_tokenizer(folder, config.models.trust_remote_code)

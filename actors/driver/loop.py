@@ -51,11 +51,12 @@ def train_policy(
             clock = Clock()
             metrics = train_step(config, roles, rollouts, recovery, clock, evaluate)
             run.log(state.step, metrics)
-            if config.save_every and state.step % config.save_every == 0 and state.step < steps:
-                recovery.save()
             for sign in signs.observe(state.step, metrics):
                 run.note(f"step {state.step}: sign of reward hacking: {sign}")
             watch(config, recovery, metrics)
+            # The guard has seen the step that is saved, so that a resumed run ends where this one would.
+            if config.save_every and state.step % config.save_every == 0 and state.step < steps:
+                recovery.save()
             trace.record(state.step, clock)
             shown = {f"{c.name} cost": bounded_cost(metrics, c.name) for c in config.constraints}
             shown |= {f"{name} multiplier": multiplier.value for name, multiplier in state.multipliers.items()}
@@ -74,12 +75,13 @@ def train_step(
     run, state, step = recovery.run, recovery.state, recovery.state.step + 1
     with clock("generate"):
         collected = rollouts.gather(step)
-    state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     with clock("score"):
         stats, state.multipliers, experience = recovery.survive(
             lambda again: combine_experience(config, roles, state, collected, again)
         )
         state.history = stats["history"]
+    # Not before: where answers were lost with their node, the step may be trained on others than were chosen first.
+    state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     for line in stats["unusable"].values():
         run.note(f"step {step}: {line}; the step is trained without")
     state.guard.miss(stats["unusable"])

@@ -16,6 +16,7 @@ from beaver_ray.data.mixing import held_out_too, prompt_keys
 from beaver_ray.data.scopes import lines
 from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.data.tokenized import SupervisedDataset, check_tokenizer
+from beaver_ray.errors import UserError
 from beaver_ray.fit import check_tokenizers
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder, say_rows
@@ -33,7 +34,13 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
     for line in lines(stage.scopes, prompts.inside):
         run.note(line)
-    stage = stage.model_copy(update={"steps": stage.total_steps(len(prompts)), "epochs": None})
+    steps = stage.total_steps(len(prompts))
+    if stage.ppo.critic_warmup_steps >= steps:
+        raise UserError(
+            f"epochs: {stage.epochs:g} are {steps} steps, in which the policy is never trained: lower "
+            f"ppo.critic_warmup_steps ({stage.ppo.critic_warmup_steps}), or raise epochs"
+        )
+    stage = stage.model_copy(update={"steps": steps, "epochs": None})
     held_out = HeldOut(stage) if stage.evaluation.prompts else None
     for line in held_out.remarks if held_out else []:
         run.note(line)

@@ -105,7 +105,7 @@ class ExperienceBuilder:
             "kl/reference": float(kl.sum() / batch.num_rows),
             "kl/rollout_train": float((rollout - policy).mean()),
             "kl/rollout_train_max": float(np.abs(rollout - policy).max()),
-            "rollout/perplexity": float(np.exp(-policy.mean())),
+            "rollout/perplexity": float(np.exp(-rollout.mean())),
             "rollout/reference_perplexity": float(np.exp((kl - policy).mean())),
         }
         answers = Answers(

@@ -56,7 +56,7 @@ class PolicyTrainer(TrainingRank):
         if models.lora_rank:
             self.adapter = AdapterInfo(models.lora_rank, models.lora_alpha, models.policy)
             model = add_adapter(model, models.lora_rank, models.lora_alpha, config.seed, models.lora_targets)
-        steps = config.total_steps(0) * config.ppo.epochs * config.ppo.minibatches
+        steps = (config.total_steps(0) - config.ppo.critic_warmup_steps) * config.ppo.epochs * config.ppo.minibatches
         self.engine = TrainingEngine(model, "policy", config.policy, config.engine, steps)
         check_packing(self.engine.engine)
         tensors = [t for t in self.engine.full_shapes() if not self.adapter or is_adapter(t[0])]
@@ -178,10 +178,10 @@ class PolicyTrainer(TrainingRank):
         return position
 
     def restore_position(self, position: dict[str, Any]) -> None:
-        """Restore what `position` gave."""
-        if self.ptx is not None:
+        """Restore what `position` gave; what a run did not have until now starts from nothing."""
+        if self.ptx is not None and "ptx" in position:
             self.ptx_sampler.load_state_dict(position["ptx"])
-        if self.best is not None:
+        if self.best is not None and "best" in position:
             self.best.restore(position["best"].numpy())
 
     def save_model(self, folder: str) -> None:

@@ -229,7 +229,7 @@ class Objective(ABC):
         baselines_B = leave_one_out_baselines(counted_B, prompts_B)
         alike_B = scores_B[inside_B]
         if isinstance(form, WorstOfK):
-            alike_B = self._clipped(MEAN, answers.costs[signal][inside_B])
+            alike_B = self._cut(MEAN, answers.costs[signal][inside_B])
             together_B, without_B = form.against_others(alike_B, prompts_B)
             counted_B, baselines_B = counted_B + together_B, baselines_B + without_B
         advantages_B = np.zeros(len(scores_B), dtype=counted_B.dtype)
@@ -247,7 +247,7 @@ class Objective(ABC):
         log-ratio as a loss, which in expectation is the gradient of the KL of each token's distribution
         (https://arxiv.org/abs/2510.01555; the k3 loss of GRPO is an approximation of it).
         """
-        clipped_B, inside_B = self._clipped(self.form(signal), scores_B), answers.counted(signal)
+        clipped_B, inside_B = self.clipped(signal, scores_B), answers.counted(signal)
         standardized_B = np.zeros(len(scores_B))
         standardized_B[inside_B] = standardize_groups(clipped_B[inside_B], answers.prompts_B[inside_B])
         lengths_B = np.diff(answers.offsets)
@@ -260,7 +260,11 @@ class Objective(ABC):
         clip, kl_coefficient = self._clip(self.form(signal)), self.settings.kl_coefficient
         return shape_rewards(scores_B, answers.kl_terms_T, answers.offsets, kl_coefficient, clip, sign)
 
-    def _clipped(self, form: Form, scores_B: FloatArray) -> FloatArray:
+    def clipped(self, signal: str, scores_B: FloatArray) -> FloatArray:
+        """Scores [B] of a signal as advantages count them, within ``clip_score``."""
+        return self._cut(self.form(signal), scores_B)
+
+    def _cut(self, form: Form, scores_B: FloatArray) -> FloatArray:
         clip = self._clip(form)
         return scores_B if clip is None else np.clip(scores_B, -clip, clip)
 

@@ -315,14 +315,16 @@ def test_critic_warm_up_leaves_the_policy_alone(
     one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Fault 12 of the published code."""
-    changes = {"ppo": {"critic_warmup_steps": 2}, "steps": 2, "evaluation": {"every": 0}, "trajectory_every": 0}
+    ppo_options = {"critic_warmup_steps": 2, "minibatches": 2}
+    changes: dict[str, Any] = {"ppo": ppo_options, "steps": 3, "evaluation": {"every": 0}}
+    # The policy's whole schedule is its one step: linear, and at its start.
+    changes |= {"trajectory_every": 0, "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_fraction": 0.0}}
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
-    policy = AutoModelForCausalLM.from_pretrained(folder / "final" / "policy").state_dict()
-    start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy").state_dict()
-    assert all(torch.equal(policy[name], start[name]) for name in start)
     metrics = read_metrics(folder)
-    assert "policy/loss" not in metrics[0] and "critic/harm/loss" in metrics[1]
-    assert [row["multiplier/harm"] for row in metrics] == [1.0, 1.0]
+    assert "policy/loss" not in metrics[1] and "critic/harm/loss" in metrics[1] and "policy/loss" in metrics[2]
+    assert metrics[2]["kl/reference"] == pytest.approx(0.0, abs=1e-5), "sampled from the start"
+    assert [row["multiplier/harm"] for row in metrics[:2]] == [1.0, 1.0]
+    assert metrics[2]["policy/learning_rate"] == pytest.approx(1e-3 * (1 + 1 / 2) / 2)
     assert abs(metrics[0]["cost/harm/mean"] - 0.2) > 0.01, "the multiplier would have moved"
 
 

@@ -78,7 +78,7 @@ def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
     assert stats["samples"] == 9 and stats["unusable"] == {} and stats["rollout/unusable_samples"] == 0
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
-    rewards, tokens = [row["reward"] for row in data], [p for row in data for p in row["logprobs"]]
+    rewards, tokens = [row["reward"] for row in data], [p for row in data for p in row["rollout_logprobs"]]
     assert [stats[f"reward/p{p:02d}"] for p in (5, 50, 95)] == pytest.approx(
         np.percentile(rewards, [5, 50, 95]).tolist()
     )

@@ -447,3 +447,12 @@ def test_earlier_answers_are_imitated_by_how_much_they_are_ahead(one_rank: None,
         loss = loss - min(max(gain, 0.0), 3 * spread) * new.mean() / 8
     check_gradients(gradients, before, loss)
     assert figures["policy/imitated"] == pytest.approx(imitated / 4) and imitated > 0
+
+
+def test_replay_and_ptx_may_begin_in_a_resumed_run(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    trainer_of(ppo_config(tiny_world)).save_state(str(tmp_path / "state"))
+    demonstrations = [f"demonstrations:1:{tiny_world}/demonstrations/train.jsonl"]
+    data = {"prompts": [f"prompts:1:{tiny_world}/prompts/train.jsonl"], "ptx": demonstrations}
+    trainer = trainer_of(ppo_config(tiny_world, ppo={"replay": 0.5, "ptx_coefficient": 1.0}, data=data))
+    trainer.load_state(str(tmp_path / "state"))
+    assert trainer.best is not None and trainer.best.of_prompt == {} and trainer.ptx is not None

@@ -27,6 +27,7 @@ from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.world import REFUSAL
 
 N, PROMPTS = 4, 48
+ROLLOUT = {"prompts_per_step": 20, "samples_per_prompt": N, "max_new_tokens": 12, "max_sequences": 40}
 WORDS = "python:beaver_ray/rules/text.py:over_length(budget=1)"  # words beyond the first
 
 
@@ -41,7 +42,7 @@ def configured(world: Path, workspace: Path, **changes: Any) -> Any:
         "constraints": [{"name": "long", "model": WORDS, "limit": 2.0}],
         "refusal": REFUSAL,
         "data": {"prompts": [f"prompts:1:{world}/prompts/train.jsonl"], "max_prompt_tokens": 32},
-        "rollout": {"prompts_per_step": 20, "samples_per_prompt": N, "max_new_tokens": 12, "max_sequences": 40},
+        "rollout": ROLLOUT,
         "engine": {"micro_batch_tokens": 128},
         "evaluation": {"prompts": [f"prompts:1:{world}/prompts/test.jsonl"], "world": f"{world}/world.json"},
         "save_every": 1,
@@ -136,6 +137,10 @@ def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
     shutil.copytree(run, folder)
     (folder / "final").rename(folder / "final.part")
     shutil.rmtree(folder / "checkpoints" / "step_2")
+    with pytest.raises(UserError, match=r"begun with .*prompts_per_step 20 and 48 prompts.* another name"):
+        train(
+            configured(tiny_world, run.parent, name="resumed", resume=True, rollout=ROLLOUT | {"prompts_per_step": 10})
+        )
     assert train(configured(tiny_world, run.parent, name="resumed", resume=True)) == folder
     for name in ("answers.jsonl", "held_out.jsonl"):
         assert (folder / "final" / name).read_bytes() == (run / "final" / name).read_bytes()
