@@ -1,6 +1,6 @@
 """Safe PPO on a small world a quarter of whose labels are wrong: score models as they come against denoised ones.
 
-    python benchmarks/noisy_small_world.py --seeds 0 1 --out benchmarks/noisy_small_world.json
+    python benchmarks/noisy_small_world.py --seeds 0 1 2 --out benchmarks/noisy_small_world.json
 
 Runs the recipe configs/local/noisy.yaml for each seed, in debug mode and smaller than it is: 2,400 pairs, three models
 for each half of the pairs and one epoch of them, 40 steps of Safe PPO. Of the score models: how good they are by the
@@ -85,7 +85,7 @@ def study(root: Path, seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run everything and write one JSON file."""
-    options = study_options(__doc__, "noisy_small_world", "runs/noisy-world", (0, 1)).parse_args()
+    options = study_options(__doc__, "noisy_small_world", "runs/noisy-world", (0, 1, 2)).parse_args()
     root = options.workspace.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = [row for rows in pool.map(lambda seed: study(root, seed), options.seeds) for row in rows]
