@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,9 @@ class Chat:
         if not any(self.turns):
             self._say("nothing was asked yet")
             return
+        newest = max(map(len, self.turns))
         for turns in self.turns:
-            if len(turns) % 2 == 0:
+            if len(turns) == newest:  # others have not answered the last question
                 turns.pop()
         self._answer()
 
@@ -216,7 +218,7 @@ class Chat:
         plain = len(self.models) == 1 or not self.console.is_terminal
         with nullcontext() if plain else board.shown():
             for place, (model, turns) in enumerate(zip(self.models, self.turns, strict=True)):
-                if not turns:  # the only question to it was stopped at once
+                if len(turns) % 2 == 0:  # its question was dropped: stopped at once, or too long
                     continue
                 if plain and len(self.models) > 1:
                     self.console.print(f"[{model.name}]", markup=False, style="bold")
@@ -295,6 +297,8 @@ class _SideBySide:
 def _lines(terminal: bool) -> Iterator[str]:
     """Lines of standard input up to its end; at a prompt where somebody types, who can press Ctrl-C in vain."""
     if not (terminal and sys.stdin.isatty()):
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         yield from sys.stdin
         return
     import readline  # noqa: F401  gives input() its history and keys

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from scipy.special import expit
 
@@ -19,6 +20,7 @@ from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain, write_rows
 from beaver_ray.method.multilabel import figures, flag_margin, shares_by
+from beaver_ray.moderation_options import Reads
 from beaver_ray.options import near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
@@ -33,6 +35,11 @@ class Judge(Protocol):
     @property
     def thresholds_K(self) -> np.ndarray:
         """Of the log-odds of each label."""
+        ...
+
+    @property
+    def reads(self) -> Reads:
+        """The part of a dialogue that it judges."""
         ...
 
     def judge(self, dialogues: Sequence[Dialogue]) -> np.ndarray:
@@ -72,13 +79,19 @@ def moderate(
 ) -> None:
     """Judge every answer of the data sets, write rows, and print and write the figures.
 
-    keep: which rows are written, "all", "flagged" or "unflagged". UserError for a field of ``by`` that no row has, and
-    for files that cannot be written.
+    keep: which rows are written, "all", "flagged" or "unflagged". UserError for a field of ``by`` that no row has, for
+    rows without what the judge reads, and for files that cannot be written.
     """
     for file in (out, json_file):
         if file is not None:
             _check_writable(file)
     answers, prompts_N = answers_of(load_mix(list(specs))[0])
+    if judge.reads == "answer" and any(answer.answer is None for answer in answers):
+        without = sum(answer.answer is None for answer in answers)
+        raise UserError(
+            f"{without} of {len(answers)} rows have no answer, and the model reads nothing else (input: answer): leave "
+            "them out, or take a model that reads questions too (input: qa)"
+        )
     for name in by:
         if not any(name in answer.fields for answer in answers):
             known = sorted({field for answer in answers for field in answer.fields})
@@ -207,16 +220,16 @@ def _tables(found: dict[str, Any], labels: Sequence[str]) -> list[Table]:
         figures_of = [right[key] for key in ("precision", "recall", "f1")] if right else []
         # Nobody knows the precision of a label that no row is known to have, or that none is flagged with.
         shown = [f"{figure:.3f}" if np.isfinite(figure) else "unknown" for figure in figures_of]
-        table.add_row(name, *_cells(share), *shown)
+        table.add_row(escape(name), *_cells(share), *shown)
     tables = [table]
     others = {f"by {name}": values for name, values in found["by"].items()}
     others |= {"Flagged answers that pass once obfuscated": found["evasion"]} if found.get("evasion") else {}
     for title, values in others.items():
-        table = Table(title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
         for column in ("value", "share", "interval", "answers"):
             table.add_column(column, justify="left" if column == "value" else "right", overflow="fold")
         for value, share in values.items():
-            table.add_row(value, *_cells(share))
+            table.add_row(escape(value), *_cells(share))
         tables.append(table)
     return tables
 

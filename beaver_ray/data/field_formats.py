@@ -19,6 +19,7 @@ from beaver_ray.data.sources import (
     prompt_field,
     reader,
     rest,
+    system_field,
     text_field,
 )
 from beaver_ray.moderation_options import OPENAI_KEYS
@@ -227,15 +228,16 @@ def openai_moderation(row: dict[str, Any]) -> RawSample:
 
 @reader("moderation")
 def moderation(row: dict[str, Any]) -> RawSample:
-    """prompt (a string or an odd list of turns), response (may be absent) and labels; further fields are kept.
+    """prompt (a string or an odd list of turns), response and system (may be absent) and labels; other fields are kept.
 
     labels: a mapping of names to true / false, null for unknown; or a list of the names that are true, and then all
     others are false.
     """
     labels = label_flags(row.get("labels"), "labels")
     answer = None if row.get("response") is None else text_field(row, "response")
-    fields = rest(row, "prompt", "response", "labels")
-    return RawSample(prompt_field(row.get("prompt"), "prompt"), answer, fields=fields, labels=labels)
+    fields = rest(row, "prompt", "response", "system", "labels")
+    prompt = prompt_field(row.get("prompt"), "prompt")
+    return RawSample(prompt, answer, system=system_field(row), fields=fields, labels=labels)
 
 
 def _answered(row: dict[str, Any], label: str, unsafe: str, *used: str) -> RawSample:

@@ -120,7 +120,7 @@ class MappedReader:
     def _compared(self, row: dict[str, Any], label: str) -> bool | None:
         """Whether the first answer is the better (the safer) one, None where that is not said."""
         name = getattr(self.entry, label)
-        if name is None and label == "better" and self.entry.chosen is not None and self.entry.safer is None:
+        if name is None and label == "better" and self.entry.chosen is not None and self.entry.safer != "chosen":
             return True  # chosen over rejected, with nothing said about why
         if name is None:
             return None

@@ -17,6 +17,7 @@ from beaver_ray.data.sources import (
     prompt_field,
     reader,
     rest,
+    system_field,
     text_field,
 )
 from beaver_ray.moderation_options import severity_labels
@@ -46,7 +47,7 @@ def pku_saferlhf(row: dict[str, Any]) -> RawSample:
         safer=None if safer_is_1 is None else not safer_is_1,
         is_safe=safe[0],
         is_other_safe=safe[1],
-        system=_system(row),
+        system=system_field(row),
         fields=_pku_fields(row),
         labels=_pku_labels(row, 0),
         other_labels=_pku_labels(row, 1),
@@ -160,7 +161,7 @@ for _kind in ("", "-harmless", "-helpful"):
 def demonstrations(row: dict[str, Any]) -> RawSample:
     """prompt (a string or an odd list of turns), response; perhaps system, a text of its own."""
     prompt, response = prompt_field(row.get("prompt"), "prompt"), text_field(row, "response")
-    return RawSample(input=prompt, answer=response, system=_system(row))
+    return RawSample(input=prompt, answer=response, system=system_field(row))
 
 
 @reader("prompts")
@@ -170,23 +171,19 @@ def prompts(row: dict[str, Any]) -> RawSample:
     if name is None:
         raise BadRow("no field 'prompt' or 'instruction'")
     rest = {key: value for key, value in row.items() if key not in (name, "system")}
-    return RawSample(input=prompt_field(row.get(name), name), system=_system(row), fields=rest)
-
-
-def _system(row: dict[str, Any]) -> str | None:
-    """The system text of a row, where it has one."""
-    return text_field(row, "system") if row.get("system") else None
+    return RawSample(input=prompt_field(row.get(name), name), system=system_field(row), fields=rest)
 
 
 @reader("labels")
 def labels(row: dict[str, Any]) -> RawSample:
-    """prompt (a string or an odd list of turns), response, unsafe (true / false or 1 / 0); further fields are kept."""
+    """prompt (a string or an odd list of turns), response, unsafe (true / false or 1 / 0), perhaps system; further
+    fields are kept."""
     unsafe = flag(row, "unsafe")
     if unsafe is None:
         raise BadRow("no field 'unsafe'")
-    rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "unsafe")}
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "system", "unsafe")}
     prompt, response = prompt_field(row.get("prompt"), "prompt"), text_field(row, "response")
-    return RawSample(input=prompt, answer=response, is_safe=not unsafe, fields=rest)
+    return RawSample(input=prompt, answer=response, system=system_field(row), is_safe=not unsafe, fields=rest)
 
 
 _MOSS_SPEAKER = re.compile(r"\[(Human|MOSS)\]:")

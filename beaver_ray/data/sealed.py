@@ -83,6 +83,7 @@ def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:
     yield "train", tree.get("train") or []
     yield "data.prompts", data.get("prompts") or []
     yield "data.ptx", data.get("ptx") or []
+    yield "meta.answers", (tree.get("meta") or {}).get("answers") or []
     for constraint in tree.get("constraints") or []:
         yield f"calibration of {constraint['name']}", constraint.get("calibration") or []
 

@@ -147,6 +147,11 @@ def find_source(name: str) -> Source:
 # ---------------------------------------------------------------- fields
 
 
+def system_field(row: dict[str, Any]) -> str | None:
+    """The system text of a row, where it has one. Raises BadRow."""
+    return text_field(row, "system") if row.get("system") else None
+
+
 def text_field(row: dict[str, Any], name: str) -> str:
     """A field that must be a string with something in it."""
     if name not in row or row[name] is None:
@@ -239,6 +244,8 @@ class RowReader:
             return {"prompt": row}
         if not isinstance(row, dict):
             raise BadRow("row is not an object")
+        if None in row:  # of a CSV file
+            raise BadRow("more cells than the header has; texts with commas need quotes")
         if self.column is None:
             return row
         if self.column not in row:

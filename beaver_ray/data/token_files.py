@@ -435,6 +435,7 @@ def _key(job: _Job, place: Place) -> str:
     digest = hashlib.sha256()
     for part in (
         [_content(file) for file in _files(place)] or hub_dataset(place)._fingerprint,
+        place.split if place.folder is not None else None,  # a folder that save_to_disk wrote has all of them
         _code(),
         job.read_row.source.name,
         _reader_text(job.read_row.source.read_row),

@@ -102,6 +102,11 @@ class Moderator:
         """Of the log-odds of each label."""
         return np.array(self.settings.thresholds)
 
+    @property
+    def reads(self) -> Reads:
+        """The part of a dialogue that is judged."""
+        return self.settings.input
+
     @torch.inference_mode()
     def odds(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-odds [N, K] of each label, for sequences of tokens as ``reader`` makes them."""

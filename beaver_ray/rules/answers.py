@@ -33,7 +33,7 @@ _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
 _UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
 # A number of words or of a name (7th, v1.2) is none. Scripts without spaces write letters beside it: \w is ASCII here.
 _NUMBER = re.compile(
-    rf"(?<![\w.,^])(?<!\^\{{)([+-]?)\s?(?:[$€£¥]\s?)?(?:(\d{{1,9}})\s(?=\d{{1,9}}\s*/\s*\d))?"
+    rf"(?<![\w.,^])(?<!\^\{{)([+-]?)(?:[$€£¥]\s?)?(?:(\d{{1,9}})\s(?=\d{{1,9}}\s*/\s*\d))?"
     rf"({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?:{_UNIT})?(?!\w|\.\d)",
     re.IGNORECASE | re.ASCII,
 )

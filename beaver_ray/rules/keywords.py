@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from beaver_ray.moderation_options import Reads
 from beaver_ray.rules.text import mentions
 
 CERTAIN = 30.0
@@ -52,6 +53,11 @@ class KeywordRail:
     def thresholds_K(self) -> np.ndarray:
         """0 for each label."""
         return np.zeros(len(self.labels))
+
+    @property
+    def reads(self) -> Reads:
+        """The last question and the answer, where there is one."""
+        return "qa"
 
     def judge(self, dialogues: Sequence[tuple[Sequence[str], str | None, str | None]]) -> np.ndarray:
         """Log-odds [N, K]: CERTAIN where a label's word is in the last question or the answer, else minus it."""

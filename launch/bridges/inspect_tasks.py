@@ -89,7 +89,10 @@ def _argument(text: str) -> tuple[str, Any]:
     name, found, value = text.partition("=")
     if not found or not name:
         raise UserError(f"--arg {text!r} must be KEY=VALUE")
-    return name, yaml_value(value)
+    try:
+        return name, yaml_value(value)
+    except ValueError as error:
+        raise UserError(f"--arg {text!r} has no value that is YAML: {first_line(error)}; put it in quotes") from None
 
 
 def task_scores(log: Any, sampling: Sampling, limit: int | None) -> tuple[str, TaskScores]:

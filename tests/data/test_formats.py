@@ -309,6 +309,11 @@ MAPPED: list[tuple[dict[str, Any], dict[str, Any], RawSample]] = [
         RawSample("q", "1", "2", safer=True, is_safe=True, is_other_safe=False),
     ),
     (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "safer": "s"},
+        {"p": "q", "c": "1", "r": "2", "s": False},
+        RawSample("q", "1", "2", better=True, safer=False),
+    ),
+    (
         {"chosen": "c", "rejected": "r", "safer": "chosen"},
         {"c": UF["chosen"], "r": UF["rejected"]},
         RawSample("name a tree", "birch", "stone", safer=True),

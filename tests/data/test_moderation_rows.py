@@ -54,6 +54,9 @@ def test_what_readers_know() -> None:
     (known,) = truths("openai-moderation", gaps, tuple(OPENAI_KEYS.values()))
     assert known == [0, UNKNOWN, 1, UNKNOWN, 0, UNKNOWN, UNKNOWN, UNKNOWN]
     own = {"prompt": "q", "response": "a", "labels": ["b"]}
+    for name, row in (("moderation", own), ("labels", {"prompt": "q", "response": "a", "unsafe": 1})):
+        said = find_source(name).read_row(row | {"system": "Be brief.", "more": 1})
+        assert (said.system, said.fields) == ("Be brief.", {"more": 1})
     assert truths("moderation", own, ("a", "b")) == [[0, 1]]
     assert truths("moderation", own | {"labels": {"a": True, "b": None}}, ("a", "b")) == [[1, UNKNOWN]]
     with pytest.raises(BadRow, match="'labels' is neither a list of names nor a mapping"):

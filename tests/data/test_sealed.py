@@ -53,7 +53,9 @@ def test_prompts_of_the_run_and_of_those_before_it_are_left_out(tmp_path: Path, 
         train=[prompts_file(tmp_path / "sft.jsonl", "question 4", "question 1")],
         eval=[prompts_file(tmp_path / "sft_eval.jsonl", "question 7")],
     )
-    cost = run_with(tmp_path / "cost", model=sft, train=[pairs_file(tmp_path / "pairs.jsonl", "question 5")])
+    answers = [prompts_file(tmp_path / "answers.jsonl", "question 6")]
+    pairs = [pairs_file(tmp_path / "pairs.jsonl", "question 5")]
+    cost = run_with(tmp_path / "cost", model=sft, train=pairs, meta={"answers": answers})
     calibration = [pairs_file(tmp_path / "calibration.jsonl", "question 2", "question 0")]
     constraints = [
         {"name": "harm", "model": cost, "calibration": calibration},
@@ -64,13 +66,14 @@ def test_prompts_of_the_run_and_of_those_before_it_are_left_out(tmp_path: Path, 
     ppo["data"]["ptx"] = [prompts_file(tmp_path / "ptx.jsonl", ["hello", " hi ", "go on"])]
     final = run_with(tmp_path / "ppo", **ppo)
     sealed = seal(candidates, ppo, final)
-    assert [s.input for s in sealed.samples] == ["question 3", "question 6", "question 7"]
+    assert [s.input for s in sealed.samples] == ["question 3", "question 7"]
     assert sealed.left_out == {
         "in data.prompts": 2,
         "in data.ptx": 1,
         "in calibration of harm": 1,
         f"in train of {tmp_path / 'sft'}": 1,
         f"in train of {tmp_path / 'cost'}": 1,
+        f"in meta.answers of {tmp_path / 'cost'}": 1,
     }
     assert sealed.unchecked == [f"what {tmp_path / 'base'} was trained on: no run lies around it"]
 

@@ -166,6 +166,13 @@ def test_csv_column_as_prompt(tmp_path: Path) -> None:
         read_source("prompts", f"{tmp_path / 'goals.csv'}#nothing")
 
 
+def test_a_text_that_a_comma_cuts_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "cut.csv").write_text('prompt,kind\n"Rice, or beans?",food\nRice, beans and corn?,food\n')
+    samples, report = read_source("prompts", str(tmp_path / "cut.csv"))
+    assert [sample.input for sample in samples] == ["Rice, or beans?"]
+    assert report.dropped == {"more cells than the header has; texts with commas need quotes": 1}
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("content", [ALPACA, {"data": ALPACA}])
 def test_one_document_in_a_file_of_lines(tmp_path: Path, indent: int | None, content: Any) -> None:

@@ -20,6 +20,7 @@ from beaver_ray.data.pair_datasets import PreferenceDataset, SafetyPreferenceDat
 from beaver_ray.data.sources import find_source
 from beaver_ray.data.token_files import keep_tokens, read_tokens
 from beaver_ray.data.tokenized import SupervisedDataset
+from beaver_ray.data_options import DataEntry
 
 ROWS: list[Any] = [
     {
@@ -102,6 +103,19 @@ def test_an_entry_is_made_once_for_each_content(
     file.write_text(file.read_text().replace("yes", "yea", 1))
     tokens()
     assert len(entries(file)) == 4
+
+
+def test_each_split_of_a_saved_data_set_has_an_entry(file: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    import datasets
+
+    words, saved = {"train": "yes", "test": "no"}, file.parent / "saved"
+    rows = {split: datasets.Dataset.from_list([{"prompt": "q", "response": word}]) for split, word in words.items()}
+    datasets.DatasetDict(rows).save_to_disk(str(saved))
+    for split, word in words.items():
+        spec = DataEntry(name="demonstrations", path=str(saved), split=split)
+        kept = read_tokens(SupervisedDataset, [spec], byte_tokenizer, 60).dataset()
+        assert len(kept) == 1 and word in byte_tokenizer.decode(kept.tokens[0])
+    assert len(entries(file)) == 2
 
 
 def test_on_all_cores_and_for_several_at_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,25 @@ def test_side_by_side_a_run_and_an_adapter(
     assert expected[0][1] != expected[1][1]
     out = chat(capsys, monkeypatch, [asked[0]], tmp_path / "run", tmp_path / "adapter", "--temperature", 0)
     assert out == ["[run]", *said(expected[0]), "[adapter]", *said(expected[1])]
+
+
+def test_a_model_that_missed_a_question_is_left_out_when_it_is_answered_anew(
+    tiny_world: Path,
+    asked: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every dialogue is too long for the second one."""
+    shutil.copytree(tiny_world / "model", tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 4}))
+    whole = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    answer = said(plain(whole, tiny_world / "model", [asked[0]]))
+    models = (tiny_world / "model", tmp_path / "short")
+    out = chat(capsys, monkeypatch, [asked[0], "/regenerate"], *models, "--temperature", 0)
+    assert out[: len(answer) + 2] == ["[model]", *answer, "[short]"] and "4" in out[len(answer) + 2]
+    assert out[len(answer) + 3 :] == ["[model]", *answer]
 
 
 def test_a_seed_repeats_a_chat(

@@ -107,6 +107,14 @@ def test_a_model_filters_and_guards_a_chat(
     assert code == 0 and f"{(odds > 0).sum()} of 80 rows written" in text and "by kind" in text
     kept = [json.loads(line)["response"] for line in out.read_text().splitlines()]
     assert kept == [row["response"] for row, odd in zip(rows, odds, strict=True) if odd > 0]
+    # Of a value that looks like markup nothing is lost, and a model that reads answers alone is given some.
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(json.dumps({"prompt": "q", "response": "a", "kind": "[/INST]"}) + "\n")
+    code, text, error = run(capsys, "moderate", f"prompts:1:{marked}", "--model", folder, "--by", "kind")
+    assert code == 0 and "[/INST]" in text, error
+    settings.model_copy(update={"input": "answer"}).write(folder)
+    code, _, error = run(capsys, "moderate", f"prompts:1:{tiny_world}/prompts/test.jsonl", "--model", folder)
+    assert code == 2 and "16 of 16 rows have no answer" in error and error.count("\n") == 1
     # Everything is flagged, then nothing.
     question = rows[0]["prompt"]
     settings.model_copy(update={"thresholds": [-50.0]}).write(folder)

@@ -50,6 +50,9 @@ from beaver_ray.rules.formats import valid_json
         ("12 cm^2", "12"),
         ("12cm²", "12"),
         ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("So we get:\n- 42", "42"),
+        ("Total \u2013 12 dollars", "12"),
         (r"50\%", "50"),
         # Powers of ten, and thousands apart.
         ("10^3", "1000"),
