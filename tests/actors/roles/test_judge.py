@@ -12,6 +12,7 @@ import pytest
 
 from actors.roles import judge as judge_module
 from actors.roles.judge import Judge
+from beaver_ray.data.pairs import pair_id
 from beaver_ray.errors import UserError
 from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.score_sources import ALLOWED_HOSTS
@@ -168,9 +169,9 @@ def test_the_command(
     assert (code, err) == (0, ""), err
     assert "canaries, safety: 19 of 19 right" in out, "the sensitive one is left out"
     written = [json.loads(line) for line in (tmp_path / "out" / "labels.jsonl").open()]
-    assert written == [row | KNOWN for row in rows(2)]
+    assert written == [row | {"id": pair_id(row)} | KNOWN for row in rows(2)]
     (audit,) = [json.loads(line) for line in (tmp_path / "out" / "audit.jsonl").open()]
-    assert audit == rows(3)[2] | {"audit": ["sensitive: 2"], "judge": {}}
+    assert audit == rows(3)[2] | {"id": pair_id(rows(3)[2]), "audit": ["sensitive: 2"], "judge": {}}
     figures = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert figures["counts"]["labelled"] == 2 and figures["counts"]["for people"] == 1
     assert figures["comparisons"]["helpfulness"]["first"] == 2 and figures["safety"] == {"SAFE": 2, "UNSAFE": 2}
