@@ -344,11 +344,8 @@ class PolicyConfig(RunConfig):
             if self.ppo.advantage == "group_standardized":
                 raise ValueError("multiplier.initial: auto is in units of scores; ppo.advantage takes these away")
             self.check_dual()
-        if self.steps is not None and self.ppo.critic_warmup_steps >= self.steps:
-            raise ValueError(
-                f"the policy is never trained in {self.steps} steps of which ppo.critic_warmup_steps are "
-                f"{self.ppo.critic_warmup_steps}; lower these, or raise steps"
-            )
+        if self.steps is not None:
+            self.check_warmup(self.steps)
         if self.evaluation.every and not self.evaluation.prompts:
             raise ValueError("evaluation.every needs prompts to evaluate on: set evaluation.prompts, or leave it out")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
@@ -373,7 +370,7 @@ class PolicyConfig(RunConfig):
             )
         if constraint.form == "worst_of_k" and self.ppo.advantage == "group_standardized":
             raise ValueError(f"{what} is of all answers together, and group_standardized of each; use leave_one_out")
-        if (constraint.form == "worst_of_k" or constraint.tail < 1) and self.ppo.replay:
+        if constraint.of_several and self.ppo.replay:
             # What an earlier answer counted among the worst of its own step it does not count among those of today.
             raise ValueError(
                 f"{what} is of all answers together, and ppo.replay of one earlier one; leave ppo.replay out"
@@ -384,10 +381,18 @@ class PolicyConfig(RunConfig):
                 f"step; raise rollout.prompts_per_step, or lower the level"
             )
 
+    def check_warmup(self, steps: int) -> None:
+        """ValueError where a run of so many steps ends before the policy is trained."""
+        if self.ppo.critic_warmup_steps >= steps:
+            raise ValueError(
+                f"the policy is never trained in {steps} steps of which ppo.critic_warmup_steps are "
+                f"{self.ppo.critic_warmup_steps}; lower these, or raise steps (epochs)"
+            )
+
     def check_dual(self) -> None:
         """ValueError where a limit is on a figure of several answers: the dual is of what each costs by itself."""
         for c in self.constraints:
-            if c.form == "worst_of_k" or c.tail < 1:
+            if c.of_several:
                 raise ValueError(
                     f"constraint {c.name}: what limits cost is worked out of form mean and hinge alone, not {c.form}"
                 )

@@ -91,6 +91,11 @@ class ConstraintConfig(Strict):
         return 1.0 - float(self.form.removeprefix("cvar:")) if self.form.startswith("cvar:") else 1.0
 
     @property
+    def of_several(self) -> bool:
+        """Whether what is bounded is a figure of several answers together, and no mean of what each has by itself."""
+        return self.form == "worst_of_k" or self.tail < 1
+
+    @property
     def bound(self) -> float:
         """What the mean cost, or another form of it, may be at most: the limit, or the violation rate as a mean
         probability."""

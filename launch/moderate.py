@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy.special import expit
 
 from beaver_ray.data.mixing import Spec, load_mix
-from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of
+from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain, write_rows
@@ -86,12 +86,7 @@ def moderate(
         if file is not None:
             _check_writable(file)
     answers, prompts_N = answers_of(load_mix(list(specs))[0])
-    if judge.reads == "answer" and any(answer.answer is None for answer in answers):
-        without = sum(answer.answer is None for answer in answers)
-        raise UserError(
-            f"{without} of {len(answers)} rows have no answer, and the model reads nothing else (input: answer): leave "
-            "them out, or take a model that reads questions too (input: qa)"
-        )
+    check_answered(answers, judge.reads, "the data")
     for name in by:
         if not any(name in answer.fields for answer in answers):
             known = sorted({field for answer in answers for field in answer.fields})

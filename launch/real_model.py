@@ -102,8 +102,8 @@ def _pairs_of(file: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     prompts = {prompt_key(sample): number for number, sample in enumerate(labelled)}
     parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for sample in labelled:
-        row: dict[str, Any] = {"system": sample.system} if sample.system else {}
-        row |= {
+        row = {
+            **sample.system_row,
             "prompt": sample.input,
             "response_0": sample.answer,
             "response_1": sample.other_answer,

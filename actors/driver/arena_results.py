@@ -132,8 +132,7 @@ def _rows(held: Held, name: str) -> list[dict[str, Any]]:
     for n, sample in enumerate(held.samples):
         for k in range(said.answers):
             asked = list(held.dialogue(name, n, k)) if said.since[n][k] else sample.input
-            row: dict[str, Any] = {} if sample.system is None else {"system": sample.system}
-            row |= {"prompt": asked, "response": said.texts[n][k]}
+            row: dict[str, Any] = {**sample.system_row, "prompt": asked, "response": said.texts[n][k]}
             row |= {"ended": bool(said.ended_NK[n, k]), "refused": bool(held.refused[name][n, k])}
             if name in held.rewards:
                 row["reward"] = float(held.rewards[name][n, k])

@@ -96,8 +96,7 @@ class Sift:
         self.read += block.read
         self.cached += block.cached
         for sample, said in zip(samples, block.said, strict=True):
-            row: dict[str, Any] = {"prompt": bare_turns(sample)[0]}
-            row |= {"system": sample.system} if sample.system else {}
+            row: dict[str, Any] = {"prompt": bare_turns(sample)[0], **sample.system_row}
             about = {name: sample.fields[name] for name in (POOL, "category", "topic") if sample.fields.get(name)}
             found = "longer than max_prompt_tokens" if said.too_long else self.sieve.read(said.text, said.cut)
             if isinstance(found, str):

@@ -35,11 +35,10 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     for line in lines(stage.scopes, prompts.inside):
         run.note(line)
     steps = stage.total_steps(len(prompts))
-    if stage.ppo.critic_warmup_steps >= steps:
-        raise UserError(
-            f"epochs: {stage.epochs:g} are {steps} steps, in which the policy is never trained: lower "
-            f"ppo.critic_warmup_steps ({stage.ppo.critic_warmup_steps}), or raise epochs"
-        )
+    try:
+        stage.check_warmup(steps)  # with epochs nobody knew how many there are
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stage = stage.model_copy(update={"steps": steps, "epochs": None})
     held_out = HeldOut(stage) if stage.evaluation.prompts else None
     for line in held_out.remarks if held_out else []:

@@ -23,9 +23,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from actors.machine.waits import (
-    all_here,
-)
+from actors.machine.waits import all_here
 from actors.roles.environment import Environment, EnvironmentSpec
 from actors.roles.exchange import (
     Exchange,

@@ -200,7 +200,7 @@ class Generate(TemplatedStage):
         from beaver_ray.data.survey import CATEGORIES
 
         about = {name: sample.fields[name] for name in CATEGORIES if sample.fields.get(name) is not None}
-        return {"prompt": sample.input} | ({"system": sample.system} if sample.system else {}) | about
+        return {"prompt": sample.input, **sample.system_row, **about}
 
     @property
     def _nucleus(self) -> list[float]:

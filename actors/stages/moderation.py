@@ -86,14 +86,10 @@ class Moderation(TrainerStage):
         is, and for a field of ``by`` that no held-out row has."""
         from actors.roles.moderation_figures import held_out
         from beaver_ray.data.mixing import load_mix
-        from beaver_ray.data.moderation import answers_of
+        from beaver_ray.data.moderation import answers_of, check_answered
 
         if self.look_alikes:
-            alike, _ = answers_of(load_mix(self.look_alikes)[0])
-            if self.input == "answer" and (without := sum(answer.answer is None for answer in alike)):
-                raise UserError(
-                    f"look_alikes: {without} of {len(alike)} rows have no answer, which is all that input: answer reads"
-                )
+            check_answered(answers_of(load_mix(self.look_alikes)[0])[0], self.input, "look_alikes")
         if self.by:
             known = {name for answer in answers_of(held_out(self))[0] for name in answer.fields}
             if strange := [name for name in self.by if name not in known]:

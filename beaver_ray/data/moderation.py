@@ -19,6 +19,7 @@ from beaver_ray.data.mixing import prompt_hash, prompt_key
 from beaver_ray.data.sources import REST, BadRow, DropReport, RawSample
 from beaver_ray.data.templates import AnswerForm, Template, answer_form, answer_tokens, prompt_tokens, with_bos
 from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged
+from beaver_ray.errors import UserError
 from beaver_ray.moderation_options import UNSAFE, Reads
 
 UNKNOWN = -1
@@ -117,6 +118,15 @@ def answers_of(samples: Iterable[RawSample]) -> tuple[list[LabelledAnswer], NDAr
 def _fields_of(fields: Mapping[str, Any], number: int) -> dict[str, Any]:
     own, other = f"response_{number}_", f"response_{1 - number}_"
     return {name.removeprefix(own): value for name, value in fields.items() if not name.startswith(other)}
+
+
+def check_answered(answers: Sequence[LabelledAnswer], reads: Reads, where: str) -> None:
+    """UserError where answers alone are read and some rows of ``where`` have none: all of these would read alike."""
+    if reads == "answer" and (without := sum(answer.answer is None for answer in answers)):
+        raise UserError(
+            f"{where}: {without} of {len(answers)} rows have no answer, which is all that input: answer reads; leave "
+            "them out, or take input: qa"
+        )
 
 
 def check_labelled(answer: LabelledAnswer, truth: Sequence[int], reads: Reads) -> None:

@@ -80,9 +80,8 @@ def pair_question(task: Task, sample: RawSample, swapped: bool) -> tuple[dict[st
         unsafe = [float(not sample.is_safe), float(not sample.is_other_safe)]
         truth = [float(sample.safer != swapped), *(unsafe[::-1] if swapped else unsafe)]
     first, second = answers[::-1] if swapped else answers
-    system = {"system": sample.system} if sample.system else {}
-    row = {"prompt": sample.input, **system, "response_0": first, "response_1": second, "better_response_id": 0}
-    return row, truth
+    texts = {"prompt": sample.input, **sample.system_row, "response_0": first, "response_1": second}
+    return texts | {"better_response_id": 0}, truth
 
 
 def text_question(answer: LabelledAnswer, label: str, reads: Reads) -> tuple[dict[str, Any], list[float]]:

@@ -42,6 +42,11 @@ class RawSample:
     `REST` says it of all others."""
     other_labels: Mapping[str, bool] = field(default_factory=lambda: _NO_LABELS, compare=False, hash=False)
 
+    @property
+    def system_row(self) -> dict[str, str]:
+        """The system text as a row has it: under ``system``, or nothing where there is none."""
+        return {"system": self.system} if self.system else {}
+
 
 _NO_LABELS: Mapping[str, bool] = {}  # one for all of a million samples
 REST = "*"

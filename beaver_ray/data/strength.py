@@ -44,8 +44,8 @@ def plain_row(sample: RawSample, preferred: bool) -> dict[str, Any]:
     """A pair for training on one label alone: the preferred answer first."""
     answers = [sample.answer, sample.other_answer]
     first, second = answers if preferred else answers[::-1]
-    system = {"system": sample.system} if sample.system else {}
-    return {"prompt": sample.input, **system, "response_0": first, "response_1": second, "better_response_id": 0}
+    texts = {"prompt": sample.input, **sample.system_row, "response_0": first, "response_1": second}
+    return texts | {"better_response_id": 0}
 
 
 def strength_row(sample: RawSample, label: Label, mean: float, deviation: float) -> dict[str, Any]:
@@ -57,10 +57,9 @@ def strength_row(sample: RawSample, label: Label, mean: float, deviation: float)
         "is_response_1_safe": sample.is_other_safe,
     }
     said = {"prompt": sample.input, "response_0": sample.answer, "response_1": sample.other_answer}
-    system = {"system": sample.system} if sample.system else {}
     known = {name: value for name, value in labels.items() if value is not None}
     name = STRENGTHS[label]
-    return {**sample.fields, **said, **system, **known, name: mean, name.replace("_mean", "_std"): deviation}
+    return {**sample.fields, **said, **sample.system_row, **known, name: mean, name.replace("_mean", "_std"): deviation}
 
 
 def published_row(sample: RawSample, preferred: bool, mean: float, deviation: float) -> dict[str, Any]:

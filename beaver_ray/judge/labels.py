@@ -253,6 +253,6 @@ def _row(sample: RawSample) -> dict[str, Any]:
     taken = {name for names in FIELDS.values() for name in names} | {"audit", "judge"}
     others = {key: value for key, value in sample.fields.items() if key not in taken}
     prompt = sample.input if isinstance(sample.input, str) else list(sample.input)
-    system = {"system": sample.system} if sample.system is not None else {}
-    row = {**others, **system, "prompt": prompt, "response_0": sample.answer, "response_1": sample.other_answer}
+    texts = {"prompt": prompt, "response_0": sample.answer, "response_1": sample.other_answer}
+    row = {**others, **sample.system_row, **texts}
     return row | {"id": pair_id(row)}

@@ -104,7 +104,7 @@ def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("{", "line 2 is not JSON"),
-        ('{"prompt": "a"}', "line 2 needs prompt .* response"),
+        ('{"prompt": "a"}', r"line 2 needs prompt .*, response \(a text\) and"),
         ('{"prompt": ["a", "b"], "response": "c"}', "an odd number of turns"),
         ("[]", "line 2 needs prompt"),
         ('{"prompt": "a", "response": "c", "system": 3}', r"perhaps system \(a text\)"),

@@ -60,6 +60,7 @@ def test_a_run_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> Non
     kills = [
         Kill("rollout", "generation"),
         Kill("node", "generation"),
+        Kill("cost-harm", "scoring"),
         Kill("policy", "publishing"),
         Kill("driver"),
     ]

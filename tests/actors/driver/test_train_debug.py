@@ -322,7 +322,9 @@ def test_critic_warm_up_leaves_the_policy_alone(
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
     metrics = read_metrics(folder)
     assert "policy/loss" not in metrics[1] and "critic/harm/loss" in metrics[1] and "policy/loss" in metrics[2]
-    assert metrics[2]["kl/reference"] == pytest.approx(0.0, abs=1e-5), "sampled from the start"
+    policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_2" / "policy").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy").state_dict()
+    assert all(torch.equal(policy[name], start[name]) for name in start)
     assert [row["multiplier/harm"] for row in metrics[:2]] == [1.0, 1.0]
     assert metrics[2]["policy/learning_rate"] == pytest.approx(1e-3 * (1 + 1 / 2) / 2)
     assert abs(metrics[0]["cost/harm/mean"] - 0.2) > 0.01, "the multiplier would have moved"
