@@ -244,8 +244,8 @@ class TrainerConfig(RunConfig):
     optimizer: OptimizerConfig = option("Optimizer.", default_factory=OptimizerConfig)
 
 
-class SupervisedConfig(TrainerConfig):
-    """What sft, reward_model, cost_model and score_model share."""
+class RankingConfig(TrainerConfig):
+    """What stages share whose models learn which answer of a pair is the better one."""
 
     loss: Literal["sequence", "token"] = option("Rewards: compare end scores, or every token's.", "sequence")
     regularization: float = option("Weight of the mean squared score.", 0.001, ge=0)

@@ -42,10 +42,14 @@ def check_adapters(stage: Stage) -> None:
     for role in trained:
         folder = find_model(role.models[0].folder)
         if folder and role.training and role.training.lora_targets:
+            from transformers import AutoModel, AutoModelForCausalLM
+
             from beaver_ray.models.checkpoint_names import model_skeleton
             from beaver_ray.models.lora import linear_layers
 
-            linear_layers(model_skeleton(str(folder), stage.trusts_code), role.training.lora_targets)
+            # An encoder need not have a language model's head.
+            kind = AutoModel if role.models[0].classifier else AutoModelForCausalLM
+            linear_layers(model_skeleton(str(folder), stage.trusts_code, kind), role.training.lora_targets)
 
 
 def check_weights(stage: Stage, use: ModelUse) -> None:

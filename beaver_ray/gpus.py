@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from itertools import takewhile
 from typing import TypeVar
 
 from beaver_ray.config import Placement
@@ -25,7 +26,11 @@ def visible_gpus() -> list[float]:
         return []
     sizes = [float(line) / 1024 for line in answer.stdout.split()] if answer.returncode == 0 else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return sizes if visible is None else sizes[: len([d for d in visible.split(",") if d.strip()])]
+    if visible is None:
+        return sizes
+    # CUDA ends its list at the first that is no device: "-1" hides all.
+    names = takewhile(lambda name: name and not name.startswith("-"), map(str.strip, visible.split(",")))
+    return sizes[: len(list(names))]
 
 
 def on_this_machine(config: AnyStage) -> AnyStage:

@@ -34,7 +34,7 @@ def option(text: str, default: Any = ..., **more: Any) -> Any:
     return Field(description=text, **more) if "default_factory" in more else Field(default, description=text, **more)
 
 
-def without(given: Any, key: str, was: float, why: str) -> Any:
+def without(given: Any, key: str, was: float | str, why: str) -> Any:
     """A group's values without an option that is gone; configurations of earlier runs have it as it ``was`` by default.
 
     Raises ValueError with ``why`` where it was set to something else.

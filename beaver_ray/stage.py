@@ -67,6 +67,10 @@ class Training:
     """Forward passes of a micro-batch whose activations are held at once."""
     copies: int = 0
     """Of all that is trained, in float32, beside weights, gradients and optimizer."""
+    alone: bool = False
+    """Each worker trains a model of its own, whole and on whole batches."""
+    beside: tuple[str, ...] = ()
+    """Folders of frozen models that every rank holds as well."""
     publishes: Callable[[float, float], float] | None = None
     """(bytes of what is trained, bytes of a GPU) -> bytes of published weights that stay on the device."""
 

@@ -222,8 +222,10 @@ def _training_gib(
     if training.lora_rank:
         adapter = training.lora_rank * adapter_numbers(spec.models[0].folder, facts, training.lora_targets)
         parameters += adapter
-    states, offloaded = training_state_gib(parameters, stage.engine, ranks, adapter)
-    needs = states + training.passes * activation_gib(facts, stage.engine, trained=True)
+    states, offloaded = training_state_gib(parameters, stage.engine, 1 if training.alone else ranks, adapter)
+    frozen = sum(read_model(folder).parameters or 0 for folder in training.beside)
+    needs = states + frozen * DTYPE_BYTES[stage.engine.dtype] / GIB
+    needs += training.passes * activation_gib(facts, stage.engine, trained=True)
     needs += training.copies * 4 * (parameters if adapter is None else adapter) / GIB
     if spec.logits:
         needs += logit_gib(facts, stage.engine, on_gpu, trained=True, head=adapter is None)
@@ -245,7 +247,7 @@ def training_state_gib(
     ``trained`` of the parameters have gradients and an optimizer; None for all of them.
     """
     size = DTYPE_BYTES[engine.dtype]
-    zero = engine.zero_stage
+    zero = engine.stage_in_use
     trained = parameters if trained is None else trained
     weights = parameters * size / (ranks if zero == 3 else 1)
     gradients = trained * (4 / ranks if zero >= 2 else 4 if size == 4 else 6)
@@ -298,7 +300,7 @@ def _rank_problems(stage: Stage, specs: Sequence[RoleSpec]) -> list[str]:
     for spec in specs:
         placement = stage.cluster.of(spec.kind)
         ranks, training = 1 if stage.debug else placement.workers, spec.training
-        if training is not None and ranks > training.rows:
+        if training is not None and not training.alone and ranks > training.rows:
             problems.append(
                 f"{training.rows_are} cannot be dealt to {ranks} ranks of {spec.name}; make it larger, or lower "
                 f"cluster.placement.{spec.kind}.workers"

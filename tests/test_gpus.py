@@ -59,6 +59,9 @@ def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(
         assert on_this_machine(config) == config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == [] and on_this_machine(load_config(local)) == load_config(local)
+    for devices, seen in (("-1", 0), ("0, -1,1", 1), ("GPU-8932f937", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        assert len(visible_gpus()) == seen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert on_this_machine(load_config(local)) == load_config(local)

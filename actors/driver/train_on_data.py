@@ -76,6 +76,11 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     done, began = _resume(trainer, run, began) if resume else (0, began)
     final = run.folder / "final.part" / stage.trained
     kept = _read_best(final) if done else None
+    metrics: dict[str, float] = {}
+    if done >= steps:  # resumed with fewer epochs than its checkpoint has
+        metrics = _evaluation(trainer)
+        if stage.selects:
+            kept = _keep_best(trainer, final, done, metrics, kept)
     with run.progress(stage.stage, steps) as progress:
         progress.done = done
         for step in range(done + 1, steps + 1):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from beaver_ray.config import SupervisedConfig, TrainerConfig
+from beaver_ray.config import RankingConfig, TrainerConfig
 from beaver_ray.contrastive_options import ContrastiveConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.noise_options import NoiseConfig
@@ -177,7 +177,7 @@ class TrainerStage(TrainerConfig, TemplatedStage):
         return {}
 
 
-class ScoreModelStage(SupervisedConfig, TrainerStage):
+class ScoreModelStage(RankingConfig, TrainerStage):
     """A score model trained on pairs of answers."""
 
     labels: ClassVar[tuple[str, ...]]
@@ -199,10 +199,11 @@ class ScoreModelStage(SupervisedConfig, TrainerStage):
         return self
 
     def roles(self) -> list[RoleSpec]:
-        """The trainer, whose contrastive loss takes two passes more."""
+        """The trainer, whose contrastive loss takes two passes more, and a language model's loss logits."""
         (trainer,) = super().roles()
         assert trainer.training is not None
-        return [replace(trainer, training=replace(trainer.training, passes=3 if self.contrastive else 1))]
+        training = replace(trainer.training, passes=3 if self.contrastive else 1)
+        return [replace(trainer, training=training, logits=self.lm_loss > 0)]
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """The score model, with what it has while it is trained: a language model's head, prototypes."""

@@ -117,6 +117,8 @@ class TrainingEngine:
         )
         self.zero_stage = engine.stage_in_use
         self.kept_as = f"zero_stage {self.zero_stage} in {engine.dtype}"
+        # Before ZeRO stage 3 empties them.
+        self.trained = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adam,
@@ -216,7 +218,12 @@ class TrainingEngine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        saved = {"position": position, "random": random_state(), "kept_as": self.kept_as}
+        saved = {
+            "position": position,
+            "random": random_state(),
+            "kept_as": self.kept_as,
+            "trained": self.trained,
+        }
         self.files.save(saved, f"{folder}/rank_{self.rank}.pt")
         failed = torch.tensor([float(self.files.error is not None)], device=self.device)
         dist.all_reduce(failed)
@@ -228,7 +235,8 @@ class TrainingEngine:
     def load_state(self, folder: str) -> dict[str, Any]:
         """Restore what as many ranks saved; returns this rank's position. All ranks must call it.
 
-        Raises UserError where another number of ranks, or an engine of another ZeRO stage or dtype, wrote it.
+        Raises UserError where another number of ranks, or an engine of another ZeRO stage or dtype, wrote it, and where
+        other parameters were trained.
         """
         path = f"{folder}/rank_{self.rank}.pt"
         if not os.path.isdir(folder):
@@ -239,6 +247,11 @@ class TrainingEngine:
         # Checkpoints of before say nothing of it.
         if (before := saved.get("kept_as", self.kept_as)) != self.kept_as:
             raise UserError(f"{folder} was written with engine.{before}, not {self.kept_as}; resume with that")
+        if saved.get("trained", self.trained) != self.trained:
+            raise UserError(
+                f"{folder} was written while other parameters were trained; resume with the same lora_rank, "
+                f"lora_targets and model"
+            )
         # Frozen weights are the base model's, which are loaded already.
         _, client_state = self.engine.load_checkpoint(folder, tag="state", load_module_strict=False)
         self.steps_done = int(client_state["steps_done"])

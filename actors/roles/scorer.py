@@ -14,8 +14,9 @@ from beaver_ray import experience
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.data.readers import Dialogues, Reader, read_alike
+from beaver_ray.errors import UserError
 from beaver_ray.method.calibration import Calibration, fit_platt
-from beaver_ray.models.loading import DTYPES, default_device, load_policy, load_tokenizer
+from beaver_ray.models.loading import DTYPES, context_length, default_device, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.score import ScoreType, load_score_model
 from beaver_ray.score_sources import ScorerSetting
@@ -112,7 +113,8 @@ class Scorer(ScorerBase):
         self.policy = Reader(load_tokenizer(setting.policy, trust), setting.template)
         self.reads_tokens = read_alike(own, self.policy)
         super().__init__(columns, own, Dialogues(self.policy, () if self.reads_tokens else setting.prompts))
-        self.token_budget = setting.token_budget
+        self.model_folder, self.token_budget = model, setting.token_budget
+        self.positions = context_length(model, trust)
         score_type: ScoreType = "reward" if "reward" in columns else "cost"
         self.device = default_device()
         self.model = load_score_model(model, score_type, DTYPES[setting.dtype], trust, device=self.device)
@@ -123,8 +125,7 @@ class Scorer(ScorerBase):
         """Scores [N, H] of every head at each sequence's last token."""
         rows = SequenceRows(batch)
         scores_NH = np.zeros((len(rows.lengths), len(self.model.heads)), dtype=np.float64)
-        everything = range(len(rows.lengths))
-        for micro_batch in rows.micro_batches(everything, self.token_budget, 0, 1, self.device):
+        for micro_batch in self._micro_batches(rows):
             scores_LH = self.model(micro_batch.packed.input_ids, micro_batch.packed.position_ids)[0]
             scores_NH[micro_batch.rows] = scores_LH[micro_batch.ends_B].double().cpu().numpy()
         return scores_NH
@@ -134,11 +135,24 @@ class Scorer(ScorerBase):
         """What the heads read, float32 [N, D], at the last token of each sequence of a batch that `score` takes."""
         rows = SequenceRows(self.in_own_tokens(batch))
         features_ND = np.zeros((len(rows.lengths), self.model.score_head.in_features), dtype=np.float32)
-        for micro_batch in rows.micro_batches(range(len(features_ND)), self.token_budget, 0, 1, self.device):
+        for micro_batch in self._micro_batches(rows):
             packed = micro_batch.packed
             found = self.model(packed.input_ids, packed.position_ids, ends_N=micro_batch.ends_B)
             features_ND[micro_batch.rows] = found.cpu().numpy()
         return features_ND
+
+    def _micro_batches(self, rows: SequenceRows) -> Iterator[PackedResponses]:
+        """All rows, up to ``token_budget`` tokens at once, or the longest: what is checked with the budget are the
+        policy's tokens. UserError where the model has too few positions for the longest.
+        """
+        longest = int(rows.lengths.max(initial=0))
+        if self.positions is not None and longest > self.positions:
+            raise UserError(
+                f"the score model in {self.model_folder} has {self.positions} positions, and an answer makes {longest} "
+                f"of its tokens; lower max_prompt_tokens or rollout.max_new_tokens"
+            )
+        budget = max(self.token_budget, longest)
+        return rows.micro_batches(range(len(rows.lengths)), budget, 0, 1, self.device)
 
     def in_own_tokens(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same dialogues as this scorer reads them, with its own end behind answers that were ended."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from actors.driver.trainer_stage import ScoreModelStage
 from beaver_ray.options import option
 
@@ -21,6 +23,12 @@ class CostModel(ScoreModelStage):
     labels: ClassVar[tuple[str, ...]] = ("safer",)
 
     stage: Literal["cost_model"] = option("Train a cost model.")
+
+    @model_validator(mode="after")
+    def _compares_ends(self) -> CostModel:
+        if self.loss != "sequence":
+            raise ValueError(f"loss {self.loss} is of rewards; leave it out, a cost model compares end scores")
+        return self
 
     def dataset(self) -> Any:
         """Pairs that say which answer is safer, and whether each is safe."""

@@ -62,7 +62,9 @@ class Dpo(TrainerStage):
         if self.reference is None:
             return [trainer]
         use = ModelUse("reference", self.reference, tokens_of=self.model, mend="reference")
-        return [replace(trainer, models=(*trainer.models, use))]
+        assert trainer.training is not None
+        training = replace(trainer.training, beside=(self.reference,))
+        return [replace(trainer, models=(*trainer.models, use), training=training)]
 
     def dataset(self) -> Any:
         """Pairs that have the label."""

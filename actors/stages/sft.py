@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from actors.driver.trainer_stage import TrainerStage
-from beaver_ray.config import SupervisedConfig
-from beaver_ray.options import option
+from beaver_ray.options import option, without
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,13 +18,19 @@ if TYPE_CHECKING:
     from beaver_ray.data.tokenized import Ragged
 
 
-class Sft(SupervisedConfig, TrainerStage):
-    """Options of stage sft; ``loss`` and ``regularization`` are of score models and mean nothing here."""
+class Sft(TrainerStage):
+    """Options of stage sft."""
 
     trained: ClassVar[str] = "policy"
     pairs: ClassVar[bool] = False
 
     stage: Literal["sft"] = option("Train a language model on demonstrations.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, given: Any) -> Any:
+        given = without(given, "loss", "sequence", "it compares scores, of which there are none")
+        return without(given, "regularization", 0.001, "it is of scores, of which there are none")
 
     def dataset(self) -> Any:
         """Prompts with an answer."""

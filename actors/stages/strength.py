@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.trainer_stage import TrainerStage
-from beaver_ray.config import SupervisedConfig
+from beaver_ray.config import RankingConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.options import option
 from beaver_ray.stage import RoleSpec
@@ -32,7 +32,7 @@ PASSED_ON = (
 """Options that a model of the ensemble is trained with as they are."""
 
 
-class Strength(SupervisedConfig, TrainerStage):
+class Strength(RankingConfig, TrainerStage):
     """Options of stage strength. ``eval`` and ``eval_fraction`` are refused, and ``save_every`` means nothing."""
 
     trained: ClassVar[str] = "member"
@@ -57,15 +57,13 @@ class Strength(SupervisedConfig, TrainerStage):
     def roles(self) -> list[RoleSpec]:
         """Trainers that train alone, each one model after another."""
         (trainer,) = super().roles()
-        workers = self.cluster.of("trainer").workers
         assert trainer.training is not None
         return [
             replace(
                 trainer,
                 worker="actors.roles.ensemble:EnsembleWorker",
                 arguments=lambda rank, world: (rank, self.cluster.threads),
-                # Each has a whole batch.
-                training=replace(trainer.training, rows=self.batch_size * workers),
+                training=replace(trainer.training, alone=True),
             )
         ]
 

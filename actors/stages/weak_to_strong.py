@@ -124,10 +124,8 @@ class WeakToStrong(TrainerStage):
     def roles(self) -> list[RoleSpec]:
         """Trainers that train alone, each one model after another."""
         batch = f"a batch of {self.batch_size} (batch_size)"
-        workers = self.cluster.of("trainer").workers
-        # Each has a whole batch.
-        rows = self.batch_size * workers
-        training = Training(self.trained, rows, batch, self.lora_rank, tuple(self.lora_targets))
+        targets = tuple(self.lora_targets)
+        training = Training(self.trained, self.batch_size, batch, self.lora_rank, targets, alone=True)
         heads = HEADS.get(self.task, (self.label,))
         folders = {"model": self.model, "weak.model": self.weak.model} | dict(
             (f"chain.{number}", folder) for number, folder in enumerate(self.chain)

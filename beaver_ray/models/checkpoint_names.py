@@ -84,11 +84,14 @@ def without_repeats(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
-def model_skeleton(folder: str, trust_remote_code: bool = False) -> Any:
-    """The language model of ``folder`` without weights; UserError where its configuration cannot be read."""
+def model_skeleton(folder: str, trust_remote_code: bool = False, kind: Any = AutoModelForCausalLM) -> Any:
+    """The language model of ``folder``, or what else ``kind`` makes of it, without weights.
+
+    UserError where its configuration cannot be read.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"cannot read the configuration of the model in {folder}: {first_line(error)}") from None

@@ -20,7 +20,7 @@ def stage_file(tmp_path: Path, write_model: Callable[..., Path]) -> Callable[...
     def write(stage: str = "safe_ppo", **more: Any) -> Path:
         common = {"workspace": str(tmp_path / "runs"), "name": "one", "stage": stage}
         lengths = {"engine": {"micro_batch_tokens": 1024}}
-        if stage in ("sft", "reward_model", "cost_model", "score_model"):
+        if stage in ("sft", "reward_model", "cost_model", "score_model", "dpo", "strength"):
             own: dict[str, Any] = {"model": model, "train": ["d"], "max_tokens": 64, "batch_size": 4}
         else:
             own = {

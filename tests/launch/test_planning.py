@@ -40,6 +40,7 @@ def problem(path: Path, resources: Resources, *overrides: str) -> str:
         # weights + gradients + master + moments, bytes of one parameter on one rank
         ("float32", 0, 1, 4 + 4 + 8),
         ("bfloat16", 0, 1, 2 + 6 + 4 + 8),
+        ("bfloat16", 0, 4, 2 + 6 + 12 / 4),  # which runs as stage 1
         ("float32", 1, 4, 4 + 4 + 12 / 4),
         ("bfloat16", 2, 4, 2 + (4 + 12) / 4),
         ("bfloat16", 3, 8, 18 / 8),
@@ -157,6 +158,26 @@ def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:
     assert made.cpus == 7 + 2 * 1.5 and made.gpus == 0
     assert made.host_gib == pytest.approx(sum(r.host_gib for r in made.roles) + rows["policy"].host_gib)
     assert made.groups["scorers"] == [(2.0, 0.0)] and made.groups["policy"] == [(1.5, 0.0)] * 2
+
+
+def test_what_supervised_trainers_hold_by_hand(stage_file: StageFile) -> None:
+    """Float32, 1,000 parameters, two workers of ZeRO stage 2."""
+    workers = ["engine.zero_stage=2", "cluster.placement.trainer={workers: 2, cpus: 1}"]
+
+    def held(stage: str, *overrides: str) -> float:
+        (trainer,) = plan(load_config(stage_file(stage), [*workers, *overrides]), ROOMY).roles
+        return trainer.host_gib * GIB
+
+    together = held("reward_model")
+    # Gradients, float32 weights and moments are 16 bytes, of which each has half; who trains alone has them all.
+    assert held("strength") - together == pytest.approx(8 * 1000)
+    # A batch is dealt to two where they train together alone.
+    small = ["batch_size=1"]
+    assert "cannot be dealt to 2 ranks" in problem(stage_file("reward_model"), ROOMY, *workers, *small)
+    plan(load_config(stage_file("strength"), [*workers, *small]), ROOMY).check()
+    assert held("reward_model", "lm_loss=0.1") - together == pytest.approx(1024 * 100 * 12)
+    model = load_config(stage_file("dpo"), []).model  # type: ignore[attr-defined]
+    assert held("dpo", f"reference={model}") - held("dpo") == pytest.approx(4 * 1000)
 
 
 def test_with_lora_the_policy_is_its_own_reference(tmp_path: Path, stage_file: StageFile) -> None:

@@ -92,9 +92,18 @@ def test_a_column_is_calibrated_by_its_own_head(tiny_world: Path, tmp_path: Path
     assert two.calibrations.keys() == {"cost/harm"}
 
 
-def test_a_sequence_longer_than_the_budget_is_refused(tiny_world: Path) -> None:
-    with pytest.raises(UserError, match=r"engine\.micro_batch_tokens"):
-        scorer(tiny_world / "cost_model", tiny_world, budget=5).score(random_sequences(9))
+def test_a_sequence_longer_than_the_budget_stands_alone(tiny_world: Path, tmp_path: Path) -> None:
+    """In the scorer's own tokens an answer may be longer than in the policy's, which the budget is checked with."""
+    batch = random_sequences(9)
+    found, tight = (scorer(tiny_world / "cost_model", tiny_world, budget=budget).score(batch) for budget in (48, 5))
+    np.testing.assert_allclose(
+        experience.scalars(tight, "cost/harm"), experience.scalars(found, "cost/harm"), atol=1e-5
+    )
+    shutil.copytree(tiny_world / "cost_model", tmp_path / "short")
+    settings = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"short has 8 positions, and an answer makes \d+ of its tokens; lower max_pro"):
+        scorer(tmp_path / "short", tiny_world).score(batch)
 
 
 # Unlike the policy's in every place, of words that it has too.

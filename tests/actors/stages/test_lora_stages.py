@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,9 @@ def test_an_adapter_alone_is_trained_and_merged(one_rank: None, tiny_world: Path
 
 @pytest.mark.parametrize("stage", ["sft", "cost_model"])
 def test_a_resumed_run_is_the_whole_one(one_rank: None, tiny_world: Path, tmp_path: Path, stage: str) -> None:
-    def run(name: str, stops: int | None, resume: bool = False) -> Path:
-        config = config_of(
-            tiny_world, stage, workspace=str(tmp_path), name=name, batch_size=40, save_every=1, lora_rank=2
-        ).model_copy(update={"resume": resume})
+    def run(name: str, stops: int | None, resume: bool = False, **changes: Any) -> Path:
+        settings = {"workspace": str(tmp_path), "name": name, "batch_size": 40, "save_every": 1, "lora_rank": 2}
+        config = config_of(tiny_world, stage, **(settings | changes)).model_copy(update={"resume": resume})
         trainer = trainer_of(config)
         if stops:
             steps = trainer.train_step
@@ -106,6 +106,14 @@ def test_a_resumed_run_is_the_whole_one(one_rank: None, tiny_world: Path, tmp_pa
     whole = run("whole", None)
     with pytest.raises(KeyboardInterrupt):
         run("broken", 2)
+    with pytest.raises(UserError, match="written while other parameters were trained; resume with the same lora_rank"):
+        run("broken", None, resume=True, lora_rank=3)
+    with pytest.raises(UserError, match="written while other parameters were trained"):
+        run("broken", None, resume=True, lora_targets=["q_proj"])
+    # With fewer steps than are done there is nothing left to train.
+    shutil.copytree(tmp_path / "broken", tmp_path / "shorter")
+    assert (run("shorter", None, resume=True, epochs=0.25) / "model.safetensors").is_file()
+    assert [row["step"] for row in read_metrics(tmp_path / "shorter")] == [1, 2]
     resumed = run("broken", None, resume=True)
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

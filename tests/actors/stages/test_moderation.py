@@ -130,6 +130,10 @@ def test_a_run_learns_and_leaves_its_model(
         engine={"micro_batch_tokens": 512},
     )
     check_fit(config)
+    if lora:  # of a layer that an encoder has and a decoder has not
+        check_fit(config.model_copy(update={"lora_targets": ["query"]}))
+        with pytest.raises(UserError, match=r"no linear layer of the model is called 'q_proj'; there are query, key"):
+            check_fit(config.model_copy(update={"lora_targets": ["q_proj"]}))
     plan(config, Resources("two cores", memory_gib=8.0, cpus=2.0)).check()
     run_of(config, monkeypatch)
     folder = tmp_path / "moderation" / "final.part" / "moderation"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -48,8 +49,9 @@ def config_of(world: Path, stage: str, **changes: Any) -> TrainerStage:
         "max_tokens": 64,
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
         "engine": {"micro_batch_tokens": 128},
-        "regularization": 0.01,
     }
+    if stage != "sft":
+        tree["regularization"] = 0.01
     return stages()[(tree | changes)["stage"]].model_validate(tree | changes)
 
 
@@ -216,6 +218,15 @@ def train_on(rank: int, config: TrainerStage, world: int) -> dict[str, Any]:
     held_out = trainer.evaluate()
     weights = {name: tensor.detach().clone().numpy() for name, tensor in trainer.engine.full_state()}
     return {"weights": weights, "figures": figures, "held_out": held_out}
+
+
+def test_a_loss_that_nothing_would_read_is_refused(tiny_world: Path) -> None:
+    with pytest.raises(ValidationError, match="loss token is of rewards; leave it out"):
+        config_of(tiny_world, "cost_model", loss="token")
+    with pytest.raises(ValidationError, match="regularization is gone: it is of scores"):
+        config_of(tiny_world, "sft", regularization=0.1)
+    # Runs of before have both as they were by default.
+    config_of(tiny_world, "sft", regularization=0.001, loss="sequence")
 
 
 @pytest.mark.parametrize(
