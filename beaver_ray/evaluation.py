@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from beaver_ray.method.confidence import cluster_sums, clustered_error
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
@@ -62,7 +63,7 @@ def summarize(
     A constraint that counts over some answers alone has its figures over these, and none where there are none.
     Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
-    Raises ValueError for arrays of different lengths, no samples, or numbers that are not finite.
+    Raises ValueError for arrays of different lengths, no samples, or numbers that count and are not finite.
     """
     _check(samples)
     prompt_id = samples.prompt_id
@@ -115,13 +116,10 @@ def mean_interval(
 ) -> dict[str, Any]:
     """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N]."""
     mean = float(np.mean(values, dtype=np.float64))
-    residuals = _cluster_sums(values - mean, cluster)
-    clusters = len(residuals)
+    clusters = len(np.unique(cluster))
     if clusters < 2:
         return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    # Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
-    error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals**2))) / len(values)
-    half = float(stats.t.ppf(UPPER, clusters - 1)) * error
+    half = float(stats.t.ppf(UPPER, clusters - 1)) * clustered_error(values, cluster)
     return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
 
 
@@ -132,7 +130,7 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER)
     """
     values = np.asarray(flags, dtype=np.float64)
     share, n = float(values.mean()), len(values)
-    residuals = _cluster_sums(values - share, cluster)
+    residuals = cluster_sums(values - share, cluster)
     if 0 < share < 1:
         # As many independent samples would be as uncertain as these; the spread is 0 where no prompts differ.
         spread = float(np.sum(residuals**2)) / n**2
@@ -153,11 +151,6 @@ def wilson(share: float, n: float, upper: float = UPPER) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _cluster_sums(values: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    _, index = np.unique(cluster, return_inverse=True)
-    return np.bincount(index, weights=values.astype(np.float64))
-
-
 def _check(samples: Samples) -> None:
     n = len(samples.prompt_id)
     if n == 0:
@@ -168,5 +161,6 @@ def _check(samples: Samples) -> None:
     for name, array in (numbers | flags).items():
         if array is not None and len(array) != n:
             raise ValueError(f"{name} has {len(array)} entries for {n} samples")
-        if name in numbers and not np.isfinite(array).all():
+        counting = samples.inside.get(name.removeprefix("cost/"), True)
+        if name in numbers and not (np.isfinite(array) | ~np.array(counting)).all():
             raise ValueError(f"{name} holds a number that is not finite")

@@ -141,6 +141,10 @@ def test_bad_samples() -> None:
         summarize(Samples(np.arange(3), np.ones(2)))
     with pytest.raises(ValueError, match="cost/harm holds a number that is not finite"):
         summarize(Samples(np.arange(2), np.ones(2), {"harm": np.array([0.0, np.nan])}))
+    # Where it does not count nobody asks.
+    inside = {"harm": np.array([True, False])}
+    found = summarize(Samples(np.arange(2), np.ones(2), {"harm": np.array([0.5, np.nan])}, inside=inside))
+    assert found["cost/harm"]["mean"] == 0.5 and found["samples"] == 2
 
 
 def test_a_constraint_over_some_prompts_has_its_figures_over_these() -> None:

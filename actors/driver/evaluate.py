@@ -268,8 +268,11 @@ class HeldOut:
         return self.prompts.inside.get(name, np.ones(len(self.prompts), dtype=bool))
 
     def unusable(self, answers: pa.RecordBatch) -> tuple[np.ndarray, str]:
-        """Which answers [N] have a score that is not finite, and a line about them, which is empty where none has."""
+        """Which answers [N] have a score that is not finite, of those that count, and a line about them, which is empty
+        where none has."""
+        prompt_ids = experience.scalars(answers, "prompt_id")
         bad = {name: experience.not_finite(answers, name) for name in self._scores()}
+        bad = {name: b & self.counting(name.removeprefix("cost/"))[prompt_ids] for name, b in bad.items()}
         lost = np.any(list(bad.values()), axis=0) if bad else np.zeros(answers.num_rows, dtype=bool)
         said = (f"{b.sum()} of {len(b)} held-out answers have no finite {n}" for n, b in bad.items() if b.any())
         return lost, "; ".join(said)

@@ -116,17 +116,21 @@ def sample(
 def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remarks: list[str]) -> Sampled:
     """The batch's answers, sorted by prompt, under the scores that a run's advantages are made of."""
     prompt_ids, counts = np.unique(experience.scalars(batch, "prompt_id"), return_counts=True)
-    everywhere, nothing = np.ones(len(prompt_ids), dtype=bool), np.zeros(0)
+    everywhere = np.ones(len(prompt_ids), dtype=bool)
     inside = {c.name: prompts.inside.get(c.name) for c in config.constraints}
     inside_of = {name: everywhere if mask is None else mask[prompt_ids] for name, mask in inside.items()}
     names = [name for name, counting in inside_of.items() if counting.any()]
     for c in config.constraints:
+        if c.confidence is not None:
+            remarks.append(f"constraints.{c.name}.confidence is left out: a run aims below the limit, which costs more")
         if c.name not in names:
             remarks.append(f"{c.name} is left out: no sampled prompt has {in_words(c.where)}")
     constraints = [c for c in config.constraints if c.name in names]
     offsets = np.concatenate([[0], np.cumsum(counts)])
+    # Scores know no tokens: one stands for each answer.
+    nothing = np.zeros(batch.num_rows)
     answers = Answers(
-        offsets=offsets,
+        offsets=np.arange(batch.num_rows + 1),
         prompts_B=experience.scalars(batch, "prompt_id"),
         rewards_B=experience.scalars(batch, "reward").astype(np.float64),
         costs={name: experience.scalars(batch, f"cost/{name}").astype(np.float64) for name in names},

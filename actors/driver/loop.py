@@ -31,6 +31,7 @@ from beaver_ray.method.confidence import safety_margin
 from beaver_ray.method.divergence import PERSISTS, bounded_cost
 from beaver_ray.method.history import Moments, Unit
 from beaver_ray.method.multipliers import Multiplier
+from beaver_ray.method.objective import BoundedCosts
 from beaver_ray.runs import read_metrics
 
 
@@ -157,7 +158,7 @@ def score(roles: Roles, sequences: Any) -> list[Any]:
 
 def build_experience(
     config: PolicyConfig, roles: Roles, state: TrainingState, collected: Collected, again: bool = False
-) -> tuple[dict[str, Any], dict[str, list[float]], Any]:
+) -> tuple[dict[str, Any], dict[str, BoundedCosts], Any]:
     """Scores, values, log-probs and advantages of the step's samples in one batch; ``again`` asks for scores anew.
 
     Values and log-probs need the sequences alone and do not wait for the scorers. Returns figures, the episodes' costs
@@ -197,12 +198,12 @@ def combine_experience(
     calibrations = {column: Calibration.from_dict(fitted) for _, column, fitted in roles.calibrations}
     for constraint in config.constraints if multipliers else []:
         name, bound = constraint.name, constraint.bound
-        if len(costs[name]) < (1 if constraint.confidence is None else 2):
-            continue  # no answer of the step is in the constraint's scope, or one, of which no error can be told
+        if len(np.unique(costs[name].prompts_E)) < (1 if constraint.confidence is None else 2):
+            continue  # no prompt of the step is in the constraint's scope, or one, of which no error can be told
         if constraint.confidence is not None:
-            margin = safety_margin(np.array(costs[name]), constraint.confidence, calibrations.get(f"cost/{name}"))
+            margin = safety_margin(*costs[name], constraint.confidence, calibrations.get(f"cost/{name}"))
             stats[f"cost/{name}/margin"], bound = margin, bound - margin
-        multipliers[name].update(costs[name], bound, hold=warming_up, reward_std=stats["reward/std"])
+        multipliers[name].update(costs[name].costs_E.tolist(), bound, hold=warming_up, reward_std=stats["reward/std"])
     weights, _ = weighing(config, multipliers, stats["history"])
     combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, weights, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])

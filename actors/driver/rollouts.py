@@ -144,18 +144,20 @@ class Rollouts:
     ) -> None:
         """Reset to ``schedule`` after a rollback; ``pending`` are the prompts of its unanswered samples.
 
-        What the generators are at work on is dropped, and answers to earlier calls are passed over.
+        What the generators are at work on is dropped, and answers to earlier calls are passed over. Who was to leave
+        goes at once.
         """
+        leaving = [name for name in self.workers if self.schedule.generators[name].leaving]
         for name, worker in self.workers.items():
             busy = [*worker.to_drop, *self.schedule.generators[name].in_flight, *worker.held_out]
             self.workers[name] = self._hungry[name] = Worker(worker.handle, version=-1, to_drop=busy)
             schedule.join(name, self.capacity)
-            if self.schedule.generators[name].leaving:
-                schedule.retire(name)
         self.schedule, self.next_samples, self.weights, self._evaluation = schedule, next_samples, weights, None
         self.unreadable, self._taken = False, None
         self.prompts, self.chunks, self.generated_tokens = {}, [], 0
         self._remember(pending)
+        for name in leaving:
+            self._dismiss(self.workers[name])
 
     def join(self, handle: Handle) -> None:
         """Add a generator; it loads the newest weights with its first prompts."""
@@ -224,6 +226,8 @@ class Rollouts:
         schedule.advance(self.schedule.version)
         for name in self.workers:
             schedule.join(name, self.capacity)
+            if self.schedule.generators[name].leaving:
+                schedule.retire(name)
         ids = self._remember(prompts)
         schedule.draw(ids)
         self._evaluation, self._evaluated = (schedule, judge), []
@@ -377,7 +381,6 @@ class Rollouts:
             self.generated_tokens += summary["generated_tokens"]
         if self.schedule.generators[name].leaving and not worker.calls and not self._in_flight(worker):
             self._dismiss(worker)
-            self.note(f"{name} has left; {len(self.workers)} rollout worker(s)")
 
     # Generators come and go.
 
@@ -444,6 +447,7 @@ class Rollouts:
         del self.workers[name]
         self._hungry.pop(name, None)
         self.supply.stop(worker.handle)
+        self.note(f"{name} has left; {len(self.workers)} rollout worker(s)")
 
     def _replace(self, name: str, error: Exception) -> None:
         failures = self.failures.pop(name, 0) + 1

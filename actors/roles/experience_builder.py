@@ -16,7 +16,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import bounded
 from beaver_ray.method.history import Moments
-from beaver_ray.method.objective import Answers
+from beaver_ray.method.objective import Answers, BoundedCosts
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.signals import critics, scorers
 
@@ -77,7 +77,7 @@ class ExperienceBuilder:
 
     def advantages(
         self, groups: list[int], history: Mapping[str, Moments], batch: pa.RecordBatch, *parts: pa.RecordBatch
-    ) -> tuple[tuple[dict[str, Any], dict[str, list[float]]], pa.RecordBatch]:
+    ) -> tuple[tuple[dict[str, Any], dict[str, BoundedCosts]], pa.RecordBatch]:
         """(figures, costs of every episode as the multipliers should see them), and the batch with values, log-probs,
         the advantages of each signal, and the returns of each that has a critic.
 
@@ -118,6 +118,7 @@ class ExperienceBuilder:
             log_ratios_T=policy - rollout,
             values={s: experience.own(batch, f"values/{s}").astype(np.float64) for s in self.objective.critics},
             inside=self._inside(batch),
+            draws_B=self._draws(batch),
         )
         made = self.objective.advantages(answers, history)
         costs, weighing = self.objective.costs(answers)
@@ -130,7 +131,7 @@ class ExperienceBuilder:
             columns |= {f"baselines/{signal}": baselines_B for signal, baselines_B in made.baselines.items()}
         whole = experience.join(batch, experience.make_batch(columns))
         stats |= {"history": made.history, **made.figures, **weighing}
-        return (stats, {name: c.tolist() for name, c in costs.items()}), whole
+        return (stats, costs), whole
 
     def combine(self, batch: pa.RecordBatch, weights: dict[str, float]) -> tuple[int, pa.RecordBatch]:
         """The batch of `advantages` with the one column that the policy climbs, under the multipliers as they are now
@@ -155,6 +156,11 @@ class ExperienceBuilder:
         found = {c.name: experience.inside(batch, c.name) for c in self.config.constraints}
         return {name: inside for name, inside in found.items() if inside is not None}
 
+    def _draws(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Which draw of its prompt each answer [N] is of: where steps overlap one may hold two draws of a prompt."""
+        draws: np.ndarray = experience.scalars(batch, "sample_id") // self.config.rollout.samples_per_prompt
+        return draws
+
     def _own_lengths(self, batch: pa.RecordBatch) -> np.ndarray:
         """How many tokens of each response the policy wrote; UserError where it wrote none."""
         own_lengths = experience.own_lengths(batch)
@@ -173,7 +179,8 @@ class ExperienceBuilder:
             "samples": batch.num_rows,
             "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
-            "reward/std": float(experience.scalars(batch, "reward").std()),
+            # In float32 that of equal rewards would not be 0.
+            "reward/std": float(experience.scalars(batch, "reward").astype(np.float64).std()),
             **{f"reward/p{p:02d}": float(np.percentile(experience.scalars(batch, "reward"), p)) for p in TAILS},
             "rollout/response_tokens": float(experience.own_lengths(batch).mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),
@@ -187,13 +194,13 @@ class ExperienceBuilder:
             stats["rollout/out_of_room"] = float((ended == "room").mean())
         for constraint in self.config.constraints:
             column = f"cost/{constraint.name}"
-            costs, prompts = experience.scalars(batch, column), experience.scalars(batch, "prompt_id")
+            costs, draws = experience.scalars(batch, column), self._draws(batch)
             if (inside := experience.inside(batch, constraint.name)) is not None:
-                costs, prompts = costs[inside], prompts[inside]
+                costs, draws = costs[inside], draws[inside]
                 stats[f"{column}/samples"] = float(len(costs))
             stats[f"{column}/mean"] = _mean(costs)
             if (form := self.objective.settings.forms.get(constraint.name)) is not None:
-                stats[f"{column}/bounded"] = bounded(form, costs, prompts)
+                stats[f"{column}/bounded"] = bounded(form, costs, draws)
             if constraint.violation_rate is None:
                 stats[f"{column}/violation_rate"] = _mean(costs > 0)
             else:

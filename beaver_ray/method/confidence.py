@@ -12,24 +12,47 @@ from beaver_ray.method.calibration import Calibration
 
 
 def safety_margin(
-    costs_B: npt.NDArray[np.floating], confidence: float, calibration: Calibration | None = None
+    costs_E: npt.NDArray[np.floating],
+    prompts_E: npt.NDArray[np.integer],
+    confidence: float,
+    calibration: Calibration | None = None,
 ) -> float:
-    """What is taken off the bound of a mean that is estimated by B `costs_B`: in their units, 0 or more.
+    """What is taken off the bound of a mean that is estimated by E `costs_E`: in their units, 0 or more.
 
     The one-sided bounds of Student's t on the error of that mean and, where costs are calibrated probabilities, on
-    that of the calibration, the mean of label less probability on the labelled answers:
+    that of the calibration, the mean of label less probability on m labelled answers:
 
-        t(confidence, B - 1) * std(costs) / sqrt(B)  +  t(confidence, m - 1) * std(label - P) / sqrt(m)
+        t(confidence, G - 1) * error(costs)  +  t(confidence, m - 1) * std(label - P) / sqrt(m)
 
-    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1. Each holds with probability
-    `confidence` by itself; that both errors are so large and point the same way is rarer. It says nothing of answers
-    that are unlike the labelled ones. Of a single answer nothing is known: infinite.
+    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1. The error is clustered by the G
+    prompts, as several answers to one tell less than as many answers to others; with one answer to each it is
+    std(costs) / sqrt(E). Each bound holds with probability `confidence` by itself; that both errors are so large and
+    point the same way is rarer. It says nothing of answers that are unlike the labelled ones. Of the answers to a
+    single prompt nothing is known: infinite.
     """
-    margin = _error_bound(float(np.std(costs_B, ddof=1)) if len(costs_B) > 1 else math.inf, len(costs_B), confidence)
+    margin = _bound(clustered_error(costs_E, prompts_E), len(np.unique(prompts_E)), confidence)
     if calibration is not None:
-        margin += _error_bound(calibration.residual_std, calibration.n, confidence)
+        margin += _bound(calibration.residual_std / math.sqrt(calibration.n), calibration.n, confidence)
     return margin
 
 
-def _error_bound(std: float, n: int, confidence: float) -> float:
-    return float(stats.t.ppf(confidence, max(n - 1, 1))) * std / math.sqrt(n)
+def _bound(error: float, n: int, confidence: float) -> float:
+    return float(stats.t.ppf(confidence, max(n - 1, 1))) * error
+
+
+def clustered_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> float:
+    """The standard error of a mean whose values are independent between clusters alone; infinite for one cluster.
+
+    Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
+    """
+    residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
+    clusters = len(residuals_G)
+    if clusters < 2:
+        return math.inf
+    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N)
+
+
+def cluster_sums(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """The sum of each cluster's values, by rising number of the cluster."""
+    _, index_N = np.unique(cluster_N, return_inverse=True)
+    return np.asarray(np.bincount(index_N, weights=values_N.astype(np.float64)), dtype=np.float64)

@@ -3,15 +3,27 @@
 A form says three things of a step's N answers, so that the multiplier, the policy and the figures mean the same: what
 the multiplier compares with the limit (`episodes`, whose mean is the bounded figure), what of it the policy is trained
 on (`per_answer`, whose policy gradient is that of the bounded figure), and how large the latter may become (`scale`).
+``groups_N`` are equal for answers that were drawn together for one prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from beaver_ray.method.advantages import FloatArray, IntArray
+
+
+class Episodes(NamedTuple):
+    """What a step is judged by, E of them."""
+
+    costs_E: FloatArray
+    log_ratios_E: FloatArray
+    """Policy to generator."""
+    answers_E: IntArray
+    """An answer that each is of, by its number."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +35,22 @@ class Form:
         """A unit of an answer's cost is at most so much of `per_answer`."""
         return 1.0
 
-    def per_answer(self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray) -> FloatArray:
+    def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """The cost [N] of each answer that the policy is trained on. weights_N: importance weights, of any mean."""
         return costs_N
 
     def episodes(
-        self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray, log_ratios_N: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        """The costs [E] whose mean is bounded, and the log-ratio [E] of policy to generator of what each is of."""
-        return self.per_answer(costs_N, prompts_N, weights_N), log_ratios_N
+        self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray, log_ratios_N: FloatArray
+    ) -> Episodes:
+        """The costs whose mean is bounded."""
+        return Episodes(self.per_answer(costs_N, groups_N, weights_N), log_ratios_N, np.arange(len(costs_N)))
 
 
 @dataclass(frozen=True)
 class Hinge(Form):
     """The mean of max(0, cost): RePO's {C(x, y)}+ (https://arxiv.org/abs/2410.19933)."""
 
-    def per_answer(self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray) -> FloatArray:
+    def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """max(0, cost)."""
         return np.maximum(costs_N, 0.0)
 
@@ -60,7 +72,7 @@ class CVaR(Form):
         """1 / (1 - level)."""
         return 1.0 / (1.0 - self.level)
 
-    def per_answer(self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray) -> FloatArray:
+    def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """nu + max(0, cost - nu) / (1 - level), nu being the quantile under the importance weights."""
         if len(costs_N) == 0:
             return costs_N
@@ -87,19 +99,20 @@ class WorstOfK(Form):
         """k."""
         return float(self.answers)
 
-    def per_answer(self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray) -> FloatArray:
+    def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """k times what the answer adds to the largest of the others; an only answer adds what it costs."""
-        worst = _Worst.of(costs_N, prompts_N)
+        worst = _Worst.of(costs_N, groups_N)
         return worst.counts_N * (worst.largest_G[worst.group_N] - worst.others_N)
 
     def episodes(
-        self, costs_N: FloatArray, prompts_N: IntArray, weights_N: FloatArray, log_ratios_N: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
+        self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray, log_ratios_N: FloatArray
+    ) -> Episodes:
         """The largest cost of each prompt's answers, and the log-ratio of these answers together."""
-        worst = _Worst.of(costs_N, prompts_N)
-        return worst.largest_G, np.bincount(worst.group_N, log_ratios_N).astype(np.float64)
+        worst = _Worst.of(costs_N, groups_N)
+        _, first_G = np.unique(groups_N, return_index=True)
+        return Episodes(worst.largest_G, np.bincount(worst.group_N, log_ratios_N).astype(np.float64), first_G)
 
-    def against_others(self, costs_N: FloatArray, prompts_N: IntArray) -> tuple[FloatArray, FloatArray]:
+    def against_others(self, costs_N: FloatArray, groups_N: IntArray) -> tuple[FloatArray, FloatArray]:
         """(k times the largest cost among the answers to the prompt, k times what may be expected of it without the
         answer), both [N].
 
@@ -107,7 +120,7 @@ class WorstOfK(Form):
         mean of the largest at the other prompts counted in by a share 1/k. Without that there would be no gradient
         where two answers are equally bad, as there often are where costs are 0 or 1.
         """
-        worst = _Worst.of(costs_N, prompts_N)
+        worst = _Worst.of(costs_N, groups_N)
         largest_N, expected_N, elsewhere = worst.largest_G[worst.group_N], worst.others_N, len(worst.largest_G) - 1
         if elsewhere > 0:
             means_N = (worst.largest_G.sum() - largest_N) / elsewhere
@@ -127,8 +140,8 @@ class _Worst:
     """The largest cost among the others of these, 0 where there are none."""
 
     @classmethod
-    def of(cls, costs_N: FloatArray, prompts_N: IntArray) -> _Worst:
-        _, group_N = np.unique(prompts_N, return_inverse=True)
+    def of(cls, costs_N: FloatArray, groups_N: IntArray) -> _Worst:
+        _, group_N = np.unique(groups_N, return_inverse=True)
         counts_G = np.bincount(group_N)
         order_N = np.lexsort((costs_N, group_N))  # by prompt, then by cost
         last_G = np.cumsum(counts_G) - 1
@@ -146,9 +159,8 @@ def make_form(text: str, answers: int) -> Form:
     return {"mean": Form(), "hinge": Hinge(), "worst_of_k": WorstOfK(answers)}[name]
 
 
-def bounded(form: Form, costs_N: FloatArray, prompts_N: IntArray) -> float:
+def bounded(form: Form, costs_N: FloatArray, groups_N: IntArray) -> float:
     """What the limit bounds, of these answers; NaN where there are none."""
     if len(costs_N) == 0:
         return float("nan")
-    costs_E, _ = form.episodes(costs_N, prompts_N, np.ones(len(costs_N)), np.zeros(len(costs_N)))
-    return float(costs_E.mean())
+    return float(form.episodes(costs_N, groups_N, np.ones(len(costs_N)), np.zeros(len(costs_N))).costs_E.mean())

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,13 @@ class Answers:
     """[T] of each signal that a critic values, by its name; none without critics."""
     inside: Mapping[str, BoolArray] = field(default_factory=dict)
     """[B] of each cost that does not count for all answers, by its name: for which it does."""
+    draws_B: IntArray | None = None
+    """Equal for answers that were drawn together, where a prompt may be drawn more than once; None where none is."""
+
+    @property
+    def groups_B(self) -> IntArray:
+        """Equal for answers that a form judges together."""
+        return self.prompts_B if self.draws_B is None else self.draws_B
 
     def cost(self, name: str) -> FloatArray:
         """The cost [B] of each answer, 0 where it does not count."""
@@ -95,6 +103,14 @@ class Advantages:
     standardised, which have no unit. In the units of `Objective.units`, as advantages and returns are."""
     history: dict[str, Moments] = field(default_factory=dict)
     """Of the scores of each signal in this step and all before it; none where rewards are taken as they are."""
+
+
+class BoundedCosts(NamedTuple):
+    """A step's costs under a limit, E of them; their mean is what the limit bounds."""
+
+    costs_E: FloatArray
+    prompts_E: IntArray
+    """The prompt that each is of."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +246,7 @@ class Objective(ABC):
         alike_B = scores_B[inside_B]
         if isinstance(form, WorstOfK):
             alike_B = self._cut(MEAN, answers.costs[signal][inside_B])
-            together_B, without_B = form.against_others(alike_B, prompts_B)
+            together_B, without_B = form.against_others(alike_B, answers.groups_B[inside_B])
             counted_B, baselines_B = counted_B + together_B, baselines_B + without_B
         advantages_B = np.zeros(len(scores_B), dtype=counted_B.dtype)
         advantages_B[inside_B] = counted_B - baselines_B
@@ -276,12 +292,12 @@ class Objective(ABC):
         """What of a signal counts."""
         return self.settings.forms.get(signal, MEAN)
 
-    def costs(self, answers: Answers) -> tuple[dict[str, FloatArray], dict[str, float]]:
+    def costs(self, answers: Answers) -> tuple[dict[str, BoundedCosts], dict[str, float]]:
         """The costs of `bounded` as the multipliers should see them, of the answers that count, by name; and figures.
 
-        Their mean is what the constraint's form bounds. Where experience may be stale they carry truncated importance
-        weights, normalised to a mean of 1: their mean is then that of the policy as it is now (self-normalised
-        importance sampling).
+        Their mean m is what the constraint's form bounds. Where experience may be stale it is that of the policy as it
+        is now, by truncated importance weights w, normalised to a mean of 1 (self-normalised importance sampling), and
+        the costs are m + w (c - m): as spread out as that estimate of m is uncertain.
         """
         log_ratios_B, figures, costs = self._log_ratios(answers), {}, {}
         weights_B, weighted = self._weights(log_ratios_B), self.settings.importance_cap is not None
@@ -289,11 +305,14 @@ class Objective(ABC):
             figures["rollout/importance_weight_mean"] = float(weights_B.mean())
         for name in self.bounded:
             inside = answers.inside.get(name, slice(None))
-            given = answers.costs[name][inside], answers.prompts_B[inside], weights_B[inside], log_ratios_B[inside]
-            costs[name], log_ratios = self.form(name).episodes(*given)
-            weights = self._weights(log_ratios)
-            if weighted and len(weights):
-                costs[name] = weights / weights.mean() * costs[name]
+            given = answers.costs[name][inside], answers.groups_B[inside], weights_B[inside], log_ratios_B[inside]
+            costs_E, log_ratios_E, answers_E = self.form(name).episodes(*given)
+            weights_E = self._weights(log_ratios_E)
+            if weighted and len(weights_E):
+                weights_E = weights_E / weights_E.mean()
+                mean = (weights_E * costs_E).mean()
+                costs_E = mean + weights_E * (costs_E - mean)
+            costs[name] = BoundedCosts(costs_E, answers.prompts_B[inside][answers_E])
         return costs, figures
 
     def _cost(self, answers: Answers, name: str) -> FloatArray:
@@ -302,7 +321,7 @@ class Objective(ABC):
             return answers.cost(name)
         inside_B, weights_B = answers.counted(name), self._weights(self._log_ratios(answers))
         costs_B = np.zeros(len(inside_B))
-        given = answers.costs[name][inside_B], answers.prompts_B[inside_B], weights_B[inside_B]
+        given = answers.costs[name][inside_B], answers.groups_B[inside_B], weights_B[inside_B]
         costs_B[inside_B] = self.form(name).per_answer(*given)
         return costs_B
 

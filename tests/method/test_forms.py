@@ -199,11 +199,14 @@ def test_a_form_in_a_scope_is_as_if_the_other_answers_were_not_there(form: Form,
     found, expected = made_of.advantages(scoped), made_of.advantages(alone)
     np.testing.assert_allclose(found.advantages["harm"][kept_T], expected.advantages["harm"], rtol=1e-12)
     assert not found.advantages["harm"][~kept_T].any()
-    seen = made_of.costs(scoped)[0]["harm"]
-    assert seen.tolist() == made_of.costs(alone)[0]["harm"].tolist()
+    seen, prompts_E = made_of.costs(scoped)[0]["harm"]
+    assert seen.tolist() == made_of.costs(alone)[0]["harm"].costs_E.tolist()
+    assert prompts_E.tolist() == ([4, 9] if isinstance(form, WorstOfK) else [4, 4, 9, 9, 9])
     assert seen.mean() == pytest.approx(bounded(form, costs_B[inside_B], answers.prompts_B[inside_B]))
     nobody = replace(scoped, inside={"harm": np.zeros(7, bool)})
-    assert made_of.costs(nobody)[0]["harm"].size == 0 and not made_of.advantages(nobody).advantages["harm"].any()
+    assert (
+        made_of.costs(nobody)[0]["harm"].costs_E.size == 0 and not made_of.advantages(nobody).advantages["harm"].any()
+    )
 
 
 def test_importance_weights() -> None:
@@ -219,16 +222,34 @@ def test_importance_weights() -> None:
     seen = {}
     for form in (Hinge(), CVaR(0.6), WorstOfK(2)):
         found, figures = objective(form, importance_cap=2.0).costs(answers)
-        seen[form], (mean,) = found["harm"].tolist(), figures.values()
+        seen[form], (mean,) = found["harm"].costs_E.tolist(), figures.values()
         assert mean == weights.mean()
-    assert seen[Hinge()] == pytest.approx(weights / weights.mean() * np.maximum(costs, 0))
+    assert seen[Hinge()] == pytest.approx(weighed(np.maximum(costs, 0), weights))
     assert np.mean(seen[CVaR(0.6)]) == pytest.approx(worst_share(costs, 0.6, weights))
     # 1.25, 4 cut at 2, and 0.125: the three prompts' worst are 3, 5 and 4.
     together = np.array([1.25, 2.0, 0.125])
-    assert seen[WorstOfK(2)] == pytest.approx(together / together.mean() * [3.0, 5.0, 4.0])
+    assert seen[WorstOfK(2)] == pytest.approx(weighed(np.array([3.0, 5.0, 4.0]), together))
     # The policy's costs have the quantile of the same weights: 3.25 of 5.375 are of costs up to 3.
     counted = objective(CVaR(0.6), importance_cap=2.0).scores(answers)["harm"]
     assert counted.tolist() == pytest.approx([3.0, 3.0, 3.0, 3.0 + 2.0 / 0.4, 3.0 + 1.0 / 0.4])
+
+
+def weighed(costs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each cost's distance from the weighted mean, by its weight."""
+    mean = np.average(costs, weights=weights)
+    return mean + weights / weights.mean() * (costs - mean)
+
+
+def test_two_draws_of_a_prompt_are_two_groups() -> None:
+    """Where steps overlap one may train on a prompt twice: the worst of 2 answers is then asked for twice."""
+    answers = replace(drawn([3, 3, 3, 3], seed=3), costs={"harm": np.array([1.0, 0.0, 0.0, 5.0])})
+    for rule in ("gae", "leave_one_out"):
+        zeros = np.zeros(len(answers.kl_terms_T))
+        made_of = objective(WorstOfK(2), advantage=rule)
+        answers = replace(answers, values={"reward": zeros, "harm": zeros}, draws_B=np.array([6, 6, 7, 7]))
+        found = made_of.costs(answers)[0]["harm"]
+        assert found.costs_E.tolist() == [1.0, 5.0] and found.prompts_E.tolist() == [3, 3]
+        assert made_of.scores(answers)["harm"].tolist() == [2.0, 0.0, 0.0, 10.0]
 
 
 def test_the_clip_is_in_units_of_an_answers_own_cost() -> None:
@@ -259,7 +280,7 @@ def test_the_mean_is_as_without_a_form_to_the_bit(rule: AdvantageRule) -> None:
     found, plain = (objective(form, advantage=rule, importance_cap=2.0) for form in (Form(), None))
     for signal, advantages in plain.advantages(answers).advantages.items():
         assert np.array_equal(found.advantages(answers).advantages[signal], advantages)
-    assert np.array_equal(found.costs(answers)[0]["harm"], plain.costs(answers)[0]["harm"])
+    assert np.array_equal(found.costs(answers)[0]["harm"].costs_E, plain.costs(answers)[0]["harm"].costs_E)
 
 
 class Answered:
@@ -305,7 +326,7 @@ class Answered:
                 values={"reward": zeros, "harm": zeros},
             )
             made = made_of.advantages(answers).advantages
-            multiplier = max(0.0, multiplier + 0.02 * (made_of.costs(answers)[0]["harm"].mean() - limit))
+            multiplier = max(0.0, multiplier + 0.02 * (made_of.costs(answers)[0]["harm"].costs_E.mean() - limit))
             advantages_B = made_of.combine(made, {"harm": multiplier})
             gradients_BV = -probabilities_GV[prompts_B]
             gradients_BV[np.arange(len(prompts_B)), chosen_B] += 1

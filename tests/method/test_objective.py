@@ -214,18 +214,32 @@ def test_costs_for_the_multipliers() -> None:
     answers = by_hand(log_ratios_T=log_ratios)
     for count in (0, 1, 2):
         costs, figures = constrained(HAND, count).costs(answers)
-        assert {name: c.tolist() for name, c in costs.items()} == {n: answers.costs[n].tolist() for n in NAMES[:count]}
+        assert {name: c.costs_E.tolist() for name, c in costs.items()} == {
+            n: answers.costs[n].tolist() for n in NAMES[:count]
+        }
         assert figures == {}
-    # Ratios 2 / 8 and 5 cut at 2, mean 9 / 8.
+    # Ratios 2 / 8 and 5 cut at 2, mean 9 / 8: weights 2 / 9 and 16 / 9. Means 478 / 9 and -31 / 9, from which each
+    # cost's distance is weighed.
     costs, figures = constrained(replace(HAND, importance_cap=2.0), 2).costs(answers)
     assert figures == {"rollout/importance_weight_mean": pytest.approx(9 / 8)}
-    np.testing.assert_allclose(costs["harm"], [-2.0 * 2 / 9, 60.0 * 16 / 9])
-    np.testing.assert_allclose(costs["leak"], [1.0 * 2 / 9, -4.0 * 16 / 9])
+    np.testing.assert_allclose(costs["harm"].costs_E, [3310 / 81, 5294 / 81])
+    np.testing.assert_allclose(costs["leak"].costs_E, [-199 / 81, -359 / 81])
+    assert costs["harm"].prompts_E.tolist() == [8, 5]
     for objective in objectives(replace(HAND, importance_cap=2.0), 2)[:2]:
         assert objective.costs(answers) == ({}, figures)
     # However far off the policy is, nothing overflows.
     costs, _ = constrained(replace(HAND, importance_cap=1e12), 1).costs(by_hand(log_ratios_T=np.array([0.0, 0.0, 1e4])))
-    assert np.isfinite(costs["harm"]).all()
+    assert np.isfinite(costs["harm"].costs_E).all()
+
+
+def test_importance_weights_are_no_spread_of_the_cost() -> None:
+    """What the multiplier's unit and the margin are made of: the spread of the costs, and not of the weights."""
+    rng = np.random.default_rng(0)
+    answers = replace(drawn(4000, seed=1), offsets=np.arange(4001), log_ratios_T=rng.normal(0, 0.3, 4000))
+    answers = replace(answers, costs={name: rng.normal(-7.0, 1.0, 4000) for name in NAMES})
+    found, _ = constrained(replace(HAND, importance_cap=2.0), 1).costs(answers)
+    assert found["harm"].costs_E.mean() == pytest.approx(-7.0, abs=0.05)
+    assert found["harm"].costs_E.std() == pytest.approx(1.0, abs=0.1)
 
 
 def test_costs_that_count_for_some_answers_by_hand() -> None:
@@ -249,7 +263,7 @@ def test_costs_that_count_for_some_answers_by_hand() -> None:
     narrow = {signal: a.astype(np.float32) for signal, a in made.advantages.items()}
     assert constrained(HAND, 2).combine(narrow, {"harm": 1.0, "leak": 3.0}, tokens).dtype == np.float32
     seen, _ = constrained(HAND, 2).costs(answers)
-    assert {name: c.tolist() for name, c in seen.items()} == {"harm": [-2.0], "leak": [-4.0]}
+    assert {name: c.costs_E.tolist() for name, c in seen.items()} == {"harm": [-2.0], "leak": [-4.0]}
     # Shaped rewards leave it out: 3 + 2 * 2, and 1 + 0.5 * 4.
     scores = RewardShaping(HAND, {"harm": 2.0, "leak": 0.5}).scores(answers)
     assert scores["reward"].tolist() == [7.0, 3.0]
@@ -262,7 +276,7 @@ def test_importance_weights_are_normalised_over_what_counts() -> None:
         inside={"harm": np.array([False, True]), "leak": np.array([False, False])},
     )
     costs, figures = constrained(replace(HAND, importance_cap=2.0), 2).costs(answers)
-    assert costs["harm"].tolist() == [60.0] and costs["leak"].tolist() == []
+    assert costs["harm"].costs_E.tolist() == [60.0] and costs["leak"].costs_E.tolist() == []
     assert figures == {"rollout/importance_weight_mean": pytest.approx(9 / 8)}
 
 

@@ -134,3 +134,18 @@ def test_held_out_answers_without_a_finite_score_are_left_out(
         f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
         in capsys.readouterr().out
     )
+    # Where the cost does not count no answer is lost by it.
+    rows = [json.loads(line) for line in (tiny_world / "prompts" / "test.jsonl").open()]
+    marked = [row | {"about": "locks" if "lock" in row["prompt"] else "others"} for row in rows]
+    (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    about_others = sum(row["about"] == "others" for row in marked)
+    config = ppo_config(
+        tiny_world,
+        workspace=str(tmp_path),
+        evaluation={"prompts": [f"prompts:1:{tmp_path}/marked.jsonl"]},
+        constraints=[harm | {"where": {"about": "others"}}],
+    )
+    summary = json.loads(evaluate(config, str(tiny_world / "model")).read_text())
+    still_lost = summary.get("unusable", 0)
+    assert still_lost < lost and summary["samples"] == 16 - still_lost
+    assert summary["cost/harm"]["n"] == about_others - still_lost

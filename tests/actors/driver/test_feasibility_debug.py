@@ -69,6 +69,12 @@ def test_answers_are_scored_as_in_a_run(one_rank: None, tiny_world: Path, tmp_pa
     np.testing.assert_array_equal(clipped.reference.rewards_B, np.clip(free.reference.rewards_B, -0.5, 0.5))
     beyond = int((np.abs(free.reference.rewards_B) > 0.5).sum())
     assert f"reward: {beyond} scores are beyond ppo.clip_score 0.5 and count as that" in clipped.remarks
+    # The hinge of a cost that is never below 0 is that cost.
+    long = {"name": "long", "model": LONG, "critic": str(tiny_world / "model"), "limit": 1.5, "form": "hinge"}
+    hinged = sampled(configured(tiny_world, tmp_path, ppo={"clip_score": None}, constraints=[long]), 12, 4)
+    np.testing.assert_array_equal(free.reference.costs_MB, hinged.reference.costs_MB)
+    careful = sampled(configured(tiny_world, tmp_path, constraints=[long | {"confidence": 0.9}]), 2, 2)
+    assert careful.remarks[0].startswith("constraints.long.confidence is left out: a run aims below the limit")
     everything = sampled(configured(tiny_world, tmp_path), 600, 1)
     assert everything.reference.counts_N.tolist() == [1] * 48, "as many prompts as there are"
 

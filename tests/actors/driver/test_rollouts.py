@@ -135,3 +135,47 @@ def test_held_out_prompts_go_beside_training(staleness: int) -> None:
         assert [row["sample_id"] for row in rows_of(held_out)] == list(range(1000 * step, 1000 * step + 30))
         assert all(row["weight_version"] == step for row in rows_of(held_out))
     assert sorted(trained) == list(range(20, 80)) and judged
+
+
+class Supply:
+    """Starts nobody, and knows whom it stopped."""
+
+    def __init__(self) -> None:
+        self.stopped: list[str] = []
+
+    def wanted(self) -> None:
+        return None
+
+    def stop(self, handle: LocalHandle) -> None:
+        self.stopped.append(handle.name)
+
+
+def test_who_is_leaving_when_the_run_rolls_back_goes_at_once() -> None:
+    supply = Supply()
+    rollouts = Rollouts(
+        group([StandIn(seed=i) for i in range(2)]),
+        8,
+        1.0,
+        RolloutSchedule(3, 1),
+        lambda step: prompts(20, step * 20),
+        lambda chunk: [],
+        supply,  # type: ignore[arg-type]
+    )
+    rollouts.gather(1)
+    rollouts.resize(1)
+    assert supply.stopped == [] and len(rollouts.workers) == 2, "its answers are still to come"
+    again = RolloutSchedule(3, 1)
+    rollouts.restart(again, lambda step: prompts(20, step * 20), prompts(0), weights(0))
+    assert supply.stopped == ["rollout-1"] and list(rollouts.workers) == list(again.generators) == ["rollout-0"]
+
+
+def test_who_is_leaving_is_not_asked_held_out_prompts() -> None:
+    generators = [StandIn(seed=i, more=(0,)) for i in range(2)]
+    schedule = RolloutSchedule(3, 1)
+    arguments: list[Any] = [lambda step: prompts(20, step * 20), lambda chunk: [], Supply()]
+    rollouts = Rollouts(group(generators), 8, 1.0, schedule, *arguments)
+    rollouts.gather(1)
+    rollouts.offer(weights(1))
+    rollouts.resize(1)
+    rollouts.collect(prompts(30, 1000), lambda chunk: [])
+    assert max(generators[0].taken) >= 1000 > max(generators[1].taken)

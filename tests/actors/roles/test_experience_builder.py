@@ -159,12 +159,13 @@ def test_costs_of_stale_samples_carry_importance_weights(tiny_world: Path) -> No
     parts = [only(batch, name) for name in ("values/reward", "values/harm", "logprobs")]
     base = batch.drop_columns(["values/reward", "values/harm", "logprobs"])
 
-    def costs(**rollout: int) -> list[float]:
+    def costs(**rollout: int) -> np.ndarray:
         config = ppo_config(tiny_world, rollout=rollout)
-        return ExperienceBuilder(config).advantages([1, 1, 1], {}, base, *parts)[0][1]["harm"]
+        return ExperienceBuilder(config).advantages([1, 1, 1], {}, base, *parts)[0][1]["harm"].costs_E
 
-    assert costs(staleness=1) == pytest.approx([-2.0 * 3 / 13, 60.0 * 12 / 13, 4.0 * 24 / 13], rel=1e-5)
-    assert costs(staleness=0) == [-2.0, 60.0, 4.0]
+    # By weights 3, 12 and 24 / 13 the mean is 270 / 13, and each cost's distance from it is weighed.
+    assert costs(staleness=1).tolist() == pytest.approx([2622 / 169, 9630 / 169, -1722 / 169], rel=1e-5)
+    assert costs(staleness=0).tolist() == [-2.0, 60.0, 4.0]
 
 
 def shaped_gae(row: dict[str, Any], score: float, values: list[float], sign: int, beta: float) -> list[float]:
@@ -362,7 +363,7 @@ def test_what_counts_for_some_prompts(tiny_world: Path) -> None:
     assert stats["cost/harm/samples"] == 3.0 and stats["cost/bias/samples"] == 0.0
     for key in ("cost/bias/mean", "cost/bias/violation_rate", "cost/bias/unsafe_share"):
         assert math.isnan(stats[key])
-    assert costs == {"harm": [3.0, -1.0, 1.0], "bias": []}
+    assert {name: found.costs_E.tolist() for name, found in costs.items()} == {"harm": [3.0, -1.0, 1.0], "bias": []}
     unscoped = ExperienceBuilder(config).advantages([], {}, batch)[1]  # without the sample whose cost is NaN
     for row in whole.to_pylist():
         if not row["scope/harm"]:
