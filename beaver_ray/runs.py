@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from beaver_ray.checkpoints import Checkpoint, Checkpoints
@@ -31,18 +32,39 @@ from beaver_ray.yaml_files import other_settings, save_config
 
 SECONDS_BETWEEN_LINES = 10.0
 LARGEST_FIGURE = 1e300
-_BEFORE_THE_FIRST_STEP = {"config.yaml", "notes.log"}
+LOCK = ".lock"
+_BEFORE_THE_FIRST_STEP = {"config.yaml", "notes.log", LOCK}
 
 
 class RunFolder:
     """The folder of one run, made at once; ``trajectories`` and ``checkpoints`` exist, ``final`` does not.
 
     Raises UserError where the folder holds a run that has finished, or one that has started where the configuration
-    does not say ``resume``. One that failed before its first step (nothing but configuration and notes) is used again.
+    does not say ``resume``, and where another process is at work on it. One that failed before its first step (nothing
+    but configuration and notes) is used again.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.folder = config.folder
+        self._lock = FileLock(self.folder / LOCK, timeout=0, thread_local=False)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is being written by another process; wait for it, or choose another name=..."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run's folder {self.folder}: {error.strerror}; set another workspace=..."
+            ) from None
+        try:
+            self._open(config)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, config: RunConfig) -> None:
         started = has_started(self.folder)
         if is_finished(self.folder):
             raise UserError(f"{self.folder} holds a finished run: choose another name=..., or delete that folder")
@@ -123,8 +145,9 @@ class RunFolder:
             progress.close()
 
     def close(self) -> None:
-        """Flush and close metrics and tracker; may be called twice."""
+        """Flush and close metrics and tracker, and leave the folder to others; may be called twice."""
         self._metrics.close()
+        self._lock.release()
         if self._tracker is not None:
             if self._config.tracker == "wandb":
                 self._tracker.finish()

@@ -71,8 +71,9 @@ def apply_overrides(
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         node: Any = tree
         *parents, last = key.strip().split(".")
-        if last in texts and isinstance(value, int | float):
-            value = text.strip()
+        written = text.strip()
+        if last in texts and (isinstance(value, int | float) or (value and written[0] not in "\"'[{")):
+            value = written  # also what stands behind " #", which would be a comment in a file
         for part in parents:
             node = _child(node, part, override)
         if isinstance(node, list):
@@ -111,7 +112,7 @@ def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
 
 def save_config(config: BaseModel, path: Path) -> None:
     """The resolved configuration as YAML that load_config reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    path.write_text(_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def other_settings(path: Path, config: BaseModel) -> list[str]:
@@ -133,11 +134,30 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 _NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool")}
 
 
+_EXPONENT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+)
+"""1e-5 is a number, as YAML 1.2 has it; PyYAML, which is of 1.1, asks for a dot and a sign."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: a text that looks like a number is quoted."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class above)
+        first: [*pairs, *([_EXPONENT] if first in "+-.0123456789" else [])]
+        for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without tags, dates, keys given twice, and without aliases that multiply a few lines to millions."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class above)
-        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+        first: [
+            *((tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"),
+            *([_EXPONENT] if first in "+-.0123456789" else []),
+        ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -226,9 +246,16 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    for index, entry in enumerate(node):
-        if part == str(index) or part == _name(entry):
-            return index
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    found = [index for index, entry in enumerate(node) if part == _name(entry)]
+    if len(found) > 1:
+        which = ", ".join(map(str, found))
+        raise UserError(
+            f"override {override!r}: {part!r} is the name of {len(found)} entries; say its number ({which})"
+        )
+    if found:
+        return found[0]
     known = [_name(entry) or str(index) for index, entry in enumerate(node)]
     raise UserError(f"override {override!r}: no entry {part!r} in the list; it has {', '.join(known) or 'none'}")
 
@@ -294,7 +321,12 @@ def _names(node: Any) -> list[str]:
 
 def as_yaml(value: Any) -> str:
     """A plain value as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    return _dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+
+
+def _dump(value: Any, **style: Any) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, **style)
+    return text
 
 
 def validated(model: type[Model], tree: Any, where: str) -> Model:

@@ -171,7 +171,11 @@ def report(
     """Write report.html: one file that opens offline."""
     from beaver_ray.report.page import write_report
 
-    print(f"report: {write_report(load_run(run_folder), run_folder)}")
+    here = run_folder.resolve()
+    stage = load_run(run_folder)
+    if stage.folder.resolve() != here:  # it was copied or moved, or is seen from another working directory
+        stage = stage.model_copy(update={"workspace": str(here.parent), "name": here.name})
+    print(f"report: {write_report(stage, run_folder)}")
 
 
 @app.command()

@@ -55,6 +55,8 @@ def parse_config(
     workspace = str(tree.get("workspace", "runs"))
     if "${" in workspace:
         raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
+    # Written in one way only, so that a folder is found in what refers to it.
+    workspace = tree["workspace"] = str(Path(workspace))
     tree = interpolate(tree, {"workspace": workspace} | dict(values or {}), where)
     name = tree.get("stage")
     if not isinstance(name, str) or name not in stages():
@@ -75,13 +77,14 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     to_stage: dict[str, list[str]] = {}
     own: list[str] = []
     for override in overrides or []:
-        first, _, rest = override.partition(".")
-        if "=" in rest and any(fnmatchcase(first, name) for name in names):
+        first, rest = _of_stage(override, names)
+        if rest:
             to_stage.setdefault(first, []).append(rest)
         else:
             own.append(override)
     try:
         pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path), _texts()))
+        pipeline.workspace = str(Path(pipeline.workspace))
     except ValidationError as error:
         foreign = any(re.split("[.=]", override)[0] not in PipelineConfig.model_fields for override in own)
         hint = f"; options of a stage begin with its file's name: {', '.join(names)}" if foreign and names else ""
@@ -90,6 +93,12 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     for entry in entries:
         file = Path(path).parent / entry.config
         settings = [f"{key}={as_yaml(value)}" for key, value in entry.set.items()]
+        for key, value in entry.set.items():
+            if isinstance(value, dict) and (beside := [name for name in entry.set if name.startswith(f"{key}.")]):
+                raise UserError(
+                    f"{path}: set of {entry.config} has {beside[0]}, and all of {key} besides; write "
+                    f"{', '.join(f'{key}.{name}' for name in value)} there too"
+                )
         own = [f"workspace={as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
         changes = [*own, *settings, *to_stage.get(file.stem, [])]
         configs.append(parse_config(read_yaml(file, _texts()), changes, str(file), entry.values))
@@ -98,6 +107,18 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         name = lost[0]
         raise UserError(f"override {name}.{to_stage[name][0]}: no stage is called {name!r}{near(name, files)}")
     return pipeline, configs
+
+
+def _of_stage(override: str, names: list[str]) -> tuple[str, str]:
+    """The stage's file that an override begins with, and the rest of it; empty where it is the pipeline's own."""
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    found = [count for count in range(1, len(parts)) if ".".join(parts[:count]) in names]
+    if not found and parts[0] not in PipelineConfig.model_fields and any(fnmatchcase(parts[0], n) for n in names):
+        found = [1] if len(parts) > 1 else []
+    if not found or not equals:
+        return "", ""
+    return ".".join(parts[: found[-1]]), f"{'.'.join(parts[found[-1] :])}={value}"
 
 
 def _stage_names(tree: dict[str, Any]) -> list[str]:

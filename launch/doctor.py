@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from beaver_ray.errors import UserError
+from beaver_ray.gpus import on_this_machine
 from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -35,6 +36,8 @@ def examine(config: Path | None, overrides: Sequence[str], address: str | None) 
 
     stages, made = read_stages(config, overrides) if config else ([], [])
     workspace = Path(stages[-1].workspace) if stages else Path()
+    if address is None:
+        stages = [on_this_machine(stage) for stage in stages]
     with joined(address) as (resources, cluster_checks):
         checks = machine_checks(workspace) + cluster_checks + stage_checks(stages, made, resources)
         findings = {name: run(check) for name, check in checks}

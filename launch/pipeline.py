@@ -20,19 +20,25 @@ from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import other_settings
 from launch.config_files import load_pipeline, load_run
 
+OPTIONS = "options.json"
+"""Beside a small world: what it was built with."""
+
 
 def run_pipeline(path: Path, overrides: list[str]) -> Path:
     """Run a pipeline's stages and return the last one's report.
 
     Raises UserError, before anything runs, for configurations that are wrong, for a stage that was started
     with another configuration or was broken off, and for a complete stage that builds on one that has yet
-    to run.
+    to run, or on a small world that has yet to be built.
     """
     pipeline, stages = load_pipeline(path, overrides)
     complete = [is_complete(stage) for stage in stages]
     _check_order(stages, complete)
     if pipeline.world is not None:
-        build_world(Path(pipeline.workspace) / "world", pipeline.world)
+        world = Path(pipeline.workspace) / "world"
+        if not _is_built(world):
+            _check_made_from(world, "be built", stages, complete)
+        build_world(world, pipeline.world)
     rounds = [entry.round for entry in pipeline.entries]
     for number, (stage, done) in enumerate(zip(stages, complete, strict=True), start=1):
         title = f"[{number}/{len(stages)}] {stage.stage}: {stage.folder}"
@@ -105,8 +111,8 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
     # All options with their defaults, so that a world of older defaults is not taken for this one.
     resolved = world.model_dump(mode="json") | sizes | {k: v for k, v in options.items() if k in sizes}
     text = json.dumps(resolved, indent=2) + "\n"
-    record = folder / "options.json"
-    if (folder / "world.json").is_file() and record.is_file():
+    record = folder / OPTIONS
+    if _is_built(folder):
         if record.read_bytes() == text.encode():
             print(f"small world: {folder} is complete, skipped", flush=True)
             return
@@ -115,6 +121,10 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build(folder, world, **{key: value for key, value in options.items() if key in sizes})
     record.write_text(text, encoding="utf-8")
+
+
+def _is_built(world: Path) -> bool:
+    return (world / "world.json").is_file() and (world / OPTIONS).is_file()
 
 
 def is_complete(config: Stage) -> bool:
@@ -140,12 +150,18 @@ def _check_order(stages: list[Stage], complete: list[bool]) -> None:
     for number, stage in enumerate(stages):
         if stage.folder in folders[:number]:
             raise UserError(f"two stages write to {stage.folder}: give them different names")
-        for earlier, done in zip(stages[:number], complete, strict=False):
-            if complete[number] and not done and _mentions(stage, earlier.folder):
-                raise UserError(
-                    f"{stage.folder} was made from an earlier {earlier.folder}, which would run anew: "
-                    f"delete {stage.folder}, or set another workspace"
-                )
+        if not complete[number]:
+            _check_made_from(stage.folder, "run", stages[number + 1 :], complete[number + 1 :])
+
+
+def _check_made_from(folder: Path, what: str, stages: list[Stage], complete: list[bool]) -> None:
+    """UserError for a complete one of ``stages`` that was made from what would anew be in ``folder``."""
+    for stage, done in zip(stages, complete, strict=True):
+        if done and _mentions(stage, folder):
+            raise UserError(
+                f"{stage.folder} was made from an earlier {folder}, which would {what} anew: "
+                f"delete {stage.folder}, or set another workspace"
+            )
 
 
 def _mentions(config: BaseModel, folder: Path) -> bool:

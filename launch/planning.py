@@ -120,6 +120,7 @@ class Plan:
 
     def table(self) -> Table:
         """The plan for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"Plan for {self.resources.name}", title_justify="left", show_footer=True)
@@ -145,16 +146,16 @@ class Plan:
             bundles = "" if r.group in seen else str(len(self.groups[r.group]))
             seen.add(r.group)
             table.add_row(
-                r.name,
+                escape(r.name),
                 str(r.processes),
-                r.group,
+                escape(r.group),
                 bundles,
                 f"{r.cpus:g}",
                 f"{r.gpus:g}",
                 "" if r.model is None else "?" if r.parameters is None else _count(r.parameters),
                 f"{r.host_gib:.1f}",
                 f"{r.gpu_gib:.1f}" if r.gpu_gib else "",
-                r.model or "",
+                escape(r.model or ""),
             )
         return table
 

@@ -67,6 +67,8 @@ def submit(
         job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=environment, submission_id=name)
     except RuntimeError as error:
         raise UserError(f"the cluster at {address} does not take the job: {_last_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"lost {address} while the job was sent ({type(error).__name__}); submit it again") from None
     print(f"job {job}: {shlex.join(entrypoint)}", flush=True)
     if not wait:
         print(how_to_look(job, address))

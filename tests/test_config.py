@@ -16,7 +16,7 @@ from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.template_options import TemplateOptions
-from beaver_ray.yaml_files import save_config
+from beaver_ray.yaml_files import as_yaml, save_config, yaml_value
 from launch.config_files import load_config, load_pipeline, parse_config
 from launch.option_list import leaves
 
@@ -131,6 +131,8 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
         assert safe_ppo(f"name={text}").name == text
         assert safe_ppo(f"constraints.harm.model={text}").constraints[0].model == text
     assert safe_ppo("cluster.placement.policy.group=3").cluster.of("policy").group == "3"
+    # In a file " #" begins a comment, on a command line nobody means one.
+    assert safe_ppo("name=run #3").name == "run #3" and safe_ppo("name='run' # 3").name == "run"
     assert safe_ppo("seed=23").seed == 23 and safe_ppo("models.reference=null").models.reference is None
     file = tmp_path / "f.yaml"
     file.write_text("stage: sft\nname: 1.10\nworkspace: 2024\nmodel: 7\ntrain: [d]\nseed: 7\nepochs: 3\n")
@@ -249,9 +251,22 @@ def test_overrides_by_dots_name_and_number() -> None:
     assert SAFE_PPO["constraints"][0]["limit"] == 0.0  # the tree itself is left alone
 
 
+def test_a_name_that_two_entries_have(tmp_path: Path) -> None:
+    tree = {"stage": "sft", "name": "n", "model": "m", "train": ["a:1:/x", "a:1:/y", {"name": "0"}]}
+    with pytest.raises(UserError, match=r"'a' is the name of 2 entries; say its number \(0, 1\)"):
+        parse_config(tree, ["train.a.proportion=0.5"], "f.yaml")
+    config = parse_config(tree, ["train.1.proportion=0.5", "train.0.proportion=0.25"], "f.yaml")
+    assert isinstance(config, TrainerStage)
+    assert [entry if isinstance(entry, str) else entry.proportion for entry in config.train] == [0.25, 0.5, 1.0]
+
+
 def test_numbers_in_scientific_notation() -> None:
     """YAML 1.1 reads 1e-5, without a dot, as a string."""
     assert safe_ppo("policy.learning_rate=1e-5").policy.learning_rate == 1e-5
+    found = yaml_value("[1e-5, -2E3, .5e1, 1.e+2, 1e, e5, 0x1e5, '1e5', a1e5]")
+    assert found == [1e-5, -2000.0, 5.0, 100.0, "1e", "e5", 0x1E5, "1e5", "a1e5"]
+    # What is text stays text on its way through a file or a command line.
+    assert yaml_value(as_yaml(["1e5", 1e5])) == ["1e5", 1e5]
 
 
 def test_saved_is_loaded(tmp_path: Path) -> None:
@@ -302,6 +317,40 @@ def test_pipeline(tmp_path: Path) -> None:
     assert isinstance(sft, TrainerStage) and isinstance(ppo, PolicyStage)
     assert (sft.epochs, sft.model, sft.folder) == (1, "v/world/model", Path("v/warm"))
     assert (ppo.steps, ppo.models.policy) == (20, "v/sft/final/policy")
+
+
+def test_a_workspace_is_written_in_one_way(tmp_path: Path) -> None:
+    for workspace in ("/tmp/w/", "/tmp//w", "/tmp/./w"):
+        pipeline, (sft, ppo) = load_pipeline(write_pipeline(tmp_path), [f"workspace={workspace}"])
+        assert pipeline.workspace == sft.workspace == "/tmp/w"
+        assert isinstance(ppo, PolicyStage) and ppo.models.policy == "/tmp/w/sft/final/policy"
+    assert safe_ppo("workspace=/tmp/w/").models.policy == safe_ppo("workspace=/tmp/w").models.policy
+
+
+def test_overrides_of_stages_whose_names_have_dots(tmp_path: Path) -> None:
+    path = write_pipeline(
+        tmp_path, stages=[{"config": "sft.yaml"}, {"config": "sft.v2.yaml"}, {"config": "world.yaml"}]
+    )
+    for name in ("sft.v2", "world"):
+        (tmp_path / f"{name}.yaml").write_text(
+            (tmp_path / "sft.yaml").read_text().replace("name: sft", f"name: {name}")
+        )
+    pipeline, stages = load_pipeline(path, ["sft.v2.epochs=3", "sft.epochs=5", "world.epochs=7"])
+    assert [stage.epochs for stage in stages] == [5, 3, 7]  # type: ignore[attr-defined]
+    assert pipeline.world == {"seed": 1}
+    # A file that is another in each round may be called anything, but not what the pipeline has itself.
+    rounds = [{"each_round": [{"config": "${which}.yaml"}]}]
+    path = write_pipeline(tmp_path, stages=rounds, by_round={"which": ["sft"]})
+    pipeline, (stage,) = load_pipeline(path, ["world.seed=2", "sft.epochs=4"])
+    assert pipeline.world == {"seed": 2} and stage.epochs == 4  # type: ignore[attr-defined]
+
+
+def test_a_section_and_a_part_of_it_under_set(tmp_path: Path) -> None:
+    stages = [{"config": "sft.yaml", "set": {"optimizer.learning_rate": 1e-4}}]
+    with pytest.raises(
+        UserError, match=r"sft.yaml has optimizer.learning_rate, and all of optimizer besides; write opt"
+    ):
+        load_pipeline(write_pipeline(tmp_path, stages=stages), ["stages.0.set.optimizer.schedule=linear"])
 
 
 def test_bad_pipelines(tmp_path: Path) -> None:

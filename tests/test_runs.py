@@ -73,6 +73,19 @@ def test_started_and_finished_runs_are_not_overwritten(tmp_path: Path) -> None:
     assert read_metrics(run.folder) == [{"step": 1, "loss": 1.0}]
 
 
+def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path)) as run:
+        run.log(1, {"loss": 1.0})
+        again = config(tmp_path).model_copy(update={"resume": True})
+        with pytest.raises(UserError, match=r"one is being written by another process; wait for it, or choose another"):
+            RunFolder(again)
+        assert read_metrics(run.folder) == [{"step": 1, "loss": 1.0}]
+    RunFolder(again).close()
+    with pytest.raises(UserError, match="holds a run that was started"):
+        RunFolder(config(tmp_path))
+    RunFolder(again).close()  # who was refused holds nothing
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the run's folder .*workspace="):

@@ -17,6 +17,14 @@ from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.small_world.build import build
 from beaver_ray.small_world.world import SmallWorld
 
+ROLLOUT = {"prompts_per_step": 16, "max_new_tokens": 8, "max_sequences": 8, "kv_cache_gib": 0.1}
+PPO = {"minibatches": 2, "kl_coefficient": 0.02}
+CRITIC_FREE = {
+    "rollout": ROLLOUT | {"prompts_per_step": 8, "samples_per_prompt": 2},
+    "ppo": PPO | {"advantage": "leave_one_out"},
+}
+"""As many samples a step without critics, where a test is of something else: each is a process that takes seconds to
+start."""
 CALIBRATION = ["PKU-SafeRLHF:1:${workspace}/world/preferences/test.jsonl"]
 
 
@@ -65,13 +73,8 @@ def write_stage(folder: Path, **changes: Any) -> Path:
             {"name": "leak", "model": "${workspace}/leak", "limit": 0.0, "multiplier": {"initial": 1.0}},
         ],
         "data": {"prompts": ["prompts:1:${workspace}/world/prompts/train.jsonl"], "max_prompt_tokens": 32},
-        "rollout": {
-            "prompts_per_step": 16,
-            "max_new_tokens": 8,
-            "max_sequences": 8,
-            "kv_cache_gib": 0.1,
-        },
-        "ppo": {"minibatches": 2, "kl_coefficient": 0.02},
+        "rollout": ROLLOUT,
+        "ppo": PPO,
         "policy": {"learning_rate": 3e-3},
         "engine": {"micro_batch_tokens": 256, "dtype": "float32"},
     }

@@ -129,12 +129,13 @@ class Feasibility:
 
     def table(self) -> Table:
         """The figures for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         found, figures = self.study, self.figures()
         prompts, samples = figures["prompts"], figures["samples"]
         title = f"{self.name}: {samples:,} answers of {self.policy} to {prompts:,} prompts"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
         columns = ("limit", "as sampled", "without limits", "at the limits", "multiplier", "lowest of a run", "lowest")
         table.add_column("mean", overflow="fold")
         for column in columns:

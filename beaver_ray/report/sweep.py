@@ -50,6 +50,8 @@ class Row:
     seeds: int
     mean: dict[str, float]
     deviation: dict[str, float]
+    runs: dict[str, int]
+    """How many have each figure: one that is not valid, or not defined, is none."""
 
 
 def run_figures(folder: Path) -> dict[str, float]:
@@ -97,10 +99,10 @@ class SweepReport:
 
     @cached_property
     def names(self) -> list[str]:
-        """The figures that all runs have, without sizes that are the same for all."""
-        common = [name for name in self.runs[0].figures if all(name in run.figures for run in self.runs)]
+        """The figures that a run has, without sizes that are the same for all."""
+        found = dict.fromkeys(name for run in self.runs for name in run.figures)
         same = {name for name in SIZES if len({run.figures.get(name) for run in self.runs}) == 1}
-        return [name for name in common if name not in same]
+        return [name for name in found if name not in same]
 
     @cached_property
     def is_curve(self) -> bool:
@@ -118,7 +120,8 @@ class SweepReport:
         if not self.is_curve:
             return {}
         rows = np.array([run.figures[ROWS] for run in self.runs])
-        figures = {name: np.array([run.figures[name] for run in self.runs]) for name in self._held_out()}
+        everywhere = [name for name in self._held_out() if all(name in run.figures for run in self.runs)]
+        figures = {name: np.array([run.figures[name] for run in self.runs]) for name in everywhere}
         found = {name: fit_power_law(rows, values) for name, values in figures.items()}
         return {name: law for name, law in found.items() if law is not None}
 
@@ -181,12 +184,16 @@ class SweepReport:
         return [name for name in self.names if name not in (*SIZES, "time/elapsed")]
 
     def _cells(self, row: Row) -> list[str]:
-        figures = [
-            f"{row.mean[name]:,.4g}" + (f" ± {row.deviation[name]:.2g}" if row.deviation.get(name) else "")
-            if name not in SIZES[:2]
-            else f"{row.mean[name]:,.0f}"
-            for name in self.names
-        ]
+        figures = []
+        for name in self.names:
+            if name not in row.mean:
+                figures.append("-")
+            elif name in SIZES[:2]:
+                figures.append(f"{row.mean[name]:,.0f}")
+            else:
+                spread = f" ± {row.deviation[name]:.2g}" if row.deviation.get(name) else ""
+                some = f" ({row.runs[name]} of {row.seeds})" if row.runs[name] < row.seeds else ""
+                figures.append(f"{row.mean[name]:,.4g}{spread}{some}")
         return [*(shown(row.values[key]) for key in self.keys), str(row.seeds), *figures]
 
     def _charts(self) -> list[Chart]:
@@ -220,10 +227,10 @@ class SweepReport:
         found: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
         seeds = {run.seed for run in self.runs}
         if len(self.keys) == 1 and 1 < len(seeds) <= SEEDS_DRAWN:
-            for run in self.runs:
+            for run in (run for run in self.runs if name in run.figures):
                 found.setdefault(f"seed {run.seed}", []).append((run.values, run.figures[name]))
             return found
-        for row in self.rows:
+        for row in (row for row in self.rows if name in row.mean):
             others = ", ".join(f"{key} {shown(row.values[key])}" for key in self.keys[1:])
             label = others or ("mean of the seeds" if len(seeds) > 1 else "one run")
             found.setdefault(label, []).append((row.values, row.mean[name]))
@@ -236,10 +243,11 @@ def shown(value: Any) -> str:
 
 
 def _row(runs: Sequence[SweptRun]) -> Row:
-    names = [name for name in runs[0].figures if all(name in run.figures for run in runs)]
-    found = {name: np.array([run.figures[name] for run in runs]) for name in names}
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    found = {name: np.array([run.figures[name] for run in runs if name in run.figures]) for name in names}
+    mean = {name: float(values.mean()) for name, values in found.items()}
     deviation = {name: float(values.std(ddof=1)) for name, values in found.items() if len(values) > 1}
-    return Row(runs[0].values, len(runs), {name: float(values.mean()) for name, values in found.items()}, deviation)
+    return Row(runs[0].values, len(runs), mean, deviation, {name: len(values) for name, values in found.items()})
 
 
 def _at(x: np.ndarray, figures: Mapping[float, float]) -> np.ndarray:

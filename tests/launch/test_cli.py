@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from beaver_ray.runs import RunFolder
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
-from launch.config_files import load_config
+from launch.config_files import load_config, parse_config
 from tests.actors.support import ppo_config
 
 StageFile = Callable[..., Path]
@@ -194,6 +195,21 @@ def test_report(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> No
     code, out, _ = run(capsys, "report", folder.folder)
     assert code == 0 and out == f"report: {folder.folder / 'report.html'}\n"
     assert (folder.folder / "report.html").is_file()
+
+
+def test_a_report_of_a_copy_is_of_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the run's own folder is gone, or is named by a working directory that is another one now."""
+    tree = {"stage": "multiple_choice", "workspace": str(tmp_path), "name": "one", "policy": "p"}
+    config = parse_config(tree | {"questions": {"q": "q.json"}}, [], "f.yaml")
+    with RunFolder(config) as folder:
+        folder.log(1, {"loss": 1.0})
+        folder.final.mkdir()
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    for name, mean in (("one", 0.25), ("copy", 0.75)):
+        figures = {"q/mc1": {"mean": mean, "low": 0.0, "high": 1.0, "n": 4}}
+        (tmp_path / name / "final" / "multiple_choice.json").write_text(json.dumps(figures))
+        assert run(capsys, "report", tmp_path / name)[0] == 0
+        assert f"{mean:.1%}" in (tmp_path / name / "report.html").read_text()
 
 
 def test_a_second_run_of_one_name(stage_file: StageFile, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,19 @@ def test_a_complete_stage_on_top_of_one_that_would_run_anew(pipeline: Path) -> N
         run_pipeline(pipeline, [])
 
 
+def test_a_complete_stage_on_top_of_a_world_that_would_be_built_anew(stage_file: StageFile, tmp_path: Path) -> None:
+    stage_file("sft", name="sft", train=["supervised:1:${workspace}/world/supervised/train.jsonl"])
+    path = tmp_path / "pipeline.yaml"
+    tree = {"workspace": str(tmp_path / "w"), "world": {"seed": 7}, "stages": [{"config": "sft.yaml"}]}
+    path.write_text(yaml.safe_dump(tree))
+    _, (sft,) = load_pipeline(path)
+    finish(sft)
+    for workspace in (tmp_path / "w", f"{tmp_path}/w/"):
+        with pytest.raises(UserError, match=r"sft was made from an earlier .*world, which would be built anew: delete"):
+            run_pipeline(path, [f"workspace={workspace}"])
+    assert not (tmp_path / "w" / "world").exists()
+
+
 def test_two_stages_in_one_folder(pipeline: Path) -> None:
     with pytest.raises(UserError, match=r"two stages write to .*sft: give them different names"):
         run_pipeline(pipeline, ["cost_model.name=sft"])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beaver_ray.config import DIRECT_WEIGHTS, EngineConfig
@@ -158,6 +161,14 @@ def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:
     assert made.cpus == 7 + 2 * 1.5 and made.gpus == 0
     assert made.host_gib == pytest.approx(sum(r.host_gib for r in made.roles) + rows["policy"].host_gib)
     assert made.groups["scorers"] == [(2.0, 0.0)] and made.groups["policy"] == [(1.5, 0.0)] * 2
+
+
+def test_folders_in_brackets_are_shown_as_they_are(tmp_path: Path, stage_file: StageFile) -> None:
+    path = stage_file("sft")
+    shutil.copytree(tmp_path / "model", tmp_path / "m[v2]")
+    made = plan(load_config(path, [f"model={tmp_path}/m[v2]"]), ROOMY)
+    (console := Console(file=StringIO(), width=400)).print(made.table())
+    assert f"{tmp_path}/m[v2]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_what_supervised_trainers_hold_by_hand(stage_file: StageFile) -> None:

@@ -236,6 +236,20 @@ def test_what_is_a_curve() -> None:
     assert "k: 0 ${workspace}/a_b_c, 1 ${workspace}/&lt;d&gt;" in svg(chart), "no formula, and no tag"
 
 
+def test_a_figure_that_some_runs_lack() -> None:
+    """Of what is not valid in a run the others still have a mean, which says of how many it is."""
+    report = runs_of({1: [0.5, 0.7], 2: [0.6, 0.8], 3: [0.1, 0.2]}, key="k")
+    for run in report.runs[1:4]:
+        run.figures["eval/pgr"] = 10 * run.figures["eval/accuracy"]
+    assert report.names == ["eval/accuracy", "eval/pgr"]
+    cells = [report._cells(row)[-1] for row in report.rows]
+    assert cells == ["7 (1 of 2)", "7 ± 1.4", "-"]
+    _, pgr = report._charts()
+    lines = {series.label: series.y.tolist() for series in pgr.panels[0].series}
+    seed_0, seed_1 = lines["seed 0"], lines["seed 1"]
+    assert np.isnan([seed_0[0], seed_0[2], seed_1[2]]).all() and [seed_0[1], *seed_1[:2]] == [6.0, 7.0, 8.0]
+
+
 def test_which_figures_of_a_run(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "eval/accuracy": 0.7, "eval/pairs": 10, "time/elapsed": 1.0, ROWS: 5},

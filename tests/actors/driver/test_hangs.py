@@ -29,19 +29,19 @@ from launch.config_files import load_config
 from tests.tiny_ppo import build_workspace, write_stage
 
 DEADLINE_S = 8.0
-ROLES = ["rollout", "reward", "cost-harm", "reference", "policy", "critic-reward", "critic-harm", "experience"]
+ROLES = ["rollout", "reward", "reference", "policy", "critic-reward", "experience"]
 
 
 @pytest.fixture(scope="module")
 def recovery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recovery]:
     """A running system of one process for each role, with a checkpoint after its first step."""
-    placement = {kind: {"cpus": 0.25} for kind in ("rollout", "reward", "cost", "reference", "policy", "reward_critic")}
-    placement |= {"cost_critic": {"cpus": 0.25}, "experience": {"cpus": 0.1}}
-    path = write_stage(build_workspace(tmp_path_factory.mktemp("hangs")), steps=100, trajectory_every=0)
+    placement = {kind: {"cpus": 0.25} for kind in ("rollout", "reward", "reference", "policy", "reward_critic")}
+    placement |= {"experience": {"cpus": 0.1}}
+    folder = build_workspace(tmp_path_factory.mktemp("hangs"))
+    path = write_stage(folder, stage="ppo", constraints=[], steps=100, trajectory_every=0)
     config = load_config(path)
     assert isinstance(config, PolicyStage)
     config.cluster = config.cluster.model_validate({"placement": placement, "threads": 1, "step_timeout": 300.0})
-    config.constraints = config.constraints[:1]
     tokenizer = load_tokenizer(config.models.policy)
     prompts = PromptDataset.build(load_mix(config.data.prompts)[0], tokenizer, 32, "auto")
     cluster = Cluster(config.cluster, {role.name: role.kind for role in config.roles()})

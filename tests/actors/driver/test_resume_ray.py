@@ -28,7 +28,8 @@ def start(stage: Path, *overrides: str) -> subprocess.Popen[bytes]:
 def test_a_killed_and_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     build_workspace(tmp_path)
     constraint = {"name": "harm", "model": "${workspace}/harm", "limit": 0.0, "multiplier": {"initial": 1.0}}
-    changes = {"constraints": [constraint], "steps": 5, "save_every": 2}
+    models = {"policy": "${workspace}/world/model", "reward": "${workspace}/reward", "shared_critic": True}
+    changes = {"constraints": [constraint], "models": models, "steps": 5, "save_every": 2}
     whole, cut = (write_stage(tmp_path, name=name, **changes) for name in ("whole", "cut"))
     assert start(whole).wait() == 0
     run = start(cut)

@@ -27,7 +27,7 @@ from launch.config_files import load_config
 from tests.actors.blind_generator import OverConfidentGenerator
 from tests.actors.light_roles import BlindPublisher, BlindReader, Publisher, Reader
 from tests.actors.support import ppo_config
-from tests.tiny_ppo import build_workspace, write_stage
+from tests.tiny_ppo import CRITIC_FREE, build_workspace, write_stage
 
 PART = 2**18  # numbers in a bucket
 
@@ -159,10 +159,10 @@ def test_a_run_whose_weights_go_direct_where_they_can(
 
     monkeypatch.setattr("actors.driver.loop.publish", announced)
     monkeypatch.setattr("actors.driver.recovery.publish", announced)
-    placement = {role: {"cpus": 0.1} for role in ("reward", "reference", "reward_critic", "experience")}
+    placement = {role: {"cpus": 0.1} for role in ("reward", "reference", "experience")}
     placement |= {"rollout": {"cpus": 0.5}, "policy": {"cpus": 0.5}}
     stage = {"stage": "ppo", "constraints": [], "steps": 4, "cluster": {"placement": placement}}
-    path = write_stage(build_workspace(tmp_path), **stage)
+    path = write_stage(build_workspace(tmp_path), **stage, **CRITIC_FREE)
     metrics = read_metrics(train(load_config(path)))
     assert len(metrics) == 4
     assert way in capsys.readouterr().out
