@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.yaml_files import other_settings
+from launch.config_files import load_config
+
 CONFIGS = Path(__file__).parent.parent / "configs" / "local"
 SPENT = "spent.json"
 TARGET = 0.1
@@ -23,12 +26,19 @@ STAGES: dict[str, dict[str, Any]] = {
 """What a run of Safe PPO builds on, as entries of a pipeline."""
 
 
-def study_options(doc: str | None, name: str, workspace: str, seeds: Sequence[int] | None) -> argparse.ArgumentParser:
-    """The options that every study has; ``seeds`` are the default ones, None where a study has none."""
+def study_options(
+    doc: str | None, name: str, workspace: str, seeds: Sequence[int] | None, jobs: bool = True
+) -> argparse.ArgumentParser:
+    """The options that every study has; ``seeds`` are the default ones, None where a study has none.
+
+    jobs: whether seeds may run side by side. Threads share torch's random numbers, so that a study which trains in its
+    own process goes through them one by one.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if seeds is not None:
         parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    if jobs:
+        parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--workspace", type=Path, default=Path(workspace))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"{name}.json")
     return parser
@@ -63,11 +73,17 @@ def last_fifth(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def trained(workspace: Path, name: str, seed: int, recipe: Path, settings: Sequence[str]) -> dict[str, float]:
-    """Run ``recipe`` in debug mode, unless the run is there already; what it took, as `launch` says it."""
+    """Run ``recipe`` in debug mode, unless the run is there already; what it took, as `launch` says it.
+
+    Ends the study where what is there is a run of other settings.
+    """
     folder = workspace / name
-    if not (folder / "final").is_dir():
-        common = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true"]
-        spent = launch("train", str(recipe), *common, *settings)
+    settings = [f"workspace={workspace}", f"name={name}", f"seed={seed}", "debug=true", *settings]
+    if (folder / "final").is_dir():
+        if other := other_settings(folder / "config.yaml", load_config(recipe, list(settings))):
+            raise SystemExit(f"{folder} has other settings ({', '.join(other)}): delete it, or set another --workspace")
+    else:
+        spent = launch("train", str(recipe), *settings)
         (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
     found: dict[str, float] = json.loads((folder / SPENT).read_text(encoding="utf-8"))
     return found

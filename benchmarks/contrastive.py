@@ -107,13 +107,19 @@ def judge(model: Path, world: Path) -> dict[str, float]:
 
 
 def verdicts(seeds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Means over seeds, and what of PASS has come true."""
+    """Means over seeds, and what of PASS has come true; of arms that are finished on a seed that has a base."""
+    seeds = {seed: arms for seed, arms in seeds.items() if "base" in arms}
+    if not seeds:
+        return {}
     names = list(next(iter(seeds.values()))["base"])
     means, passed = {}, {}
     for arm in ARMS:
-        found = [arms[arm] for arms in seeds.values() if arm in arms]
+        if not (found := [arms[arm] for arms in seeds.values() if arm in arms]):
+            continue
         means[arm] = {name: mean(one[name] for one in found) for name in names} | {"seeds": len(found)}
     for what, (arm, figure, change) in PASS.items():
+        if arm not in means:
+            continue
         moved = mean(arms[arm][figure] - arms["base"][figure] for arms in seeds.values() if arm in arms)
         passed[what] = {"change": moved, "pass": moved <= change if figure == "features/cosine" else moved >= change}
     return {"means": means, "passed": passed, "pass": all(one["pass"] for one in passed.values())}

@@ -1,11 +1,12 @@
-"""What the best policy under a learned reward model is worth by the truth: what no training on that model can pass.
+"""What the best mixture of well-formed answers under a learned reward model is worth by the truth.
 
     python benchmarks/learned_optimum.py runs/benchmark/seed_0 runs/benchmark/seed_1
 
 Each folder is a workspace with `world/` and `reward_model/`, as benchmarks/small_world.py leaves. The best policy is
 the solution of the linear program of the world (violation rate 0.1 by the truth) with learned rewards, of answers that
 have a safe or a dangerous word at every step; it is then judged by the true rewards. `share` is that over the
-constrained optimum.
+constrained optimum. Refusals, shorter answers and words out of place, which a policy may find and a learned reward
+overrate, are not among the answers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ round, or not. A case that is in the workspace already is not computed again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,17 +188,24 @@ def joined(first: Pairs, second: Pairs) -> Pairs:
     return Pairs(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in columns))
 
 
+def whole_seeds(by: Mapping[tuple[str, int], Any], arms: Sequence[str]) -> list[int]:
+    """The seeds that have all of these arms, where only what is there is written."""
+    return sorted(seed for seed in {seed for _, seed in by} if all((arm, seed) in by for arm in arms))
+
+
 def gains_over_vanilla(rows: list[dict[str, Any]], key: str, arms: Sequence[str]) -> dict[str, list[float]]:
     """By how much a figure of each arm exceeds vanilla's on the moderate shift, seed by seed."""
     by = {(row["arm"], row["seed"]): row[key] for row in rows if row["tilt"] == MODERATE}
-    seeds = sorted({seed for _, seed in by})
+    seeds = whole_seeds(by, arms)
     return {arm: [round(by[arm, s] - by["vanilla", s], 4) for s in seeds] for arm in arms if arm != "vanilla"}
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The pass marks, on the moderate shift."""
     by = {(row["arm"], row["seed"]): row for row in rows if row["tilt"] == MODERATE}
-    seeds = sorted({seed for _, seed in by})
+    seeds = whole_seeds(by, ARMS[MODERATE])
+    if not seeds:
+        return {}
     gains = gains_over_vanilla(rows, "accuracy_shifted", ARMS[MODERATE])
     mean = {arm: float(np.mean(found)) for arm, found in gains.items()}
     wide = [by["joint", s]["spread_shifted"] / by["vanilla", s]["spread_shifted"] for s in seeds]

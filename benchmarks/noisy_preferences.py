@@ -13,7 +13,6 @@ the workspace. Losses, strength and treatment are the project's own.
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def verdicts(seeds: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str
 
 def main() -> None:
     """Study each seed that is not there yet, and write one JSON file."""
-    options = study_options(__doc__, "noisy_preferences", "runs/noisy", range(3)).parse_args()
+    options = study_options(__doc__, "noisy_preferences", "runs/noisy", range(3), jobs=False).parse_args()
     torch.set_num_threads(1)
     options.workspace.mkdir(parents=True, exist_ok=True)
 
@@ -134,8 +133,7 @@ def main() -> None:
             file.write_text(json.dumps(study(seed)), encoding="utf-8")
         return json.loads(file.read_text(encoding="utf-8"))
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        seeds = dict(zip(map(str, options.seeds), pool.map(kept, options.seeds), strict=True))
+    seeds = {str(seed): kept(seed) for seed in options.seeds}
     means, marks = verdicts(seeds)
     sizes = {"pairs": PAIRS, "tests": TESTS, "noise": NOISE, "members": MEMBERS, "folds": 2, "epochs": EPOCHS}
     command = f"python benchmarks/noisy_preferences.py --seeds {' '.join(seeds)}"

@@ -18,7 +18,7 @@ the question's own words, in order.
   corrupted, all kept  the same without filters
   follow, then align   verbose answers first, without rules; the model trained on these then answers behind the rules
 
-Rows that are there already are not measured again.
+Stages that are complete are not run again; their rows are measured anew.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
     figures = {"seeds": figures.get("seeds", {})}
-    command = "python benchmarks/self_align.py --seeds 0 1 2"
+    seeds = " ".join(map(str, options.seeds))
+    command = f"python benchmarks/self_align.py --seeds {seeds} --steps {options.steps}"
     figures["tokens"] = len(tokenizer())
     figures["chance"] = round(1 / KINDS, 4)
     for seed in options.seeds:

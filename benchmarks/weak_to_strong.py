@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,11 +287,10 @@ def schedules(steps: int = 100) -> dict[str, list[float]]:
 
 def main() -> None:
     """Study each seed that is not there yet, and write one JSON file."""
-    options = study_options(__doc__, "weak_to_strong", "runs/w2s", range(4)).parse_args()
+    options = study_options(__doc__, "weak_to_strong", "runs/w2s", range(4), jobs=False).parse_args()
     torch.set_num_threads(1)
     root = options.workspace.resolve()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        seeds = dict(zip(map(str, options.seeds), pool.map(lambda s: study(root, s), options.seeds), strict=True))
+    seeds = {str(seed): study(root, seed) for seed in options.seeds}
     means, marks = verdicts(seeds)
     sizes = {"unlabelled": UNLABELLED, "rows_each": ROWS, "tests": TESTS, "topics": TOPICS, "known_words": KNOWN}
     command = f"python benchmarks/weak_to_strong.py --seeds {' '.join(seeds)}"

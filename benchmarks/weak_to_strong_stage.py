@@ -12,7 +12,6 @@ What the quick loop found is read from weak_to_strong.json. Complete runs are sk
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,9 @@ def beside(seeds: dict[str, dict[str, Any]], loop: dict[str, dict[str, Any]]) ->
 
 def main() -> None:
     """Run the stage for each seed, and write one JSON file."""
-    options = study_options(__doc__, "weak_to_strong_stage", "runs/w2s", range(4)).parse_args()
+    options = study_options(__doc__, "weak_to_strong_stage", "runs/w2s", range(4), jobs=False).parse_args()
     root = options.workspace.resolve()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        seeds = dict(zip(map(str, options.seeds), pool.map(lambda s: study(root, s), options.seeds), strict=True))
+    seeds = {str(seed): study(root, seed) for seed in options.seeds}
     loop = json.loads((Path(__file__).parent / "weak_to_strong.json").read_text(encoding="utf-8"))["seeds"]
     students_beside = beside(seeds, loop)
     command = f"python benchmarks/weak_to_strong_stage.py --seeds {' '.join(seeds)}"
