@@ -50,17 +50,17 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            self._open(config)
         except Timeout:
             raise UserError(
                 f"{self.folder} is being written by another process; wait for it, or choose another name=..."
             ) from None
         except OSError as error:
+            self._lock.release()
             raise UserError(
                 f"cannot write the run's folder {self.folder}: {error.strerror}; set another workspace=..."
             ) from None
-        try:
-            self._open(config)
-        except BaseException:
+        except UserError:
             self._lock.release()
             raise
 
@@ -76,18 +76,13 @@ class RunFolder:
         self.trajectories = self.folder / "trajectories"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.final = self.folder / "final"
-        try:
-            self.trajectories.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.folder.mkdir(exist_ok=True)
-            changes = other_settings(self.folder / "config.yaml", config) if started else []
-            # However it came to its end, the run is that of this configuration.
-            save_config(config.model_copy(update={"resume": False}), self.folder / "config.yaml")
-            if not started:
-                (self.folder / "notes.log").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run's folder {self.folder}: {error.strerror}; set another workspace=..."
-            ) from None
+        self.trajectories.mkdir(exist_ok=True)
+        self.checkpoints.folder.mkdir(exist_ok=True)
+        changes = other_settings(self.folder / "config.yaml", config) if started else []
+        # However it came to its end, the run is that of this configuration.
+        save_config(config.model_copy(update={"resume": False}), self.folder / "config.yaml")
+        if not started:
+            (self.folder / "notes.log").unlink(missing_ok=True)
         self._config = config
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._tracker: Any = None
