@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import cache
 from itertools import takewhile
 from typing import TypeVar
 
 from beaver_ray.config import Placement
+from beaver_ray.errors import first_line
 from beaver_ray.stage import Stage
 
 MICRO_BATCH_TOKENS = 16_384
@@ -22,15 +24,27 @@ def visible_gpus() -> list[float]:
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except FileNotFoundError:
         return []
-    sizes = [float(line) / 1024 for line in answer.stdout.split()] if answer.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _say_once(f"nvidia-smi cannot be asked ({first_line(error)}): no GPU is counted")
+        return []
+    if answer.returncode != 0:
+        said = " ".join((answer.stdout or answer.stderr).split())
+        _say_once(f"nvidia-smi failed ({said[:200]}): no GPU is counted")
+        return []
+    sizes = [float(line) / 1024 for line in answer.stdout.split()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return sizes
     # CUDA ends its list at the first that is no device: "-1" hides all.
     names = takewhile(lambda name: name and not name.startswith("-"), map(str.strip, visible.split(",")))
     return sizes[: len(list(names))]
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def on_this_machine(config: AnyStage) -> AnyStage:

@@ -250,7 +250,11 @@ class Chat:
             yield "(stopped)"
         elif not answer.ended:
             yield f"(cut after {answer.tokens} tokens)"
-        scores = self.judges.scores(turns, answer, self.system)
+        try:
+            scores = self.judges.scores(turns, answer, self.system)
+        except UserError as error:  # a service that is away, or the dialogue is too long for a scorer
+            yield str(error)
+            return
         if scores:
             yield "  ".join(_score(name, value) for name, value in scores.items())
 

@@ -12,8 +12,9 @@ the last evaluation asks it. The small world's answers are short: Ray is told to
 them, so that they lie on their generator's node as long ones would; and at times the node goes before anybody has read
 them.
 
-The run must reach its end. Then every prompt must have been trained on exactly once an epoch in the steps that count,
-and the log must name every rollback; with a small world the final violation rate must be within its bar.
+The run must reach its end. Then every prompt must have been trained on exactly once an epoch in the steps that count
+(how often the log says what became of whom is printed); with a small world the final violation rate must be within its
+bar.
 """
 
 from __future__ import annotations

@@ -85,16 +85,18 @@ def test_a_writer_that_is_killed_leaves_whole_ones_only(tmp_path: Path, moment: 
     write(checkpoints, 1)
     child = os.fork()
     if child == 0:
-        if moment == "before the rename":
-            Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
-        if moment == "pruning":
-            # The folder of step 1 is about to be deleted.
-            os.unlink = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
-        with checkpoints.writing(2, {"step": 2}) as folder:
-            (folder / "half").write_text("a")
-            if moment == "filling":
-                os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(0)
+        try:
+            if moment == "before the rename":
+                Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+            if moment == "pruning":
+                # The folder of step 1 is about to be deleted.
+                os.unlink = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+            with checkpoints.writing(2, {"step": 2}) as folder:
+                (folder / "half").write_text("a")
+                if moment == "filling":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # whatever happens, the tests go on in the parent alone
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert steps(checkpoints) == ([2] if moment == "pruning" else [1])
     write(checkpoints, 3)

@@ -43,7 +43,7 @@ def test_an_adapter_needs_no_reference() -> None:
 
 
 def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A driver that says what an H100's says.
     driver = tmp_path / "nvidia-smi"
@@ -59,6 +59,12 @@ def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(
         assert on_this_machine(config) == config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == [] and on_this_machine(load_config(local)) == load_config(local)
+    driver.write_text("#!/bin/sh\necho it cannot reach the driver\nexit 9\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == [] and visible_gpus() == []
+    said = "nvidia-smi failed (it cannot reach the driver): no GPU is counted\n"
+    assert capsys.readouterr().out.count(said) == 1, "a machine without a GPU may have the program, and says so once"
+    driver.write_text("#!/bin/sh\necho 81559\n")
     for devices, seen in (("-1", 0), ("0, -1,1", 1), ("GPU-8932f937", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
         assert len(visible_gpus()) == seen

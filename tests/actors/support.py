@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,29 +43,40 @@ class Ranks:
     """Processes of one process group; `run` calls a module's function on all of them at once."""
 
     def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
         # Forked from one server that has imported all that is slow to import, and nothing else.
         context, port = mp.get_context("forkserver"), free_port()
         context.set_forkserver_preload(["actors.machine.engine", "transformers.models.llama.modeling_llama"])
-        pipes = [context.Pipe() for _ in range(world)]
+        pipes = [context.Pipe() for _ in range(self.world)]
         self.pipes = [parent for parent, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world, port, child), daemon=True)
+            context.Process(target=_serve, args=(rank, self.world, port, child), daemon=True)
             for rank, (_, child) in enumerate(pipes)
         ]
         for process in self.processes:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
-        """``function(rank, *args)`` of every rank, in their order; AssertionError with the trace of one that failed."""
+        """``function(rank, *args)`` of every rank, in their order; AssertionError with the trace of one that failed.
+
+        Ranks that do not answer are ended, and started anew with the next call: a late answer is none to that.
+        """
+        if not self.processes:
+            self._start()
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = []
+        answers, deadline = [], time.monotonic() + timeout_s
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(timeout_s):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.close()
                 raise AssertionError(f"rank {rank} did not answer {function.__name__} within {timeout_s} s")
             answers.append(pipe.recv())
         for rank, (ok, value) in enumerate(answers):
             if not ok:
+                self.close()  # the other may be in an exchange with it
                 raise AssertionError(f"rank {rank}: {value}")
         return [value for _, value in answers]
 
@@ -73,6 +85,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self.processes = []
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:

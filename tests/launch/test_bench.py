@@ -237,7 +237,8 @@ MASK = [[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]
 
 
 @pytest.fixture
-def loop(workspace: Path) -> PublishedLoop:
+def loop(workspace: Path) -> Iterator[PublishedLoop]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     settings = Settings(kl_coefficient=0.3, limit=-0.5, multiplier=0.7, policy_rate=0.0, critic_rate=0.0)
     made = published_loop.load(workspace, torch.float32, settings)
@@ -247,7 +248,8 @@ def loop(workspace: Path) -> PublishedLoop:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return made
+    yield made
+    torch.set_num_threads(threads)
 
 
 def literal(model: Any, scores: bool) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], stage_file: StageFile)
     (port,) = free_ports(1)
     code, out, _ = run(capsys, "doctor", stage_file(), "--address", f"127.0.0.1:{port}")
     assert code == 1 and f"fail  cluster: no Ray cluster answers at 127.0.0.1:{port}" in out
-    assert "pass  one: room" in out or "fail  one: tokenizers" in out
+    assert "fail  one: tokenizers" in out
     assert run(capsys, "doctor", stage_file(), "steps=none")[0] == 2
 
 

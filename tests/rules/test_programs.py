@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,11 +24,11 @@ ADD = "Here you are:\n```python\ndef add(a, b):\n    return a + b\n```\nThat add
 ADDS = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'", "assert add(1, 1) == 3"]
 
 
+@cache
 def has_namespaces() -> bool:
-    try:
-        return passes_tests(["p"], ["x = 1"], tests=["assert x"]) == [1.0]
-    except ValueError:
-        return False
+    """Asked of the kernel, and not of the code under test."""
+    apart = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--fork", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(apart, capture_output=True).returncode == 0
 
 
 @pytest.fixture(params=[False, True], ids=["guard", "namespaces"])
@@ -113,21 +119,31 @@ def test_memory_files_and_output_are_limited(namespaces: bool, tmp_path: Path) -
 
 def test_no_process_no_network_no_secret(namespaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with serving() as port:
         for test in (
             f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)",
             f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}', timeout=2)",
-            "import os\nwhile True: os.fork()",
+            "import os\npid = os.fork()\nif pid == 0: os._exit(0)",
             "import subprocess; subprocess.run(['true'])",
-            "import os; os.system('true') and 1 / 0; raise SystemExit",
+            "import os; assert os.system('true') == 0",
             "import threading; threading.Thread(target=print).start()",
             "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join(); assert p.exitcode == 0",
-            "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
             "import os; assert 'HF_TOKEN' in os.environ",
             "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (50, 50))",
         ):
+            assert subprocess.run([sys.executable, "-c", test]).returncode == 0, f"{test}: can be done outside"
             assert passed("x = 1", test, namespaces=namespaces) == 0.0, test
+        killer = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
+        assert passed("x = 1", killer, namespaces=namespaces) == 0.0
+
+
+@contextmanager
+def serving() -> Iterator[int]:
+    """The port of a server of this machine that answers every request."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def test_namespaces_hold_without_the_guard() -> None:
@@ -135,14 +151,19 @@ def test_namespaces_hold_without_the_guard() -> None:
     if not has_namespaces():
         pytest.skip("the kernel gives no namespaces here")
     folder = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    with serving() as port:
+        connect = (
+            "import struct\ns = libc.socket(2, 1, 0)\naddress = struct.pack('<H', 2)"
+            f" + struct.pack('>H', {port}) + bytes([127, 0, 0, 1]) + bytes(8)\nassert libc.connect(s, address, 16) == 0"
+        )
+        assert subprocess.run([sys.executable, "-c", folder + connect]).returncode == 0, "outside it can be reached"
+        assert passed(folder, connect, namespaces=True) == 0.0
     for test in (
         "assert libc.open(b'/tmp/program-was-here', 0o101, 0o600) >= 0",
         "assert libc.fork() >= 0",
         "assert libc.mount(b'tmpfs', b'/mnt', b'tmpfs', 0, None) == 0",
         "assert libc.unshare(0x10000000) == 0 and libc.mount(None, b'/', None, 32 | 4096 & ~1, None) == 0"
         " and libc.open(b'/tmp/program-was-here', 0o101, 0o600) >= 0",
-        "import struct\ns = libc.socket(2, 1, 0)\naddress = struct.pack('<H', 2) + struct.pack('>H', 9)"
-        " + bytes([192, 0, 2, 1]) + bytes(8)\nassert libc.connect(s, address, 16) == 0",
     ):
         assert passed(folder, test, namespaces=True) == 0.0, test
     assert not Path("/tmp/program-was-here").exists()

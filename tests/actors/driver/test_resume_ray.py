@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,17 @@ ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def start(stage: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """`beaver-ray train` in a process of its own."""
+@contextmanager
+def started(stage: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`beaver-ray train` in a process of its own, of which nothing is left behind."""
     command = [sys.executable, "-m", "launch", "train", str(stage), *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    try:
+        yield run
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # the driver, and every process of its cluster
+        run.wait()
 
 
 @pytest.mark.timeout(900)
@@ -31,14 +40,14 @@ def test_a_killed_and_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     models = {"policy": "${workspace}/world/model", "reward": "${workspace}/reward", "shared_critic": True}
     changes = {"constraints": [constraint], "models": models, "steps": 5, "save_every": 2}
     whole, cut = (write_stage(tmp_path, name=name, **changes) for name in ("whole", "cut"))
-    assert start(whole).wait() == 0
-    run = start(cut)
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-        assert run.poll() is None
-        time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGKILL)  # the driver, and every process of its cluster
-    run.wait()
-    assert start(cut, "resume=true").wait() == 0
+    with started(whole) as run:
+        assert run.wait(400) == 0
+    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 400
+    with started(cut) as run:
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    with started(cut, "resume=true") as run:
+        assert run.wait(400) == 0
     assert "resumed after step" in (tmp_path / "cut" / "notes.log").read_text()
     assert_same(tmp_path / "whole", tmp_path / "cut")

@@ -498,3 +498,18 @@ def test_sync_is_the_generators_time(
     # A version is taken in with the prompts of the step after it.
     assert loaded and [row["time/sync"] for row in metrics][-2:] == loaded[-2:]
     assert all(0 < row["time/sync"] < row["time/generate"] for row in metrics[-2:])
+
+
+def test_the_guard_stops_a_run_with_a_checkpoint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Which complaint it was does not matter: answers that are all cut are one of the first step."""
+    sections = {"workspace": str(tmp_path), "steps": 3, "save_every": 0}
+    config = ppo_config(tiny_world, **sections, guard={"action": "stop"})
+    said = r"step 1: 100% of the answers were cut .*; stopped with a checkpoint \(guard.action=stop\)"
+    with pytest.raises(UserError, match=said):
+        train(config)
+    folder = config.folder
+    assert [row["step"] for row in read_metrics(folder)] == [1] and (folder / "checkpoints" / "step_1").is_dir()
+    assert not (folder / "final").exists()
+    train(ppo_config(tiny_world, **sections).model_copy(update={"resume": True}))
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3] and (folder / "final" / "policy").is_dir()
+    assert "resumed after step 1" in (folder / "notes.log").read_text()

@@ -29,6 +29,7 @@ from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.timeout(900)
 EXPECTED_KEYS = """
     step time/elapsed time/step time/generate time/score time/train time/sync reward/mean cost/harm/mean cost/harm/limit
     cost/harm/violation_rate cost/leak/mean cost/leak/limit cost/leak/violation_rate multiplier/harm multiplier/leak
@@ -125,7 +126,9 @@ def elastic(tmp_path_factory: pytest.TempPathFactory, address: str) -> Iterator[
         if wanted := {3: 3, 8: 1}.get(step):
             command = f"-m launch scale --run elastic --rollouts {wanted} --address {address}"
             subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=Path(__file__).parents[3])
+            deadline = time.monotonic() + 240
             while len(rollouts.workers) != wanted:
+                assert time.monotonic() < deadline, f"{len(rollouts.workers)} generators, {wanted} were ordered"
                 time.sleep(0.2)
                 rollouts.serve()
         return gather(rollouts, step)

@@ -19,6 +19,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.multiple_choice import LISTED, read_questions
+from beaver_ray.report.page import write_report
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from launch.planning import plan
 from tests.actors.judging_service import judging, shown
@@ -76,8 +77,8 @@ def test_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
     assert figures["truthful/mc1"]["chance"] == np.mean([1 / len(q.sets["mc1"].texts) for q in questions])
     assert figures["truthful/mc1"]["mean"] == np.mean([row["sets"]["mc1"]["value"] for row in truthful])
     assert figures["hhh/choice"]["n"] == len(hhh) and "same_in_all_orders" in figures["hhh/choice"]
-    page = (run / "report.html").read_text() if (run / "report.html").is_file() else ""
-    assert not page or "chance" in page
+    page = write_report(config, run).read_text()
+    assert "chance" in page and f"{figures['truthful/mc1']['mean']:.1%}" in page
     assert any(line.startswith("truthful/mc2: ") for line in config.headlines())
 
 
