@@ -23,6 +23,7 @@ from actors.roles.micro_batches import minibatches
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
 from beaver_ray.errors import UserError
+from beaver_ray.method.objective import BoundedCosts
 from tests.actors.support import (
     LiteralScoreModel,
     gradients_of,
@@ -83,7 +84,7 @@ def own(row: dict[str, Any], name: str) -> list[float]:
     return [value for value, written in zip(row[name], row["loss_mask"], strict=True) if written]
 
 
-def built(config: Any, batch: pa.RecordBatch) -> tuple[dict[str, Any], dict[str, list[float]], pa.RecordBatch]:
+def built(config: Any, batch: pa.RecordBatch) -> tuple[dict[str, Any], dict[str, BoundedCosts], pa.RecordBatch]:
     """(figures, costs for the multipliers, batch with advantages) of `ExperienceBuilder`."""
     given = ("values/reward", "values/harm", "logprobs")
     parts = [batch.select(["sample_id", name]) for name in given]
@@ -143,8 +144,9 @@ def test_the_builder_skips_holes(tiny_world: Path) -> None:
     weights = [min(math.exp(sum(p) - sum(r)), 2.0) for p, r in zip(policy, rollout, strict=True)]
     mean = sum(weights) / 17
     assert stats["rollout/importance_weight_mean"] == pytest.approx(mean)
-    expected_costs = [w / mean * row["cost/harm"] for w, row in zip(weights, rows, strict=True)]
-    assert costs["harm"] == pytest.approx(expected_costs, rel=1e-5)
+    cost = sum(w * row["cost/harm"] for w, row in zip(weights, rows, strict=True)) / sum(weights)
+    expected = [cost + w / mean * (row["cost/harm"] - cost) for w, row in zip(weights, rows, strict=True)]
+    assert costs["harm"].costs_E.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_hole_by_hand(tiny_world: Path) -> None:
@@ -378,6 +380,8 @@ def test_a_mask_without_holes_changes_nothing(one_rank: None, tiny_world: Path) 
     bare = with_columns(bare, 6, **scores, **noise)
     mask = [[True] * int(n) for n in experience.lengths(bare, "response_tokens")]
     whole, masked = (built(config, batch) for batch in (bare, with_columns(bare, loss_mask=mask)))
-    assert whole[:2] == masked[:2] and masked[2].select(whole[2].schema.names).equals(whole[2])
+    assert whole[0] == masked[0] and masked[2].select(whole[2].schema.names).equals(whole[2])
     (figures, gradients), (same, others) = (trained(config, batch) for batch in (whole[2], masked[2]))
+    for (costs_E, _), (others_E, _) in zip(whole[1].values(), masked[1].values(), strict=True):
+        assert np.array_equal(costs_E, others_E)
     assert figures == same and all(torch.equal(gradients[name], others[name]) for name in gradients)
