@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from beaver_ray.method.confidence import cluster_sums, clustered_error
+from beaver_ray.method.confidence import cluster_sums, mean_bound
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
@@ -116,10 +116,9 @@ def mean_interval(
 ) -> dict[str, Any]:
     """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N]."""
     mean = float(np.mean(values, dtype=np.float64))
-    clusters = len(np.unique(cluster))
-    if clusters < 2:
+    half = mean_bound(values, cluster, UPPER)
+    if math.isinf(half):
         return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    half = float(stats.t.ppf(UPPER, clusters - 1)) * clustered_error(values, cluster)
     return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.stages import stages
-from beaver_ray.config import PipelineConfig
+from beaver_ray.config import PipelineConfig, StageEntry
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.stage import Stage
@@ -92,13 +92,8 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
     configs, entries = [], pipeline.entries
     for entry in entries:
         file = Path(path).parent / entry.config
+        _check_sections(entry, path)
         settings = [f"{key}={as_yaml(value)}" for key, value in entry.set.items()]
-        for key, value in entry.set.items():
-            if isinstance(value, dict) and (beside := [name for name in entry.set if name.startswith(f"{key}.")]):
-                raise UserError(
-                    f"{path}: set of {entry.config} has {beside[0]}, and all of {key} besides; write "
-                    f"{', '.join(f'{key}.{name}' for name in value)} there too"
-                )
         own = [f"workspace={as_yaml(pipeline.workspace)}", *(["resume=true"] if pipeline.resume else [])]
         changes = [*own, *settings, *to_stage.get(file.stem, [])]
         configs.append(parse_config(read_yaml(file, _texts()), changes, str(file), entry.values))
@@ -107,6 +102,16 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         name = lost[0]
         raise UserError(f"override {name}.{to_stage[name][0]}: no stage is called {name!r}{near(name, files)}")
     return pipeline, configs
+
+
+def _check_sections(entry: StageEntry, path: str | Path) -> None:
+    """UserError where ``set`` has a section and parts of it: the section's value would put the parts back."""
+    for key, value in entry.set.items():
+        if isinstance(value, dict) and (beside := [name for name in entry.set if name.startswith(f"{key}.")]):
+            raise UserError(
+                f"{path}: set of {entry.config} has {beside[0]}, and all of {key} besides; write "
+                f"{', '.join(f'{key}.{name}' for name in value)} there too"
+            )
 
 
 def _of_stage(override: str, names: list[str]) -> tuple[str, str]:

@@ -147,7 +147,8 @@ class Rollouts:
         What the generators are at work on is dropped, and answers to earlier calls are passed over. Who was to leave
         goes at once.
         """
-        leaving = [name for name in self.workers if self.schedule.generators[name].leaving]
+        for worker in [w for name, w in self.workers.items() if self.schedule.generators[name].leaving]:
+            self._dismiss(worker)
         for name, worker in self.workers.items():
             busy = [*worker.to_drop, *self.schedule.generators[name].in_flight, *worker.held_out]
             self.workers[name] = self._hungry[name] = Worker(worker.handle, version=-1, to_drop=busy)
@@ -156,8 +157,6 @@ class Rollouts:
         self.unreadable, self._taken = False, None
         self.prompts, self.chunks, self.generated_tokens = {}, [], 0
         self._remember(pending)
-        for name in leaving:
-            self._dismiss(self.workers[name])
 
     def join(self, handle: Handle) -> None:
         """Add a generator; it loads the newest weights with its first prompts."""

@@ -218,12 +218,7 @@ class TrainingEngine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        saved = {
-            "position": position,
-            "random": random_state(),
-            "kept_as": self.kept_as,
-            "trained": self.trained,
-        }
+        saved = {"position": position, "random": random_state(), "kept_as": self.kept_as, "trained": self.trained}
         self.files.save(saved, f"{folder}/rank_{self.rank}.pt")
         failed = torch.tensor([float(self.files.error is not None)], device=self.device)
         dist.all_reduce(failed)

@@ -30,26 +30,28 @@ def safety_margin(
     point the same way is rarer. It says nothing of answers that are unlike the labelled ones. Of the answers to a
     single prompt nothing is known: infinite.
     """
-    margin = _bound(clustered_error(costs_E, prompts_E), len(np.unique(prompts_E)), confidence)
+    margin = mean_bound(costs_E, prompts_E, confidence)
     if calibration is not None:
-        margin += _bound(calibration.residual_std / math.sqrt(calibration.n), calibration.n, confidence)
+        margin += _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
     return margin
 
 
-def _bound(error: float, n: int, confidence: float) -> float:
-    return float(stats.t.ppf(confidence, max(n - 1, 1))) * error
+def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
+    """How far a mean's true value may lie above it, at most with probability ``confidence``; infinite for one cluster.
 
-
-def clustered_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> float:
-    """The standard error of a mean whose values are independent between clusters alone; infinite for one cluster.
-
-    Sandwich variance with the G / (G - 1) correction; for equal clusters it is that of the clusters' means.
+    By Student's t, of values that are independent between clusters alone: sandwich variance with the G / (G - 1)
+    correction, which for equal clusters is that of the clusters' means.
     """
     residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
     clusters = len(residuals_G)
     if clusters < 2:
         return math.inf
-    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N)
+    error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N)
+    return _t(confidence, clusters) * error
+
+
+def _t(confidence: float, n: int) -> float:
+    return float(stats.t.ppf(confidence, max(n - 1, 1)))
 
 
 def cluster_sums(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -109,8 +109,7 @@ class WorstOfK(Form):
     ) -> Episodes:
         """The largest cost of each prompt's answers, and the log-ratio of these answers together."""
         worst = _Worst.of(costs_N, groups_N)
-        _, first_G = np.unique(groups_N, return_index=True)
-        return Episodes(worst.largest_G, np.bincount(worst.group_N, log_ratios_N).astype(np.float64), first_G)
+        return Episodes(worst.largest_G, np.bincount(worst.group_N, log_ratios_N).astype(np.float64), worst.answer_G)
 
     def against_others(self, costs_N: FloatArray, groups_N: IntArray) -> tuple[FloatArray, FloatArray]:
         """(k times the largest cost among the answers to the prompt, k times what may be expected of it without the
@@ -134,6 +133,8 @@ class _Worst:
     """Which of the G prompts an answer is to, by rising number."""
     largest_G: FloatArray
     """The largest cost among the answers to each."""
+    answer_G: IntArray
+    """The number of an answer that costs it."""
     counts_N: IntArray
     """Answers to the same prompt, this one among them."""
     others_N: FloatArray
@@ -145,10 +146,11 @@ class _Worst:
         counts_G = np.bincount(group_N)
         order_N = np.lexsort((costs_N, group_N))  # by prompt, then by cost
         last_G = np.cumsum(counts_G) - 1
-        largest_G = costs_N[order_N[last_G]]
+        answer_G = order_N[last_G]
+        largest_G = costs_N[answer_G]
         others_N = largest_G[group_N]
-        others_N[order_N[last_G]] = np.where(counts_G > 1, costs_N[order_N[last_G - 1]], 0.0)
-        return cls(group_N, largest_G, counts_G[group_N], others_N)
+        others_N[answer_G] = np.where(counts_G > 1, costs_N[order_N[last_G - 1]], 0.0)
+        return cls(group_N, largest_G, answer_G, counts_G[group_N], others_N)
 
 
 def make_form(text: str, answers: int) -> Form:

@@ -27,6 +27,7 @@ from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
 from beaver_ray import experience
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
 
 EOS = 2
@@ -99,6 +100,14 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send((True, function(rank, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The figures of a run that do not depend on how fast it was."""
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
 
 
 def disturb_folder(folder: Path, scale: float = 0.15, seed: int = 0) -> None:

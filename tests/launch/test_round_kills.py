@@ -18,8 +18,9 @@ import yaml
 import beaver_ray.manifest as manifest
 import launch.pipeline as pipeline
 from actors.stages import generate
-from beaver_ray.runs import RunFolder, read_metrics
+from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage
+from tests.actors.support import untimed
 
 STAGES = ("generate", "label", "reward", "cost", "policy")
 KILLS = [*[(f"round_1/{name}", "within") for name in STAGES], *[(f"round_2/{name}", "behind") for name in STAGES]]
@@ -28,7 +29,6 @@ PRELOADED = [
     *("actors.roles.hf_generator", "actors.roles.trainer", "beaver_ray.data.survey", "beaver_ray.report.page"),
     *("beaver_ray.report.policy", "launch.planning", "transformers.models.llama.modeling_llama"),
 ]
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
 
 def rounds(world: Path, folder: Path) -> Path:
@@ -153,6 +153,5 @@ def test_killed_at_every_stage_and_gone_on(go_on: Callable[..., int | None], tin
         made = [folder / f"round_{number}" / "manifest.json" for folder in (whole, workspace)]
         assert made[0].read_bytes() == made[1].read_bytes()
         for name in STAGES:
-            runs = [read_metrics(folder / f"round_{number}" / name) for folder in (whole, workspace)]
-            first, second = ([{k: v for k, v in r.items() if not k.startswith(TIMED)} for r in rows] for rows in runs)
+            first, second = (untimed(folder / f"round_{number}" / name) for folder in (whole, workspace))
             assert first == second and first, name

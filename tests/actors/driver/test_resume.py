@@ -18,13 +18,12 @@ from actors.driver.trainer_stage import TrainerStage
 from actors.machine import engine
 from actors.stages import stages
 from beaver_ray.errors import UserError
-from beaver_ray.runs import RunFolder, read_metrics
+from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage
-from tests.actors.support import ppo_config
+from tests.actors.support import ppo_config, untimed
 from tests.test_checkpoints import files_of_at_most
 
 STEPS = 6
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 
 
 def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
@@ -89,12 +88,8 @@ def killed(stage: Stage, moment: str, step: int) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
-
-
 def assert_same(one: Path, other: Path) -> None:
-    assert figures(one) == figures(other)
+    assert untimed(one) == untimed(other)
     for path in (one / "final").rglob("*.safetensors"):
         tensors, others = load_file(path), load_file(other / path.relative_to(one))
         assert all(torch.equal(tensors[name], others[name]) for name in tensors)
@@ -124,7 +119,7 @@ def test_a_resumed_run_is_the_whole_run(
     folder = train(stage.model_copy(update={"resume": True}))
     assert (f"resumed after step {step}" if step else "no checkpoint to resume from") in capsys.readouterr().out
     assert_same(whole, folder)
-    assert [("policy/loss" in row, row["unit/reward"] > 0) for row in figures(folder)] == [(False, True)] * 2 + [
+    assert [("policy/loss" in row, row["unit/reward"] > 0) for row in untimed(folder)] == [(False, True)] * 2 + [
         (True, True)
     ] * (STEPS - 2)
 

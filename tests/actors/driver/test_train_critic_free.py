@@ -19,9 +19,8 @@ from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_metrics
 from beaver_ray.user_code import ALLOWED_CODE
 from tests.actors.driver.interruption import break_off
-from tests.actors.support import ppo_config
+from tests.actors.support import ppo_config, untimed
 
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
 LENGTHS = "def lengths(prompts, responses):\n    return [len(response) / 10 - 2 for response in responses]\n"
 
 
@@ -44,10 +43,6 @@ def config(world: Path, workspace: Path, stage: str, cost: str, rule: str, **cha
         "trajectory_every": 1,
     }
     return ppo_config(world, stage, **(sections | changes))
-
-
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
 
 
 def literal(rows: list[dict[str, Any]], name: str, sign: int) -> list[float]:

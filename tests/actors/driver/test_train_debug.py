@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
@@ -17,15 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.evaluate import evaluate
 from actors.driver.policy_stage import PolicyStage
-from actors.driver.recovery import Recovery
-from actors.driver.rollouts import Rollouts
 from actors.driver.train import train
 from actors.driver.trainer_stage import TrainerStage
-from actors.driver.training_state import TrainingState
-from actors.machine.waits import WorkerDiedError
-from actors.roles.experience_builder import ExperienceBuilder
-from actors.roles.hf_generator import HFGenerator
-from actors.roles.policy import PolicyTrainer
 from actors.stages import stages
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.errors import UserError
@@ -34,11 +26,8 @@ from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.stage import Stage
-from beaver_ray.weights import PublishedWeights
 from tests.actors.scoring_service import serving
-from tests.actors.support import EOS, LiteralScoreModel, ppo_config, spoilt
-
-TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
+from tests.actors.support import EOS, LiteralScoreModel, ppo_config, untimed
 
 
 def supervised(world: Path, workspace: Path, stage: str, **changes: Any) -> TrainerStage:
@@ -100,10 +89,6 @@ def ppo(world: Path, trained: Path, workspace: Path, stage: str, **changes: Any)
         "trajectory_every": 2,
     }
     return ppo_config(world, stage, **(sections | changes))
-
-
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
 
 
 def test_supervised_stages_leave_models_that_load(trained: Path) -> None:
@@ -389,127 +374,3 @@ def test_lora_learns_and_leaves_a_merged_policy(
     # Judged by learned scorers, which need no reference.
     summary = json.loads(evaluate(config, str(final)).read_text())  # type: ignore[arg-type]
     assert summary["judged_by"].startswith("learned") and summary["reward"]["mean"] > rewards[0]
-
-
-def test_a_short_last_step_is_trained_and_said_also_after_resume(
-    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 10 of the published code."""
-    # 48 prompts, 45 a step: the second step has 3 for 5 minibatches.
-    changes = {"steps": 2, "rollout": {"prompts_per_step": 45}, "ppo": {"minibatches": 5}, "save_every": 1}
-    config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
-    states: list[TrainingState] = []
-    monkeypatch.setattr(TrainingState, "__init__", remembering(states, TrainingState.__init__))
-    update = PolicyTrainer.update
-
-    @functools.wraps(update)
-    def break_off(self: PolicyTrainer, batch: Any, step: int, *more: Any) -> dict[str, float]:
-        if step == 2 and len(states) == 1:
-            raise KeyboardInterrupt
-        return update(self, batch, step, *more)
-
-    monkeypatch.setattr(PolicyTrainer, "update", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    folder = train(config.model_copy(update={"resume": True}))
-    assert [row["policy/skipped_updates"] for row in read_metrics(folder)] == [0.0, 0.0]
-    notes = (folder / "notes.log").read_text()
-    assert "step 2 has 3 sample(s), fewer than ppo.minibatches (5): each makes one optimizer step" in notes
-    # Nothing of what was trained on is remembered.
-    assert not states[-1].prompts.prompt_of
-
-
-def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
-    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The experience builder dies twice in the second step, when the multipliers have seen the costs already.
-
-    Fault 9 of the published code.
-    """
-    undisturbed = train(ppo_config(tiny_world, name="undisturbed", workspace=str(tmp_path)))
-    combine, deaths = ExperienceBuilder.combine, [2, 3]
-    calls: list[int] = []
-
-    @functools.wraps(combine)
-    def dying(self: ExperienceBuilder, batch: Any, multipliers: dict[str, float]) -> Any:
-        calls.append(len(calls) + 1)
-        if calls[-1] in deaths:
-            raise WorkerDiedError("killed")
-        return combine(self, batch, multipliers)
-
-    monkeypatch.setattr(ExperienceBuilder, "combine", dying)
-    monkeypatch.setattr(Recovery, "_dead", lambda self, groups: [])
-    monkeypatch.setattr(Recovery, "_restart_stateless", lambda self, error: ["experience"])
-    monkeypatch.setattr(Rollouts, "renew", lambda self: False)
-    disturbed = train(ppo_config(tiny_world, name="disturbed", workspace=str(tmp_path)))
-    assert len(calls) == 3 + len(deaths)
-    first, second = (
-        [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
-        for folder in (undisturbed, disturbed)
-    )
-    assert first == second and len({row["multiplier/harm"] for row in first}) == 3
-
-
-def remembering(made: list[Any], start: Any) -> Any:
-    """An ``__init__`` that puts what it makes in a list."""
-
-    def init(self: Any, *args: Any) -> None:
-        made.append(self)
-        start(self, *args)
-
-    return init
-
-
-def test_a_bad_sample_is_named_and_left_out_and_a_run_of_them_stops(
-    one_rank: None, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reward = str(spoilt(tiny_world, tmp_path / "spoilt", "reward_model", "lock car"))
-    clean = str(tiny_world / "reward_model")
-    changes: dict[str, Any] = {"models": {"reward": reward, "reward_critic": clean}, "steps": 5, "save_every": 0}
-    changes |= {"rollout": {"prompts_per_step": 24}, "workspace": str(tmp_path), "trajectory_every": 1}
-    with pytest.raises(UserError, match=r"step 3: reward of samples was not finite for 3 steps in a row"):
-        train(ppo_config(tiny_world, **changes))
-    folder = tmp_path / "safe_ppo"
-    metrics = read_metrics(folder)
-    assert len(metrics) == 3 and [p.name for p in (folder / "checkpoints").iterdir()] == ["step_3"]
-    for step, row in enumerate(metrics, start=1):
-        table = pq.read_table(folder / "trajectories" / f"step_{step:06d}.parquet")
-        lost = row["rollout/unusable_samples"]
-        assert 0 < lost < 24 and table.num_rows == 24 - lost
-        assert row["policy/skipped_updates"] == row["critic/reward/skipped_updates"] == 0
-        assert math.isfinite(row["reward/mean"]) and math.isfinite(row["policy/loss"])
-        said = f"step {step}: {lost:g} of 24 sample(s) have no finite reward but nan, from the scorer reward ({reward})"
-        assert said in capsys.readouterr().out + (folder / "notes.log").read_text()
-
-
-def test_sync_is_the_generators_time(
-    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[float] = []
-    update_weights = HFGenerator.update_weights
-
-    def watched(self: HFGenerator, weights: PublishedWeights) -> dict[str, Any]:
-        result = update_weights(self, weights)
-        loaded.append(result["seconds"])
-        return result
-
-    monkeypatch.setattr(HFGenerator, "update_weights", watched)
-    metrics = read_metrics(train(ppo_config(tiny_world, workspace=str(tmp_path))))
-    # A version is taken in with the prompts of the step after it.
-    assert loaded and [row["time/sync"] for row in metrics][-2:] == loaded[-2:]
-    assert all(0 < row["time/sync"] < row["time/generate"] for row in metrics[-2:])
-
-
-def test_the_guard_stops_a_run_with_a_checkpoint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
-    """Which complaint it was does not matter: answers that are all cut are one of the first step."""
-    sections = {"workspace": str(tmp_path), "steps": 3, "save_every": 0}
-    config = ppo_config(tiny_world, **sections, guard={"action": "stop"})
-    said = r"step 1: 100% of the answers were cut .*; stopped with a checkpoint \(guard.action=stop\)"
-    with pytest.raises(UserError, match=said):
-        train(config)
-    folder = config.folder
-    assert [row["step"] for row in read_metrics(folder)] == [1] and (folder / "checkpoints" / "step_1").is_dir()
-    assert not (folder / "final").exists()
-    train(ppo_config(tiny_world, **sections).model_copy(update={"resume": True}))
-    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3] and (folder / "final" / "policy").is_dir()
-    assert "resumed after step 1" in (folder / "notes.log").read_text()

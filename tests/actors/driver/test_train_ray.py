@@ -27,7 +27,7 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
-from tests.tiny_ppo import build_workspace, write_stage
+from tests.tiny_ppo import ROLLOUT, build_workspace, write_stage
 
 pytestmark = pytest.mark.timeout(900)
 EXPECTED_KEYS = """
@@ -117,7 +117,7 @@ def elastic(tmp_path_factory: pytest.TempPathFactory, address: str) -> Iterator[
         policy={"learning_rate": 1e-2},
         engine={"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 2},
         cluster={"placement": placement},
-        rollout={"prompts_per_step": 16, "max_new_tokens": 8, "max_sequences": 8, "kv_cache_gib": 0.1, "staleness": 1},
+        rollout=ROLLOUT | {"staleness": 1},
     )
     gather = Rollouts.gather
 

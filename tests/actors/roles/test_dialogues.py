@@ -48,11 +48,12 @@ class Talk:
         self.question, self.slow, self.wrong, self.gate = dialogue[-1], slow, wrong, gate
         self.left = random.Random(seed).randrange(4)
 
+    def opened(self):
+        return self.gate is not None and os.path.exists(self.gate)
+
     def reply(self, answer):
         deadline = time.monotonic() + (120 if self.gate else 1.2)
-        while self.slow == self.question and time.monotonic() < deadline:
-            if self.gate and os.path.exists(self.gate):
-                break
+        while self.slow == self.question and not self.opened() and time.monotonic() < deadline:
             time.sleep(0.05)
         if self.wrong == self.question:
             return int(answer)
