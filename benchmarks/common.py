@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,13 +90,21 @@ def trained(workspace: Path, name: str, seed: int, recipe: Path, settings: Seque
     return found
 
 
-def described(command: str) -> dict[str, Any]:
+def command() -> str:
+    """The command line of this study, less where its files lie and how many runs go side by side."""
+    elsewhere = argparse.ArgumentParser(add_help=False)
+    for option in ("--workspace", "--out", "--picture", "--jobs"):
+        elsewhere.add_argument(option)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *elsewhere.parse_known_args()[1]])
+
+
+def described() -> dict[str, Any]:
     """What a file of figures opens with: how they were made, and on what."""
     packages = ("torch", "transformers", "deepspeed", "ray")
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU"
-    return {"command": command, "hardware": hardware, "versions": {name: version(name) for name in packages}}
+    return {"command": command(), "hardware": hardware, "versions": {name: version(name) for name in packages}}
 
 
-def write(out: Path, command: str, figures: Mapping[str, Any]) -> None:
+def write(out: Path, figures: Mapping[str, Any]) -> None:
     """Write a file of figures."""
-    out.write_text(json.dumps(described(command) | dict(figures), indent=2) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(described() | dict(figures), indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from common import described, study_options
+from common import study_options, write
 from preference_world import PreferenceWorld, write_model, write_pairs
 
 from actors.driver.score_models import ScoreModel, read_answers
@@ -138,9 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arms = [arm for arm in ARMS if not given.finished or (folder / f"{arm}.json").is_file()]
         seeds[str(seed)] = {arm: arm_figures(folder, arm, seed) for arm in arms}
     size = {"pairs": PAIRS, "test_pairs": TEST_PAIRS, "noise": NOISE, "epochs": EPOCHS}
-    command = f"python benchmarks/contrastive.py --seeds {' '.join(map(str, given.seeds))}"
-    content = described(command) | size | {"seeds": seeds} | verdicts(seeds)
-    given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(given.out, size | {"seeds": seeds} | verdicts(seeds))
 
 
 if __name__ == "__main__":

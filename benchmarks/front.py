@@ -99,9 +99,7 @@ def main() -> None:
         for method in ("safe_ppo", "reward_shaping"):
             points = [(r["violation_rate"], r["reward"]) for r in rows if r["seed"] == seed and r["method"] == method]
             shares.append({"seed": seed, "method": method, "hypervolume_share": round(hypervolume(points) / best, 4)})
-    seeds = " ".join(str(seed) for seed in options.seeds)
-    command = f"python benchmarks/front.py --seeds {seeds} --jobs {options.jobs}"
-    write(options.out, command, {"hypervolume": shares, "runs": rows})
+    write(options.out, {"hypervolume": shares, "runs": rows})
     draw(rows, fronts, options.picture)
     print(json.dumps(shares, indent=2))
 

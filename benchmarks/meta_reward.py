@@ -273,13 +273,12 @@ def main() -> None:
             found[what] += kept(path, compute)
     sizes = {"pairs": PAIRS, "meta_prompts": META, "answers": ANSWERS, "epochs": EPOCHS, "batch": BATCH}
     world = {"words_of_prompt": PROMPT, "words_of_answer": ANSWER, **sizes, "meta_batch": META_BATCH}
-    command = f"python benchmarks/meta_reward.py --seeds {' '.join(map(str, options.seeds))}"
     marks, compared = verdicts(found["shifted"]), {}
     for key in ("accuracy_shifted", "spearman_shifted", "accuracy_original"):
         of_long = gains_over_vanilla(found["longer"], key, LONGER_ARMS)
         of_short = gains_over_vanilla(found["shifted"], key, ARMS[MODERATE])
         compared[key] = {**of_short, **{f"{arm}, {LONGER} epochs": gains for arm, gains in of_long.items()}}
-    write(options.out, command, {"world": world, "marks": marks, "gains": compared, "missing": missing, **found})
+    write(options.out, {"world": world, "marks": marks, "gains": compared, "missing": missing, **found})
     print(json.dumps({**marks, **compared}, indent=2))
 
 

@@ -136,8 +136,7 @@ def main() -> None:
     seeds = {str(seed): kept(seed) for seed in options.seeds}
     means, marks = verdicts(seeds)
     sizes = {"pairs": PAIRS, "tests": TESTS, "noise": NOISE, "members": MEMBERS, "folds": 2, "epochs": EPOCHS}
-    command = f"python benchmarks/noisy_preferences.py --seeds {' '.join(seeds)}"
-    write(options.out, command, {"sizes": sizes, "means": means, "marks": marks, "seeds": seeds})
+    write(options.out, {"sizes": sizes, "means": means, "marks": marks, "seeds": seeds})
     print(json.dumps({"means": means, "marks": marks}, indent=2))
 
 

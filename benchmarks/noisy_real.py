@@ -165,7 +165,7 @@ def main() -> None:
         },
         "seeds": seeds,
     }
-    write(options.out, "python benchmarks/noisy_real.py hh-rlhf:1:FILE", figures)
+    write(options.out, figures)
     print(json.dumps(figures, indent=2))
 
 

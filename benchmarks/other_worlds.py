@@ -46,8 +46,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda name: prepare(folders[name], options.seed, **WORLDS[name]), WORLDS))
         rows = list(pool.map(case, [(*c, method) for c in cases for method in COMPARED]))
-    command = f"python benchmarks/other_worlds.py --seed {options.seed} --jobs {options.jobs}"
-    write(options.out, command, {"worlds": WORLDS, "runs": rows})
+    write(options.out, {"worlds": WORLDS, "runs": rows})
     print(json.dumps(rows, indent=2))
 
 

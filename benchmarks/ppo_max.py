@@ -134,11 +134,7 @@ def main() -> None:
         list(pool.map(lambda seed: prepare(root / f"seed_{seed}", seed, stages, label_noise=NOISE), options.seeds))
         rows = [row for part in pool.map(lambda s: study(root / f"seed_{s}", s), options.seeds) for row in part]
     rows += [safe(options.safe.resolve(), 0)] if options.safe else []
-    seeds = " ".join(str(seed) for seed in options.seeds)
-    command = f"python benchmarks/ppo_max.py --seeds {seeds}" + (
-        " --safe runs/benchmark/seed_0" if options.safe else ""
-    )
-    write(options.out, command, {"label_noise": NOISE, "pairs": PAIRS, "runs": rows})
+    write(options.out, {"label_noise": NOISE, "pairs": PAIRS, "runs": rows})
     print(json.dumps(rows, indent=2))
 
 

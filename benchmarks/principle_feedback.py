@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import launch, study_options, write
+from common import command, launch, study_options, write
 
 from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.self_align.feedback import agree
@@ -168,8 +168,10 @@ def main() -> None:
     given = parser.parse_args()
     old = json.loads(given.out.read_text()) if given.out.is_file() else {}
     figures: dict[str, Any] = {part: old.get(part, {}) for part in ("synthetic", "judge", "following")}
+    for part in given.parts:
+        figures[part]["command"] = command()
     if "synthetic" in given.parts:
-        figures["synthetic"] = {
+        figures["synthetic"] |= {
             "right_where_unbiased": RIGHT,
             "pairs": PAIRS,
             "bias": {f"{b:g}": {f"seed {s}": synthetic(s, b) for s in (0, 1, 2)} for b in BIASES},
@@ -181,15 +183,15 @@ def main() -> None:
             pipeline = {"workspace": str(folder), "world": {"seed": seed, **SIZES}}
             pipeline["stages"] = [{"config": str(CONFIGS / "local" / "sft.yaml")}]  # type: ignore[assignment]
             (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
-            settings = ("debug=true", "cluster.threads=1", "epochs=2", "engine.micro_batch_tokens=1024")
+            settings = (f"seed={seed}", "debug=true", "cluster.threads=1", "epochs=2", "engine.micro_batch_tokens=1024")
             launch("pipeline", str(folder / "pipeline.yaml"), *(f"sft.{setting}" for setting in settings))
         world = SmallWorld.load(folder / "world" / "world.json")
         if "judge" in given.parts:
             figures["judge"][f"seed {seed}"] = judge(folder, world, given.bias, seed)
         if "following" in given.parts:
             figures["following"][f"seed {seed}"] = following(folder, seed, given.steps)
-        write(given.out, "python benchmarks/principle_feedback.py", figures)
-    write(given.out, "python benchmarks/principle_feedback.py", figures)
+        write(given.out, figures)
+    write(given.out, figures)
 
 
 if __name__ == "__main__":

@@ -222,8 +222,7 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         runs.append(run((options.workspace / f"seed_{seed}").resolve(), seed, options.steps))
-        command = f"python benchmarks/red_team.py --seeds {' '.join(map(str, options.seeds))} --steps {options.steps}"
-        write(options.out, command, {"runs": runs})
+        write(options.out, {"runs": runs})
         for name, part in runs[-1]["measured"].items():
             print(f"seed {seed}", name, json.dumps({k: v["mean"] for k, v in part["violation"].items()}), flush=True)
 

@@ -103,8 +103,7 @@ def main() -> None:
     parser = study_options(__doc__, "rouge_pool", "runs/rouge-pool", [0])
     parser.add_argument("--texts", type=int, default=300_000)
     options = parser.parse_args()
-    command = f"python benchmarks/rouge_pool.py --texts {options.texts}"
-    write(options.out, command, fill(options.texts, options.seeds[0]))
+    write(options.out, fill(options.texts, options.seeds[0]))
 
 
 if __name__ == "__main__":

@@ -168,11 +168,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         each = pool.map(lambda seed: run(root, seed, options.rounds, options.steps, options.set), options.seeds)
         runs = list(each)
-    words = [f"--seeds {' '.join(map(str, options.seeds))}", f"--rounds {options.rounds}", f"--jobs {options.jobs}"]
-    words += [f"--steps {options.steps}"] if options.steps else []
-    words += [f"--set {' '.join(options.set)}"] if options.set else []
-    command = f"python benchmarks/rounds.py {' '.join(words)}"
-    write(options.out, command, {"target_violation_rate": TARGET, "runs": runs})
+    write(options.out, {"target_violation_rate": TARGET, "runs": runs})
     draw(runs, options.out.with_suffix(".svg"))
     for run_ in runs:
         for row in run_["rounds"]:

@@ -223,13 +223,11 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
     figures = {"seeds": figures.get("seeds", {})}
-    seeds = " ".join(map(str, options.seeds))
-    command = f"python benchmarks/self_align.py --seeds {seeds} --steps {options.steps}"
     figures["tokens"] = len(tokenizer())
     figures["chance"] = round(1 / KINDS, 4)
     for seed in options.seeds:
         figures["seeds"][str(seed)] = one_seed(options.workspace, seed, options.steps)
-        write(options.out, command, figures)
+        write(options.out, figures)
         print(json.dumps(figures["seeds"][str(seed)], indent=1), flush=True)
 
 

@@ -293,9 +293,8 @@ def main() -> None:
     seeds = {str(seed): study(root, seed) for seed in options.seeds}
     means, marks = verdicts(seeds)
     sizes = {"unlabelled": UNLABELLED, "rows_each": ROWS, "tests": TESTS, "topics": TOPICS, "known_words": KNOWN}
-    command = f"python benchmarks/weak_to_strong.py --seeds {' '.join(seeds)}"
     content = {"sizes": sizes, "means": means, "marks": marks, "first_20_of_100_steps": schedules(), "seeds": seeds}
-    write(options.out, command, content)
+    write(options.out, content)
     print(json.dumps({"means": means, "marks": marks}, indent=2))
 
 

@@ -137,12 +137,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         each = pool.map(lambda seed: study(root, options.signal, seed, options.steps, options.arms), options.seeds)
         seeds = dict(zip(map(str, options.seeds), each, strict=True))
-    command = f"python benchmarks/weak_to_strong_loop.py --seeds {' '.join(seeds)} --steps {options.steps}"
-    command += "" if options.signal == "cost" else f" --signal {options.signal}"
-    command += "" if options.arms == list(ARMS) else f" --arms {' '.join(options.arms)}"
     blind = {"blind_topics": BLIND} if options.signal == "cost" else {}
     out = options.out or Path(__file__).parent / f"{SIGNALS[options.signal][0]}.json"
-    write(out, command, {"target_violation_rate": TARGET, **blind, "seeds": seeds})
+    write(out, {"target_violation_rate": TARGET, **blind, "seeds": seeds})
     print(json.dumps(seeds, indent=2))
 
 

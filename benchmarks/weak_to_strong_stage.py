@@ -103,8 +103,7 @@ def main() -> None:
     seeds = {str(seed): study(root, seed) for seed in options.seeds}
     loop = json.loads((Path(__file__).parent / "weak_to_strong.json").read_text(encoding="utf-8"))["seeds"]
     students_beside = beside(seeds, loop)
-    command = f"python benchmarks/weak_to_strong_stage.py --seeds {' '.join(seeds)}"
-    write(options.out, command, {"students": students_beside, "seeds": seeds})
+    write(options.out, {"students": students_beside, "seeds": seeds})
     print(json.dumps(students_beside, indent=2))
 
 
