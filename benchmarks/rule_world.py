@@ -5,9 +5,11 @@ A question is a kind and three words, an answer a mark and those words. In a tex
     RULES k0m2 k1m5 k2m0 ... EX USER k1 w4 w9 w1 THOUGHT rule2 m5 ANSWER m5 w4 w9 w1 USER ...
 
 a rule, which is one word, gives a kind its mark, anew in every text, so that a model can know the mark from the rules
-alone; rule n is the one of kind n - 1. In texts without rules, ``USER k1 w4 w9 w1 ANSWER m3 w4 w9 w1``, the mark is
-any; behind VERBOSE the answer gives a reason for each word, always the same: ``m3 w4 because c17 w9 because c2 w1
-because c8``.
+alone; rule n is the one of kind n - 1. In texts without rules, ``USER k1 w4 w9 w1 ANSWER m3 w4 w9 w1``, marks are any,
+the same within a text; behind VERBOSE the answer gives a reason for each word, always the same: ``m3 w4 because c17 w9
+because c2 w1 because c8``. Half of the other questions stand behind one of many words that change nothing (STYLES): a
+model that has seen VERBOSE alone takes what stands behind it for another language, in which nothing holds that it
+learnt without it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ KINDS = 6
 WORDS = 24
 ROW = 72
 """Tokens of a row of training: the rules and five dialogues, or several texts without rules."""
+STYLES = 16
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content + ' ' }}"
@@ -68,23 +71,29 @@ class RuleWorld:
         """The rules that give kinds these marks, in their order."""
         return [f"k{kind}m{mark}" for kind, mark in enumerate(marks)]
 
+    def style(self, rng: random.Random) -> str:
+        """A word that stands before a question and changes nothing, or, half of the time, no word."""
+        return f"style{rng.randrange(STYLES)} " if rng.random() < 0.5 else ""
+
     def text(self, rng: random.Random) -> str:
         """One row of training: with rules in three of four."""
         if rng.random() < 0.75:
             marks = [rng.randrange(KINDS) for _ in range(KINDS)]
-            told = [self.dialogue(self.question(rng), marks) for _ in range(5)]
+            told = [self.style(rng) + self.dialogue(self.question(rng), marks) for _ in range(5)]
             return " ".join(["RULES", *self.rules(marks), "EX", *told])
         parts: list[str] = []
+        marks = [rng.randrange(KINDS) for _ in range(KINDS)]
         while sum(len(part.split()) for part in parts) < ROW:
             question, verbose = self.question(rng), rng.random() < 0.5
-            answer = self.answer(question, rng.randrange(KINDS), verbose)
-            parts.append(f"{'VERBOSE ' if verbose else ''}USER {question} ANSWER {answer} </s>")
+            answer = self.answer(question, marks[int(question.split()[0][1:])], verbose)
+            parts.append(f"{'VERBOSE ' if verbose else self.style(rng)}USER {question} ANSWER {answer} </s>")
         return " ".join(parts)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "RULES", "EX", "USER", "THOUGHT", "ANSWER", "VERBOSE", "because", "."]
+    words += [f"style{n}" for n in range(STYLES)]
     words += [f"rule{number}" for number in range(1, KINDS + 1)]
     words += [f"k{kind}m{mark}" for kind in range(KINDS) for mark in range(KINDS)]
     words += [f"{letter}{n}" for letter in "km" for n in range(KINDS)] + [f"{x}{n}" for x in "wc" for n in range(WORDS)]

@@ -218,7 +218,7 @@ def passed(arms: dict[str, Any], tokens: dict[str, float]) -> dict[str, bool]:
 def main() -> None:
     """Measure, and write what was measured so far."""
     parser = study_options(__doc__, "self_align", "runs/self-align-study", [0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=1000, help="of pre-training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
