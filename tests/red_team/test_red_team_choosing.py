@@ -48,6 +48,10 @@ def test_seeds_by_category() -> None:
     assert Counter(category for category, _ in drawn) == {"theft": 2, "violence": 1} and drawn == draw(found, 2, 5)
     both = read_seeds(rows, ["violence"], FIELDS)
     assert "rob bank" not in both.used["theft"], "any held-out category will do"
+    numbered = [seed("a", 0), seed("b", [0, 1]), seed("c", 2), seed("d", ""), seed("e", [])]
+    counted = read_seeds(numbered, ["0"], FIELDS)
+    assert counted.held_out == {"0": ["a", "b"]} and counted.used == {"2": ["c"]}, "0 is a category as any other"
+    assert counted.left_out == Counter({"seeds without a category": 2})
     with pytest.raises(UserError, match="held_out: no seed has category 'spyin'; did you mean 'spying'"):
         read_seeds(rows, ["spyin"], FIELDS)
     with pytest.raises(UserError, match=r"no seed is left \(1 seeds without a category\)"):
