@@ -58,7 +58,8 @@ class InstructionFilters(Strict):
     fewest_words: int = option("An instruction has so many words at least.", 4, ge=1)
     most_words: int = option("And so many at most, its input included.", 150, ge=1)
     blacklist: list[str] = option(
-        "Words of what text cannot give; an instruction with one is left out.", default_factory=lambda: list(BLACKLIST)
+        "Words and phrases of what text cannot give; an instruction with one is left out.",
+        default_factory=lambda: list(BLACKLIST),
     )
     any_script: bool = option(
         "Keep what begins with a letter beyond ASCII, as in other languages, and topics without capitals.", False
