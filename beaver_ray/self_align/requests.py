@@ -20,7 +20,8 @@ _OF_A_TASK = re.compile(r"task|question|instruction", re.IGNORECASE)
 _FIELD = re.compile(
     r"^\s*\**(Instruction|Input|Output|Kind|Topic|Question)s?\**\s*:\**[ \t]*", re.MULTILINE | re.IGNORECASE
 )
-_ITEM = re.compile(r"^\s*(?:\(?\d+[.):]|[-*•])\s*")
+ITEM = re.compile(r"^\s*(?:\(?\d+[.):](?!\d)|[-*•])\s*")
+"""The beginning of a line of a list. 3.5 and 7:30 are none."""
 _NOTHING = {"", "none", "none.", "n/a", "(none)", "-", "no input", "<noinput>"}
 
 
@@ -112,9 +113,9 @@ def read_topics_of(reply: str) -> list[str]:
     """The lines of a reply to `ask_for_topics`, without their numbers; what is no longer a list ends it."""
     found: list[str] = []
     for line in filter(str.strip, reply.splitlines()):
-        if found and not _ITEM.match(line):
+        if found and not ITEM.match(line):
             break
-        topic = _ITEM.sub("", line).strip()
+        topic = ITEM.sub("", line).strip()
         if topic:
             found.append(topic)
     return found
