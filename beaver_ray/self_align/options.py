@@ -32,7 +32,9 @@ class AskingConfig(TemplatedStage):
     )
     rollout: TextSamplingConfig = option("Sampling; of a service its own options.", default_factory=TextSamplingConfig)
     max_prompt_tokens: int = option(
-        "Longest text that it is asked; longer ones are left out, with a count.", 3072, gt=0
+        "Longest text that a folder's model is asked; longer ones are left out, with a count. A service is asked all.",
+        3072,
+        gt=0,
     )
     template: TemplateOptions = option(
         "Of form chat, how a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
