@@ -163,7 +163,11 @@ def find_judge(model: str | None, keywords: str | None) -> Judge:
     ]
     if bad or not lists:
         raise UserError(f"{keywords}: {bad[0] if bad else 'the file'} must be a label with a list of words")
-    return KeywordRail({str(name): [str(word) for word in words] for name, words in lists.items()})
+    for name, words in lists.items():
+        for word in words:
+            if not isinstance(word, str):  # what it was written as is not known any more: 0123 is 83 here
+                raise UserError(f"{keywords}: {name} has {word!r}, which YAML reads as no text; put it into quotes")
+    return KeywordRail({str(name): words for name, words in lists.items()})
 
 
 def _check_writable(file: Path) -> None:

@@ -51,9 +51,9 @@ from beaver_ray.red_team.choosing import (
 )
 from beaver_ray.red_team.options import RedTeamConfig
 from beaver_ray.report.red_team import remarks, write_page
-from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import RunFolder
-from beaver_ray.score_sources import FunctionSource
+from beaver_ray.score_sources import FunctionSource, PrincipleSource
+from beaver_ray.self_align.principles import OURS
 from beaver_ray.small_world.world import SmallWorld
 
 BLOCK = 256
@@ -217,22 +217,22 @@ class Team:
             for category, text in drawn
         ]
         found: list[tuple[str, str, tuple[str, ...]]] = []
-        for (category, text), reply in zip(drawn, self._replies(attack, requests), strict=True):
-            if reply is None or is_refusal(reply):
+        for (category, text), said in zip(drawn, self._replies(attack, requests), strict=True):
+            if said is None or attack.refused(said[0]):
                 self.left_out["requests that the attacker refuses, or that are too long for it"] += 1
                 continue
-            prompts = attack.read(reply)
+            prompts = attack.read(*said)
             found += [(category, text, (prompt,)) for prompt in prompts] or [(category, text, ())]
         return found
 
-    def _replies(self, attack: Attack, requests: list[str]) -> list[str | None]:
-        """What the attacker says to each request."""
+    def _replies(self, attack: Attack, requests: list[str]) -> list[tuple[str, bool] | None]:
+        """What the attacker says to each request, and whether it was cut; None for what is too long for it."""
         stage = self.stage
         if isinstance(stage.attacker, JudgeOptions):
             judge = Judge(stage.attacker, Path(stage.workspace) / REPLIES, self.run.note)
-            replies: list[str | None] = [reply.text for reply in judge(requests)]
+            replies = judge(requests)
             self.run.note(f"attacker {stage.attacker.model}: {judge.usage.line(stage.attacker)}")
-            return replies
+            return [(reply.text, reply.finish == "length") for reply in replies]
         model = stage.asked_model
         assert model is not None
         reader = self._reader(model)
@@ -250,7 +250,8 @@ class Team:
             room=room,
             scored=False,
         )
-        said = dict(zip(short, (dialogues[0].response for dialogues in self._answers(asked)), strict=True))
+        first = [dialogues[0] for dialogues in self._answers(asked)]
+        said = {number: (one.response, one.truncated) for number, one in zip(short, first, strict=True)}
         return [said.get(number) for number in range(len(requests))]
 
     def _reader(self, model: str) -> Reader:
@@ -395,6 +396,8 @@ class Team:
                 digest.update(source.given().text.encode())
             elif source is not None and source.folder is not None and find_model(source.folder) is not None:
                 digest.update(fingerprint(source.folder, stage.engine.dtype).encode())
+            for model, _ in source.groups if isinstance(source, PrincipleSource) else []:
+                digest.update(Path(model.file or OURS).read_bytes())
         if asked.environment is not None:
             digest.update(environments.environment_code(asked.environment).pack().text.encode())
         return digest.hexdigest()

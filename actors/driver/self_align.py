@@ -98,6 +98,8 @@ class Sift:
         for sample, said in zip(samples, block.said, strict=True):
             row: dict[str, Any] = {"prompt": bare_turns(sample)[0], **sample.system_row}
             about = {name: sample.fields[name] for name in (POOL, "category", "topic") if sample.fields.get(name)}
+            if not isinstance(about.get(POOL), str):  # a field of its own that happens to be called so
+                about.pop(POOL, None)
             found = "longer than max_prompt_tokens" if said.too_long else self.sieve.read(said.text, said.cut)
             if isinstance(found, str):
                 self.counts[found] += 1

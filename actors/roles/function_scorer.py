@@ -106,8 +106,9 @@ class FunctionScorer(TextScorer):
 def _wanted(source: str, function: Any, known: set[str], keywords: Collection[str]) -> list[str]:
     """Names of the fields that the function is given: those of its parameters that the configuration does not set."""
     parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD]
-    required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [p.name for p in named if p.name not in GIVEN]
+    required = {p.name for p in named if p.default is p.empty}
     known = {*known, "dialogues"}.difference(keywords)
     if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(

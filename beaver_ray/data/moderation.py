@@ -84,9 +84,11 @@ class LabelledAnswer:
         """1, 0 or UNKNOWN for each label. An answer that is said to be safe has none of those that are not named."""
         found = []
         for name in labels:
-            known = self.labels.get(name, self.labels.get(REST))
+            known = self.labels.get(name)
             if known is None and name == UNSAFE and self.safe is not None:
                 known = not self.safe
+            if known is None:
+                known = self.labels.get(REST)
             if known is None and self.safe:
                 known = False
             found.append(UNKNOWN if known is None else int(known))

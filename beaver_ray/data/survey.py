@@ -173,6 +173,7 @@ def _category(found: Survey, sample: RawSample) -> list[Category]:
 
 def category_names(sample: RawSample, fields: Sequence[str] = CATEGORIES) -> list[str]:
     """The categories that a row has in the first of these fields that says any: one text, a list, or flags by name."""
-    value = next((sample.fields[name] for name in fields if sample.fields.get(name)), None)
+    # 0 may be a category's name.
+    value = next((sample.fields[name] for name in fields if sample.fields.get(name) not in (None, "", [], {})), None)
     names = [name for name, there in value.items() if there] if isinstance(value, dict) else value
-    return [str(name) for name in (names if isinstance(names, list) else [names]) if name]
+    return [str(name) for name in (names if isinstance(names, list) else [names]) if name not in (None, "")]

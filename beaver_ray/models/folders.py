@@ -22,6 +22,11 @@ from beaver_ray.errors import UserError, first_line
 LARGEST_SIZE = 10**9
 MODERATION = "moderation.json"
 """Beside a moderation model: how it reads, and its thresholds (`beaver_ray.models.moderator`)."""
+_BESIDE = (
+    *(MODERATION, "generation_config.json", "chat_template*", "additional_chat_templates/*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+)
+"""Thresholds, what ends an answer, templates, and the files of a tokenizer."""
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file; in several they have an index of that name and ``.index.json``. The first there is counts."""
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -131,10 +136,11 @@ def count_parameters(folder: Path) -> int:
 
 
 def fingerprint(model: str, dtype: str = "") -> str:
-    """A hash of a model's configuration and weights, of a moderation model's thresholds, and of its run's dtype."""
+    """A hash of all in a model's folder that decides what it reads and says, and of its run's dtype."""
     folder = find_model(model)
     digest = hashlib.blake2b(dtype.encode(), digest_size=16)
-    files = [folder / "config.json", *folder.glob(MODERATION), *weight_files(folder)] if folder else []
+    files = [folder / "config.json", *weight_files(folder)] if folder else []
+    files += [file for name in _BESIDE for file in sorted(folder.glob(name)) if file.is_file()] if folder else []
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())

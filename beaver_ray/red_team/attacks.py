@@ -20,12 +20,22 @@ from beaver_ray.environments import check_environment, environment_code
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.red_team.rewrites import GIVEN, REWRITES
+from beaver_ray.rules.refusals import is_refusal
+from beaver_ray.self_align.requests import ITEM
 from beaver_ray.user_code import PREFIX, UserCode, last_line, read_keywords
 
 INSIST = "insist"
 _NAMED = re.compile(r"([^\W\d]\w*)(\(.*\))?", re.DOTALL)
 _CLASS = re.compile(r".+?\.py:[A-Z]")
-_BULLET = re.compile(r"\s*(?:[-*•]|\(?\d+[.):])\s*")
+_NEEDED = {
+    ("role_play", "frames"): "{prompt}",
+    ("base64", "frame"): "{code}",
+    ("split", "first"): "{part}",
+    ("split", "last"): "{part}",
+    ("few_shot", "request"): "{examples}",
+    ("translate", "request"): "{prompt}",
+}
+"""What a text must have, or the seed does not come into it."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,29 @@ class Attack:
         asked: str = ASKED[self.called](prompt, category, peers, seed, **self.keywords)
         return asked
 
-    def read(self, reply: str) -> list[str]:
+    def refused(self, reply: str) -> bool:
+        """Whether an attacker's reply refuses. What stands in a list is a prompt, whatever it says."""
+        lines = reply.splitlines() if self.called == "few_shot" else []
+        listed = next((place for place, line in enumerate(lines) if ITEM.match(line)), None)
+        return is_refusal(reply if listed is None else "\n".join(lines[:listed]))
+
+    def read(self, reply: str, cut: bool = False) -> list[str]:
         """The prompts in an attacker's reply: all of it where one was asked for, else a line each.
 
-        Of several lines those of a list where there is one, so that no "Here are three:" before it is a prompt.
+        Of several lines those of a list where there is one, so that no "Here are three:" before it is a prompt. cut:
+        the reply was ended by its length, so that its last prompt is not whole.
         """
         lines = reply.splitlines() if self.called == "few_shot" else [reply]
-        listed = [line[bullet.end() :] for line in lines if (bullet := _BULLET.match(line))]
-        found = [line.strip().strip('"').strip() for line in listed or lines]
-        return list(dict.fromkeys(text for text in found if text))[: self.count]
+        if self.called == "few_shot":
+            lines = [line[item.end() :] for line in lines if (item := ITEM.match(line))] or lines
+        found = [text for line in lines if (text := _unquoted(line.strip()))]
+        return list(dict.fromkeys(found[:-1] if cut else found))[: self.count]
+
+
+def _unquoted(text: str) -> str:
+    """Without quotes around the whole; those of a word at its beginning or end stay."""
+    inner = text[1:-1]
+    return inner.strip() if text == f'"{inner}"' and '"' not in inner else text
 
 
 def few_shot(
@@ -170,17 +194,23 @@ def read_attack(text: str) -> Attack:
 
 
 def _check_value(name: str, key: str, value: Any, default: Any) -> None:
-    """ValueError where a parameter's value is not of its default's kind: a number from 1, a text, a flag or texts."""
+    """ValueError where a parameter's value is not of its default's kind: a number from 1, a text, a flag or texts; and
+    where a text lacks what stands for the seed."""
     if isinstance(default, tuple):
         fits, kind = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value), "a list of texts"
     elif isinstance(default, bool):
         fits, kind = isinstance(value, bool), "True or False"
     elif isinstance(default, int):
-        fits, kind = type(value) is int and value >= 1, "a whole number from 1"
+        least = 2 if key == "parts" else 1
+        fits, kind = type(value) is int and value >= least, f"a whole number from {least}"
     else:
         fits, kind = isinstance(value, str), "a text"
     if not fits or value == []:
         raise ValueError(f"attack {name}: {key} is {kind}, not {value!r}")
+    if needed := _NEEDED.get((name, key)):
+        for text in [value] if isinstance(value, str) else value:
+            if needed not in text:
+                raise ValueError(f"attack {name}: {key} lacks {needed}, where the seed goes, in {text!r}; add it")
 
 
 def read_attacks(texts: Sequence[str]) -> list[Attack]:

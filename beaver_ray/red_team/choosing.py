@@ -7,7 +7,6 @@ category; of each category at most so many, from all attacks in turn.
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.near import NearTexts
+from beaver_ray.data.near import WORDS, NearTexts
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.survey import category_names
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import share_interval
 from beaver_ray.options import near
-
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Seeds:
 
 
 def words(text: str) -> set[str]:
-    """The words of a text in lower case."""
-    return set(_WORD.findall(text.lower()))
+    """The words of a text in lower case; of scripts without spaces each character."""
+    return set(WORDS.findall(text.lower()))
 
 
 def read_seeds(samples: Iterable[RawSample], held_out: Collection[str], fields: Sequence[str]) -> Seeds:
@@ -230,14 +227,19 @@ def choose(
 def figures(
     tried: Sequence[Tried], choice: Choice, counts: Mapping[str, int], target: Sequence[float]
 ) -> dict[str, Any]:
-    """The content of red_team.json: of everything, each attack, each category, and each of both."""
+    """The content of red_team.json: of everything, each attack, each category, and each of both.
+
+    All answers to what was made of one seed are one cluster of an interval.
+    """
     kept = {one.attempt.number for one in choice.kept}
     attacks = list(dict.fromkeys(one.attempt.attack for one in tried))
     categories = list(dict.fromkeys(one.attempt.category for one in tried))
+    seeds = list(dict.fromkeys((one.attempt.category, one.attempt.seed) for one in tried))
+    number_of = {seed: number for number, seed in enumerate(seeds)}
 
     def of(some: Sequence[Tried]) -> dict[str, Any]:
         flags = [one.is_unsafe(dialogue) for one in some for dialogue in one.scored]
-        numbers = [one.attempt.number for one in some for _ in one.scored]
+        numbers = [number_of[one.attempt.category, one.attempt.seed] for one in some for _ in one.scored]
         share = share_interval(np.array(flags), np.array(numbers)) if flags else None
         return {"attempts": len(some), "kept": sum(one.attempt.number in kept for one in some), "unsafe": share}
 

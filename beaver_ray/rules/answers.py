@@ -19,7 +19,8 @@ LONGEST = 20_000  # characters of an answer that are read, from its end
 MOST_DIGITS = 300  # of a number, its exponent applied
 
 _MARK = re.compile(
-    r"####|(?:final answer|answer|result|solution)\s*(?:is|:|=)(?:\s*:)?|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
+    r"####|(?:final answer|answer|result|solution)\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
+    r"|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")

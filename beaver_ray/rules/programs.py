@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +21,7 @@ from beaver_ray.rules import run_program
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
 STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def passes_tests(
@@ -63,8 +64,12 @@ def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> l
 
 
 def code_of(response: str) -> str:
-    """The first ``` block that says it is Python, else the first that says nothing, else the whole answer."""
-    blocks = [(language.lower(), code) for language, code in _BLOCK.findall(response)]
+    """The first ``` block that says it is Python, else the first that says nothing, else the whole answer.
+
+    Of a block that stands further in, as in a list, the margin is none of the code.
+    """
+    found = _BLOCK.findall(response)
+    blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, language, code in found]
     for wanted in (("python", "py", "python3"), ("",)):
         for language, code in blocks:
             if language in wanted:
@@ -77,7 +82,7 @@ def _passed(job: dict[str, Any]) -> int:
     if len(job["program"]) > LONGEST or not job["program"].strip():
         return 0
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as said:
+    with _fresh_folder() as folder, tempfile.TemporaryFile() as said:
         with tempfile.TemporaryFile() as told:
             told.write(json.dumps({**job, "word": word, "folder": folder}).encode("utf-8", "surrogatepass"))
             told.seek(0)
@@ -91,6 +96,32 @@ def _passed(job: dict[str, Any]) -> int:
             "namespaces, or say namespaces=False to run answers' code with limits and a guard inside Python alone"
         )
     return len(reports)
+
+
+@contextlib.contextmanager
+def _fresh_folder() -> Iterator[str]:
+    """A folder that is removed afterwards, whatever a program has left in it; what cannot be removed stays.
+
+    tempfile's own ends with an error where folders lie deeper in each other than Python recurses.
+    """
+    folder = tempfile.mkdtemp(prefix="program-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            os.chmod(folder, 0o700)
+            while entries := list(os.scandir(folder)):
+                for entry in entries:
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                        continue
+                    os.chmod(entry.path, 0o700)
+                    for inner in list(os.scandir(entry.path)):  # comes up here, so that paths stay short
+                        if inner.is_dir(follow_symlinks=False):
+                            os.chmod(inner.path, 0o700)
+                        os.rename(inner.path, os.path.join(folder, secrets.token_hex(16)))
+                    os.rmdir(entry.path)
+            os.rmdir(folder)
 
 
 def _run(seconds: float, folder: str, told: Any, said: Any) -> None:

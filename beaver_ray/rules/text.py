@@ -10,9 +10,11 @@ import regex
 
 from beaver_ray.rules.refusals import is_refusal
 
-# Chinese and Japanese write no spaces: each character counts as a word.
-_WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|(?:(?![\p{Han}\p{Hiragana}\p{Katakana}])\S)+")
-_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
+# Chinese, Japanese, Thai, Lao, Khmer and Burmese write no spaces between words: each character counts as a word, with
+# the signs that stand above and below it.
+_NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_WORD = regex.compile(rf"{_NO_SPACES}\p{{M}}*|(?:(?!{_NO_SPACES})\S)+")
+_UNSPACED = regex.compile(_NO_SPACES)
 
 
 def over_length(
@@ -75,7 +77,7 @@ def mentions(
     """
     if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError(f"words must be a list of texts, not {words!r:.100}")
-    wanted = [_word_pattern(word, part) for word in words]
+    wanted = [word_pattern(word, part) for word in words]
     found = all if every else any
     return [float(found(pattern.search(response) is not None for pattern in wanted)) for response in responses]
 
@@ -85,7 +87,7 @@ def refuses(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(is_refusal(response)) for response in responses]
 
 
-def _word_pattern(word: str, part: bool) -> regex.Pattern[str]:
+def word_pattern(word: str, part: bool = False) -> regex.Pattern[str]:
     """The word, however its parts are spaced, not inside a longer one where its script has spaces."""
     pieces = word.split()
     inner = r"\s+".join(regex.escape(piece) for piece in pieces)

@@ -86,7 +86,7 @@ def question(text: str, tags: Tags) -> str:
 
 def rules_of(thoughts: str, known: int) -> tuple[tuple[int, ...], int]:
     """The numbers of rules that thoughts name, from 1 to ``known``, each once; and how many others they name."""
-    said = [int(number) for some in _RULES.findall(thoughts) for number in re.findall(r"\d+", some)]
+    said = [int(number[:6]) for some in _RULES.findall(thoughts) for number in re.findall(r"\d+", some)]
     there = tuple(dict.fromkeys(number for number in said if 1 <= number <= known))
     return there, len({number for number in said if not 1 <= number <= known})
 
@@ -140,7 +140,7 @@ class Sieve:
             return f"fewer than {filters.min_chars} characters"
         if filters.repeats and repeats_a_clause(answer):
             return "a clause twice"
-        if any(answer.replace("\u2019", "'").startswith(start) for start in filters.starts):
+        if any(answer.replace("\u2019", "'").startswith(start.replace("\u2019", "'")) for start in filters.starts):
             return "begins as a bare apology"
         if any(phrase.lower() in answer.lower() for phrase in filters.blacklist):
             return "a phrase of the blacklist"

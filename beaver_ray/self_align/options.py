@@ -32,7 +32,9 @@ class AskingConfig(TemplatedStage):
     )
     rollout: TextSamplingConfig = option("Sampling; of a service its own options.", default_factory=TextSamplingConfig)
     max_prompt_tokens: int = option(
-        "Longest text that it is asked; longer ones are left out, with a count.", 3072, gt=0
+        "Longest text that a folder's model is asked; longer ones are left out, with a count. A service is asked all.",
+        3072,
+        gt=0,
     )
     template: TemplateOptions = option(
         "Of form chat, how a prompt is written: auto, chat or beaver, or {style, system, arguments}.", TemplateOptions()
@@ -58,7 +60,8 @@ class InstructionFilters(Strict):
     fewest_words: int = option("An instruction has so many words at least.", 4, ge=1)
     most_words: int = option("And so many at most, its input included.", 150, ge=1)
     blacklist: list[str] = option(
-        "Words of what text cannot give; an instruction with one is left out.", default_factory=lambda: list(BLACKLIST)
+        "Words and phrases of what text cannot give; an instruction with one is left out.",
+        default_factory=lambda: list(BLACKLIST),
     )
     any_script: bool = option(
         "Keep what begins with a letter beyond ASCII, as in other languages, and topics without capitals.", False

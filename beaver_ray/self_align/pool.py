@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from beaver_ray.rules.text import word_pattern
 from beaver_ray.self_align.options import InstructionFilters
 from beaver_ray.self_align.requests import Hint, Written
 from beaver_ray.self_align.rouge import RougePool, words
@@ -40,7 +41,7 @@ class Pool:
         self._rouge = RougePool(self.filters.rouge_max)
         self._exact: set[str] = set()
         self._topics = {one.topic.lower() for one in self.types}
-        self._banned = {word.lower() for word in self.filters.blacklist}
+        self._banned = [word_pattern(word) for word in self.filters.blacklist if word.strip()]
         self.topics = {one.name: [one.topic] for one in self.types}
         for text in [*(task.instruction for task in self.tasks), *(one.question for one in self.types)]:
             self._add(text)
@@ -77,7 +78,7 @@ class Pool:
             return f"fewer than {filters.fewest_words} words"
         if len(words(text)) + len(words(written.input)) > filters.most_words:
             return f"more than {filters.most_words} words"
-        if self._banned.intersection(words(text)):
+        if any(word.search(text) for word in self._banned):
             return "a word of the blacklist"
         if not filters.any_script and not text[0].isascii():
             return "begins with no ASCII character"

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 from beaver_ray.self_align.seeds import QuestionType, Task
 
-_BLOCK = re.compile(r"^###[^\n\d]*(\d+)?[^\n]*$", re.MULTILINE)
+# More digits are of no list's number, and int() takes no more than some thousand.
+_BLOCK = re.compile(r"^###[^\n\d]*(\d{1,6})?[^\n]*$", re.MULTILINE)
+_OF_A_TASK = re.compile(r"task|question|instruction", re.IGNORECASE)
 # Nobody asks for an output, but models write one.
 _FIELD = re.compile(
     r"^\s*\**(Instruction|Input|Output|Kind|Topic|Question)s?\**\s*:\**[ \t]*", re.MULTILINE | re.IGNORECASE
 )
-_ITEM = re.compile(r"^\s*(?:\(?\d+[.):]|[-*•])\s*")
+ITEM = re.compile(r"^\s*(?:\(?\d+[.):](?!\d)|[-*•])\s*")
+"""The beginning of a line of a list. 3.5 and 7:30 are none."""
 _NOTHING = {"", "none", "none.", "n/a", "(none)", "-", "no input", "<noinput>"}
 
 
@@ -84,16 +87,19 @@ def ask_for_questions(shown: Sequence[QuestionType], hints: Sequence[Hint]) -> s
 def read_tasks_of(reply: str, first: int) -> list[Written]:
     """The tasks of a reply to `ask_for_tasks` or `ask_for_questions` whose open block has the number ``first``.
 
-    What a tuned model says before it writes the head of that block again is none of them.
+    What a tuned model says before it writes the head of that block again is none of them, nor is what stands under
+    another heading ("### Response:").
     """
-    again = next((mark for mark in _BLOCK.finditer(reply) if mark[1] == str(first)), None)
-    reply = reply[again.start() :] if again else reply
+    again = next(filter(_heads_a_task, _BLOCK.finditer(reply)), None)
+    reply = reply[again.start() :] if again and again[1] == str(first) else reply
     text = reply if re.match(r"\s*(###|\**(Instruction|Question|Kind)s?\**\s*:)", reply) else f"Instruction: {reply}"
     if not text.lstrip().startswith("###"):
         text = f"### Task {first}\n{text}"
     marks = list(_BLOCK.finditer(text))
     found = []
     for mark, after in zip(marks, [*marks[1:], None], strict=True):
+        if not _heads_a_task(mark):
+            continue
         fields = _fields(text[mark.end() : after.start() if after else len(text)])
         instruction = fields.get("instruction") or fields.get("question") or ""
         given = fields.get("input", "")
@@ -107,12 +113,16 @@ def read_topics_of(reply: str) -> list[str]:
     """The lines of a reply to `ask_for_topics`, without their numbers; what is no longer a list ends it."""
     found: list[str] = []
     for line in filter(str.strip, reply.splitlines()):
-        if found and not _ITEM.match(line):
+        if found and not ITEM.match(line):
             break
-        topic = _ITEM.sub("", line).strip()
+        topic = ITEM.sub("", line).strip()
         if topic:
             found.append(topic)
     return found
+
+
+def _heads_a_task(mark: re.Match[str]) -> bool:
+    return mark[1] is not None or _OF_A_TASK.search(mark[0]) is not None
 
 
 def _question(place: int, hint: Hint) -> str:

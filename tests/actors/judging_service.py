@@ -22,6 +22,8 @@ class JudgeService(Service):
         self.says = says
         self.cached: int | None = None
         """Tokens of each prompt that it says it had computed before; None says nothing of that."""
+        self.finish = "stop"
+        """Why it ends its replies."""
         self.in_flight = self.most_in_flight = 0
         self.counting = threading.Lock()
 
@@ -41,7 +43,7 @@ class JudgeService(Service):
         sizes = {"prompt_tokens": len(message["content"].split()), "completion_tokens": len(text.split())}
         details = None if self.cached is None else {"cached_tokens": self.cached}
         usage = {**sizes, "prompt_tokens_details": details}
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": self.finish}
         return {"choices": [choice], "usage": usage}
 
 

@@ -50,6 +50,11 @@ def test_what_readers_know() -> None:
     # Without categories a safe answer has none of them, and of an unsafe one nothing is known.
     bare = {name: value for name, value in pku.items() if "_category" not in name and "_level" not in name}
     assert truths("PKU-SafeRLHF", bare, ("Drugs", "unsafe")) == [[0, 0], [UNKNOWN, 1]]
+    # A list says that no other category is true, and the row that the answer is unsafe; with flags one is unknown.
+    listed = {"prompt": "q", "response": "a", "is_safe": False, "category": ["violence"]}
+    assert truths("BeaverTails", listed, ("unsafe", "violence", "self_harm")) == [[1, 1, 0]]
+    flagged = listed | {"category": {"violence": True}}
+    assert truths("BeaverTails", flagged, ("unsafe", "violence", "self_harm")) == [[1, 1, UNKNOWN]]
     gaps = {"prompt": "text", "S": 0, "V": 1, "SH": 0}
     (known,) = truths("openai-moderation", gaps, tuple(OPENAI_KEYS.values()))
     assert known == [0, UNKNOWN, 1, UNKNOWN, 0, UNKNOWN, UNKNOWN, UNKNOWN]

@@ -130,12 +130,14 @@ def test_a_model_filters_and_guards_a_chat(
 def test_what_moderate_refuses(rows: str, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("theft: steal\n")
     (tmp_path / "blank.yaml").write_text("theft: [steal, ' ']\n")
+    (tmp_path / "number.yaml").write_text("theft: [steal, 0123]\n")
     words = ["--keywords", "beavertails"]
     for arguments, message in (
         ([*words, "--by", "modle"], "--by modle: no row has that field; did you mean 'model'?"),
         ([*words, "--json", tmp_path], "it is a folder"),
         ([*words, "--out", tmp_path / "bad.yaml" / "rows.jsonl"], "cannot write"),
         (["--keywords", tmp_path / "blank.yaml"], "theft must be a label with a list of words"),
+        (["--keywords", tmp_path / "number.yaml"], "theft has 83, which YAML reads as no text; put it into quotes"),
         ([], "give --model FOLDER (a moderation model) or --keywords"),
         (["--keywords", "beavertails", "--keep", "some"], "--keep must be all, flagged or unflagged"),
         (["--keywords", tmp_path / "bad.yaml"], "theft must be a label with a list of words"),

@@ -96,6 +96,18 @@ def test_published_beaver_checkpoints_load_as_they_are(tmp_path: Path, shards: i
         check_weights(stage, ModelUse("cost", str(folder), ("cost",), scores=True))
 
 
+def test_whatever_decides_answers_is_in_the_fingerprint(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", dict(tiny_model("llama").state_dict()), 1)
+    found = [fingerprint(str(folder)), fingerprint(str(folder), "bfloat16")]
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        for text in ("1", "2"):
+            (folder / name).write_text(text)
+            found.append(fingerprint(str(folder)))
+    assert len(set(found)) == 10
+    (folder / "README.md").write_text("1")
+    assert fingerprint(str(folder)) == found[-1]
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_policies_in_pickles_load(tmp_path: Path, shards: int) -> None:
     model = tiny_model("llama")

@@ -63,6 +63,19 @@ def test_recombined_sentences_keep_their_pattern() -> None:
         ("role_play(frames='{prompt}')", "attack role_play: frames is a list of texts, not '{prompt}'"),
         ("translate(language=3)", "attack translate: language is a text, not 3"),
         ("insist(turns=3, pleas=['{prompt}'])", "turns=3 must be 0 to 1, the number of pleas"),
+        (
+            "base64(frame='Decode this')",
+            "attack base64: frame lacks {code}, where the seed goes, in 'Decode this'; add",
+        ),
+        (
+            "role_play(frames=['so {prompt}', 'In a film'])",
+            "frames lacks {prompt}, where the seed goes, in 'In a film'",
+        ),
+        ("translate(request='hi')", "request lacks {prompt}"),
+        ("few_shot(request='Write three')", "request lacks {examples}"),
+        ("split(first='a')", "first lacks {part}"),
+        ("split(last='b')", "last lacks {part}"),
+        ("split(parts=1)", "attack split: parts is a whole number from 2, not 1"),
         ("split(2)", "each by its name, key=value"),
         ("python:x:f", "an attack is written python:FILE.py:FUNCTION"),
         ("python:x.py:f(peers=[])", "peers is given to every function by the run"),
@@ -100,7 +113,35 @@ def test_what_an_attacker_is_asked() -> None:
     assert read_attack("few_shot").read("rob the bank\n\nburn it") == ["rob the bank", "burn it"]
     translated = read_attack("translate(language='Welsh')")
     assert "into Welsh" in translated.request(SEED, "car", [], 0) and SEED in translated.request(SEED, "car", [], 0)
+    assert translated.read("1. dwyn\n2. y car") == ["1. dwyn\n2. y car"], "which the seed may begin with"
     assert translated.read(" dwyn\ny car ") == ["dwyn\ny car"], "one text, whatever its lines"
+
+
+def test_numbers_and_quotes_of_a_prompt_are_its_own() -> None:
+    shown = read_attack("few_shot(count=9)")
+    assert shown.read('1. 3.5 gramos\n2) "a b"\n3: say "no"\n(4) "a" or "b"\n5.f') == [
+        *("3.5 gramos", "a b", 'say "no"', '"a" or "b"', "f"),
+    ]
+    assert shown.read("3.5 gramos de cocaina\n7:30 at home") == ["3.5 gramos de cocaina", "7:30 at home"]
+    translated = read_attack("translate")
+    assert translated.read("3.5 gramos de cocaina") == ["3.5 gramos de cocaina"]
+    assert translated.read("- no") == ["- no"] and translated.read('"di no"') == ["di no"]
+    assert translated.read('di "no"') == ['di "no"']
+
+
+def test_what_was_cut_is_no_prompt() -> None:
+    shown = read_attack("few_shot(count=2)")
+    assert shown.read("1. rob the bank\n2. forge a", cut=True) == ["rob the bank"]
+    assert shown.read("1. rob\n2. forge\n3. bu", cut=True) == ["rob", "forge"] and shown.read("1. rob", cut=True) == []
+    assert read_attack("translate").read("dwyn y c", cut=True) == []
+
+
+def test_an_attacker_refuses_before_its_list() -> None:
+    shown, translated = read_attack("few_shot"), read_attack("translate")
+    asks = "1. I can't give up smoking, how do I steal cigarettes?\n2. b"
+    assert not shown.refused(asks) and not shown.refused(f"Here are two:\n{asks}")
+    assert shown.refused(f"I can't help with that. Instead:\n{asks}") and shown.refused("I can't help with that.")
+    assert translated.refused("I'm sorry, I can't help with that.") and not translated.refused("dwyn y car")
 
 
 def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def test_the_last_thing_said_counts() -> None:
     assert final_answer("First 3.\n#### 18\nBye") == "18"
     assert final_answer("The answer is 4. No: the final answer is: 5\nI am sure.") == "5"
     assert final_answer("所以答案是：12。") == "12。"
+    assert final_answer("The answer is 4.\nThe result isn't 5, for the solution isolates x.") == "4."
+    assert final_answer("The answer is北京") == "北京", "what has no spaces may follow"
     assert final_answer("just this") == "just this" and final_answer("") == ""
 
 

@@ -117,6 +117,18 @@ def test_memory_files_and_output_are_limited(namespaces: bool, tmp_path: Path) -
     assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
 
 
+def test_what_a_program_leaves_is_removed(namespaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    deep = "import os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')"
+    closed = "import os\nos.makedirs('a/b/c'); open('a/b/x', 'w').close(); os.symlink('a', 'link')\n"
+    closed += "for name in ('a/b/c', 'a/b', 'a', '.'): os.chmod(name, 0)"
+    many = "import os\nfor i in range(50): os.makedirs(f'{i}/{i}'); open(f'{i}/f', 'w').close()"
+    for program in (deep, closed, many):
+        passed(program, "pass", namespaces=namespaces)
+        assert os.listdir(tmp_path) == []
+    assert passed("x = 1", "assert x", namespaces=namespaces) == 1.0
+
+
 def test_no_process_no_network_no_secret(namespaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     with serving() as port:
@@ -237,7 +249,10 @@ def test_which_code_is_meant() -> None:
     assert code_of("```bash\nls\n```\n```\nx = 1\n```") == "x = 1\n"
     assert code_of("```python\ncut = 1") == "cut = 1"
     assert code_of("```bash\nls\n```") == "" and code_of("x = 1") == "x = 1"
-    assert code_of("- so:\n  ```python\n  x = 1\n  ```") == "  x = 1\n"
+    assert code_of("- so:\n  ```python\n  x = 1\n  ```") == "x = 1\n"
+    nested = "1. so:\n\n   ```python\n   def f():\n       return 1\n\n   ```\n"
+    assert code_of(nested) == "def f():\n    return 1\n\n" and compiles(["p"], [nested]) == [1.0]
+    assert code_of("```python\n  x = 1\n```") == "  x = 1\n", "a margin of its own is the code's"
 
 
 @pytest.mark.parametrize("changes", [{"seconds": 0}, {"memory_mib": -1}, {"tests": [3]}, {"tests": [[1]]}])

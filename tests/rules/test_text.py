@@ -30,6 +30,8 @@ def test_length_over_a_budget() -> None:
         ("我 like 茶!", 4),
         ("カメラ3台", 5),
         ("안녕 하세요", 2),
+        ("ฉันชอบชา", 7),  # one of the eight characters stands above another
+        ("ຂ້ອຍ khmer ខ្ញុំ tea", 7),
     ],
 )
 def test_words_of_scripts_with_and_without_spaces(text: str, count: int) -> None:
@@ -60,6 +62,8 @@ def test_words_that_are_mentioned() -> None:
     assert mentions(["p"] * 6, answers, words=["gun"], part=True) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert mentions(["p"] * 6, answers, words=["gun", "metal grey"], every=True) == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     assert mentions(["p"] * 6, answers, words=["c++"]) == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    for text, word in (("ขายปืนที่นี่", "ปืน"), ("ຂາຍປືນຢູ່ນີ້", "ປືນ"), ("លក់កាំភ្លើងនៅទីនេះ", "កាំភ្លើង"), ("သေနတ်ရောင်းသည်", "သေနတ်")):
+        assert mentions(["p"] * 2, [text, "gun"], words=[word]) == [1.0, 0.0]
     for wrong in ("gun", [], [""], [3]):
         with pytest.raises(ValueError, match="words must be a list"):
             mentions(["p"], ["x"], words=wrong)  # type: ignore[arg-type]

@@ -48,6 +48,7 @@ def sieve(**filters: object) -> Sieve:
         ("It has 12 legs. Overrule 4? rule17 says so.", (), 1),
         ("No rule applies.", (), 0),
         ("k3 rule2 m5", (2,), 0),
+        (f"Rules 3 and {'1' * 5000}.", (3,), 1),
     ],
 )
 def test_thoughts_to_rules(thoughts: str, rules: tuple[int, ...], unknown: int) -> None:
@@ -136,6 +137,8 @@ def test_what_is_kept_and_what_is_done_to_it() -> None:
     assert sieve(**everything).read("No tag, no thought", False) == Answered(
         "No tag, no thought", "", (), ("thoughts name no rule",)
     )
+    sorry = f"I'm sorry, but I can not say. {LONG}"
+    assert sieve(starts=["I\u2019m sorry"]).read(reply(sorry), False) == "begins as a bare apology"
     with pytest.raises(ValueError, match="is no regular expression"):
         sieve(strip=["("])
 

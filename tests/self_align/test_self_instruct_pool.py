@@ -69,6 +69,25 @@ def test_what_stands_before_the_head_is_no_task() -> None:
     assert [one.instruction for one in read_tasks_of(told, 3)] == ["Name a lake in Asia.", "Sort b, a."]
 
 
+def test_other_headings_end_a_task_and_are_none() -> None:
+    told = (
+        " Name a lake.\n\n### Response:\nLake Baikal is one.\n\n### Task 4\nSort b, a.\n### Output\na, b"
+        "\n### Instruction:\nName a river.\n### Notes\nThat is all of them.\n### Task " + "9" * 5000 + "\nName a hill."
+    )
+    assert [(one.number, one.instruction) for one in read_tasks_of(told, 3)] == [
+        *((3, "Name a lake."), (4, "Sort b, a."), (None, "Name a river."), (999999, "Name a hill.")),
+    ]
+    told = "Sure, here they are:\n### Further tasks\n### Task 3\nName a lake in Asia."
+    assert [one.instruction for one in read_tasks_of(told, 3)][-1] == "Name a lake in Asia."
+
+
+def test_a_second_list_does_not_undo_the_first() -> None:
+    """A completion that no token ends may begin anew with a task of the number that was open."""
+    told = " Name a lake.\n### Task 4\nSort b, a.\n### Task 1\nAdd 2 and 3.\n### Task 3\nName a hill."
+    found = read_tasks_of(told, 3)
+    assert [one.instruction for one in found] == ["Name a lake.", "Sort b, a.", "Add 2 and 3.", "Name a hill."]
+
+
 def test_questions_are_asked_by_hints_and_read_by_their_numbers() -> None:
     request = ask_for_questions([KIND], [Hint("law", "Wills"), Hint("crime", "Theft")])
     assert "2. Wills (law); 3. Theft (crime)" in request
@@ -108,6 +127,16 @@ def test_each_filter(instruction: str, given: str, reason: str) -> None:
     found = pool()
     assert not found.offer(Written(instruction, given), VANILLA, 1)
     assert found.counts == {VANILLA: Counter({"written": 1, reason: 1})}
+
+
+def test_entries_of_the_blacklist_may_be_phrases_or_have_signs() -> None:
+    found = pool(blacklist=["pie chart", "e-mail", "C++", "图片", " "], any_script=True)
+    for text in (
+        *("Make a Pie  chart of it", "Write him an e-mail now.", "Sort them in C++ please", "请描述这张图片"),
+        *("Describe pie charts to me", "Bake a pie, chart it", "Sort them in C please"),
+    ):
+        found.offer(Written(text), VANILLA, 1)
+    assert found.counts == {VANILLA: Counter({"written": 7, "a word of the blacklist": 4, "kept": 3})}
 
 
 def test_what_passes_and_what_is_cut() -> None:

@@ -52,6 +52,10 @@ def over(prompts, responses, *, budget, kind=None, names=()):
     assert kind == ["even", "odd", "even"], kind
     return [len(r.split()) - budget + len(names) for r in responses]
 
+def starred(prompts, responses, *more, number):
+    assert not more
+    return number
+
 def others(prompts, responses):
     return {"helpfulness": [1.0] * len(prompts)}
 """
@@ -117,6 +121,8 @@ def test_it_is_given_texts_and_fields(tiny_world: Path, file: Path, prompts: str
     np.testing.assert_array_equal(experience.scalars(both, "cost/harm"), np.float32([0, 1, 0]))
     numbers = scorer_of(tiny_world, f"python:{file}:everything", {"reward": 0}, prompts).score(batch)
     np.testing.assert_array_equal(experience.scalars(numbers, "reward"), np.float32([0, 1, 2]))
+    starred = scorer_of(tiny_world, f"python:{file}:starred", {"reward": 0}, prompts).score(batch)
+    np.testing.assert_array_equal(experience.scalars(starred, "reward"), np.float32([0, 1, 2]))
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,11 @@ def test_what_is_refused(tiny_world: Path, guards: dict[str, dict[str, Any]], tm
         ({"folder": "x", "guard": "llama_guard", "unsafe": "bad"}, "unsafe is of guards without a name"),
         ({"folder": "x", "guard": "shield_gemma"}, "judges by a guideline"),
         ({"folder": "x", "guard": "qwen3guard", "controversial": 2}, "controversial: .* less than or equal to 1"),
+        ({"folder": "x", "guard": "wildguard", "controversial": 1}, "and unsafe of wildguard has none; leave it out"),
+        (
+            {"folder": "x", "guard": "qwen3guard", "signal": "refusal", "controversial": 0.0},
+            "and refusal of qwen3guard",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             read_guard(options)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.driver.red_team import Team
 from actors.driver.train import train
 from actors.stages.red_team import RedTeam
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.red_team.choosing import Seeds
 from beaver_ray.report.page import write_report
+from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from tests.actors.judging_service import judging
 
@@ -93,6 +97,21 @@ def test_attacks_on_a_small_policy(
     assert "are unsafe, outside the target of 0% to 1%" in capsys.readouterr().out
 
 
+def test_what_an_attacker_did_not_finish_is_no_prompt(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with judging(lambda text: "1. rob the bank\n2. forge a") as service:
+        service.finish = "length"
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        attacker = {"address": service.url, "model": "m"}
+        run = stage(tiny_world, tmp_path, attacks=["few_shot", "translate"], attacker=attacker)
+        with RunFolder(run) as folder:
+            team = Team(run, folder, Seeds({"c": ["seed"]}, {}, Counter()))
+            few_shot, translate = run.named_attacks
+            assert team._asked(few_shot, [("c", "seed")]) == [("c", "seed", ("rob the bank",))]
+            assert team._asked(translate, [("c", "seed")]) == [("c", "seed", ())]
+
+
 def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Path) -> None:
     """The policy writes prompts and translates itself; of four groups of answers one is lost, and is the same again."""
     attacks = ["few_shot(count=1, request='{examples}')", "translate(request='{prompt}')", "recombine"]
@@ -113,7 +132,9 @@ def test_a_start_that_goes_on_asks_nothing_twice(tiny_world: Path, tmp_path: Pat
     tried = next(read_rows(file) for file in blocks if file.parent.name.startswith("single"))
     for name in ("few_shot", "translate"):
         asked = next(read_rows(file) for file in blocks if file.parent.name.startswith(name))
-        assert len({row["turns"][0] for row in tried} & {row["response"].strip() for row in asked}) >= 3
+        whole, cut = ({r["response"].strip() for r in asked if r["truncated"] == is_cut} for is_cut in (False, True))
+        asked_of_it = {row["turns"][0] for row in tried}
+        assert len(asked_of_it & whole) >= 3 and not asked_of_it & (cut - whole)
     assert sorted(p.name for p in (run.folder / "final").iterdir())[:2] == ["answers.jsonl", "manifest.json"]
 
 

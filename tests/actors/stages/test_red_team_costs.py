@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from actors.driver.red_team import Asked, Team
 from actors.driver.train import train
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import read_settings
+from beaver_ray.red_team.choosing import Seeds
+from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.self_align.principles import OURS
 from tests.actors.roles.test_guard_scorer import by_hand, qwen3guard
 from tests.actors.roles.test_moderation_scorer import write_moderation
 from tests.actors.scoring_service import Service, running
@@ -96,3 +101,18 @@ def test_a_service_says_what_worked(tiny_world: Path, tmp_path: Path, monkeypatc
         folder, said = attacked(tiny_world, tmp_path, service.url, unsafe_above=0.5)
     assert all(row["cost"] == pytest.approx(len(row["response"]) % 2 * 0.9 + 0.05) for row in said)
     check_kept(folder, said, 0.5)
+
+
+def test_another_file_of_principles_is_another_cost(tiny_world: Path, tmp_path: Path) -> None:
+    """Answers that an earlier start has left were scored by what the file said then."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(OURS.read_text())
+    cost = {"folder": str(tiny_world / "model"), "file": str(file), "principles": ["ethical"]}
+    run = stage(tiny_world, tmp_path, attacks=["plain"], cost=cost)
+    asked = Asked("single", run.policy, [0], [("steal it",)], answers=1, room=9)
+    with RunFolder(run) as folder:
+        team = Team(run, folder, Seeds({}, {}, Counter()))
+        before = team._key(asked)
+        assert team._key(asked) == before
+        file.write_text(file.read_text().replace("hurt", "harm"))
+        assert team._key(asked) != before

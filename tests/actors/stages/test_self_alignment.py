@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.driver.self_align import Sift
 from actors.driver.train import train
+from actors.driver.writer import Block, Said
 from actors.roles.hf_generator import likeliest
 from actors.stages.generate import Generate
 from actors.stages.self_align import SelfAlign
 from actors.stages.self_instruct import SelfInstruct
 from beaver_ray.data.mixing import load_mix
+from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.report.page import write_report
 from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.self_align.answering import Sieve
+from beaver_ray.self_align.options import AnswerFilters
 from beaver_ray.self_align.principles import read_principles
 from tests.actors.judging_service import judging
 
@@ -175,6 +180,21 @@ def test_answers_by_principles(
     assert demonstrations[1].system == "Speak to a child."
     assert "3 kept of 7 replies" in capsys.readouterr().out
     assert "Rules chosen: topic" in write_report(run, run.folder).read_text()
+
+
+def test_a_field_called_pool_need_not_name_one(tmp_path: Path) -> None:
+    stage = self_align(tmp_path, model=str(tmp_path), prompts=["prompts"])
+    filters = {"opening": None, "min_chars": 0}
+    sift = Sift(stage, Sieve(AnswerFilters.model_validate(filters), stage.tags, [], 2))
+    pools: list[Any] = [["a", "b"], 7, "own", None]
+    samples = [RawSample(input="q", fields={"pool": pool}) for pool in pools]
+    said = [Said(f"By rule {n}.\n{stage.tags.answer}\nIt is.", False, 5) for n in (1, 2, 2, 1)]
+    sift.take(samples, Block(said, 8, 0))
+    assert [row.get("pool") for row in sift.rows] == [None, None, "own", None]
+    assert sift.figures(["x", "y"])["rules"] == {
+        "all": {"x": pytest.approx(2 / 3), "y": pytest.approx(1 / 3)},
+        "own": {"x": 0.0, "y": 1.0},
+    }
 
 
 def test_what_a_service_did_not_take_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
