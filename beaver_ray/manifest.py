@@ -69,12 +69,13 @@ def file_hash(path: Path) -> str:
 
 def json_line(row: Mapping[str, Any]) -> str:
     """A row as a line of JSON, its end included; what else a row of data may hold (dates, bytes) becomes text, and
-    numbers that are not finite null.
+    numbers that are not finite null. Half a character, which no file can hold, is escaped as JSON has it.
     """
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        return json.dumps(plain(row), ensure_ascii=False) + "\n"
+        line = json.dumps(plain(row), ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def plain(value: Any) -> Any:
@@ -123,12 +124,13 @@ def parents_of(stage: Stage) -> dict[str, str]:
     from beaver_ray.models.folders import fingerprint
 
     found = {use.folder: fingerprint(use.folder) for use in models_of(stage)}
-    calibrations = [constraint.calibration for constraint in getattr(stage, "constraints", [])]
+    bounds = [*getattr(stage, "constraints", []), *getattr(stage, "costs", [])]
+    calibrations = [bound.calibration for bound in bounds]
     meta = getattr(stage, "meta", None)
     for specs in (*stage.data_sets, *calibrations, [] if meta is None else meta.answers):
         for label, spec in parse_mix(specs).items():
             place = open_source(spec.source, spec.path)[0]
-            found |= {str(file): file_hash(file) for file in place.files} or {label: "hub"}
+            found |= {str(file): file_hash(file) for file in place.all_files} or {label: "hub"}
     return found
 
 
@@ -137,15 +139,24 @@ def _lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
+def _rows_in(folder: Path) -> dict[str, DataFile]:
+    """The files of rows in a folder."""
+    return {file.name: DataFile(sha256=file_hash(file), rows=_lines(file)) for file in sorted(folder.glob("*.jsonl"))}
+
+
 def write_stage_manifest(stage: Stage, folder: Path, counts: Mapping[str, int], more: Sequence[str] = ()) -> None:
     """Write the manifest of a stage that has put JSON lines into ``folder``.
 
     more: files that it was made from besides its models and data sets.
     """
     parents = parents_of(stage) | {file: file_hash(Path(file)) for file in more}
-    files = {file.name: DataFile(sha256=file_hash(file), rows=_lines(file)) for file in sorted(folder.glob("*.jsonl"))}
     made = StageManifest(
-        stage=stage.stage, name=stage.name, seed=stage.seed, parents=parents, files=files, counts={**counts}
+        stage=stage.stage,
+        name=stage.name,
+        seed=stage.seed,
+        parents=parents,
+        files=_rows_in(folder),
+        counts={**counts},
     )
     (folder / MANIFEST).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -166,6 +177,7 @@ def stage_manifest(stage: Stage) -> StageManifest:
         name=stage.name,
         seed=stage.seed,
         parents=parents_of(stage),
+        files=_rows_in(final),
         models={folder.name: fingerprint(str(folder)) for folder in models},
         evaluation=means,
     )

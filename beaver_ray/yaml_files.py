@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -117,18 +117,40 @@ def save_config(config: BaseModel, path: Path) -> None:
 
 def other_settings(path: Path, config: BaseModel) -> list[str]:
     """What ``config`` sets otherwise than the file that `save_config` wrote: "ppo.clip_ratio 0.2 -> 0.1"."""
-    before = _flat(read_yaml(path)) if path.is_file() else {}
-    now = _flat(config.model_dump(mode="json"))
-    keys = [key for key in now if key in before and before[key] != now[key] and key != "resume"]
-    return [f"{key} {before[key]} -> {now[key]}" for key in keys]
+    if not path.is_file():
+        return []
+    now = config.model_dump(mode="json", exclude={"resume"})
+    return list(_differences(read_yaml(path), now, config))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value by its dotted name."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        return {prefix: node}
-    return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+_ABSENT = object()
+
+
+def _differences(before: Any, now: Any, config: Any, name: str = "") -> Iterator[str]:
+    """config: what ``now`` is the dump of. Of a group of options those that an earlier version had not are passed over;
+    what a list or a mapping of the user's own has more or less is said."""
+    if isinstance(before, list) and isinstance(now, list):
+        given = config if isinstance(config, list | tuple) else []
+        before, now, config = dict(enumerate(before)), dict(enumerate(now)), dict(enumerate(given))
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        if before != now:
+            yield f"{name} {_said(before)} -> {_said(now)}"
+        return
+    group = isinstance(config, BaseModel)
+    values = dict(config) if isinstance(config, BaseModel | Mapping) else {}
+    for key in now if group else {**before, **now}:
+        if key in before or not group:
+            pair = before.get(key, _ABSENT), now.get(key, _ABSENT)
+            yield from _differences(*pair, values.get(key), f"{name}.{key}" if name else str(key))
+
+
+def _said(value: Any) -> str:
+    """A setting on one line; of a group what is set in it."""
+    if value is _ABSENT:
+        return "nothing"
+    if isinstance(value, dict):
+        value = {key: one for key, one in value.items() if one not in (None, {}, [])}
+    return as_yaml(value) if isinstance(value, dict | list) else str(value)
 
 
 _NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool")}
@@ -139,6 +161,11 @@ _EXPONENT = (
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
 )
 """1e-5 is a number, as YAML 1.2 has it; PyYAML, which is of 1.1, asks for a dot and a sign."""
+
+
+_BOOL = ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"))
+"""Likewise of 1.2: no, the language, is a text, and on and off are."""
+_READ_OTHERWISE = {"tag:yaml.org,2002:timestamp", _BOOL[0]}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -155,8 +182,9 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class above)
         first: [
-            *((tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"),
+            *((tag, pattern) for tag, pattern in pairs if tag not in _READ_OTHERWISE),
             *([_EXPONENT] if first in "+-.0123456789" else []),
+            *([_BOOL] if first in "tTfF" else []),
         ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

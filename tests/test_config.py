@@ -269,6 +269,18 @@ def test_numbers_in_scientific_notation() -> None:
     assert yaml_value(as_yaml(["1e5", 1e5])) == ["1e5", 1e5]
 
 
+def test_true_and_false_alone_are_flags(tmp_path: Path) -> None:
+    """YAML 1.1 reads the language no as false, and on as true."""
+    config = safe_ppo(
+        "constraints.harm.where={language: [en, no], switch: on, safe: false, more: [True, FALSE, 'true']}"
+    )
+    where = config.constraints[0].where
+    assert where == {"language": ["en", "no"], "switch": "on", "safe": False, "more": [True, False, "true"]}
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert safe_ppo("debug=yes").debug is True  # of an option that is a flag the words mean what they did
+
+
 def test_saved_is_loaded(tmp_path: Path) -> None:
     config = safe_ppo("workspace=w", "constraints.harm.limit=-0.5", "cluster.placement.rollout.gpus=0.5")
     save_config(config, tmp_path / "c.yaml")

@@ -6,8 +6,11 @@ import datetime
 import json
 from pathlib import Path
 
+import datasets
+
+from actors.stages.arena import Arena
 from actors.stages.label import Label
-from beaver_ray.manifest import read_rows, stage_manifest, write_rows
+from beaver_ray.manifest import DataFile, file_hash, json_line, parents_of, read_rows, stage_manifest, write_rows
 
 
 def test_rows_of_a_table_become_json(tmp_path: Path) -> None:
@@ -29,3 +32,33 @@ def test_scores_of_other_programs_are_no_means(tmp_path: Path) -> None:
     stage.folder.mkdir()
     (stage.folder / "evaluation.json").write_text(json.dumps(found))
     assert stage_manifest(stage).evaluation == {"reward": 0.5}
+
+
+def test_half_a_character_in_a_further_field(tmp_path: Path) -> None:
+    """JSON can write one, and no file as it is."""
+    rows = json.loads('[{"prompt": "p", "note": "cut \\ud83d", "cut \\ude00": "\\\\ud83d"}]')
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows and len(rows[0]["note"]) == 5
+    assert json_line({"a": "\ud83d\n"}) == '{"a": "\\ud83d\\n"}\n'
+
+
+def test_a_round_names_all_that_its_stages_read_and_wrote(tmp_path: Path) -> None:
+    """A saved data set, an arena's calibration, and the answers of a stage that leaves no manifest of its own."""
+    labelled, saved = tmp_path / "labelled.jsonl", tmp_path / "saved"
+    write_rows(labelled, [{"prompt": "p", "response_0": "a", "response_1": "b"}])
+    datasets.Dataset.from_list([{"prompt": "p"}]).save_to_disk(str(saved))
+    stage = Arena(
+        stage="arena",
+        name="a",
+        workspace=str(tmp_path),
+        policies={"one": "a.jsonl", "two": "b.jsonl"},
+        prompts=[f"prompts:1:{saved}"],
+        costs=[{"name": "harm", "model": "of/the-hub", "calibration": [f"PKU-SafeRLHF:1:{labelled}"]}],
+    )
+    found = parents_of(stage)
+    assert found[str(labelled)] == file_hash(labelled) and "hub" not in found.values()
+    assert {name for name in found if name.startswith(str(saved))} == {str(file) for file in saved.iterdir()}
+    write_rows(stage.folder / "final" / "answers.jsonl", [{"prompt": "p"}, {"prompt": "q"}])
+    assert stage_manifest(stage).files == {
+        "answers.jsonl": DataFile(sha256=file_hash(stage.folder / "final" / "answers.jsonl"), rows=2)
+    }

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.driver.trainer_stage import TrainerStage
 from actors.stages import stages
 from beaver_ray import runs
 from beaver_ray.errors import UserError
 from beaver_ray.runs import RunFolder, duration, has_started, is_finished, read_metrics
+from beaver_ray.yaml_files import other_settings, save_config
 from launch.config_files import load_config
 
 
 def config(workspace: Path, **more: Any) -> TrainerStage:
-    return stages()["sft"](workspace=str(workspace), name="one", stage="sft", model="m", train=["d"], **more)
+    given = {"workspace": str(workspace), "name": "one", "stage": "sft", "model": "m", "train": ["d"]} | more
+    return stages()["sft"](**given)
 
 
 def test_config_is_kept_as_it_can_be_read_back(tmp_path: Path) -> None:
@@ -29,6 +32,34 @@ def test_config_is_kept_as_it_can_be_read_back(tmp_path: Path) -> None:
         assert run.folder == tmp_path / "one"
         assert run.trajectories.is_dir() and run.checkpoints.folder.is_dir() and not run.final.exists()
     assert load_config(run.folder / "config.yaml") == config(tmp_path, epochs=1.5)
+
+
+def test_what_is_set_otherwise(tmp_path: Path) -> None:
+    """Entries that a list has more or less too, and those that became a mapping."""
+    before = config(tmp_path, epochs=2).model_copy(update={"resume": True})
+    path = tmp_path / "config.yaml"
+    save_config(before, path)
+
+    def changes(**more: Any) -> list[str]:
+        return other_settings(path, config(tmp_path, **{"epochs": 2, **more}))
+
+    assert changes() == []
+    assert changes(epochs=1) == ["epochs 2.0 -> 1.0"]
+    assert changes(train=["d", "e"]) == ["train.1 nothing -> e"]
+    mapped = {"name": "d", "where": {"kind": "a"}}
+    assert changes(train=[mapped]) == ["train.0 d -> {name: d, proportion: 1.0, where: {kind: a}}"]
+    assert changes(eval=["e"]) == ["eval.0 nothing -> e"]
+    save_config(config(tmp_path, epochs=2, train=["c", "d", mapped]), path)
+    assert changes(train=["c", "d"]) == ["train.2 {name: d, proportion: 1.0, where: {kind: a}} -> nothing"]
+    assert changes(train=["c", "d", {**mapped, "where": {"kind": "b", "level": 1}}]) == [
+        "train.2.where.kind a -> b",
+        "train.2.where.level nothing -> 1",
+    ]
+    # Of an earlier version, which had fewer options.
+    tree = {k: v for k, v in before.model_dump(mode="json").items() if k not in ("epochs", "train")}
+    tree["engine"].pop("offload")
+    path.write_text(yaml.safe_dump({**tree, "gone": 1}))
+    assert changes(epochs=1) == []
 
 
 def test_metrics_are_one_object_a_line_and_finite(tmp_path: Path) -> None:

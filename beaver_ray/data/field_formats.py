@@ -117,16 +117,19 @@ def helpsteer3(row: dict[str, Any]) -> RawSample:
 
 
 def chosen_rejected(row: dict[str, Any]) -> RawSample:
-    """chosen and rejected, as texts beside a prompt or as whole dialogues; equal scores are no preference."""
+    """chosen and rejected, as texts beside a prompt or as whole dialogues, and perhaps a system text.
+
+    Equal scores are no preference.
+    """
     scores = row.get("score_chosen"), row.get("score_rejected")
     if scores[0] is not None and scores[0] == scores[1]:
         raise BadRow("no answer is better")
-    fields = rest(row, "prompt", "chosen", "rejected", "messages")
+    fields, system = rest(row, "prompt", "chosen", "rejected", "messages", "system"), system_field(row)
     if not is_messages(row.get("chosen")):
         prompt = prompt_field(row.get("prompt"), "prompt")
-        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields)
-    system, turns, answers = pair_of_dialogues(row.get("chosen"), row.get("rejected"))
-    return RawSample(turns, *answers, better=True, fields=fields, system=system)
+        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=system)
+    own, turns, answers = pair_of_dialogues(row.get("chosen"), row.get("rejected"))
+    return RawSample(turns, *answers, better=True, fields=fields, system=own or system)
 
 
 def pair_of_dialogues(chosen: Any, rejected: Any) -> tuple[str | None, list[str], tuple[str, str]]:
@@ -155,12 +158,11 @@ def hh_strength(row: dict[str, Any]) -> RawSample:
 
     ``judge_agrees`` says whether the judge (GPT4 label 1 or 0; -1 is none) prefers the chosen one too.
     """
-    (*turns, chosen), (*other, rejected) = (
-        [str(line).strip().removeprefix(SPEAKERS[n % 2]).strip() for n, line in enumerate(_texts(row.get(name), name))]
-        for name in ("chosen", "rejected")
-    )
+    (*turns, chosen), (*other, rejected) = (_spoken(_texts(row.get(name), name)) for name in ("chosen", "rejected"))
     if turns != other:
         raise BadRow("dialogues differ before the last answer")
+    if not chosen or not rejected:
+        raise BadRow("empty turn")
     if chosen == rejected:
         raise BadRow("identical responses")
     used = ("mean preference difference", "std preference difference", "GPT4 label")
@@ -174,6 +176,13 @@ def hh_strength(row: dict[str, Any]) -> RawSample:
 
 SPEAKERS = ("Human:", "Assistant:")
 """How the lines of a dialogue may begin."""
+
+
+def _spoken(lines: list[str]) -> list[str]:
+    """The lines of a dialogue without their speakers. Raises BadRow where one is the other's."""
+    if any(line.strip().startswith(SPEAKERS[1 - n % 2]) for n, line in enumerate(lines)):
+        raise BadRow("turns do not alternate from human to assistant")
+    return [line.strip().removeprefix(SPEAKERS[n % 2]).strip() for n, line in enumerate(lines)]
 
 
 def _texts(value: Any, name: str) -> list[str]:

@@ -6,6 +6,7 @@ A line of a file of lines is handed on as it is (`Line`): whoever reads it parse
 from __future__ import annotations
 
 import csv
+import io
 import json
 import lzma
 import os
@@ -49,6 +50,13 @@ class Place:
     files: tuple[Path, ...] = ()
     folder: Path | None = None
     """What the files are in, or a saved data set."""
+
+    @property
+    def all_files(self) -> list[Path]:
+        """The files that hold the rows, those of a saved data set too; none of the hub."""
+        if self.files or self.folder is None:
+            return list(self.files)
+        return sorted(file for file in self.folder.rglob("*") if file.is_file())
 
 
 def find_place(
@@ -99,16 +107,14 @@ def file_rows(path: Path) -> Iterator[Any]:
         elif kind == "json":
             yield from _json_rows(path)
         elif kind in ("csv", "tsv"):
-            csv.field_size_limit(sys.maxsize)
-            with _open_text(path) as file:
-                yield from csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",")
+            yield from _table_rows(path, "\t" if kind == "tsv" else ",")
         elif kind == "parquet":
             yield from _parquet_rows(path)
         else:
             raise UserError(f"cannot read {path}: use a file ending in {', '.join(SUFFIXES)}")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; check the path") from None
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError) as error:
         reason = first_line(error)
         raise UserError(f"cannot read {path}: {reason}; check that the file is whole and UTF-8") from error
 
@@ -116,8 +122,26 @@ def file_rows(path: Path) -> Iterator[Any]:
 def _open_text(path: Path) -> Any:
     """A text file, unpacked where it is packed."""
     import fsspec
+    import pyarrow as pa
 
+    if path.suffix == ".zst":  # which fsspec leaves packed where one more package is missing
+        unpacked: Any = pa.input_stream(str(path), compression="zstd")
+        return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
     return fsspec.open(str(path.absolute()), "rt", compression="infer", encoding="utf-8-sig", newline="").open()
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[Any]:
+    """The rows of a table of texts; a quote that nothing closes is refused, which would hold all rows behind it."""
+    csv.field_size_limit(sys.maxsize)
+    with _open_text(path) as file:
+        table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            yield from table
+        except csv.Error as error:
+            raise UserError(
+                f"cannot read {path}: {error}, in the row behind line {table.line_num}; a text that begins with a "
+                "quote must end with one, and have those inside of it doubled"
+            ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -166,27 +190,58 @@ def _parsed(text: str) -> Any:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    """A list, an object with a list under "data" or lists by category, or one object a line."""
+    """The rows of one document, or one object a line."""
     try:
         with _open_text(path) as file:
             content = json.loads(file.read())
     except json.JSONDecodeError:
         yield from _lines(path)
         return
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    yield from _listed_rows(content, path)
+    found = _rows_of(content)
+    if found is None:
+        raise NoRowsError(
+            f"{path} holds no list of rows: write a JSON list (of a single row too), or one object a line and .jsonl "
+            "at the end of its name"
+        )
+    yield from found
 
 
-def _listed_rows(content: Any, path: Path) -> Iterator[Any]:
-    """The items of a list, or of all lists in an object of categories."""
-    if isinstance(content, dict):
-        for part in content.values():
-            yield from _listed_rows(part, path)
-    elif isinstance(content, list):
-        yield from content
-    else:
-        raise NoRowsError(f"{path} holds no list of rows: write a JSON list, or one object a line")
+ROW_FIELDS = ("prompt", "instruction")
+"""What has one of these is a row by itself, however its values look."""
+
+
+def _rows_of(content: Any) -> list[Any] | None:
+    """The rows of a JSON document, None where it holds none.
+
+    They are a list, an object's list under "data", its only list that holds objects, or all lists of an object that has
+    nothing but lists of one kind by category. An object that can only be a row is one.
+    """
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        return None
+    if isinstance(content.get("data"), list):
+        return list(content["data"])
+    if any(name in content for name in ROW_FIELDS) or any(map(_is_dialogue, content.values())):
+        return [content]
+    parts = list(_parts(content))
+    lists = [part for part in parts if isinstance(part, list) and part]
+    of_objects = [part for part in lists if any(isinstance(item, dict) for item in part)]
+    if all(isinstance(part, list) for part in parts) and len(of_objects) in (0, len(lists)):
+        return [item for part in lists for item in part]
+    return of_objects[0] if len(of_objects) == 1 else None
+
+
+def _is_dialogue(value: Any) -> bool:
+    """Whether a field's value is a list of messages with roles."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
+
+
+def _parts(content: dict[str, Any]) -> Iterator[Any]:
+    """What stands in an object of categories, at whatever depth."""
+    for part in content.values():
+        yield from _parts(part) if isinstance(part, dict) else (part,)
 
 
 def hub_dataset(place: Place) -> Any:

@@ -16,6 +16,7 @@ from beaver_ray.data.sources import (
     flag,
     prompt_field,
     rest,
+    system_field,
     text_field,
 )
 from beaver_ray.data_options import DataEntry
@@ -26,7 +27,9 @@ SAFE = {"safe": True, "unharmful": True, "harmless": True, "unsafe": False, "har
 def entry_source(entry: DataEntry) -> Source:
     """The source that an entry means, with its split and subset. Raises UserError for an unknown name."""
     if entry.name is None:
-        return Source(str(entry.path), MappedReader(entry), split=entry.split, subset=entry.subset)
+        # Without what says which rows, and not how one is read: tokens are kept by their reader.
+        reads = entry.model_copy(update={"proportion": 1.0, "path": None, "where": {}})
+        return Source(str(entry.path), MappedReader(reads), split=entry.split, subset=entry.subset)
     source = find_source(entry.name)
     read_row = source.read_row if entry.keep is None else Keeping(source.read_row, entry.keep)
     return replace(source, read_row=read_row, split=entry.split or source.split, subset=entry.subset or source.subset)
@@ -59,8 +62,8 @@ class MappedReader:
         """The sample of one row. Raises BadRow."""
         entry = self.entry
         system, turns, answers = self._texts(row)
-        if entry.system is not None and field_value(row, entry.system):
-            system = text_field({entry.system: field_value(row, entry.system)}, entry.system)
+        if entry.system is not None:
+            system = system_field({entry.system: field_value(row, entry.system)}, entry.system) or system
         if len(turns) % 2 == 0:
             raise BadRow("the prompt does not end with a user's turn")
         if len(answers) == 2 and answers[0] == answers[1]:
@@ -84,11 +87,14 @@ class MappedReader:
         entry = self.entry
         if entry.messages is not None:
             system, turns = read_messages(field_value(row, entry.messages), entry.messages)
-            answers = [] if len(turns) % 2 else [turns.pop()]
-            answers += self._answers(row, entry.answer, entry.other_answer)
-            if len(answers) > 2:
-                raise BadRow(f"'{entry.messages}' ends with an answer, and two more are named")
-            return system, turns, answers
+            own = [] if len(turns) % 2 else [turns.pop()]
+            named = self._answers(row, entry.answer, entry.other_answer)
+            if own and entry.answer is not None:
+                more = "two more are" if len(named) == 2 else "another is"
+                raise BadRow(f"'{entry.messages}' ends with an answer, and {more} named")
+            if named and not own and entry.answer is None:
+                raise BadRow(f"'{entry.messages}' does not end with an answer, and other_answer is a second one")
+            return system, turns, own + named
         chosen: Any = None if entry.chosen is None else field_value(row, entry.chosen)
         rejected = None if entry.rejected is None else field_value(row, entry.rejected)
         if is_messages(chosen) and (entry.prompt is None or len(chosen) > 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from beaver_ray.data.sources import BadRow, text_field
+from beaver_ray.data.sources import BadRow, system_field, text_field
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -17,7 +17,7 @@ KEYS = (("role", "content"), ("from", "value"))
 def read_messages(value: Any, name: str) -> tuple[str | None, list[str]]:
     """(The system prompt or None, turns user, assistant, ...) of a list of messages.
 
-    A message's content is text, or a list of parts ``{"type": "text", "text": ...}``.
+    A message's content is text, or a list of parts ``{"type": "text", "text": ...}``; a blank system prompt is none.
 
     Raises BadRow: no list of messages, a role that is nobody's here (a tool), a system turn in mid-dialogue, or turns
     that do not alternate from the user on.
@@ -27,7 +27,7 @@ def read_messages(value: Any, name: str) -> tuple[str | None, list[str]]:
     spoken = [_message(message, name) for message in value]
     system = None
     if spoken[0][0] == "system":
-        system, spoken = spoken[0][1], spoken[1:]
+        system, spoken = spoken[0][1] or None, spoken[1:]
     if any(role == "system" for role, _ in spoken):
         raise BadRow("a system turn in mid-dialogue")
     if not spoken or [role for role, _ in spoken] != (["user", "assistant"] * len(spoken))[: len(spoken)]:
@@ -48,7 +48,8 @@ def _message(message: dict[str, Any], name: str) -> tuple[str, str]:
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise BadRow(f"'{name}' has a message that is not text")
         content = "".join(str(part.get("text", "")) for part in content)
-    return role, text_field({keys[1]: content}, keys[1])
+    fields = {keys[1]: content}
+    return role, (system_field(fields, keys[1]) or "") if role == "system" else text_field(fields, keys[1])
 
 
 def is_messages(value: Any) -> bool:

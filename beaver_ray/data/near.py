@@ -27,8 +27,9 @@ _FACTORS_H, _OFFSETS_H = _RANDOM[0] | np.uint64(1), _RANDOM[1]
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
-    """A number for each distinct run of three words, sorted; case and punctuation do not count."""
-    words = np.array([zlib.crc32(word.encode()) for word in WORDS.findall(text.lower())], dtype=np.uint64)
+    """A number for each distinct run of three words, sorted; case and, beside words, punctuation do not count."""
+    found = WORDS.findall(text.lower()) or list("".join(text.split()))
+    words = np.array([zlib.crc32(word.encode()) for word in found], dtype=np.uint64)
     if len(words) < SHINGLE:
         words = np.append(words, np.zeros(SHINGLE - len(words), dtype=np.uint64))
     count = len(words) - SHINGLE + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from beaver_ray.errors import UserError
 LABELS = ("better_response_id", "safer_response_id", "is_response_0_safe", "is_response_1_safe")
 ANSWER = ("response", "model", "truncated", "tokens")
 """What a row of answers says about the answer; the rest is about its prompt."""
+
+HASH = re.compile("[0-9a-f]{16}")
+"""What `pair_id` gives."""
 
 Row = dict[str, Any]
 
@@ -89,7 +93,8 @@ def unlabelled_samples(rows: Iterable[Mapping[str, Any]]) -> list[RawSample]:
 def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row], Counter[str]]:
     """The rows that are pairs, each with its ``id``, and how many others there were for which reason.
 
-    Raises UserError for a row whose ``id`` is not that of its texts, and where no pair is left.
+    Raises UserError for a row whose ``id`` is that of other texts, and where no pair is left. What is no such hash, a
+    number of the user's own, is replaced.
     """
     pairs: dict[str, Row] = {}
     left_out: Counter[str] = Counter()
@@ -102,12 +107,12 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
             left_out[str(reason)] += 1
             continue
         own = pair_id(row)
-        if row.get("id", own) != own:
+        if row.get("id", own) != own and HASH.fullmatch(str(row["id"])):
             said = f"{where}: pair {number} has id {row['id']!r}, but its texts have {own}"
             raise UserError(f"{said}: they were changed since; take the file as it was written")
         if own in pairs:
             left_out["repeated pair"] += 1
-        pairs.setdefault(own, {"id": own, **row})
+        pairs.setdefault(own, {"id": own, **row} | {"id": own})
     if not pairs:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"
         raise UserError(

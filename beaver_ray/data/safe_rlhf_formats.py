@@ -204,7 +204,9 @@ def moss_003(row: dict[str, Any]) -> RawSample:
     Dialogues in which a tool was used are dropped: what it said is no one's turn.
     """
     chat = row.get("chat")
-    if not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
+    if isinstance(chat, dict):  # a table has null for the turns that a longer dialogue has beyond this one
+        chat = {name: turn for name, turn in chat.items() if turn is not None}
+    if not chat or not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
         raise BadRow("'chat' holds no turns")
     turns: list[str] = []
     for name in sorted(chat, key=lambda name: int(re.sub(r"\D", "", name) or 0)):

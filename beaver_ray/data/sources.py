@@ -152,9 +152,10 @@ def find_source(name: str) -> Source:
 # ---------------------------------------------------------------- fields
 
 
-def system_field(row: dict[str, Any]) -> str | None:
-    """The system text of a row, where it has one. Raises BadRow."""
-    return text_field(row, "system") if row.get("system") else None
+def system_field(row: dict[str, Any], name: str = "system") -> str | None:
+    """The system text of a row, where it has one; a blank one is none. Raises BadRow."""
+    value = row.get(name)
+    return text_field(row, name) if (value.strip() if isinstance(value, str) else value) else None
 
 
 def text_field(row: dict[str, Any], name: str) -> str:
@@ -174,11 +175,11 @@ def text_field(row: dict[str, Any], name: str) -> str:
 
 
 def flag(row: dict[str, Any], name: str) -> bool | None:
-    """A label that may be missing: bool, 0 / 1, or those written in a CSV file."""
+    """A label that may be missing: bool, 0 / 1, or those written in a CSV file (as 1.0 by pandas)."""
     value = row.get(name)
     if value is None or value == "":
         return None
-    known = {"true": True, "1": True, "false": False, "0": False}
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     label = known.get(str(value).lower())
     if label is None:
         raise BadRow(f"'{name}' is neither true / false nor 1 / 0")
@@ -350,4 +351,6 @@ def as_text(value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as CSV files have them
+        return value.lower()
     return str(value) if isinstance(value, str | int | float) else None

@@ -119,9 +119,14 @@ def survey(
     found.lengths = {"prompt": np.array(measure(prompts))} | ({"answer": np.array(measure(answers))} if answers else {})
     _labels(found, samples)
     if kept:
-        theirs = dict.fromkeys(map(_asked, kept))
-        nearly = sum(near.find("\n".join(turns)) is not None for turns in theirs if turns not in rows_of)
-        shared = sum(turns in rows_of for turns in theirs)
+        # Without system texts, as `held_out_too` compares them.
+        trained, theirs = (dict.fromkeys(map(bare_turns, some)) for some in (samples, kept))
+        if trained.keys() != rows_of.keys():
+            near = NearTexts()
+            for turns in trained:
+                near.add("\n".join(turns))
+        nearly = sum(near.find("\n".join(turns)) is not None for turns in theirs if turns not in trained)
+        shared = sum(turns in trained for turns in theirs)
         found.held_out = {"prompts": len(theirs), "trained_on": shared, "nearly_trained_on": nearly}
     return found
 

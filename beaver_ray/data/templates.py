@@ -217,8 +217,10 @@ def _chat_end(
     """(the token that ends an answer, None where the template writes none; the other fields of the form)."""
     try:
         prompt = render(tokenizer, [USER], template)
-        head, _, tail = render(tokenizer, [USER, ANSWER], template).partition(ANSWER)
+        head, found, tail = render(tokenizer, [USER, ANSWER], template).partition(ANSWER)
     except UserError:  # a template without answers, which the prompts may yet fit
+        return None, {}
+    if not found:
         return None, {}
     special = _special_texts(tokenizer)
     opener = _last_special(head.rpartition(USER)[2], special)
@@ -230,8 +232,6 @@ def _chat_end(
         except UserError:
             middle = ""
         end, after = _first_special(tokenizer, middle, special, known, _last_special(head.partition(USER)[0], special))
-    if end is None:
-        return None, {}
     before = head.removeprefix(prompt) if head.startswith(prompt) else ""
     try:
         strips = f"\n{ANSWER}\n" not in render(tokenizer, [USER, f"\n{ANSWER}\n"], template)

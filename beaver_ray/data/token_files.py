@@ -19,13 +19,14 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.files import Place, hub_dataset, rows
+from beaver_ray.data.mapping import MappedReader
 from beaver_ray.data.mixing import MixSpec, Spec, check_mix, hold_out, parse_mix, prompt_hash, take
 from beaver_ray.data.sources import BadRow, DropReport, RawSample, RowReader, check_kept, open_source
 from beaver_ray.data.templates import Template
@@ -275,11 +277,9 @@ def _job(
 
 def _is_large(place: Place) -> bool:
     """Whether the tokens are worth keeping."""
-    if place.files:
+    if files := place.all_files:
         packed = (".gz", ".bz2", ".xz", ".zst", ".parquet")
-        return sum(f.stat().st_size * (PACKED if f.name.endswith(packed) else 1) for f in place.files) >= LARGE
-    if place.folder is not None:
-        return sum(f.stat().st_size for f in place.folder.rglob("*.arrow")) >= LARGE
+        return sum(f.stat().st_size * (PACKED if f.name.endswith(packed) else 1) for f in files) >= LARGE
     return bool(hub_dataset(place).num_rows >= LARGE_ROWS)
 
 
@@ -310,8 +310,16 @@ _here: tuple[_Job, Encoder] | None = None
 def _start(job: _Job) -> None:
     """In each process of the pool."""
     global _here
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
     _here = job, job.encoder()
+
+
+def _end_with_the_driver() -> None:
+    """Of a driver that is killed a process that waits for blocks would hear nothing."""
+    if (driver := parent_process()) is not None:  # which is not the server that this one was forked from
+        driver.join()
+        os._exit(1)
 
 
 def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
@@ -434,10 +442,10 @@ def _key(job: _Job, place: Place) -> str:
     """A hash of all that the tokens depend on."""
     digest = hashlib.sha256()
     for part in (
-        [_content(file) for file in _files(place)] or hub_dataset(place)._fingerprint,
+        [_content(file) for file in place.all_files] or hub_dataset(place)._fingerprint,
         place.split if place.folder is not None else None,  # a folder that save_to_disk wrote has all of them
         _code(),
-        job.read_row.source.name,
+        "" if isinstance(job.read_row.source.read_row, MappedReader) else job.read_row.source.name,
         _reader_text(job.read_row.source.read_row),
         sorted((name, str(wanted)) for name, wanted in job.read_row.where.items()),
         job.read_row.column,
@@ -451,12 +459,6 @@ def _key(job: _Job, place: Place) -> str:
     ):
         digest.update(repr(part).encode() + b"\0")
     return digest.hexdigest()[:32]
-
-
-def _files(place: Place) -> list[Path]:
-    if place.files or place.folder is None:
-        return list(place.files)
-    return sorted(file for file in place.folder.rglob("*") if file.is_file())
 
 
 def _content(file: Path) -> tuple[str, str]:

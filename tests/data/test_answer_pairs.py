@@ -81,9 +81,12 @@ def test_what_are_pairs() -> None:
     pairs, left_out = read_pairs([good, {**good, "response_1": "a"}, good, 3, {**good, "safer_response_id": "x"}])
     assert pairs == [{"id": pair_id(good), **good}]
     assert left_out == {"identical responses": 1, "row is not an object": 1, "repeated pair": 2}
+    other = pair_id({**good, "prompt": "q"})
     with pytest.raises(
-        UserError, match=r"the data: pair 1 has id '12', but its texts have \w+: they were changed since"
+        UserError, match=rf"the data: pair 1 has id '{other}', but its texts have \w+: they were changed since"
     ):
-        read_pairs([{**good, "id": "12"}])
+        read_pairs([{**good, "id": other}])
+    for own in ("12", 7, None):  # of somebody who counts rows
+        assert read_pairs([{**good, "id": own}])[0] == [{"id": pair_id(good), **good}]
     with pytest.raises(UserError, match="no pair of two different answers"):
         read_pairs([])

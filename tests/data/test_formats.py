@@ -128,6 +128,13 @@ MOSS_3 = {
         for n in (2, 1)
     },
 }
+STRONG = {
+    "chosen": ["Human: hi", "Assistant: Human: and yes"],
+    "rejected": ["Human: hi", "Assistant: no"],
+    "mean preference difference": 0.5,
+    "std preference difference": 0.25,
+    "GPT4 label": 1,
+}
 BEHAVIOUR = {"Behavior": "b", "FunctionalCategory": "contextual", "SemanticCategory": "illegal", "Tags": "context"}
 TALK = [
     said("system", "be brief"),
@@ -173,6 +180,24 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
     ),
     ("HelpSteer3", HS3, RawSample(["dig", "where", "here"], "no", "done", better=False), {"domain": "general"}),
     ("preferences", {"prompt": "p", "chosen": "a", "rejected": "b"}, RawSample("p", "a", "b", better=True), {}),
+    (
+        "preferences",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "system": "be kind"},
+        RawSample("p", "a", "b", better=True, system="be kind"),
+        {},
+    ),
+    (
+        "preferences",
+        {**UF, "system": "be kind"},
+        RawSample(["name a tree"], "birch", "stone", True, system="be kind"),
+        {},
+    ),
+    (
+        "hh-rlhf-strength",
+        STRONG,
+        RawSample("hi", "Human: and yes", "no", better=True),
+        {"strength_mean": 0.5, "strength_std": 0.25, "judge_agrees": True},
+    ),
     ("BeaverTails", TAILS, RawSample("p", "r", is_safe=False), {"harm": ["violence,aiding_and_abetting,incitement"]}),
     (
         "WildGuardMix",
@@ -228,6 +253,13 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
     ),
     ("moss-002-sft", MOSS_2, RawSample(["a", "b", "c"], "d"), {}),
     ("moss-003-sft", MOSS_3, RawSample(["ask 1", "say 1", "ask 2"], "say 2"), {}),
+    # As a table has it, of which other rows have more turns.
+    (
+        "moss-003-sft",
+        {"chat": {"turn_1": MOSS_3["chat"]["turn_1"], "turn_2": None}},
+        RawSample(["ask 1"], "say 1"),
+        {},
+    ),
     ("messages", {"messages": TALK, "id": 7}, RawSample(["a", "b", "c"], "d", system="be brief"), {"id": 7}),
     ("messages", {"messages": TALK[:2], "kind": "k"}, RawSample(["a"], system="be brief"), {"kind": "k"}),
     ("conversations", {"conversations": SHARED, "system": "s"}, RawSample(["a"], "b", system="s"), {}),
@@ -240,7 +272,7 @@ def test_formats(tmp_path: Path, name: str, row: dict[str, Any], expected: RawSa
     assert samples == [expected]
     assert report.dropped == {"row is not an object": 1}
     assert fields.items() <= samples[0].fields.items()
-    assert not {"prompt", "response", "chosen"} & samples[0].fields.keys()
+    assert not {"prompt", "response", "chosen", "system"} & samples[0].fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +292,13 @@ def test_formats(tmp_path: Path, name: str, row: dict[str, Any], expected: RawSa
         ("messages", {"messages": [*TALK[:2], said("tool", "x")]}, "role 'tool' is none of system, user, assistant"),
         ("messages", {"messages": [*TALK, TALK[0]]}, "a system turn in mid-dialogue"),
         ("messages", {"messages": TALK[2:]}, "turns do not alternate from user to assistant"),
+        ("moss-003-sft", {"chat": {"turn_1": None}}, "'chat' holds no turns"),
+        ("hh-rlhf-strength", {**STRONG, "chosen": ["Human: hi", "Assistant:"]}, "empty turn"),
+        (
+            "hh-rlhf-strength",
+            {**STRONG, "chosen": ["Assistant: hi", "Human: yo"], "rejected": ["Assistant: hi", "Human: no"]},
+            "turns do not alternate from human to assistant",
+        ),
     ],
 )
 def test_rows_that_are_no_use(tmp_path: Path, name: str, row: dict[str, Any], reason: str) -> None:
@@ -329,6 +368,12 @@ MAPPED: list[tuple[dict[str, Any], dict[str, Any], RawSample]] = [
         {"q": TALK[:2], "c": [TALK[2]], "r": [said("assistant", "x")]},
         RawSample("a", "b", "x", True, system="be brief"),
     ),
+    ({"messages": "t", "answer": "a"}, {"t": TALK[:2], "a": "b"}, RawSample("a", "b", system="be brief")),
+    (
+        {"messages": "t", "other_answer": "a", "better": "l"},
+        {"t": TALK[:3], "a": "x", "l": 0},
+        RawSample("a", "b", "x", False, system="be brief"),
+    ),
 ]
 
 
@@ -371,10 +416,16 @@ def test_broken_dialogues_are_counted_and_mappings_may_be_texts(tmp_path: Path) 
     assert [report.dropped for report in reports.values()] == [{"'a' is not a list of messages": 1}]
     with pytest.raises(UserError, match="is no mapping: "):
         load_mix(["{path: a.jsonl, prompt"])
-    three = {"q": [said("user", "q"), said("assistant", "x")], "a": "b", "b": "c", "label": 0}
+    three: dict[str, Any] = {"q": [said("user", "q"), said("assistant", "x")], "a": "b", "b": "c", "label": 0}
     whole = {"messages": "q", "answer": "a", "other_answer": "b", "better": "label"}
+    path = write(tmp_path / "b.jsonl", [three])
     with pytest.raises(UserError, match="'q' ends with an answer, and two more are named"):
-        load_mix([{"path": write(tmp_path / "b.jsonl", [three]), **whole}])
+        load_mix([{"path": path, **whole}])
+    with pytest.raises(UserError, match="'q' ends with an answer, and another is named"):
+        load_mix([{"path": path, "messages": "q", "answer": "a"}])
+    asked = write(tmp_path / "c.jsonl", [{**three, "q": three["q"][:1]}])
+    with pytest.raises(UserError, match="'q' does not end with an answer, and other_answer is a second one"):
+        load_mix([{"path": asked, "messages": "q", "other_answer": "a"}])
 
 
 def test_system_prompts_reach_the_tokens(tmp_path: Path, byte_tokenizer: Any) -> None:

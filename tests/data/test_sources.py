@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.sources import SOURCES, BadRow, DropReport, RawSample, read_source, reader
 from beaver_ray.errors import UserError
 
@@ -63,9 +64,22 @@ def test_pku_bad_rows_are_counted(tmp_path: Path, change: dict[str, Any], reason
 def test_pku_labels_may_be_missing_and_both_safe_is_consistent(tmp_path: Path) -> None:
     bare = {name: PKU[name] for name in ("prompt", "response_0", "response_1")}
     both = {**PKU, "is_response_1_safe": True, "safer_response_id": 1}
-    samples, _ = read_source("PKU-SafeRLHF", write(tmp_path / "a.jsonl", [bare, both]))
+    # A column of 0 and 1 with blanks, as pandas writes it.
+    floats = {**bare, "better_response_id": "1.0", "safer_response_id": "", "is_response_0_safe": "0.0"}
+    samples, _ = read_source("PKU-SafeRLHF", write(tmp_path / "a.jsonl", [bare, both, floats]))
     assert samples[0] == RawSample("p", "a", "b")
     assert samples[1].safer is False
+    assert samples[2] == RawSample("p", "a", "b", better=False, is_safe=False)
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_blank_system_text_is_none(tmp_path: Path, blank: str | None) -> None:
+    path = write(tmp_path / "a.jsonl", [{**PKU, "system": blank}, {**PKU, "system": "be kind"}])
+    assert [sample.system for sample in read_source("PKU-SafeRLHF", path)[0]] == [None, "be kind"]
+    talk = [{"role": "system", "content": blank}, {"role": "user", "content": "a"}]
+    assert read_source("messages", write(tmp_path / "b.jsonl", [{"messages": talk}]))[0] == [RawSample(["a"])]
+    entry = {"path": write(tmp_path / "c.jsonl", [{"q": talk, "s": blank}]), "messages": "q", "system": "s"}
+    assert load_mix([entry])[0] == [RawSample("a")]
 
 
 def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
@@ -142,13 +156,15 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
     (tmp_path / "categories.json").write_text(json.dumps({"a": ALPACA[:1], "b": {"c": ALPACA[1:]}}))
     with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
         file.write(lines)
+    with pa.output_stream(str(tmp_path / "packed.json.zst"), compression="zstd") as packed:
+        packed.write(b"\xef\xbb\xbf" + json.dumps(ALPACA).encode())
     pq.write_table(pa.Table.from_pylist(ALPACA), tmp_path / "table.parquet")
     with (tmp_path / "sheet.csv").open("w", encoding="utf-8-sig", newline="") as sheet:
         writer = csv.DictWriter(sheet, ["instruction", "input", "output"])
         writer.writeheader()
         writer.writerows(ALPACA)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 7
+    assert len(files) == 8
     for path in files:
         assert read_source("alpaca", str(path))[0] == expected, path.name
     datasets.Dataset.from_list(ALPACA).save_to_disk(str(tmp_path / "saved"))
@@ -171,6 +187,59 @@ def test_a_text_that_a_comma_cuts_is_no_prompt(tmp_path: Path) -> None:
     samples, report = read_source("prompts", str(tmp_path / "cut.csv"))
     assert [sample.input for sample in samples] == ["Rice, or beans?"]
     assert report.dropped == {"more cells than the header has; texts with commas need quotes": 1}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_quote_that_nothing_closes(tmp_path: Path, kind: str) -> None:
+    """It would take the rows behind it for its text."""
+    comma, path = {"csv": ",", "tsv": "\t"}[kind], tmp_path / f"a.{kind}"
+    lines = ["prompt,kind", "first,w", '"Hello she said,x', "second,y", "third,z"]
+    path.write_text("\n".join(lines).replace(",", comma) + "\n")
+    with pytest.raises(UserError, match=rf"cannot read .*a\.{kind}: unexpected end of data, in the row behind line 2;"):
+        read_source("prompts", str(path))
+    path.write_text("\n".join([*lines[:3], '"fourth",v']).replace(",", comma))
+    with pytest.raises(UserError, match=r"expected after '\"', in the row behind line 2; a text that begins with"):
+        read_source("prompts", str(path))
+    # Quotes that are closed, doubled or in the middle of a text are as they should be.
+    lines = ["prompt,kind", '"a ""b"" c,', 'd",x', 'e "f" g,y', ",z", '"","h"', "i,"]
+    path.write_text("\r\n".join(lines).replace(",", comma))
+    samples, report = read_source("prompts", str(path))
+    said = [(sample.input, sample.fields["kind"]) for sample in samples]
+    assert said == [(f'a "b" c{comma}\r\nd', "x"), ('e "f" g', "y"), ("i", "")]
+    assert report.dropped == {"empty 'prompt'": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "inputs"),
+    [
+        ({"prompt": ["Hi", "Hello", "How are you?"]}, [["Hi", "Hello", "How are you?"]]),
+        ({"prompt": "Hi"}, ["Hi"]),
+        ({"license": ["use", "as you like"], "items": [{"prompt": "a"}, {"prompt": "b"}]}, ["a", "b"]),
+        ({"items": [{"prompt": "a"}], "version": 1}, ["a"]),
+        ({"crime": {"theft": ["a", "b"], "fraud": ["c"]}, "none": []}, ["a", "b", "c"]),
+        ({"crime": [{"prompt": "a"}, 7], "fraud": [{"prompt": "b"}]}, ["a", "b"]),
+        ({"messages": [{"role": "user", "content": "a"}], "id": 7}, None),
+        ({"x": 1}, None),
+        ({"a": [{"prompt": "a"}], "b": [{"prompt": "b"}], "version": 1}, None),
+    ],
+)
+def test_what_is_a_row_of_one_document(tmp_path: Path, content: Any, inputs: list[Any] | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    if inputs is not None:
+        assert [sample.input for sample in read_source("prompts", str(tmp_path / "a.json"))[0]] == inputs
+    elif "messages" in content:
+        assert read_source("messages", str(tmp_path / "a.json"))[0] == [RawSample(["a"])]
+    else:
+        with pytest.raises(UserError, match=r"a\.json holds no list of rows: write a JSON list .of a single row too"):
+            read_source("prompts", str(tmp_path / "a.json"))
+    # In a folder such a file is one of rows, or passed over, and not both.
+    write(tmp_path / "b.jsonl", [{"prompt": "z"}])
+    samples, report = read_source("prompts", str(tmp_path))
+    if "messages" in content:
+        assert report.dropped == {"no field 'prompt' or 'instruction'": 1}
+    assert [sample.input for sample in samples] == [*(inputs or []), "z"]
+    passed_over = inputs is None and "messages" not in content
+    assert report.remarks == ({"file without rows passed over (a.json)": 1} if passed_over else {})
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -218,6 +287,12 @@ def test_broken_lines_are_counted(tmp_path: Path) -> None:
         ("a.jsonl", b'{"x": 1}\n', "1 no field 'prompt'"),
         ("a.jsonl", b"\xff\xfe\n", "cannot read"),
         ("a.jsonl.gz", b"not gzip", "cannot read"),
+        ("a.jsonl.zst", b"not zstd", "cannot read"),
+        (
+            "a.jsonl.zst",
+            pa.compress(b'{"prompt": "p", "response": "r"}\n' * 99, "zstd", asbytes=True)[:-4],
+            "cannot read",
+        ),
         ("a.parquet", b"not parquet", "cannot read"),
         ("a.txt", b"hello", "use a file ending in"),
     ],

@@ -57,6 +57,18 @@ def test_by_hand(tmp_path: Path) -> None:
     assert figures["held_out"] == {"prompts": 3, "trained_on": 1, "nearly_trained_on": 1}
 
 
+def test_held_out_prompts_are_compared_without_system_texts(tmp_path: Path) -> None:
+    """As notes.log of a stage says them: figures on a question that is trained on flatter whoever asks."""
+    bake = PAIR["prompt"]
+    train = [{"prompt": "hello", "response": "r", "system": "be kind"}]
+    train += [{"prompt": prompt, "response": "r", "system": text} for prompt in (bake, "other") for text in ("s", "")]
+    held = [{"prompt": p} for p in ("hello", bake + "?", "new")]
+    for name, rows in (("train", train), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = survey([f"demonstrations:1:{tmp_path}/train.jsonl"], [f"prompts:1:{tmp_path}/held.jsonl"])
+    assert found.prompts == 5 and found.held_out == {"prompts": 3, "trained_on": 1, "nearly_trained_on": 1}
+
+
 def test_categories(tmp_path: Path) -> None:
     rows = [("a", True), ("a", False), (["b", "c"], True), ({"b": True, "c": False}, False), (None, True)]
     told = [{"prompt": str(i), "response": "r", "unsafe": u, "category": c} for i, (c, u) in enumerate(rows)]
@@ -94,6 +106,8 @@ def test_near_duplicates_against_brute_force() -> None:
     assert all(near.find(text) is not None for text in texts)
     # Of scripts without spaces characters count.
     assert near.add("我今天想学习怎么做面包和蛋糕") is None and near.find("我今天想学习怎么做面包和蛋糕!") == len(texts)
+    # Nor is a text alike another for it that both have no words.
+    assert [near.add(text) for text in ("???", "???", "👍🎉👍", "? ! ?")] == [None, len(texts) + 1, None, None]
     assert all(near.find(a + b) is None for a, b in itertools.product("xyz", repeat=2))
 
 

@@ -187,3 +187,27 @@ def test_a_cut_answer_has_no_end(byte_tokenizer: PreTrainedTokenizerFast) -> Non
     """Fault 6 of the published code."""
     tokenizer = with_template(byte_tokenizer, conftest.GEMMA)
     assert answer_tokens(tokenizer, "Mix", ended=False) == answer_tokens(tokenizer, "Mix")[:-1]
+
+
+@pytest.mark.parametrize("turns", [["q"], ["q", " a", "r"]])
+def test_an_answer_without_an_end_of_its_own_is_written_as_in_the_history(
+    byte_tokenizer: PreTrainedTokenizerFast, turns: list[str]
+) -> None:
+    write = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+    ask = "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = with_template(byte_tokenizer, write + ask)
+    form = answer_form(tokenizer)
+    assert (form.before, form.after, form.strips, form.end) == (" ", "", True, tokenizer.eos_token_id)
+    roles = ("user", "assistant")
+    dialogue = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate([*turns, " Mix flour. "])]
+    row = prompt_tokens(tokenizer, turns, "auto") + answer_tokens(tokenizer, " Mix flour. ")
+    whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    assert tokenizer.decode(row) == whole.removesuffix("\n") + tokenizer.eos_token
+
+
+def test_a_template_without_answers(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(
+        byte_tokenizer, "{{ messages[0]['content'] }}{% if not add_generation_prompt %}\n{% endif %}"
+    )
+    form = answer_form(tokenizer)
+    assert (form.before, form.strips, form.end) == ("", False, tokenizer.eos_token_id)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +110,21 @@ def test_an_entry_is_made_once_for_each_content(
     assert len(entries(file)) == 4
 
 
+def test_a_mapping_is_kept_by_how_it_reads(file: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Not by its file's name, nor by how much of it is taken."""
+    fields = {"prompt": "prompt", "answer": "response_0"}
+    copy = file.with_name("copy.jsonl")
+    copy.write_bytes(file.read_bytes())
+
+    def made(**more: Any) -> int:
+        read_tokens(SupervisedDataset, [{"path": str(file), **fields, **more}], byte_tokenizer, 60)
+        return len(entries(file))
+
+    assert [made(), made(proportion=2), made(path=str(copy)), made(keep=["prompt"])] == [1, 1, 1, 2]
+    assert [made(where={"better_response_id": 1}), made(where={"better_response_id": 0})] == [3, 4]
+    assert made(answer="response_1") == 5
+
+
 def test_each_split_of_a_saved_data_set_has_an_entry(file: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     import datasets
 
@@ -142,3 +162,52 @@ def test_readers_in_readers_are_known_by_what_they_are(file: Path) -> None:
     texts += [token_files._reader_text(Keeping(find_source(name).read_row, ["a"])) for name in places]
     assert len(set(texts)) == 4 and not any(" at 0x" in text for text in texts)
     assert "helpsteer2" in texts[0] and "helpsteer2" in texts[2]
+
+
+ENDLESS = """
+import os, sys, time
+os.sched_getaffinity = lambda _: {0, 1}
+from transformers import AutoTokenizer
+from beaver_ray.data import token_files
+from beaver_ray.data.mixing import parse_spec
+from beaver_ray.data.sources import DropReport
+from beaver_ray.data.tokenized import SupervisedDataset
+token_files.BLOCK = 1
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+job, place = token_files._job(SupervisedDataset, parse_spec(sys.argv[2]), tokenizer, 60, "auto")
+blocks = token_files._encoded(job, place, DropReport())
+next(blocks)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_processes_end_with_a_driver_that_is_killed(
+    tmp_path: Path, file: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    mark = f"TOKENS_OF={tmp_path}"
+
+    def living() -> list[int]:
+        found = []
+        for process in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if process.name.isdecimal() and mark in (process / "environ").read_bytes().decode().split("\0"):
+                    found.append(int(process.name))
+        return found
+
+    words = [sys.executable, "-c", ENDLESS, str(tmp_path / "tokenizer"), f"PKU-SafeRLHF:1:{file}"]
+    environment = {**os.environ, "TOKENS_OF": str(tmp_path)}
+    driver = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert driver.stdout is not None and driver.stdout.readline() == "begun\n"
+        assert len(living()) >= 3  # this one, what forks, and who tokenises
+        driver.kill()
+        driver.wait()
+        deadline = time.monotonic() + 20
+        while living() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert living() == []
+    finally:
+        for process in living():
+            os.kill(process, signal.SIGKILL)
