@@ -98,7 +98,7 @@ class Environment:
         return [(call.flight, call.reply.result()) for call in ready]
 
     def _oldest(self) -> tuple[Call | None, float]:
-        """The call that has been at work for the longest time, and for how long; one without a thread is not at work."""
+        """The call that has been at work for the longest time, and for how long; without a thread it is not at work."""
         now = time.monotonic()
         working = [call for call in self.calls if call.reply.running()]
         for call in working:
