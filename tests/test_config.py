@@ -113,6 +113,7 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.multiplier.initial=soon", ["constraints.0.multiplier.initial", "'soon'"]),
         ("ppo.ptx_coefficient=8", ["data.ptx and ppo.ptx_coefficient go together"]),
         ("ppo.minibatches=3", ["8 samples in a step cannot be cut into 3 minibatches"]),
+        ("cluster.placement.experience.workers=2", ["experience.workers: one process joins the parts of a step"]),
         ("cluster.placement.rolout.gpus=1", ["unknown role 'rolout'; did you mean 'rollout'?"]),
         ("models.policy=null", ["models.policy", "string"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4"]),
