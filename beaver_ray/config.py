@@ -111,7 +111,7 @@ class SamplingConfig(Strict):
     """How answers are sampled."""
 
     max_new_tokens: int = option("Longest answer, or all that follows the prompt in a dialogue.", 512, gt=0)
-    temperature: float = option("Sampling temperature.", 1.0, gt=0)
+    temperature: float = option("Sampling temperature.", 1.0, ge=0.01)  # vLLM samples at 0.01 where it is told less
     max_sequences: int = option("Sequences in flight in one generator.", 256, gt=0)
     kv_cache_gib: float = option("KV cache of a generator on a CPU.", 1.0, gt=0)
 

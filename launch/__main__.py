@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; give another path, or mend that one", 2)
     except Exception as error:
+        # Whatever knows processes that can die has imported their errors; a bug in a constructor keeps its traceback.
+        waits = sys.modules.get("actors.machine.waits")
+        if waits and isinstance(error, waits.WorkerDiedError) and "creation task" not in str(error):
+            _fail(f"{error}; run it again, a stage with resume=true", 1)
         # What is wrong with the command line itself; other errors are bugs and keep their traceback.
         describe = getattr(error, "format_message", None)
         if describe is None:

@@ -36,7 +36,7 @@ def examine(config: Path | None, overrides: Sequence[str], address: str | None) 
 
     stages, made = read_stages(config, overrides) if config else ([], [])
     workspace = Path(stages[-1].workspace) if stages else Path()
-    if address is None:
+    if address in (None, "local"):
         stages = [on_this_machine(stage) for stage in stages]
     with joined(address) as (resources, cluster_checks):
         checks = machine_checks(workspace) + cluster_checks + stage_checks(stages, made, resources)

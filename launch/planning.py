@@ -172,7 +172,7 @@ def plan(stage: Stage, resources: Resources | None = None) -> Plan:
     models = {use.folder: read_model(use.folder) for spec in specs for use in spec.models}
     roles = [_role_plan(stage, spec, models, resources, number == 0) for number, spec in enumerate(specs)]
     made = Plan(roles, resources)
-    problems = [*length_problems(stage, models), *_rank_problems(stage, specs), *_room_problems(made)]
+    problems = [*length_problems(stage, models), *_rank_problems(stage, specs, made), *_room_problems(made)]
     if impossible := architecture_problem(stage):
         problems.insert(0, impossible)
     return Plan(roles, resources, problems)
@@ -296,7 +296,7 @@ def logit_gib(facts: ModelFacts, engine: EngineConfig, on_gpu: bool, *, trained:
 # What stands against it
 
 
-def _rank_problems(stage: Stage, specs: Sequence[RoleSpec]) -> list[str]:
+def _rank_problems(stage: Stage, specs: Sequence[RoleSpec], made: Plan) -> list[str]:
     problems = []
     for spec in specs:
         placement = stage.cluster.of(spec.kind)
@@ -306,12 +306,27 @@ def _rank_problems(stage: Stage, specs: Sequence[RoleSpec]) -> list[str]:
                 f"{training.rows_are} cannot be dealt to {ranks} ranks of {spec.name}; make it larger, or lower "
                 f"cluster.placement.{spec.kind}.workers"
             )
+        if training is not None and not training.alone and (parts := _parts_of_one_gpu(spec, made, stage)):
+            problems.append(
+                f"two of the {ranks} ranks of {spec.name} may lie on one GPU (bundles of {parts}), which NCCL refuses; "
+                f"give cluster.placement.{spec.kind} more than 0.5 gpus, or workers: 1"
+            )
         if spec.kv_cache_gib is not None and placement.gpus > 1 and placement.gpus != int(placement.gpus):
             problems.append(
                 f"cluster.placement.{spec.kind}.gpus is {placement.gpus:g}; "
                 f"a generator on several GPUs needs whole ones"
             )
     return problems
+
+
+def _parts_of_one_gpu(spec: RoleSpec, made: Plan, stage: Stage) -> str:
+    """The two smallest bundles of a role's ranks where Ray may put them on the same GPU; nothing where it cannot."""
+    (role,) = (role for role in made.roles if role.name == spec.name)
+    together = {stage.cluster.of(r.role).strategy for r in made.roles if r.group == role.group}
+    if role.processes < 2 or not role.gpus or "STRICT_SPREAD" in together:
+        return ""
+    smallest = sorted(gpus for _, gpus in made.groups[role.group][: role.processes])[:2]
+    return " and ".join(f"{gpus:g}" for gpus in smallest) if round(sum(smallest), 4) <= 1 else ""
 
 
 def _room_problems(made: Plan) -> list[str]:

@@ -14,13 +14,18 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from beaver_ray.config import DIRECT_WEIGHTS
+from beaver_ray.data_options import data_paths
 from beaver_ray.errors import UserError
+from beaver_ray.fit import models_of
 from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.stage import Stage
+from beaver_ray.user_code import ALLOWED_CODE
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
 
@@ -31,7 +36,10 @@ PACKAGES = ("beaver_ray", "actors", "launch")
 # As Ray reads them: lines of a .gitignore. Its own four come first, it would add them anyway.
 EXCLUDES = [".git", ".venv", "venv", "__pycache__", "/runs", "/build", "*.egg-info", ".pytest_cache", ".mypy_cache"]
 EXCLUDES += [".ruff_cache", ".import_linter_cache", ".hypothesis"]
-PASSED = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", ALLOWED_HOSTS, DIRECT_WEIGHTS)
+PASSED = (
+    *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE"),
+    *(ALLOWED_HOSTS, ALLOWED_CODE, DIRECT_WEIGHTS),
+)
 MIB = 2**20
 MOST_BYTES = 100 * MIB  # Ray refuses packages above 512 MiB, and keeps each in the memory of the head node.
 ANSWER_S = 10
@@ -53,11 +61,12 @@ def submit(
     before anything is sent, for a wrong configuration, a checkout that is too large and a cluster that does not answer.
     """
     checkout = find_checkout(config)
-    command, files = check_stages(config, overrides)
+    command, files, stages = check_stages(config, overrides)
     sizes = shipped_files(checkout)
     for file in files:
         if file.resolve().relative_to(checkout).as_posix() not in sizes:
             raise UserError(f"{file} would not be sent ({checkout}/.gitignore leaves it out); move it to configs/")
+    check_paths(checkout, sizes, stages)
     check_size(checkout, sizes)
     entrypoint = ["python", "-m", "launch", command, str(config.resolve().relative_to(checkout)), *overrides]
     environment = {"working_dir": str(checkout), "excludes": EXCLUDES, "env_vars": passed_variables(env)}
@@ -90,22 +99,42 @@ def find_checkout(config: Path) -> Path:
     raise UserError(f"{config} lies in no checkout of Beaver on Ray, which is what a job is sent; copy it to one")
 
 
-def check_stages(config: Path, overrides: Sequence[str]) -> tuple[str, list[Path]]:
-    """(``train`` or ``pipeline``, the files that it reads); UserError for what is wrong in them."""
+def check_stages(config: Path, overrides: Sequence[str]) -> tuple[str, list[Path], list[Stage]]:
+    """(``train`` or ``pipeline``, the files that it reads, their stages); UserError for what is wrong in them."""
     files, command = [config], "train"
     if "stages" in read_yaml(config):
         command = "pipeline"
-        pipeline, _ = load_pipeline(config, list(overrides))
+        pipeline, stages = load_pipeline(config, list(overrides))
         workspace = pipeline.workspace
         files += dict.fromkeys(config.parent / entry.config for entry in pipeline.entries)
     else:
-        workspace = load_config(config, list(overrides)).workspace
+        stages = [load_config(config, list(overrides))]
+        workspace = stages[0].workspace
     for file in files:
         if find_checkout(file) != find_checkout(config):
             raise UserError(f"{file} lies in another checkout than {config}; copy it to this one")
     if not Path(workspace).is_absolute():
         raise UserError(f"workspace {workspace!r} must be an absolute folder that all nodes see; add workspace=/...")
-    return command, files
+    return command, files, stages
+
+
+def check_paths(checkout: Path, sizes: Collection[str], stages: Sequence[Stage]) -> None:
+    """UserError for a model or data by a relative path that is here, and would not be in the job's copy.
+
+    sizes: the files that are sent.
+    """
+    for stage in stages:
+        paths = [path for specs in stage.data_sets for path in data_paths(specs)]
+        with suppress(UserError):  # a model that cannot be read here may be another one there
+            paths += [use.folder for use in models_of(stage)]
+        for path in paths:
+            inside = PurePosixPath(os.path.normpath(path))
+            sent = any(PurePosixPath(file).is_relative_to(inside) for file in sizes)
+            if not sent and not inside.is_absolute() and (checkout / inside).exists():
+                raise UserError(
+                    f"{stage.name}: {path} would not be sent (.gitignore or .rayignore leaves it out); give "
+                    f"an absolute path that all nodes see"
+                )
 
 
 def shipped_files(checkout: Path) -> dict[str, int]:

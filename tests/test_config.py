@@ -80,7 +80,8 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.multiplier.gain=1", ["unknown key constraints.0.multiplier.gain"]),
         ("rollout.temperature=.nan", ["rollout.temperature", "finite"]),
         ("rollout.temperature=.inf", ["rollout.temperature", "finite"]),
-        ("rollout.temperature=-1", ["rollout.temperature", "greater than 0", "-1"]),
+        ("rollout.temperature=-1", ["rollout.temperature", "greater than or equal to 0.01", "-1"]),
+        ("rollout.temperature=0.009", ["rollout.temperature", "greater than or equal to 0.01"]),
         ("rollout.temperature=hot", ["rollout.temperature", "number", "'hot'"]),
         ("steps=2.5", ["steps", "2.5"]),
         ("steps", ["override 'steps' must look like key=value"]),
@@ -112,6 +113,7 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.multiplier.initial=soon", ["constraints.0.multiplier.initial", "'soon'"]),
         ("ppo.ptx_coefficient=8", ["data.ptx and ppo.ptx_coefficient go together"]),
         ("ppo.minibatches=3", ["8 samples in a step cannot be cut into 3 minibatches"]),
+        ("cluster.placement.experience.workers=2", ["experience.workers: one process joins the parts of a step"]),
         ("cluster.placement.rolout.gpus=1", ["unknown role 'rolout'; did you mean 'rollout'?"]),
         ("models.policy=null", ["models.policy", "string"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4"]),
@@ -410,7 +412,7 @@ def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
 
 
 def test_assignment_is_checked_too() -> None:
-    with pytest.raises(ValueError, match="greater than 0"):
+    with pytest.raises(ValueError, match="greater than or equal to"):
         safe_ppo().rollout.temperature = -1
 
 

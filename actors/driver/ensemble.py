@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.driver.processes import open_cluster, start_role
 from actors.driver.recovery import FAILURES
-from actors.machine.handles import Group
+from actors.machine.handles import Startable
 from actors.machine.waits import WorkerDiedError, fetch, wait_any
 from actors.roles.ensemble import EnsembleWorker, Scored
 from beaver_ray.errors import UserError
@@ -129,9 +129,9 @@ def _work(stage: Stage, queue: _Queue, run: RunFolder, total: int) -> None:
                     assert cluster is not None
                     place = group.workers.index(worker)
                     cluster.restart(group, [worker])
-                    cluster.wait_started([Group(group.name, [group.workers[place]], 0.0)])
-                    idle.append(group.workers[place])
-                    pending.appendleft(member)
+                    queue.begin(member)
+                    # It may die of its start as well, which is looked at as its work is, while the others go on.
+                    busy[group.workers[place].call(Startable.started)] = group.workers[place], member
                     continue
                 if isinstance(answer, Scored):
                     deaths = 0

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import model_validator
+
 from beaver_ray.config import DTYPE_BYTES, PolicyConfig, SamplingConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
@@ -78,6 +80,12 @@ class PolicyStage(PolicyConfig, Stage):
         "cost_critic",
         "experience",
     )
+
+    @model_validator(mode="after")
+    def _one_experience_builder(self) -> PolicyStage:
+        if self.cluster.of("experience").workers > 1:
+            raise ValueError("cluster.placement.experience.workers: one process joins the parts of a step; leave it 1")
+        return self
 
     def settings(self) -> Settings:
         """What every objective is given."""

@@ -116,7 +116,9 @@ class Recovery:
     def resume(self) -> None:
         """Restore the newest checkpoint, where there is one."""
         if checkpoint := self.run.last_checkpoint():
+            self.rollouts.paused = True  # what generators began before they are told of it would be thrown away
             self._restore(checkpoint)
+            self.rollouts.paused = False
 
     def survive(self, action: Callable[[bool], Result], needs_trained: bool = True) -> Result:
         """What ``action`` returns; where something died in it that can be had again, once more with True.
@@ -139,7 +141,8 @@ class Recovery:
     def _mend(self, error: WorkerDiedError) -> bool:
         """Restart dead stateless roles and request lost samples again; returns whether there were any."""
         restarted = self._restart_stateless(error)
-        self._count(restarted, error)
+        if not restarted:
+            self._count(["a process"], error)
         return self.rollouts.renew() or bool(restarted)
 
     def _roll_back(self, error: WorkerDiedError) -> None:
@@ -152,7 +155,9 @@ class Recovery:
         stateless = self._restart_stateless(error)
         groups = list(self._trained().values())
         dead = {group.name: self._dead([group]) for group in groups}
-        self._count([*stateless, *(name for names in dead.values() for name in names)], error)
+        ranks = [name for names in dead.values() for name in names]
+        if ranks or not stateless:
+            self._count(ranks or ["a process"], error)
         # Ranks may be stuck in an exchange with one that is gone. Without a checkpoint all models start anew.
         broken = [group for group in groups if checkpoint is None or dead[group.name]]
         assert self.cluster is not None
@@ -190,13 +195,15 @@ class Recovery:
         return [worker.name for worker in self.cluster.dead(groups)]
 
     def _restart_stateless(self, error: WorkerDiedError) -> list[str]:
-        """Restart dead scorers, reference and experience builder; returns their names."""
+        """Count and restart dead scorers, reference and experience builder; returns their names."""
         assert self.cluster is not None
         roles = self.roles
         groups = [*roles.scorers.values(), roles.reference, roles.experience]
         dead = self._dead(groups)
         for name in dead:
             self.run.note(f"{name} is started anew: {error}")
+        if dead:
+            self._count(dead, error)  # not after its start: one that dies of that would be started for ever
         for group in groups:
             self.cluster.restart(group, [worker for worker in group.workers if worker.name in dead])
         self.cluster.wait_started([Group(g.name, [w for w in g.workers if w.name in dead], 0.0) for g in groups])
@@ -211,7 +218,7 @@ class Recovery:
         if self.run.furthest > self.furthest:
             self.failures.clear()
         self.furthest = self.run.furthest
-        self.failures.update(dead or ["a process"])
+        self.failures.update(dead)
         name, count = self.failures.most_common(1)[0]
         if count == FAILURES:
             raise RuntimeError(f"{name} died {FAILURES} times with no new step in between: {error}")

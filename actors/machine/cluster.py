@@ -106,7 +106,7 @@ class Cluster:
         for index, args in enumerate(arguments):
             label = name if len(arguments) == 1 else f"{name}-{index}"
             # Generators come and go one by one, so that each has a placement group to itself where it shares none.
-            alone = name == GENERATORS and group_name == name
+            alone = name == GENERATORS and group_name == name and len(members) == 1
             place = (label, 0) if alone else (group_name, index)
             if place[0] not in self.placed:
                 needed = [bundles[index]] if alone else bundles
@@ -136,9 +136,10 @@ class Cluster:
     def stop(self, handle: Handle) -> None:
         """End a worker; a bundle that was made for it alone is given back."""
         ray.kill(self.actors.pop(handle.name))
-        if handle.name in self.placed:
+        group = self.launches[handle.name].place[0]
+        if [launch.place[0] for launch in self.launches.values()].count(group) == 1:
             del self.launches[handle.name]
-            remove_placement_group(self.placed.pop(handle.name))
+            remove_placement_group(self.placed.pop(group))
 
     def restart(self, group: Group, workers: Sequence[Handle]) -> None:
         """End these workers of a group and start each anew in its place; `wait_started` waits for them."""
@@ -220,7 +221,7 @@ class Cluster:
         here = [launch.placement for launch in launches]
         bundles = self.placed[name].bundle_specs
         nodes = [_amounts(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        labels = {key: value for placement in here for key, value in placement.labels.items()}
+        labels = group_labels(name, here)
         wanted = "".join(f", label {key}={value}" for key, value in labels.items())
         raise UserError(
             f"no room for {', '.join(names)}: {len(bundles)} bundle(s), the largest of {_amounts(bundles[0])}, "
@@ -269,6 +270,7 @@ def make_bundles(group: str, members: Sequence[Placement]) -> list[Bundle]:
     Above 1 GPU a bundle has whole ones, as Ray wants it; the members' fractions are packed onto them.
     """
     group_strategy(group, members)
+    group_labels(group, members)
     bundles = []
     for index in range(max(p.workers for p in members)):
         here = [p for p in members if index < p.workers]
@@ -281,7 +283,7 @@ def make_bundles(group: str, members: Sequence[Placement]) -> list[Bundle]:
 
 def _reserve(group: str, bundles: list[Bundle], members: Sequence[Placement]) -> PlacementGroup:
     """A placement group on nodes that have its members' labels."""
-    labels = {key: value for placement in members for key, value in placement.labels.items()}
+    labels = group_labels(group, members)
     selector = [labels] * len(bundles) if labels else None
     return placement_group(bundles, strategy=group_strategy(group, members), bundle_label_selector=selector)
 
@@ -292,6 +294,16 @@ def group_strategy(group: str, members: Sequence[Placement]) -> str:
     if len(chosen) > 1:
         raise UserError(f"cluster.placement: the roles of group {group} ask for {' and '.join(chosen)}; choose one")
     return chosen[0] if chosen else "PACK"
+
+
+def group_labels(group: str, members: Sequence[Placement]) -> dict[str, str]:
+    """The labels of a placement group: all that members ask for. UserError where two want one of different values."""
+    labels: dict[str, str] = {}
+    for key, value in (label for placement in members for label in placement.labels.items()):
+        if labels.setdefault(key, value) != value:
+            both = f"{key}={labels[key]} and {key}={value}"
+            raise UserError(f"cluster.placement: the roles of group {group} ask for nodes with {both}; choose one")
+    return labels
 
 
 def _reporting_start(role: type) -> type:

@@ -7,6 +7,7 @@ names the file, the class and the turn; dialogues are the same again when they a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -45,7 +46,7 @@ class Call:
     flight: InFlight
     answer: str
     reply: Future[str | None]
-    started: float | None = None
+    started: float = math.inf
     """When it was first seen at work, on the clock of `time.monotonic`."""
 
 
@@ -84,18 +85,26 @@ class Environment:
         """
         if not self.calls:
             return []
-        waiting = [call.reply for call in self.calls]
-        self.slow = self.slow or bool(wait(waiting, QUICK_S).not_done)
-        done = wait(waiting, IDLE_S if idle else 0.0, FIRST_COMPLETED).done
+        while not self.slow and (late := [call.reply for call in self.calls if not call.reply.done()]):
+            # More are asked for than threads are there for: each has its own time, from when it is at work.
+            _, seconds = self._oldest()
+            self.slow = not wait(late, max(0.0, QUICK_S - seconds), FIRST_COMPLETED).done
+        done = wait([call.reply for call in self.calls], IDLE_S if idle else 0.0, FIRST_COMPLETED).done
         ready = [call for call in self.calls if call.reply in done]
         self.calls = [call for call in self.calls if call.reply not in done]
-        now = time.monotonic()
-        for call in self.calls:
-            if call.started is None and call.reply.running():
-                call.started = now
-            if call.started is not None and now - call.started > REPLY_S:
-                raise UserError(f"{self._place(call.flight, call.answer)}: no reply within {REPLY_S:g} s")
+        oldest, seconds = self._oldest()
+        if oldest is not None and seconds > REPLY_S:
+            raise UserError(f"{self._place(oldest.flight, oldest.answer)}: no reply within {REPLY_S:g} s")
         return [(call.flight, call.reply.result()) for call in ready]
+
+    def _oldest(self) -> tuple[Call | None, float]:
+        """The call that has been at work for the longest time, and for how long; without a thread it is not at work."""
+        now = time.monotonic()
+        working = [call for call in self.calls if call.reply.running()]
+        for call in working:
+            call.started = min(call.started, now)
+        oldest = min(working, key=lambda call: call.started, default=None)
+        return oldest, now - oldest.started if oldest else 0.0
 
     def drop(self, sample_ids: Collection[int]) -> None:
         """Wait for no replies to these samples any more."""
@@ -138,6 +147,7 @@ class Environment:
             said = flight.partner.reply(answer)
             if said is not None and (not isinstance(said, str) or not said.strip()):
                 raise TypeError(f"reply returned {said!r}, which is neither a text nor None")
+            (said or "").encode()  # half a surrogate pair is no text either, of which a tokenizer says little
         except Exception as error:  # of whatever kind the user's own code raises
             raise UserError(f"{self._place(flight, answer)}: {last_line(error)}") from None
         return said

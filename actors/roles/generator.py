@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -38,7 +37,7 @@ from actors.weights.publishing import checked_buckets
 from beaver_ray.data.templates import Template, read_end_tokens
 from beaver_ray.errors import UserError
 from beaver_ray.models.checkpoint_names import checkpoint_names
-from beaver_ray.models.folders import count_parameters, find_model, is_pickled
+from beaver_ray.models.folders import find_model, is_pickled, read_model
 from beaver_ray.weights import PublishedWeights
 
 VLLM_BESIDE = 3 * 2**30  # of a GPU, for CUDA's context, activations, sampling and CUDA graphs
@@ -232,7 +231,15 @@ class VllmGenerator:
 
     def _start(self) -> Any:
         names = checkpoint_names(self.spec.model, self.spec.trust_remote_code)
-        engine = start_engine(self.spec, self._seeded)
+        try:
+            engine = start_engine(self.spec, self._seeded)
+        except ValueError as error:
+            if "available" not in str(error):
+                raise
+            # What vLLM says of a cache that holds not one request goes on to options that are not ours.
+            said = str(error).partition(" Try increasing")[0]
+            mend = "raise kv_cache_gib, or on a GPU cluster.placement.rollout.gpus"
+            raise UserError(f"no room for a generator's KV cache: {said} {mend}, or lower max_new_tokens") from None
         engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": names}})
         return engine
 
@@ -348,7 +355,7 @@ def shared_kv_cache_bytes(spec: GeneratorSpec) -> int:
     beside them. UserError where hardly anything is left.
     """
     total = torch.cuda.get_device_properties(0).total_memory
-    weights = count_parameters(Path(spec.model)) * (4 if spec.dtype == "float32" else 2)
+    weights = (read_model(spec.model).parameters or 0) * (4 if spec.dtype == "float32" else 2)
     room = int(spec.gpu_memory_utilization * total - weights - VLLM_BESIDE)
     if room < KV_CACHE_LEAST:
         part, needed = spec.gpu_memory_utilization * total / 2**30, (weights + VLLM_BESIDE) / 2**30

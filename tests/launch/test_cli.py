@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from actors.machine.waits import WorkerDiedError
 from beaver_ray.runs import RunFolder
+from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.config_files import load_config, parse_config
@@ -56,6 +58,26 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         code, _, err = run(capsys, "data", f"prompts:1:{prompts}", option, path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and problem in err
+
+
+def test_a_death_is_one_line_and_a_bug_keeps_its_traceback(
+    stage_file: StageFile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = WorkerDiedError("rollout (exchange): its process died: the actor is dead\n\tpid: 7\nout of memory")
+    broken = WorkerDiedError(
+        "start of reward: its process died: an error raised in its creation task, ZeroDivisionError"
+    )
+    errors = [died, broken]
+
+    def fail(stage: Stage) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("launch.pipeline.run_stage", fail)
+    said = "rollout (exchange): its process died: the actor is dead pid: 7 out of memory"
+    code, _, err = run(capsys, "train", stage_file())
+    assert (code, err) == (1, f"error: {said}; run it again, a stage with resume=true\n")
+    with pytest.raises(WorkerDiedError, match="ZeroDivisionError"):
+        main(["train", str(stage_file())])
 
 
 def test_ctrl_c_is_said(tmp_path: Path) -> None:

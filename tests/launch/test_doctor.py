@@ -47,6 +47,19 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], stage_file: StageFile)
     assert run(capsys, "doctor", stage_file(), "steps=none")[0] == 2
 
 
+@pytest.mark.parametrize("address", [(), ("--address", "local")])
+def test_a_run_on_this_machine_is_checked_as_it_is_placed_here(
+    address: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    stage_file: StageFile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placed: list[Any] = []
+    monkeypatch.setattr(doctor, "on_this_machine", lambda stage: placed.append(stage) or stage)
+    run(capsys, "doctor", stage_file(), *address)
+    assert [stage.name for stage in placed] == ["one"]
+
+
 @pytest.mark.parametrize(
     ("cuda", "seen", "gpus", "state", "words"),
     [

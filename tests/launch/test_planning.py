@@ -315,6 +315,28 @@ def test_lengths_and_ranks(stage_file: StageFile) -> None:
     assert "a batch of 4 (batch_size) cannot be dealt to 5 ranks of trainer" in problem(supervised, ROOMY, ranks)
 
 
+@pytest.mark.parametrize(
+    ("roles", "parts"),
+    [
+        ("policy: {workers: 2, gpus: 0.4}", "0.4 and 0.4"),
+        ("policy: {workers: 2, gpus: 0.5}", "0.5 and 0.5"),
+        ("policy: {workers: 2, gpus: 0.6}", ""),
+        ("policy: {gpus: 0.4}", ""),
+        ("policy: {workers: 2, gpus: 0.4, strategy: STRICT_SPREAD}", ""),
+        # What shares the group makes its bundles larger: 0.4 and 0.6 of a GPU have room on one, 0.6 and 0.6 not.
+        ("policy: {workers: 2, gpus: 0.4, group: g}, reward: {gpus: 0.2, group: g}", "0.4 and 0.6"),
+        ("policy: {workers: 2, gpus: 0.4, group: g}, reward: {workers: 2, gpus: 0.2, group: g}", ""),
+        # Scorers are no ranks.
+        ("reward: {workers: 2, gpus: 0.4}", ""),
+    ],
+)
+def test_ranks_that_may_lie_on_one_gpu(roles: str, parts: str, stage_file: StageFile) -> None:
+    gpus = Resources("the test", 64.0, gpus=4, gpu_gib=80.0)
+    made = plan(load_config(stage_file(), [f"cluster.placement={{{roles}}}"]), gpus)
+    said = f"two of the 2 ranks of policy may lie on one GPU (bundles of {parts}), which NCCL refuses; give cluster."
+    assert len(made.problems) == bool(parts) and all(line.startswith(said) for line in made.problems)
+
+
 def test_this_machine() -> None:
     machine = this_machine()
     assert machine.memory_gib > 0.5 and machine.cpus is None

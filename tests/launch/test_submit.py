@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -84,6 +85,20 @@ def test_a_config_that_would_not_be_sent(checkout: Path, config: Path, capsys: p
     assert code == 2 and f"{hidden} would not be sent" in err
 
 
+@pytest.mark.parametrize(("key", "entry"), [("models.policy", "{}"), ("data.prompts", "[{{path: {}, prompt: q}}]")])
+def test_models_and_data_that_would_not_be_sent(
+    key: str, entry: str, checkout: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (port,) = free_ports(1)
+    for folder, said in (("runs/m", "one: runs/m would not be sent"), ("kept/m", "no Ray cluster answers")):
+        (checkout / folder).mkdir(parents=True)
+        (checkout / folder / "config.json").write_text("{}")
+        address = ("--address", f"http://127.0.0.1:{port}")
+        code, _, err = run(capsys, "submit", config, f"{key}={entry.format(folder)}", *address)
+        assert code == 2 and said in err
+        shutil.rmtree(checkout / folder)
+
+
 def test_a_pipeline_with_a_stage_elsewhere(
     checkout: Path, stage_file: StageFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +158,9 @@ def test_secrets_travel_only_where_somebody_says_so(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert passed_variables([]) == {"HF_HUB_OFFLINE": "1"}
+    monkeypatch.setenv("BEAVER_RAY_SCORE_CODE", "/shared/rules")
+    assert passed_variables([]) == {"HF_HUB_OFFLINE": "1", "BEAVER_RAY_SCORE_CODE": "/shared/rules"}
+    monkeypatch.delenv("BEAVER_RAY_SCORE_CODE")
     assert passed_variables(["WANDB_API_KEY"]) == {"HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "secret"}
 
 

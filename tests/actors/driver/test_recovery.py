@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from actors.driver.recovery import Recovery
+from actors.machine.handles import Group
 from actors.machine.waits import WorkerDiedError
 from beaver_ray.runs import RunFolder
 from tests.actors.support import ppo_config
@@ -34,22 +35,38 @@ def test_only_new_steps_are_progress(tiny_world: Path, tmp_path: Path) -> None:
             recovery._count(["policy"], death)
 
 
-class Mending(Recovery):
-    """``stateless``: who is found dead and restarted at each attempt; ``ranks``: those that are dead all the while."""
+class Processes:
+    """A cluster of the workers ``reward``, ``cost`` and ``policy``.
 
-    def __init__(self, run: RunFolder, stateless: list[list[str]], ranks: Sequence[str] = ()) -> None:
-        super().__init__(*[cast(Any, None)] * 3, run, None)
-        self.stateless, self.ranks = stateless, list(ranks)
-        self.rollouts = cast(Any, SimpleNamespace(renew=lambda: False))
+    ``stateless``: who is found dead at each look, ``ranks``: those that are dead all the while. With ``starts`` False
+    whatever is restarted dies of its start.
+    """
 
-    def _trained(self) -> dict[str, Any]:
-        return {}
+    def __init__(self, stateless: list[list[str]], ranks: Sequence[str] = (), starts: bool = True) -> None:
+        self.stateless, self.ranks, self.starts = stateless, list(ranks), starts
+        self.restarted: list[str] = []
 
-    def _dead(self, groups: Any) -> list[str]:
-        return self.ranks
+    def dead(self, groups: list[Group]) -> list[Any]:
+        trained = [group.name for group in groups] == ["policy"]
+        return [SimpleNamespace(name=name) for name in (self.ranks if trained else self.stateless.pop(0))]
 
-    def _restart_stateless(self, error: WorkerDiedError) -> list[str]:
-        return self.stateless.pop(0)
+    def restart(self, group: Group, workers: list[Any]) -> None:
+        self.restarted += [worker.name for worker in workers]
+
+    def wait_started(self, groups: list[Group]) -> None:
+        if not self.starts and any(group.workers for group in groups):
+            raise WorkerDiedError("start of reward: CUDA out of memory")
+
+
+def mending(run: RunFolder, processes: Processes) -> Recovery:
+    names = ("reward", "cost", "policy", "reference", "experience")
+    group = {name: Group(name, [SimpleNamespace(name=name)], 1.0) for name in names}
+    scorers = {"reward": group["reward"], "cost": group["cost"]}
+    others = {name: group[name] for name in ("policy", "reference", "experience")}
+    roles: Any = SimpleNamespace(scorers=scorers, critics={}, calibrations=[], direct=False, **others)
+    rollouts: Any = SimpleNamespace(renew=lambda: False, paused=False)
+    state: Any = SimpleNamespace(step=0)
+    return Recovery(state, roles, rollouts, run, cast(Any, processes))
 
 
 def dying(times: int, asked: list[bool]) -> Callable[[bool], str]:
@@ -67,14 +84,54 @@ def dying(times: int, asked: list[bool]) -> Callable[[bool], str]:
 def test_an_action_goes_on_as_long_as_what_dies_can_be_had_again(tiny_world: Path, tmp_path: Path) -> None:
     with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
         asked: list[bool] = []
-        assert Mending(run, [["reward"], ["cost"]]).survive(dying(2, asked)) == "done"
-        assert asked == [False, True, True]
+        processes = Processes([["reward"], ["cost"]])
+        assert mending(run, processes).survive(dying(2, asked)) == "done"
+        assert asked == [False, True, True] and processes.restarted == ["reward", "cost"]
         # Whatever it was, it is tried once more; then the run has to go back.
         with pytest.raises(WorkerDiedError, match="killed"):
-            Mending(run, [[]]).survive(dying(2, []))
+            mending(run, Processes([[]])).survive(dying(2, []))
         # A rank's death matters as long as there is something to train.
         with pytest.raises(WorkerDiedError, match="killed"):
-            Mending(run, [["reward"]], ["policy-1"]).survive(dying(1, []))
-        assert Mending(run, [["reward"]], ["policy-1"]).survive(dying(1, []), needs_trained=False) == "done"
+            mending(run, Processes([["reward"]], ["policy-1"])).survive(dying(1, []))
+        late = mending(run, Processes([["reward"]], ["policy-1"]))
+        assert late.survive(dying(1, []), needs_trained=False) == "done"
         with pytest.raises(RuntimeError, match="reward died 3 times"):
-            Mending(run, [["reward"]] * 9).survive(dying(9, []))
+            mending(run, Processes([["reward"]] * 9)).survive(dying(9, []))
+
+
+def test_what_cannot_start_again_ends_the_run(tiny_world: Path, tmp_path: Path) -> None:
+    """In the middle of an action and in a rollback: it is started twice, and dies a third time."""
+    with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
+        ends = "reward died 3 times with no new step in between: start of reward: CUDA out of memory"
+        one, other = (Processes([["reward"]] * 9, starts=False) for _ in range(2))
+        with pytest.raises(RuntimeError, match=ends):
+            mending(run, one).survive(dying(9, []))
+        with pytest.raises(RuntimeError, match=ends):
+            mending(run, other).keep_going(lambda: cast(None, dying(9, [])(False)))
+        assert one.restarted == other.restarted == ["reward", "reward"]
+
+
+def test_a_rollback_counts_whoever_died_once(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.driver.recovery.connect", lambda groups: None)
+    monkeypatch.setattr(Recovery, "_restore", lambda self, checkpoint: None)
+    with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
+        for stateless, ranks, counts in (
+            ([], ["policy-1"], {"policy-1": 1}),
+            (["reward"], [], {"reward": 1}),
+            (["reward"], ["policy-1"], {"reward": 1, "policy-1": 1}),
+            ([], [], {"a process": 1}),
+        ):
+            recovery = mending(run, Processes([stateless], ranks))
+            recovery._roll_back(WorkerDiedError("killed"))
+            assert dict(recovery.failures) == counts
+
+
+def test_nothing_is_generated_while_a_checkpoint_is_restored(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
+        recovery, paused = mending(run, Processes([])), []
+        monkeypatch.setattr(run, "last_checkpoint", lambda: "step_3")
+        monkeypatch.setattr(recovery, "_restore", lambda checkpoint: paused.append(recovery.rollouts.paused))
+        recovery.resume()
+        assert paused == [True] and not recovery.rollouts.paused

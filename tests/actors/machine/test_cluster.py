@@ -19,7 +19,7 @@ import pytest
 import ray
 from ray.util.state import list_actors, list_placement_groups
 
-from actors.machine.cluster import Cluster, make_bundles
+from actors.machine.cluster import Cluster, group_labels, make_bundles
 from actors.machine.handles import Group, Startable
 from actors.machine.waits import WaitTimeoutError, WorkerDiedError, fetch
 from actors.weights.publishing import publish
@@ -100,6 +100,13 @@ def test_a_group_has_one_strategy() -> None:
     make_bundles("g", [Placement(strategy="SPREAD"), Placement()])
     with pytest.raises(UserError, match="roles of group g ask for SPREAD and STRICT_PACK; choose one"):
         make_bundles("g", [Placement(strategy="SPREAD"), Placement(strategy="STRICT_PACK")])
+
+
+def test_a_group_has_one_value_of_a_label() -> None:
+    here, elsewhere = Placement(labels={"zone": "a", "kind": "cpu"}), Placement(labels={"zone": "b"})
+    assert group_labels("g", [here, Placement(), Placement(labels={"zone": "a"})]) == {"zone": "a", "kind": "cpu"}
+    with pytest.raises(UserError, match="roles of group g ask for nodes with zone=a and zone=b; choose one"):
+        make_bundles("g", [here, elsewhere])
 
 
 # On Ray
@@ -304,6 +311,28 @@ def test_a_run_starts_with_one_generator_and_the_others_join_as_they_find_room(m
     cluster.stop(rollout.workers[0])
     for handle in late:
         fetch(handle.call(Startable.started), handle.name, 60)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_generator_that_shares_its_groups_name_leaves_the_group_to_others(
+    make: Callable[..., Cluster], address: str, workers: int
+) -> None:
+    placement = Placement(workers=workers, cpus=0.5)
+    shared = {"rollout": placement, "reward": placement.model_copy(update={"group": "rollout"})}
+    cluster = make({"rollout": "rollout", "reward": "reward"}, shared)
+    rollout, reward = (cluster.start(name, Sleeper, [()] * workers) for name in ("rollout", "reward"))
+    cluster.wait_started([rollout, reward])
+    # Both make their names' rows of bundles once: 1 CPU each of the four.
+    (group,) = {place["group"] for each in (rollout, reward) for place in each.run(Sleeper.place)}
+    assert until(lambda: ray.available_resources().get("CPU") == 4.0 - workers)
+    # It is replaced where it was, and the scorer beside it is still there, and can be started anew.
+    cluster.stop(rollout.workers[0])
+    rollout.replace(rollout.workers[0], cluster.start_another("rollout", Sleeper, ()))
+    cluster.wait_started([rollout])
+    reward.run(Sleeper.place)
+    cluster.restart(reward, [reward.workers[0]])
+    cluster.wait_started([reward])
+    assert {place["group"] for each in (rollout, reward) for place in each.run(Sleeper.place)} == {group}
 
 
 def test_labels_say_which_nodes_a_role_may_use(make: Callable[..., Cluster]) -> None:

@@ -5,8 +5,10 @@ reads them.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,6 +261,32 @@ def test_mistakes_of_an_environment_are_one_line(world: Path, monkeypatch: pytes
         for _ in range(100):
             assert made.replies(idle=True) == []
     made.close()
+
+
+def talking(world: Path, reply: Callable[[str], str | None]) -> environment.Environment:
+    """An environment that answers so to everybody."""
+    made = spec(world).start_environment()
+    assert made is not None
+    made.made = lambda *_, **__: SimpleNamespace(reply=reply)
+    return made
+
+
+def test_half_a_character_is_no_turn(world: Path) -> None:
+    made = talking(world, lambda answer: "\ud800 hi")
+    with pytest.raises(UserError, match=r"turn 1 of sample 0, after answer '': UnicodeEncodeError: .*surrogates"):
+        made.reply(InFlight(*check_prompts(prompts(world).slice(0, 1), 99, ())))
+
+
+def test_an_environment_is_as_slow_as_its_slowest_reply(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads for twelve replies: six of them one after another take longer than one may, and each does not."""
+    monkeypatch.setattr(environment, "PARALLEL", 2)
+    monkeypatch.setattr(environment, "QUICK_S", 1.0)
+    for seconds, slow in ((0.3, False), (2.0, True)):
+        made = talking(world, lambda answer, seconds=seconds: time.sleep(seconds))  # type: ignore[misc]
+        for flight in map(InFlight, check_prompts(prompts(world).slice(0, 12), 99, ())):
+            made.ask(flight)
+        assert len(made.replies(idle=False)) == (0 if slow else 12) and made.slow == slow
+        made.close()
 
 
 # Who reads dialogues

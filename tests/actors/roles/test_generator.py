@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.roles import generator as generators
 from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange, sample_seed
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from actors.roles.hf_generator import HFGenerator
@@ -328,6 +330,35 @@ def test_a_damaged_bucket_after_others_stops_the_generator(
         vllm_generator.exchange(make_prompts(1), Exchange(1, weights))
     with pytest.raises(RuntimeError, match="cannot go on: its update to weights version 9 failed half-way"):
         vllm_generator.exchange(None)
+
+
+def test_a_kv_cache_that_is_too_small_is_one_line(
+    tiny_llama: Callable[[bool], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In vLLM's own words, as far as they are of use here; other mistakes keep their traceback."""
+    says = "To serve at least one request 4 GiB KV cache is needed, the available memory is 1 GiB. Try increasing `x`"
+    errors = [ValueError(says), ValueError("Invalid block size")]
+
+    def fail(spec: GeneratorSpec, seeded: bool) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(generators, "start_engine", fail)
+    with pytest.raises(UserError, match=r"KV cache: To serve .* is 1 GiB\. raise kv_cache_gib, .*rollout\.gpus"):
+        VllmGenerator(make_spec(tiny_llama(True)))
+    with pytest.raises(ValueError, match="block size"):
+        VllmGenerator(make_spec(tiny_llama(True)))
+
+
+def test_the_weights_of_a_hub_name_take_their_part_of_a_shared_gpu(
+    tiny_llama: Callable[[bool], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama(False)
+    numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(folder / file))
+    for model in (str(folder), "nobody/model"):
+        spec = replace(make_spec(folder), model=model, gpu_memory_utilization=0.5)
+        assert generators.shared_kv_cache_bytes(spec) == 40 * 2**30 - 4 * numbers - 3 * 2**30
 
 
 def test_sample_seeds_are_stable_and_spread() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from actors.driver import ensemble
 from actors.driver.ensemble import gather
 from actors.driver.train import train
+from actors.machine.handles import Group
+from actors.machine.waits import WorkerDiedError
 from actors.roles.ensemble import Scored
 from actors.stages.strength import Strength
 from beaver_ray.data.sources import find_source
@@ -164,3 +170,50 @@ def test_rows_of_dialogues() -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         strength(tmp_path, tmp_path, **changes)
+
+
+class Doomed:
+    """A worker whose calls come to what stands in ``outcomes``, one after another, also after its restarts."""
+
+    name = "trainer-0"
+
+    def __init__(self, outcomes: list[Any]) -> None:
+        self.outcomes, self.called = outcomes, []  # type: ignore[var-annotated]
+
+    def call(self, method: Any, *args: Any) -> Any:
+        self.called.append(method.__name__)
+        return self.outcomes.pop(0)
+
+
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_worker_that_dies_of_its_start_is_started_again(starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies at work, and of as many starts as two more deaths leave; the third death ends the stage."""
+    scored = Scored(np.zeros(1), 0.5)
+    deaths = [WorkerDiedError(f"death {n}") for n in range(1 + starts)]
+    worker = Doomed([*deaths, None, 0.5, scored])
+    told: dict[str, Any] = {"began": [], "notes": [], "finished": {}}
+    group = Group("trainer", [worker], 1.0)
+    cluster: Any = SimpleNamespace(
+        wait_started=lambda groups: None, restart=lambda group, workers: None, close=lambda: None
+    )
+    queue: Any = SimpleNamespace(pending=deque([SimpleNamespace(name="0_0")]), begin=lambda m: told["began"].append(m))
+    queue.finish = told["finished"].__setitem__
+    progress: Any = SimpleNamespace(advance=lambda **figures: None)
+    run: Any = SimpleNamespace(note=told["notes"].append, progress=lambda *_: nullcontext(progress))
+    stage: Any = SimpleNamespace(roles=lambda: [None], cluster=SimpleNamespace(step_timeout=1.0))
+
+    def fetch(answer: Any, what: str, timeout_s: float) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ensemble, "open_cluster", lambda *_: cluster)
+    monkeypatch.setattr(ensemble, "start_role", lambda *_: group)
+    monkeypatch.setattr(ensemble, "fetch", fetch)
+    if starts == 2:
+        with pytest.raises(RuntimeError, match="3 deaths with no member finished in between: death 2"):
+            ensemble._work(stage, queue, run, 1)
+        return
+    ensemble._work(stage, queue, run, 1)
+    assert worker.called == ["work", "started", "started", "work", "work"]
+    assert told["finished"] == {"0_0": scored} and len(told["notes"]) == 2 and len(told["began"]) == 3

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.roles.exchange import Exchange
 from actors.roles.generator import GeneratorSpec, VllmGenerator
-from actors.weights.transfer_engine import SAMPLE, sample_names
+from actors.weights.transfer_engine import SAMPLE, PackedWeightTransferEngine, sample_names
 from beaver_ray.weights import PublishedWeights
 from tests.actors.conftest import disturb, largest_difference, make_prompts
 from tests.packed_weights import pack
@@ -79,6 +79,23 @@ def test_the_sample_changes_and_is_large_enough(pair: Pair) -> None:
         seen |= names
     assert seen == comparable
     assert sample_names({"a", "b"}, 1) == {"a", "b"}
+
+
+def test_a_square_matrix_that_vllm_turned_over_is_not_compared() -> None:
+    """A GPU holds GPT-2's Conv1D so; what is neither that nor what was published is an error as ever."""
+    published = {"square": torch.arange(16.0).view(4, 4), "norm": torch.ones(4)}
+    engine = object.__new__(PackedWeightTransferEngine)
+    engine.comparable, engine.sampled, engine.model = None, {}, torch.nn.Module()
+    assert dict(engine._sampling(published.items())).keys() == published.keys()
+    for name, tensor in published.items():
+        engine.model.register_parameter(
+            name, torch.nn.Parameter(tensor.t().contiguous() if name == "square" else tensor)
+        )
+    engine._compare_sample()
+    assert engine.comparable == {"norm"}
+    engine.model.get_parameter("square").data[1, 2] += 1
+    with pytest.raises(RuntimeError, match="the generator's square is not what was published"):
+        engine._compare_sample()
 
 
 @pytest.mark.usefixtures("norm_arrives_altered")
