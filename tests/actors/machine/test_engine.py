@@ -442,10 +442,16 @@ def test_the_port_where_ranks_meet_is_taken_as_soon_as_it_is_told() -> None:
 
 def test_one_rank_says_nothing_and_keeps_tracebacks_plain() -> None:
     code = (
-        "from actors.machine.engine import join_ranks, meeting_place\n"
+        "import torch\n"
+        "from actors.machine.engine import TrainingEngine, join_ranks, meeting_place\n"
+        "from beaver_ray.config import EngineConfig, OptimizerConfig\n"
         "join_ranks(0, 1, meeting_place('127.0.0.1'))\n"
+        "for stage in range(2):\n"
+        "    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)\n"
+        "    config = EngineConfig(dtype='bfloat16', zero_stage=stage)\n"
+        "    TrainingEngine(model, 'test', OptimizerConfig(), config, 1)\n"
         "raise RuntimeError('a mistake')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    assert "accelerator" not in run.stdout + run.stderr
+    assert run.stdout == "" and "accelerator" not in run.stderr
     assert "[rank0]" not in run.stderr and run.stderr.strip().endswith("RuntimeError: a mistake")
