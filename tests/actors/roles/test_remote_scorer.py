@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from actors.driver.policy_stage import PolicyStage
 from actors.roles import remote_scorer
-from actors.roles.remote_scorer import RETRIES, RemoteScorer, ScoringService
+from actors.roles.remote_scorer import RemoteScorer, ScoringService
 from actors.stages import stages
 from beaver_ray import experience
 from beaver_ray.data.mixing import load_mix
@@ -123,12 +125,23 @@ def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world:
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_busy_service_is_asked_again(service: Service, tiny_world: Path, status: int) -> None:
     scorer = remote(service, tiny_world)
-    service.instead = [(status, {}, b"later")] * RETRIES
+    service.instead = [(status, {}, b"later")] * 4
     assert scorer.score(random_sequences(3, seed=1)).num_rows == 3
-    assert len(service.requests) == 2 + RETRIES
-    service.instead = [(status, {}, b"later")] * (1 + RETRIES)
+    assert len(service.requests) == 2 + 4
+    service.instead = [(status, {}, b"later")] * 5
     with pytest.raises(UserError, match=f"{service.url} does not score but answers {status} .*: later"):
         scorer.score(random_sequences(3, seed=1))
+
+
+def test_a_busy_service_has_a_quarter_of_the_time_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scores.md; asked five times."""
+    pauses: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=pauses.append, time=time.time))
+    with serving(words) as service:
+        service.instead = [(503, {}, b"later")] * 5
+        with pytest.raises(UserError, match="answers 503"):
+            ScoringService(service.url, timeout_s=600.0).scores(["p"], ["r"])
+    assert len(service.requests) == 5 and sum(pauses) == pytest.approx(600 / 4, rel=0.1)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
@@ -152,7 +165,11 @@ def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) ->
     service.silent.set()
     with pytest.raises(UserError, match=rf"no answer from the scorer at {service.url} .*timed out"):
         silent.scores(["p"], ["r"])
-    assert len(service.requests) == 1 + RETRIES
+    # It counts a request when that has come in, which may be after its sender has gone.
+    deadline = time.monotonic() + 30
+    while len(service.requests) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(service.requests) == 5
     with serving(words) as gone:
         url = gone.url
     with pytest.raises(UserError, match=r"no answer from the scorer at .*refused.*resume=true"):
