@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.score_sources import ALLOWED_HOSTS, ScorerSetting, check_allowed
 from beaver_ray.template_options import TemplateOptions
 from tests.actors.scoring_service import Service, serving
-from tests.actors.support import ppo_config, random_sequences
+from tests.actors.support import labelled_by, ppo_config, random_sequences
 
 
 def words(prompts: list[str], responses: list[str]) -> list[float]:
@@ -93,15 +93,26 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
     ).score(batch.set_column(place, batch.schema.field(place), kind))
     first = {"role": "system", "content": "Be kind."}
     assert service.requests[-1]["dialogues"] == [[first, *dialogue] for dialogue in sent["dialogues"]]
-    service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]
-    pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
-    with contextlib.suppress(UserError):
-        told.calibrate("cost/harm", pairs, 64)
-    sent = service.requests[-1]
-    assert all(
-        f"USER: {dialogue[0]['content']} ASSISTANT:" in prompt
-        for dialogue, prompt in zip(sent["dialogues"], sent["prompts"], strict=True)
-    )
+
+
+def test_the_dialogues_of_labelled_pairs_are_those_of_their_rows(
+    service: Service, tiny_world: Path, tmp_path: Path
+) -> None:
+    """Also where the policy's tokenizer has no token for a word, so that the tokens do not tell it."""
+    service.score = lambda prompts, responses: [float(len(response)) for response in responses]
+    labelled_by(service.score, tiny_world, tmp_path / "pairs.jsonl")
+    pairs = (tmp_path / "pairs.jsonl").read_text().replace(" the ", " ÄÖÜ ")
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    run = [[f"prompts:3/-1:{tiny_world}/prompts/train.jsonl"]]
+    setting = ScorerSetting(str(tiny_world / "model"), "float32", 512, 1, prompts=run)
+    told = RemoteScorer(service.url, {"cost/harm": 0}, setting)
+    service.requests.clear()
+    assert told.calibrate("cost/harm", [f"PKU-SafeRLHF:1:{tmp_path}/pairs.jsonl"], 64)["n"] == 120
+    sent = [one for body in service.requests for one in zip(body["dialogues"], body["prompts"], strict=True)]
+    contents = [dialogue[0]["content"] for dialogue, _ in sent]
+    assert sorted(contents) == sorted(2 * [json.loads(line)["prompt"] for line in pairs.splitlines()])
+    for content, (_, prompt) in zip(contents, sent, strict=True):
+        assert f"USER: {content.replace('ÄÖÜ', '<unk>')} ASSISTANT:" in prompt
 
 
 def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world: Path) -> None:
