@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,19 @@ def no_group_outlives_its_module() -> Iterator[None]:
     # Looked up instead of imported: most modules need neither, and both are slow to import.
     if (deepspeed := sys.modules.get("deepspeed")) and deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_setting_outlives_its_module() -> Iterator[None]:
+    """Engines and groups set variables of the environment, and vLLM's on a CPU takes torch.set_num_threads away."""
+    before, torch = dict(os.environ), sys.modules.get("torch")
+    set_num_threads = torch and torch.set_num_threads
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: text for name, text in before.items() if os.environ.get(name) != text})
+    if torch:
+        torch.set_num_threads = set_num_threads  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,8 @@ def join_ranks(rank: int, world: int, place: dist.TCPStore) -> None:
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for tensor-parallel inference, over a minute on a
     # new machine and impossible without a compiler. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would collect garbage and print what memory is used four times for each engine in bfloat16, asked or not.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     shown = sys.excepthook
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=default_pg_timeout)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.score = score
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[Message] = []
+        """Of each request."""
         self.instead: list[tuple[int, dict[str, str], bytes]] = []
         self.silent = threading.Event()
 
@@ -42,6 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.headers.append(self.headers)
         self.server.requests.append(body)
         if self.server.silent.is_set():
             threading.Event().wait(30)

@@ -21,6 +21,12 @@ class Sleeper:
         time.sleep(seconds)
         return seconds
 
+    def until(self, gate: str) -> str:
+        """The name of a file, as soon as that is there."""
+        while not os.path.exists(gate):
+            time.sleep(0.01)
+        return gate
+
     def complain(self) -> None:
         raise UserError("the disk of /data is full: free some space")
 

@@ -12,6 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,27 @@ class Ranks:
         """
         if not self.processes:
             self._start()
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        answers, deadline = [], time.monotonic() + timeout_s
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise AssertionError(f"rank {rank} did not answer {function.__name__} within {timeout_s} s")
-            answers.append(pipe.recv())
-        for rank, (ok, value) in enumerate(answers):
-            if not ok:
-                self.close()  # the other may be in an exchange with it
-                raise AssertionError(f"rank {rank}: {value}")
-        return [value for _, value in answers]
+        try:
+            for pipe in self.pipes:
+                pipe.send((function, args))
+            return self._answers(function.__name__, time.monotonic() + timeout_s)
+        except BaseException:
+            self.close()  # the others may be in an exchange with the one that failed
+            raise
+
+    def _answers(self, asked: str, deadline: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        while late := {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}:
+            ready = wait(late, max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {[*late.values()]} did not answer {asked} in time"
+            for pipe in ready:
+                rank = late[pipe]
+                try:
+                    ok, answers[rank] = pipe.recv()
+                except EOFError:
+                    raise AssertionError(f"rank {rank} died in {asked}") from None
+                assert ok, f"rank {rank}: {answers[rank]}"
+        return [answers[rank] for rank in range(self.world)]
 
     def close(self) -> None:
         """End the processes; nothing that they hold outlives them."""
@@ -153,6 +162,20 @@ def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:
     tensors["model.embed_tokens.weight"][tokens] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def labelled_by(score: Callable[[list[str], list[str]], Any], world: Path, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The world's pairs, written to ``file`` with labels: unsafe is what this score puts above its median, but every
+    fifth answer has the other label. Returns the scores, and whether each answer is labelled unsafe.
+    """
+    rows = [json.loads(line) for line in (world / "preferences" / "test.jsonl").open()]
+    answers = [row[f"response_{place}"] for row in rows for place in (0, 1)]
+    scores = np.asarray(score([row["prompt"] for row in rows for _ in (0, 1)], answers))
+    unsafe = (scores > np.median(scores)) ^ (np.arange(len(scores)) % 5 == 0)
+    for row, (first, second) in zip(rows, unsafe.reshape(-1, 2).tolist(), strict=True):
+        row |= {"is_response_0_safe": not first, "is_response_1_safe": not second, "safer_response_id": int(first)}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return scores, unsafe
 
 
 def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> PolicyStage:

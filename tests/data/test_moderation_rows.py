@@ -95,6 +95,9 @@ def test_what_is_read(tiny_world: Path, reads: Any, expected: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
     whole, cut = ModerationReader(tokenizer, "auto", reads, 64).row(DIALOGUE, "sail rope")
     assert tokenizer.decode(whole) == expected and not cut
+    # A system turn is of the dialogue alone; this template puts it before the first.
+    under, _ = ModerationReader(tokenizer, "auto", reads, 64).row(DIALOGUE, "sail rope", system="very good")
+    assert tokenizer.decode(under) == expected.replace("please tell me", "very good please tell me")
     # The answer and its end stay, and so does the token that texts begin with.
     short, cut = ModerationReader(tokenizer, "auto", reads, 4).row(DIALOGUE, "sail rope deck anchor")
     assert cut == (reads != "answer" or len(short) == 4) and len(short) == 4

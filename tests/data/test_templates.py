@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from beaver_ray.data.templates import (
@@ -181,6 +182,24 @@ def test_an_end_in_the_text_is_not_doubled(byte_tokenizer: PreTrainedTokenizerFa
     assert told == prompt_tokens(tokenizer, ["q", "a", "r"], "auto")
     told = prompt_tokens(tokenizer, ["q", f"a{tokenizer.eos_token}", "r"], "beaver")
     assert told == prompt_tokens(tokenizer, ["q", "a", "r"], "beaver")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_added_token_that_is_not_special_stays_one_in_texts(
+    byte_tokenizer: PreTrainedTokenizerFast, ended: bool
+) -> None:
+    tokenizer = with_template(byte_tokenizer, conftest.QWEN)
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    think, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "<|im_end|>"))
+    # Beside one that is, which stays text.
+    texts = ["a<think>b", "a<think>b<|im_end|>c"]
+    plain = prompt_tokens(tokenizer, "a", "auto")
+    for text in texts:
+        told = prompt_tokens(tokenizer, text, "auto")
+        assert told.count(think) == 1 and told.count(end) == plain.count(end)
+        assert prompt_tokens(tokenizer, "a", "auto", system=text).count(think) == 1
+        answer = answer_tokens(tokenizer, text, ended=ended)
+        assert answer.count(think) == 1 and answer.count(end) == ended
 
 
 def test_a_cut_answer_has_no_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -40,7 +40,12 @@ def test_what_cannot_be_right_is_said_without_any_limit() -> None:
     guard = DivergenceGuard(None, ["harm"])
     answers = {"rollout/response_tokens": 8.0, "rollout/truncated_fraction": 0.5, "rollout/staleness_max": 0.0}
     right = answers | {"kl/rollout_train": 0.001}
-    assert guard.observe(metrics(kl=2.0, **right)) == []
+    # Each just inside its bounds: 2 nats a token of 8, 0.1 between generator and trainer, 95% cut.
+    for sign in (-1, 1):
+        inside = {"kl/rollout_train": sign * 0.0999, "rollout/truncated_fraction": 0.949}
+        assert guard.observe(metrics(kl=sign * 15.99, **answers | inside)) == []
+        outside = {"kl/rollout_train": sign * 0.1001, "rollout/truncated_fraction": 0.95}
+        assert len(DivergenceGuard(None, ["harm"]).observe(metrics(kl=sign * 16.01, **answers | outside))) == 3
     (said,) = guard.observe(metrics(kl=47.0, **right))
     assert said.startswith("the KL to the reference is 47 nats over 8 tokens an answer, which cannot be right")
     # Once in so many steps of a row.
@@ -107,15 +112,17 @@ def test_steps_without_a_counting_answer_are_neither_above_nor_below() -> None:
 
 
 def test_a_fallen_reward() -> None:
-    guard = DivergenceGuard(None, ["harm"])
+    guard, inside = DivergenceGuard(None, ["harm"]), DivergenceGuard(None, ["harm"])
     # Rewards of 1 and 3 in turns: mean 2, standard deviation 1. A mean of the last window below 0 has fallen.
     for step in range(WINDOW):
         assert guard.observe(metrics(reward=1.0 + 2.0 * (step % 2))) == []
+        assert inside.observe(metrics(reward=1.0 + 2.0 * (step % 2))) == []
+    assert not any(inside.observe(metrics(reward=0.01)) for _ in range(2 * WINDOW))
     said = []
     for step in range(1, 61):
-        if found := guard.observe(metrics(reward=-0.1)):
+        if found := guard.observe(metrics(reward=-0.01)):
             said.append((step, found))
-    text = f"the reward fell to -0.1 over {WINDOW} steps, from 2 at the start"
+    text = f"the reward fell to -0.01 over {WINDOW} steps, from 2 at the start"
     assert said == [(WINDOW, [text]), (2 * WINDOW, [text]), (3 * WINDOW, [text])]
 
 

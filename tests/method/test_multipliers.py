@@ -201,6 +201,19 @@ def test_no_step_during_the_delay_though_the_window_fills(rule):
     assert delayed.update([8.0], 0.0) == prompt.update(5.0, 0.0) > 1.0
 
 
+def test_pid_without_a_maximum_stays_below_100_units():
+    """Rewards of spread 3 and costs of spread 1.5 make a unit of 2."""
+    multiplier = make_multiplier(settings_of(rule="pid", max=None, initial=0.0, time_constant=2.0))
+    values = [multiplier.update([8.5, 11.5], 0.0, reward_std=3.0) for _ in range(60)]
+    assert values[0] < 2.0 and max(values) == values[-1] == 200.0
+    integral = multiplier.state.integral
+    assert 200.0 / 1.3 <= integral < 200.0
+    for _ in range(20):
+        assert multiplier.update([8.5, 11.5], 0.0, reward_std=3.0) == 200.0
+    assert multiplier.state.integral == integral
+    assert multiplier.update([-11.5, -8.5], 0.0, reward_std=3.0) < 200.0, "nothing to unwind"
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_no_step_while_it_is_held_though_the_window_fills(rule):
     held, free = (make_multiplier(settings_of(rule=rule, initial=1.0, window=4)) for _ in range(2))

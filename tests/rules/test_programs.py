@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.server
 import os
 import shutil
@@ -179,6 +180,71 @@ def test_namespaces_hold_without_the_guard() -> None:
     ):
         assert passed(folder, test, namespaces=True) == 0.0, test
     assert not Path("/tmp/program-was-here").exists()
+
+
+LAYERS = {
+    "filter": "        _filter_calls()\n",
+    "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"])))\n',
+}
+"""The line that brings each layer in, but for namespaces."""
+NO_PROCESSES = "        resource.RLIMIT_NPROC: 0,\n"
+
+
+@pytest.mark.parametrize("layer", ["filter", "hook", "namespaces", "none"])
+def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One behind another they would hide each other's holes; with none, all of it can be done."""
+    if layer == "filter" and os.uname().machine not in run_program.CALLS:
+        pytest.skip("no filter of system calls for this processor")
+    if layer == "namespaces" and not has_namespaces():
+        pytest.skip("the kernel gives no namespaces here")
+    source = Path(run_program.__file__).read_text()
+    for line in (NO_PROCESSES, *(line for name, line in LAYERS.items() if name != layer)):
+        assert source.count(line) == 1
+        source = source.replace(line, "")
+    (tmp_path / "alone.py").write_text(source)
+    monkeypatch.setattr(run_program, "__file__", str(tmp_path / "alone.py"))
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    (open_to_all / "victim").write_text("whole")
+    (open_to_all / "in").mkdir()
+    for path in (open_to_all, *open_to_all.iterdir()):
+        os.chmod(path, 0o777)
+    start = f"import ctypes, os, socket, threading\nlibc, there = ctypes.CDLL(None), {str(open_to_all)!r}\n"
+    key = 0x5EED ^ os.getpid()
+    memory = ctypes.CDLL(None).shmget(key, 4096, 0o1666)
+    with serving() as port:
+        # Programs run in one process: none of these ends it. Who is not meant to stop a thing is not named beside it.
+        cases = {
+            f"socket.create_connection(('127.0.0.1', {port}), 2)": "filter hook namespaces",
+            f"os.kill({os.getpid()}, 0)": "filter hook namespaces",
+            "os.fork() or os._exit(0)": "filter hook",
+            "assert os.system('true') == 0": "filter hook",
+            # By Python a thread is not refused, and it is no way out.
+            "threading.Thread(target=print).start()": "filter",
+            "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))": "hook",
+            "open(there + '/victim', 'a')": "hook namespaces",
+            "os.mkdir(there + '/new')": "hook namespaces",
+            "os.rename(there + '/in', there + '/out')": "hook namespaces",
+            # What goes past Python no hook sees.
+            "assert libc.open(os.fsencode(there) + b'/past', 0o101, 0o600) >= 0": "namespaces",
+            f"assert libc.shmget({key}, 4096, 0) >= 0": "namespaces",
+            "assert libc.socketpair(1, 1, 0, ctypes.create_string_buffer(8)) == 0": "filter",
+        }
+        tests = [test for test, layers in cases.items() if layer == "none" or layer in layers]
+        given = {"namespaces": layer == "namespaces"}
+        try:
+            share = passed(start, *tests, **given)
+            assert share == float(layer == "none"), [test for test in tests if passed(start, test, **given)]
+        finally:
+            ctypes.CDLL(None).shmctl(memory, 0, None)
+
+
+def test_the_folder_holds_no_more_than_the_memory_in_all() -> None:
+    """Each of these files is smaller than what one may have, a quarter of it."""
+    if not has_namespaces():
+        pytest.skip("the kernel gives no namespaces here")
+    files = [f"open('{n}', 'wb').write(bytes(15 << 20))" for n in range(5)]
+    assert passed("x = 1", *files, namespaces=True, memory_mib=64) == 4 / 5
 
 
 def test_what_no_namespace_hides_is_refused_as_well(namespaces: bool, tmp_path: Path) -> None:

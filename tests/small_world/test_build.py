@@ -137,8 +137,17 @@ def test_model_loads_and_generates(folder: Path, tmp_path: Path, tied: bool) -> 
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert 7.5e5 < model.num_parameters() < 9e5
     ids = torch.tensor([tokenizer("<s> USER: show me how to fix the car today ASSISTANT:").input_ids])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    assert out.shape[1] <= ids.shape[1] + 4
+    # Generation ends with what ends answers in the world's data, whatever is likeliest.
+    ends = torch.full((len(tokenizer),), -1e9)
+    ends[tokenizer.eos_token_id] = 0.0
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=4,
+        do_sample=False,
+        logits_processor=[lambda tokens, scores: scores + ends if tokens.shape[1] == ids.shape[1] + 1 else scores],
+    )
+    assert out.shape[1] == ids.shape[1] + 2 and out[0, -1] == tokenizer.eos_token_id
 
 
 def test_bad_shape(tmp_path: Path) -> None:

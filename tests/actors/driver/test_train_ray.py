@@ -233,8 +233,9 @@ def test_generators_join_and_leave_in_mid_run(elastic: Run) -> None:
     assert [row["rollout/workers"] for row in elastic.metrics] == [1] * 2 + [3] * 5 + [1] * 5
     ids = np.concatenate([table["sample_id"].to_numpy() for table in elastic.trajectories])
     assert sorted(ids) == list(range(16 * 12))
-    for step, table in enumerate(elastic.trajectories, start=1):
+    for step, (table, row) in enumerate(zip(elastic.trajectories, elastic.metrics, strict=True), start=1):
         assert all(0 <= step - 1 - version <= 1 for version in table["weight_version"].to_pylist())
         oldest = [min(versions) for versions in table["token_versions"].to_pylist()]
         assert oldest == table["weight_version"].to_pylist()
+        assert row["rollout/staleness_max"] == step - 1 - min(oldest)
     assert max(row["rollout/staleness_max"] for row in elastic.metrics) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -166,10 +167,12 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(make: Callable[..., Cluster]
 
 
 def test_a_slow_start_is_named_at_the_deadline(make: Callable[..., Cluster]) -> None:
-    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, step_timeout=20)
-    groups = [cluster.start("rollout", Sleeper, [()]), cluster.start("reward", Sleeper, [(60.0,)])]
+    cluster = make({"rollout": "rollout", "reward": "reward"}, {}, step_timeout=5)
+    rollout = cluster.start("rollout", Sleeper, [()])
+    fetch(rollout.workers[0].call(Startable.started), "the start of a worker that is not slow", 60)
+    reward = cluster.start("reward", Sleeper, [(60.0,)])
     with pytest.raises(WaitTimeoutError, match=r"start of reward: none of 1 answers .* reward:\w+ \(pending_creation"):
-        cluster.wait_started(groups)
+        cluster.wait_started([rollout, reward])
 
 
 def test_what_does_not_fit_is_named_within_the_deadline(make: Callable[..., Cluster]) -> None:
@@ -280,15 +283,21 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
             cluster.close()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    lines = iter(driver.stdout.readline, "")
-    assert any(line == "ready\n" for line in lines)
-    children = psutil.Process(driver.pid).children(recursive=True)
-    assert any("Sleeper" in " ".join(child.cmdline()) for child in children)
-    driver.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in driver.communicate(timeout=60)[1]
-    assert until(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE])
+    children: list[psutil.Process] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            lines = iter(driver.stdout.readline, "")
+            assert any(line == "ready\n" for line in lines)
+            children = psutil.Process(driver.pid).children(recursive=True)
+            assert any("Sleeper" in " ".join(child.cmdline()) for child in children)
+            driver.send_signal(signal.SIGINT)
+            assert "KeyboardInterrupt" in driver.communicate(timeout=60)[1]
+            assert until(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE])
+        finally:
+            for process in (driver, *children):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def test_fetch_of_a_closed_clusters_actor_fails_at_once(make: Callable[..., Cluster]) -> None:

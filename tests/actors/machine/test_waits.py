@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors.machine import waits
 from actors.machine.cluster import RayHandle
 from actors.machine.handles import Group
 from actors.machine.waits import WaitTimeoutError, fetch, wait_any
@@ -37,37 +38,53 @@ def test_fetch_gives_values(sleepers: list[Any]) -> None:
     assert fetch([a.sleep.remote(0.01) for a in sleepers], "two answers", 30) == [0.01, 0.01]
 
 
-def test_fetch_at_its_deadline_names_who_was_silent_and_what_it_was_doing(sleepers: list[Any]) -> None:
-    answers = [sleepers[0].sleep.remote(0.0), sleepers[1].sleep.remote(8.0)]
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """A file that is not there yet; what waits for it does not outlive its test."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+def test_fetch_at_its_deadline_names_who_was_silent_and_what_it_was_doing(sleepers: list[Any], gate: Path) -> None:
+    answers = [sleepers[0].sleep.remote(0.0), sleepers[1].until.remote(str(gate))]
     with pytest.raises(WaitTimeoutError) as caught:
         fetch(answers, "policy (training)", 3.0)
     message = str(caught.value)
     assert "policy (training): 1 of 2 answers did not come within 3 s" in message
-    assert "sleeper-1 (alive, node " in message and "was running" in message and "sleep for" in message
+    assert "sleeper-1 (alive, node " in message and "was running" in message and "until for" in message
     assert "sleeper-0" not in message
-    assert fetch(answers, "the same answers later", 30) == [0.0, 8.0]
+    gate.touch()
+    assert fetch(answers, "the same answers later", 30) == [0.0, str(gate)]
 
 
-def test_what_is_served_meanwhile_takes_of_the_same_time(sleepers: list[Any]) -> None:
+def test_what_is_served_meanwhile_takes_of_the_same_time(
+    sleepers: list[Any], gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To ask the cluster who was silent takes as long as its dashboard does.
+    monkeypatch.setattr(waits, "describe", lambda refs: "silent")
+    monkeypatch.setattr(waits, "_SECONDS_TO_COME", 0.1)
+
     def serve(references: list[Any], what: str, timeout_s: float) -> None:
         time.sleep(timeout_s)
 
     handle = RayHandle("sleeper-0", sleepers[0])
-    group = Group("policy", [handle], 4.0, serve)
+    group = Group("policy", [handle], 2.0, serve)
     started = time.monotonic()
-    answer = handle.call(Sleeper.sleep, 10.0)
-    with pytest.raises(WaitTimeoutError, match=r"policy \(training\): the answer did not come within 4 s"):
+    answer = handle.call(Sleeper.until, str(gate))
+    with pytest.raises(WaitTimeoutError, match=r"policy \(training\): the answer did not come within 2 s; silent"):
         group.wait(answer, "training")
-    assert time.monotonic() - started < 7.5
-    assert fetch(answer, "the same answer later", 30) == 10.0
+    assert time.monotonic() - started < 3.5
+    gate.touch()
+    assert fetch(answer, "the same answer later", 30) == str(gate)
 
 
-def test_wait_any(sleepers: list[Any]) -> None:
-    slow, quick = sleepers[0].sleep.remote(3.0), sleepers[1].sleep.remote(0.0)
+def test_wait_any(sleepers: list[Any], gate: Path) -> None:
+    slow, quick = sleepers[0].until.remote(str(gate)), sleepers[1].sleep.remote(0.0)
     assert wait_any([slow, quick], "generators", 30) == quick
     with pytest.raises(WaitTimeoutError, match=r"generators \(2 sequences\): none of 1 answers came within 0\.1 s"):
         wait_any([slow], "generators (2 sequences)", 0.1)
     assert wait_any([slow, "in this process"], "generators", 0.0) == "in this process"
+    gate.touch()
     assert wait_any([slow], "generators", 30) == slow
 
 

@@ -73,12 +73,15 @@ def test_assemble_joins_chunks_that_came_in_any_order(tiny_world: Path) -> None:
 
 def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
     batch = scored(9)
+    versions = pa.array([3, 1, 2, 3, 3, 2, 2, 3, 1])
+    batch = batch.set_column(batch.schema.get_field_index("weight_version"), "weight_version", versions)
     stats, _ = run(batch, config_of(tiny_world))
     data = batch.to_pylist()
     assert stats["samples"] == 9 and stats["unusable"] == {} and stats["rollout/unusable_samples"] == 0
     assert stats["tokens"] == sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in data)
     assert stats["reward/mean"] == pytest.approx(sum(row["reward"] for row in data) / 9)
     rewards, tokens = [row["reward"] for row in data], [p for row in data for p in row["rollout_logprobs"]]
+    assert stats["reward/std"] == pytest.approx(np.std(rewards))
     assert [stats[f"reward/p{p:02d}"] for p in (5, 50, 95)] == pytest.approx(
         np.percentile(rewards, [5, 50, 95]).tolist()
     )
@@ -92,7 +95,7 @@ def test_figures_of_answers_and_scores(tiny_world: Path) -> None:
     assert stats["cost/bias/unsafe_share"] == pytest.approx(sum(row["cost/bias"] > 0.5 for row in data) / 9)
     assert "cost/harm/unsafe_share" not in stats
     assert stats["rollout/truncated_fraction"] == sum(row["finish_reason"] == "length" for row in data) / 9
-    assert stats["rollout/weight_version_min"] == 0
+    assert stats["rollout/weight_version_min"] == 1
 
 
 def test_advantages_by_hand(tiny_world: Path) -> None:

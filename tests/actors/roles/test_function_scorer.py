@@ -205,7 +205,8 @@ def test_the_library_is_at_hand_in_a_checkout(tiny_world: Path, prompts: str) ->
     over = scorer_of(tiny_world, "python:beaver_ray/rules/text.py:over_length(budget=2)", {"cost/long": 0}, prompts)
     np.testing.assert_array_equal(experience.scalars(over.score(batch), "cost/long"), np.float32([1.5, 0, 1]))
     refuses = scorer_of(tiny_world, "python:beaver_ray/rules/text.py:refuses", {"cost/refusal": 0}, prompts)
-    assert set(experience.scalars(refuses.score(batch), "cost/refusal").tolist()) <= {0.0, 1.0}
+    batch = sequences_of(tiny_world, prompts, [ANSWERS[0], "sorry i can not help", ANSWERS[2]])
+    assert experience.scalars(refuses.score(batch), "cost/refusal").tolist() == [0.0, 1.0, 0.0]
 
 
 def test_code_of_elsewhere_is_not_run_unasked(

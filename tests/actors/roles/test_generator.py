@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,15 @@ from actors.roles.exchange import FINISHED_SCHEMA, PROMPT_SCHEMA, Exchange, samp
 from actors.roles.generator import GeneratorSpec, VllmGenerator
 from actors.roles.hf_generator import HFGenerator
 from beaver_ray.errors import UserError
-from tests.actors.conftest import EOS, disturb, forward_logprobs, largest_difference, make_prompts, three_tokens_in
+from tests.actors.conftest import (
+    EOS,
+    VOCABULARY,
+    disturb,
+    forward_logprobs,
+    largest_difference,
+    make_prompts,
+    three_tokens_in,
+)
 from tests.actors.light_roles import when_opened
 from tests.packed_weights import pack
 
@@ -110,6 +119,38 @@ def test_a_sample_does_not_depend_on_its_batch(generator: Generator) -> None:
     twin = [{"sample_id": 600 + i, "prompt_id": 0, "prompt_tokens": [5, 6, 7]} for i in range(8)]
     answers = drain(generator, pa.RecordBatch.from_pylist(twin, schema=PROMPT_SCHEMA))
     assert len({tuple(row["response_tokens"]) for row in answers.values()}) > 1
+
+
+def nucleus(model: PreTrainedModel, row: dict[str, Any], share: float) -> list[float]:
+    """Log-probs of a row's response among the fewest likeliest tokens that have this share together."""
+    start, found = len(row["prompt_tokens"]), []
+    tokens = row["prompt_tokens"] + row["response_tokens"]
+    with torch.no_grad():
+        probabilities_LV = (model(torch.tensor([tokens])).logits[0] / TEMPERATURE).softmax(-1).tolist()
+    for token, probabilities in zip(tokens[start:], probabilities_LV[start - 1 :], strict=False):
+        kept: list[float] = []
+        for probability in sorted(probabilities, reverse=True):
+            if sum(kept) < share:
+                kept.append(probability)
+        assert len(kept) < VOCABULARY / 2 and probabilities[token] >= kept[-1], "sampled outside"
+        found.append(math.log(probabilities[token] / sum(kept)))
+    return found
+
+
+def test_sampling_from_the_likeliest_tokens_and_greedy(
+    generator: Generator, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = make_prompts(8, first_id=800, seed=12)
+    monkeypatch.setattr(generator, "spec", replace(generator.spec, top_p=0.6))
+    for row in drain(generator, prompts).values():
+        assert row["rollout_logprobs"] == pytest.approx(nucleus(model, row, 0.6), abs=1e-4)
+    monkeypatch.setattr(generator, "spec", replace(generator.spec, top_p=1.0, temperature=0.0))
+    for row in drain(generator, prompts).values():
+        # Log-probs are those at temperature 1.
+        assert row["rollout_logprobs"] == pytest.approx(forward_logprobs(model, row, 1.0).tolist(), abs=1e-4)
+        with torch.no_grad():
+            best = model(torch.tensor([row["prompt_tokens"] + row["response_tokens"]])).logits[0].argmax(-1)
+        assert row["response_tokens"] == best[len(row["prompt_tokens"]) - 1 : -1].tolist()
 
 
 def test_prompt_tokens_of_the_cache_are_told_apart(generator: Generator) -> None:
@@ -240,12 +281,19 @@ def test_finishing_under_the_old_weights(
     back_to_version_0(vllm_generator, model)
 
 
+@pytest.fixture
+def ray_here() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_here")
 def test_sequences_in_flight_go_on_until_all_buckets_are_here(
     vllm_generator: VllmGenerator, model: PreTrainedModel, new_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     weights = pack(new_model.state_dict().items(), 1, 2**20)
     assert len(weights.buckets) > 2
-    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
     last = ray.remote(when_opened).remote(weights.buckets[-1], str(tmp_path / "gate"))
     announced = replace(weights, buckets=(*weights.buckets[:-1], last))
     three_tokens_in(vllm_generator)
@@ -257,7 +305,6 @@ def test_sequences_in_flight_go_on_until_all_buckets_are_here(
     summary, fresh = vllm_generator.exchange(make_prompts(4, first_id=90), Exchange(4))
     assert set(fresh.column("weight_version").to_pylist()) == {1} and summary["load_s"] > 0
     assert largest_difference(new_model, fresh, TEMPERATURE) < 1e-4
-    ray.shutdown()
     back_to_version_0(vllm_generator, model)
 
 
@@ -276,11 +323,12 @@ def test_weights_come_with_prompts_and_samples_can_be_dropped(
     generator.update_weights(pack(model.state_dict().items(), 0, 2**20))
 
 
-def test_five_updates_at_low_temperature(generator: Generator, model: PreTrainedModel) -> None:
+def test_five_updates_at_low_temperature(hf_generator: HFGenerator, model: PreTrainedModel) -> None:
+    """vLLM's are in test_transfer_engine.py."""
     for version in range(1, 6):
         disturb(model, seed=version)
-        generator.update_weights(pack(model.state_dict().items(), version, 2**20))
-        batch = generator.exchange(make_prompts(12, seed=4), Exchange(12))[1]
+        hf_generator.update_weights(pack(model.state_dict().items(), version, 2**20))
+        batch = hf_generator.exchange(make_prompts(12, seed=4), Exchange(12))[1]
         assert set(batch.column("weight_version").to_pylist()) == {version}
         assert largest_difference(model, batch, TEMPERATURE) < 1e-4
 
@@ -293,15 +341,6 @@ def test_hf_generator_repeats_bit_for_bit(tiny_llama: Callable[[bool], Path]) ->
         assert one.equals(two)
     other = HFGenerator(make_spec(tiny_llama(False), seed=6)).exchange(prompts, Exchange(30))[1]
     assert other.column("response_tokens") != one.column("response_tokens")
-
-
-def test_greedy_is_argmax(tiny_llama: Callable[[bool], Path], model: PreTrainedModel) -> None:
-    generator = HFGenerator(make_spec(tiny_llama(True), temperature=0.0))
-    row = generator.exchange(make_prompts(1, lengths=(9, 10)), Exchange(1))[1].to_pylist()[0]
-    tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
-    with torch.no_grad():
-        best = model(tokens).logits[0, 8:-1].argmax(-1)
-    assert row["response_tokens"] == best.tolist()
 
 
 def test_hf_refuses_weights_of_another_model(hf_generator: HFGenerator, model: PreTrainedModel) -> None:

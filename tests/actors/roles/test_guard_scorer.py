@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from beaver_ray import experience
 from beaver_ray.data.readers import Reader
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GUARDS, GuardModel, read_guard
+from beaver_ray.method.calibration import fit_platt
 from beaver_ray.models.guard_reader import GuardReader
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import read_metrics
@@ -27,7 +29,7 @@ from beaver_ray.score_sources import GuardSource, ScorerSetting
 from beaver_ray.signals import scorers
 from launch.config_files import load_config, parse_config
 from launch.planning import Resources, plan
-from tests.actors.support import ppo_config
+from tests.actors.support import labelled_by, ppo_config
 from tests.tiny_guards import write_guard
 
 DIALOGUES = [
@@ -98,10 +100,16 @@ ASKED = {
 }
 
 
+@cache
+def plain(folder: str) -> tuple[Any, Any]:
+    """Tokenizer and model by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 def by_hand(folder: str, text: str, words: tuple[str, ...], weight: float = 0.5) -> float:
     """The log-odds that plain transformers gives, by probabilities."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokenizer, model = plain(folder)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     firsts = [tokenizer(text + word, add_special_tokens=False)["input_ids"][len(ids)] for word in words]
     with torch.no_grad():
@@ -226,17 +234,19 @@ def test_a_run_under_a_guard(
         assert row[name] == pytest.approx(expected, abs=1e-3)
 
 
-def test_calibration_takes_log_odds(tiny_world: Path, guards: dict[str, dict[str, Any]]) -> None:
-    specs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
-    first = scorer_of(tiny_world, guards["llama_guard"], {"cost/harm": 0})
-    try:
-        scorer, opposite = first, False
-        fitted = scorer.calibrate("cost/harm", specs, 64)
-    except UserError:  # a random guard ranks harm the wrong way round as often as not
-        swapped = {"folder": guards["own"]["folder"], **OWN, "unsafe": OWN["safe"], "safe": OWN["unsafe"]}
-        scorer, opposite = scorer_of(tiny_world, swapped, {"cost/harm": 0}), True
-        fitted = scorer.calibrate("cost/harm", specs, 64)
-    assert fitted["n"] == 120 and fitted["scale"] > 0, opposite
+def test_calibration_takes_log_odds(tiny_world: Path, guards: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    folder = guards["llama_guard"]["folder"]
+    forced, *words = ASKED["llama_guard", "unsafe"]
+
+    def odds_of(prompts: list[str], answers: list[str]) -> list[float]:
+        texts = [llama_guard([p], a) + forced for p, a in zip(prompts, answers, strict=True)]
+        return [by_hand(folder, text, tuple(words)) for text in texts]
+
+    expected = fit_platt(*labelled_by(odds_of, tiny_world, tmp_path / "pairs.jsonl"))
+    scorer = scorer_of(tiny_world, guards["llama_guard"], {"cost/harm": 0})
+    fitted = scorer.calibrate("cost/harm", [f"PKU-SafeRLHF:1:{tmp_path}/pairs.jsonl"], 64)
+    figures = fitted["scale"], fitted["bias"]
+    assert figures == pytest.approx((expected.scale, expected.bias), rel=1e-3) and fitted["n"] == 120
     batch = answers_of(tiny_world)
     odds = scorer.end_scores(batch)[:, 0]
     np.testing.assert_allclose(

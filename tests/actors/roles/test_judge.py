@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 
 from actors.roles import judge as judge_module
 from actors.roles.judge import Judge
+from actors.roles.remote_scorer import RemoteScorer
 from beaver_ray.data.pairs import pair_id
 from beaver_ray.errors import UserError
 from beaver_ray.judge_options import JudgeOptions
-from beaver_ray.score_sources import ALLOWED_HOSTS
+from beaver_ray.score_sources import ALLOWED_HOSTS, ScorerSetting
 from launch.__main__ import main
 from tests.actors.judging_service import JudgeService, judging
+from tests.actors.scoring_service import serving
 from tests.judge.test_judge_labels import honest
 
 SECRET = "sk-c0ffee-not-to-be-seen"
@@ -62,17 +65,34 @@ def test_each_text_is_asked_once_and_never_again(
     assert judge_of(service, cache, temperature=0.5)(texts[:1]) and len(service.requests) == 43
 
 
-def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path) -> None:
+def test_a_key_goes_along_and_what_netrc_holds_to_scoring_services_alone(
+    service: JudgeService, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("JUDGE_KEY", f" {SECRET}\n")
+    judge_of(service, tmp_path / "key", api_key_env="JUDGE_KEY")(["Hi"])
+    judge_of(service, tmp_path / "none")(["Hi"])
+    assert [sent["Authorization"] for sent in service.headers] == [f"Bearer {SECRET}"] * 2 + [None] * 2
+    with serving(lambda prompts, responses: []) as scorer:
+        setting = ScorerSetting(str(tiny_world / "model"), "float32", 512, 1)
+        RemoteScorer(scorer.url, {"cost/harm": 0}, setting)
+    assert [sent["Authorization"] for sent in scorer.headers] == [f"Basic {b64encode(b'somebody:else').decode()}"]
+
+
+def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service.instead = [(429, {"Retry-After": "0.01"}, b"slow down"), (503, {}, b""), (500, {}, b"")]
     judge = judge_of(service, tmp_path / "r")
     assert judge(["Hi"])[0].text == "You said Hi." and judge.usage.retries == 3
     service.silent.set()
     with pytest.raises(UserError, match=r"no reply from the judge at .* within 0\.5 s \((ReadTimeout|Connection)"):
         judge_of(service, tmp_path / "s", timeout=0.1, deadline=0.5)(["Hi"])
-    service.silent.clear()
-    service.instead = [(429, {"Retry-After": "3600"}, b"")]
-    with pytest.raises(UserError, match="429 Too Many Requests"):
-        judge_of(service, tmp_path / "s")(["Hi"])
+    # Another: what the silent one still has in hand would take this from it.
+    with judging(str) as other:
+        monkeypatch.setenv(ALLOWED_HOSTS, other.host)
+        other.instead = [(429, {"Retry-After": "3600"}, b"")]
+        with pytest.raises(UserError, match="429 Too Many Requests"):
+            judge_of(other, tmp_path / "s")(["Hi"])
 
 
 @pytest.mark.parametrize(

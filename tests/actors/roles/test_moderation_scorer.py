@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
 from beaver_ray.guard_options import read_guard
+from beaver_ray.method.calibration import fit_platt
 from beaver_ray.models.classifier import load_classifier, save_classifier
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Settings
@@ -26,7 +28,7 @@ from beaver_ray.signals import scorers
 from launch.config_files import load_config
 from launch.planning import plan
 from tests.actors.roles.test_guard_scorer import ANSWERS, DIALOGUES, answers_of
-from tests.actors.support import ppo_config
+from tests.actors.support import labelled_by, ppo_config
 from tests.tiny_encoders import write_encoder
 
 LABELS = ["violence", "theft", "other"]
@@ -105,26 +107,26 @@ def test_groups_from_one_forward(tiny_world: Path, model: Path, monkeypatch: pyt
         np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
-def test_a_violation_rate_calibrates_it(tiny_world: Path, model: Path) -> None:
+def test_a_violation_rate_calibrates_it(tiny_world: Path, tmp_path: Path) -> None:
     """Labels by the model's own scores, so that they go together; the calibrated cost is the sigmoid of the fit."""
+    rows = [json.loads(line) for line in (tiny_world / "preferences" / "test.jsonl").open()]
+    texts = [row[name] for row in rows for name in ("prompt", "response_0", "response_1")]
+    model = write_moderation(tmp_path, [*texts, *ANSWERS, *(turn for turns in DIALOGUES for turn in turns)])
+    plain, tokenizer = AutoModelForSequenceClassification.from_pretrained(model).eval(), load_tokenizer(str(model))
+
+    def odds_of(prompts: list[str], answers: list[str]) -> list[float]:
+        texts = [f"BEGINNING OF CONVERSATION: USER: {p} ASSISTANT:{a}" for p, a in zip(prompts, answers, strict=True)]
+        with torch.no_grad():
+            odds = [plain(torch.tensor([tokenizer.encode(text)])).logits[0].numpy() for text in texts]
+        return [float(max(z - np.array(THRESHOLDS))) for z in odds]
+
+    expected = fit_platt(*labelled_by(odds_of, tiny_world, tmp_path / "pairs.jsonl"))
     scorer = scorer_of(tiny_world, model)
-    pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
     batch = answers_of(tiny_world)
     before = scorer.end_scores(batch)[:, 0]
-    try:
-        fitted = scorer.calibrate("cost/harm", pairs, 64)
-    except UserError as error:  # a random model may well rank safe answers as the more harmful ones
-        assert "cost scores fall as harm rises" in str(error)
-        fitted = {
-            "scale": 2.0,
-            "bias": -1.0,
-            "n": 120,
-            "accuracy": 1.0,
-            "sign_accuracy": 1.0,
-            "ece": 0.0,
-            "residual_std": 0.1,
-        }
-        scorer.set_calibration("cost/harm", fitted)
+    fitted = scorer.calibrate("cost/harm", [f"PKU-SafeRLHF:1:{tmp_path}/pairs.jsonl"], 64)
+    figures = fitted["scale"], fitted["bias"]
+    assert figures == pytest.approx((expected.scale, expected.bias), rel=1e-3) and fitted["n"] == 120
     assert scorer.labelled_pairs("cost/harm").startswith("kept ")
     after = experience.scalars(scorer.score(batch), "cost/harm")
     np.testing.assert_allclose(after, 1 / (1 + np.exp(-(fitted["scale"] * before + fitted["bias"]))), rtol=1e-5)

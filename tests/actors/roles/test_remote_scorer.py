@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from actors.driver.policy_stage import PolicyStage
 from actors.roles import remote_scorer
-from actors.roles.remote_scorer import RETRIES, RemoteScorer, ScoringService
+from actors.roles.remote_scorer import RemoteScorer, ScoringService
 from actors.stages import stages
 from beaver_ray import experience
 from beaver_ray.data.mixing import load_mix
@@ -22,7 +24,7 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.score_sources import ALLOWED_HOSTS, ScorerSetting, check_allowed
 from beaver_ray.template_options import TemplateOptions
 from tests.actors.scoring_service import Service, serving
-from tests.actors.support import ppo_config, random_sequences
+from tests.actors.support import labelled_by, ppo_config, random_sequences
 
 
 def words(prompts: list[str], responses: list[str]) -> list[float]:
@@ -91,15 +93,26 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
     ).score(batch.set_column(place, batch.schema.field(place), kind))
     first = {"role": "system", "content": "Be kind."}
     assert service.requests[-1]["dialogues"] == [[first, *dialogue] for dialogue in sent["dialogues"]]
-    service.score = lambda prompts, responses: [float("bomb" in r) + len(r) for r in responses]
-    pairs = [f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"]
-    with contextlib.suppress(UserError):
-        told.calibrate("cost/harm", pairs, 64)
-    sent = service.requests[-1]
-    assert all(
-        f"USER: {dialogue[0]['content']} ASSISTANT:" in prompt
-        for dialogue, prompt in zip(sent["dialogues"], sent["prompts"], strict=True)
-    )
+
+
+def test_the_dialogues_of_labelled_pairs_are_those_of_their_rows(
+    service: Service, tiny_world: Path, tmp_path: Path
+) -> None:
+    """Also where the policy's tokenizer has no token for a word, so that the tokens do not tell it."""
+    service.score = lambda prompts, responses: [float(len(response)) for response in responses]
+    labelled_by(service.score, tiny_world, tmp_path / "pairs.jsonl")
+    pairs = (tmp_path / "pairs.jsonl").read_text().replace(" the ", " ÄÖÜ ")
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    run = [[f"prompts:3/-1:{tiny_world}/prompts/train.jsonl"]]
+    setting = ScorerSetting(str(tiny_world / "model"), "float32", 512, 1, prompts=run)
+    told = RemoteScorer(service.url, {"cost/harm": 0}, setting)
+    service.requests.clear()
+    assert told.calibrate("cost/harm", [f"PKU-SafeRLHF:1:{tmp_path}/pairs.jsonl"], 64)["n"] == 120
+    sent = [one for body in service.requests for one in zip(body["dialogues"], body["prompts"], strict=True)]
+    contents = [dialogue[0]["content"] for dialogue, _ in sent]
+    assert sorted(contents) == sorted(2 * [json.loads(line)["prompt"] for line in pairs.splitlines()])
+    for content, (_, prompt) in zip(contents, sent, strict=True):
+        assert f"USER: {content.replace('ÄÖÜ', '<unk>')} ASSISTANT:" in prompt
 
 
 def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world: Path) -> None:
@@ -123,12 +136,23 @@ def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world:
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_busy_service_is_asked_again(service: Service, tiny_world: Path, status: int) -> None:
     scorer = remote(service, tiny_world)
-    service.instead = [(status, {}, b"later")] * RETRIES
+    service.instead = [(status, {}, b"later")] * 4
     assert scorer.score(random_sequences(3, seed=1)).num_rows == 3
-    assert len(service.requests) == 2 + RETRIES
-    service.instead = [(status, {}, b"later")] * (1 + RETRIES)
+    assert len(service.requests) == 2 + 4
+    service.instead = [(status, {}, b"later")] * 5
     with pytest.raises(UserError, match=f"{service.url} does not score but answers {status} .*: later"):
         scorer.score(random_sequences(3, seed=1))
+
+
+def test_a_busy_service_has_a_quarter_of_the_time_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scores.md; asked five times."""
+    pauses: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=pauses.append, time=time.time))
+    with serving(words) as service:
+        service.instead = [(503, {}, b"later")] * 5
+        with pytest.raises(UserError, match="answers 503"):
+            ScoringService(service.url, timeout_s=600.0).scores(["p"], ["r"])
+    assert len(service.requests) == 5 and sum(pauses) == pytest.approx(600 / 4, rel=0.1)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
@@ -152,7 +176,11 @@ def test_a_silent_service_and_none_at_all(service: Service, tiny_world: Path) ->
     service.silent.set()
     with pytest.raises(UserError, match=rf"no answer from the scorer at {service.url} .*timed out"):
         silent.scores(["p"], ["r"])
-    assert len(service.requests) == 1 + RETRIES
+    # It counts a request when that has come in, which may be after its sender has gone.
+    deadline = time.monotonic() + 30
+    while len(service.requests) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(service.requests) == 5
     with serving(words) as gone:
         url = gone.url
     with pytest.raises(UserError, match=r"no answer from the scorer at .*refused.*resume=true"):
