@@ -22,6 +22,8 @@ LABELS = ("better_response_id", "safer_response_id", "is_response_0_safe", "is_r
 ANSWER = ("response", "model", "truncated", "tokens")
 """What a row of answers says about the answer; the rest is about its prompt."""
 
+OTHER_LABELS = "repeated pair with other labels"
+
 Row = dict[str, Any]
 
 
@@ -106,7 +108,8 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
             said = f"{where}: pair {number} has id {row['id']!r}, but its texts have {own}"
             raise UserError(f"{said}: they were changed since; take the file as it was written")
         if own in pairs:
-            left_out["repeated pair"] += 1
+            both = [(row.get(name), pairs[own].get(name)) for name in LABELS]
+            left_out["repeated pair" if all(a == b or None in (a, b) for a, b in both) else OTHER_LABELS] += 1
         pairs.setdefault(own, {"id": own, **row})
     if not pairs:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"
