@@ -105,7 +105,7 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     files = {name: read_answers(Path(place)) for name, place in arena.files.items()}
     samples = common_prompts(arena, read_prompts(arena, world, note), contenders, files, note)
     prompt_N, turn_N = places([next_turns(sample, arena.follow_ups) for sample in samples])
-    told = {name: Said.of_file(found, samples, arena.follow_ups) for name, found in files.items()}
+    told = {name: Said.of_file(said, samples, arena.follow_ups, _about(name, note)) for name, said in files.items()}
     held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, told)
     for contender in contenders:
         started = time.monotonic()
@@ -126,6 +126,10 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
         held.refused[name] = np.array([[refuses(text) for text in texts] for texts in said.texts], dtype=bool)
     held.seconds["judging"] = time.monotonic() - started
     return usable(held, note)
+
+
+def _about(name: str, note: Note) -> Note:
+    return lambda line: note(f"{name} is {line}")
 
 
 def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedPolicy:

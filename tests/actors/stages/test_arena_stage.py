@@ -101,7 +101,7 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
 ) -> None:
     said = sampled.folder / "final" / "answers" / "one.jsonl"
     cut = tmp_path / "some.jsonl"
-    cut.write_text("\n".join(said.read_text().splitlines()[4:]), encoding="utf-8")  # without the first two prompts
+    cut.write_text("\n".join(said.read_text().splitlines()[5:]), encoding="utf-8")  # without two prompts, and an answer
     model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
     torch.manual_seed(0)
     layers = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -119,6 +119,7 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
     found = json.loads((stage.folder / "arena.json").read_text())
     assert found["prompts"] == 14
     assert "cut has no answer to 2 of 16 prompts, which are left out for all" in found["remarks"]
+    assert "cut is cut to 1 of up to 2 answers each, since a prompt has no more" in found["remarks"]
     again = answers_in(stage.folder, "said")
     before = answers_in(sampled.folder, "one")[4:]
     assert [row["response"] for row in again] == [row["response"] for row in before]
