@@ -139,7 +139,7 @@ def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedP
     """
     sources = [source for source in (arena.reward, *(cost.model for cost in arena.costs)) if source is not None]
     if contenders:
-        model, template = contenders[0].model, contenders[0].template
+        model, template = contenders[0].folder.tokenizer, contenders[0].template
     else:
         folders = [folder for source in sources if (folder := score_source(source).folder) is not None]
         if sources and not folders:

@@ -26,6 +26,7 @@ from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.bridges import cli
+from launch.bridges.policy import Policy
 from tests.actors.support import ppo_config
 from tests.test_report import make_ppo_run, report
 
@@ -116,6 +117,7 @@ def test_lm_eval(
     found = read_evaluation(run)["bridges"]["lm-eval"]["choice"]
     assert (found["version"], found["n"], found["few_shot"], found["chat"]) == (2, 4, 0, False)
     assert found["scores"]["acc"] == {"value": 0.75, "stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 3))}
+    assert Policy(run / "final" / "policy").template == Policy(run).template == TemplateOptions(style="beaver")
     assert found["policy"] == str(run / "final" / "policy") and len(found["policy_hash"]) == 32
 
     answers = [greedy(tiny_world, question) for question in questions]

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
+from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
+from tests.actors.support import ppo_config, without_template
 
 LONGEST = 6
 
@@ -120,6 +122,34 @@ def test_side_by_side_a_run_and_an_adapter(
     assert expected[0][1] != expected[1][1]
     out = chat(capsys, monkeypatch, [asked[0]], tmp_path / "run", tmp_path / "adapter", "--temperature", 0)
     assert out == ["[run]", *said(expected[0]), "[adapter]", *said(expected[1])]
+
+
+def test_a_run_s_policy_is_asked_by_the_run_s_template_and_an_adapter_by_its_own(
+    tiny_world: Path,
+    asked: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run's by name or its final/policy; the adapter's, which was saved beside it, and not that of its base."""
+    data = {"template": {"style": "beaver", "system": "be brief"}}
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "policy").symlink_to(tiny_world / "model")
+    config = ppo_config(tiny_world, workspace=str(tmp_path), name="run", data=data)
+    save_config(config, tmp_path / "run" / "config.yaml")
+    bare = without_template(tiny_world / "model", tmp_path)
+    wrapped = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(bare, dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_world / "model").save_pretrained(tmp_path / "adapter")
+    folders = [tiny_world / "model", tmp_path / "run", tmp_path / "run" / "final" / "policy", tmp_path / "adapter"]
+    own, by_run, by_name, beside = (
+        chat(capsys, monkeypatch, [asked[0]], folder, "--temperature", 0) for folder in folders
+    )
+    assert own == said(plain(wrapped, tiny_world / "model", [asked[0]])) == beside
+    assert by_run == by_name != own
 
 
 def test_a_model_that_missed_a_question_is_left_out_when_it_is_answered_anew(

@@ -24,6 +24,7 @@ from beaver_ray.user_code import ALLOWED_CODE
 from launch.pipeline import run_stage
 from tests.actors.judging_service import judging, shown
 from tests.actors.scoring_service import serving
+from tests.actors.support import without_template
 
 LONGEST = 6
 
@@ -105,10 +106,12 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
     model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
     torch.manual_seed(0)
     layers = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    base = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    # The base knows no chat template: that was saved with the adapter, as TRL does.
+    base = AutoModelForCausalLM.from_pretrained(without_template(tiny_world / "model", tmp_path), dtype=torch.float32)
     adapted = get_peft_model(base, layers).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    places = {"one": str(tiny_world / "model"), "adapted": str(tmp_path / "adapter")}
+    AutoTokenizer.from_pretrained(tiny_world / "model").save_pretrained(tmp_path / "adapter")
+    places = {"adapted": str(tmp_path / "adapter"), "one": str(tiny_world / "model")}
     places |= {"said": str(said), "cut": str(cut)}
     greedy = {"max_new_tokens": LONGEST, "max_sequences": 16, "temperature": 0.0}
     costs = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
