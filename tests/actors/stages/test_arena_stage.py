@@ -18,6 +18,7 @@ from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
 from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
+from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.user_code import ALLOWED_CODE
@@ -339,7 +340,18 @@ def test_a_judge_that_fails_costs_no_answers(tiny_world: Path, tmp_path: Path, m
         raise AssertionError("a policy was asked again")
 
     monkeypatch.setattr("actors.driver.arena.ask", nobody)
-    run_stage(stage.model_copy(update={"resume": True}))
+    log = RunFolder.log
+
+    def killed(run: RunFolder, *figures: Any) -> None:
+        log(run, *figures)
+        raise RuntimeError("killed")
+
+    resumed = stage.model_copy(update={"resume": True})
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(RunFolder, "log", killed)
+        run_stage(resumed)
+    run_stage(resumed)
+    assert len((stage.folder / "metrics.jsonl").read_text().splitlines()) == 1
     assert [[row["response"]] for row in answers_in(stage.folder, "one")] == texts
     assert [row["reward"] for row in answers_in(stage.folder, "one")] == [len(text.split()) for (text,) in texts]
     assert not (stage.folder / "asked").exists()
