@@ -177,7 +177,12 @@ class _Pieces(BaseStreamer):
 
     def _hand_on(self, whole: bool) -> None:
         text = self.reader.answer_text(self.tokens, self.ended)
-        if text.startswith(self.shown) and (whole or not text.endswith("\ufffd")):
+        # What may be the white space that the template writes before an answer waits for the rest of that.
+        if not whole and (text.endswith("\ufffd") or self.reader.form.before.startswith(text)):
+            return
+        if text.startswith(self.shown):
             piece, self.shown = text[len(self.shown) :], text
             if piece:
                 self.show(piece)
+        elif whole:  # what the template writes behind an answer is on the screen already, and no part of it
+            self.shown = text

@@ -13,9 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
+from beaver_ray.data.readers import Reader
+from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling, _Pieces
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from tests.actors.support import ppo_config, without_template
@@ -199,6 +202,32 @@ def test_ctrl_c_stops_an_answer_alone(tiny_world: Path, asked: tuple[str, str]) 
     assert answer.stopped and not answer.ended and len(pieces) == 2
     assert answer.text == "".join(pieces) and whole.text.startswith(answer.text) and whole.text != answer.text
     assert not whole.stopped and model.answer([asked[0]], None, pieces.append).text
+
+
+def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer() -> None:
+    """Bytes as tokens, and a template that writes two line breaks before an answer and one behind it."""
+    letters = {letter: number for number, letter in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(BPE(letters, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if m.role == 'user' else '\n\n' + m.content + '\n</s>' }}{% endfor %}"
+    )
+    reader = Reader(tokenizer, "chat")
+    assert (reader.form.before, reader.form.after) == ("\n\n", "\n")
+    for said, answer, handed in (
+        ("\n\nab a\n</s>", "ab a", ["a", "b", " ", "a", "\n"]),
+        ("\n\n\nb\n</s>", "\nb", ["\nb", "\n"]),
+        ("ab", "ab", ["a", "b"]),
+        ("\n", "\n", ["\n"]),
+    ):
+        shown: list[str] = []
+        pieces = _Pieces(reader, shown.append)
+        pieces.put(torch.tensor([[3]]))
+        for token in tokenizer.encode(said, add_special_tokens=False):
+            pieces.put(torch.tensor([token]))
+        pieces.end()
+        assert (shown, pieces.shown) == (handed, answer)
 
 
 @pytest.mark.parametrize(
