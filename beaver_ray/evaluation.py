@@ -2,8 +2,8 @@
 
 Several answers to one prompt are not independent, so intervals are clustered by prompt: for means the
 cluster-robust standard error with Student's t (Cameron and Miller 2015, "A Practitioner's Guide to
-Cluster-Robust Inference"), for shares Wilson's interval at the effective number of samples (Korn and
-Graubard 1998). With one answer for each prompt these are the textbook intervals.
+Cluster-Robust Inference"), for shares Wilson's interval at the effective number of samples, corrected for
+the number of prompts (Korn and Graubard 1998). With one answer for each prompt these are the textbook intervals.
 """
 
 from __future__ import annotations
@@ -130,12 +130,19 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER)
     values = np.asarray(flags, dtype=np.float64)
     share, n = float(values.mean()), len(values)
     residuals = cluster_sums(values - share, cluster)
+    clusters = len(residuals)
     if 0 < share < 1:
-        # As many independent samples would be as uncertain as these; the spread is 0 where no prompts differ.
-        spread = float(np.sum(residuals**2)) / n**2
-        effective = n if spread == 0 else min(n, share * (1 - share) / spread)
+        # No fewer than if all answers to a prompt were alike: the number of prompts, where they have equally many.
+        effective = n**2 / float(np.sum(cluster_sums(np.ones(n), cluster) ** 2))
+        if 1 < clusters < n:
+            # As many independent samples would be as uncertain as these; the spread is 0 where no prompts differ. That
+            # it is seen on few prompts counts as Student's t does.
+            spread = clusters / (clusters - 1) * (n - 1) / n * float(np.sum(residuals**2)) / n**2
+            seen = n if spread == 0 else min(n, share * (1 - share) / spread)
+            few = float(stats.t.ppf(upper, n - 1) / stats.t.ppf(upper, clusters - 1))
+            effective = max(effective, seen * few**2)
     else:
-        effective = len(residuals)  # all alike: nothing shows that answers to one prompt differ
+        effective = clusters  # all alike: nothing shows that answers to one prompt differ
     low, high = wilson(share, effective, upper)
     return {"mean": share, "low": low, "high": high, "n": n}
 

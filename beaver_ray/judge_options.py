@@ -101,6 +101,13 @@ class LabellingJudge(JudgeOptions):
         "Pairs that have one of these, WORD or FIELD=VALUE, go to people and never to the judge.", default_factory=list
     )
 
+    @field_validator("sensitive")
+    @classmethod
+    def _are_marks(cls, marks: list[str]) -> list[str]:
+        if blank := [mark for mark in marks if not mark.partition("=")[0].strip()]:
+            raise ValueError(f"{blank[0]!r} is neither WORD nor FIELD=VALUE")
+        return marks
+
     @model_validator(mode="after")
     def _goes_by_its_labels(self) -> LabellingJudge:
         unread(self, "rubric")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from beaver_ray.data.sources import BadRow, DropReport, text_field
+from beaver_ray.data.sources import BadRow, DropReport, is_whole, text_field
 from beaver_ray.errors import UserError
 
 Ask = Literal["apart", "listed"]
@@ -73,13 +73,13 @@ def read_questions(file: str | Path, seed: int = 0) -> tuple[list[Question], Dro
 
 def _rows(file: Path) -> list[Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read questions from {file}: {error}") from None
     try:
         tree = json.loads(text)
     except ValueError:
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        return [_line(line) for line in text.split("\n") if line.strip()]  # texts may hold other ends of lines
     rows = tree.get("examples", [tree]) if isinstance(tree, dict) else tree
     return rows if isinstance(rows, list) else []
 
@@ -120,6 +120,8 @@ def _choices(targets: Any, name: str, rng: random.Random, blank: Counter[str]) -
         raise BadRow(f"'{name}' has not a label for each choice")
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(f"'{name}' has a choice that is no text")
+    if not all(map(is_whole, texts)):
+        raise BadRow(f"'{name}' has half a character")
     pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text.strip()]
     blank["blank choices were left out"] += len(texts) - len(pairs)
     texts, labels = [text for text, _ in pairs], [label for _, label in pairs]

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from actors.driver.judged_policy import judged_policy
 from beaver_ray import experience
+from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
@@ -30,7 +31,6 @@ from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.rejection import REFUSAL, RejectionFigures, sample_unflagged
-from launch.config_files import template_of
 from launch.score_options import named, source
 
 HELP = """\
@@ -60,8 +60,8 @@ def chat(
         raise UserError("--temperature 0 draws the same answer each time: give --tries 1, or a temperature above 0")
     folders = [ChatFolder.find(text) for text in models]
     rail = None if moderation is None else Rail(moderation, tries)
-    templates = [template_of(Path(text)) for text in models]
-    judges = Judges(folders[0].model, templates[0], reward, costs)
+    templates = [template_of(run_of(text)) for text in models]
+    judges = Judges(folders[0].tokenizer, templates[0], reward, costs)
     loaded = [
         ChatModel(name, folder, sampling, template)
         for name, folder, template in zip(_names(models), folders, templates, strict=True)

@@ -38,12 +38,6 @@ def load_run(folder: Path) -> Stage:
     return load_config(file)
 
 
-def template_of(model: Path) -> Any:
-    """The template that a run's models are asked by; of other folders what their tokenizer has."""
-    is_run = (model / "config.yaml").is_file() and (model / "final" / "policy").is_dir()
-    return load_run(model).prompt_template if is_run else "auto"
-
-
 def parse_config(
     tree: dict[str, Any], overrides: list[str], where: str, values: Mapping[str, Any] | None = None
 ) -> Stage:

@@ -79,6 +79,37 @@ def test_answers_that_only_repeat_their_prompt_count_once() -> None:
     assert none["high"] == pytest.approx(stats.binomtest(0, 40).proportion_ci(method="wilson").high)
 
 
+def test_share_of_several_answers_by_hand() -> None:
+    """24 of 40 are true; the sums of residuals are -3, -2, 1, 2, -1, 0, 2 and 1."""
+    hits = [0, 1, 4, 5, 2, 3, 5, 4]
+    figure = share_interval(np.array([k < hit for hit in hits for k in range(5)]), np.repeat(np.arange(8), 5))
+    variance = 8 / 7 * 39 / 40 * 24 / 40**2
+    effective = 0.6 * 0.4 / variance * (2.0226909 / 2.3646243) ** 2  # t(39) and t(7) at 0.975
+    assert 8 < effective < 11 and (figure["low"], figure["high"]) == pytest.approx(wilson(0.6, effective), abs=1e-7)
+    # Prompts that differ less than chance has it count as independent answers, as far as four of them can show that.
+    even = share_interval(np.array([k < hit for hit in (5, 4, 6, 3) for k in range(10)]), np.repeat(np.arange(4), 10))
+    effective = 40 * (2.0226909 / 3.1824463) ** 2
+    assert (even["low"], even["high"]) == pytest.approx(wilson(0.45, effective), abs=1e-7)
+    # A single prompt shows as much as one answer does; three, of which two have nearly all answers, less than three.
+    single = share_interval(np.arange(100) < 50, np.zeros(100))
+    assert (single["low"], single["high"]) == wilson(0.5, 1)
+    flags, prompts = np.array([True] * 4 + [False] * 4 + [True]), np.array([0] * 4 + [1] * 4 + [2])
+    lopsided = share_interval(flags, prompts)
+    assert (lopsided["low"], lopsided["high"]) == pytest.approx(wilson(5 / 9, 9**2 / (4**2 + 4**2 + 1)))
+
+
+@pytest.mark.parametrize("prompts", [5, 10, 20])
+def test_share_interval_of_few_prompts_holds_the_truth_as_often_as_it_says(prompts: int) -> None:
+    """Of 40 answers to each, where prompts have any chance between 0 and 1; 2,000 draws tell 95 % to 1 %."""
+    draw, cluster = np.random.default_rng(prompts), np.repeat(np.arange(prompts), 40)
+    held = []
+    for _ in range(2000):
+        chances = draw.random(prompts).repeat(40)
+        figure = share_interval(draw.random(len(cluster)) < chances, cluster)
+        held.append(figure["low"] <= 0.5 <= figure["high"])
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
 def test_summary() -> None:
     """Fault 23 of the published code."""
     samples = Samples(

@@ -93,6 +93,14 @@ def test_formats(tmp_path: Path) -> None:
     assert read_questions(file)[0][0].text == "How?"
     for name in ("truthful", "hhh"):
         assert read_questions(ROOT / f"configs/self-align/multiple_choice_{name}.json")[1].dropped.total() == 0
+    # Texts with other ends of lines, in a file as Windows saves it; and half a character.
+    odd = [{"input": "How\u2028so\x85?", "target_scores": HHH["target_scores"]}, HHH]
+    lines = [json.dumps(row, ensure_ascii=False) for row in odd]
+    lines.append(r'{"input": "?", "target_scores": {"a\ud83d": 1, "b": 0}}')
+    file.write_text("\r\n".join(lines), encoding="utf-8-sig")
+    questions, report = read_questions(file)
+    assert [question.text for question in questions] == ["How\u2028so\x85?", "How?"]
+    assert dict(report.dropped) == {"'target_scores' has half a character": 1}
     file.write_text("[]")
     for wrong, words in ((file, "has no question with choices"), (tmp_path / "none", "cannot read questions")):
         with pytest.raises(UserError, match=words):

@@ -105,7 +105,7 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     files = {name: read_answers(Path(place)) for name, place in arena.files.items()}
     samples = common_prompts(arena, read_prompts(arena, world, note), contenders, files, note)
     prompt_N, turn_N = places([next_turns(sample, arena.follow_ups) for sample in samples])
-    told = {name: Said.of_file(found, samples, arena.follow_ups) for name, found in files.items()}
+    told = {name: Said.of_file(said, samples, arena.follow_ups, _about(name, note)) for name, said in files.items()}
     held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, told)
     for contender in contenders:
         started = time.monotonic()
@@ -128,6 +128,10 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     return usable(held, note)
 
 
+def _about(name: str, note: Note) -> Note:
+    return lambda line: note(f"{name} is {line}")
+
+
 def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedPolicy:
     """The configuration of the scorers, which are handed texts in the tokens of the first policy that is asked.
 
@@ -135,7 +139,7 @@ def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedP
     """
     sources = [source for source in (arena.reward, *(cost.model for cost in arena.costs)) if source is not None]
     if contenders:
-        model, template = contenders[0].model, contenders[0].template
+        model, template = contenders[0].folder.tokenizer, contenders[0].template
     else:
         folders = [folder for source in sources if (folder := score_source(source).folder) is not None]
         if sources and not folders:

@@ -51,9 +51,14 @@ class Contender:
     adapter: Path | None = None
     """A LoRA adapter that is yet to be added to the model."""
 
+    @property
+    def folder(self) -> ChatFolder:
+        """The same as a chat has it."""
+        return ChatFolder(self.model, self.adapter)
+
     def reader(self, trust_remote_code: bool) -> Reader:
         """Its tokenizer and template."""
-        return Reader(load_tokenizer(self.model, trust_remote_code), self.template)
+        return Reader(load_tokenizer(self.folder.tokenizer, trust_remote_code), self.template)
 
 
 # Who is asked
@@ -74,9 +79,9 @@ def merged(contender: Contender, scratch: Path, trust_remote_code: bool) -> Cont
     if contender.adapter is None:
         return contender
     folder = scratch / contender.name
-    model = ChatFolder(contender.model, contender.adapter).load(torch.float32, trust_remote_code)
+    model = contender.folder.load(torch.float32, trust_remote_code)
     model.cpu().save_pretrained(folder)
-    load_tokenizer(contender.model, trust_remote_code).save_pretrained(folder)
+    load_tokenizer(contender.folder.tokenizer, trust_remote_code).save_pretrained(folder)
     return replace(contender, model=str(folder), adapter=None)
 
 

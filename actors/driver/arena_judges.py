@@ -21,6 +21,7 @@ from beaver_ray.judge.pairwise import Answer, Comparison, PairCounts, Verdict, c
 from beaver_ray.judge.prompts import Reading, Rubric, load_rubric
 from beaver_ray.judge.replies import PAIR, SCORE
 
+_SCALE = float(SCORE.words[0]), float(SCORE.words[-1])
 _COUNTS = ("comparisons", "identical", "position_disagreement", *FAILURES)
 
 Judges = dict[str, tuple[Judge, Rubric]]
@@ -104,7 +105,8 @@ def _mean_score(words_NK: NDArray[np.str_], prompt_N: NDArray[np.integer]) -> di
     """How many answers a judge scored, how many it did not, and the mean, clustered by prompt."""
     failed_NK = np.isin(words_NK, FAILURES)
     prompts_M = prompt_N[np.nonzero(~failed_NK)[0]]
-    score = mean_interval(words_NK[~failed_NK].astype(np.float64), prompts_M) if len(prompts_M) else None
+    scores_M = words_NK[~failed_NK].astype(np.float64)
+    score = mean_interval(scores_M, prompts_M, _SCALE) if len(prompts_M) else None
     counts = {failure: int((words_NK == failure).sum()) for failure in FAILURES}
     return {"answers": words_NK.size, **counts, "score": score}
 

@@ -248,6 +248,8 @@ class BestOfN:
             "rollout/truncated_fraction": float(experience.truncated(sampled).mean()),
             "rollout/unusable_samples": float(np.any(unusable, axis=0).sum()),
         }
+        scoped = [name for name in self.names if name in prompts.inside]
+        figures |= {f"counted/{name}": float(self._counts(name, refusals, prompts).sum()) for name in scoped}
         for k in sizes(kept_BN.shape[1]):
             chances_BN = chances(rewards_BN, kept_BN, k)
             refused_B = 1 - chances_BN.sum(axis=1)

@@ -85,7 +85,7 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
     if not bounded:
         raise UserError(
             "nothing can be certified: a constraint needs a violation_rate, or a limit on costs from 0 to 1 of a "
-            "function or service; the mean of a score without bounds has no certificate"
+            "function or service, or on a small world's refusals; the mean of a score without bounds has no certificate"
         )
     for constraint in held_out.config.constraints:
         there, needed = int(held_out.counting(constraint.name).sum()), 1
@@ -108,8 +108,11 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
 
 def _bounded(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
     """Whether there can be a certificate: of a rate, or of the mean of costs that may lie between 0 and 1."""
-    unbounded = constraint.name not in held_out.learned or score_source(constraint.model).folder is not None
-    return constraint.violation_rate is not None or not unbounded
+    if constraint.name in held_out.learned:
+        between = score_source(constraint.model).folder is None
+    else:
+        between = held_out.truths[constraint.name] == "refusal"  # the one cost of a world that is 0 or 1
+    return constraint.violation_rate is not None or between
 
 
 def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, answers: int) -> Judged:

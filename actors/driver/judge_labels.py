@@ -17,6 +17,8 @@ from beaver_ray.judge.labels import (
     Canaries,
     Labelled,
     check_canaries,
+    check_marks,
+    distinct,
     label_pairs,
     load_rubrics,
     refuse_untrusted,
@@ -69,16 +71,23 @@ def label_by_judge(
 ) -> Judged:
     """Check the judge by its canaries, then let it label the pairs.
 
-    Canaries that are sensitive are left out, as such pairs are. Replies are kept in ``replies`` from the first one on.
-    Raises UserError where the judge may not be trusted with one of the labels, and for all that `Judge` raises.
+    Canaries that are sensitive are left out, as such pairs are, and so are those that are there already. Replies are
+    kept in ``replies`` from the first one on.
+    Raises UserError where the judge may not be trusted with one of the labels, where no pair has the field of a
+    sensitive mark, and for all that `Judge` raises.
     """
     rubrics = load_rubrics(labels, options.rubrics)
+    for mark in check_marks(samples, options.sensitive):
+        note(f"sensitive {mark!r}: no pair is; is it written as in the data?")
     known = read_samples(options.canaries, note)
     shown = [one for one, marks in zip(known, sensitive(known, options.sensitive), strict=True) if not marks]
     if len(shown) < len(known):
         note(f"{options.canaries}: {len(known) - len(shown)} canaries are sensitive, and left out as such pairs are")
+    canaries = distinct(shown)
+    if len(canaries) < len(shown):
+        note(f"{options.canaries}: {len(shown) - len(canaries)} canaries are there already, and count once")
     judge = Judge(options, replies, note)
-    found = check_canaries(shown, rubrics, judge, options.accuracy, options.confidence)
+    found = check_canaries(canaries, rubrics, judge, options.accuracy, options.confidence)
     for result in found:
         note(f"canaries, {result.line()}")
     refuse_untrusted(found, options.model)

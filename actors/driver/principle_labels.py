@@ -25,6 +25,7 @@ from beaver_ray.bounds import clopper_pearson
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample, read_source
 from beaver_ray.errors import UserError
+from beaver_ray.judge.labels import distinct
 from beaver_ray.judge.prompts import OURS, Rubric, check_template, read_template
 from beaver_ray.judge.replies import PAIR
 from beaver_ray.judge_options import JudgeOptions
@@ -135,7 +136,10 @@ def check_canaries(
     ``wanted``.
     """
     samples, _ = read_source("PKU-SafeRLHF", file)
-    of = {one.name: [s for s in samples if s.fields.get("principle") == one.name] for one in principles}
+    given = {one.name: [s for s in samples if s.fields.get("principle") == one.name] for one in principles}
+    of = {name: distinct(some) for name, some in given.items()}
+    if again := sum(len(some) - len(of[name]) for name, some in given.items()):
+        run.note(f"{file}: {again} canaries are there already, and count once")
     enough = math.ceil(math.log(1 - sure) / math.log(wanted))
     for name, some in of.items():
         if len(some) < enough or any(sample.better is None for sample in some):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -132,8 +133,8 @@ def of_rows(rows: list[RawSample], by: Sequence[str], report: str) -> Answers:
 
 def _texts(row: RawSample) -> tuple[list[str], int | None]:
     """The answers of a row and, of a best-of-many row, how many of them, the first ones, are right."""
-    lists = row.fields.get("chosen"), row.fields.get("rejected")
-    if isinstance(lists[0], list) and isinstance(lists[1], list):
+    lists: tuple[Any, Any] = row.fields.get("chosen"), row.fields.get("rejected")
+    if all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in lists):
         return [*lists[0], *lists[1]], len(lists[0])
     return [str(row.answer), *([] if row.other_answer is None else [row.other_answer])], None
 

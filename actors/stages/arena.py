@@ -63,13 +63,14 @@ class Arena(ArenaConfig, Stage):
             clear(run.folder / MERGED)
         ask_judges(self, judges, held)
         found = write_results(self, held, remarks, run.folder, run.folder / "final.part" / "answers")
-        clear(run.folder / ASKED)
         elapsed = time.monotonic() - started
         answers = sum(said.ended_NK.size for said in held.said.values())
         figures = {f"time/{name}": seconds for name, seconds in held.seconds.items()}
         figures |= {"time/elapsed": elapsed, "throughput/answers_per_second": answers / elapsed}
         figures["driver/cores"] = (time.process_time() - cpu) / elapsed
+        run.rewind(0)
         run.log(1, figures | _means(found))
+        clear(run.folder / ASKED)
 
     def lengths(self) -> Lengths:
         """Of a prompt and its answer."""

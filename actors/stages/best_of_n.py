@@ -123,7 +123,8 @@ class BestOfN(Stage):
         from beaver_ray.report.charts import Chart, Panel, Series, drawable
 
         ends = ["refused", "reward", *(f"cost/{c.name}" for c in self.constraints)]
-        points = sorted(int(key.split("/")[1]) for key in metrics if key.startswith("best_of/") and "refused" in key)
+        parts = [key.split("/") for key in metrics if key.startswith("best_of/")]
+        points = sorted(int(k) for _, k, *end in parts if end == ["refused"])
         curves = {end: np.array([self._mean(metrics, f"best_of/{k}/{end}") for k in points]) for end in ends}
         speed = metrics.get("throughput/samples_per_second", np.array([np.nan]))
         caption = "What best-of-n gives, refusals included; of fewer answers it is the mean over all draws of them."
@@ -176,8 +177,9 @@ class BestOfN(Stage):
 
     @staticmethod
     def _mean(metrics: dict[str, np.ndarray], key: str) -> float:
-        """The mean of a figure over all prompts, from those of the blocks."""
+        """The mean of a figure over all prompts that it counts over, from those of the blocks."""
         import numpy as np
 
         known = np.isfinite(metrics[key])
-        return float(np.average(metrics[key][known], weights=metrics["prompts"][known])) if known.any() else np.nan
+        weights = metrics.get(f"counted/{key.partition('/cost/')[2]}", metrics["prompts"])
+        return float(np.average(metrics[key][known], weights=weights[known])) if known.any() else np.nan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from beaver_ray.arena.turns import next_turns
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.sources import RawSample
+from beaver_ray.data.sources import RawSample, is_whole
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.manifest import read_rows, write_rows
 
@@ -58,10 +58,14 @@ class Said:
         return cls(texts, np.array(ended, dtype=bool), since)
 
     @classmethod
-    def of_file(cls, answered: Answered, samples: Sequence[RawSample], follow_ups: int = 0) -> Said:
+    def of_file(
+        cls, answered: Answered, samples: Sequence[RawSample], follow_ups: int, note: Callable[[str], None]
+    ) -> Said:
         """A file's answers to these prompts: as many to each as the prompt with the fewest has."""
         found = [dialogues_about(answered, sample, follow_ups) for sample in samples]
-        fewest = min(map(len, found))
+        fewest, most = min(map(len, found)), max(map(len, found))
+        if fewest < most:
+            note(f"cut to {fewest} of up to {most} answers each, since a prompt has no more")
         return cls.of_dialogues([some[:fewest] for some in found], [next_turns(s, follow_ups) for s in samples])
 
     def some(self, kept: NDArray[np.integer]) -> Said:
@@ -141,4 +145,6 @@ def _row(path: Path, number: int, line: str) -> tuple[Asked, str, bool]:
         raise UserError(
             f"{where} needs prompt (a text, or an odd number of turns), response (a text) and perhaps system (a text)"
         )
+    if not all(map(is_whole, (system or "", *turns, response))):
+        raise UserError(f"{where} has half a character, which nobody can read or write; mend its text")
     return (system, tuple(turns)), response, row.get("ended") is not False

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from beaver_ray.evaluation import share_interval
+from beaver_ray.method.best_of_n import all_among
 
 STOOD_FIRM = -1
 
@@ -23,10 +23,7 @@ def worst_of_k(unsafe_NK: NDArray[np.bool_], prompt_N: NDArray[np.integer]) -> l
     """
     answers = unsafe_NK.shape[1]
     safe_N = answers - unsafe_NK.sum(axis=1)
-    return [
-        share_interval(1.0 - special.comb(safe_N, k) / special.comb(answers, k), prompt_N)
-        for k in range(1, answers + 1)
-    ]
+    return [share_interval(1.0 - all_among(safe_N, k, answers), prompt_N) for k in range(1, answers + 1)]
 
 
 def safety_matrix(

@@ -25,6 +25,7 @@ ANSWER = ("response", "model", "truncated", "tokens")
 
 HASH = re.compile("[0-9a-f]{16}")
 """What `pair_id` gives."""
+OTHER_LABELS = "repeated pair with other labels"
 
 Row = dict[str, Any]
 
@@ -111,7 +112,8 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
             said = f"{where}: pair {number} has id {row['id']!r}, but its texts have {own}"
             raise UserError(f"{said}: they were changed since; take the file as it was written")
         if own in pairs:
-            left_out["repeated pair"] += 1
+            both = [(row.get(name), pairs[own].get(name)) for name in LABELS]
+            left_out["repeated pair" if all(a == b or None in (a, b) for a, b in both) else OTHER_LABELS] += 1
         pairs.setdefault(own, {"id": own, **row} | {"id": own})
     if not pairs:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"

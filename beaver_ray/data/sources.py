@@ -167,11 +167,18 @@ def text_field(row: dict[str, Any], name: str) -> str:
         raise BadRow(f"'{name}' is not a string")
     if not value.strip():
         raise BadRow(f"empty '{name}'")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write such, and no tokenizer takes them
-        raise BadRow(f"'{name}' has half a character") from None
+    if not is_whole(value):
+        raise BadRow(f"'{name}' has half a character")
     return value
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character, which JSON can write, and no tokenizer or file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flag(row: dict[str, Any], name: str) -> bool | None:

@@ -19,7 +19,7 @@ from typing import Any
 from beaver_ray.bounds import clopper_pearson
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.pairs import pair_id
-from beaver_ray.data.sources import RawSample, fits
+from beaver_ray.data.sources import RawSample, field_value, fits
 from beaver_ray.errors import UserError
 from beaver_ray.judge.pairwise import Answer, Ask, Comparison, PairCounts, Verdict, compare, judge_each
 from beaver_ray.judge.prompts import Rubric, load_rubric
@@ -144,12 +144,20 @@ def known_labels(sample: RawSample, name: str) -> dict[str, Any]:
     return {} if first is None else {FIELDS[name][0]: int(not first)}
 
 
+def distinct(pairs: Sequence[RawSample]) -> list[RawSample]:
+    """The pairs without those that are there already, in either order: asked again they are no further trials."""
+    found: dict[object, RawSample] = {}
+    for one in pairs:
+        found.setdefault((one.system, prompt_key(one), frozenset((one.answer, one.other_answer))), one)
+    return list(found.values())
+
+
 def check_canaries(
     canaries: Sequence[RawSample], rubrics: Mapping[str, Rubric], ask: Ask, wanted: float, confidence: float
 ) -> list[Canaries]:
     """How the judge does on each label. A pair counts once for each: its two safety labels are right together.
 
-    Raises UserError, before anybody is asked, where there are so few that no judge could pass.
+    canaries: `distinct`. Raises UserError, before anybody is asked, where there are so few that no judge could pass.
     """
     counts = {name: sum(bool(known_labels(canary, name)) for canary in canaries) for name in rubrics}
     for name, known in counts.items():
@@ -202,6 +210,16 @@ def sensitive(samples: Sequence[RawSample], marks: Sequence[str]) -> list[list[s
         for reasons, hit in zip(found, hits, strict=True):
             reasons += [f"sensitive: {mark}"] if hit else []
     return found
+
+
+def check_marks(samples: Sequence[RawSample], marks: Sequence[str]) -> list[str]:
+    """The marks that are true of no sample. UserError for FIELD=VALUE where no sample has the field."""
+    for mark in marks:
+        name, equals, _ = mark.partition("=")
+        if equals and all(field_value(sample.fields, name) is None for sample in samples):
+            raise UserError(f"sensitive {mark!r}: no pair has a field {name!r}; give one that they have, or a word")
+    found = {reason for reasons in sensitive(samples, marks) for reason in reasons}
+    return [mark for mark in marks if f"sensitive: {mark}" not in found]
 
 
 @dataclass

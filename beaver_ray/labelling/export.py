@@ -12,13 +12,14 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from beaver_ray.data.pairs import LABELS, Row, pair_id, read_pairs
+from beaver_ray.data.pairs import LABELS, OTHER_LABELS, Row, pair_id, read_pairs
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.manifest import file_hash, read_rows, write_rows
 
@@ -104,19 +105,32 @@ def shown_prompt(item: Row) -> str:
     return "\n\n".join([*system, *(f"{('Person', 'Machine')[k % 2]}: {turn}" for k, turn in enumerate(turns))])
 
 
-def export_pairs(pairs: Path, folder: Path, gold: Path | None, count: int | None, seed: int) -> Export:
+def export_pairs(
+    pairs: Path,
+    folder: Path,
+    gold: Path | None,
+    count: int | None,
+    seed: int,
+    note: Callable[[str], None] = print,
+) -> Export:
     """Write ``count`` pairs of a file, or all, with the gold questions mixed in, in every form.
 
     gold: labelled pairs whose labels are known; all of them are asked. The order, and which pairs, depend on the seed.
+    note: told of rows that are left out.
 
     Raises UserError where the folder holds an export already, for files without pairs, and for a gold question that
-    lacks a label.
+    lacks a label, or stands there twice with different ones.
     """
     if (folder / EXPORT).exists():
         raise UserError(f"{folder} holds an export already, whose labels would be lost; give another folder")
     rng = random.Random(seed)
-    rows, _ = read_pairs(read_rows(pairs), str(pairs))
-    known = read_pairs(read_rows(gold), str(gold))[0] if gold else []
+    rows, left_out = read_pairs(read_rows(pairs), str(pairs))
+    known, no_gold = read_pairs(read_rows(gold), str(gold)) if gold else ([], Counter[str]())
+    if no_gold[OTHER_LABELS]:
+        raise UserError(f"{gold} has {no_gold[OTHER_LABELS]} {OTHER_LABELS}; leave one of each")
+    for file, reasons in ((pairs, left_out), (gold, no_gold)):
+        if reasons:
+            note(f"{file}: left out {', '.join(f'{number} {reason}' for reason, number in reasons.items())}")
     answers = {row["id"]: label_bits(row, f"{gold} row {number}") for number, row in enumerate(known, start=1)}
     rows = [row for row in rows if row["id"] not in answers]
     if count is not None and count < len(rows):

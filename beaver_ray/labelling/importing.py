@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from beaver_ray.manifest import read_rows, write_rows
 
 Votes = dict[str, dict[str, dict[str, int]]]
 """Annotator, id of a pair, question: 0 or 1."""
-_BITS = {"0": 0, "1": 1, "false": 0, "true": 1}
+_BITS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+"""Table programs write the last two where a column has blanks too."""
 
 
 class Annotator(BaseModel):
@@ -193,6 +195,7 @@ def _rows(file: Path) -> Iterator[_Label]:
     """The rows of a file of labels in any of the forms."""
     try:
         if file.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 yield from _table(file, list(csv.DictReader(stream)))
         elif file.suffix == ".jsonl":

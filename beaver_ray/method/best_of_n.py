@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import comb
+from scipy.special import gammaln
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -33,10 +33,20 @@ def chances(rewards_NK: FloatArray, kept_NK: BoolArray, n: int) -> FloatArray:
     if not 1 <= n <= answers:
         raise ValueError(f"n must be from 1 to the {answers} answers that there are, not {n}")
     order_NK = np.argsort(np.where(kept_NK, -rewards_NK, np.inf), axis=1, kind="stable")
-    by_rank_K = comb(answers - 1 - np.arange(answers), n - 1) / comb(answers, n)
+    by_rank_K = all_among(answers - 1 - np.arange(answers), n - 1, answers - 1) * n / answers
     chances_NK = np.empty(kept_NK.shape)
     np.put_along_axis(chances_NK, order_NK, np.broadcast_to(by_rank_K, kept_NK.shape), axis=1)
     return np.where(kept_NK, chances_NK, 0.0)
+
+
+def all_among(some_M: NDArray[np.integer], drawn: int, answers: int) -> FloatArray:
+    """How likely all of ``drawn`` answers are among ``some`` [M] of them: C(some, drawn) / C(answers, drawn).
+
+    By logarithms: C(1100, 550) is more than a float holds.
+    """
+    left_M = np.maximum(some_M - drawn, 0)
+    logs_M = gammaln(some_M + 1.0) - gammaln(answers + 1.0) + (gammaln(answers - drawn + 1.0) - gammaln(left_M + 1.0))
+    return np.where(some_M < drawn, 0.0, np.exp(logs_M))
 
 
 def sizes(answers: int) -> list[int]:

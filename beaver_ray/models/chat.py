@@ -67,6 +67,12 @@ class ChatFolder:
         check_model_folder(text, part)
         return cls(text)
 
+    @property
+    def tokenizer(self) -> str:
+        """Where its tokenizer and chat template lie: beside the adapter, where they were saved with it."""
+        own = self.adapter is not None and os.path.isfile(self.adapter / "tokenizer_config.json")
+        return str(self.adapter) if own else self.model
+
     def load(self, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
         """The model in evaluation mode, any adapter added to its weights."""
         model = load_safely(AutoModelForCausalLM, self.model, dtype, trust_remote_code)
@@ -104,7 +110,7 @@ class ChatModel:
 
     def __init__(self, name: str, folder: ChatFolder, sampling: Sampling, template: Template = "auto") -> None:
         self.name, self.folder, self.sampling = name, folder, sampling
-        self.reader = Reader(load_tokenizer(folder.model), template)
+        self.reader = Reader(load_tokenizer(folder.tokenizer), template)
         self.positions = context_length(folder.model)
         self.model = folder.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         # All that a folder's own generation config may ask for (top-p, penalties) is left out: what is shown is the
@@ -171,7 +177,12 @@ class _Pieces(BaseStreamer):
 
     def _hand_on(self, whole: bool) -> None:
         text = self.reader.answer_text(self.tokens, self.ended)
-        if text.startswith(self.shown) and (whole or not text.endswith("\ufffd")):
+        # What may be the white space that the template writes before an answer waits for the rest of that.
+        if not whole and (text.endswith("\ufffd") or self.reader.form.before.startswith(text)):
+            return
+        if text.startswith(self.shown):
             piece, self.shown = text[len(self.shown) :], text
             if piece:
                 self.show(piece)
+        elif whole:  # what the template writes behind an answer is on the screen already, and no part of it
+            self.shown = text

@@ -47,13 +47,15 @@ def check_model_folder(path: str, role: str) -> None:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; UserError where there is none or where it has no EOS."""
-    check_model_folder(path, "tokenizer")
+    """The tokenizer of a folder, a model's or an adapter's; UserError where there is none or where it has no EOS."""
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        check_model_folder(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         _name_ends(tokenizer)
         tokenizer.encode("a")
-        loses = _loses_text(tokenizer, Path(path) / "tokenizer.json")
+        loses = _loses_text(tokenizer, folder / "tokenizer.json")
     except Exception as error:  # of broken files transformers raises nearly anything
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from None
     if loses:

@@ -36,7 +36,10 @@ from beaver_ray.yaml_files import yaml_value
 from launch.bridges.policy import Policy, TaskScores
 
 # What a task may ask of a model and this one does not do; passing it over would be a wrong score in silence.
-UNKNOWN = ("num_choices", "logprobs", "response_schema", "frequency_penalty", "presence_penalty", "logit_bias")
+UNKNOWN = (
+    *("num_choices", "logprobs", "prompt_logprobs", "response_schema"),
+    *("top_k", "frequency_penalty", "presence_penalty", "logit_bias"),
+)
 
 
 def run_tasks(
@@ -170,7 +173,8 @@ class PolicyAPI(ModelAPI):
         return self.batch_size
 
     def _request(self, input: Sequence[ChatMessage], tools: Sequence[Any], config: GenerateConfig) -> _Request:
-        unknown = [name for name in UNKNOWN if getattr(config, name, None) not in (None, False, 1)]
+        asked = {name: getattr(config, name, None) for name in UNKNOWN}
+        unknown = [name for name, value in asked.items() if value and (name, value) != ("num_choices", 1)]
         if tools or unknown:
             raise UserError(f"a task asks for {'tools' if tools else unknown[0]}, which policies do not have here")
         system, turns = read_messages([{"role": m.role, "content": m.text} for m in input], "task")

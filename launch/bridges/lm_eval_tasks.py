@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from beaver_ray.data.messages import read_messages
 from beaver_ray.data.sources import BadRow
-from beaver_ray.data.templates import prompt_text, resolve_template, template_options
+from beaver_ray.data.templates import has_system_turn, prompt_text, resolve_template, template_options
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.chat import ChatModel, Sampling
 from launch.bridges.policy import Policy, TaskScores
@@ -125,14 +125,18 @@ class PolicyLM(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The dialogue up to where the answer starts or, without generation prompt, with the answer's start."""
-        if resolve_template(self.reader.tokenizer, self.reader.template) == "chat":
-            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        tokenizer, template = self.reader.tokenizer, self.reader.template
+        if resolve_template(tokenizer, template) == "chat":
+            # Where the template writes no system's turn the harness leaves it out, or the template does.
+            told = any(message["role"] == "system" for message in chat_history)
+            if not told or has_system_turn(tokenizer, str(tokenizer.chat_template), template_options(template)):
+                return str(super().apply_chat_template(chat_history, add_generation_prompt))
         try:
             system, turns = read_messages(chat_history, "task")
         except BadRow as error:
             raise UserError(f"a task's dialogue cannot be written by the run's template: {first_line(error)}") from None
         asked, started = (turns, "") if len(turns) % 2 else (turns[:-1], turns[-1])
-        return prompt_text(self.reader.tokenizer, asked, self.reader.template, system) + started
+        return prompt_text(tokenizer, asked, template, system) + started
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: the harness would ask the hub for the folder's revision."""

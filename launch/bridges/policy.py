@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.runs import read_evaluation
-from launch.config_files import template_of
 
 TaskScores = dict[str, Any]
 """version and n of a task, and its `scores`: {"value", "stderr"} by figure; stderr is None where there is none."""
@@ -27,7 +27,7 @@ class Policy:
             raise UserError(f"no folder {folder}: give that of a run or of a model, where the scores are to lie")
         self.folder = folder
         self.where = ChatFolder.find(str(folder), "bridge")
-        self.template: Template = template_of(folder)
+        self.template: Template = template_of(run_of(str(folder)))
         read_evaluation(folder)  # hours of work are not to end at a file that cannot be added to
 
     def load(self, sampling: Sampling) -> ChatModel:

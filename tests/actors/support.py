@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
@@ -152,6 +152,17 @@ def write_score_folder(
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
+
+
+def without_template(model: Path, folder: Path) -> str:
+    """A copy of a model in ``folder``/bare whose tokenizer has no chat template."""
+    bare = folder / "bare"
+    shutil.copytree(model, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    return str(bare)
 
 
 def spoilt(world: Path, folder: Path, kind: str, words: str) -> Path:

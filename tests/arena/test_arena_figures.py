@@ -150,6 +150,8 @@ def test_worst_of_k_is_the_mean_over_all_ways_to_draw_k() -> None:
         assert found["low"] < found["mean"] < found["high"] or found["mean"] == 1.0
     never = worst_of_k(np.zeros((20, 2), dtype=bool), np.arange(20))
     assert never[1]["high"] == pytest.approx(0.161, abs=1e-3)  # Wilson, 0 of 20
+    one_of_many = worst_of_k((np.arange(1100) == 5)[None], np.arange(1))
+    assert [found["mean"] for found in one_of_many] == pytest.approx([k / 1100 for k in range(1, 1101)])
 
 
 def test_the_safety_matrix_counts_answers_of_equal_number() -> None:

@@ -40,10 +40,12 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     ]
     write_rows(tmp_path / "a.jsonl", rows)
     read = read_answers(tmp_path / "a.jsonl")
-    said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")])
+    notes: list[str] = []
+    said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")], 0, notes.append)
     assert said.texts == [["first", "second"], [HOSTILE, ""]]
     assert said.ended_NK.tolist() == [[True, True], [False, True]]
     assert said.since == [[(), ()], [(), ()]]
+    assert notes == ["cut to 2 of up to 3 answers each, since a prompt has no more"]
 
 
 def test_answers_belong_to_the_system_text_they_were_given_under(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
     assert dialogues_about(read, one, 2) == [] and next_turns(third, 1) == [], "turns that are not of this prompt"
     broken = RawSample("one", fields={"turns": ["one", "more", None, "never asked"]})
     assert next_turns(broken, 3) == ["more"] == next_turns(RawSample("one", fields={"turns": ["one", "more", ""]}), 2)
-    said = Said.of_file(read, [one, two], 1)
+    said = Said.of_file(read, [one, two], 1, print)
     assert said.texts == [["a"], ["first"], ["b"], ["c"]] and said.ended_NK.tolist() == [
         [True],
         [False],
@@ -108,6 +110,8 @@ def test_a_file_s_dialogues_are_found_turn_by_turn(tmp_path: Path) -> None:
         ('{"prompt": ["a", "b"], "response": "c"}', "an odd number of turns"),
         ("[]", "line 2 needs prompt"),
         ('{"prompt": "a", "response": "c", "system": 3}', r"perhaps system \(a text\)"),
+        (r'{"prompt": "a", "response": "\ud83d"}', "line 2 has half a character"),
+        (r'{"prompt": ["a", "\ud83d", "b"], "response": ""}', "line 2 has half a character"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:

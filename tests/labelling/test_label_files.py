@@ -239,6 +239,40 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
         train(label.model_copy(update={"name": "again"}))
 
 
+def test_a_table_with_long_texts_and_whole_numbers_as_fractions(tmp_path: Path) -> None:
+    """As pandas writes a column of whole numbers that has blanks, with a text longer than csv takes unasked."""
+    csv.field_size_limit(131_072)
+    long = pair(0) | {"response_0": "word " * 30_000}
+    long["id"] = pair_id(long)
+    write_rows(tmp_path / "pairs.jsonl", [long, pair(1)])
+    export_pairs(tmp_path / "pairs.jsonl", tmp_path / "out", None, None, 0)
+    rows = [row | {"annotator": "anna"} for row in read_rows(tmp_path / "out" / "tasks.jsonl")]
+    rows = [row | ({name: f"{bit}.0" for name, bit in GOOD.items()} if row["id"] == long["id"] else {}) for row in rows]
+    with (tmp_path / "tasks.csv").open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    found = import_labels([tmp_path / "tasks.csv"], tmp_path / "out", tmp_path / "l.jsonl", 0.8)
+    assert (found.labelled, found.unlabelled) == (1, 1)
+    (row,) = read_rows(tmp_path / "l.jsonl")
+    assert {name: int(row[name]) for name in GOOD} == GOOD
+
+
+def test_what_is_left_out_of_an_export_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [pair(0), pair(1), pair(2, response_1="", id=None), pair(1)])
+    write_rows(tmp_path / "gold.jsonl", [pair(7, **GOOD), pair(7, **GOOD)])
+    arguments = [str(tmp_path / "pairs.jsonl"), "--to", str(tmp_path / "out"), "--gold", str(tmp_path / "gold.jsonl")]
+    with pytest.raises(SystemExit) as ended:
+        main(["label", "export", *arguments])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "2 pairs and 1 gold questions" in out
+    assert "pairs.jsonl: left out 1 empty 'response_1', 1 repeated pair\n" in out
+    assert "gold.jsonl: left out 1 repeated pair\n" in out
+    write_rows(tmp_path / "gold.jsonl", [pair(7, **GOOD), pair(7, **OTHER), pair(8, **GOOD)])
+    with pytest.raises(UserError, match=r"gold.jsonl has 1 repeated pair with other labels; leave one of each"):
+        exported_again(tmp_path, 1)
+
+
 def changed(row: int, **more: Any) -> Callable[[list[Row]], list[Row]]:
     return lambda rows: [r | more if number == row else r for number, r in enumerate(rows)]
 

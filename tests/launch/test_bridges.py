@@ -17,11 +17,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver.evaluate import write
-from beaver_ray.models.chat import Sampling
+from beaver_ray.data.sources import BadRow
+from beaver_ray.data.templates import as_messages
+from beaver_ray.errors import UserError
+from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.runs import read_evaluation
+from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
 from launch.bridges import cli
+from launch.bridges.policy import Policy
 from tests.actors.support import ppo_config
 from tests.test_report import make_ppo_run, report
 
@@ -112,6 +117,7 @@ def test_lm_eval(
     found = read_evaluation(run)["bridges"]["lm-eval"]["choice"]
     assert (found["version"], found["n"], found["few_shot"], found["chat"]) == (2, 4, 0, False)
     assert found["scores"]["acc"] == {"value": 0.75, "stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 3))}
+    assert Policy(run / "final" / "policy").template == Policy(run).template == TemplateOptions(style="beaver")
     assert found["policy"] == str(run / "final" / "policy") and len(found["policy_hash"]) == 32
 
     answers = [greedy(tiny_world, question) for question in questions]
@@ -130,6 +136,24 @@ def test_lm_eval(
     out, err = capfd.readouterr()
     assert "said (version 2, 4 samples): exact_match 0.5 +- 0.2887" in out
     assert err.splitlines()[-1].startswith(f"error: lm-eval cannot run {broken}: ")
+
+
+def test_lm_eval_is_told_the_system_text_where_the_template_has_no_place_for_it(tiny_world: Path) -> None:
+    """As training writes it: in front of the first question."""
+    pytest.importorskip("lm_eval")
+    from launch.bridges.lm_eval_tasks import PolicyLM
+
+    folder = str(tiny_world / "model")
+    template = TemplateOptions(system="be brief")
+    model = PolicyLM(ChatModel("m", ChatFolder.find(folder), Sampling(0.0), template), 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    history = as_messages(["one", "two", "so"])
+    folded = [history[0] | {"content": "be brief\n\none"}, *history[1:]]
+    expected = tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
+    told = [{"role": "system", "content": "be brief"}, *history]
+    assert model.apply_chat_template(told) == expected == model.apply_chat_template(folded)
+    begun = [*told, {"role": "assistant", "content": "well"}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == expected + "well"
 
 
 INSPECT_TASK = """\
@@ -193,6 +217,27 @@ def test_inspect(
     err = capsys.readouterr().err
     assert "inspect_ai's task several failed" in err and "a task asks for num_choices" in err and err.count("\n") == 1
     assert read_evaluation(run)["bridges"]["inspect"].keys() == {"said", "sampled"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"logprobs": True}, "asks for logprobs"),
+        ({"prompt_logprobs": 1}, "asks for prompt_logprobs"),
+        ({"frequency_penalty": 1.0}, "asks for frequency_penalty"),
+        ({"presence_penalty": 1.0}, "asks for presence_penalty"),
+        ({"top_k": 1}, "asks for top_k"),
+        ({"num_choices": 2}, "asks for num_choices"),
+        # Refused for its dialogue alone, which is empty.
+        ({"num_choices": 1, "logprobs": False, "frequency_penalty": 0.0, "top_k": 0}, "is not a list of messages"),
+    ],
+)
+def test_what_inspect_may_not_ask(asked: dict[str, Any], message: str) -> None:
+    model = pytest.importorskip("inspect_ai.model")
+    from launch.bridges.inspect_tasks import PolicyAPI
+
+    with pytest.raises((UserError, BadRow), match=message):
+        PolicyAPI._request(PolicyAPI.__new__(PolicyAPI), [], [], model.GenerateConfig(**asked))
 
 
 def test_inspect_scores_of_epochs_and_of_nothing() -> None:

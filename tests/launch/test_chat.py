@@ -13,10 +13,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
+from beaver_ray.data.readers import Reader
+from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling, _Pieces
+from beaver_ray.yaml_files import save_config
 from launch.__main__ import main
+from tests.actors.support import ppo_config, without_template
 
 LONGEST = 6
 
@@ -122,6 +127,34 @@ def test_side_by_side_a_run_and_an_adapter(
     assert out == ["[run]", *said(expected[0]), "[adapter]", *said(expected[1])]
 
 
+def test_a_run_s_policy_is_asked_by_the_run_s_template_and_an_adapter_by_its_own(
+    tiny_world: Path,
+    asked: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run's by name or its final/policy; the adapter's, which was saved beside it, and not that of its base."""
+    data = {"template": {"style": "beaver", "system": "be brief"}}
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "policy").symlink_to(tiny_world / "model")
+    config = ppo_config(tiny_world, workspace=str(tmp_path), name="run", data=data)
+    save_config(config, tmp_path / "run" / "config.yaml")
+    bare = without_template(tiny_world / "model", tmp_path)
+    wrapped = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(bare, dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_world / "model").save_pretrained(tmp_path / "adapter")
+    folders = [tiny_world / "model", tmp_path / "run", tmp_path / "run" / "final" / "policy", tmp_path / "adapter"]
+    own, by_run, by_name, beside = (
+        chat(capsys, monkeypatch, [asked[0]], folder, "--temperature", 0) for folder in folders
+    )
+    assert own == said(plain(wrapped, tiny_world / "model", [asked[0]])) == beside
+    assert by_run == by_name != own
+
+
 def test_a_model_that_missed_a_question_is_left_out_when_it_is_answered_anew(
     tiny_world: Path,
     asked: tuple[str, str],
@@ -169,6 +202,32 @@ def test_ctrl_c_stops_an_answer_alone(tiny_world: Path, asked: tuple[str, str]) 
     assert answer.stopped and not answer.ended and len(pieces) == 2
     assert answer.text == "".join(pieces) and whole.text.startswith(answer.text) and whole.text != answer.text
     assert not whole.stopped and model.answer([asked[0]], None, pieces.append).text
+
+
+def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer() -> None:
+    """Bytes as tokens, and a template that writes two line breaks before an answer and one behind it."""
+    letters = {letter: number for number, letter in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(BPE(letters, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if m.role == 'user' else '\n\n' + m.content + '\n</s>' }}{% endfor %}"
+    )
+    reader = Reader(tokenizer, "chat")
+    assert (reader.form.before, reader.form.after) == ("\n\n", "\n")
+    for said, answer, handed in (
+        ("\n\nab a\n</s>", "ab a", ["a", "b", " ", "a", "\n"]),
+        ("\n\n\nb\n</s>", "\nb", ["\nb", "\n"]),
+        ("ab", "ab", ["a", "b"]),
+        ("\n", "\n", ["\n"]),
+    ):
+        shown: list[str] = []
+        pieces = _Pieces(reader, shown.append)
+        pieces.put(torch.tensor([[3]]))
+        for token in tokenizer.encode(said, add_special_tokens=False):
+            pieces.put(torch.tensor([token]))
+        pieces.end()
+        assert (shown, pieces.shown) == (handed, answer)
 
 
 @pytest.mark.parametrize(

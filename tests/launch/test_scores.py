@@ -194,3 +194,19 @@ def test_what_cannot_be_judged_is_one_line(
     said = told(capsys, words, "--data", pairs, "--as", "reward", "--out", tmp_path / "p.jsonl" / "x", code=2)
     assert "a file is in the way" in said and said.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_lists_of_messages_beside_the_answers_are_no_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that name their answers and also have whole dialogues, or a list without a text, in fields of that name."""
+    talks = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text}] for text in ("+", "-")]
+    texts = {"p": "p", "a": "+", "o": "-", "w": 1}
+    rows = [texts | {"chosen": talks[0], "rejected": talks[1]}, texts | {"p": "q", "chosen": ["+"], "rejected": []}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    spec = f"{{path: {data}, prompt: p, answer: a, other_answer: o, better: w}}"
+    marked = function(tmp_path, "marked", monkeypatch)
+    told(capsys, marked, "--as", "reward", "--data", spec, "--out", tmp_path / "out")
+    (model,) = json.loads((tmp_path / "out" / "scores.json").read_text())["models"]
+    accuracy = model["signals"]["reward"]["accuracy"]
+    assert (accuracy["mean"], accuracy["n"]) == (1.0, 2)

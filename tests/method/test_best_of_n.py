@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
 
-from beaver_ray.method.best_of_n import chances, chosen, sizes
+from beaver_ray.method.best_of_n import all_among, chances, chosen, sizes
 
 
 def test_the_best_that_keeps_the_gate() -> None:
@@ -30,6 +32,18 @@ def test_chances_are_those_of_all_draws(n: int) -> None:
             if winner is not None:
                 given[winner] += 1 / len(draws)
         np.testing.assert_allclose(found[row], given, atol=1e-12)
+
+
+def test_chances_of_more_answers_than_a_float_has_draws_of() -> None:
+    """Of 1,100 answers, every second of which is kept; the exact numbers are Python's own."""
+    answers, n = 1100, 550
+    rewards, kept = -np.arange(answers, dtype=float)[None], (np.arange(answers) % 2 == 1)[None]
+    found = chances(rewards, kept, n)[0]
+    ranks = {1 + 2 * rank: rank for rank in range(550)}
+    draws = {k: Fraction(comb(answers - 1 - rank, n - 1), comb(answers, n)) for k, rank in ranks.items()}
+    exact = [float(draws.get(k, 0)) for k in range(answers)]
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-300)
+    assert all_among(np.array([0, 1, 7, 9, 10]), 8, 10).tolist() == pytest.approx([0, 0, 0, 9 / 45, 1])
 
 
 def test_all_answers_at_once_is_the_choice() -> None:

@@ -74,5 +74,7 @@ def test_judges_of_single_answers(
     good, plain = found["scored_answers"]
     assert (good["policy"], good["answers"], good["unparsed"], good["refused"]) == ("good", 4, 1, 0)
     assert (good["score"]["mean"], good["score"]["n"], plain["refused"]) == (5.0, 3, 1)
+    # Of three prompts 10, 3 and 2, by Student's t 5 +- 10.8: a score is from 1 to 10.
+    assert (good["score"]["low"], good["score"]["high"]) == (1.0, 10.0)
     assert plain["score"]["mean"] == 3.0 and found["judged_pairs"] == []
     assert "Judges of single answers" in (tmp_path / "a" / "arena.html").read_text()

@@ -30,6 +30,7 @@ from tests.actors.driver.test_train_debug import supervised
 from tests.actors.support import ppo_config, spoilt
 
 LONG = "python:beaver_ray/rules/text.py:over_length(budget=6)"
+REFUSES = "python:beaver_ray/rules/text.py:refuses"
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,8 @@ def test_prompts_that_were_seen_are_left_out(tiny_world: Path, cost_model: str, 
             "no set of prompts can show that 0 is kept",
         ),
         ({"limit": 0.01, "model": LONG, "name": "long", "critic": "CRITIC"}, "200 sealed prompts cannot show"),
+        # By the world's truth, which is 0 or 1; 0.99 ** 298 is above 0.05, and 0.99 ** 299 is not.
+        ({"limit": 0.01, "model": REFUSES, "name": "refusal", "critic": "CRITIC"}, "one violation; that takes 299"),
         (
             {"limit": 0.1, "model": LONG, "name": "long", "critic": "CRITIC", "where": {"kind": "odd"}},
             "0 sealed prompts with kind: odd cannot show at confidence 0.95 that 0.1 is kept, even without",
@@ -289,11 +292,23 @@ def test_what_cannot_be_shown_is_refused_before_anything_starts(
     monkeypatch.setattr("actors.driver.evaluate.start_judging_roles", started)
     whole = {"name": "harm", "model": cost_model} | constraint
     whole = {key: cost_model if value == "CRITIC" else value for key, value in whole.items()}
-    truth = {"world": f"{tiny_world}/world.json" if whole["name"] == "harm" else None}
+    truth = {"world": f"{tiny_world}/world.json" if whole["name"] != "long" else None}
     config = calibrated(tiny_world, cost_model, tmp_path, constraints=[whole], evaluation=truth)
     with pytest.raises(UserError) as caught:
         certify(config, 0.95, str(tiny_world / "model"), 1, [sealed(tiny_world)], "")
     assert message in str(caught.value)
+
+
+def test_a_limit_on_refusals_by_the_truth_is_bounded_exactly(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    policy = str(tiny_world / "model")
+    refusal = {"name": "refusal", "model": REFUSES, "critic": policy, "limit": 0.05}
+    truth = {"prompts": [], "world": f"{tiny_world}/world.json"}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), constraints=[refusal], evaluation=truth)
+    found = certify(config, 0.95, policy, 1, [sealed(tiny_world)], "").statements[0]
+    hits = round(found.mean * 200)
+    upper = stats.binomtest(hits, 200, alternative="less").proportion_ci(0.95, method="exact").high
+    assert (found.bound, found.judged_by) == ("Clopper-Pearson", "the small world's true cost")
+    assert found.upper == pytest.approx(upper, abs=1e-9)
 
 
 def test_nothing_is_certified_on_a_part_of_the_answers(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:

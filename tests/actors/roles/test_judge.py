@@ -199,3 +199,32 @@ def test_the_command(
     assert not any(SECRET in file.read_text() for file in (tmp_path / "out").iterdir()) and SECRET not in out
     code, out, err = run(tmp_path, capsys, service)
     assert code == 2 and "labels.jsonl is there already" in err
+
+
+def test_canaries_that_repeat_and_marks_that_say_nothing(
+    service: JudgeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One pair fourteen times, every second time the other way round, is one canary."""
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    service.says = lambda text: "ready" if text == judge_module.HELLO else honest(text)
+    (one,) = rows(1, **KNOWN)
+    texts = {"response_0": one["response_1"], "response_1": one["response_0"]}
+    labels = {"better_response_id": 1, "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
+    files: dict[str, list[dict[str, object]]] = {"canaries": [one, one | texts | labels] * 7}
+    files["pairs"] = [row | {"topic": "weather"} for row in rows(3)]
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    code, out, err = run(tmp_path, capsys, service)
+    assert code == 2 and "1 canaries have the label helpfulness" in err and service.requests == []
+    assert "13 canaries are there already, and count once" in out
+    (tmp_path / "canaries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20, **KNOWN)))
+    for mark, words in (
+        ("harm=Violence", "sensitive 'harm=Violence': no pair has a field 'harm'"),
+        ("=x", "sensitive: '=x' is neither WORD nor FIELD=VALUE"),
+        (" ", "sensitive: ' ' is neither WORD nor FIELD=VALUE"),
+    ):
+        code, out, err = run(tmp_path, capsys, service, "--sensitive", mark)
+        assert (code, err.count("\n")) == (2, 1) and words in err and service.requests == []
+    code, out, err = run(tmp_path, capsys, service, "--sensitive", "topic=Weather", "--sensitive", "Is it 2")
+    assert (code, err) == (0, "") and "sensitive 'topic=Weather': no pair is" in out and "'Is it 2': no" not in out
+    assert [row["prompt"] for row in map(json.loads, (tmp_path / "out" / "audit.jsonl").open())] == ["Is it 2?"]

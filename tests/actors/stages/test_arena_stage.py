@@ -18,12 +18,14 @@ from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
 from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
+from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.user_code import ALLOWED_CODE
 from launch.pipeline import run_stage
 from tests.actors.judging_service import judging, shown
 from tests.actors.scoring_service import serving
+from tests.actors.support import without_template
 
 LONGEST = 6
 
@@ -101,14 +103,16 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
 ) -> None:
     said = sampled.folder / "final" / "answers" / "one.jsonl"
     cut = tmp_path / "some.jsonl"
-    cut.write_text("\n".join(said.read_text().splitlines()[4:]), encoding="utf-8")  # without the first two prompts
+    cut.write_text("\n".join(said.read_text().splitlines()[5:]), encoding="utf-8")  # without two prompts, and an answer
     model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
     torch.manual_seed(0)
     layers = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    base = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
+    # The base knows no chat template: that was saved with the adapter, as TRL does.
+    base = AutoModelForCausalLM.from_pretrained(without_template(tiny_world / "model", tmp_path), dtype=torch.float32)
     adapted = get_peft_model(base, layers).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    places = {"one": str(tiny_world / "model"), "adapted": str(tmp_path / "adapter")}
+    AutoTokenizer.from_pretrained(tiny_world / "model").save_pretrained(tmp_path / "adapter")
+    places = {"adapted": str(tmp_path / "adapter"), "one": str(tiny_world / "model")}
     places |= {"said": str(said), "cut": str(cut)}
     greedy = {"max_new_tokens": LONGEST, "max_sequences": 16, "temperature": 0.0}
     costs = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
@@ -119,6 +123,7 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
     found = json.loads((stage.folder / "arena.json").read_text())
     assert found["prompts"] == 14
     assert "cut has no answer to 2 of 16 prompts, which are left out for all" in found["remarks"]
+    assert "cut is cut to 1 of up to 2 answers each, since a prompt has no more" in found["remarks"]
     again = answers_in(stage.folder, "said")
     before = answers_in(sampled.folder, "one")[4:]
     assert [row["response"] for row in again] == [row["response"] for row in before]
@@ -335,7 +340,18 @@ def test_a_judge_that_fails_costs_no_answers(tiny_world: Path, tmp_path: Path, m
         raise AssertionError("a policy was asked again")
 
     monkeypatch.setattr("actors.driver.arena.ask", nobody)
-    run_stage(stage.model_copy(update={"resume": True}))
+    log = RunFolder.log
+
+    def killed(run: RunFolder, *figures: Any) -> None:
+        log(run, *figures)
+        raise RuntimeError("killed")
+
+    resumed = stage.model_copy(update={"resume": True})
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(RunFolder, "log", killed)
+        run_stage(resumed)
+    run_stage(resumed)
+    assert len((stage.folder / "metrics.jsonl").read_text().splitlines()) == 1
     assert [[row["response"]] for row in answers_in(stage.folder, "one")] == texts
     assert [row["reward"] for row in answers_in(stage.folder, "one")] == [len(text.split()) for (text,) in texts]
     assert not (stage.folder / "asked").exists()

@@ -21,6 +21,7 @@ from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.tokenized import SupervisedDataset
 from beaver_ray.errors import UserError
+from beaver_ray.hacking import columns
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_metrics
@@ -150,6 +151,23 @@ def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
     )
     assert one == other
     assert "resumed after step 1" in (folder / "notes.log").read_text()
+
+
+def test_a_cost_over_some_prompts_is_their_mean_however_blocks_are_cut(tiny_world: Path, tmp_path: Path) -> None:
+    """Of the three blocks the first has one prompt that counts, the second none, the last all eight."""
+    counting = [0, *range(40, PROMPTS)]
+    prompts = rows(tiny_world / "prompts" / "train.jsonl")
+    marked = [json.dumps(row | {"counts": number in counting}) + "\n" for number, row in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("".join(marked))
+    limit = {"name": "over_refused", "model": WORDS, "limit": 2.0, "where": {"counts": True}}
+    data = {"prompts": [f"prompts:1:{tmp_path}/prompts.jsonl"], "max_prompt_tokens": 32}
+    stage = configured(tiny_world, tmp_path, constraints=[limit], data=data, evaluation={})
+    found = rows(train(stage) / "final" / "answers.jsonl")
+    mean = np.mean([found[number]["costs"]["over_refused"] for number in counting])
+    assert [row["counted/over_refused"] for row in read_metrics(stage.folder)] == [1, 0, 8]
+    assert f"over_refused {mean:.4g}" in stage.headlines()[0]
+    (over_n,) = [chart for chart in stage.charts(columns(read_metrics(stage.folder))) if chart.title == "Over n"]
+    assert over_n.x is not None and over_n.x.tolist() == [1, 2, 4]
 
 
 def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:

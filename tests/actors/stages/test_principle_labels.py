@@ -152,7 +152,9 @@ def test_a_judge_over_http_that_likes_a_place(
         known = train(stage(tmp_path, **options, **only, name="known")) / "final" / "principles.json"
         assert json.loads(known.read_text())["helpful"]["canaries"]["right"] == len(canaries)
         write_rows(tmp_path / "wrong.jsonl", [row | {"better_response_id": n % 2} for n, row in enumerate(canaries)])
+        write_rows(tmp_path / "alike.jsonl", canaries[:1] * 60)
         for more, words in (
+            (only | {"canaries": str(tmp_path / "alike.jsonl")}, "alike.jsonl has 1 canaries of the principle"),
             (only | {"canaries": str(tmp_path / "wrong.jsonl")}, "labels by helpful may not be used"),
             ({"principles": ["brief"], "canaries": only["canaries"]}, "has 0 canaries of the principle 'brief'"),
             ({"principles": ["harmless"]}, "by no principle do both orders agree"),
