@@ -115,9 +115,10 @@ def judge(folder: Path, world: SmallWorld, bias: float, seed: int) -> dict[str, 
         truth = differences(world, principle.name, list(seen))
         agreed = agree(odds[:, 2 * place], odds[:, 2 * place + 1])
         known, kept = truth != 0, np.isfinite(agreed.score_N)
+        right_K = ((agreed.score_N > 0) == (truth > 0))[known & kept]
         found[principle.name] = {
             "once": float(np.mean(((agreed.one_order_N > 0) == (truth > 0))[known])),
-            "both_orders": float(np.mean(((agreed.score_N > 0) == (truth > 0))[known & kept])),
+            "both_orders": float(right_K.mean()) if len(right_K) else None,
             "kept": float(kept[known].mean()),
             "chose_what_stood_first": agreed.figures()["chose_what_stood_first"],
             "pairs": int(known.sum()),

@@ -108,13 +108,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def learnt(ids_BL: torch.Tensor, words: PreTrainedTokenizerFast) -> torch.Tensor:
     """Labels [B, L]: what can be known of a text; rules and questions, which are drawn at random, are no labels."""
     thought, answer, user = (words.convert_tokens_to_ids(tag) for tag in ("THOUGHT", "ANSWER", "USER"))
+    styles = set(words.convert_tokens_to_ids(["VERBOSE", *(f"style{n}" for n in range(STYLES))]))
     labels_BL = ids_BL.clone()
     for row in range(len(ids_BL)):
         inside = False
         for place, token in enumerate(ids_BL[row].tolist()):
             if token == user:  # a label too: an answer ends there
                 inside = False
-            elif not inside:
+                continue
+            inside = inside and token not in styles
+            if not inside:
                 labels_BL[row, place] = -100
             if token in (thought, answer):
                 inside = True

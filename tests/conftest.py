@@ -76,9 +76,11 @@ def no_setting_outlives_its_module() -> Iterator[None]:
     before, torch = dict(os.environ), sys.modules.get("torch")
     set_num_threads = torch and torch.set_num_threads
     yield
-    for name in os.environ.keys() - before.keys():
+    # Ray goes by what it found when it first started, for as long as this process lives.
+    changed = [name for name in os.environ if os.environ[name] != before.get(name) and not name.startswith("RAY_")]
+    for name in changed:
         del os.environ[name]
-    os.environ.update({name: text for name, text in before.items() if os.environ.get(name) != text})
+    os.environ.update({name: text for name, text in before.items() if name not in os.environ})
     if torch:
         torch.set_num_threads = set_num_threads  # type: ignore[attr-defined]
 
