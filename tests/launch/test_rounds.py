@@ -177,7 +177,7 @@ def test_overrides_for_files_of_rounds(rounds_file: Write, tmp_path: Path) -> No
 
 def test_submitted_with_the_files_of_all_rounds() -> None:
     file = ROOT / "configs" / "beaver-7b" / "rounds.yaml"
-    command, files = check_stages(file, ["workspace=/shared"])
+    command, files, _ = check_stages(file, ["workspace=/shared"])
     names = [path.name for path in files]
     assert command == "pipeline" and {"rounds.yaml", "generate.yaml", "paper-v1.yaml", "paper-v3.yaml"} <= set(names)
     assert len(names) == len(set(names))
