@@ -137,8 +137,12 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     if not (folder / "principle_reward_model" / "final").is_dir():
         launch("train", str(RECIPES / "principle_reward_model.yaml"), *common, "save_every=50", "resume=true")
     rows = read_rows(folder / "principle_reward_model" / "metrics.jsonl")
+    start = folder / "sft" / "final" / "policy"
+    if not (start / "evaluation.json").is_file():
+        launch("evaluate", str(RECIPES / "principle_ppo.yaml"), *common, "--policy", str(start))
     found: dict[str, Any] = {
-        "reward_model_accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1]
+        "start": figures_of(start),
+        "reward_model_accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1],
     }
     for name, principles in FOLLOWED.items():
         run = folder / f"ppo_{name.replace(' ', '_')}"
@@ -146,12 +150,17 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
             settings = [f"models.reward.principles={json.dumps(principles)}", f"name={run.name}", f"steps={steps}"]
             settings += ["resume=true", "save_every=10"]
             launch("train", str(RECIPES / "principle_ppo.yaml"), *common, *settings)
-        figures = json.loads((run / "evaluation.json").read_text())
-        found[name] = {key: figures[key] for key in figures if key in KEYS} | words(run)
+        found[name] = figures_of(run) | words(run)
     return found
 
 
 KEYS = ("reward", "violation_rate/harm", "refusal_rate_harmless", "refusal_rate_adversarial")
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What the evaluation of a run, or of a policy, says by the truth."""
+    figures = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return {key: figures[key] for key in KEYS}
 
 
 def words(run: Path) -> dict[str, float]:
