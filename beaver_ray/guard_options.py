@@ -114,9 +114,7 @@ class GuardModel(Strict):
             )
         if all(field.signal != self.signal for field in self.form.fields):
             raise ValueError(f"{self.guard or 'a template of your own'} gives no {self.signal}, only unsafe")
-        if self.form.fields[self.place].middle is None and self.model_dump(
-            include={"controversial"}, exclude_defaults=True
-        ):
+        if self.form.fields[self.place].middle is None and self.asks_for("controversial"):
             raise ValueError(
                 f"controversial weighs the middle answer of qwen3guard's signal unsafe, and {self.signal} of "
                 f"{self.guard or 'a template of your own'} has none; leave it out"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import write
 
 from beaver_ray.data.templates import answer_tokens, prompt_tokens
 from beaver_ray.models.loading import load_tokenizer
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "learned_optimum.json")
     options = parser.parse_args()
     result = {"target_violation_rate": TARGET, "runs": [figures(workspace) for workspace in options.workspaces]}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(options.out, result)
     print(json.dumps(result, indent=2))
 
 

@@ -18,17 +18,16 @@ from typing import Any
 
 import torch
 from common import study_options, write
+from moderation import moderation_figures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.stages import stages
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.manifest import write_rows
-from launch.pipeline import run_stage
 
 ARMS = ("question", "answer", "qa")
-WORDS, TOKENS, EPOCHS = 4000, 256, 3
+WORDS, TOKENS = 4000, 256
 SPECIAL = ("<pad>", "<s>", "</s>")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
 TEMPLATE += "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -77,27 +76,10 @@ def study(folder: Path, samples: list[RawSample], seed: int) -> dict[str, Any]:
         write_rows(files[name], rows)
     found: dict[str, Any] = {"seed": seed, **{f"{name}_answers": len(rows) for name, rows in split.items()}}
     for arm in ARMS:
-        if not (folder / arm / "moderation.json").is_file():
-            tree = {
-                "stage": "moderation",
-                "workspace": str(folder),
-                "name": arm,
-                "seed": seed,
-                "debug": True,
-                "model": str(folder / "model"),
-                "labels": ["worse"],
-                "input": arm,
-                "train": [f"moderation:1:{files['train']}"],
-                "eval": [f"moderation:1:{files['test']}"],
-                "epochs": EPOCHS,
-                "batch_size": 32,
-                "max_tokens": TOKENS,
-                "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.05},
-                "engine": {"micro_batch_tokens": 2048},
-                "save_every": 0,
-            }
-            run_stage(stages()["moderation"].model_validate(tree))
-        figures = json.loads((folder / arm / "moderation.json").read_text(encoding="utf-8"))["figures"]
+        data = {"train": [f"moderation:1:{files['train']}"], "eval": [f"moderation:1:{files['test']}"]}
+        sizes = {"max_tokens": TOKENS, "engine": {"micro_batch_tokens": 2048}}
+        model = str(folder / "model")
+        figures = moderation_figures(folder, arm, seed, model=model, labels=["worse"], **data, **sizes)
         found[arm] = {key: round(figures["labels"]["worse"][key], 4) for key in ("auroc", "auprc", "ece")}
     return found
 

@@ -181,13 +181,16 @@ def is_whole(text: str) -> bool:
     return True
 
 
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""How labels are written in tables; 1.0 is what programs write where a column of 0 and 1 has blanks too."""
+
+
 def flag(row: dict[str, Any], name: str) -> bool | None:
-    """A label that may be missing: bool, 0 / 1, or those written in a CSV file (as 1.0 by pandas)."""
+    """A label that may be missing: bool, 0 / 1, or one of `FLAGS`. Raises BadRow."""
     value = row.get(name)
     if value is None or value == "":
         return None
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    label = known.get(str(value).lower())
+    label = FLAGS.get(str(value).lower())
     if label is None:
         raise BadRow(f"'{name}' is neither true / false nor 1 / 0")
     return label

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from beaver_ray.data.pairs import Row
+from beaver_ray.data.sources import FLAGS
 from beaver_ray.errors import UserError
 from beaver_ray.labelling.agreement import cohen_kappa, fleiss_kappa
 from beaver_ray.labelling.export import CHOICES, QUESTIONS, TEXTS, Export, blank_row, broken, consistent, digest
@@ -26,8 +27,6 @@ from beaver_ray.manifest import read_rows, write_rows
 
 Votes = dict[str, dict[str, dict[str, int]]]
 """Annotator, id of a pair, question: 0 or 1."""
-_BITS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
-"""Table programs write the last two where a column has blanks too."""
 
 
 class Annotator(BaseModel):
@@ -186,9 +185,9 @@ def _bit(value: Any, name: str, where: str) -> int | None:
     text = str(value).strip().lower()
     if text in CHOICES[name]:
         return CHOICES[name].index(text)
-    if text not in _BITS:
+    if text not in FLAGS:
         raise UserError(f"{where}: {name} is {value!r}; write {' or '.join(CHOICES[name])}, or 0 or 1")
-    return _BITS[text]
+    return int(FLAGS[text])
 
 
 def _rows(file: Path) -> Iterator[_Label]:

@@ -33,6 +33,15 @@ def asked(tiny_world: Path) -> tuple[str, str]:
     return json.loads(first)["prompt"], json.loads(second)["prompt"]
 
 
+@pytest.fixture
+def run(tiny_world: Path, tmp_path: Path) -> Path:
+    """The folder of a run whose policy is the small world's model."""
+    folder = tmp_path / "run"
+    (folder / "final").mkdir(parents=True)
+    (folder / "final" / "policy").symlink_to(tiny_world / "model")
+    return folder
+
+
 def chat(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lines: list[str], *arguments: object
 ) -> list[str]:
@@ -109,13 +118,12 @@ def test_a_dialogue_with_scores(
 
 def test_side_by_side_a_run_and_an_adapter(
     tiny_world: Path,
+    run: Path,
     asked: tuple[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    (tmp_path / "run" / "final" / "policy").symlink_to(tiny_world / "model")
     base = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
     expected = [plain(base, tiny_world / "model", [asked[0]])]
     torch.manual_seed(0)
@@ -123,12 +131,13 @@ def test_side_by_side_a_run_and_an_adapter(
     wrapped.save_pretrained(tmp_path / "adapter")
     expected.append(plain(wrapped, tiny_world / "model", [asked[0]]))
     assert expected[0][1] != expected[1][1]
-    out = chat(capsys, monkeypatch, [asked[0]], tmp_path / "run", tmp_path / "adapter", "--temperature", 0)
+    out = chat(capsys, monkeypatch, [asked[0]], run, tmp_path / "adapter", "--temperature", 0)
     assert out == ["[run]", *said(expected[0]), "[adapter]", *said(expected[1])]
 
 
 def test_a_run_s_policy_is_asked_by_the_run_s_template_and_an_adapter_by_its_own(
     tiny_world: Path,
+    run: Path,
     asked: tuple[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -136,10 +145,8 @@ def test_a_run_s_policy_is_asked_by_the_run_s_template_and_an_adapter_by_its_own
 ) -> None:
     """The run's by name or its final/policy; the adapter's, which was saved beside it, and not that of its base."""
     data = {"template": {"style": "beaver", "system": "be brief"}}
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    (tmp_path / "run" / "final" / "policy").symlink_to(tiny_world / "model")
     config = ppo_config(tiny_world, workspace=str(tmp_path), name="run", data=data)
-    save_config(config, tmp_path / "run" / "config.yaml")
+    save_config(config, run / "config.yaml")
     bare = without_template(tiny_world / "model", tmp_path)
     wrapped = get_peft_model(
         AutoModelForCausalLM.from_pretrained(bare, dtype=torch.float32),
@@ -147,7 +154,7 @@ def test_a_run_s_policy_is_asked_by_the_run_s_template_and_an_adapter_by_its_own
     )
     wrapped.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_world / "model").save_pretrained(tmp_path / "adapter")
-    folders = [tiny_world / "model", tmp_path / "run", tmp_path / "run" / "final" / "policy", tmp_path / "adapter"]
+    folders = [tiny_world / "model", run, run / "final" / "policy", tmp_path / "adapter"]
     own, by_run, by_name, beside = (
         chat(capsys, monkeypatch, [asked[0]], folder, "--temperature", 0) for folder in folders
     )
