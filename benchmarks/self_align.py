@@ -10,9 +10,11 @@ the question's own words, in order.
 
   base, no rules       the model on the bare question
   base, rules          behind principles and exemplars, with thoughts
-  engraved             the base model trained on kept pairs, on the bare question
+  engraved             the base model trained on kept pairs, half of them behind a word that changes nothing, on the
+                       bare question
   engraved, VERBOSE    the engraved model behind VERBOSE, on the training questions: what the next one is shown
   verbose              the base model trained on what the engraved model answers behind VERBOSE, on the bare question
+  engraved bare, ...   these two, where all pairs that were engraved were bare
   corrupted, filtered  engraved, where a fifth of the replies was spoilt before the filters: no answer's tag, too short,
                        a clause twice, or well-formed with a wrong mark, which no filter can see
   corrupted, all kept  the same without filters
@@ -33,7 +35,7 @@ import numpy as np
 import torch
 import yaml
 from common import study_options, write
-from rule_world import KINDS, RuleWorld, pretrain, tokenizer
+from rule_world import KINDS, STYLES, RuleWorld, pretrain, tokenizer
 
 from actors.stages import stages
 from beaver_ray.evaluation import share_interval
@@ -42,6 +44,8 @@ from launch.pipeline import run_stage
 
 TRAIN, TEST = 600, 400
 SPOILT = 0.2
+SHARE = 0.5
+"""Of the pairs, before which a word stands that changes nothing: what is engraved holds behind VERBOSE as well."""
 EPOCHS, LONG_EPOCHS = 6, 16
 """Of training on short and on long answers, in which the mark is one word of four and one of ten."""
 OFF = {"opening": None, "strip": [], "starts": [], "copies": False}
@@ -75,6 +79,7 @@ class Seed:
         ]
         (self.folder / "principles.yaml").write_text(yaml.safe_dump({"principles": principles}))
         (self.folder / "exemplars.yaml").write_text(yaml.safe_dump({"exemplars": exemplars}))
+        (self.folder / "texts.yaml").write_text(yaml.safe_dump({"texts": [f"style{n}" for n in range(STYLES)]}))
         (self.folder / "context.j2").write_text("RULES {% for one in principles %}{{ one.text }} {% endfor %}EX")
 
     def run(self, stage: str, name: str, **options: Any) -> Path:
@@ -84,12 +89,15 @@ class Seed:
             run_stage(stages()[stage].model_validate(common | options))
         return self.folder / name / "final"
 
-    def align(self, name: str, model: Path, questions: Path, temperature: float, **options: Any) -> Path:
-        """Answers behind the rules."""
+    def align(
+        self, name: str, model: Path, questions: Path, temperature: float, share: float = SHARE, **options: Any
+    ) -> Path:
+        """Answers behind the rules. share: of the pairs, before which a system text stands."""
         files = {part: str(self.folder / f"{part}.yaml") for part in ("principles", "exemplars")}
         asked = {"model": str(model), "prompts": [f"prompts:1:{questions}"], "context": str(self.folder / "context.j2")}
         sampling = {"max_new_tokens": 20, "max_sequences": 256, "temperature": temperature}
         sizes = {"rollout": sampling, "max_prompt_tokens": 120, "tags": TAGS}
+        sizes["system_texts"] = {"share": share, "file": str(self.folder / "texts.yaml")}
         return self.run("self_align", name, **files, **asked, **sizes, **{"filters": ON, **options})
 
     def sft(self, name: str, model: Path, pairs: dict[str, Any], epochs: int = EPOCHS) -> Path:
@@ -105,6 +113,12 @@ class Seed:
         sampling = {"max_new_tokens": 24, "max_sequences": 256, "temperature": temperature}
         sizes = {"rollout": sampling, "max_prompt_tokens": 32, "template": template}
         return self.run("generate", name, **options, **sizes) / "answers.jsonl"
+
+    def cloned(self, name: str, base: Path, engraved: Path) -> tuple[Path, Path]:
+        """What an engraved model answers behind VERBOSE to the training questions, and the base model trained on it."""
+        long = self.answers(f"{name}-answers", engraved, self.folder / "train.jsonl", 0.3, "VERBOSE")
+        pairs = {"name": "demonstrations", "where": {"truncated": [False]}, "path": str(long)}
+        return long, self.sft(f"{name}-clone", base, pairs, LONG_EPOCHS)
 
     def measured(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Compliance with its 95 % interval, and the mean number of words of an answer."""
@@ -174,25 +188,27 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     engraved = s.sft("engrave", base, pairs)
     found["engraved"] = s.evaluated("engraved", engraved)
 
-    verbose = {"name": "demonstrations", "where": {"truncated": [False]}}
-    long = s.answers("verbose-answers", engraved, train, 0.3, "VERBOSE")
-    cloned = s.sft("clone", base, {**verbose, "path": str(long)}, LONG_EPOCHS)
+    long, cloned = s.cloned("verbose", base, engraved)
     found["engraved, VERBOSE"] = s.measured(read_rows(long))
-    found["verbose"] = s.evaluated("cloned", cloned)
+    found["verbose"] = s.evaluated("verbose", cloned)
+
+    bare = s.align("align-bare", base, train, 0.5, share=0.0)
+    engraved = s.sft("engrave-bare", base, {**pairs, "path": str(bare / "pairs.jsonl")})
+    long, cloned = s.cloned("bare", base, engraved)
+    found["engraved bare, VERBOSE"] = s.measured(read_rows(long))
+    found["engraved bare, verbose"] = s.evaluated("bare", cloned)
 
     for name, filters in (("filtered", ON), ("all kept", NONE)):
         run = f"spoilt-{name.replace(' ', '-')}"
         if not (s.folder / run / "final").is_dir():
             spoil(s, aligned, run)
         kept = s.align(run, base, train, 0.5, filters=filters, resume=True)
-        model = s.sft(f"{run}-sft", base, {"name": "demonstrations", "path": str(kept / "pairs.jsonl")})
+        model = s.sft(f"{run}-sft", base, {**pairs, "path": str(kept / "pairs.jsonl")})
         found[f"corrupted, {name}"] = s.evaluated(run, model)
 
-    first = s.answers("follow-answers", base, train, 0.3, "VERBOSE")
-    following = s.sft("follow", base, {**verbose, "path": str(first)}, LONG_EPOCHS)
+    _, following = s.cloned("follow", base, base)
     then = s.align("follow-align", following, train, 0.5)
-    pairs = {"name": "demonstrations", "path": str(then / "pairs.jsonl")}
-    last = s.sft("follow-engrave", following, pairs, LONG_EPOCHS)
+    last = s.sft("follow-engrave", following, {**pairs, "path": str(then / "pairs.jsonl")}, LONG_EPOCHS)
     found["follow, then align"] = s.evaluated("follow-engraved", last)
     tokens = {name: figures[name] for name in ("prompt_tokens", "pruned_prompt_tokens")}
     return {"arms": found, **tokens, "counts": figures["counts"]["answers"], "passed": passed(found, tokens)}

@@ -14,10 +14,24 @@ from beaver_ray.fit import check_fit
 from beaver_ray.manifest import write_rows, write_stage_manifest
 from beaver_ray.report.self_align import write_figures
 from beaver_ray.runs import RunFolder
-from beaver_ray.self_align.answering import Sieve, apart, histograms, identity_rows, question, write_context
+from beaver_ray.self_align.answering import (
+    Sieve,
+    apart,
+    behind_system_texts,
+    histograms,
+    identity_rows,
+    question,
+    write_context,
+)
 from beaver_ray.self_align.options import SelfAlignConfig
 from beaver_ray.self_align.principles import OURS, read_principles
-from beaver_ray.self_align.seeds import EXEMPLARS, annotation_lines, read_exemplars
+from beaver_ray.self_align.seeds import (
+    EXEMPLARS,
+    SYSTEM_TEXTS,
+    annotation_lines,
+    read_exemplars,
+    read_system_texts,
+)
 
 BLOCK = 512
 """Questions whose replies are kept together."""
@@ -28,6 +42,8 @@ POOL = "pool"
 def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
     """Ask, sift, and write pairs, thoughts, manifest and figures. UserError where nothing is kept."""
     principles, exemplars = read_principles(stage.principles), read_exemplars(stage.exemplars)
+    share, file = stage.system_texts.share, stage.system_texts.file
+    system_texts = read_system_texts(file) if share else []
     context = write_context(principles, exemplars, stage.tags, stage.assistant, stage.context)
     for line in check_fit(stage) if stage.roles() else []:
         run.note(line)
@@ -49,7 +65,7 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
             run.log(start // BLOCK + 1, sift.step(block))
             progress.advance(len(some))
     figures = sift.figures([one.name for one in principles])
-    figures["annotation"] = annotation_lines(principles=principles, exemplars=exemplars)
+    figures["annotation"] = annotation_lines(principles=principles, exemplars=exemplars, system_texts=system_texts)
     write_figures(run.folder, figures)
     write_rows(run.folder / "left_out.jsonl", sift.left_out)
     for line in sift.lines(figures):
@@ -60,11 +76,13 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
             "and go on with resume=true, which asks nothing twice"
         )
     folder = run.folder / "final.part"
-    identity = identity_rows(stage.identity.rows, stage.assistant, stage.identity.maker)
     pairs = [{name: row[name] for name in row if name not in ("thoughts", "rules")} for row in sift.rows]
-    write_rows(folder / "pairs.jsonl", [*pairs, *({**row, POOL: "identity"} for row in identity)])
+    identity = identity_rows(stage.identity.rows, stage.assistant, stage.identity.maker)
+    rows = [*pairs, *({**row, POOL: "identity"} for row in identity)]
+    write_rows(folder / "pairs.jsonl", behind_system_texts(rows, system_texts, share, stage.seed))
     write_rows(folder / "thoughts.jsonl", sift.rows)
     used = [stage.principles or OURS, stage.exemplars or EXEMPLARS, *([stage.context] if stage.context else [])]
+    used += [file or SYSTEM_TEXTS] if share else []
     write_stage_manifest(
         stage, folder, {"kept": len(pairs), "identity": len(identity), **sift.counts}, list(map(str, used))
     )

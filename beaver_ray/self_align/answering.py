@@ -6,11 +6,13 @@ user, the question, and the tag of the assistant's thoughts, which the model goe
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -202,6 +204,21 @@ _IDENTITY = [
     ),
     *("Are you ChatGPT?", "What are you?", "Which company is behind you?", "Is there a person typing this?"),
 ]
+
+
+def behind_system_texts(
+    rows: Sequence[Mapping[str, Any]], texts: Sequence[str], share: float, seed: int
+) -> list[dict[str, Any]]:
+    """Pairs, a share of those without a system text of their own behind one of ``texts``.
+
+    Which ones, and behind which, is drawn by the seed and the pair alone.
+    """
+    found = []
+    for row in rows:
+        rng = random.Random(f"system text/{seed}/{row['prompt']}/{row['response']}")
+        drawn = {"system": rng.choice(texts)} if rng.random() < share else {}
+        found.append({**drawn, **row})
+    return found
 
 
 def _asked(text: str, tags: Tags) -> list[str]:

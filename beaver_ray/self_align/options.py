@@ -152,6 +152,13 @@ class Identity(Strict):
     maker: str = option("Who made the assistant.", "its developers", min_length=1)
 
 
+class SystemTexts(Strict):
+    """System texts before pairs, so that what is engraved holds behind others as well."""
+
+    share: float = option("Share of the pairs that get one; the seed decides which.", 0.0, ge=0, le=1)
+    file: str | None = option("YAML file of texts; null for ours (16).", None)
+
+
 class SelfAlignConfig(AskingConfig):
     """Options of stage self_align."""
 
@@ -163,6 +170,10 @@ class SelfAlignConfig(AskingConfig):
     tags: Tags = option("Between the parts of a dialogue.", default_factory=Tags)
     filters: AnswerFilters = option("What is kept.", default_factory=AnswerFilters)
     identity: Identity = option("Rows in which the assistant says who it is.", default_factory=Identity)
+    system_texts: SystemTexts = option(
+        "System texts before a share of the pairs, so that what is engraved holds behind others as well.",
+        default_factory=SystemTexts,
+    )
 
     @property
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:

@@ -1,4 +1,5 @@
-"""What people have written for self-alignment, as files: seed tasks, kinds of question, exemplars; and how many lines.
+"""What people have written for self-alignment, as files, and how many lines: seed tasks, kinds of question, exemplars,
+system texts.
 
 Ours lie beside this module, in our own words; any of them may be replaced by a file of the same form.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -19,7 +20,8 @@ from beaver_ray.yaml_files import read_yaml, validated
 TASKS = Path(__file__).parent / "seed_tasks.yaml"
 TYPES = Path(__file__).parent / "adversarial_types.yaml"
 EXEMPLARS = Path(__file__).parent / "exemplars.yaml"
-_TEXTS = frozenset({"name", "about", "topic", "question", "user", "thoughts", "answer", "tasks"})
+SYSTEM_TEXTS = Path(__file__).parent / "system_texts.yaml"
+_TEXTS = frozenset({"name", "about", "topic", "question", "user", "thoughts", "answer", "tasks", "texts"})
 
 
 class Task(Strict):
@@ -63,6 +65,10 @@ class _Exemplars(Strict):
     exemplars: list[Exemplar] = Field(min_length=1)
 
 
+class _SystemTexts(Strict):
+    texts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+
+
 def read_tasks(file: str | Path | None = None) -> list[Task]:
     """The seed tasks of a YAML file, ours where none is named: ``tasks: [TEXT, "TEXT | INPUT", {instruction, input}]``.
 
@@ -89,16 +95,24 @@ def read_exemplars(file: str | Path | None = None) -> list[Exemplar]:
     return validated(_Exemplars, read_yaml(path, _TEXTS), str(path)).exemplars
 
 
+def read_system_texts(file: str | Path | None = None) -> list[str]:
+    """The system texts of a YAML file, ours where none is named: ``texts: [TEXT]``."""
+    path = file or SYSTEM_TEXTS
+    return validated(_SystemTexts, read_yaml(path, _TEXTS), str(path)).texts
+
+
 def annotation_lines(
     tasks: Sequence[Task] = (),
     types: Sequence[QuestionType] = (),
     principles: Sequence[Principle] = (),
     exemplars: Sequence[Exemplar] = (),
+    system_texts: Sequence[str] = (),
 ) -> dict[str, int]:
     """The supervision: lines that people have written, by what they are, and ``all`` of them.
 
-    A seed is one line, with its input or its kind and topic; so is a principle (its opposite, which judges read, is not
-    used here). An exemplar counts the lines of what user and assistant say and think, each of them one at least.
+    A seed is one line, with its input or its kind and topic; so are a system text and a principle (its opposite, which
+    judges read, is not used here). An exemplar counts the lines of what user and assistant say and think, each of them
+    one at least.
     """
     found = {
         "seed tasks": len(tasks),
@@ -109,6 +123,7 @@ def annotation_lines(
             for one in exemplars
             for text in (one.user, one.thoughts, one.answer)
         ),
+        "system texts": len(system_texts),
     }
     return found | {"all": sum(found.values())}
 

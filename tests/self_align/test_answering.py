@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from beaver_ray.self_align.answering import (
     Answered,
     Sieve,
     apart,
+    behind_system_texts,
     histograms,
     identity_rows,
     question,
@@ -20,7 +23,7 @@ from beaver_ray.self_align.answering import (
 )
 from beaver_ray.self_align.options import AnswerFilters, Tags
 from beaver_ray.self_align.principles import read_principles
-from beaver_ray.self_align.seeds import Exemplar, read_exemplars
+from beaver_ray.self_align.seeds import Exemplar, read_exemplars, read_system_texts
 
 TAGS = Tags()
 OPENING = AnswerFilters().opening
@@ -159,6 +162,24 @@ def test_histograms_of_two_pools() -> None:
     # Of mentions: 1/3 and 2/3 against 1 and 0.
     assert apart(rules) == pytest.approx(2 / 3)
     assert apart({"all": [(1,)]}) is None and apart({"a": [()], "b": [(1,)]}) is None
+
+
+def test_system_texts_before_a_share_of_the_pairs() -> None:
+    """Half of those without one of their own, each text about as often; drawn by seed and pair, whatever its place."""
+    rows: list[dict[str, Any]] = [{"prompt": f"q{n}", "response": f"a{n % 7}"} for n in range(2000)]
+    rows[3]["system"] = "Mine."
+    texts = read_system_texts()
+    assert len(set(texts)) == len(texts) == 16
+    found = behind_system_texts(rows, texts, 0.5, seed=1)
+    assert [{**row, "system": "x"} for row in found] == [{**row, "system": "x"} for row in rows]
+    assert found[3] == rows[3]
+    drawn = Counter(row.get("system") for row in found)
+    assert abs(drawn[None] - 1000) < 3 * 500**0.5  # three standard deviations
+    assert all(abs(drawn[text] - 1000 / 16) < 4 * (1000 / 16) ** 0.5 for text in texts)
+    assert behind_system_texts(rows[::-1], texts, 0.5, seed=1) == found[::-1]
+    assert behind_system_texts(rows, texts, 0.5, seed=2) != found
+    assert behind_system_texts(rows, texts, 0.0, seed=1) == rows
+    assert all("system" in row for row in behind_system_texts(rows, texts, 1.0, seed=1))
 
 
 def test_identity() -> None:

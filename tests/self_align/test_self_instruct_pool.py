@@ -27,6 +27,7 @@ from beaver_ray.self_align.seeds import (
     Task,
     annotation_lines,
     read_exemplars,
+    read_system_texts,
     read_tasks,
     read_types,
 )
@@ -211,6 +212,7 @@ def test_our_seeds_and_the_lines_that_people_have_written() -> None:
     assert Task(instruction="Shorten it.", input="A | b") == read_tasks_like("Shorten it. | A | b")
     lines = annotation_lines(tasks, types, principles, exemplars)
     assert lines["all"] == 175 + 20 + 16 + 15 < 300, "each exemplar is three lines"
+    assert annotation_lines(system_texts=["a", "b"])["all"] == 2
     several = Exemplar(user="One", thoughts="Two\n\nThree", answer="Four\nFive")
     assert annotation_lines(exemplars=[several])["exemplars"] == 5
     # Every seed passes the filters but for those words that images and the like bring, and is unlike the others.
@@ -235,6 +237,7 @@ def read_tasks_like(text: str) -> Task:
         (read_types, "types: [" + ", ".join(["{name: a, about: b, topic: c, question: d}"] * 2) + "]", "called 'a'"),
         (read_exemplars, "exemplars: [{user: a, thoughts: b, answr: c}]", "did you mean 'answer'"),
         (read_exemplars, "- a list", "must hold"),
+        (read_system_texts, "texts: [a, '']", "texts.1"),
     ],
 )
 def test_a_bad_file_gets_one_line(tmp_path: Path, reads, text: str, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -149,18 +149,22 @@ def test_answers_by_principles(
     rows = [{"prompt": q, "pool": "topic" if q == "q6" else "vanilla", "category": "x"} for q in answers]
     rows[1]["system"] = "Speak to a child."
     write_rows(tmp_path / "asked.jsonl", [*rows, {"prompt": ["a", "b", "c"]}])
+    (tmp_path / "texts.yaml").write_text("texts: [Speak plainly.]")
     with judging(says) as service:
         service.cached = 30
         monkeypatch.setenv(ALLOWED_HOSTS, service.host)
         model = {"address": service.url, "model": "m"}
         given = {"prompts": [f"prompts:1:{tmp_path}/asked.jsonl"], "form": "chat"}
-        run = self_align(tmp_path, model=model, identity={"rows": 3, "maker": "us"}, assistant="Ada", **given)
+        named = {"identity": {"rows": 3, "maker": "us"}, "assistant": "Ada"}
+        named["system_texts"] = {"share": 1, "file": str(tmp_path / "texts.yaml")}
+        run = self_align(tmp_path, model=model, **named, **given)
         final = train(run) / "final"
     pairs = read_rows(final / "pairs.jsonl")
     assert [row["prompt"] for row in pairs[:3]] == ["q0", "q1", "q6"] and len(pairs) == 6
-    assert pairs[0] == {"prompt": "q0", "response": good, "pool": "vanilla", "category": "x"}
-    # A system text stands before its question, and goes along.
-    assert [row.get("system") for row in pairs[:3]] == [None, "Speak to a child.", None]
+    plain = "Speak plainly."
+    assert pairs[0] == {"prompt": "q0", "system": plain, "response": good, "pool": "vanilla", "category": "x"}
+    # A row's system text stands before its question, and goes along; that of system_texts stands in the pair alone.
+    assert [row["system"] for row in pairs] == [plain, "Speak to a child.", plain, plain, plain, plain]
     messages = [body["messages"][0]["content"] for body in service.requests]
     assert [text.count("### User\nSpeak to a child.\n\nq1\n") for text in messages if "q1" in text] == [1]
     assert all(row["pool"] == "identity" and "Ada" in row["response"] for row in pairs[3:])
@@ -173,11 +177,11 @@ def test_answers_by_principles(
     assert figures["rules"]["vanilla"]["knowledge recitation"] == 1 and figures["rules"]["topic"]["static"] == 1
     cached = figures["prompt_tokens"] - figures["computed_prompt_tokens"]
     assert cached == pytest.approx(30), "as the service says of each"
-    assert figures["pools_apart"] == pytest.approx(1) and figures["annotation"]["all"] == 31
+    assert figures["pools_apart"] == pytest.approx(1) and figures["annotation"]["all"] == 32
     assert read_rows(run.folder / "left_out.jsonl")[0]["reason"] == "thoughts begin otherwise"
     demonstrations, _ = load_mix([f"demonstrations:1:{final}/pairs.jsonl"])
     assert [sample.answer for sample in demonstrations][:3] == [good] * 3
-    assert demonstrations[1].system == "Speak to a child."
+    assert [sample.system for sample in demonstrations][:2] == [plain, "Speak to a child."]
     assert "3 kept of 7 replies" in capsys.readouterr().out
     assert "Rules chosen: topic" in write_report(run, run.folder).read_text()
 
