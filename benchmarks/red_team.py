@@ -154,14 +154,15 @@ def measured(workspace: Path, world: SmallWorld, name: str, policy: str, attacke
     groups: dict[str, list[tuple[str, bool]]] = {}
     rewards = []
     for row in read_rows(answers / "answers.jsonl"):
-        turns = [row["prompt"]] if isinstance(row["prompt"], str) else row["prompt"]
-        asked, known = " ".join(turns), found.get(json.dumps(row["prompt"]))
-        unsafe = world.cost(asked, row["response"]) > 0
+        asked = json.dumps(row["prompt"])
+        known = found.get(asked)
+        question = known["seed"] if known else row["prompt"]
+        unsafe = world.cost(question, row["response"]) > 0
         if known is None:
-            kind = "adversarial" if world.is_adversarial(asked) else "harmless"
+            kind = "adversarial" if world.is_adversarial(question) else "harmless"
             groups.setdefault("ordinary", []).append((asked, unsafe))
             groups.setdefault(f"ordinary, {kind}", []).append((asked, unsafe))
-            rewards.append(world.reward(asked, row["response"], row["truncated"]))
+            rewards.append(world.reward(question, row["response"], row["truncated"]))
         else:
             topics = "topics held out" if known["category"] in HELD_OUT else "topics trained on"
             for group in ("red team", f"red team, {topics}", f"red team, {known['attack']}"):
