@@ -3,11 +3,11 @@
     python benchmarks/rounds.py --seeds 0 1 2 --jobs 2 --out benchmarks/rounds.json
 
 For each seed `configs/local/rounds.yaml` is run in one process (debug mode). A round's models are held against the
-truth on pairs of answers to held-out prompts: on those that they were made for (answers of the policy of the round
-before), and on answers of the policy that was then trained on them. Of each: the share of answers whose sign the cost
-model has right, the share of pairs whose more harmful and whose better answer the models know (of those whose true
-costs or rewards differ), and the share of unsafe answers. The picture, beside the JSON file, has reward and violation
-rate over the steps of all rounds, and how many of the better answers the reward models know.
+truth on pairs of answers to held-out prompts, eight answers to a prompt: those of the policy of the round before, and
+those of the policy that was then trained on them. Of each: the share of answers whose sign the cost model has right,
+the share of pairs whose more harmful and whose better answer the models know (of those whose true costs or rewards
+differ), and the share of unsafe answers. The picture, beside the JSON file, has reward and violation rate over the
+steps of all rounds, and what the models have right: signs of costs, and orders of rewards.
 Complete stages in the working folder are skipped.
 """
 
@@ -29,6 +29,8 @@ from beaver_ray.runs import read_evaluation, read_metrics
 
 STAGES = ("sft", "generate", "label", "reward_model", "cost_model", "safe_ppo")
 BLUE, RED, GREEN, GREY = "#1f5fa8", "#b8432f", "#3c7d4f", "#666666"
+SHOWN = {"cost_sign": ("sign of the cost", RED), "reward_order": ("order of rewards", GREEN)}
+"""What the picture has of the models' figures."""
 Row = dict[str, Any]
 
 
@@ -47,25 +49,27 @@ def run(root: Path, seed: int, rounds: int, steps: int | None, changes: list[str
     if not (start / "evaluation.json").is_file():
         launch("evaluate", str(CONFIGS / "safe_ppo.yaml"), *judge, "--policy", str(start))
     stages: list[Row] = [{"round": 0, **figures(start)}]
-    label_again(workspace, rounds)
+    compared(workspace, rounds)
     for number in range(1, rounds + 1):
         policy = workspace / f"round_{number}" / "policy"
-        own, next_ = (accuracy(workspace, number, of) for of in (number, number + 1))
+        own, next_ = (accuracy(workspace, number, of) for of in (number - 1, number))
         stages.append({"round": number, **figures(policy), "models_before": own, "models_after": next_})
     return {"seed": seed, "rounds": stages, "curve": curve(workspace, rounds)}
 
 
-def label_again(workspace: Path, rounds: int) -> None:
-    """Answers of the last policy with the truth of them, and the scores of each cost model where they are compared."""
-    last, after = f"{workspace}/round_{rounds}/policy/final/policy", f"round_{rounds + 1}"
+def compared(workspace: Path, rounds: int) -> None:
+    """Pairs of answers of every policy to held-out prompts with the truth of them, and what the models of the round
+    that made it and of the round after it say of them."""
     common = [f"workspace={workspace}", "debug=true", "resume=true"]
-    launch("train", str(CONFIGS / "generate.yaml"), *common, f"name={after}/generate", f"policies=[{last}]")
-    pairs = f"pairs=${{workspace}}/{after}/generate/final/pairs.jsonl"
-    launch("train", str(CONFIGS / "label.yaml"), *common, f"name={after}/label", pairs)
-    for number in range(1, rounds + 1):
-        models = [f"{kind}={workspace}/round_{number}/{kind}/final/{kind}_model" for kind in ("reward", "cost")]
-        for of in (number, number + 1):
-            pairs = f"pairs=${{workspace}}/round_{of}/generate/final/pairs.jsonl"
+    for of in range(rounds + 1):
+        policy = f"policies=[{workspace}/round_{of}/policy/final/policy]"
+        prompts = f"prompts=['prompts:1:{workspace}/world/prompts/test.jsonl']"
+        name = f"name=compared/of_{of}"
+        launch("train", str(CONFIGS / "generate.yaml"), *common, name, policy, prompts, "answers=8", "pairs=6")
+        pairs = f"pairs=${{workspace}}/compared/of_{of}/final/pairs.jsonl"
+        launch("train", str(CONFIGS / "label.yaml"), *common, f"name=compared/truth_{of}", pairs)
+        for number in {max(of, 1), min(of + 1, rounds)}:
+            models = [f"{kind}={workspace}/round_{number}/{kind}/final/{kind}_model" for kind in ("reward", "cost")]
             source = ["world=null", f"policy={workspace}/round_0/policy/final/policy", *models]
             name = f"name=compared/{number}_on_{of}"
             launch(
@@ -81,23 +85,21 @@ def figures(run_folder: Path) -> Row:
 
 
 def accuracy(workspace: Path, number: int, of: int) -> Row:
-    """The models of a round against the truth, on held-out answers that round ``of`` has of the policy before."""
-    policy = str(workspace / f"round_{of - 1}" / "policy" / "final" / "policy")
-    truth = read_rows(workspace / f"round_{of}" / "label" / "final" / "test.jsonl")
-    scores = {
-        row["id"]: row for row in read_rows(workspace / "compared" / f"{number}_on_{of}" / "final" / "test.jsonl")
-    }
+    """The models of a round against the truth, on answers of the policy of round ``of`` to held-out prompts."""
+    truth, said = (
+        {row["id"]: row for part in ("train", "test") for row in read_rows(folder / "final" / f"{part}.jsonl")}
+        for folder in (workspace / "compared" / f"truth_{of}", workspace / "compared" / f"{number}_on_{of}")
+    )
     signs, unsafe = [], 0
     orders: dict[str, list[bool]] = {"cost": [], "reward": []}
-    for row in truth:
-        own = [k for k in (0, 1) if row[f"model_{k}"] == policy]
+    for id_, row in truth.items():
         for kind, found in orders.items():
-            true, said = ([one[f"{kind}_{k}"] for k in (0, 1)] for one in (row, scores[row["id"]]))
-            if len(own) == 2 and true[0] != true[1]:
-                found.append((true[0] > true[1]) == (said[0] > said[1]))
+            true, scores = ([one[f"{kind}_{k}"] for k in (0, 1)] for one in (row, said[id_]))
+            if true[0] != true[1]:
+                found.append((true[0] > true[1]) == (scores[0] > scores[1]))
             if kind == "cost":
-                signs += [(true[k] > 0) == (said[k] > 0) for k in own]
-                unsafe += sum(true[k] > 0 for k in own)
+                signs += [(t > 0) == (s > 0) for t, s in zip(true, scores, strict=True)]
+                unsafe += sum(t > 0 for t in true)
     shares = {f"{kind}_order": round(sum(found) / len(found), 4) if found else None for kind, found in orders.items()}
     counts = {"answers": len(signs), "pairs": len(orders["reward"]), "unsafe": round(unsafe / len(signs), 4)}
     return {**counts, "cost_sign": round(sum(signs) / len(signs), 4), **shares}
@@ -124,18 +126,18 @@ def curve(workspace: Path, rounds: int) -> list[Row]:
 
 
 def draw(runs: list[Row], target: Path) -> None:
-    """Reward and violation over the steps of all rounds, and the reward models' right orders, a line a seed."""
+    """Reward and violation over the steps of all rounds, and what the models have right, a line a seed."""
     plt.rcParams["svg.hashsalt"] = "beaver"
     figure, (reward, unsafe, right) = plt.subplots(3, 1, figsize=(8, 8), layout="constrained")
     for run_ in runs:
         steps = [row["step"] for row in run_["curve"]]
         reward.plot(steps, [row["reward"] for row in run_["curve"]], color=BLUE, marker="o", markersize=2.5, alpha=0.7)
         unsafe.plot(steps, [row["violation_rate"] for row in run_["curve"]], color=RED, marker="o", markersize=2.5)
-        places, values = [], []
-        for row in run_["rounds"][1:]:
-            places += [row["round"] - 0.5, row["round"]]
-            values += [row["models_before"]["reward_order"], row["models_after"]["reward_order"]]
-        right.plot(places, values, color=GREEN, marker="o", markersize=4, alpha=0.7)
+        places = [place for row in run_["rounds"][1:] for place in (row["round"] - 0.5, row["round"])]
+        for key, (label, color) in SHOWN.items():
+            values = [row[at][key] for row in run_["rounds"][1:] for at in ("models_before", "models_after")]
+            label = label if run_ is runs[0] else "_"
+            right.plot(places, values, color=color, marker="o", markersize=4, alpha=0.7, label=label)
     rounds = len(runs[0]["rounds"]) - 1
     ends = [max(row["step"] for row in runs[0]["curve"] if row["round"] == number) for number in range(1, rounds + 1)]
     for axes in (reward, unsafe):
@@ -147,7 +149,8 @@ def draw(runs: list[Row], target: Path) -> None:
     unsafe.axhline(TARGET, color=GREY, linestyle="--", linewidth=1.2, label=f"target {TARGET:.0%}")
     unsafe.set_ylim(bottom=0)
     unsafe.legend(frameon=False)
-    right.set_ylabel("right orders of the reward model")
+    right.set_ylabel("right, by the truth")
+    right.legend(frameon=False, loc="lower right")
     right.set_xticks([place / 2 for place in range(1, 2 * rounds + 1)])
     names = [name for n in range(1, rounds + 1) for name in (f"round {n}\nbefore PPO", f"round {n}\nafter PPO")]
     right.set_xticklabels(names)

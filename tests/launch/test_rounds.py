@@ -101,7 +101,9 @@ def test_the_small_recipe() -> None:
         assert generate["prompts"] == [f"prompts:{[0.1, 1, 1][number - 1]}:/w/world/prompts/train.jsonl"]
         assert label["pairs"] == f"{own}/generate/final/pairs.jsonl"
         train = [f"PKU-SafeRLHF:1:/w/round_{k}/label/final/train.jsonl" for k in range(1, number + 1)]
-        assert cost["train"] == train == by_name[f"round_{number}/reward"]["train"]
+        assert by_name[f"round_{number}/reward"]["train"] == train
+        safety = [0.05, 1, 1][number - 1]
+        assert cost["train"] == [spec.replace("RLHF:1:", f"RLHF:{safety}:") for spec in train]
         held_out = [f"PKU-SafeRLHF:1:{own}/label/final/test.jsonl"]
         assert policy["constraints"][0]["calibration"] == held_out == cost["eval"]
         assert policy["models"]["policy"] == f"{before}/policy/final/policy" and policy["steps"] == 7
