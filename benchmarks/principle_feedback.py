@@ -7,12 +7,13 @@ Three parts, of which --parts chooses; figures of the others in --out stay.
 synthetic: a judge of known noise and liking for what stands first compares pairs whose better answer is known.
 Precision of its labels asked once, and of those that both orders agree on (three seeds, any bias).
 
-judge: a small world's model is trained (stage sft) to answer which of two answers follows a principle better, by labels
-that are what stands first with probability --bias. Stage principle_labels reads the letters' log-probs. Precision
-against the truth, asked once and kept.
+judge: a model of 0.1M parameters is trained (stage sft) to answer which of two answers follows a principle better, by
+labels that are what stands first with probability --bias. Stage principle_labels reads the letters' log-probs.
+Precision against the truth, asked once and kept.
 
 following: one reward model, trained on labels by three principles and their opposites, is the reward of several PPO
-runs that differ in the list of principles alone. What the policies do, by the small world's truth.
+runs that differ in the list of principles alone, by the recipes of configs/self-align/. What the policies do, by the
+small world's truth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import command, launch, study_options, write
+from common import STAGES, command, launch, prepare, study_options, write
 
 from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.self_align.feedback import agree
@@ -39,7 +40,7 @@ BIASES, RIGHT, PAIRS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), 0.97, 20_000
 RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ letters[1] }} {{ answer_b }}"
 LETTERS = ("maybe", "also")
 SIZES = {"hidden_size": 64, "layers": 2, "heads": 2, "pairs": 10_000}
-"""Of the world's model, a tenth of a million parameters, so that a seed takes minutes; and of its data."""
+"""Of the judge's world: its model has a tenth of a million parameters, so that a seed takes minutes."""
 FOLLOWED = {name: [name] for name in ("helpful", "harmless", "not harmless", "brief", "not brief")}
 
 
@@ -85,8 +86,9 @@ def questions(world: SmallWorld, rows: list[dict[str, Any]], bias: float, seed: 
     return told
 
 
-def judge(folder: Path, world: SmallWorld, bias: float, seed: int) -> dict[str, Any]:
+def judge(folder: Path, bias: float, seed: int) -> dict[str, Any]:
     """Train the judge, let it label, and hold what it said against the truth."""
+    world = SmallWorld.load(folder / "world" / "world.json")
     given = folder / "judge_data"
     (given / "rubrics").mkdir(parents=True, exist_ok=True)
     (given / "rubrics" / "principle.j2").write_text(RUBRIC)
@@ -129,6 +131,13 @@ def judge(folder: Path, world: SmallWorld, bias: float, seed: int) -> dict[str, 
 # following
 
 
+def start(folder: Path, seed: int, **world: Any) -> Path:
+    """A world with these options, and its SFT policy, as far as they are not there; the folder."""
+    if not (folder / "sft" / "final").is_dir():
+        prepare(folder, seed, {"sft": STAGES["sft"]}, **world)
+    return folder
+
+
 def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     """The reward model, and what policies do that are trained by it under several lists of principles."""
     common = [f"workspace={folder}", "debug=true", f"seed={seed}", "cluster.threads=1"]
@@ -150,7 +159,9 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
             settings = [f"models.reward.principles={json.dumps(principles)}", f"name={run.name}", f"steps={steps}"]
             settings += ["resume=true", "save_every=10"]
             launch("train", str(RECIPES / "principle_ppo.yaml"), *common, *settings)
-        found[name] = figures_of(run) | words(run)
+        rows = read_rows(run / "metrics.jsonl")
+        found[name] = figures_of(run) | {"response_tokens": words(rows[-5:])}
+        found["start"]["response_tokens"] = words(rows[:1])  # the first step is the policy of the start
     return found
 
 
@@ -163,10 +174,9 @@ def figures_of(folder: Path) -> dict[str, Any]:
     return {key: figures[key] for key in KEYS}
 
 
-def words(run: Path) -> dict[str, float]:
-    """Mean length of the answers of the last steps, in tokens."""
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "rollout/response_tokens" in row]
-    return {"response_tokens": float(np.mean([row["rollout/response_tokens"] for row in rows[-5:]]))} if rows else {}
+def words(steps: list[dict[str, Any]]) -> float:
+    """Mean length of the answers of some steps, in tokens."""
+    return float(np.mean([step["rollout/response_tokens"] for step in steps]))
 
 
 def main() -> None:
@@ -187,19 +197,12 @@ def main() -> None:
             "bias": {f"{b:g}": {f"seed {s}": synthetic(s, b) for s in (0, 1, 2)} for b in BIASES},
         }
     for seed in given.seeds if {"judge", "following"} & set(given.parts) else []:
-        folder = given.workspace / str(seed)
-        if not (folder / "sft" / "final").is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            pipeline = {"workspace": str(folder), "world": {"seed": seed, **SIZES}}
-            pipeline["stages"] = [{"config": str(CONFIGS / "local" / "sft.yaml")}]  # type: ignore[assignment]
-            (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
-            settings = (f"seed={seed}", "debug=true", "cluster.threads=1", "epochs=2", "engine.micro_batch_tokens=1024")
-            launch("pipeline", str(folder / "pipeline.yaml"), *(f"sft.{setting}" for setting in settings))
-        world = SmallWorld.load(folder / "world" / "world.json")
+        folder = (given.workspace / str(seed)).resolve()
         if "judge" in given.parts:
-            figures["judge"][f"seed {seed}"] = judge(folder, world, given.bias, seed)
+            of_judge = start(folder / "judge", seed, **SIZES)
+            figures["judge"][f"seed {seed}"] = judge(of_judge, given.bias, seed)
         if "following" in given.parts:
-            figures["following"][f"seed {seed}"] = following(folder, seed, given.steps)
+            figures["following"][f"seed {seed}"] = following(start(folder / "following", seed), seed, given.steps)
         write(given.out, figures)
     write(given.out, figures)
 
