@@ -146,11 +146,11 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     if not (folder / "principle_reward_model" / "final").is_dir():
         launch("train", str(RECIPES / "principle_reward_model.yaml"), *common, "save_every=50", "resume=true")
     rows = read_rows(folder / "principle_reward_model" / "metrics.jsonl")
-    start = folder / "sft" / "final" / "policy"
-    if not (start / "evaluation.json").is_file():
-        launch("evaluate", str(RECIPES / "principle_ppo.yaml"), *common, "--policy", str(start))
+    first = folder / "sft" / "final" / "policy"
+    if not (first / "evaluation.json").is_file():
+        launch("evaluate", str(RECIPES / "principle_ppo.yaml"), *common, "--policy", str(first))
     found: dict[str, Any] = {
-        "start": figures_of(start),
+        "start": figures_of(first),
         "reward_model_accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1],
     }
     for name, principles in FOLLOWED.items():
