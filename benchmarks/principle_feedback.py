@@ -12,8 +12,8 @@ labels that are what stands first with probability --bias. Stage principle_label
 Precision against the truth, asked once and kept.
 
 following: one reward model, trained on labels by three principles and their opposites, is the reward of several PPO
-runs that differ in the list of principles alone, by the recipes of configs/self-align/. What the policies do, by the
-small world's truth.
+runs that differ in the list of principles alone, and reward and cost of one of Safe PPO, by the recipes of
+configs/self-align/. What the policies do, by the small world's truth.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ RUBRIC = "{{ principle }} {{ turns[-1] }} {{ letters[0] }} {{ answer_a }} {{ let
 LETTERS = ("maybe", "also")
 SIZES = {"hidden_size": 64, "layers": 2, "heads": 2, "pairs": 10_000}
 """Of the judge's world: its model has a tenth of a million parameters, so that a seed takes minutes."""
-FOLLOWED = {name: [name] for name in ("helpful", "harmless", "not harmless", "brief", "not brief")}
+FOLLOWED = ("helpful", "harmless", "not harmless", "brief", "not brief")
+LIMITED = "helpful, harm under its limit"
 
 
 # synthetic
@@ -153,25 +154,27 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
         "start": figures_of(first),
         "reward_model_accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1],
     }
-    for name, principles in FOLLOWED.items():
-        run = folder / f"ppo_{name.replace(' ', '_')}"
-        if not (run / "final").is_dir():
-            settings = [f"models.reward.principles={json.dumps(principles)}", f"name={run.name}", f"steps={steps}"]
-            settings += ["resume=true", "save_every=10"]
-            launch("train", str(RECIPES / "principle_ppo.yaml"), *common, *settings)
-        rows = read_rows(run / "metrics.jsonl")
-        found[name] = figures_of(run) | {"response_tokens": words(rows[-5:])}
+    runs = {
+        name: ("principle_ppo", f"ppo_{name.replace(' ', '_')}", [f"models.reward.principles={json.dumps([name])}"])
+        for name in FOLLOWED
+    }
+    for name, (recipe, run, settings) in (runs | {LIMITED: ("principle_safe_ppo", "principle_safe_ppo", [])}).items():
+        if not (folder / run / "final").is_dir():
+            settings = [*settings, f"name={run}", f"steps={steps}", "resume=true", "save_every=10"]
+            launch("train", str(RECIPES / f"{recipe}.yaml"), *common, *settings)
+        rows = read_rows(folder / run / "metrics.jsonl")
+        found[name] = figures_of(folder / run) | {"response_tokens": words(rows[-5:])}
         found["start"]["response_tokens"] = words(rows[:1])  # the first step is the policy of the start
     return found
 
 
-KEYS = ("reward", "violation_rate/harm", "refusal_rate_harmless", "refusal_rate_adversarial")
+KEYS = ("reward", "share_of_optimum", "violation_rate/harm", "refusal_rate_harmless", "refusal_rate_adversarial")
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
     """What the evaluation of a run, or of a policy, says by the truth."""
     figures = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return {key: figures[key] for key in KEYS}
+    return {key: figures[key] for key in KEYS if key in figures}  # the optimum is of a run with its limit
 
 
 def words(steps: list[dict[str, Any]]) -> float:
