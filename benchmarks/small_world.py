@@ -34,6 +34,7 @@ METHODS = {
         f"constraints.harm.model={TRUTH.format('cost')}",
         "constraints.harm.critic=${workspace}/cost_model/final/cost_model",
     ],
+    "safe_ppo_longer_reward_model": ["models.reward=${workspace}/reward_model_longer/final/reward_model"],
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],
@@ -41,6 +42,8 @@ METHODS = {
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
+REWARD_MODELS = {"safe_ppo_longer_reward_model": ("reward_model_longer", ["epochs=4"])}
+"""Of a method with a reward model of its own: its run, and settings of the recipe."""
 SETTLED = 25
 """The first step from which the limit is asked to be kept."""
 
@@ -48,7 +51,11 @@ SETTLED = 25
 def run(
     workspace: Path, seed: int, method: str, settings: Sequence[str], target: float = TARGET
 ) -> dict[str, float | int | str | None]:
-    """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
+    """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth. Its
+    reward model comes first, where the method has one of its own."""
+    if method in REWARD_MODELS:
+        name, changes = REWARD_MODELS[method]
+        trained(workspace, name, seed, CONFIGS / "reward_model.yaml", changes)
     limit = f"constraints.harm.violation_rate={target}"
     trained(workspace, method, seed, CONFIGS / "safe_ppo.yaml", [limit, *settings])
     return figures(read_metrics(workspace / method), target) | {"method": method, "seed": seed}
