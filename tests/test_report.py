@@ -272,7 +272,7 @@ def test_verdicts_of_a_certificate_and_a_reliability_curve(tmp_path: Path) -> No
     page = Page(report(folder))
     assert page.open == [] and page.tags.count("svg") == before.tags.count("svg") + 1
     text = " ".join(page.text)
-    assert "all of one answer at once: undecided" in text
+    assert "all of one answer that have bounds, at once: undecided" in text
     assert (
         "harm one share unsafe the <b>judge</b> 0.0600 0.1 0.0300 to 0.1200 200 undecided; 1,234 prompts would decide"
         in text
