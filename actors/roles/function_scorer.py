@@ -4,9 +4,9 @@
 
 A prompt is the last thing that the user said, a response the answer's text. Further fields of the prompts' rows come
 as keywords, each a list with one entry for each prompt (None where a row has no such field): those that the function
-names without a default or with None as one, or all of them where it takes any keyword. A parameter with another default
-is an option, which no row sets. ``dialogues`` is one of the fields: all turns before the response, user and assistant
-by turns; with an environment the response is the last of several. Parameters that the configuration sets,
+names, or all of them where it takes any keyword. A parameter behind ``*`` that has a default other than None is an
+option, which no row sets. ``dialogues`` is one of the fields: all turns before the response, user and assistant by
+turns; with an environment the response is the last of several. Parameters that the configuration sets,
 FUNCTION(budget=200), come as keywords too, on each call. The function returns a number for each response, which is the
 cost of all constraints that name it; or, where it gives several signals, such a list for each of their names (reward,
 names of constraints).
@@ -107,12 +107,12 @@ class FunctionScorer(TextScorer):
 
 def _wanted(source: str, function: Any, known: set[str], keywords: Collection[str]) -> list[str]:
     """Names of the fields that the function is given: those of its parameters that the configuration does not set, and
-    that no default but None makes options."""
+    that are no options: behind ``*``, with a default other than None."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = [p.name for p in named if p.name not in GIVEN]
     required = {p.name for p in named if p.default is p.empty}
-    options = {p.name for p in named if p.default is not p.empty and p.default is not None}
+    options = {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default not in (p.empty, None)}
     known = {*known, "dialogues"}.difference(keywords, options, GIVEN)
     if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(
