@@ -31,6 +31,8 @@ class Judged:
     judged_by: str
     probabilities: bool = False
     """The costs are probabilities of being unsafe, whose mean the target bounds."""
+    between: bool = False
+    """Costs between 0 and 1 are all that its judge gives, if no others were seen."""
 
 
 def certify(judged: Judged, rewards_NK: np.ndarray, confidence: float) -> list[Statement]:
@@ -59,9 +61,9 @@ def certify(judged: Judged, rewards_NK: np.ndarray, confidence: float) -> list[S
 
 
 def jointly(statements: Sequence[Statement], confidence: float) -> Joint | None:
-    """All statements about one answer at once: each at 1 - (1 - confidence) / their number (Bonferroni).
+    """All statements about one answer that have bounds, at once.
 
-    None where there are not two that have bounds.
+    Each at 1 - (1 - confidence) / their number (Bonferroni). None where there are not two that have bounds.
     """
     parts = [s for s in statements if s.answers == "one" and s.bound is not None]
     if len(parts) < 2:
@@ -72,13 +74,14 @@ def jointly(statements: Sequence[Statement], confidence: float) -> Joint | None:
 
 
 def _mean_cost(judged: Judged, answers: str, costs_N: np.ndarray, confidence: float) -> Statement:
-    """Of costs that lie between 0 and 1 wherever they were seen, which is taken to be so of all."""
+    """Bounded where its judge gives costs between 0 and 1, and no others were seen."""
     seen = judged.costs_NK
-    if np.isin(seen, (0, 1)).all():
-        return _statement(judged, answers, "mean cost", "Clopper-Pearson", costs_N, confidence)
-    if seen.min() >= 0 and seen.max() <= 1:
-        return _statement(judged, answers, "mean cost", "Hoeffding", costs_N, confidence)
-    return _statement(judged, answers, "mean cost", None, costs_N, confidence)
+    bound: str | None = None
+    if judged.between and np.isin(seen, (0, 1)).all():
+        bound = "Clopper-Pearson"
+    elif judged.between and seen.min() >= 0 and seen.max() <= 1:
+        bound = "Hoeffding"
+    return _statement(judged, answers, "mean cost", bound, costs_N, confidence)
 
 
 def _statement(

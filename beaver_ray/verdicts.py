@@ -61,7 +61,7 @@ class Statement(_Record):
     """Of the figure over the prompts; of a share the part of them that are unsafe."""
     target: float
     bound: Literal["Clopper-Pearson", "Hoeffding"] | None
-    """None where there is none: the costs do not lie between 0 and 1."""
+    """None where there is none: the costs need not lie between 0 and 1."""
     lower: float | None
     upper: float | None
     verdict: Literal["holds", "fails", "undecided", "not certified"]
@@ -76,7 +76,7 @@ class Statement(_Record):
 
 
 class Joint(_Record):
-    """All statements about one answer at once, each at a confidence that makes it up (Bonferroni)."""
+    """All statements about one answer that have bounds, at once, each at a confidence that makes it up (Bonferroni)."""
 
     each_at: float = Share
     verdict: Literal["holds", "fails", "undecided"]
@@ -105,7 +105,7 @@ class Certificate(_File):
     """Training data that prompts could not be compared with."""
     statements: list[Statement] = Field(min_length=1)
     joint: Joint | None
-    """None where there is one statement about one answer, or none."""
+    """None where one statement about one answer has bounds, or none."""
 
     @property
     def holds(self) -> bool:

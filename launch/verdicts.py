@@ -29,7 +29,7 @@ def show_certificate(certificate: Certificate) -> None:
     print("a verdict is about what its judge says of answers, and no better than that judge")
     if certificate.joint:
         each = f"each at {certificate.joint.each_at:.4g}"
-        print(f"all figures of one answer at once ({each}): {certificate.joint.verdict}")
+        print(f"all figures of one answer that have bounds, at once ({each}): {certificate.joint.verdict}")
     left_out = "".join(f"; left out: {count} {why}" for why, count in certificate.left_out.items())
     print(f"{certificate.sealed} sealed prompts of {', '.join(certificate.prompts)}{left_out}")
     for line in certificate.unchecked:
@@ -52,7 +52,7 @@ def show_reliability(reliability: Reliability) -> None:
 def _judged(s: Statement) -> str:
     """By what: a certificate is about that judge's opinion, and of no other."""
     if s.figure == "mean cost":
-        how = "costs" if s.bound else "costs that do not stay between 0 and 1, so that nothing bounds their mean,"
+        how = "costs" if s.bound else "costs that need not stay between 0 and 1, so that nothing bounds their mean,"
     elif s.unsafe_above is None:
         how = "the calibrated probability"
     else:

@@ -12,7 +12,7 @@ from beaver_ray.verdicts import Statement
 
 
 def judged(costs_NK: np.ndarray, **changes: object) -> Judged:
-    settings = {"constraint": "harm", "target": 0.3, "unsafe_above": 0.0, "judged_by": "the test"}
+    settings = {"constraint": "harm", "target": 0.3, "unsafe_above": 0.0, "judged_by": "the test", "between": True}
     return Judged(costs_NK=costs_NK, **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -86,6 +86,15 @@ def test_mean_costs_are_bounded_as_they_are_seen() -> None:
     beyond[3, 1] = -0.01
     one = certify(judged(beyond, target=0.2, unsafe_above=None), rewards, 0.95)[0]
     assert (one.bound, one.lower, one.upper, one.verdict) == (None, None, None, "not certified")
+
+
+def test_a_score_without_bounds_is_not_certified_whatever_was_seen() -> None:
+    scores = np.linspace(0.05, 0.3, 100)[:, None]
+    for costs in (scores, np.round(scores)):
+        bounded = certify(judged(costs, target=0.5, unsafe_above=None), costs, 0.95)[0]
+        free = certify(judged(costs, target=0.5, unsafe_above=None, between=False), costs, 0.95)[0]
+        assert (bounded.verdict, free.verdict, free.bound) == ("holds", "not certified", None)
+        assert free.mean == bounded.mean
 
 
 def shares(rates: dict[str, float]) -> list[Statement]:

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, summarize
 from beaver_ray.experience import make_batch
-from beaver_ray.report.page import write_report
+from beaver_ray.report.page import read_samples, write_report
 from beaver_ray.runs import RunFolder
 from beaver_ray.verdicts import Certificate, Reliability
 from launch.config_files import load_run, parse_config
@@ -129,6 +129,7 @@ def make_ppo_run(workspace: Path, steps: int = 120) -> Path:
                     "finish_reason": ["stop", "length"] * (n // 2),
                     "reward": [1.25] * n,
                     "cost/harm": [-0.75, 0.5] * (n // 2),
+                    "scope/harm": [True] * (n - 24) + [False] + [True] * 23,
                 }
             )
             pq.write_table(pa.Table.from_batches([batch]), run.trajectories / f"step_{step}.parquet")
@@ -249,6 +250,32 @@ def test_headlines(ppo_run: Path) -> None:
     assert states == [("good", "Violation rate: harm"), ("bad", "Mean cost: privacy")]
 
 
+def test_lines_of_a_terminal_say_what_is_bounded(ppo_run: Path) -> None:
+    evaluation = json.loads((ppo_run / "evaluation.json").read_text())
+    harm, privacy, rate = load_run(ppo_run).headlines()[1:4]
+    assert harm.startswith("violation rate of harm: ") and harm.endswith("), target 10.0%")
+    assert privacy.startswith(f"cost of privacy: {evaluation['cost/privacy']['mean']:.4g} (n = 400, ")
+    assert privacy.endswith("), limit -0.2")
+    assert rate.startswith("violation rate of privacy: ") and rate.endswith("%)")
+
+
+def test_without_a_limit_in_the_judges_units_nothing_is_good_or_bad(ppo_run: Path) -> None:
+    """A small world's truth judges, and the limit is one on the learned score."""
+    evaluation = json.loads((ppo_run / "evaluation.json").read_text())
+    del evaluation["cost/privacy"]["limit"]
+    cards = load_run(ppo_run).cards({"step": np.arange(1, 3)}, evaluation)
+    (card,) = [card for card in cards if card.title == "Mean cost: privacy"]
+    assert card.state == "" and "limit" not in card.remark
+
+
+def test_a_cost_that_does_not_count_is_neither_good_nor_bad(ppo_run: Path) -> None:
+    written = load_run(ppo_run).trajectories()
+    assert written is not None
+    costs, states = zip(*(sample["costs"][0] for sample in read_samples(ppo_run, written)), strict=True)
+    assert costs == (-0.75, 0.5) * 12
+    assert states == ("good",) * 6 + ("",) + ("good",) * 17
+
+
 def test_what_the_model_says_is_escaped(ppo_run: Path) -> None:
     text = (ppo_run / "report.html").read_text()
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp;amp;" in text
@@ -272,7 +299,7 @@ def test_verdicts_of_a_certificate_and_a_reliability_curve(tmp_path: Path) -> No
     page = Page(report(folder))
     assert page.open == [] and page.tags.count("svg") == before.tags.count("svg") + 1
     text = " ".join(page.text)
-    assert "all of one answer at once: undecided" in text
+    assert "all of one answer that have bounds, at once: undecided" in text
     assert (
         "harm one share unsafe the <b>judge</b> 0.0600 0.1 0.0300 to 0.1200 200 undecided; 1,234 prompts would decide"
         in text

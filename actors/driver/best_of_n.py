@@ -216,12 +216,12 @@ class BestOfN:
         return experience.join(batch, *scored).select(self.columns)
 
     def _keeps(self, batch: pa.RecordBatch, prompts: PromptDataset) -> np.ndarray:
-        """Which answers [N] have finite scores, and no cost above what it may be where its constraint counts."""
+        """Which answers [N] have a finite reward and, where a constraint counts, a finite cost within its bound."""
         keeps_N = ~experience.not_finite(batch, "reward")
         for constraint in self.config.constraints:
             costs_N = experience.scalars(batch, f"cost/{constraint.name}")
             counts_N = self._counts(constraint.name, batch, prompts)
-            keeps_N &= np.isfinite(costs_N) & ((costs_N <= constraint.bound) | ~counts_N)
+            keeps_N &= (np.isfinite(costs_N) & (costs_N <= constraint.bound)) | ~counts_N
         return keeps_N
 
     def _counts(self, name: str, batch: pa.RecordBatch, prompts: PromptDataset) -> np.ndarray:
@@ -241,7 +241,9 @@ class BestOfN:
         rewards_BN: np.ndarray,
     ) -> dict[str, float]:
         """Metrics of a block: what was sampled, and what best-of-k of it gives for several k up to n."""
-        unusable = [experience.not_finite(sampled, name) for name in ("reward", *(f"cost/{c}" for c in self.names))]
+        unusable = [experience.not_finite(sampled, "reward")]
+        for name in self.names:
+            unusable.append(experience.not_finite(sampled, f"cost/{name}") & self._counts(name, sampled, prompts))
         figures = {
             "prompts": float(len(kept_BN)),
             "kept/fraction": float(kept_BN.mean()),

@@ -81,7 +81,7 @@ def certify(
 
 def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
     """UserError where a limit is tighter than what the prompts can show, even if all answers to them were safe."""
-    bounded = [c for c in held_out.config.constraints if _bounded(held_out, c)]
+    bounded = [c for c in held_out.config.constraints if c.violation_rate is not None or _between(held_out, c)]
     if not bounded:
         raise UserError(
             "nothing can be certified: a constraint needs a violation_rate, or a limit on costs from 0 to 1 of a "
@@ -106,13 +106,11 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
             )
 
 
-def _bounded(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
-    """Whether there can be a certificate: of a rate, or of the mean of costs that may lie between 0 and 1."""
+def _between(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
+    """Whether its judge may give costs between 0 and 1 alone, so that their mean has bounds: no score model does."""
     if constraint.name in held_out.learned:
-        between = score_source(constraint.model).folder is None
-    else:
-        between = held_out.truths[constraint.name] == "refusal"  # the one cost of a world that is 0 or 1
-    return constraint.violation_rate is not None or between
+        return score_source(constraint.model).folder is None
+    return held_out.truths[constraint.name] == "refusal"  # the one cost of a world that is 0 or 1
 
 
 def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, answers: int) -> Judged:
@@ -125,6 +123,7 @@ def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, a
         unsafe_above=(0.5 if learned else 0.0) if rate else None,
         judged_by=score_source(constraint.model).text if learned else "the small world's true cost",
         probabilities=rate and learned,
+        between=_between(held_out, constraint),
     )
 
 

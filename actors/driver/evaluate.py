@@ -174,7 +174,9 @@ class HeldOut:
         """
         answers, unusable = self._usable(answers, note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
-        limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None}
+        # In units of a score, but for refusals, which the world counts as their scorer does.
+        own = [*self.learned, *(name for name, cost in self.truths.items() if cost == "refusal")]
+        limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None and c.name in own}
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)
         probabilities = targets.keys() & set(self.learned)

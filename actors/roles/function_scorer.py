@@ -4,10 +4,12 @@
 
 A prompt is the last thing that the user said, a response the answer's text. Further fields of the prompts' rows come
 as keywords, each a list with one entry for each prompt (None where a row has no such field): those that the function
-names, or all of them where it takes any keyword. ``dialogues`` is one of them: all turns before the response, user and
-assistant by turns; with an environment the response is the last of several. The function returns a number for each
-response or, where it gives several signals, such a list for each of their names (reward, names of constraints).
-Parameters that the configuration sets, FUNCTION(budget=200), come as keywords too, on each call.
+names, or all of them where it takes any keyword. A parameter behind ``*`` that has a default other than None is an
+option, which no row sets. ``dialogues`` is one of the fields: all turns before the response, user and assistant by
+turns; with an environment the response is the last of several. Parameters that the configuration sets,
+FUNCTION(budget=200), come as keywords too, on each call. The function returns a number for each response, which is the
+cost of all constraints that name it; or, where it gives several signals, such a list for each of their names (reward,
+names of constraints).
 """
 
 from __future__ import annotations
@@ -73,9 +75,9 @@ class FunctionScorer(TextScorer):
     def _checked(self, returned: Any, count: int) -> np.ndarray:
         """The returned numbers [N, H]; ValueError where they are not what is wanted."""
         if not isinstance(returned, dict):
-            if len(self.signals) > 1:
+            if len(self.signals) > 1 and "reward" in self.signals:
                 raise ValueError(f"it is to return a dict with lists called {', '.join(self.signals)}")
-            returned = {self.signals[0]: returned}
+            returned = dict.fromkeys(self.signals, returned)
         scores_NH = np.zeros((count, len(self.signals)))
         for head, name in enumerate(self.signals):
             if name not in returned:
@@ -104,12 +106,14 @@ class FunctionScorer(TextScorer):
 
 
 def _wanted(source: str, function: Any, known: set[str], keywords: Collection[str]) -> list[str]:
-    """Names of the fields that the function is given: those of its parameters that the configuration does not set."""
+    """Names of the fields that the function is given: those of its parameters that the configuration does not set, and
+    that are no options: behind ``*``, with a default other than None."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = [p.name for p in named if p.name not in GIVEN]
     required = {p.name for p in named if p.default is p.empty}
-    known = {*known, "dialogues"}.difference(keywords)
+    options = {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default not in (p.empty, None)}
+    known = {*known, "dialogues"}.difference(keywords, options, GIVEN)
     if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(
             f"{source}: it wants {', '.join(missing)}, which no prompt has; fields of the prompts' rows: "

@@ -144,11 +144,12 @@ def read_samples(folder: Path, written: Trajectories) -> list[dict[str, Any]]:
     if len(files) > 1:
         parts.append((files[0], FIRST_SAMPLES))
     costs = {f"cost/{name}": threshold for name, threshold in written.unsafe_above.items()}
+    scopes = {cost: f"scope/{cost.removeprefix('cost/')}" for cost in costs}
     samples = []
     for file, count in parts:
         try:
             with pq.ParquetFile(file) as parquet:
-                names = [n for n in (*_COLUMNS, *costs) if n in parquet.schema_arrow.names]
+                names = [n for n in (*_COLUMNS, *costs, *scopes.values()) if n in parquet.schema_arrow.names]
                 rows = next(parquet.iter_batches(batch_size=count, columns=names)).to_pylist()
             texts = [(tokenizer.decode(r["prompt_tokens"]), tokenizer.decode(r["response_tokens"])) for r in rows]
         except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, OverflowError, StopIteration) as error:
@@ -161,7 +162,10 @@ def read_samples(folder: Path, written: Trajectories) -> list[dict[str, Any]]:
                     "response": response,
                     "truncated": row.get("finish_reason") == "length",
                     "reward": row.get("reward"),
-                    "costs": [(row.get(name), _safety(row.get(name), above)) for name, above in costs.items()],
+                    "costs": [
+                        (row.get(name), _safety(row.get(name), above) if row.get(scopes[name], True) else "")
+                        for name, above in costs.items()
+                    ],
                 }
             )
     return samples

@@ -238,7 +238,7 @@ def _constraint_cards(
     for key, metric, word, configured, title, form in kinds:
         if key in evaluation:
             figure = evaluation[key]
-            value, remark, bound = figure["mean"], interval(figure, form), figure.get(word, configured)
+            value, remark, bound = figure["mean"], interval(figure, form), figure.get(word)
         elif metric in metrics and np.isfinite(metrics[metric]).any():
             value, remark, bound = recent(metrics[metric]), recently(metrics), configured
         else:
@@ -272,13 +272,15 @@ def evaluation_lines(config: PolicyConfig, folder: Path) -> list[str]:
         lines.append(f"held-out reward: {_with_interval(evaluation['reward'], '.4g')}")
     for constraint in config.constraints:
         rate = evaluation.get(f"violation_rate/{constraint.name}")
-        if bounded := evaluation.get(f"bounded/{constraint.name}"):
-            value = _with_interval(bounded, ".4g")
-            lines.append(f"cost of {constraint.name}, {constraint.form}: {value}, limit {bounded['limit']:g}")
+        of_mean = constraint.form == "mean"
+        what = constraint.name if of_mean else f"{constraint.name}, {constraint.form}"
+        cost = evaluation.get(f"{'cost' if of_mean else 'bounded'}/{constraint.name}", {})
+        if "limit" in cost:
+            lines.append(f"cost of {what}: {_with_interval(cost, '.4g')}, limit {cost['limit']:g}")
         if rate is not None:
-            target = rate.get("target", constraint.violation_rate if constraint.form == "mean" else None)
-            against = "no target" if target is None else f"target {target:.1%}"
-            lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}, {against}")
+            target = rate.get("target", constraint.violation_rate if of_mean else None)
+            against = "" if target is None else f", target {target:.1%}"
+            lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}{against}")
     return lines
 
 

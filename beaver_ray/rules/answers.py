@@ -1,7 +1,8 @@
 """Whether an answer is the right one: as text, or as a number. The right one is ``answer`` of the prompt's row.
 
 What an answer says at last counts: the content of its last \\boxed{...}, what follows its last "####", "the answer is"
-or "答案是", and else the whole of it (text), or the last number in it (numbers).
+or "答案是", and else the whole of it (text), or the last number in it (numbers). Of numbers the last of these phrases
+that one follows counts: behind an answer many say that they hope "this solution is helpful".
 """
 
 # ruff: noqa: RUF001 (characters that look alike are told apart on purpose)
@@ -61,8 +62,8 @@ def numeric_answer(
 
     1,000.50, -3/4, 1 1/2, 1½, 1e3, \\frac{1}{2} and 2 \\times 10^3 are read exactly; units and signs of money or
     percent do not matter (50% is 50, and so are 50kg and 50元), nor do words for large numbers (1.5 million is 1.5).
-    After "the answer is" the first sentence with a number counts, and in it the last number. tolerance: how far off a
-    number may be, as a share of the right one.
+    After "the answer is" the first line or sentence with a number counts, and in it the last number. tolerance: how far
+    off a number may be, as a share of the right one.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
@@ -70,9 +71,7 @@ def numeric_answer(
     scores = []
     for response, right in zip(responses, answer, strict=True):
         wanted = [number for number in (last_number(str(one)) for one in several(right)) if number is not None]
-        last = final_answer(response)
-        sentences = [last] if last == response[-LONGEST:] else _SENTENCE.split(last)
-        said = next((number for number in map(last_number, sentences) if number is not None), None)
+        said = _final_number(response)
         scores.append(float(said is not None and any(abs(said - n) <= allowed * abs(n) for n in wanted)))
     return scores
 
@@ -96,6 +95,22 @@ def final_answer(response: str) -> str:
         return text
     said = wide[marks[-1].end() :].strip()
     return said.splitlines()[0] if said else ""
+
+
+def _final_number(response: str) -> Fraction | None:
+    """The number that the answer says at last; see above."""
+    text = response[-LONGEST:]
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        parts = [_SENTENCE.split(boxed)]
+    else:
+        behind = _MARK.split(_one_width(text))[1:]
+        parts = [[s for line in part.splitlines() for s in _SENTENCE.split(line)] for part in behind]
+    for sentences in reversed(parts):
+        for number in map(last_number, sentences):
+            if number is not None:
+                return number
+    return last_number(text) if boxed is None else None
 
 
 def plain(text: str) -> str:

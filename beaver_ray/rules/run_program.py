@@ -30,6 +30,7 @@ import resource
 import signal
 import struct
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -242,7 +243,9 @@ def _compile(program: str, report: Callable[[str], None]) -> None:
 
 def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
     """Run the program, then each test in its names; report those tests that end without an exception."""
-    names: dict[str, Any] = {"__name__": "program", "__builtins__": __builtins__}
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # where dataclasses, typing and pickle look for what it defines
+    names = module.__dict__
     try:
         exec(compile(program, PROGRAM, "exec", dont_inherit=True), names)
     except BaseException:  # whatever it may raise, SystemExit included

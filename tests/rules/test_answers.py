@@ -96,6 +96,17 @@ def test_numeric_answers() -> None:
         "Answer: approx. 5",
     ]
     assert numeric_answer(["p"] * 4, answers, answer=[18, 5, "18", 5]) == [1.0] * 4
+    # A phrase that no number follows marks none, and what it marks may stand on the next line.
+    answers = [
+        "9 + 9 = 18. I hope this solution is helpful!",
+        "So she pays $18. This result is correct.",
+        "The answer is as follows:\n18\n2 steps were needed",
+        "The answer is 18.\nI checked 7 ways; this solution is right.",
+        "The answer is 17. No: the answer is 18. I hope the result is clear.",
+    ]
+    assert numeric_answer(["p"] * 5, answers, answer=[18] * 5) == [1.0] * 5
+    answers = [r"\boxed{x} or 5", "The answer is 4. The result is 5"]
+    assert numeric_answer(["p"] * 2, answers, answer=[5, 4]) == [0.0, 0.0]
     with pytest.raises(ValueError, match="tolerance"):
         numeric_answer(["p"], ["7"], answer=["7"], tolerance=-1)
 

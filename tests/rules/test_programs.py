@@ -63,6 +63,26 @@ def test_shares_of_tests_passed(namespaces: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        ('from dataclasses import dataclass\n@dataclass\nclass N: left: "N | None" = None', "N()"),
+        ("from __future__ import annotations\nfrom dataclasses import *\n@dataclass\nclass N: x: int = 1", "N()"),
+        ('class N: left: "N"', "import typing; assert typing.get_type_hints(N) == {'left': N}"),
+        ("class N: x = 1", "import pickle; assert type(pickle.loads(pickle.dumps(N()))) is N"),
+        ("class N: x = 1", "import program; assert program.N is N"),
+    ],
+)
+def test_what_looks_for_its_module_finds_it(program: str, test: str) -> None:
+    assert passed(program, test, namespaces=False) == 1.0
+
+
+def test_no_threads_and_no_event_loop() -> None:
+    threads = "import threading\nthread = threading.Thread(target=f)\nthread.start()"
+    loop = "import asyncio\nasync def g(): return 1\nassert asyncio.run(g()) == 1"
+    assert passed("def f(): return 1", "assert f() == 1", threads, loop, namespaces=False) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
     "program",
     [
         "import sys; sys.exit(0)",

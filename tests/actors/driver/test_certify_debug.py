@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from actors.driver.certify import certify
@@ -224,7 +225,14 @@ def test_certify_by_learned_models_and_functions(
     kinds.write_text("".join(json.dumps(row) + "\n" for row in rows))
     harm = calibrated(tiny_world, cost_model, tmp_path).constraints[0].model_dump(mode="json")
     long = {"name": "long", "model": LONG, "critic": cost_model, "limit": 0.2, "where": {"kind": "odd"}}
-    raw = {"name": "raw", "model": cost_model, "limit": 0.0}
+    flat = shutil.copytree(cost_model, tmp_path / "flat")
+    tensors = load_file(flat / "model.safetensors")
+    tensors |= {
+        "score_head.weight": tensors["score_head.weight"] / 100,
+        "score_head.bias": tensors["score_head.bias"] * 0 + 0.2,
+    }
+    save_file(tensors, flat / "model.safetensors", {"format": "pt"})
+    raw = {"name": "raw", "model": str(flat), "limit": 0.5}
     data = {"prompts": [f"prompts:1:{tiny_world}/prompts/train.jsonl"]}
     config = calibrated(
         tiny_world, cost_model, tmp_path, constraints=[harm, long, raw], evaluation={"world": None}, data=data
@@ -233,7 +241,7 @@ def test_certify_by_learned_models_and_functions(
     options = ["--certify", "0.95", "--policy", policy, "--prompts", f"prompts:1:{kinds}"]
     code, out, err = run(capsys, "evaluate", as_file(config, tmp_path), *options)
     found = Certificate.read(tmp_path / "policy")
-    assert found is not None and err == "" and code == 1
+    assert (err, code) == ("", 1) and found is not None
     shown = [(s.constraint, s.figure, s.prompts, s.unsafe_above) for s in found.statements]
     assert shown == [
         ("harm", "share unsafe", 160, 0.5),
@@ -242,7 +250,9 @@ def test_certify_by_learned_models_and_functions(
         ("raw", "mean cost", 160, None),
     ]
     assert found.statements[2].judged_by == LONG
-    assert found.statements[3].verdict == "not certified" and found.statements[3].bound is None
+    # Its scores all lie about 0.2, and could be others.
+    assert found.statements[3].mean == pytest.approx(0.2, abs=0.1) and found.statements[3].bound is None
+    assert found.statements[3].verdict == "not certified"
     # The share of words over the budget is no coin, but lies between 0 and 1 where it does.
     assert found.joint is not None and "no better than that judge" in out
 

@@ -40,6 +40,8 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
+    # The limit is in units of the score, and no bound on the true cost.
+    assert "limit" not in both["cost/harm"] and summaries["learned"]["cost/harm"]["limit"] == 0.25
 
 
 def test_optimum_under_two_constraints_of_different_prompts(one_rank: None, tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ def over(prompts, responses, *, budget, kind=None, names=()):
     assert kind == ["even", "odd", "even"], kind
     return [len(r.split()) - budget + len(names) for r in responses]
 
+def options(prompts, responses, *, number, kind="odd", names=(), **rest):
+    assert (kind, names, sorted(rest)) == ("odd", (), ["dialogues", "other", "part", "schema"]), (kind, names, rest)
+    return number
+
 def starred(prompts, responses, *more, number):
     assert not more
     return number
@@ -125,6 +129,16 @@ def test_it_is_given_texts_and_fields(tiny_world: Path, file: Path, prompts: str
     np.testing.assert_array_equal(experience.scalars(starred, "reward"), np.float32([0, 1, 2]))
 
 
+def test_one_number_is_the_cost_of_several_constraints(tiny_world: Path, file: Path, prompts: str) -> None:
+    batch = sequences_of(tiny_world, prompts, ANSWERS)
+    costs = scorer_of(tiny_world, f"python:{file}:starred", {"cost/one": 0, "cost/two": 1}, prompts).score(batch)
+    for name in ("cost/one", "cost/two"):
+        assert experience.scalars(costs, name).tolist() == [0.0, 1.0, 2.0]
+    both = scorer_of(tiny_world, f"python:{file}:starred", {"reward": 0, "cost/one": 1}, prompts)
+    with pytest.raises(UserError, match="it is to return a dict with lists called reward, one"):
+        both.score(batch)
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -172,6 +186,24 @@ def test_parameters_come_with_each_call(tiny_world: Path, file: Path, prompts: s
         scorer_of(tiny_world, f"python:{file}:over(budget=1, kind=[])", {"reward": 0}, prompts).score(batch)
     with pytest.raises(UserError, match="it wants budget, which no prompt has"):
         scorer_of(tiny_world, f"python:{file}:over", {"reward": 0}, prompts)
+
+
+def test_a_field_sets_no_option(tiny_world: Path, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that has a default of its own; and neither the prompts nor the responses."""
+    rows = [
+        {"prompt": "how to clean the lock", "part": "yes", "schema": '{"type": "array"}', "number": 3, "kind": "even"}
+    ]
+    rows[0] |= {"names": "x", "responses": "z", "prompts": "z", "other": 1}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"prompts:1:{tmp_path}/rows.jsonl"
+    batch = sequences_of(tiny_world, spec, ["oil the key"])
+    options = scorer_of(tiny_world, f"python:{file}:options", {"reward": 0}, spec)
+    assert experience.scalars(options.score(batch), "reward").tolist() == [3.0]
+    monkeypatch.chdir(Path(__file__).parents[3])
+    library = "python:beaver_ray/rules/"
+    mentions = scorer_of(tiny_world, library + "text.py:mentions(words=['ke'])", {"reward": 0}, spec)
+    assert experience.scalars(mentions.score(batch), "reward").tolist() == [0.0]
+    assert scorer_of(tiny_world, library + "formats.py:valid_json", {"reward": 0}, spec).fields == ["schema"]
 
 
 def test_parameters_are_literals_by_name(file: Path) -> None:

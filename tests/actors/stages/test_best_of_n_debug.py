@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,24 @@ def test_a_cost_over_some_prompts_is_their_mean_however_blocks_are_cut(tiny_worl
     assert f"over_refused {mean:.4g}" in stage.headlines()[0]
     (over_n,) = [chart for chart in stage.charts(columns(read_metrics(stage.folder))) if chart.title == "Over n"]
     assert over_n.x is not None and over_n.x.tolist() == [1, 2, 4]
+
+
+def test_a_cost_that_is_not_finite_where_it_does_not_count_costs_no_answer(tiny_world: Path, tmp_path: Path) -> None:
+    """Two answers to each of two prompts, of which the first counts."""
+    limit = {"name": "long", "model": WORDS, "limit": 2.0, "where": {"counts": True}}
+    config: Any = configured(tiny_world, tmp_path, constraints=[limit], evaluation={}).sampling()
+    nothing: Any = None
+    policy = BestOfN(config, nothing, nothing, nothing, nothing)
+    prompts: Any = SimpleNamespace(inside={"long": np.array([True, False])})
+    scores = {"reward": np.float32([1, 0, 1, 0]), "cost/long": np.float32([np.nan, 1, np.nan, 9])}
+    sampled = experience.make_batch({"prompt_id": [0, 0, 1, 1], "finish_reason": ["stop"] * 4, **scores})
+    refusals = experience.make_batch({"prompt_id": [0, 1], "reward": np.zeros(2), "cost/long": np.zeros(2)})
+    kept_N = policy._keeps(sampled, prompts)
+    assert kept_N.tolist() == [False, True, True, True]
+    rewards_BN = scores["reward"].reshape(2, 2).astype(float)
+    figures = policy._figures(sampled, refusals, prompts, kept_N.reshape(2, 2), rewards_BN)
+    assert (figures["rollout/unusable_samples"], figures["kept/fraction"]) == (1.0, 0.75)
+    assert (figures["best_of/2/reward"], figures["best_of/2/cost/long"]) == (0.5, 1.0)
 
 
 def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
