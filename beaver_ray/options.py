@@ -14,8 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 def near(word: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the one that was probably meant, or all there are."""
+    return meant(word, known) or f"; known: {', '.join(sorted(known))}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Likewise the one that was probably meant, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Strict(BaseModel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,7 @@ def _write(stage: RedTeamConfig, folder: Path, choice: Choice, found: dict[str, 
         for one in choice.kept
         for row in one.answers()
     ]
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which may have kept pairs
     write_rows(folder / "prompts.jsonl", [one.row() for one in choice.kept])
     write_rows(folder / "answers.jsonl", rows)
     plain = [{name: value for name, value in row.items() if name not in ("unsafe", "cost")} for row in rows]

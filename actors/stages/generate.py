@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -116,6 +117,7 @@ class Generate(TemplatedStage):
                 f"no prompt has two different whole answers ({dict(left_out)}); raise rollout.max_new_tokens"
             )
         folder = run.folder / "final.part"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which may have drawn pairs
         write_rows(folder / "answers.jsonl", rows)
         if pairs:
             write_rows(folder / "pairs.jsonl", pairs)

@@ -7,6 +7,7 @@ the prompts alone, so that no round trains on what another holds out.
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,6 +27,7 @@ from beaver_ray.template_options import TemplateOptions
 if TYPE_CHECKING:
     import numpy as np
 
+    from actors.driver.judge_labels import Judged
     from beaver_ray.report.charts import Card, Chart
     from beaver_ray.runs import RunFolder
 
@@ -93,10 +95,11 @@ class Label(TemplatedStage):
         from beaver_ray.manifest import read_rows, write_rows, write_stage_manifest
 
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
+        judged: Judged | None = None
         if self.people is not None:
             labelled = self._by_people(rows, Path(self.people), left_out)
         elif self.judge is not None:
-            labelled = self._by_judge(rows, self.judge, left_out, run)
+            labelled, judged = self._by_judge(rows, self.judge, left_out, run)
         else:
             scored = self._by_truth(rows, self.world) if self.world else self._by_scores(rows, left_out, run)
             labelled = self._labelled(scored, left_out)
@@ -113,8 +116,11 @@ class Label(TemplatedStage):
         share = unsafe / (2 * len(labelled))
         run.log(1, {"pairs": len(labelled), "held_out": len(parts["test"]), "unsafe_share": share})
         folder = run.folder / "final.part"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which another may have labelled
         for name, part in parts.items():
             write_rows(folder / f"{name}.jsonl", part)
+        if judged is not None:
+            judged.write_audit(folder)
         files = (self.world, self.people, self.judge.canaries if self.judge else None)
         # Canaries may be a data set by its name.
         more = [file for file in files if file is not None and Path(file).is_file()]
@@ -221,16 +227,17 @@ class Label(TemplatedStage):
             left_out["pairs without labels of people"] += missing
         return [row | given[row["id"]] for row in rows if row["id"] in given]
 
-    def _by_judge(self, rows: list[Row], judge: LabellingJudge, left_out: Counter[str], run: RunFolder) -> list[Row]:
-        """The rows on which the judge is of one mind; the others go to final/audit.jsonl."""
+    def _by_judge(
+        self, rows: list[Row], judge: LabellingJudge, left_out: Counter[str], run: RunFolder
+    ) -> tuple[list[Row], Judged]:
+        """The rows on which the judge is of one mind, and all that it said: the others go to final/audit.jsonl."""
         from actors.driver.judge_labels import label_by_judge
         from actors.roles.judge import REPLIES
         from beaver_ray.data.pairs import unlabelled_samples
 
         judged = label_by_judge(unlabelled_samples(rows), judge, Path(self.workspace) / REPLIES, run.note)
-        judged.write_audit(run.folder / "final.part")
         left_out["pairs for people, in final/audit.jsonl"] += len(judged.labelled.audit)
-        return [row | {"labelled_by": judge.model} for row in judged.labelled.rows]
+        return [row | {"labelled_by": judge.model} for row in judged.labelled.rows], judged
 
     def lengths(self) -> Lengths:
         """Of a prompt and an answer."""

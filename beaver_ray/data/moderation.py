@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from beaver_ray.data.templates import AnswerForm, Template, answer_form, answer_
 from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged
 from beaver_ray.errors import UserError
 from beaver_ray.moderation_options import UNSAFE, Reads
+from beaver_ray.options import meant
 
 UNKNOWN = -1
 Dialogue = tuple[Sequence[str], str | None, str | None]
@@ -94,6 +96,15 @@ class LabelledAnswer:
             found.append(UNKNOWN if known is None else int(known))
         return found
 
+    def unasked(self, labels: tuple[str, ...]) -> list[str]:
+        """A remark for each label that is named and not asked for: data may have more, or one is misspelled."""
+        return [_unasked(name, labels) for name in self.labels if name not in labels and name != REST]
+
+
+@lru_cache
+def _unasked(name: str, labels: tuple[str, ...]) -> str:
+    return f"answers name label {name!r}, which is not asked for{meant(name, labels)}"
+
 
 def labelled_answers(sample: RawSample) -> Iterator[LabelledAnswer]:
     """The one or two answers of a sample; its prompt where it has none."""
@@ -159,13 +170,16 @@ class ModerationRows:
         sequences: list[list[int]] = []
         truths: list[int] = []
         cut = 0
+        remarks: list[str] = []
         for answer in labelled_answers(sample):
             truth = answer.truth(self.labels)
+            unasked = answer.unasked(self.labels)
             try:
                 check_labelled(answer, truth, self.reads)
             except BadRow as reason:
-                why = reason
+                why = BadRow(f"{reason}: {unasked[0]}") if unasked and max(truth) == UNKNOWN else reason
                 continue
+            remarks += unasked
             tokens, was_cut = reader.row(answer.turns, answer.answer, system=answer.system)
             sequences.append(tokens)
             truths += truth
@@ -175,7 +189,8 @@ class ModerationRows:
         nothing = 2 - len(sequences)
         truths += [UNKNOWN] * (nothing * len(self.labels))
         odd = tuple(cut if name == "cut" else 0 for name in ODD)
-        return EncodedRow((*sequences, *[[] for _ in range(nothing)]), 0, tuple(truths), odd)
+        sides = (*sequences, *[[] for _ in range(nothing)])
+        return EncodedRow(sides, 0, tuple(truths), odd, remarks=tuple(remarks))
 
     def of_columns(self, columns: Columns) -> ModerationDataset:
         """The data set of these columns. Raises UserError where they are empty."""

@@ -74,6 +74,12 @@ class DropReport:
         """Count `count` rows as dropped for `reason`."""
         self.dropped[reason] += count
 
+    def add(self, other: DropReport) -> None:
+        """Count what became of other rows as well."""
+        self.kept += other.kept
+        self.dropped += other.dropped
+        self.remarks += other.remarks
+
     def line(self) -> str:
         """`kept 90 of 100; dropped 10: 7 empty answer, 3 identical responses`."""
         total = self.dropped.total()

@@ -221,21 +221,23 @@ class _Job:
     def encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.template, self.max_length)
 
-    def encode(self, encoder: Encoder, block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
-        """A row for each good sample of a block, and why others were dropped."""
-        dropped: Counter[str] = Counter()
+    def encode(self, encoder: Encoder, block: list[Any]) -> tuple[pa.RecordBatch, DropReport]:
+        """A row for each good sample of a block, and what became of the block."""
+        report = DropReport()
         found: list[tuple[int, str | None, EncodedRow]] = []
         nothing = EncodedRow(tuple([] for _ in range(self.kind.width)), 0)
         for row in block:
             try:
                 sample: RawSample = self.read_row(row)
             except BadRow as reason:
-                dropped[str(reason)] += 1
+                report.drop(str(reason))
                 continue
             try:
                 found.append((prompt_hash(sample), None, self.kind.encode(encoder, sample)))
             except BadRow as reason:
                 found.append((prompt_hash(sample), str(reason), nothing))
+        report.kept = len(found)
+        report.remarks.update(remark for _, _, row in found for remark in row.remarks)
         columns: dict[str, Any] = {
             "key": [key for key, _, _ in found],
             "dropped": [reason for _, reason, _ in found],
@@ -251,7 +253,7 @@ class _Job:
             columns[f"tokens_{side}"] = [row.sequences[side] for _, _, row in found]
         schema = _schema(self.kind)
         arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema), dropped
+        return pa.RecordBatch.from_arrays(arrays, schema=schema), report
 
 
 def _schema(kind: RowKind[Any]) -> pa.Schema:
@@ -286,8 +288,8 @@ def _is_large(place: Place) -> bool:
 def _on_the_spot(job: _Job, place: Place) -> tuple[pa.Table, DropReport]:
     """The tokens of a small data set."""
     report, batches = DropReport(), []
-    for batch, dropped, _ in _encoded_here(job, place, report):
-        _count(report, batch, dropped)
+    for batch, told, _ in _encoded_here(job, place, report):
+        report.add(told)
         batches.append(batch)
     check_kept(report, place)
     return pa.Table.from_batches(batches, schema=_schema(job.kind)), report
@@ -297,11 +299,6 @@ def _blocks(place: Place, report: DropReport) -> Iterator[list[Any]]:
     stream = rows(place, report.remark)
     while block := list(itertools.islice(stream, BLOCK)):
         yield block
-
-
-def _count(report: DropReport, batch: pa.RecordBatch, dropped: Counter[str]) -> None:
-    report.kept += batch.num_rows
-    report.dropped += dropped
 
 
 _here: tuple[_Job, Encoder] | None = None
@@ -322,14 +319,14 @@ def _end_with_the_driver() -> None:
         os._exit(1)
 
 
-def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, Counter[str]]:
+def _encode_here(block: list[Any]) -> tuple[pa.RecordBatch, DropReport]:
     assert _here is not None
     job, encoder = _here
     return job.encode(encoder, block)
 
 
-Encoded = Generator[tuple[pa.RecordBatch, Counter[str], int], None, None]
-"""Blocks in tokens, in their order: rows, why others were dropped, and how many were read."""
+Encoded = Generator[tuple[pa.RecordBatch, DropReport, int], None, None]
+"""Blocks in tokens, in their order: rows, what became of the block, and how many were read."""
 
 
 def _encoded_here(job: _Job, place: Place, report: DropReport) -> Encoded:
@@ -348,7 +345,7 @@ def _encoded(job: _Job, place: Place, report: DropReport) -> Encoded:
     # Processes are forked from one that has no threads, and what it has loaded is shared by all of them.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    waiting: deque[tuple[Future[tuple[pa.RecordBatch, Counter[str]]], int]] = deque()
+    waiting: deque[tuple[Future[tuple[pa.RecordBatch, DropReport]], int]] = deque()
     with ProcessPoolExecutor(cores, context, _start, (job,)) as pool:
         try:
             for block in _blocks(place, report):
@@ -421,8 +418,8 @@ def _make(job: _Job, place: Place, entry: Path, label: str, watch: Watch | None)
             pa.ipc.new_file(file, schema) as writer,
             contextlib.closing(_encoded(job, place, report)) as batches,
         ):
-            for batch, dropped, size in batches:
-                _count(report, batch, dropped)
+            for batch, block, size in batches:
+                report.add(block)
                 writer.write_batch(batch)
                 read += size
                 if watch and time.monotonic() - told >= SECONDS_BETWEEN_CALLS:

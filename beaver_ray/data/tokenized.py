@@ -125,6 +125,8 @@ class EncodedRow(NamedTuple):
     """Answers of which each of `ODD` is true."""
     strengths: tuple[float, ...] = (math.nan,) * len(STRENGTHS)
     """Of each of `STRENGTHS`; nan where it is not known."""
+    remarks: tuple[str, ...] = ()
+    """What else is odd about it, in words that follow a number; told with the file's rows (`read_tokens`)."""
 
 
 class Encoder:

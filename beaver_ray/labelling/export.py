@@ -19,7 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from beaver_ray.data.pairs import LABELS, OTHER_LABELS, Row, pair_id, read_pairs
+from beaver_ray.data.pairs import LABELS, OTHER_LABELS, Row, pair_id, read_pairs, unlabelled_samples
+from beaver_ray.data.sources import BadRow
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.manifest import file_hash, read_rows, write_rows
 
@@ -60,8 +61,14 @@ class Export(BaseModel):
     def _unchanged(self) -> Export:
         if self.hash != self.own_hash:
             raise ValueError("its pairs or gold answers were changed since they were exported; export again")
-        if wrong := [item["id"] for item in self.items if item["id"] != pair_id(item)]:
+        try:
+            unlabelled_samples(self.items)
+        except BadRow as reason:
+            raise ValueError(f"one of its items is no pair ({reason}); export again") from None
+        if wrong := [item.get("id") for item in self.items if item.get("id") != pair_id(item)]:
             raise ValueError(f"pair {wrong[0]} has other texts than when it was made")
+        if wrong := [id_ for id_, labels in self.gold.items() if labels.keys() != QUESTIONS.keys()]:
+            raise ValueError(f"gold question {wrong[0]} has not all four labels; export again")
         return self
 
     @staticmethod

@@ -92,10 +92,14 @@ def import_labels(
     overrule.
 
     Raises UserError for files of another export, changed texts, labels that are none or contradict one another, where
-    nobody is accepted, and where the adjudication file that is there holds labels and is not given.
+    nobody is accepted, where the adjudication file that is there holds labels and is not given, and where ``to`` is a
+    file that is read.
     """
     if to.suffix != ".jsonl":
         raise UserError(f"--to {to} must end in .jsonl, as labelled pairs are JSON lines")
+    sources = [*files, *([adjudicated] if adjudicated else []), folder / "tasks.jsonl"]
+    if to.resolve() in {file.resolve() for file in sources}:
+        raise UserError(f"--to {to} has labels or pairs of its own, which would be overwritten; give another file")
     export = Export.load(folder)
     votes = read_votes(files, export)
     doubtful = to.with_suffix(".adjudication.jsonl")
@@ -226,16 +230,20 @@ def _page(file: Path, content: Row) -> Iterator[_Label]:
 
 
 def _label_studio(file: Path, tasks: list[Row]) -> Iterator[_Label]:
-    """Label Studio's JSON export: tasks with ``data`` and ``annotations``, each a list of single choices."""
+    """Label Studio's JSON export: tasks with ``data`` and ``annotations``, each a list of single choices; what an
+    interface asks besides is left out."""
     for number, task in enumerate(tasks, start=1):
         data = task["data"]
         texts = {name: data[name] for name in TEXTS if name in data}
         for annotation in task["annotations"]:
             if annotation.get("was_cancelled"):
                 continue
-            by = annotation.get("completed_by", "")
-            annotator = str(by.get("email") or by.get("id") or "") if isinstance(by, dict) else str(by)
-            chosen = {part["from_name"]: part["value"]["choices"] for part in annotation["result"]}
+            by = annotation.get("completed_by")
+            if isinstance(by, dict):
+                by = by.get("email") or by.get("id")
+            annotator = "" if by is None else str(by)
+            parts = [part for part in annotation["result"] if part.get("from_name") in QUESTIONS]
+            chosen = {part["from_name"]: part["value"]["choices"] for part in parts}
             where = f"{file} task {number}"
             for name, choices in chosen.items():
                 if not isinstance(choices, list) or len(choices) != 1:

@@ -75,6 +75,35 @@ def test_fields_of_each_answer() -> None:
     assert (first.fields, second.fields) == ({"topic": "t", "source": "alpaca"}, {"topic": "t", "source": "other"})
 
 
+def test_labels_that_are_not_asked_for(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelled one makes its row an example of none, or of nothing; data may also have more than are asked for."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
+    said: list[Any] = [["violence"], ["Violence"], ["Violence", "theft"], ["theft", "weapons"], []]
+    said += [
+        {"violance": True},
+        {"violance": False, "weapons": None, "violence": None},
+        {"weapons": False, "theft": True},
+    ]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"how to fix the {n}", "response": "key", "labels": labels} for n, labels in enumerate(said)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind, spec = ModerationRows(("violence", "weapons"), "qa"), f"moderation:1:{file}"
+    for large in (2**30, 1):  # on the spot, and kept on disk
+        monkeypatch.setattr("beaver_ray.data.token_files.LARGE", large)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+        mix = read_tokens(kind, [spec], tokenizer, 32)
+        data = mix.dataset()
+        assert data.labels_NK.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1], [0, 0], [UNKNOWN, 0]]
+        near = "'Violence', which is not asked for; did you mean 'violence'?"
+        assert mix.reports[spec].remarks == {
+            f"answers name label {near}": 2,
+            "answers name label 'theft', which is not asked for": 3,
+        }
+        missing = f"no label that is asked for: answers name label {near.replace('Violence', 'violance')}"
+        assert data.report.dropped == {missing: 2} and mix.reports[spec].kept == 8
+
+
 DIALOGUE = ["please tell me how to fix the lock", "key oil spring", "how to build the boat"]
 
 

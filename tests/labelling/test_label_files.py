@@ -141,6 +141,38 @@ def test_the_page_saves_what_import_reads(exported: Callable[..., Export], tmp_p
     assert export.hash == saved["export"]
 
 
+@pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
+def test_the_page_keeps_the_labels_of_each_name(exported: Callable[..., Export], tmp_path: Path) -> None:
+    """A name that is given first takes what was chosen before it; one that is changed loses nothing."""
+    exported()
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", (tmp_path / "out" / "page.html").read_text(), re.DOTALL)
+    use = f"""
+    let parts, made, store = {{}}, said = [];
+    globalThis.localStorage = {{ getItem: key => store[key] ?? null, setItem: (key, to) => {{ store[key] = to; }} }};
+    const element = () => {{
+      made.push({{ on: {{}}, addEventListener(kind, call) {{ this.on[kind] = call; }}, append() {{}} }});
+      return made.at(-1);
+    }};
+    const open = () => {{
+      parts = {{ data: {{ textContent: {json.dumps(scripts[0])} }} }}, made = [];
+      const getElementById = id => parts[id] ??= element();
+      globalThis.document = {{ getElementById, createElement: element, querySelectorAll: () => [] }};
+      new Function({json.dumps(scripts[1])})();
+    }};
+    const look = () => said.push([parts.annotator.value, parts.progress.textContent]);
+    const label = () => made.filter(one => one.type === "radio" && one.value === 0).forEach(one => one.on.change());
+    const call = name => {{ parts.annotator.value = name; parts.annotator.on.change(); look(); }};
+    open(); label(); call("Ana"); parts.next.on.click(); label(); look();
+    call("Anna"); said.push(parts.problem.textContent); label(); open(); look();
+    call("Ana"); open(); look(); call("Anna"); console.log(JSON.stringify(said));
+    """
+    done = subprocess.run(["node", "-e", use], capture_output=True, text=True, check=True)
+    first, ana = (["Ana", f"Pair {n} of 8, {n} labelled"] for n in (1, 2))
+    new, anna = (["Anna", f"Pair 1 of 8, {n} labelled"] for n in (0, 1))
+    kept = "The labels of Ana are kept: give that name to go on with them."
+    assert json.loads(done.stdout) == [first, ana, new, kept, anna, ana, ana, anna]
+
+
 def label_studio(tmp_path: Path, by: Any, labels: Row) -> Path:
     """Label Studio's export of one annotator, as its documentation shows it."""
     tasks = json.loads((tmp_path / "out" / "label_studio.json").read_text())
@@ -382,6 +414,54 @@ def test_other_tampering(exported: Callable[..., Export], tmp_path: Path) -> Non
     kept.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"export.json: its pairs or gold answers were changed since"):
         import_labels([saved], tmp_path / "out", to, 0.8)
+
+
+def test_an_export_with_a_right_hash_that_is_none(exported: Callable[..., Export], tmp_path: Path) -> None:
+    exported()
+    kept = tmp_path / "out" / "export.json"
+    whole = kept.read_text()
+    for part, name, message in (
+        ("items", "id", "pair None has other texts than when it was made"),
+        ("items", "response_0", r"one of its items is no pair \(no field 'response_0'\); export again"),
+        ("gold", "safer_response_id", r"gold question \w+ has not all four labels; export again"),
+    ):
+        tree = json.loads(whole)
+        del (tree["items"][0] if part == "items" else next(iter(tree["gold"].values())))[name]
+        tree["hash"] = Export.model_construct(items=tree["items"], gold=tree["gold"]).own_hash
+        kept.write_text(json.dumps(tree))
+        with pytest.raises(UserError, match=rf"export.json: {message}$"):
+            Export.load(tmp_path / "out")
+
+
+def test_no_file_that_is_read_is_overwritten(exported: Callable[..., Export], tmp_path: Path) -> None:
+    exported()
+    anna, tasks = fill(tmp_path, "anna", lambda row: GOOD), tmp_path / "out" / "tasks.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(anna)
+    for to, decided in ((anna, None), (tmp_path / "link.jsonl", None), (tasks, None), (tmp_path / "d.jsonl", True)):
+        before = {file: file.read_bytes() for file in (anna, tasks)}
+        with pytest.raises(UserError, match=rf"--to .*{to.name} has labels or pairs of its own.* give another file"):
+            import_labels([anna], tmp_path / "out", to, 0.8, tmp_path / "d.jsonl" if decided else None)
+        assert before == {file: file.read_bytes() for file in (anna, tasks)}
+    assert import_labels([anna], tmp_path / "out", tmp_path / "out" / "l.jsonl", 0.8).labelled == 6
+
+
+def test_what_label_studio_says_besides(exported: Callable[..., Export], tmp_path: Path) -> None:
+    """Who labelled, perhaps nobody; remarks, several choices of another question, a relation, which has no name."""
+    export = exported()
+    for by, name in (({"id": 0}, "0"), ({"id": 7, "email": "g@h.org"}, "g@h.org"), (3, "3")):
+        assert list(read_votes([label_studio(tmp_path, by, GOOD)], export)) == [name]
+    with pytest.raises(UserError, match="task 1 has labels and names no annotator"):
+        read_votes([label_studio(tmp_path, None, GOOD)], export)
+    file = label_studio(tmp_path, "anna", GOOD)
+    votes, tasks = read_votes([file], export), json.loads(file.read_text())
+    for task in tasks:
+        task["annotations"][0]["result"] += [
+            {"from_name": "remark", "type": "textarea", "value": {"text": ["hm"]}},
+            {"from_name": "topics", "type": "choices", "value": {"choices": ["a", "b"]}},
+            {"type": "relation", "from_id": "x", "to_id": "y"},
+        ]
+    file.write_text(json.dumps(tasks))
+    assert read_votes([file], export) == votes and len(votes["anna"]) == 8
 
 
 def test_a_table_that_was_filled_in_elsewhere(exported: Callable[..., Export], tmp_path: Path) -> None:

@@ -64,6 +64,34 @@ def test_two_models_mixed(tiny_world: Path, tmp_path: Path) -> None:
         generate(tmp_path, policies=[models[0]] * 2, prompts=["p"], answers=1)
 
 
+def test_what_an_earlier_start_has_left_is_not_published(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that ended as its manifest was written, then one whose options make fewer files."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    rows = read_rows(tiny_world / "preferences" / "test.jsonl")[:20]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    prompts = [f"prompts:0.1:{tiny_world}/prompts/test.jsonl"]
+    answers = generate(tmp_path, policies=[str(tiny_world / "model")], prompts=prompts, pairs=2)
+    labels = label(tmp_path, tmp_path / "pairs.jsonl", world=str(tiny_world / "world.json"))
+    for stage, again, more, wanted in (
+        (answers, {"pairs": 0}, "pairs.jsonl", {"answers.jsonl"}),
+        (labels, {}, "audit.jsonl", {"train.jsonl", "test.jsonl"}),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("beaver_ray.manifest.write_stage_manifest", killed)
+            train(stage)
+        if stage is labels:  # as a judge's start leaves it
+            write_rows(stage.folder / "final.part" / more, rows)
+        assert (stage.folder / "final.part" / more).is_file()
+        final = train(stage.model_copy(update={"resume": True, **again})) / "final"
+        assert {path.name for path in final.iterdir()} == wanted | {"manifest.json"}
+        assert json.loads((final / "manifest.json").read_text())["files"].keys() == wanted
+
+
 def test_labels_of_score_models(tiny_world: Path, tmp_path: Path) -> None:
     """As transformers' own forward passes over the chat template's tokens say."""
     rows = read_rows(tiny_world / "preferences" / "test.jsonl")[:20]

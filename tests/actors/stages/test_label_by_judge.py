@@ -38,9 +38,12 @@ def test_pairs_labelled_by_a_judge(
         stage = {"stage": "label", "name": "l", "workspace": str(tmp_path), "pairs": str(tmp_path / "pairs.jsonl")}
         file = tmp_path / "label.yaml"
         file.write_text(yaml.safe_dump(stage | {"judge": judge | {"sensitive": ["7"]}, "eval_fraction": 0.3}))
-        with pytest.raises(SystemExit) as ended:
-            main(["train", str(file)])
-        assert ended.value.code == 0, capsys.readouterr().err
+        for changes, code in ((["eval_fraction=1e-6"], 2), ([], 0)):  # the mend that the message names
+            with pytest.raises(SystemExit) as ended:
+                main(["train", str(file), *changes])
+            err = capsys.readouterr().err
+            assert ended.value.code == code, err
+            assert code == 0 or "none is left for test.jsonl; give more prompts, or another eval_fraction" in err
     final = tmp_path / "l" / "final"
     labelled = {row["id"]: row for part in ("train", "test") for row in read_rows(final / f"{part}.jsonl")}
     audit = {row["id"]: row["audit"] for row in read_rows(final / "audit.jsonl")}
