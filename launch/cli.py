@@ -406,7 +406,8 @@ def bench(
     case: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name has TEXT.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="step: configuration to run.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="iteration, step: change our configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="trainer, sync, iteration, step: change options."),
     ] = None,
     shape: Annotated[
         str | None,
