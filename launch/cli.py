@@ -352,13 +352,17 @@ def chat(
     moderation: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Draw answers that this moderation model flags anew.")
     ] = None,
-    tries: Annotated[int, typer.Option(min=1, help="--moderation: answers drawn before it is a refusal.")] = 3,
+    tries: Annotated[
+        int | None, typer.Option(min=1, help="--moderation: answers drawn before it is a refusal, 3 without.")
+    ] = None,
 ) -> None:
     """Talk to a model, or to several side by side; in a pipe, a line in is an answer out."""
+    if tries is not None and moderation is None:
+        raise UserError("--tries goes with --moderation, for example --moderation FOLDER")
     from beaver_ray.models.chat import Sampling
     from launch.chat import chat as talk
 
-    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed), moderation, tries)
+    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed), moderation, tries or 3)
 
 
 @app.command()
