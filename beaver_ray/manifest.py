@@ -117,11 +117,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def data_of(stage: Stage) -> list[list[DataSpec]]:
-    """All lists of data sets that the stage reads: those that it trains on and holds out, and what calibrates."""
+def data_of(stage: Stage) -> list[DataSpec]:
+    """All data sets that the stage reads, those that calibrate too; one may stand there for two uses."""
     bounds = [*getattr(stage, "constraints", []), *getattr(stage, "costs", [])]
     meta = getattr(stage, "meta", None)
-    return [*stage.data_sets, *(bound.calibration for bound in bounds), [] if meta is None else meta.answers]
+    lists = [*stage.data_sets, *(bound.calibration for bound in bounds), [] if meta is None else meta.answers]
+    return [spec for specs in lists for spec in specs]
 
 
 def parents_of(stage: Stage) -> dict[str, str]:
@@ -132,8 +133,8 @@ def parents_of(stage: Stage) -> dict[str, str]:
     from beaver_ray.models.folders import fingerprint
 
     found = {use.folder: fingerprint(use.folder) for use in models_of(stage)}
-    for specs in data_of(stage):
-        for label, spec in parse_mix(specs).items():
+    for named in data_of(stage):
+        for label, spec in parse_mix([named]).items():
             place = open_source(spec.source, spec.path)[0]
             found |= {str(file): file_hash(file) for file in place.all_files} or {label: "hub"}
     return found

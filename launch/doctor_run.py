@@ -76,7 +76,7 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
             checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
         if wanted and not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
-        if any(data_of(stage)):
+        if data_of(stage):
             checks.append((f"{stage.name}: data", partial(data, stage, tuple(made))))
         if stage.scoped_data:
             checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))
@@ -177,8 +177,8 @@ def data(stage: Stage, made: Sequence[Path]) -> Finding:
     from beaver_ray.data.sources import open_source
 
     count, later = 0, []
-    for specs in data_of(stage):
-        for spec in parse_mix(specs).values():
+    for named in data_of(stage):
+        for spec in parse_mix([named]).values():
             count += 1
             if spec.path and not Path(spec.path).exists() and _is_inside(spec.path, made):
                 later.append(spec.path)

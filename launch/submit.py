@@ -127,7 +127,7 @@ def check_paths(checkout: Path, sizes: Collection[str], stages: Sequence[Stage])
     sizes: the files that are sent.
     """
     for stage in stages:
-        paths = [path for specs in data_of(stage) for path in data_paths(specs)]
+        paths = data_paths(data_of(stage))
         # Options that are a path (a world, people's labels, canaries, code) are many, and known by what lies there.
         texts = [part for text in texts_of(stage) for part in (text, *re.split("[:#]", text))]
         paths += [text for text in texts if "/" in text or os.path.isfile(checkout / text)]

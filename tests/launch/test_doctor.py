@@ -229,10 +229,11 @@ def test_a_scoring_service(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_data(tiny_world: Path, tmp_path: Path) -> None:
     prompts, pairs = tiny_world / "prompts" / "train.jsonl", tmp_path / "pairs.jsonl"
-    harm = {"name": "harm", "model": str(tiny_world / "cost_model"), "violation_rate": 0.1}
     calibration = [f"PKU-SafeRLHF:1:{pairs}", "PKU-SafeRLHF:0:/nowhere.jsonl"]
-    data = {"prompts": [f"prompts:1:{prompts}"], "ptx": ["alpaca"], "max_prompt_tokens": 32}
-    stage = ppo(tiny_world, constraints=[harm | {"calibration": calibration}], data=data)
+    harm = {"name": "harm", "model": str(tiny_world / "cost_model"), "violation_rate": 0.1, "calibration": calibration}
+    both = f"prompts:1:{prompts}"  # for two uses
+    data = {"prompts": [both], "ptx": [both, "alpaca"], "max_prompt_tokens": 32}
+    stage = ppo(tiny_world, constraints=[harm], data=data, ppo={"ptx_coefficient": 1.0})
 
     def found(*made: Path) -> doctor.Finding:
         return doctor.run(dict(stage_checks([stage], made, MACHINE))["ppo: data"])
@@ -241,9 +242,9 @@ def test_data(tiny_world: Path, tmp_path: Path) -> None:
         "fail",
         f"no file or folder {pairs} for dataset 'PKU-SafeRLHF': check the path",
     )
-    assert found(tmp_path) == doctor.Finding("pass", f"3 data sets; yet to come from an earlier stage: {pairs}")
+    assert found(tmp_path) == doctor.Finding("pass", f"4 data sets; yet to come from an earlier stage: {pairs}")
     pairs.touch()
-    assert found() == doctor.Finding("pass", "3 data sets"), "the hub is not asked, and rows are not read"
+    assert found() == doctor.Finding("pass", "4 data sets"), "the hub is not asked, and rows are not read"
 
 
 def test_scopes(tiny_world: Path, tmp_path: Path) -> None:
