@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.runs import read_evaluation
 from beaver_ray.stage import Stage
@@ -116,6 +117,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def data_of(stage: Stage) -> list[DataSpec]:
+    """All data sets that the stage reads, those that calibrate too; one may stand there for two uses."""
+    bounds = [*getattr(stage, "constraints", []), *getattr(stage, "costs", [])]
+    meta = getattr(stage, "meta", None)
+    lists = [*stage.data_sets, *(bound.calibration for bound in bounds), [] if meta is None else meta.answers]
+    return [spec for specs in lists for spec in specs]
+
+
 def parents_of(stage: Stage) -> dict[str, str]:
     """The hashes of all models and data that the stage reads."""
     from beaver_ray.data.mixing import parse_mix
@@ -124,11 +133,8 @@ def parents_of(stage: Stage) -> dict[str, str]:
     from beaver_ray.models.folders import fingerprint
 
     found = {use.folder: fingerprint(use.folder) for use in models_of(stage)}
-    bounds = [*getattr(stage, "constraints", []), *getattr(stage, "costs", [])]
-    calibrations = [bound.calibration for bound in bounds]
-    meta = getattr(stage, "meta", None)
-    for specs in (*stage.data_sets, *calibrations, [] if meta is None else meta.answers):
-        for label, spec in parse_mix(specs).items():
+    for named in data_of(stage):
+        for label, spec in parse_mix([named]).items():
             place = open_source(spec.source, spec.path)[0]
             found |= {str(file): file_hash(file) for file in place.all_files} or {label: "hub"}
     return found

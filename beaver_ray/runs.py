@@ -33,7 +33,7 @@ from beaver_ray.yaml_files import other_settings, save_config
 SECONDS_BETWEEN_LINES = 10.0
 LARGEST_FIGURE = 1e300
 LOCK = ".lock"
-_BEFORE_THE_FIRST_STEP = {"config.yaml", "notes.log", LOCK}
+_BEFORE_THE_FIRST_STEP = {"config.yaml", "config.yaml.part", "notes.log", LOCK}
 
 
 class RunFolder:

@@ -111,8 +111,10 @@ def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """The resolved configuration as YAML that load_config reads back."""
-    path.write_text(_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """The resolved configuration as YAML that load_config reads back; the file is whole, or the one before."""
+    from beaver_ray.manifest import write_lines
+
+    write_lines(path, [_dump(config.model_dump(mode="json"), sort_keys=False)])
 
 
 def other_settings(path: Path, config: BaseModel) -> list[str]:

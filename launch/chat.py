@@ -35,7 +35,7 @@ from launch.score_options import named, source
 
 HELP = """\
 /reset        forget the dialogue
-/system TEXT  what the models are told before the first question; without TEXT nothing
+/system TEXT  what the models are told before the first question; without TEXT nothing of the chat's own
 /regenerate   answer the last question anew
 /help         this list
 /quit         end the chat, as the end of the input does

@@ -352,13 +352,17 @@ def chat(
     moderation: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Draw answers that this moderation model flags anew.")
     ] = None,
-    tries: Annotated[int, typer.Option(min=1, help="--moderation: answers drawn before it is a refusal.")] = 3,
+    tries: Annotated[
+        int | None, typer.Option(min=1, help="--moderation: answers drawn before it is a refusal, 3 without.")
+    ] = None,
 ) -> None:
     """Talk to a model, or to several side by side; in a pipe, a line in is an answer out."""
+    if tries is not None and moderation is None:
+        raise UserError("--tries goes with --moderation, for example --moderation FOLDER")
     from beaver_ray.models.chat import Sampling
     from launch.chat import chat as talk
 
-    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed), moderation, tries)
+    talk(models, system, reward, cost or [], Sampling(temperature, max_new_tokens, seed), moderation, tries or 3)
 
 
 @app.command()
@@ -406,7 +410,8 @@ def bench(
     case: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name has TEXT.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="step: configuration to run.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="iteration, step: change our configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="trainer, sync, iteration, step: change options."),
     ] = None,
     shape: Annotated[
         str | None,

@@ -14,6 +14,7 @@ from beaver_ray.data_options import data_paths
 from beaver_ray.environments import check_environment
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_weights, models_of, token_notes
+from beaver_ray.manifest import data_of
 from beaver_ray.models.folders import weight_files
 from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.yaml_files import read_yaml
@@ -75,6 +76,8 @@ def stage_checks(stages: Sequence[Stage], before: Sequence[Path], resources: Res
             checks.append((f"{stage.name}: models", partial(models, stage, tuple(made))))
         if wanted and not missing:
             checks.append((f"{stage.name}: tokenizers", partial(tokenizers, stage)))
+        if data_of(stage):
+            checks.append((f"{stage.name}: data", partial(data, stage, tuple(made))))
         if stage.scoped_data:
             checks.append((f"{stage.name}: scopes", partial(scopes, stage, tuple(made), not missing)))
         if not missing and not stage.debug and stage.store_bytes():
@@ -165,6 +168,24 @@ def tokenizers(stage: Stage) -> Finding:
     if notes:
         return Finding("warn", "; ".join(notes), "read it as it was trained: data.template, and the tokenizer's files")
     return Finding("pass", f"{len(first.get_vocab())} tokens{remark}")
+
+
+def data(stage: Stage, made: Sequence[Path]) -> Finding:
+    """Every data set is there, what calibrates included, or is on the hub; those in folders of ``made`` may be yet to
+    come. Their rows are not read."""
+    from beaver_ray.data.mixing import parse_mix
+    from beaver_ray.data.sources import open_source
+
+    count, later = 0, []
+    for named in data_of(stage):
+        for spec in parse_mix([named]).values():
+            count += 1
+            if spec.path and not Path(spec.path).exists() and _is_inside(spec.path, made):
+                later.append(spec.path)
+            else:
+                open_source(spec.source, spec.path)
+    line = f"{count} data set" + "s" * (count > 1)
+    return Finding("pass", line + (f"; yet to come from an earlier stage: {', '.join(later)}" if later else ""))
 
 
 def scopes(stage: Stage, made: Sequence[Path], tokenized: bool) -> Finding:

@@ -165,7 +165,12 @@ def _check_made_from(folder: Path, what: str, stages: list[Stage], complete: lis
 
 
 def _mentions(config: BaseModel, folder: Path) -> bool:
-    return any(f"{folder}/" in f"{text}/" for text in _strings(config.model_dump(mode="json")))
+    return any(f"{folder}/" in f"{text}/" for text in texts_of(config))
+
+
+def texts_of(config: BaseModel) -> Iterator[str]:
+    """Every text in a configuration, paths and data sets among them."""
+    return _strings(config.model_dump(mode="json"))
 
 
 def _strings(node: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,11 +24,13 @@ from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.data_options import data_paths
 from beaver_ray.errors import UserError
 from beaver_ray.fit import models_of
+from beaver_ray.manifest import data_of
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.stage import Stage
 from beaver_ray.user_code import ALLOWED_CODE
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
+from launch.pipeline import texts_of
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -119,18 +122,22 @@ def check_stages(config: Path, overrides: Sequence[str]) -> tuple[str, list[Path
 
 
 def check_paths(checkout: Path, sizes: Collection[str], stages: Sequence[Stage]) -> None:
-    """UserError for a model or data by a relative path that is here, and would not be in the job's copy.
+    """UserError for a model, data or another file by a relative path that is here, and would not be in the job's copy.
 
     sizes: the files that are sent.
     """
     for stage in stages:
-        paths = [path for specs in stage.data_sets for path in data_paths(specs)]
+        paths = data_paths(data_of(stage))
+        # Options that are a path (a world, people's labels, canaries, code) are many, and known by what lies there.
+        texts = [part for text in texts_of(stage) for part in (text, *re.split("[:#]", text))]
+        paths += [text for text in texts if "/" in text or os.path.isfile(checkout / text)]
         with suppress(UserError):  # a model that cannot be read here may be another one there
             paths += [use.folder for use in models_of(stage)]
         for path in paths:
             inside = PurePosixPath(os.path.normpath(path))
-            sent = any(PurePosixPath(file).is_relative_to(inside) for file in sizes)
-            if not sent and not inside.is_absolute() and (checkout / inside).exists():
+            if inside.is_absolute() or not os.path.exists(checkout / inside):
+                continue
+            if not any(PurePosixPath(file).is_relative_to(inside) for file in sizes):
                 raise UserError(
                     f"{stage.name}: {path} would not be sent (.gitignore or .rayignore leaves it out); give "
                     f"an absolute path that all nodes see"

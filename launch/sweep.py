@@ -100,14 +100,14 @@ def plan_runs(
     change with the training data.
     """
     base = load_config(config, overrides)
-    own = f"{base.name}-by-{'-'.join(key.rpartition('.')[2] for key in axes)}"
+    own = f"{base.name}-by-{_plain('-'.join(axes))}"
     runs = []
     for chosen in itertools.product(*axes.values()):
         values = dict(zip(axes, chosen, strict=True))
         changes = [f"{key}={as_yaml(value)}" for key, value in values.items()]
-        parts = [f"{key.rpartition('.')[2]}-{shown(value)}" for key, value in values.items()]
+        parts = [f"{key}-{shown(value)}" for key, value in values.items()]
         for seed in seeds or [base.seed]:
-            label = re.sub(r"[^\w.+-]+", "_", "_".join([*parts, f"seed-{seed}"]))
+            label = _plain("_".join([*parts, f"seed-{seed}"]))
             stage = load_config(config, [*overrides, *changes, f"seed={seed}", f"name={as_yaml(f'{own}/{label}')}"])
             runs.append(Swept(values, seed, stage))
     names = [run.stage.name for run in runs]
@@ -116,6 +116,11 @@ def plan_runs(
     if any(key.partition(".")[0] == "train" for key in axes) and not base.data_sets[1]:
         raise UserError(f"{config}: held-out data would be split off other training data in each run; name them (eval)")
     return Path(base.workspace) / own, runs
+
+
+def _plain(text: str) -> str:
+    """As the name of one folder."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def _run(stages: Sequence[Stage]) -> dict[str, UserError]:

@@ -34,6 +34,20 @@ def test_config_is_kept_as_it_can_be_read_back(tmp_path: Path) -> None:
     assert load_config(run.folder / "config.yaml") == config(tmp_path, epochs=1.5)
 
 
+def test_a_kill_amid_the_configuration_leaves_the_one_before(tmp_path: Path) -> None:
+    """It is written beside the file, which a link holds as it was."""
+    with RunFolder(config(tmp_path)) as run:
+        run.log(1, {"loss": 1.0})
+    before = (run.folder / "config.yaml").read_text()
+    os.link(run.folder / "config.yaml", tmp_path / "kept.yaml")
+    RunFolder(config(tmp_path, epochs=1.5).model_copy(update={"resume": True})).close()
+    assert (tmp_path / "kept.yaml").read_text() == before != (run.folder / "config.yaml").read_text()
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "config.yaml.part").write_text("stage: s")
+    assert not has_started(fresh)
+
+
 def test_what_is_set_otherwise(tmp_path: Path) -> None:
     """Entries that a list has more or less too, and those that became a mapping."""
     before = config(tmp_path, epochs=2).model_copy(update={"resume": True})

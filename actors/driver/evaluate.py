@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, mean_interval, summarize
 from beaver_ray.gpus import on_this_machine
+from beaver_ray.manifest import write_lines
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
@@ -91,11 +92,12 @@ def judging(config: Stage, wanted: Sequence[RoleSpec]) -> Iterator[Roles]:
 
 def write(folder: Path, summary: dict[str, Any]) -> Path:
     """Write ``summary`` as evaluation.json into ``folder``; returns its path. Scores of other programs in it stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with suppress(UserError):  # a broken file is replaced, as its error tells one to
-        summary = summary | {key: kept for key, kept in read_evaluation(folder).items() if key == "bridges"}
     path = folder / "evaluation.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    try:
+        summary = summary | {key: kept for key, kept in read_evaluation(folder).items() if key == "bridges"}
+    except UserError:  # a broken file is replaced, as its error tells one to
+        print(f"{path} was broken and is replaced; scores of other programs (beaver-ray bridge) in it are lost")
+    write_lines(path, [json.dumps(summary, indent=2) + "\n"])
     return path
 
 

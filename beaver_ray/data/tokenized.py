@@ -321,7 +321,7 @@ class PromptDataset:
     ) -> PromptDataset:
         """Encode the prompts; repeated ones and those over `max_prompt_tokens` are dropped and counted.
 
-        Of a repeated prompt the first row says whether it is in a scope.
+        Of a repeated prompt the first row says whether it is in a scope, and what functions and environments are given.
         """
         report = DropReport()
         encoder = Encoder(tokenizer, template, max_prompt_tokens)
@@ -331,7 +331,8 @@ class PromptDataset:
             if len(tokens) > max_prompt_tokens:
                 report.drop(f"prompt longer than {max_prompt_tokens} tokens")
             elif tokens in rows:
-                report.drop("repeated prompt")
+                others = sample.fields != rows[tokens].fields
+                report.drop("repeated prompt" + others * ", its row's other fields passed over")
             else:
                 rows[tokens] = sample
         first = list(rows.values())

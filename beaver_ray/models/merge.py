@@ -62,6 +62,8 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
         part.rename(to)
     except OSError as error:
         raise UserError(f"cannot write {to}: {first_line(error)}; free some space there, or give --to") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # of a merge that failed; else it is not there any more
     return to
 
 

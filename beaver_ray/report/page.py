@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.hacking import columns
+from beaver_ray.manifest import write_lines
 from beaver_ray.report.charts import Chart, Panel, Series, reliability_charts
 from beaver_ray.runs import is_finished, read_evaluation, read_metrics
 from beaver_ray.stage import Stage, Trajectories
@@ -78,7 +79,7 @@ def write_report(stage: Stage, folder: Path) -> Path:
         )
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_lines(path, [page])
     return path
 
 

@@ -21,9 +21,11 @@ class Options:
     config: Path | None = None
     """step: the configuration to run instead of a generated one."""
     overrides: tuple[str, ...] = field(default=())
-    """iteration, step: key=value changes of our side's configuration."""
+    """trainer, sync, iteration, step: key=value changes of our side's configuration."""
     shape: str | None = None
     """scoring, raw-vllm, iteration, step: model of a shape of `launch.bench.models.SHAPES`, not the benchmark's own."""
+    offered: set[str] = field(default_factory=set, compare=False)
+    """Names of the cases that were asked about."""
 
     @property
     def small(self) -> bool:
@@ -32,4 +34,5 @@ class Options:
 
     def wants(self, case: str) -> bool:
         """Whether a case was asked for."""
+        self.offered.add(case)
         return not self.cases or any(part in case for part in self.cases)

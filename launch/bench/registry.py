@@ -26,17 +26,27 @@ BENCHMARKS = {
     "simulate": "the scheduler alone, with engines that sleep",
 }
 """Name and what is measured; the module is the name with _ for -."""
+READERS = {
+    "--repetitions": tuple(name for name in BENCHMARKS if name != "families"),
+    "--case": ("rollouts", "trainer", "sync", "iteration", "families", "simulate"),
+    "--config": ("step",),
+    "--set": ("trainer", "sync", "iteration", "step"),
+    "--shape": ("scoring", "raw-vllm", "iteration", "step"),
+}
+"""Option and the benchmarks that read it."""
 
 
 def run(names: list[str], out: Path | None, options: Options) -> None:
     """Run benchmarks in the order of BENCHMARKS (all of them without names), print a table each, write one JSON.
 
     The file is written anew after each, so that a failure loses nothing that was measured before. Raises UserError
-    for an unknown name, before anything runs.
+    for an unknown name and for an option that none of them reads, before anything runs; at the end for a case that none
+    has.
     """
     for name in names:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark is called {name!r}{near(name, BENCHMARKS)}")
+    _check_read([name for name in BENCHMARKS if name in names or not names], options)
     from launch.bench.measure import Outcome, describe_machine, print_table, write_json
 
     if options.shape is not None:
@@ -56,3 +66,22 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
             print_table(name, outcome)
             if out is not None:
                 write_json(out, record, outcomes)
+    for part in options.cases:
+        if not any(part in case for case in options.offered):
+            raise UserError(f"--case {part}: no case is called so; there are {'; '.join(sorted(options.offered))}")
+
+
+def _check_read(names: list[str], options: Options) -> None:
+    """UserError for an option that none of these benchmarks reads."""
+    given = {
+        "--repetitions": options.repetitions,
+        "--case": options.cases,
+        "--config": options.config,
+        "--set": options.overrides,
+        "--shape": options.shape,
+    }
+    for option, readers in READERS.items():
+        if given[option] and not set(names) & set(readers):
+            raise UserError(f"{option} is for {', '.join(readers)}, not for {', '.join(names)}; leave it out")
+    if options.shape and options.config and not set(names) & {*READERS["--shape"]} - {"step"}:
+        raise UserError("--shape and --config: step takes the models that its configuration names; leave one out")

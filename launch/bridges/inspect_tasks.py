@@ -37,7 +37,7 @@ from launch.bridges.policy import Policy, TaskScores
 
 # What a task may ask of a model and this one does not do; passing it over would be a wrong score in silence.
 UNKNOWN = (
-    *("num_choices", "logprobs", "prompt_logprobs", "response_schema"),
+    *("num_choices", "best_of", "logprobs", "prompt_logprobs", "response_schema"),
     *("top_k", "frequency_penalty", "presence_penalty", "logit_bias"),
 )
 
@@ -174,7 +174,8 @@ class PolicyAPI(ModelAPI):
 
     def _request(self, input: Sequence[ChatMessage], tools: Sequence[Any], config: GenerateConfig) -> _Request:
         asked = {name: getattr(config, name, None) for name in UNKNOWN}
-        unknown = [name for name, value in asked.items() if value and (name, value) != ("num_choices", 1)]
+        one = [("num_choices", 1), ("best_of", 1)]  # which is what is done
+        unknown = [name for name, value in asked.items() if value and (name, value) not in one]
         if tools or unknown:
             raise UserError(f"a task asks for {'tools' if tools else unknown[0]}, which policies do not have here")
         system, turns = read_messages([{"role": m.role, "content": m.text} for m in input], "task")

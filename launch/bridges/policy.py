@@ -10,6 +10,7 @@ from typing import Any
 from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
+from beaver_ray.manifest import write_lines
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.runs import read_evaluation
@@ -43,7 +44,7 @@ class Policy:
             asked["adapter"] = str(self.where.adapter)
         bridges = known.setdefault("bridges", {})
         bridges[program] = bridges.get(program, {}) | {name: scores | asked for name, scores in tasks.items()}
-        path.write_text(json.dumps(known, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_lines(path, [json.dumps(known, indent=2, allow_nan=False) + "\n"])
         for name, found in tasks.items():
             figures = ", ".join(f"{figure} {_figure(score)}" for figure, score in found["scores"].items())
             print(f"{name} (version {found['version']}, {found['n']} samples): {figures or 'no figures'}")

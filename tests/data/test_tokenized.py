@@ -56,6 +56,11 @@ def test_prompts_are_distinct_and_never_cut(llama_tokenizer: PreTrainedTokenizer
         prompt_tokens(llama_tokenizer, text, "beaver") for text in ("a", "b")
     ]
     assert data.report.dropped == {"repeated prompt": 1, f"prompt longer than {limit} tokens": 1}
+    rows = [RawSample("a", fields={"target": target}) for target in (1, 1, 2)]
+    assert PromptDataset.build(rows, llama_tokenizer, limit, "beaver").report.dropped == {
+        "repeated prompt": 1,
+        "repeated prompt, its row's other fields passed over": 1,
+    }
     with pytest.raises(UserError, match="no prompt is left"):
         PromptDataset.build(samples, llama_tokenizer, limit - 1, "beaver")
 

@@ -187,7 +187,23 @@ def test_unknown_names_and_sizes(tmp_path: Path) -> None:
         run(["weight"], tmp_path / "out.json", Options())
     with pytest.raises(UserError, match=r"--shape must be one of 1M, 10M, 0\.5B, 0\.6B, 1\.5B, 4B, 7B, not '8B'"):
         run(["step"], tmp_path / "out.json", Options(shape="8B"))
+    for names, options, message in (
+        (["experience"], Options(config=Path("x.yaml")), "--config is for step, not for experience; leave it out"),
+        (
+            ["experience", "step"],
+            Options(cases=("x",)),
+            "--case is for rollouts, .*, not for experience, step",
+        ),
+        (["scoring"], Options(overrides=("a=1",)), "--set is for trainer, sync, iteration, step, not for scoring"),
+        (["weights"], Options(shape="7B"), "--shape is for scoring, raw-vllm, iteration, step, not for weights"),
+        (["families"], Options(repetitions=2), "--repetitions is for experience, .*, not for families"),
+        (["step"], Options(shape="7B", config=Path("x.yaml")), "--shape and --config: step takes the models"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(names, tmp_path / "out.json", options)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="--case 5B: no case is called so; there are tiny, 6 tokens, float32"):
+        run(["iteration"], None, Options(size="small", cases=("5B",)))
     assert all((Path(published_loop.__file__).parent / f"{n.replace('-', '_')}.py").is_file() for n in BENCHMARKS)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,8 +229,12 @@ def test_inspect(
         ({"presence_penalty": 1.0}, "asks for presence_penalty"),
         ({"top_k": 1}, "asks for top_k"),
         ({"num_choices": 2}, "asks for num_choices"),
+        ({"best_of": 2}, "asks for best_of"),
         # Refused for its dialogue alone, which is empty.
-        ({"num_choices": 1, "logprobs": False, "frequency_penalty": 0.0, "top_k": 0}, "is not a list of messages"),
+        (
+            {"num_choices": 1, "best_of": 1, "logprobs": False, "frequency_penalty": 0.0, "top_k": 0},
+            "is not a list of messages",
+        ),
     ],
 )
 def test_what_inspect_may_not_ask(asked: dict[str, Any], message: str) -> None:
@@ -261,7 +266,9 @@ def test_inspect_scores_of_epochs_and_of_nothing() -> None:
     }
 
 
-def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
+def test_scores_of_other_programs_outlive_an_evaluation(
+    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = {"version": 1, "n": 3, "scores": {"acc": {"value": 0.5, "stderr": None}}, "chat": True}
     bridges = {"lm-eval": {"choice": scores}}
     write(tmp_path, {"bridges": bridges})
@@ -269,9 +276,23 @@ def test_scores_of_other_programs_outlive_an_evaluation(tmp_path: Path) -> None:
     write(tmp_path, {"prompts": 10, "samples": 20, "reward": FIGURE})
     found = read_evaluation(tmp_path)
     assert found["bridges"] == bridges and found["samples"] == 20
+    assert capsys.readouterr().out == ""
+    # Neither writes into the file itself, which a kill would leave in half.
+    os.link(tmp_path / "evaluation.json", tmp_path / "kept.json")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "policy").symlink_to(tiny_world / "model")
+    Policy(tmp_path).keep("inspect", {"choice": scores})
+    assert read_evaluation(tmp_path)["bridges"].keys() == {"lm-eval", "inspect"}
+    os.link(tmp_path / "evaluation.json", tmp_path / "kept too.json")
+    write(tmp_path, {"prompts": 1, "samples": 1, "reward": FIGURE})
+    assert json.loads((tmp_path / "kept.json").read_text())["bridges"] == bridges
+    assert json.loads((tmp_path / "kept too.json").read_text())["prompts"] == 10
+
+    capsys.readouterr()
     (tmp_path / "evaluation.json").write_text("{")
     write(tmp_path, {"prompts": 1, "samples": 1, "reward": FIGURE})
     assert "bridges" not in read_evaluation(tmp_path)
+    assert f"{tmp_path}/evaluation.json was broken and is replaced" in capsys.readouterr().out
 
 
 def test_the_report_shows_them(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer()
         (["MODEL", "--reward", "/nowhere/at/all"], "reward: no model in '/nowhere/at/all'"),
         (["MODEL", "--reward", "python:x.txt:f"], "a function that scores is written"),
         (["MODEL", "--temperature", "-1"], "--temperature"),
+        (["MODEL", "--tries", "2"], "--tries goes with --moderation, for example --moderation FOLDER"),
         (["UNFINISHED"], "has no policy in final/policy"),
         (["ADAPTER"], "names no base_model_name_or_path"),
     ],

@@ -203,8 +203,8 @@ def test_models_of_the_hub_and_of_earlier_stages(
     assert models(later, [tmp_path / "sft"]).line == "3 models; yet to come from an earlier stage: policy"
     # What is not there cannot be read yet.
     checks = stage_checks([later], [tmp_path / "sft"], MACHINE)
-    assert [name for name, _ in checks] == ["ppo: models"]
-    (found,) = [doctor.run(check) for _, check in stage_checks([later], [], MACHINE)]
+    assert [name for name, _ in checks] == ["ppo: models", "ppo: data"]
+    found, _ = [doctor.run(check) for _, check in stage_checks([later], [], MACHINE)]
     assert found.state == "fail" and "policy: no model in" in found.line
 
 
@@ -225,6 +225,26 @@ def test_a_scoring_service(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert found() == doctor.Finding("pass", f"{service.url} answers")
     monkeypatch.setattr(remote_scorer, "BACKOFF", 1e-4)
     assert found().state == "fail" and f"no answer from the scorer at {service.url}" in found().line
+
+
+def test_data(tiny_world: Path, tmp_path: Path) -> None:
+    prompts, pairs = tiny_world / "prompts" / "train.jsonl", tmp_path / "pairs.jsonl"
+    calibration = [f"PKU-SafeRLHF:1:{pairs}", "PKU-SafeRLHF:0:/nowhere.jsonl"]
+    harm = {"name": "harm", "model": str(tiny_world / "cost_model"), "violation_rate": 0.1, "calibration": calibration}
+    both = f"prompts:1:{prompts}"  # for two uses
+    data = {"prompts": [both], "ptx": [both, "alpaca"], "max_prompt_tokens": 32}
+    stage = ppo(tiny_world, constraints=[harm], data=data, ppo={"ptx_coefficient": 1.0})
+
+    def found(*made: Path) -> doctor.Finding:
+        return doctor.run(dict(stage_checks([stage], made, MACHINE))["ppo: data"])
+
+    assert (found().state, found().line) == (
+        "fail",
+        f"no file or folder {pairs} for dataset 'PKU-SafeRLHF': check the path",
+    )
+    assert found(tmp_path) == doctor.Finding("pass", f"4 data sets; yet to come from an earlier stage: {pairs}")
+    pairs.touch()
+    assert found() == doctor.Finding("pass", "4 data sets"), "the hub is not asked, and rows are not read"
 
 
 def test_scopes(tiny_world: Path, tmp_path: Path) -> None:
@@ -263,7 +283,8 @@ def test_a_pipeline_that_has_not_run() -> None:
     path = Path(__file__).parents[2] / "configs" / "local" / "pipeline.yaml"
     stages, made = read_stages(path, ["workspace=/nowhere/at/all"])
     findings = {name: doctor.run(check) for name, check in stage_checks(stages, made, MACHINE)}
-    assert [name for name in findings] == [f"{s}: models" for s in ("sft", "reward_model", "cost_model", "safe_ppo")]
+    names = ("sft", "reward_model", "cost_model", "safe_ppo")
+    assert [name for name in findings] == [f"{s}: {what}" for s in names for what in ("models", "data")]
     assert all(found.state == "pass" for found in findings.values())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from beaver_ray.errors import UserError
+from beaver_ray.report.page import write_report
 from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage
 from launch.config_files import load_pipeline
@@ -60,6 +62,9 @@ def test_a_complete_pipeline_is_skipped_but_reported(
         finish(stage, **{"throughput/samples_per_second": 62.0})
     report = run_pipeline(pipeline, [])
     assert report == tmp_path / "w" / "ppo" / "report.html" and report.is_file()
+    os.link(report, tmp_path / "kept.html")
+    write_report(stages[-1], stages[-1].folder)
+    assert not os.path.samefile(report, tmp_path / "kept.html"), "a kill leaves no half of a report"
     assert capsys.readouterr().out.splitlines() == [
         f"[1/4] sft: {tmp_path}/w/sft is complete, skipped",
         f"[2/4] reward_model: {tmp_path}/w/reward is complete, skipped",

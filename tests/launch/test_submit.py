@@ -85,17 +85,26 @@ def test_a_config_that_would_not_be_sent(checkout: Path, config: Path, capsys: p
     assert code == 2 and f"{hidden} would not be sent" in err
 
 
-@pytest.mark.parametrize(("key", "entry"), [("models.policy", "{}"), ("data.prompts", "[{{path: {}, prompt: q}}]")])
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("models.policy", "{}"),
+        ("data.prompts", "[{{path: {}, prompt: q}}]"),
+        ("constraints.harm.calibration", "['PKU-SafeRLHF:1:{}']"),
+        ("evaluation.world", "{}/config.json"),
+        ("data.prompts", "['prompts:1:{}/config.json#q']"),
+    ],
+)
 def test_models_and_data_that_would_not_be_sent(
     key: str, entry: str, checkout: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (port,) = free_ports(1)
-    for folder, said in (("runs/m", "one: runs/m would not be sent"), ("kept/m", "no Ray cluster answers")):
+    for folder, said in (("runs/m", "one: runs/m"), ("kept/m", "no Ray cluster answers")):
         (checkout / folder).mkdir(parents=True)
         (checkout / folder / "config.json").write_text("{}")
         address = ("--address", f"http://127.0.0.1:{port}")
         code, _, err = run(capsys, "submit", config, f"{key}={entry.format(folder)}", *address)
-        assert code == 2 and said in err
+        assert code == 2 and said in err and (folder == "kept/m") != ("would not be sent" in err)
         shutil.rmtree(checkout / folder)
 
 

@@ -73,9 +73,9 @@ def test_no_values(text: str) -> None:
 def test_runs_and_their_names(cost_file: Path, tmp_path: Path) -> None:
     axes = {"lora_rank": [0, 4], "train.0.proportion": ["12/-1", 0.5]}
     folder, runs = plan_runs(cost_file, ["epochs=2"], axes, [3, 5])
-    assert folder == tmp_path / "runs" / "cost-by-lora_rank-proportion" and len(runs) == 8
+    assert folder == tmp_path / "runs" / "cost-by-lora_rank-train.0.proportion" and len(runs) == 8
     first, last = runs[0], runs[-1]
-    assert first.stage.folder == folder / "lora_rank-0_proportion-12_-1_seed-3"
+    assert first.stage.folder == folder / "lora_rank-0_train.0.proportion-12_-1_seed-3"
     assert (last.values, last.seed) == ({"lora_rank": 4, "train.0.proportion": 0.5}, 5)
     # What is swept, the seed and the name; a data set that is written as text is one like any other.
     own = last.stage.model_dump()
@@ -85,6 +85,17 @@ def test_runs_and_their_names(cost_file: Path, tmp_path: Path) -> None:
     assert {key for key in own if own[key] != plain[key]} == {"train", "name"}
     spec = parse_spec(plain["train"][0])
     assert (spec.name, spec.path) == (data["name"], data["path"]), "and so the same rows are drawn of it"
+
+
+def test_keys_that_end_alike_share_nothing(cost_file: Path) -> None:
+    """Neither in one sweep after another, nor in one."""
+    keys = ["train.0.proportion", "eval.0.proportion"]
+    sweeps = [plan_runs(cost_file, [], {key: [0.5]}, [0]) for key in keys]
+    assert len({folder for folder, _ in sweeps}) == 2 and len({runs[0].stage.folder for _, runs in sweeps}) == 2
+    _, runs = plan_runs(cost_file, [], {key: [0.5, 1.0] for key in keys}, [0])
+    assert len({run.stage.folder for run in runs}) == 4
+    folder, _ = plan_runs(cost_file, [], {"train.PKU-SafeRLHF.where.a/b": ["c"]}, [0])
+    assert folder.name == "cost-by-train.PKU-SafeRLHF.where.a_b"
 
 
 def test_smaller_data_are_part_of_larger_ones() -> None:
@@ -141,7 +152,7 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
         figures, last = run["figures"], by_hand[run["name"]]
         assert figures["eval/accuracy"] == last["eval/accuracy"] and figures["time/elapsed"] == last["time/elapsed"]
     assert [len(read_metrics(folder / run["name"])) for run in told["runs"]] == [2, 2, 5, 5], "batches of 24"
-    large = [by_hand[f"proportion-120_-1_seed-{seed}"]["eval/loss"] for seed in (0, 1)]
+    large = [by_hand[f"train.0.proportion-120_-1_seed-{seed}"]["eval/loss"] for seed in (0, 1)]
     (_, row) = told["rows"]
     assert (row["seeds"], row["mean"][ROWS]) == (2, 120)
     assert row["mean"]["eval/loss"] == pytest.approx(sum(large) / 2)
@@ -153,14 +164,14 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
     text = page.read_text()
     assert text.count("<svg") == 3 and "training rows" in text and "seed 1" in text and "<pre>beaver-ray sweep" in text
     out = capsys.readouterr().out
-    assert "[4/4] cost-by-proportion/proportion-120_-1_seed-1" in out and "120" in out
+    assert "[4/4] cost-by-train.0.proportion/train.0.proportion-120_-1_seed-1" in out and "120" in out
 
     missing = ["train.0.path=GOOD,/nowhere/pairs.jsonl".replace("GOOD", load_config(cost_file).train[0].split(":")[2])]  # type: ignore[attr-defined]
     with pytest.raises(
-        UserError, match=r"1 of 2 runs failed; cost-by-path/path-_nowhere_pairs.jsonl_seed-0: .*nowhere"
+        UserError, match=r"1 of 2 runs failed; cost-by-train.0.path/train.0.path-_nowhere_pairs.jsonl_seed-0: .*nowhere"
     ):
         sweep(cost_file, ["epochs=0.1"], missing, [0])
-    assert len(json.loads((tmp_path / "runs" / "cost-by-path" / "sweep.json").read_text())["runs"]) == 1
+    assert len(json.loads((tmp_path / "runs" / "cost-by-train.0.path" / "sweep.json").read_text())["runs"]) == 1
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     capsys.readouterr()

@@ -108,7 +108,13 @@ def test_what_cannot_be_merged(two: tuple[Path, Path], tmp_path: Path) -> None:
         unfinished.mkdir()
         (unfinished / "config.yaml").write_text("")
         merge(first, str(unfinished), 0.5, out)
-    assert not out.exists()
+    counted = [changed(f"counted {number}") for number in range(2)]
+    for number, folder in enumerate(counted):
+        state = load_file(folder / "model.safetensors") | {"count": torch.tensor([number])}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="count holds whole numbers, and others in each"):
+        merge(str(counted[0]), str(counted[1]), 0.5, out)
+    assert not out.exists() and not list(tmp_path.glob("*.part"))
     out.mkdir()
     with pytest.raises(UserError, match="is there already"):
         merge(first, run, 0.5, out)
