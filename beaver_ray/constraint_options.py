@@ -32,7 +32,9 @@ class MultiplierConfig(Strict):
     learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
     max: float | None = option("Upper bound; null for none, or with pid one far out of the way.", None, gt=0)
     window: int | None = option(
-        "Answers whose mean cost is compared with the limit; null for those of the step.", None, gt=0
+        "Answers whose mean cost is compared with the limit; null for the step's (pid: for 32 at least).",
+        None,
+        gt=0,
     )
     delay_steps: int = option("Steps before the first change.", 0, ge=0)
 
@@ -52,6 +54,10 @@ class MultiplierConfig(Strict):
             raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
         if self.max is not None and self.initial != "auto" and self.initial > self.max:
             raise ValueError(f"initial {self.initial} is above max {self.max}")
+        unread, others = ("learning_rate", "log_sgd and projected") if self.rule == "pid" else ("time_constant", "pid")
+        if self.asks_for(unread):
+            usual = type(self).model_fields[unread].default
+            raise ValueError(f"{unread} is of rule {others}; leave it out ({usual:g}) for {self.rule}, or set rule")
         return self
 
 

@@ -104,6 +104,11 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.form=cvar:0", ["harm: form is 'cvar:0'"]),
         ("constraints.harm.form=worst_of_k", ["form worst_of_k is of several answers", "samples_per_prompt to 2"]),
         ("constraints.harm.form=cvar:0.9", ["form cvar:0.9 is of the worst 0.1 of the answers", "8 in a step"]),
+        (
+            "constraints.harm.multiplier.learning_rate=1",
+            ["learning_rate is of rule log_sgd and projected"],
+        ),
+        ("constraints.harm.multiplier={rule: projected, time_constant: 4}", ["time_constant is of rule pid", "(10)"]),
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
         ("constraints.harm.multiplier.kp=2", ["kp is gone", "time_constant"]),
         ("ppo.gamma=0.99", ["ppo: ", "gamma is gone: answers are never discounted"]),
@@ -215,6 +220,15 @@ def test_log_sgd_cannot_start_at_zero() -> None:
     rule = "constraints.harm.multiplier.rule=log_sgd"
     assert "cannot start at 0" in error(rule, "constraints.harm.multiplier.initial=0")
     assert safe_ppo(rule, "constraints.harm.multiplier.max=null").constraints[0].multiplier.max is None
+
+
+def test_a_confidence_where_nothing_could_heed_it_is_refused() -> None:
+    sure, few = "constraints.harm.confidence=0.9", "rollout.prompts_per_step=1"
+    eight = "rollout.samples_per_prompt=8"
+    assert "confidence needs answers to several prompts; raise rollout.prompts_per_step" in error(sure, few, eight)
+    assert safe_ppo(sure, few, eight, "constraints.harm.multiplier.window=64").constraints[0].confidence == 0.9
+    assert "harm: confidence puts a limit lower, and reward_shaping" in error(sure, "stage=reward_shaping")
+    assert safe_ppo(sure, few, eight, "stage=ppo").constraints[0].confidence == 0.9
 
 
 def test_violation_rate_needs_labelled_pairs() -> None:

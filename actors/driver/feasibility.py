@@ -148,10 +148,13 @@ def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remar
         divided = ", ".join(f"{signal} by {scale:.3g}" for signal, scale in scales.items())
         remarks.append(f"ppo.normalize_rewards: a run divides {divided}; that it cuts rewards is left out")
     elif (most := config.ppo.clip_score) is not None:
+        # A limit is on costs as they are: a run's multiplier compares these, and only its advantages are clipped.
+        said = dict.fromkeys(scores, "count as they are, as under a run's limit; its advantages clip them")
+        said["reward"] = "count as that"
         for signal, scores_B in scores.items():
             if cut := int((np.abs(scores_B) > most).sum()):
-                remarks.append(f"{signal}: {cut} scores are beyond ppo.clip_score {most:g} and count as that")
-            scores[signal] = np.clip(scores_B, -most, most)
+                remarks.append(f"{signal}: {cut} scores are beyond ppo.clip_score {most:g} and {said[signal]}")
+        scores["reward"] = np.clip(scores["reward"], -most, most)
     reference = Reference(
         offsets=offsets,
         rewards_B=scores["reward"],

@@ -7,10 +7,9 @@ and in one process.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from actors.driver.processes import Roles
 from actors.driver.recovery import Recovery
@@ -85,6 +84,13 @@ def train_step(
     state.prompts.forget(sample for chunk in collected.chunks for sample in chunk.wanted)
     for line in stats["unusable"].values():
         run.note(f"step {step}: {line}; the step is trained without")
+    for name in stats["without_margin"]:
+        if name not in state.without_margin:  # said once: with few prompts in scope there are many such steps
+            run.note(
+                f"step {step}: all answers that {name} compares with its limit are to one prompt, and no error can be "
+                f"told of these; confidence takes nothing off in such steps"
+            )
+            state.without_margin.add(name)
     state.guard.miss(stats["unusable"])
     if stats["samples"] < config.ppo.minibatches:
         fewer = f"{stats['samples']} sample(s), fewer than ppo.minibatches ({config.ppo.minibatches})"
@@ -194,16 +200,22 @@ def combine_experience(
     that is asked for ``again`` moves them once.
     """
     stats, costs, batch = build_experience(config, roles, state, collected, again)
+    stats["without_margin"] = []
     multipliers, warming_up = copy.deepcopy(state.multipliers), state.step < config.ppo.critic_warmup_steps
     calibrations = {column: Calibration.from_dict(fitted) for _, column, fitted in roles.calibrations}
     for constraint in config.constraints if multipliers else []:
-        name, bound = constraint.name, constraint.bound
-        if len(np.unique(costs[name].prompts_E)) < (1 if constraint.confidence is None else 2):
-            continue  # no prompt of the step is in the constraint's scope, or one, of which no error can be told
+        name, bound, multiplier = constraint.name, constraint.bound, multipliers[constraint.name]
+        given, prompts = costs[name].costs_E.tolist(), costs[name].prompts_E.tolist()
+        if not given:
+            continue  # no prompt of the step is in the constraint's scope
         if constraint.confidence is not None:
-            margin = safety_margin(*costs[name], constraint.confidence, calibrations.get(f"cost/{name}"))
-            stats[f"cost/{name}/margin"], bound = margin, bound - margin
-        multipliers[name].update(costs[name].costs_E.tolist(), bound, hold=warming_up, reward_std=stats["reward/std"])
+            compared = multiplier.compared(given, prompts)
+            margin = safety_margin(*compared, constraint.confidence, calibrations.get(f"cost/{name}"))
+            if math.isfinite(margin):
+                stats[f"cost/{name}/margin"], bound = margin, bound - margin
+            else:
+                stats["without_margin"].append(name)
+        multiplier.update(given, bound, hold=warming_up, reward_std=stats["reward/std"], prompts=prompts)
     weights, _ = weighing(config, multipliers, stats["history"])
     combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, weights, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])

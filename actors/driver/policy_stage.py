@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -159,7 +159,7 @@ class PolicyStage(PolicyConfig, Stage):
     def check_scopes(self, tokenized: bool) -> list[str]:
         """Over how many prompts each constraint with a ``where`` counts."""
         from beaver_ray.data.mixing import load_mix
-        from beaver_ray.data.scopes import check_masks, lines, masks
+        from beaver_ray.data.scopes import lines, masks
         from beaver_ray.models.loading import load_tokenizer
 
         if tokenized:
@@ -167,7 +167,7 @@ class PolicyStage(PolicyConfig, Stage):
             return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
         samples, _ = load_mix(self.data.prompts)
         inside = masks(self.scopes, samples)
-        check_masks(self.scopes, inside, samples)
+        self._check_masks(inside, samples)
         return lines(self.scopes, inside)
 
     def training_prompts(
@@ -175,17 +175,30 @@ class PolicyStage(PolicyConfig, Stage):
     ) -> tuple[PromptDataset, list[RawSample], dict[str, DropReport]]:
         """The training prompts, the rows that they are of, and what was dropped of each data set.
 
-        Raises UserError where the ``where`` of a constraint matches none.
+        Raises UserError where the ``where`` of a constraint matches none, or too few for its form.
         """
         from beaver_ray.data.mixing import load_mix
-        from beaver_ray.data.scopes import check_masks
         from beaver_ray.data.tokenized import PromptDataset
 
         samples, reports = load_mix(self.data.prompts)
         limit = self.data.max_prompt_tokens
         prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
-        check_masks(self.scopes, prompts.inside, samples)
+        self._check_masks(prompts.inside, samples)
         return prompts, samples, reports
+
+    def _check_masks(self, inside: Mapping[str, np.ndarray], samples: Sequence[RawSample]) -> None:
+        from beaver_ray.data.scopes import check_masks
+
+        check_masks(self.scopes, inside, samples)
+        for c in (c for c in self.constraints if c.name in inside and c.tail < 1):
+            there, prompts = int(inside[c.name].sum()), len(inside[c.name])
+            counting = self._samples * there / prompts  # in the mean of all steps
+            if counting * c.tail < 1 - 1e-9:
+                raise UserError(
+                    f"constraint {c.name}: form {c.form} is of the worst {c.tail:.2g} of the answers that count, less "
+                    f"than one of some {counting:.3g} in a step (constraints.{c.name}.where matches {there} of "
+                    f"{prompts} prompts); raise rollout.prompts_per_step, or lower the level"
+                )
 
     def certify(
         self, confidence: float, policy: str | None, answers: int, prompts: Sequence[str], command: str

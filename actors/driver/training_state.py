@@ -73,6 +73,8 @@ class TrainingState:
 
     def __init__(self, config: PolicyConfig, prompts: PromptDataset) -> None:
         self.config, self.dataset = config, prompts
+        self.without_margin: set[str] = set()
+        """Constraints of which was said that there are steps in which confidence takes nothing off."""
         self.reset()
 
     def reset(self) -> None:

@@ -35,6 +35,11 @@ class RewardShaping(PolicyStage):
         for c in self.constraints:
             if c.multiplier.initial == "auto":
                 raise ValueError(f"constraint {c.name}: its weight is fixed; set multiplier.initial to a number")
+            if c.confidence is not None:
+                raise ValueError(
+                    f"constraint {c.name}: confidence puts a limit lower, and reward_shaping has fixed weights and "
+                    f"keeps none; leave it out, or use stage safe_ppo"
+                )
         return self
 
     def objective(self) -> Objective:

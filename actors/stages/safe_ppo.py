@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import model_validator
+
 from actors.driver.policy_stage import PolicyStage
 from beaver_ray.options import option
 
@@ -15,6 +17,16 @@ class SafePpo(PolicyStage):
     """Options of stage safe_ppo."""
 
     stage: Literal["safe_ppo"] = option("PPO under constraints.")
+
+    @model_validator(mode="after")
+    def _errors_can_be_told(self) -> SafePpo:
+        for c in self.constraints:
+            if c.confidence is not None and self.rollout.prompts_per_step < 2 and c.multiplier.window is None:
+                raise ValueError(
+                    f"constraint {c.name}: confidence needs answers to several prompts; raise "
+                    f"rollout.prompts_per_step to 2 at least, or give multiplier.window"
+                )
+        return self
 
     def objective(self) -> Objective:
         """The reward while a multiplier for each constraint keeps its cost under its limit."""

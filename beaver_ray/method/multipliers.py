@@ -24,25 +24,41 @@ from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]
+Prompts = Sequence[int] | npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 PROPORTIONAL = 1.0
 """pid's proportional gain: units of lambda that a gap of one standard deviation of the costs counts at once."""
 LARGEST_ERROR = 0.3
 """Standard deviations of the costs as which pid counts any larger gap."""
+FEWEST = 32
+"""Costs that a step needs for pid to compare their own mean; with fewer it takes the last so many. An error is cut at
+LARGEST_ERROR, and where the sampling error of a step is larger than that, skewed costs come to rest at their median."""
 FAR = 100.0
 """Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
 
 
 class CostWindow:
-    """The last `size` raw episode costs; their mean is the published estimate of J_C."""
+    """The last `size` raw episode costs, whose mean is the published estimate of J_C, and the prompt of each."""
 
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"a cost window holds at least one episode, got {size}")
         self.costs: deque[float] = deque(maxlen=size)
+        self.prompts: deque[int] = deque(maxlen=size)
 
-    def extend(self, costs: Sequence[float] | npt.NDArray[np.floating]) -> None:
-        self.costs.extend(_finite(costs).tolist())
+    def extend(self, costs: npt.ArrayLike, prompts: Prompts | None = None) -> None:
+        given = _finite(costs)
+        self.costs.extend(given.tolist())
+        self.prompts.extend(_prompts(prompts, given).tolist())
+
+    def after(self, costs: FloatArray, prompts: IntArray) -> tuple[FloatArray, IntArray]:
+        """What it would hold after `extend`, which stays to be done."""
+        size = self.costs.maxlen
+        assert size is not None
+        held = np.array(self.costs, dtype=np.float64), np.array(self.prompts, dtype=np.int64)
+        return np.concatenate([held[0], costs])[-size:], np.concatenate([held[1], prompts])[-size:]
 
     def mean(self) -> float:
         """Mean of the costs held, correctly rounded. Raises ValueError while there are none."""
@@ -78,8 +94,8 @@ class ProjectedState:
 class Multiplier(ABC):
     """What the rules share: the cost window, the delay before the first step, and saving and loading.
 
-    `window` None takes the mean over the costs of each update alone. No rule moves during the first
-    `delay_steps` updates, though the window fills. `maximum` None is without bound.
+    `window` None takes the mean over the costs of each update alone (pid: where there are FEWEST at least). No rule
+    moves during the first `delay_steps` updates, though the window fills. `maximum` None is without bound.
     """
 
     rule: ClassVar[str]
@@ -103,33 +119,50 @@ class Multiplier(ABC):
         """lambda now."""
 
     @abstractmethod
-    def _move(self, gap: float) -> None:
-        """Take one step of the rule at J_C - d = `gap`."""
+    def _move(self, gap: float, age: float) -> None:
+        """Take one step of the rule at J_C - d = `gap`, seen on costs that are `age` steps old in the mean."""
 
     def _observe(self, cost_variance: float, reward_variance: float) -> None:  # noqa: B027 (only pid needs them)
         """Take note of how much costs and rewards differ between the answers of a step."""
 
-    def update(self, costs: Costs, limit: float, hold: bool = False, reward_std: float = 1.0) -> float:
+    def compared(self, costs: npt.ArrayLike, prompts: Prompts | None = None) -> tuple[FloatArray, IntArray]:
+        """The costs whose mean `update` would compare with the limit, were it given these; and the prompt of each."""
+        given = _finite(costs)
+        of_prompts = _prompts(prompts, given)
+        return (given, of_prompts) if self.window is None else self.window.after(given, of_prompts)
+
+    def update(
+        self,
+        costs: Costs,
+        limit: float,
+        hold: bool = False,
+        reward_std: float = 1.0,
+        prompts: Prompts | None = None,
+    ) -> float:
         """Take one step on raw episode costs, once per rollout and before the policy's; return lambda.
 
         With `hold`, for steps in which the policy stands still, lambda does too, though the window fills.
         A sequence of costs goes through the window; a single number is taken as J_C itself. `reward_std` is the
-        standard deviation of the step's rewards, of which pid makes its unit. Raises ValueError where a cost, the
-        limit or `reward_std` is not finite, before anything changes.
+        standard deviation of the step's rewards, of which pid makes its unit; `prompts` says of which prompt each cost
+        is, for `compared`. Raises ValueError where a cost, the limit or `reward_std` is not finite, before anything
+        changes.
         """
         given = _finite(costs)
         if not math.isfinite(limit) or not 0.0 <= reward_std < math.inf:
             raise ValueError(f"limit and reward_std must be finite, got {limit} and {reward_std}")
+        spread_of, age = given, 0.0
         if given.ndim == 0:
             mean_cost = float(given)
-        elif self.window is None:
-            mean_cost = math.fsum(given) / len(given)
         else:
-            self.window.extend(given)
-            mean_cost = self.window.mean()
-        self._observe(float(given.var()), reward_std**2)
+            compared, _ = self.compared(given, prompts)
+            mean_cost, age = math.fsum(compared) / len(compared), (len(compared) / len(given) - 1) / 2
+            if len(given) < min(FEWEST, len(compared)):
+                spread_of = compared  # so few lie nearer to each other than all do, and one alone has no variance
+            if self.window is not None:
+                self.window.extend(given, prompts)
+        self._observe(float(spread_of.var()), reward_std**2)
         if not hold and self.updates >= self.delay_steps:
-            self._move(mean_cost - limit)
+            self._move(mean_cost - limit, age)
         self.updates += 1
         return self.value
 
@@ -139,6 +172,7 @@ class Multiplier(ABC):
             "rule": self.rule,
             "updates": self.updates,
             "window": None if self.window is None else list(self.window.costs),
+            "window_prompts": None if self.window is None else list(self.window.prompts),
             "state": asdict(self.state),
         }
 
@@ -152,8 +186,11 @@ class Multiplier(ABC):
             )
         self.updates = int(saved["updates"])
         if self.window is not None:
+            costs = saved["window"] or []
             self.window.costs.clear()
-            self.window.costs.extend(saved["window"] or [])
+            self.window.prompts.clear()
+            if costs:  # checkpoints of earlier versions say no prompts
+                self.window.extend(costs, saved.get("window_prompts"))
         self.state = type(self.state)(**saved["state"])
 
     def _clip(self, value: float) -> float:
@@ -192,7 +229,7 @@ class LogSgdMultiplier(Multiplier):
             return self.maximum  # exp(log(max)) can miss it by a rounding error
         return math.exp(self.state.log_value)
 
-    def _move(self, gap: float) -> None:
+    def _move(self, gap: float, age: float) -> None:
         log_value = self.state.log_value + self.learning_rate * self.value * gap
         if self.maximum is not None:
             log_value = min(log_value, math.log(self.maximum))
@@ -209,7 +246,9 @@ class PidMultiplier(Multiplier):
 
     Rewards and costs have units that nobody knows beforehand. The unit of lambda here is u = std(rewards) / std(costs),
     at which both weigh the same in the policy's advantage, and that of a violation is e = (J_C - d) / std(costs), cut
-    to LARGEST_ERROR; the variances are means over the steps so far of those within a step. With U = max(u, I)
+    to LARGEST_ERROR; the variances are means over the steps so far of those within a step. Of fewer than FEWEST costs
+    neither mean nor variance says much: both are those of the last FEWEST, and the time constant is longer by three
+    times the steps that these are old in the mean, or it would answer what the policy did long ago. With U = max(u, I)
 
         I <- clip(I + U * e / time_constant, 0, max),   lambda = clip(I + PROPORTIONAL * U * e, 0, max)
 
@@ -236,13 +275,22 @@ class PidMultiplier(Multiplier):
     ) -> None:
         if not 1.0 <= time_constant < math.inf:
             raise UserError(f"multiplier.time_constant is {time_constant}; give a number of steps, 1 at least")
-        super().__init__(initial, maximum, window, delay_steps)
+        super().__init__(initial, maximum, FEWEST if window is None else window, delay_steps)
         self.time_constant = time_constant
+        self.of_the_step = window is None
+        """Whether a step of FEWEST costs is compared by itself."""
         self.state = PidState(value=initial, integral=initial)
 
     @property
     def value(self) -> float:
         return self.state.value
+
+    def compared(self, costs: npt.ArrayLike, prompts: Prompts | None = None) -> tuple[FloatArray, IntArray]:
+        """Of fewer than FEWEST costs, or with a window that was asked for, those of the window."""
+        given = _finite(costs)
+        if self.of_the_step and given.size >= FEWEST:
+            return given, _prompts(prompts, given)
+        return super().compared(given, prompts)
 
     def _observe(self, cost_variance: float, reward_variance: float) -> None:
         state = self.state
@@ -250,7 +298,7 @@ class PidMultiplier(Multiplier):
         state.cost_variance += (cost_variance - state.cost_variance) / state.steps
         state.reward_variance += (reward_variance - state.reward_variance) / state.steps
 
-    def _move(self, gap: float) -> None:
+    def _move(self, gap: float, age: float) -> None:
         if gap == 0.0:
             self.state.value = self.state.integral
             return
@@ -262,7 +310,8 @@ class PidMultiplier(Multiplier):
         size = max(unit, state.integral) * error
         quick = PROPORTIONAL * size
         if error < 0.0 or state.integral + quick < highest:
-            state.integral = min(max(state.integral + size / self.time_constant, 0.0), highest)
+            time_constant = self.time_constant + (3.0 * age if self.of_the_step else 0.0)
+            state.integral = min(max(state.integral + size / time_constant, 0.0), highest)
         state.value = min(max(state.integral + quick, 0.0), highest)
 
 
@@ -291,7 +340,7 @@ class ProjectedMultiplier(Multiplier):
     def value(self) -> float:
         return self.state.value
 
-    def _move(self, gap: float) -> None:
+    def _move(self, gap: float, age: float) -> None:
         self.state.value = self._clip(self.state.value + self.learning_rate * gap)
 
 
@@ -310,7 +359,7 @@ def make_multiplier(config: MultiplierConfig) -> Multiplier:
     raise UserError(f"multiplier.rule is {config.rule!r}; choose log_sgd, pid or projected")
 
 
-def _finite(costs: Costs) -> npt.NDArray[np.float64]:
+def _finite(costs: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """`costs` as float64. Raises ValueError on none at all and on NaN or infinity."""
     array = np.asarray(costs, dtype=np.float64)
     if array.size == 0:
@@ -319,3 +368,8 @@ def _finite(costs: Costs) -> npt.NDArray[np.float64]:
     if bad:
         raise ValueError(f"{bad} of {array.size} episode costs are NaN or infinite: check the cost scorer's output")
     return array
+
+
+def _prompts(prompts: Prompts | None, costs: FloatArray) -> IntArray:
+    """The prompt of each cost; where nobody says, one of its own."""
+    return np.asarray(range(-len(costs), 0) if prompts is None else prompts, dtype=np.int64)

@@ -269,6 +269,15 @@ def test_scopes(tiny_world: Path, tmp_path: Path) -> None:
         train(stage({"kind": "bening"}))
     assert missed.state == "fail" and missed.line == str(caught.value)
     assert "constraints.harm.where: no training prompt has kind: bening; their rows have kind (benign, r" in missed.line
+    # A form that is of less than one answer in scope: of 8 in a step one in 48 counts.
+    harm["form"] = "cvar:0.5"
+    few = found({"kind": "rare"})
+    with pytest.raises(UserError) as caught:
+        train(stage({"kind": "rare"}))
+    assert few.state == "fail" and few.line == str(caught.value)
+    assert f"less than one of some {8 / len(rows):.3g} in a step (constraints.harm.where matches 1 of" in few.line
+    assert found({"kind": "benign"}).state == "pass"
+    del harm["form"]
     # Nor has it to wait for a policy that is yet to be trained.
     before = stage({"kind": "bening"})
     before.models.policy = str(tmp_path / "sft")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.multipliers import (
+    FEWEST,
     CostWindow,
     LogSgdMultiplier,
     PidMultiplier,
@@ -105,20 +106,63 @@ def test_projected_by_hand():
 def test_pid_by_hand():
     multiplier = PidMultiplier(0.5, time_constant=10.0, maximum=2.0, window=None, delay_steps=0)
     # Mean .5, gap .1; stds .5 and 2: unit 4, error .2. I = .5 + 4 * .2 / 10 = .58; .58 + 4 * .2
-    assert multiplier.update([0.0, 0.0, 1.0, 1.0], 0.4, reward_std=2.0) == pytest.approx(1.38)
+    assert multiplier.update([0.0, 0.0, 1.0, 1.0] * 8, 0.4, reward_std=2.0) == pytest.approx(1.38)
     # Variances so far (.25 + 0) / 2 and (4 + 0) / 2: unit 4 again. A gap of -.4 is an error of more than .3.
-    assert multiplier.update([0.0] * 4, 0.4, reward_std=0.0) == 0.0
+    assert multiplier.update([0.0] * FEWEST, 0.4, reward_std=0.0) == 0.0
     assert multiplier.state.integral == pytest.approx(0.58 - 4 * 0.3 / 10)
     # Variances .25 / 3 and 8 / 3: unit 4 * sqrt(2), .46 + .3 * 5.66 is over the maximum, so I stays.
-    assert multiplier.update([100.0] * 4, 0.4, reward_std=2.0) == 2.0
+    assert multiplier.update([100.0] * FEWEST, 0.4, reward_std=2.0) == 2.0
     assert multiplier.state.integral == pytest.approx(0.46)
 
 
 def test_pid_grows_by_factors_above_its_unit():
     multiplier = PidMultiplier(8.0, time_constant=5.0, maximum=None, window=None, delay_steps=0)
     # Stds 1 and 1: unit 1; gap .25. I = 8 + 8 * .25 / 5; the quick part is 8 * .25
-    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.4 + 2.0)
-    assert multiplier.update([-0.75, 1.25], 0.0, reward_std=1.0) == pytest.approx(8.82 + 2.1)
+    assert multiplier.update([-0.75, 1.25] * 16, 0.0, reward_std=1.0) == pytest.approx(8.4 + 2.0)
+    assert multiplier.update([-0.75, 1.25] * 16, 0.0, reward_std=1.0) == pytest.approx(8.82 + 2.1)
+
+
+def test_pid_takes_the_last_of_several_steps_where_one_has_few_costs():
+    multiplier = PidMultiplier(0.5, time_constant=10.0, maximum=None, window=None, delay_steps=0)
+    # Mean .25 of the first eight: gap .05. Variance .1875, unit 1 / .433, which times the error .05 / .433 is .2667.
+    first = [0.0] * 6 + [1.0] * 2
+    assert multiplier.update(first, 0.2) == pytest.approx(0.5 + 2.3094 * 0.11547 / 10 + 2.3094 * 0.11547, abs=1e-4)
+    # Both steps: mean .25 and variance .1875 again; these sixteen are half a step old, so that 10 + 3 / 2 stand for 10.
+    integral = multiplier.state.integral
+    costs, prompts = multiplier.compared([0.0] * 7 + [1.0], range(8))
+    assert len(costs) == 16 and costs.mean() == 3 / 16 and prompts.tolist() == [*range(-8, 0), *range(8)]
+    value = multiplier.update([0.0] * 6 + [1.0] * 2, 0.2)
+    assert multiplier.state.integral == pytest.approx(integral + 0.26667 / 11.5, abs=1e-4)
+    assert value == pytest.approx(multiplier.state.integral + 0.26667, abs=1e-4)
+    # No more than the last FEWEST, and a step that has these stands alone, as it would without any before it.
+    multiplier.update([0.0] * 24, 0.2)
+    assert len(multiplier.window) == FEWEST and multiplier.window.mean() == 2 / FEWEST
+    alone = [0.0, 1.0] * (FEWEST // 2)
+    assert multiplier.compared(alone)[0].tolist() == alone
+    long = [1.0] * 40 + [0.0] * 8
+    assert multiplier.compared(long)[0].tolist() == long
+    # With a window that was asked for these go through it.
+    asked = PidMultiplier(0.5, time_constant=10.0, maximum=None, window=64, delay_steps=0)
+    asked.update(long, 0.2)
+    assert asked.compared(long)[0].tolist() == (long + long)[-64:]
+
+
+@pytest.mark.parametrize("answers", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("limit", [0.05, 0.1])
+def test_pid_keeps_the_mean_of_rare_costs_whatever_a_step_has(answers, limit):
+    """A policy whose log-odds of a harmful answer rise with the reward and fall with lambda, costs of 0 and 1.
+
+    Its rate at rest is within 0.01 of the limit; by the answers of each step alone it would be at 0.69 with one answer
+    to a step, at 0.2 to 0.3 with two and at 0.12 to 0.17 with four.
+    """
+    rng, log_odds, rates = np.random.default_rng(answers), 0.0, []
+    multiplier = PidMultiplier(0.0, time_constant=10.0, maximum=None, window=None, delay_steps=0)
+    for _ in range(5000):
+        rates.append(1 / (1 + math.exp(-log_odds)))
+        value = multiplier.update((rng.random(answers) < rates[-1]).astype(float), limit)
+        weight = value * math.sqrt(limit * (1 - limit))
+        log_odds += 0.2 * (1 - weight) / (1 + weight)
+    assert np.mean(rates[1000:]) == pytest.approx(limit, abs=0.01)
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 100))
@@ -140,10 +184,10 @@ def test_pid_knows_no_units(rewards_in, costs_in, seed):
 def test_pid_is_not_at_a_loss_where_nothing_differs():
     """Costs that are all alike, rewards that are all alike: lambda still rises above the limit, and falls below it."""
     multiplier = PidMultiplier(0.0, 10.0, None, None, 0)
-    values = [multiplier.update([2.0, 2.0], 0.5, reward_std=0.0) for _ in range(10)]
+    values = [multiplier.update([2.0] * FEWEST, 0.5, reward_std=0.0) for _ in range(10)]
     assert values[0] > 0 and values == sorted(values)
-    assert [multiplier.update([0.5, 0.5], 0.5, reward_std=0.0)] == [multiplier.state.integral]
-    assert [multiplier.update([0.0, 0.0], 0.5, reward_std=0.0) for _ in range(200)][-1] == 0.0
+    assert [multiplier.update([0.5] * FEWEST, 0.5, reward_std=0.0)] == [multiplier.state.integral]
+    assert [multiplier.update([0.0] * FEWEST, 0.5, reward_std=0.0) for _ in range(200)][-1] == 0.0
 
 
 @given(
@@ -182,7 +226,7 @@ def test_pid_does_not_wind_up(stretch, below, above):
     multiplier = make_multiplier(settings_of(rule="pid", window=None, max=None))
 
     def see(gap, steps):
-        return [multiplier.update([gap - 1.0, gap + 1.0], 0.0) for _ in range(steps)][-1]
+        return [multiplier.update([gap - 1.0, gap + 1.0] * 16, 0.0) for _ in range(steps)][-1]
 
     see(-below, stretch)
     see(above, math.ceil(10.0 / above) + 1)
@@ -231,20 +275,29 @@ def test_without_a_window_each_update_stands_alone():
     assert multiplier.update([-1.0, -2.0], 0.0) == pytest.approx(1.0 + 0.2 - 0.15)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_resumed_multiplier_is_the_uninterrupted_one(rule):
+@pytest.mark.parametrize(("rule", "window"), [*((rule, 4) for rule in RULES), ("pid", None)])
+def test_a_resumed_multiplier_is_the_uninterrupted_one(rule, window):
     """Fault 9 of the published code."""
     rounds = np.random.default_rng(1).normal(0.3, 4, (40, 3)).astype(np.float32)
-    whole = make_multiplier(settings_of(rule=rule, delay_steps=5))
+    whole = make_multiplier(settings_of(rule=rule, window=window, delay_steps=5))
     expected = [whole.update(costs, 0.1) for costs in rounds]
     for cut in (0, 3, 20):
-        first = make_multiplier(settings_of(rule=rule, delay_steps=5))
+        first = make_multiplier(settings_of(rule=rule, window=window, delay_steps=5))
         values = [first.update(costs, 0.1) for costs in rounds[:cut]]
-        second = make_multiplier(settings_of(rule=rule, delay_steps=5))
+        second = make_multiplier(settings_of(rule=rule, window=window, delay_steps=5))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         values += [second.update(costs, 0.1) for costs in rounds[cut:]]
         assert values == expected
         assert second.state_dict() == whole.state_dict()
+
+
+def test_a_window_without_prompts_in_an_earlier_checkpoint_counts_each_cost_by_itself():
+    saved = make_multiplier(settings_of()).state_dict() | {"window": [1.0, 2.0, 3.0]}
+    del saved["window_prompts"]
+    multiplier = make_multiplier(settings_of())
+    multiplier.load_state_dict(saved)
+    costs, prompts = multiplier.compared([4.0, 5.0], [7, 7])
+    assert costs.tolist() == [2.0, 3.0, 4.0, 5.0] and prompts.tolist() == [-2, -1, 7, 7]
 
 
 def test_state_of_another_rule_is_refused():

@@ -69,6 +69,11 @@ def test_answers_are_scored_as_in_a_run(one_rank: None, tiny_world: Path, tmp_pa
     np.testing.assert_array_equal(clipped.reference.rewards_B, np.clip(free.reference.rewards_B, -0.5, 0.5))
     beyond = int((np.abs(free.reference.rewards_B) > 0.5).sum())
     assert f"reward: {beyond} scores are beyond ppo.clip_score 0.5 and count as that" in clipped.remarks
+    # A run's limit is on costs as they are.
+    np.testing.assert_array_equal(clipped.reference.costs_MB, free.reference.costs_MB)
+    beyond = int((free.reference.costs_MB > 0.5).sum())
+    said = f"long: {beyond} scores are beyond ppo.clip_score 0.5 and count as they are, as under a run's limit"
+    assert beyond and any(line.startswith(said) for line in clipped.remarks)
     # The hinge of a cost that is never below 0 is that cost.
     long = {"name": "long", "model": LONG, "critic": str(tiny_world / "model"), "limit": 1.5, "form": "hinge"}
     hinged = sampled(configured(tiny_world, tmp_path, ppo={"clip_score": None}, constraints=[long]), 12, 4)

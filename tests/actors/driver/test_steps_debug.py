@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -50,6 +51,32 @@ def test_a_short_last_step_is_trained_and_said_also_after_resume(
     assert "step 2 has 3 sample(s), fewer than ppo.minibatches (5): each makes one optimizer step" in notes
     # Nothing of what was trained on is remembered.
     assert not states[-1].prompts.prompt_of
+
+
+def test_a_confidence_counts_the_answers_of_the_window_and_none_of_a_single_prompt(
+    one_rank: None, tiny_world: Path, tmp_path: Path
+) -> None:
+    """Eight answers to one prompt a step: of the first prompt no error can be told, of the first two their own."""
+    moves = {"rule": "projected", "initial": 1.0, "learning_rate": 0.5, "window": 32}
+    harm = {"name": "harm", "model": str(tiny_world / "cost_model"), "limit": 0.0, "confidence": 0.9}
+    rollout = {"prompts_per_step": 1, "samples_per_prompt": 8, "max_new_tokens": 8}
+    changes = {"steps": 2, "trajectory_every": 1, "rollout": rollout, "ppo": {"minibatches": 2}}
+    constraints = [harm | {"multiplier": moves}]
+    folder = train(ppo_config(tiny_world, workspace=str(tmp_path), constraints=constraints, **changes))
+    steps = [pq.read_table(folder / "trajectories" / f"step_{step:06d}.parquet") for step in (1, 2)]
+    first, second = (np.array(step["cost/harm"].to_pylist(), dtype=np.float64) for step in steps)
+    one, two = read_metrics(folder)
+    assert "cost/harm/margin" not in one
+    value = max(0.0, 1.0 + 0.5 * first.mean())
+    assert one["multiplier/harm"] == pytest.approx(value, rel=1e-6)
+    said = "step 1: all answers that harm compares with its limit are to one prompt"
+    assert (folder / "notes.log").read_text().count("all answers that harm compares") == 1
+    assert said in (folder / "notes.log").read_text()
+    # Two clusters of eight: the standard error of their means' mean is half their difference. t of 0.9 is 3.078.
+    margin = 3.078 * abs(first.mean() - second.mean()) / 2
+    assert two["cost/harm/margin"] == pytest.approx(margin, rel=1e-3)
+    value = max(0.0, value + 0.5 * ((first.mean() + second.mean()) / 2 + two["cost/harm/margin"]))
+    assert two["multiplier/harm"] == pytest.approx(value, rel=1e-6)
 
 
 def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
