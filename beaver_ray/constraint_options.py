@@ -54,10 +54,8 @@ class MultiplierConfig(Strict):
             raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
         if self.max is not None and self.initial != "auto" and self.initial > self.max:
             raise ValueError(f"initial {self.initial} is above max {self.max}")
-        unread, others = ("learning_rate", "log_sgd and projected") if self.rule == "pid" else ("time_constant", "pid")
-        if self.asks_for(unread):
-            usual = type(self).model_fields[unread].default
-            raise ValueError(f"{unread} is of rule {others}; leave it out ({usual:g}) for {self.rule}, or set rule")
+        if self.rule == "pid" and self.asks_for("learning_rate"):  # a recipe's time_constant may stand in other rules
+            raise ValueError("learning_rate is of rule log_sgd and projected; leave it out for pid, or set rule")
         return self
 
 

@@ -108,7 +108,6 @@ def test_workspace_is_filled_in() -> None:
             "constraints.harm.multiplier.learning_rate=1",
             ["learning_rate is of rule log_sgd and projected"],
         ),
-        ("constraints.harm.multiplier={rule: projected, time_constant: 4}", ["time_constant is of rule pid", "(10)"]),
         ("constraints=[]", ["stage safe_ppo needs at least one entry under constraints"]),
         ("constraints.harm.multiplier.kp=2", ["kp is gone", "time_constant"]),
         ("ppo.gamma=0.99", ["ppo: ", "gamma is gone: answers are never discounted"]),
