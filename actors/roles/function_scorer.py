@@ -112,7 +112,8 @@ def _wanted(source: str, function: Any, known: set[str], keywords: Collection[st
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = [p.name for p in named if p.name not in GIVEN]
     required = {p.name for p in named if p.default is p.empty}
-    options = {p.name for p in named if p.kind is p.KEYWORD_ONLY and p.default not in (p.empty, None)}
+    optional = [p for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    options = {p.name for p in optional if p.default is not None}
     known = {*known, "dialogues"}.difference(keywords, options, GIVEN)
     if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(
