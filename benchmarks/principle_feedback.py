@@ -164,7 +164,7 @@ def following(folder: Path, seed: int, steps: int) -> dict[str, Any]:
             launch("train", str(RECIPES / f"{recipe}.yaml"), *common, *settings)
         rows = read_rows(folder / run / "metrics.jsonl")
         found[name] = figures_of(folder / run) | {"response_tokens": words(rows[-5:])}
-        found["start"]["response_tokens"] = words(rows[:1])  # the first step is the policy of the start
+        found["start"].setdefault("response_tokens", words(rows[:1]))  # the first step is the policy of the start
     return found
 
 

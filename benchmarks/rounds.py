@@ -3,11 +3,12 @@
     python benchmarks/rounds.py --seeds 0 1 2 --jobs 2 --out benchmarks/rounds.json
 
 For each seed `configs/local/rounds.yaml` is run in one process (debug mode). A round's models are held against the
-truth on pairs of answers to held-out prompts, eight answers to a prompt: those of the policy of the round before, and
-those of the policy that was then trained on them. Of each: the share of answers whose sign the cost model has right,
-the share of pairs whose more harmful and whose better answer the models know (of those whose true costs or rewards
-differ), and the share of unsafe answers. The picture, beside the JSON file, has reward and violation rate over the
-steps of all rounds, and what the models have right: signs of costs, and orders of rewards.
+truth on pairs of the different ones among eight answers to each held-out prompt: those of the policy of the round
+before, and those of the policy that was then trained on them. Of each: the share of different answers whose sign the
+cost model has right, the share of pairs whose more harmful and whose better answer the models know (of those whose true
+costs or rewards differ), and the share of unsafe answers among the different ones. The picture, beside the JSON file,
+has reward and violation rate over the steps of all rounds, and what the models have right: signs of costs, and orders
+of rewards.
 Complete stages in the working folder are skipped.
 """
 
@@ -90,7 +91,7 @@ def accuracy(workspace: Path, number: int, of: int) -> Row:
         {row["id"]: row for part in ("train", "test") for row in read_rows(folder / "final" / f"{part}.jsonl")}
         for folder in (workspace / "compared" / f"truth_{of}", workspace / "compared" / f"{number}_on_{of}")
     )
-    signs, unsafe = [], 0
+    costs: dict[tuple[str, str], tuple[float, float]] = {}  # of each answer once, by truth and model
     orders: dict[str, list[bool]] = {"cost": [], "reward": []}
     for id_, row in truth.items():
         for kind, found in orders.items():
@@ -98,11 +99,13 @@ def accuracy(workspace: Path, number: int, of: int) -> Row:
             if true[0] != true[1]:
                 found.append((true[0] > true[1]) == (scores[0] > scores[1]))
             if kind == "cost":
-                signs += [(t > 0) == (s > 0) for t, s in zip(true, scores, strict=True)]
-                unsafe += sum(t > 0 for t in true)
-    shares = {f"{kind}_order": round(sum(found) / len(found), 4) if found else None for kind, found in orders.items()}
-    counts = {"answers": len(signs), "pairs": len(orders["reward"]), "unsafe": round(unsafe / len(signs), 4)}
-    return {**counts, "cost_sign": round(sum(signs) / len(signs), 4), **shares}
+                costs |= {(row["prompt"], row[f"response_{k}"]): (true[k], scores[k]) for k in (0, 1)}
+    found = {f"{kind}_order": round(sum(right) / len(right), 4) if right else None for kind, right in orders.items()}
+    signs = [(true > 0) == (said > 0) for true, said in costs.values()]
+    found |= {"cost_sign": round(sum(signs) / len(signs), 4)}
+    found |= {"unsafe": round(sum(true > 0 for true, _ in costs.values()) / len(costs), 4)}
+    counts = {"prompts": len({prompt for prompt, _ in costs}), "answers": len(costs), "pairs": len(orders["reward"])}
+    return {**counts, **found}
 
 
 def curve(workspace: Path, rounds: int) -> list[Row]:

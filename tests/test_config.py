@@ -224,8 +224,11 @@ def test_log_sgd_cannot_start_at_zero() -> None:
 def test_a_confidence_where_nothing_could_heed_it_is_refused() -> None:
     sure, few = "constraints.harm.confidence=0.9", "rollout.prompts_per_step=1"
     eight = "rollout.samples_per_prompt=8"
-    assert "confidence needs answers to several prompts; raise rollout.prompts_per_step" in error(sure, few, eight)
-    assert safe_ppo(sure, few, eight, "constraints.harm.multiplier.window=64").constraints[0].confidence == 0.9
+    refused, window = "confidence needs answers to several prompts; raise rollout.prompts_per_step", "multiplier.window"
+    assert refused in error(sure, few, "rollout.samples_per_prompt=32")
+    assert refused in error(sure, few, eight, f"constraints.harm.{window}=8")
+    for held in ("constraints.harm.multiplier.window=9", "constraints.harm.multiplier.rule=pid"):  # pid holds 32
+        assert safe_ppo(sure, few, eight, held).constraints[0].confidence == 0.9
     assert "harm: confidence puts a limit lower, and reward_shaping" in error(sure, "stage=reward_shaping")
     assert safe_ppo(sure, few, eight, "stage=ppo").constraints[0].confidence == 0.9
 

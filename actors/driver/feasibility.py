@@ -114,7 +114,7 @@ def sample(
 
 
 def _as_reference(config: PolicyStage, prompts: PromptDataset, batch: Any, remarks: list[str]) -> Sampled:
-    """The batch's answers, sorted by prompt, under the scores that a run's advantages are made of."""
+    """The batch's answers, sorted by prompt, under the scores that a run compares."""
     prompt_ids, counts = np.unique(experience.scalars(batch, "prompt_id"), return_counts=True)
     everywhere = np.ones(len(prompt_ids), dtype=bool)
     inside = {c.name: prompts.inside.get(c.name) for c in config.constraints}

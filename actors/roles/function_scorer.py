@@ -114,6 +114,11 @@ def _wanted(source: str, function: Any, known: set[str], keywords: Collection[st
     required = {p.name for p in named if p.default is p.empty}
     optional = [p for p in named if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
     options = {p.name for p in optional if p.default is not None}
+    if asked := sorted(options & known - {*keywords, *GIVEN}):
+        raise UserError(
+            f"{source}: {asked[0]} is an option of it and a field of the prompts' rows; set the option there, "
+            f"(..., {asked[0]}=...), or give it the default None to be handed the field"
+        )
     known = {*known, "dialogues"}.difference(keywords, options, GIVEN)
     if missing := sorted(required - known - {*GIVEN, *keywords}):
         raise UserError(

@@ -20,11 +20,15 @@ class SafePpo(PolicyStage):
 
     @model_validator(mode="after")
     def _errors_can_be_told(self) -> SafePpo:
+        from beaver_ray.method.multipliers import FEWEST
+
         for c in self.constraints:
-            if c.confidence is not None and self.rollout.prompts_per_step < 2 and c.multiplier.window is None:
+            of_a_prompt = 1 if c.form == "worst_of_k" else self.rollout.samples_per_prompt
+            held = c.multiplier.window or (FEWEST if c.multiplier.rule == "pid" else 0)
+            if c.confidence is not None and self.rollout.prompts_per_step < 2 and held <= of_a_prompt:
                 raise ValueError(
                     f"constraint {c.name}: confidence needs answers to several prompts; raise "
-                    f"rollout.prompts_per_step to 2 at least, or give multiplier.window"
+                    f"rollout.prompts_per_step to 2 at least, or give a multiplier.window above {of_a_prompt}"
                 )
         return self
 

@@ -285,6 +285,13 @@ class PidMultiplier(Multiplier):
     def value(self) -> float:
         return self.state.value
 
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """As of the others. Where a checkpoint of an earlier version had one cost a step, of which it knew no variance,
+        the means begin anew."""
+        super().load_state_dict(saved)
+        if self.of_the_step and saved["window"] is None and self.state.cost_variance == 0.0:
+            self.state.steps, self.state.reward_variance = 0, 0.0
+
     def compared(self, costs: npt.ArrayLike, prompts: Prompts | None = None) -> tuple[FloatArray, IntArray]:
         """Of fewer than FEWEST costs, or with a window that was asked for, those of the window."""
         given = _finite(costs)

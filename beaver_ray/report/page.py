@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,6 @@ from tokenizers import Tokenizer
 
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.hacking import columns
-from beaver_ray.manifest import write_lines
 from beaver_ray.report.charts import Chart, Panel, Series, reliability_charts
 from beaver_ray.runs import is_finished, read_evaluation, read_metrics
 from beaver_ray.stage import Stage, Trajectories
@@ -79,7 +79,9 @@ def write_report(stage: Stage, folder: Path) -> Path:
         )
     )
     path = folder / "report.html"
-    write_lines(path, [page])
+    own = path.with_name(f"{path.name}.{os.getpid()}.part")  # `beaver-ray report` may write beside the run itself
+    own.write_text(page, encoding="utf-8")
+    own.replace(path)
     return path
 
 

@@ -147,6 +147,22 @@ def test_pid_takes_the_last_of_several_steps_where_one_has_few_costs():
     assert asked.compared(long)[0].tolist() == (long + long)[-64:]
 
 
+def test_pid_of_a_checkpoint_that_knew_no_variance():
+    """One cost a step of an earlier version: means that are of nothing but zeros would make every gap a large one."""
+    multiplier = PidMultiplier(1.0, time_constant=10.0, maximum=None, window=None, delay_steps=0)
+    multiplier.update([0.0], 0.1)
+    old = multiplier.state_dict() | {"window": None}
+    del old["window_prompts"]
+    old["state"] |= {"steps": 200, "cost_variance": 0.0, "reward_variance": 4.0}
+    resumed = PidMultiplier(1.0, time_constant=10.0, maximum=None, window=None, delay_steps=0)
+    resumed.load_state_dict(old)
+    assert (resumed.state.steps, resumed.state.cost_variance, resumed.state.reward_variance) == (0, 0.0, 0.0)
+    assert resumed.state.integral == multiplier.state.integral
+    old["state"]["cost_variance"] = 0.25  # of several costs a step: they go on
+    resumed.load_state_dict(old)
+    assert (resumed.state.steps, resumed.state.reward_variance) == (200, 4.0)
+
+
 @pytest.mark.parametrize("answers", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("limit", [0.05, 0.1])
 def test_pid_keeps_the_mean_of_rare_costs_whatever_a_step_has(answers, limit):

@@ -189,7 +189,7 @@ def test_parameters_come_with_each_call(tiny_world: Path, file: Path, prompts: s
 
 
 def test_a_field_sets_no_option(tiny_world: Path, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None that has a default of its own; and neither the prompts nor the responses."""
+    """An option that rows have a field for must be set; and no field is the prompts or the responses."""
     rows = [
         {"prompt": "how to clean the lock", "part": "yes", "schema": '{"type": "array"}', "number": 3, "kind": "even"}
     ]
@@ -197,11 +197,13 @@ def test_a_field_sets_no_option(tiny_world: Path, tmp_path: Path, file: Path, mo
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = f"prompts:1:{tmp_path}/rows.jsonl"
     batch = sequences_of(tiny_world, spec, ["oil the key"])
-    options = scorer_of(tiny_world, f"python:{file}:options", {"reward": 0}, spec)
+    with pytest.raises(UserError, match="kind is an option of it and a field of the prompts' rows; set the option"):
+        scorer_of(tiny_world, f"python:{file}:options(names=())", {"reward": 0}, spec)
+    options = scorer_of(tiny_world, f"python:{file}:options(kind='odd', names=())", {"reward": 0}, spec)
     assert experience.scalars(options.score(batch), "reward").tolist() == [3.0]
     monkeypatch.chdir(Path(__file__).parents[3])
     library = "python:beaver_ray/rules/"
-    mentions = scorer_of(tiny_world, library + "text.py:mentions(words=['ke'])", {"reward": 0}, spec)
+    mentions = scorer_of(tiny_world, library + "text.py:mentions(words=['ke'], part=False)", {"reward": 0}, spec)
     assert experience.scalars(mentions.score(batch), "reward").tolist() == [0.0]
     assert scorer_of(tiny_world, library + "formats.py:valid_json", {"reward": 0}, spec).fields == ["schema"]
 
