@@ -17,6 +17,9 @@ from beaver_ray.score_sources import score_source
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
 FORM = re.compile(r"mean|hinge|worst_of_k|cvar:0?\.\d*[1-9]\d*")
+FEWEST = 32
+"""Costs that a step needs for pid to compare their own mean; with fewer it takes the last so many. It cuts errors at
+LARGEST_ERROR, and where the sampling error of a step is larger than that, skewed costs come to rest at their median."""
 
 
 class MultiplierConfig(Strict):

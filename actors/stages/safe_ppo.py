@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from actors.driver.policy_stage import PolicyStage
+from beaver_ray.constraint_options import FEWEST
 from beaver_ray.options import option
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ class SafePpo(PolicyStage):
 
     @model_validator(mode="after")
     def _errors_can_be_told(self) -> SafePpo:
-        from beaver_ray.method.multipliers import FEWEST
-
         for c in self.constraints:
             of_a_prompt = 1 if c.form == "worst_of_k" else self.rollout.samples_per_prompt
             held = c.multiplier.window or (FEWEST if c.multiplier.rule == "pid" else 0)

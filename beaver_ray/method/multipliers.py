@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from beaver_ray.constraint_options import MultiplierConfig
+from beaver_ray.constraint_options import FEWEST, MultiplierConfig
 from beaver_ray.errors import UserError
 
 Costs = float | Sequence[float] | npt.NDArray[np.floating]
@@ -32,9 +32,6 @@ PROPORTIONAL = 1.0
 """pid's proportional gain: units of lambda that a gap of one standard deviation of the costs counts at once."""
 LARGEST_ERROR = 0.3
 """Standard deviations of the costs as which pid counts any larger gap."""
-FEWEST = 32
-"""Costs that a step needs for pid to compare their own mean; with fewer it takes the last so many. An error is cut at
-LARGEST_ERROR, and where the sampling error of a step is larger than that, skewed costs come to rest at their median."""
 FAR = 100.0
 """Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
 

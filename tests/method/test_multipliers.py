@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beaver_ray.constraint_options import MultiplierConfig
+from beaver_ray.constraint_options import FEWEST, MultiplierConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.multipliers import (
-    FEWEST,
     CostWindow,
     LogSgdMultiplier,
     PidMultiplier,
