@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,19 @@ from scipy.special import expit
 
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
+from beaver_ray.data.sources import REST
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain, write_rows
 from beaver_ray.method.multilabel import figures, flag_margin, shares_by
 from beaver_ray.moderation_options import Reads
-from beaver_ray.options import near
+from beaver_ray.options import meant, near
 from beaver_ray.rules.keywords import KEYWORDS, OBFUSCATIONS, KeywordRail
 from beaver_ray.yaml_files import read_yaml
 from launch.terminal import table_console
+
+UNKNOWN_SHOWN = 5
+"""Labels of rows that the judge does not know, by name; of more the number is said."""
 
 
 class Judge(Protocol):
@@ -87,6 +92,8 @@ def moderate(
             _check_writable(file)
     answers, prompts_N = answers_of(load_mix(list(specs))[0])
     check_answered(answers, judge.reads, "the data")
+    if unknown := _unknown_labels(answers, judge.labels):
+        print(unknown)
     for name in by:
         if not any(name in answer.fields for answer in answers):
             known = sorted({field for answer in answers for field in answer.fields})
@@ -107,6 +114,14 @@ def moderate(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"figures: {json_file}")
+
+
+def _unknown_labels(answers: Sequence[LabelledAnswer], labels: Sequence[str]) -> str:
+    """A line on labels that rows name and the judge does not know: by them nothing is judged. Empty without any."""
+    counts = Counter(name for answer in answers for name in answer.labels if name not in labels and name != REST)
+    named = [f"{name!r} ({count}{meant(name, labels)})" for name, count in counts.most_common(UNKNOWN_SHOWN)]
+    named += [f"{len(counts) - UNKNOWN_SHOWN} more"] if len(counts) > UNKNOWN_SHOWN else []
+    return f"labels in the rows that the judge does not know: {', '.join(named)}" if named else ""
 
 
 def report(judged: Judged, by: Sequence[str]) -> dict[str, Any]:

@@ -64,6 +64,21 @@ def test_keywords_know_no_context(rows: str, tmp_path: Path, capsys: pytest.Capt
     assert json.loads(out.read_text())["prompt"] == "how do I bake"
 
 
+def test_labels_that_the_judge_does_not_know_are_named(
+    rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such rows would be counted as if nothing were known of them, and nobody would hear of a misspelling."""
+    (tmp_path / "other.yaml").write_text("thefts: [steal]\nviolence: [kill]\n")
+    _, text, _ = run(capsys, "moderate", rows, "--keywords", tmp_path / "other.yaml")
+    assert "labels in the rows that the judge does not know: 'theft' (3; did you mean 'thefts'?)\n" in text
+    many = [{**ROWS[0], "labels": dict.fromkeys("abcdefg", True)}]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    _, text, _ = run(capsys, "moderate", f"moderation:1:{tmp_path}/many.jsonl", "--keywords", tmp_path / "words.yaml")
+    assert "does not know: 'a' (1), 'b' (1), 'c' (1), 'd' (1), 'e' (1), 2 more\n" in text
+    _, text, _ = run(capsys, "moderate", rows, "--keywords", tmp_path / "words.yaml")
+    assert "does not know" not in text
+
+
 def test_what_evades_keywords() -> None:
     rail = KeywordRail()
     assert tuple(KEYWORDS) == BEAVERTAILS == tuple(rail.labels)
