@@ -114,10 +114,10 @@ class Writer:
         if file.is_file():
             sizes, *rows = read_rows(file)
             return Block([Said(**row) for row in rows], **sizes)
-        refused = self._judge.usage.not_taken if self._judge else 0
+        unanswered = self._judge.usage.unanswered if self._judge else 0
         block = self._ask_service(texts, shared, seeds) if self._judge else self._ask_generators(first, texts, shared)
-        # A text that the service did not take is asked again by a resumed run: the service may be mended by then.
-        if self._judge is None or self._judge.usage.not_taken == refused:
+        # A text that the service had no reply to is asked again by a resumed run: it may be mended by then.
+        if self._judge is None or self._judge.usage.unanswered == unanswered:
             write_rows(file, [{"read": block.read, "cached": block.cached}, *map(asdict, block.said)])
         return block
 

@@ -1,7 +1,8 @@
 """A judge over HTTP: any service that speaks OpenAI's chat completions (vLLM's own server does).
 
 Replies are kept by what was asked, so that nothing is asked twice, also in the next run. Requests go out in threads;
-what is busy or away is asked again until the deadline, and what the service will not take is counted, not guessed.
+what is busy or away is asked again until the deadline. A text that the service has no reply to, while it replies to
+others, is counted, not guessed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ NOT_TAKEN = (400, 413, 422)  # this text, for example because it is too long; ot
 REPLIES = "judge_replies.jsonl"
 """In a workspace: the replies that its stages got, whatever they were for."""
 HELLO = "Answer with the one word: ready"
+FEW = 3
+"""Texts that may get no reply from a service that is there; of more, one in ten of those that did get one."""
 
 
 @dataclass
@@ -42,9 +45,10 @@ class Usage:
     requests: int = 0
     """Answered by the service."""
     from_cache: int = 0
+    """Replies that an earlier run had paid for."""
     retries: int = 0
-    not_taken: int = 0
-    """Requests that the service refused to take, which are unparsed."""
+    unanswered: int = 0
+    """Texts without a reply, which are unparsed: the service did not take them, or had no readable reply in time."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -58,7 +62,7 @@ class Usage:
         if prices == (None, None):
             return None
         tokens = (self.prompt_tokens, self.completion_tokens)
-        return sum(count * (price or 0.0) / 1e6 for count, price in zip(tokens, prices, strict=True))
+        return round(sum(count * (price or 0.0) for count, price in zip(tokens, prices, strict=True)) / 1e6, 9)
 
     def line(self, options: JudgeOptions) -> str:
         """All of it in words."""
@@ -69,7 +73,7 @@ class Usage:
         parts[0] += "" if cost is None else f", cost {cost:,.4f}"
         parts[1] += f" ({self.tokens_saved:,} tokens saved)" if self.from_cache else ""
         parts += [f"{self.retries:,} tries again"] if self.retries else []
-        parts += [f"{self.not_taken:,} texts not taken by the service"] if self.not_taken else []
+        parts += [f"{self.unanswered:,} texts without a reply"] if self.unanswered else []
         return "; ".join(parts)
 
 
@@ -81,7 +85,8 @@ class Judge:
     remark: is told of what is odd, and how far a long list is.
 
     Raises UserError, from here where the host is not allowed or the key is not there, and from each call where the
-    service cannot be had before the deadline, does not know the key or the model, or speaks another protocol.
+    service cannot be had before the deadline, does not know the key or the model, or speaks another protocol. Where it
+    does so to some texts (`FEW`) and still answers a greeting, their replies are empty.
     """
 
     def __init__(self, options: JudgeOptions, cache: Path, remark: Callable[[str], None] = print) -> None:
@@ -96,6 +101,10 @@ class Judge:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=options.concurrency))
         self._counting = threading.Lock()
+        self._paid: set[str] = set()
+        """Keys of what this judge has asked."""
+        self._odd = 0
+        """Texts without a readable reply in time."""
         self._known = False
         """Whether the service has answered."""
 
@@ -104,8 +113,9 @@ class Judge:
         bodies = [request(self.options, *one) for one in zip(texts, seeds or [None] * len(texts), strict=True)]
         keys = [request_key(body) for body in bodies]
         found = {key: reply for key in set(keys) if (reply := self._cache.get(key))}
-        self.usage.from_cache += len(found)
-        self.usage.tokens_saved += sum(r.prompt_tokens + r.completion_tokens for r in found.values())
+        earlier = [reply for key, reply in found.items() if key not in self._paid]
+        self.usage.from_cache += len(earlier)
+        self.usage.tokens_saved += sum(r.prompt_tokens + r.completion_tokens for r in earlier)
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         if missing:
             self.greet()
@@ -124,36 +134,61 @@ class Judge:
             self._known = True
 
     def _ask(self, body: dict[str, Any], first: bool = False) -> Reply:
-        """The reply to one request, kept. first: nobody knows yet that the service is there, and takes such ones."""
-        answer = self._post(body, wait_for_it=not first)
-        if answer.status_code in NOT_TAKEN and not first:
-            with self._counting:
-                self.usage.not_taken += 1
-                if self.usage.not_taken == 1:
-                    self.remark(f"the judge does not take a text, which is unparsed: {self._said(answer)}")
+        """The reply to one request, kept; an empty one where there is none to this text (`FEW`).
+
+        first: nobody knows yet that the service is there, and takes such requests.
+        """
+        try:
+            answer = self._post(body, wait_for_it=not first)
+            if answer.status_code != requests.codes.ok and (first or answer.status_code not in NOT_TAKEN):
+                raise UserError(self._complaint(answer))
+            reply = self._read(answer)
+        except _Unanswered as problem:
+            if first:
+                raise UserError(str(problem)) from None
+            self._leave_out(problem)
             return Reply("")
-        if answer.status_code != requests.codes.ok:
-            raise UserError(self._complaint(answer))
-        reply = self._read(answer)
         with self._counting:
             self.usage.requests += 1
             self.usage.prompt_tokens += reply.prompt_tokens
             self.usage.completion_tokens += reply.completion_tokens
             self.usage.cached_prompt_tokens += reply.cached_tokens
         if not first:
-            self._cache.add(request_key(body), reply)
+            key = request_key(body)
+            self._paid.add(key)
+            self._cache.add(key, reply)
         return reply
 
+    def _leave_out(self, problem: _Unanswered) -> None:
+        """Count a text without a reply. UserError where it is the service that has none, and not this text."""
+        there = problem.refused or self._is_there()
+        with self._counting:
+            self._odd += not problem.refused
+            if not there or self._odd > max(FEW, self.usage.requests // 10):
+                raise UserError(str(problem)) from None
+            self.usage.unanswered += 1
+            if self.usage.unanswered == 1:
+                self.remark(f"a text without a reply is unparsed: {problem}")
+
+    def _is_there(self) -> bool:
+        """Whether the service answers a greeting at the first try."""
+        try:
+            answer = self._once(request(self.options, HELLO), self.options.timeout)
+            return answer.status_code == requests.codes.ok and bool(self._read(answer))
+        except (requests.RequestException, _Unanswered):
+            return False
+
+    def _once(self, body: dict[str, Any], silence: float) -> requests.Response:
+        return self._session.post(self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False)
+
     def _post(self, body: dict[str, Any], wait_for_it: bool) -> requests.Response:
-        """What the service answers when it is not busy. UserError where it is, or is away, until the deadline."""
+        """What the service answers when it is not busy. _Unanswered where it is, or is away, until the deadline."""
         end, pause = time.monotonic() + self.options.deadline, PAUSE
         while True:
             asked_for = 0.0
             silence = min(self.options.timeout, max(end - time.monotonic(), 0.01))
             try:
-                answer = self._session.post(
-                    self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False
-                )
+                answer = self._once(body, silence)
                 if answer.status_code not in BUSY:
                     return answer
                 problem, asked_for = f"{answer.status_code} {answer.reason}", _retry_after(answer)
@@ -163,7 +198,7 @@ class Judge:
                     raise UserError(f"no judge answers at {self.url} ({problem}); start it, or mend address") from None
             wait = max(pause, asked_for)
             if time.monotonic() + wait >= end:
-                raise UserError(
+                raise _Unanswered(
                     f"no reply from the judge at {self.url} within {self.options.deadline:g} s ({problem}); replies so "
                     "far are kept: run it again, with a longer deadline or less concurrency"
                 )
@@ -173,6 +208,9 @@ class Judge:
                 self.usage.retries += 1
 
     def _read(self, answer: requests.Response) -> Reply:
+        """The reply in what a service answers. _Unanswered where there is none."""
+        if answer.status_code in NOT_TAKEN:
+            raise _Unanswered(f"the judge at {self.url} does not take it: {self._said(answer)}", refused=True)
         try:
             content = answer.json()
             choice, usage = content["choices"][0], content.get("usage") or {}
@@ -188,7 +226,7 @@ class Judge:
                 int(details.get("cached_tokens") or 0),
             )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise UserError(
+            raise _Unanswered(
                 f"the judge at {self.url} must answer as OpenAI's chat completions do, not {self._said(answer)}"
             ) from None
 
@@ -207,6 +245,14 @@ class Judge:
     def _said(self, answer: requests.Response) -> str:
         text = self._auth.without(answer.text)[:300]  # in this order: half a key is not found
         return f"{answer.status_code} {answer.reason}: {text}"
+
+
+class _Unanswered(Exception):
+    """One text got no reply. refused: the service is there, and did not take it."""
+
+    def __init__(self, what: str, refused: bool = False) -> None:
+        super().__init__(what)
+        self.refused = refused
 
 
 class _Key(AuthBase):

@@ -235,7 +235,7 @@ def _scored_by_group(found: Mapping[str, Any]) -> Table:
 
 
 def _asked(found: Mapping[str, Any]) -> Table:
-    keys = ("model", "rubric", "requests", "from_cache", "prompt_tokens", "completion_tokens", "not_taken", "cost")
+    keys = ("model", "rubric", "requests", "from_cache", "prompt_tokens", "completion_tokens", "unanswered", "cost")
     columns = [Column(title) for title in ("judge", *(key.replace("_", " ") for key in keys))]
     rows = [[name, *(asked[key] for key in keys)] for name, asked in found.get("judges_asked", {}).items()]
     caption = "Requests and tokens of this run; from cache are replies that an earlier run had paid for."

@@ -10,8 +10,8 @@ from typing import Any
 
 from tests.actors.scoring_service import Service, running
 
-Says = Callable[[str], str]
-"""The reply to a text."""
+Says = Callable[[str], str | dict[str, Any]]
+"""The reply to a text, or all that goes back instead of a completion."""
 
 
 class JudgeService(Service):
@@ -40,6 +40,8 @@ class JudgeService(Service):
         text = self.says(message["content"])
         with self.counting:
             self.in_flight -= 1
+        if isinstance(text, dict):
+            return text
         sizes = {"prompt_tokens": len(message["content"].split()), "completion_tokens": len(text.split())}
         details = None if self.cached is None else {"cached_tokens": self.cached}
         usage = {**sizes, "prompt_tokens_details": details}

@@ -144,9 +144,49 @@ def test_a_text_that_is_not_taken_is_counted(
     judge(["Hi"])
     service.instead = [(400, {}, b"too long"), (413, {}, b"")]
     assert [reply.text for reply in judge(["long", "longer", "short"])] == ["", "", "You said short."]
-    assert judge.usage.not_taken == 2 and "2 texts not taken" in judge.usage.line(judge.options)
+    assert judge.usage.unanswered == 2 and "2 texts without a reply" in judge.usage.line(judge.options)
     assert capsys.readouterr().out.count("400 Bad Request: too long") == 1
     assert judge(["long"])[0].text == "You said long.", "it is not kept, and asked again"
+
+
+def test_what_an_earlier_run_had_paid_for(service: JudgeService, tmp_path: Path) -> None:
+    """Two policies with the same answers: the second one's cost nothing, and no earlier run paid for them."""
+    judge = judge_of(service, tmp_path / "r", price_prompt=0.1, price_completion=0.1)
+    judge(["a", "b"])
+    judge(["b", "c"])
+    assert (judge.usage.requests, judge.usage.from_cache, judge.usage.tokens_saved) == (4, 0, 0)
+    judge.usage.prompt_tokens, judge.usage.completion_tokens = 3, 0
+    assert str(judge.usage.cost(judge.options)) == "3e-07", "and not 3.0000000000000004e-07"
+    again = judge_of(service, tmp_path / "r")
+    again(["c", "d"])
+    assert (again.usage.requests, again.usage.from_cache) == (2, 1)
+
+
+def odd(text: str) -> str | dict[str, Any]:
+    """A service that has no reply to some texts: another form of answer, or none."""
+    if text == "cut off":
+        raise ConnectionAbortedError
+    return {"choices": []} if text.startswith("odd") else f"You said {text}."
+
+
+def test_a_text_without_a_readable_reply_costs_no_other_one(
+    service: JudgeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.says = odd
+    judge = judge_of(service, tmp_path / "r", concurrency=2, deadline=0.5)
+    replies = judge(["one", "odd", "two", "cut off", "three"])
+    assert [reply.text for reply in replies] == ["You said one.", "", "You said two.", "", "You said three."]
+    assert judge.usage.unanswered == 2 and capsys.readouterr().out.count("without a reply is unparsed") == 1
+    # Three of few, and one in ten of many, may be so; more say something of the service.
+    with pytest.raises(UserError, match=r'must answer as OpenAI.*"choices": \[\]'):
+        judge([f"odd {n}" for n in range(4)])
+    many = judge_of(service, tmp_path / "many")
+    assert many([*map(str, range(50)), *(f"odd {n}" for n in range(5))])[-1].text == ""
+    assert many.usage.unanswered == 5
+    # A service that answers nothing any more ends it at once, however few the texts are.
+    service.says = lambda text: {"choices": []}
+    with pytest.raises(UserError, match="must answer as OpenAI"):
+        many(["Hi"])
 
 
 # The command

@@ -90,4 +90,4 @@ def test_vllm_as_judge(address: str, tmp_path: Path) -> None:
     # What is longer than the model can read is counted, and ends nothing.
     long, short = Comparison(("Hi " * 5000,), "a", "b"), COMPARISONS[0]
     assert [v.value for v in compare([long, short], rubric, forced)] == ["unparsed", verdicts[0].value]
-    assert forced.usage.not_taken == 2
+    assert forced.usage.unanswered == 2
