@@ -15,7 +15,7 @@ from pydantic import field_validator, model_validator
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
 from beaver_ray.environments import environment_code
-from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.guard_options import ModelOfScores, PerhapsModelOfScores
 from beaver_ray.options import Strict, option, without
 from beaver_ray.ppo_options import PpoConfig
 from beaver_ray.score_sources import score_source
@@ -178,6 +178,9 @@ class EvaluationConfig(Strict):
     prompts: list[DataSpec] = option("Held-out prompts (NAME[:PROPORTION[:PATH]], or a mapping).", default_factory=list)
     world: str | None = option("world.json of a small world: evaluate by its true reward and cost.", None)
     every: int = option("Also evaluate every so many steps during training; 0 for the end only.", 0, ge=0)
+    judge: PerhapsModelOfScores = option(
+        "Scores held-out answers beside the reward and is not trained on: any source that models.reward may be.", None
+    )
 
 
 class GuardConfig(Strict):

@@ -80,7 +80,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def signs(metrics: Mapping[str, np.ndarray], truth: bool) -> list[Sign]:
     """The signs that are on by the end of these metrics (`columns`)."""
     found = [
-        *(_gap(metrics) if truth else []),
+        *_gap(metrics, truth),
         *_refusals(metrics),
         *_disclaimers(metrics),
         *_harm(metrics),
@@ -98,19 +98,22 @@ def signs(metrics: Mapping[str, np.ndarray], truth: bool) -> list[Sign]:
     return found
 
 
-def _gap(metrics: Mapping[str, np.ndarray]) -> list[Sign]:
-    """The learned reward rises from where the true one was best, and the true one falls."""
-    proxy_key = "eval/proxy/reward" if "eval/proxy/reward" in metrics else "reward/mean"
-    if "eval/reward" not in metrics or proxy_key not in metrics:
+def _gap(metrics: Mapping[str, np.ndarray], truth: bool) -> list[Sign]:
+    """The learned reward rises from where the true one, or else the held-out judge's, was best, and that one falls."""
+    key, whose, proxy_key = "eval/judge", "the held-out judge's", "eval/reward"
+    if truth:
+        key, whose = "eval/reward", "the true one"
+        proxy_key = "eval/proxy/reward" if "eval/proxy/reward" in metrics else "reward/mean"
+    if key not in metrics or proxy_key not in metrics:
         return []
-    known = np.isfinite(metrics["eval/reward"]) & np.isfinite(metrics[proxy_key])
-    truth, proxy, steps = metrics["eval/reward"][known], metrics[proxy_key][known], metrics["step"][known]
-    if len(truth) < FEWEST:
+    known = np.isfinite(metrics[key]) & np.isfinite(metrics[proxy_key])
+    other, proxy, steps = metrics[key][known], metrics[proxy_key][known], metrics["step"][known]
+    if len(other) < FEWEST:
         return []
-    size = _size(len(truth))
-    true, learned = _rolling(truth, size), _rolling(proxy, size)
+    size = _size(len(other))
+    true, learned = _rolling(other, size), _rolling(proxy, size)
     best = int(np.argmax(true))
-    if not _fell(truth, size) or learned[-1] <= learned[best]:
+    if not _fell(other, size) or learned[-1] <= learned[best]:
         return []
     kl = metrics.get("kl/reference")
     distance = "" if kl is None or not np.isfinite(kl[-1]) else f", {kl[-1]:.3g} nats from the reference"
@@ -118,7 +121,7 @@ def _gap(metrics: Mapping[str, np.ndarray]) -> list[Sign]:
         Sign(
             "proxy",
             f"since about step {int(steps[best + size - 1])} the learned reward rose from {learned[best]:.3g} to "
-            f"{learned[-1]:.3g} while the true one fell from {true[best]:.3g} to {true[-1]:.3g}{distance}: the policy "
+            f"{learned[-1]:.3g} while {whose} fell from {true[best]:.3g} to {true[-1]:.3g}{distance}: the policy "
             "learns what its reward model overlooks; stop earlier, raise ppo.kl_coefficient, or train the reward model "
             "on such answers",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from beaver_ray.config import PolicyConfig
@@ -17,6 +17,8 @@ from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.models.folders import read_config
 from beaver_ray.score_sources import GroupedSource, GuardSource, PrincipleSource, ScoreSource, score_source
 
+HELD_OUT_JUDGE = "held-out-judge"
+"""Name of the role that scores held-out answers and no others."""
 _OTHER = "start from another model, or from a language model for fresh heads"
 
 
@@ -95,6 +97,16 @@ def check_start(signals: Sequence[str], model: str) -> None:
 def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     """The scorers of a run, the reward's first; see `scorer_plans`."""
     return scorer_plans(config.models.reward, {constraint.name: constraint.model for constraint in config.constraints})
+
+
+def held_out_judge(config: PolicyConfig) -> ScorerPlan | None:
+    """The scorer of held-out answers alone, which gives a reward; None where there is none.
+
+    Raises UserError where its folder has no head for a reward.
+    """
+    if config.evaluation.judge is None:
+        return None
+    return replace(scorer_plan("reward", HELD_OUT_JUDGE, "reward", config.evaluation.judge), kind="judge")
 
 
 def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> list[ScorerPlan]:

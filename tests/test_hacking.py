@@ -136,6 +136,16 @@ def test_what_the_truth_excuses_and_what_it_does_not() -> None:
     assert names(rows(eval__reward=PEAK + noise(0.05)), truth=False) == []
 
 
+def test_a_judge_that_nothing_was_trained_on_stands_for_the_truth() -> None:
+    """The learned reward of held-out answers rises from 0 to 8 while another judge's is best on the way."""
+    judged = rows(eval__reward=RISING, eval__judge=PEAK + noise(0.05))
+    (sign,) = signs(columns(judged), truth=False)
+    assert sign.name == "proxy" and "while the held-out judge's fell from" in sign.sentence
+    assert names(judged) == [], "where the truth is known, it is asked"
+    assert names(rows(eval__reward=RISING, eval__judge=RISING + noise(0.05)), truth=False) == []
+    assert names(rows(eval__reward=PEAK, eval__judge=PEAK + noise(0.05)), truth=False) == []
+
+
 def test_refusals_where_kinds_are_unknown() -> None:
     def without(run: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in row.items() if "refusal_rate_" not in key} for row in run]

@@ -57,7 +57,7 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
     config = with_policy(config, policy)
     folder = Path(policy) if policy else config.folder
     held_out = HeldOut(config)
-    with judging(config, config.judging_roles()) as roles:
+    with judging(config, config.evaluating_roles()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         for line in held_out.remarks:
             rollouts.note(line)
@@ -166,7 +166,7 @@ class HeldOut:
 
         So a run's end and `beaver-ray evaluate` say the same of its final policy.
         """
-        return self.summary(self.answers(roles, rollouts, step, proxy=True), rollouts.note, step)
+        return self.summary(self.answers(roles, rollouts, step, compared=True), rollouts.note, step)
 
     def summary(self, answers: pa.RecordBatch, note: Callable[[str], None], step: int) -> dict[str, Any]:
         """The content of evaluation.json about these answers.
@@ -190,13 +190,15 @@ class HeldOut:
         return {"judged_by": by, **unusable, **summary, **self._proxy(answers, samples)}
 
     def answers(
-        self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1, proxy: bool = False
+        self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1, compared: bool = False
     ) -> pa.RecordBatch:
         """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on.
 
-        proxy: also with the learned reward, where the truth makes it needless for the figures.
+        compared: also with the learned reward, where the truth makes it needless for the figures, and with the score of
+        ``evaluation.judge``.
         """
-        columns = [*self._columns(), *(["reward"] if proxy and self.world else [])]
+        columns = [*self._columns(), *(["reward"] if compared and self.world else [])]
+        columns += ["judge"] if compared and roles.judge.workers else []
         prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
@@ -233,24 +235,25 @@ class HeldOut:
                 note(f"{when}: the calibration of {name} {found.in_words()}; calibrate on labels of such answers")
 
     def _proxy(self, answers: pa.RecordBatch, samples: Samples) -> dict[str, Any]:
-        """What the learned reward says of answers, and how its order goes with the truth's, where both are there."""
-        if self.world is None or samples.reward is None or "reward" not in answers.schema.names:
-            return {}
-        learned = experience.scalars(answers, "reward").astype(np.float64)
-        known = np.isfinite(learned)
-        if not known.any():
-            return {}
-        prompt_id = samples.prompt_id[known]
-        found = {
-            "proxy/reward": mean_interval(learned[known], prompt_id),
-            "proxy/correlation": rank_correlation(learned[known], samples.reward[known], prompt_id),
-        }
+        """What the learned reward says of answers, what ``evaluation.judge`` does, and how the learned order goes with
+        that of the truth or else of the judge, where these are there."""
+        names = [name for name in ("reward", "judge") if name in answers.schema.names]
+        scores = {name: experience.scalars(answers, name).astype(np.float64) for name in names}
+        truth = samples.reward if self.world else scores.get("judge")
+        found = {}
+        if "judge" in scores and (known := np.isfinite(scores["judge"])).any():
+            found["judge"] = mean_interval(scores["judge"][known], samples.prompt_id[known])
+        if "reward" in scores and truth is not None and (known := np.isfinite(scores["reward"] + truth)).any():
+            learned, prompt_id = scores["reward"][known], samples.prompt_id[known]
+            found |= {"proxy/reward": mean_interval(learned, prompt_id)} if self.world else {}
+            found["proxy/correlation"] = rank_correlation(learned, truth[known], prompt_id)
         return {name: figure for name, figure in found.items() if figure["mean"] is not None}
 
     def _judge(self, roles: Roles, chunk: Any, columns: Sequence[str]) -> list[Any]:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
-        return [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
+        scores = [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
+        return scores + ([roles.judge.next().call(ScorerBase.judge, chunk)] if "judge" in columns else [])
 
     def _scores(self) -> list[str]:
         """Columns of scores that figures are made of: those that the truth does not say."""

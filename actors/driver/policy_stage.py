@@ -74,6 +74,7 @@ class PolicyStage(PolicyConfig, Stage):
         "rollout",
         "reward",
         "cost",
+        "judge",
         "reference",
         "policy",
         "reward_critic",
@@ -106,17 +107,24 @@ class PolicyStage(PolicyConfig, Stage):
         )
 
     def judging_roles(self) -> list[RoleSpec]:
-        """Generators and scorers: all that an evaluation needs."""
+        """Generators and scorers: all that answers with their scores need."""
         from beaver_ray.signals import scorers
 
         return [self._generator(), *(self._scorer(plan) for plan in scorers(self))]
+
+    def evaluating_roles(self) -> list[RoleSpec]:
+        """Those, and the judge of held-out answers where there is one."""
+        from beaver_ray.signals import held_out_judge
+
+        plan = held_out_judge(self)
+        return [*self.judging_roles(), *([] if plan is None else [self._scorer(plan)])]
 
     def roles(self) -> list[RoleSpec]:
         """Generators, scorers, reference, policy, critics where there are any, and the experience builder."""
         from beaver_ray.signals import critics
 
         return [
-            *self.judging_roles(),
+            *self.evaluating_roles(),
             *([] if self.models.adapter_off_is_reference else [self._reference()]),
             self._policy(),
             *(self._critic(plan) for plan in critics(self)),

@@ -25,14 +25,15 @@ from beaver_ray.environments import check_environment, environment_code
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
 from beaver_ray.score_sources import score_source
-from beaver_ray.signals import scorers
+from beaver_ray.signals import HELD_OUT_JUDGE, scorers
 from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.template_options import TemplateOptions
 
 
 @dataclass
 class Roles:
-    """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in.
+    """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in. ``judge`` scores
+    held-out answers alone, and has no workers where nothing does.
 
     An evaluation has generators and scorers alone, a comparison with labels only scorers; ``reference`` has no workers
     there, and where the policy is its own.
@@ -44,6 +45,7 @@ class Roles:
     policy: Group
     critics: dict[str, Group]
     experience: Group
+    judge: Group = field(default_factory=lambda: Group("none", [], 0.0))
     calibrations: list[tuple[str, str, Any]] = field(default_factory=list)
     """What the scorers were told: (scorer, column, calibration)."""
     late: list[Handle] = field(default_factory=list)
@@ -63,6 +65,7 @@ def check_models(config: PolicyStage) -> list[str]:
     check_model_folder(config.models.policy, "policy")
     sources = {"reward model": config.models.reward}
     sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
+    sources |= {"evaluation.judge": config.evaluation.judge} if config.evaluation.judge is not None else {}
     for part, model in sources.items():
         score_source(model).check(part, config.trusts_code)
     if config.environment is not None:
@@ -117,13 +120,14 @@ def _start(stage: Stage, specs: Sequence[RoleSpec], cluster: Cluster | None) -> 
         experience=groups.pop("experience", nobody),
         policy=trained.pop("policy", nobody),
         critics=trained,
+        judge=groups.pop(HELD_OUT_JUDGE, nobody),
         scorers=groups,
     )
 
 
 def _wait_started(roles: Roles, cluster: Cluster | None, grows: bool = False) -> None:
     if cluster:
-        frozen = [roles.rollout, *roles.scorers.values(), roles.reference]
+        frozen = [roles.rollout, *roles.scorers.values(), roles.judge, roles.reference]
         groups = [*frozen, roles.policy, *roles.critics.values(), roles.experience]
         roles.late = cluster.wait_started(groups, grows)
 

@@ -195,10 +195,10 @@ class Recovery:
         return [worker.name for worker in self.cluster.dead(groups)]
 
     def _restart_stateless(self, error: WorkerDiedError) -> list[str]:
-        """Count and restart dead scorers, reference and experience builder; returns their names."""
+        """Count and restart dead scorers, held-out judges, reference and experience builder; returns their names."""
         assert self.cluster is not None
         roles = self.roles
-        groups = [*roles.scorers.values(), roles.reference, roles.experience]
+        groups = [*roles.scorers.values(), roles.judge, roles.reference, roles.experience]
         dead = self._dead(groups)
         for name in dead:
             self.run.note(f"{name} is started anew: {error}")

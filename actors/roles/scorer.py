@@ -54,6 +54,10 @@ class ScorerBase(ABC):
             found[column] = scores.astype(np.float32)
         return experience.make_batch(found)
 
+    def judge(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """`score` of a reward that nothing is trained on: the column is called judge."""
+        return self.score(batch).rename_columns({"reward": "judge"})
+
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """Fit P(unsafe) on labelled pairs, read as rollouts are; from now on it is the cost in ``column``."""
         samples, _ = load_mix(specs)

@@ -28,6 +28,7 @@ OF_TRAINING = {
     "models": {"reference", "reward_critic", "lora_rank", "lora_targets", "critic_lora_rank", "shared_critic"},
     "data": {"ptx"},
     "rollout": {"staleness", "in_flight", "oversample", "environment"},
+    "evaluation": {"judge"},
     "constraints": {"critic", "confidence", "form", "multiplier"},
 }
 """Options of stages that train, which have nothing to say here."""
@@ -55,7 +56,7 @@ class BestOfN(Stage):
     def _trains_nothing(self) -> BestOfN:
         parts: list[tuple[str, str, Strict]] = [
             *(("constraints", f"constraint {c.name}: ", c) for c in self.constraints),
-            *((name, f"{name}.", getattr(self, name)) for name in ("models", "data", "rollout")),
+            *((name, f"{name}.", getattr(self, name)) for name in ("models", "data", "rollout", "evaluation")),
         ]
         for name, where, part in parts:
             if given := sorted(OF_TRAINING[name] & part.model_dump(exclude_defaults=True).keys()):

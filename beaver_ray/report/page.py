@@ -111,7 +111,7 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, in
         if not isinstance(figure, dict) or "mean" not in figure:
             continue
         share = not key.startswith(("cost/", "bounded/", "proxy/", "features/")) or key.endswith("/probe")
-        form = ".1%" if share and key != "reward" else ".4g"
+        form = ".1%" if share and key not in ("reward", "judge") else ".4g"
         bound = next((f"{word} {figure[word]:{form}}" for word in ("limit", "target") if word in figure), "")
         interval = "" if figure["low"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
         rows.append((key.replace("_", " "), f"{figure['mean']:{form}}", interval, figure["n"], bound))

@@ -142,13 +142,17 @@ def _signs_chart(metrics: dict[str, np.ndarray]) -> Chart:
     truth = Panel("held out", [])
     if proxy in metrics:
         truth = panel("held out", learned=proxy, true="eval/reward")
+    elif "eval/judge" in metrics:
+        truth = panel("held out", learned="eval/reward")
     refusing = {key.removeprefix("eval/").replace("_", " "): key for key in metrics if "/refusal_rate_" in key}
     return Chart(
         "Signs of reward hacking",
-        "Learned reward against the true one and their rank correlation on held-out answers; length of the answers, "
-        "distinct n-grams among them, refusals and disclaimers; perplexity of held-out text.",
+        "Learned reward against the true one, or the score of a judge that nothing was trained on, and their rank "
+        "correlation on held-out answers; length of the answers, distinct n-grams among them, refusals and "
+        "disclaimers; perplexity of held-out text.",
         [
             truth,
+            panel("held-out judge", judge="eval/judge"),
             panel("correlation", correlation="eval/proxy/correlation"),
             panel("tokens", length="rollout/response_tokens"),
             panel("distinct", unigrams="rollout/distinct_1", bigrams="rollout/distinct_2"),
@@ -270,6 +274,8 @@ def evaluation_lines(config: PolicyConfig, folder: Path) -> list[str]:
         lines.append(f"reward as a share of the constrained optimum: {share}")
     elif "reward" in evaluation:
         lines.append(f"held-out reward: {_with_interval(evaluation['reward'], '.4g')}")
+    if "judge" in evaluation:
+        lines.append(f"by the held-out judge: {_with_interval(evaluation['judge'], '.4g')}")
     for constraint in config.constraints:
         rate = evaluation.get(f"violation_rate/{constraint.name}")
         of_mean = constraint.form == "mean"

@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.driver.evaluate import HeldOut
+from actors.driver.evaluate import HeldOut, evaluate
+from actors.driver.processes import check_models
 from actors.driver.train import train
+from beaver_ray.errors import UserError
 from beaver_ray.evaluation import summarize
 from beaver_ray.experience import make_batch
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_evaluation, read_metrics
+from beaver_ray.user_code import ALLOWED_CODE
 from tests.actors.support import ppo_config
 
 
@@ -44,6 +47,41 @@ def test_signs_are_measured_and_shown(one_rank: None, tiny_world: Path, tmp_path
     assert judged["proxy/reward"]["n"] == judged["reward"]["n"] and "proxy/correlation" in judged
     page = write_report(config, folder).read_text()
     assert "Signs of reward hacking" in page and "None of those" in page and "perplexity of held-out text" in page
+
+
+def test_a_held_out_judge_is_asked_about_held_out_answers_alone(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that writes down what it is asked: how many words an answer has, and never one of training."""
+    source = (
+        "from pathlib import Path\n"
+        "def words(prompts, responses, log):\n"
+        "    with Path(log).open('a') as file:\n"
+        "        file.writelines(f'{prompt}\\n' for prompt in prompts)\n"
+        "    return [float(len(response.split())) for response in responses]\n"
+    )
+    (tmp_path / "judge.py").write_text(source)
+    monkeypatch.setenv(ALLOWED_CODE, str(tmp_path))
+    judge = f"python:{tmp_path}/judge.py:words(log='{tmp_path}/asked')"
+    held_out = tiny_world / "prompts" / "test.jsonl"
+    evaluation = {"prompts": [f"prompts:1:{held_out}"], "every": 2, "judge": judge}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=2, evaluation=evaluation, save_every=0)
+    assert "judge" in {role.kind for role in config.roles()}
+    folder = train(config)
+    _, second = read_metrics(folder)
+    prompts = [json.loads(line)["prompt"] for line in held_out.read_text().splitlines()]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert sorted(asked) == sorted(2 * prompts), "in step 2 and at the end, and of no training prompt"
+    found = read_evaluation(folder)
+    assert found["judge"]["n"] == len(prompts) and found["judge"]["low"] < found["judge"]["mean"] < 12
+    assert math.isfinite(second["eval/judge"]) and -1 <= second["eval/proxy/correlation"] <= 1
+    assert "held-out judge" in write_report(config, folder).read_text()
+    # The reward's own judge agrees with it in every answer.
+    own = config.evaluation.model_copy(update={"judge": str(tiny_world / "reward_model")})
+    again = read_evaluation(evaluate(config.model_copy(update={"evaluation": own})).parent)
+    assert again["judge"] == again["reward"] and again["proxy/correlation"]["mean"] == pytest.approx(1)
+    with pytest.raises(UserError, match=r"evaluation\.judge"):
+        check_models(config.model_copy(update={"evaluation": own.model_copy(update={"judge": str(tmp_path)})}))
 
 
 def test_refusals_by_kind_where_no_truth_is_known(tiny_world: Path, tmp_path: Path) -> None:

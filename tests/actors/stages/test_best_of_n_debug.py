@@ -196,6 +196,8 @@ def test_what_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     talk = {"environment": "python:beaver_ray/environments/insisting.py:Insisting"}
     with pytest.raises(ValueError, match=r"rollout.environment is of stages that train"):
         configured(tiny_world, tmp_path, rollout=talk)
+    with pytest.raises(ValueError, match=r"evaluation.judge is of stages that train a policy"):
+        configured(tiny_world, tmp_path, evaluation={"judge": WORDS})
     costly = {"name": "long", "model": WORDS, "limit": 1.0, "multiplier": {"initial": 2.0}}
     with pytest.raises(ValueError, match=r"constraint long: multiplier is of stages that train"):
         configured(tiny_world, tmp_path, constraints=[costly])
