@@ -40,6 +40,70 @@ def flat(verdicts: list[str]) -> tuple[Any, Any]:
     return np.array(verdicts), np.arange(len(verdicts))
 
 
+MORE = 1.959964**2
+"""z^2: as many prompts of which nothing is known widen an interval where all that were seen went alike."""
+
+
+def test_ties_alone_do_not_make_a_win_rate_certain() -> None:
+    ties = win_tie_loss(*flat(["tie"] * 6))["win_rate"]
+    assert (ties["low"], ties["high"]) == pytest.approx((3 / (6 + MORE), (3 + MORE) / (6 + MORE)), abs=1e-6)
+    even = win_tie_loss(np.array(["first", "second"] * 2), np.array([0, 0, 1, 1]))["win_rate"]
+    assert (even["low"], even["high"]) == pytest.approx((1 / (2 + MORE), (1 + MORE) / (2 + MORE)), abs=1e-6)
+    single = win_tie_loss(*flat(["unparsed", "tie"]))["win_rate"]
+    assert (single["low"], single["high"]) == pytest.approx((0.5 / (1 + MORE), (0.5 + MORE) / (1 + MORE)), abs=1e-6)
+    # One win among them does not make the others better known.
+    one_win = win_tie_loss(*flat(["tie"] * 99 + ["first"]))["win_rate"]
+    assert (one_win["low"], one_win["high"]) == pytest.approx(
+        (50.5 / (100 + MORE), (50.5 + MORE) / (100 + MORE)), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(("win", "loss"), [(0.02, 0.0), (0.1, 0.05), (0.3, 0.1), (0.5, 0.5)])
+def test_a_win_rate_and_ratings_hold_the_truth_as_often_as_they_say(win: float, loss: float) -> None:
+    """Counted over all outcomes of ten prompts, each with its chance."""
+    truth, held = win + (1 - win - loss) / 2, np.zeros(2)
+    rating = AVERAGE + 200 * math.log10(truth / (1 - truth))
+    for wins, losses in itertools.product(range(11), repeat=2):
+        ties = 10 - wins - losses
+        if ties < 0:
+            continue
+        verdicts = flat(["first"] * wins + ["second"] * losses + ["tie"] * ties)
+        ways = math.comb(10, wins) * math.comb(10 - wins, losses)
+        chance = ways * win**wins * loss**losses * max(1 - win - loss, 0) ** ties
+        rate, ratings = win_tie_loss(*verdicts)["win_rate"], elo(["a", "b"], {("a", "b"): verdicts})
+        held[0] += chance * (rate["low"] <= truth <= rate["high"])
+        held[1] += chance * (ratings is None or ratings["a"]["low"] <= rating <= ratings["a"]["high"])
+    assert (held >= 0.95).all(), held
+
+
+def test_ties_alone_do_not_make_ratings_certain() -> None:
+    ratings = elo(["a", "b"], {("a", "b"): flat(["tie"] * 6)})
+    half = 200 * math.log10((3 + MORE) / 3)  # the odds of a win rate of (3 + z^2) / (6 + z^2)
+    assert ratings is not None and ratings["b"]["n"] == 6
+    for rating in ratings.values():
+        assert [rating[end] - AVERAGE for end in ("low", "mean", "high")] == pytest.approx([-half, 0, half], abs=1e-4)
+    # Of three the best off has twice that distance to the two others, each a third of it below the mean.
+    triple = {pair: flat(["tie"] * 6) for pair in itertools.combinations("abc", 2)}
+    rated = elo(list("abc"), triple)
+    assert rated is not None
+    assert {round(r["high"] - AVERAGE, 4) for r in rated.values()} == {round(2 * half * 2 / 3, 4)}
+    # Each wins and loses once on every prompt, in one circle or in the other.
+    one, other = np.array(["first", "second"] * 3), np.array(["second", "first"] * 3)
+    circle = {("a", "b"): (one, np.arange(6)), ("b", "c"): (one, np.arange(6)), ("a", "c"): (other, np.arange(6))}
+    circled = elo(list("abc"), circle)
+    assert circled is not None and circled["a"]["high"] - AVERAGE == pytest.approx(2 * half * 2 / 3, abs=1e-4)
+
+
+def test_one_tie_says_little_beside_many_comparisons_of_others() -> None:
+    many = flat(["first", "second"] * 100)
+    ratings = elo(["a", "b", "c"], {("a", "b"): flat(["tie"]), ("b", "c"): many})
+    assert ratings is not None and ratings["a"]["n"] == 1
+    # a's win rate against b may be (0.5 + z^2) / (1 + z^2); b and c have equal strengths.
+    gap = 400 * math.log10((0.5 + MORE) / 0.5)
+    assert ratings["a"]["high"] - ratings["a"]["mean"] == pytest.approx(gap * 2 / 3, abs=0.1)
+    assert ratings["c"]["mean"] - ratings["c"]["low"] == pytest.approx(gap / 3, abs=0.1), "a mean of which a is part"
+
+
 def test_identical_policies_tie() -> None:
     same = entrant(0)
     found = figures(match(one=same, other=same, third=replace(same)))
