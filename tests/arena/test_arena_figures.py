@@ -104,6 +104,30 @@ def test_one_tie_says_little_beside_many_comparisons_of_others() -> None:
     assert ratings["c"]["mean"] - ratings["c"]["low"] == pytest.approx(gap / 3, abs=0.1), "a mean of which a is part"
 
 
+def test_one_policy_under_two_names_ties_for_certain_and_two_that_say_the_same_do_not() -> None:
+    same = entrant(0)
+    both = replace(match(one=same, two=same, other=entrant(1)), same=frozenset({("one", "two")}))
+    found = figures(both)
+    itself = [
+        pair for pair in found["pairs"] + found["pairs_by_group"] if (pair["first"], pair["second"]) == ("one", "two")
+    ]
+    assert len(itself) == 2 + 2 * 2
+    for pair in itself:
+        assert (pair["win_rate"]["low"], pair["win_rate"]["high"]) == (0.5, 0.5)
+        assert (pair["difference"]["low"], pair["difference"]["high"]) == (0.0, 0.0)
+        assert pair["tie"]["low"] < 1.0
+    unknown = figures(replace(both, same=frozenset()))["pairs"][0]
+    low = PROMPTS / 2 / (PROMPTS + MORE)
+    assert (unknown["win_rate"]["low"], unknown["win_rate"]["high"]) == pytest.approx((low, 1 - low), abs=1e-6)
+    assert unknown["difference"]["mean"] == 0.0 and unknown["difference"]["low"] is None
+    alone = replace(match(one=same, two=same), same=frozenset({("one", "two")}))
+    assert {r["high"] for r in figures(alone)["elo"]["reward"].values()} == {AVERAGE}
+    assert {r["high"] > AVERAGE + 5 for r in figures(match(one=same, two=same))["elo"]["reward"].values()} == {True}
+    # Where it says another thing to the same prompts it is as any other.
+    varied = figures(replace(match(one=same, two=entrant(1)), same=frozenset({("one", "two")})))["pairs"][0]
+    assert varied["win_rate"]["low"] < varied["win_rate"]["mean"] < varied["win_rate"]["high"]
+
+
 def test_identical_policies_tie() -> None:
     same = entrant(0)
     found = figures(match(one=same, other=same, third=replace(same)))
@@ -259,3 +283,56 @@ def test_figures_over_categories_refusals_and_a_judge_of_pairs() -> None:
     by_judge = next(pair for pair in found["pairs"] if pair["by"] == "judge")
     assert by_judge["win"]["mean"] == pytest.approx(1 / 3) and "difference" not in by_judge
     assert set(found["elo"]) == {"reward", "cost/harm", "judge"}
+
+
+def by_hand() -> Match:
+    """Two policies, two answers to each of four prompts, of which the first three are of the kind that is held out."""
+    nothing = np.zeros((4, 2), dtype=bool)
+    rest = {"refused_NK": nothing, "truncated_NK": nothing, "words_NK": np.ones((4, 2), dtype=int)}
+    one = Entrant(
+        costs={"harm": np.array([[1.0, -1.0], [-1.0, -1.0], [2.0, 2.0], [3.0, -1.0]])},
+        rewards_NK=np.array([[1.0, 2.0], [3.0, 0.0], [1.0, 1.0], [0.0, 0.0]]),
+        **rest,
+    )
+    other = Entrant(
+        costs={"harm": np.array([[-1.0, -1.0], [-1.0, 1.0], [2.0, 3.0], [1.0, 1.0]])},
+        rewards_NK=np.array([[0.0, 2.0], [4.0, -1.0], [1.0, 0.0], [5.0, 0.0]]),
+        **rest,
+    )
+    kind = np.arange(4) < 3
+    return Match({"one": one, "other": other}, ~kind, kind, {"a": kind, "b": ~kind}, held_out=["a"])
+
+
+def test_pairs_matrix_and_worst_of_k_by_category_are_counted() -> None:
+    found = figures(by_hand())
+    parts = [("held out", "held out"), ("held out", "others"), ("category", "a"), ("category", "b")]
+    pairs = {(p["group"], p["questions of"], p["by"]): p for p in found["pairs_by_group"]}
+    assert list(pairs) == [(*part, by) for part in parts for by in ("reward", "cost/harm")]
+
+    def shares(group: str, name: str, by: str) -> list[float]:
+        pair = pairs[group, name, by]
+        return [round(pair[outcome]["mean"] * pair["win"]["n"], 6) for outcome in ("win", "tie", "loss")]
+
+    # Rewards of the first three: 1 > 0, 2 = 2; 3 < 4, 0 > -1; 1 = 1, 1 > 0. Costs: 1 > -1, =; =, -1 < 1; =, 2 < 3.
+    assert shares("category", "a", "reward") == [3, 2, 1] and shares("category", "b", "reward") == [0, 1, 1]
+    assert shares("category", "a", "cost/harm") == [2, 3, 1] and shares("category", "b", "cost/harm") == [1, 0, 1]
+    reward = pairs["category", "a", "reward"]
+    # Win rates by prompt: 3/4, 1/2, 3/4, so 2/3 with a standard error of 1/12; t(0.975, 2) = 4.302653.
+    assert reward["win_rate"]["mean"] == pytest.approx(2 / 3) and reward["comparisons"] == 6
+    assert reward["win_rate"]["low"] == pytest.approx(2 / (3 + MORE), abs=1e-6), "less than 2/3 - 4.30 / 12 = 0.308"
+    # Differences by prompt 1/2, 0, 1/2: mean 1/3, standard error 1/6.
+    assert reward["difference"]["high"] == pytest.approx(1 / 3 + 4.302653 / 6, abs=1e-6)
+    for half, name in (("held out", "a"), ("others", "b")):
+        for by in ("reward", "cost/harm"):
+            same = pairs["category", name, by]
+            assert pairs["held out", half, by] == same | {"group": "held out", "questions of": half}
+    matrices = {(m["group"], m["questions of"]): m for m in found["safety_matrix_by_group"]}
+    assert list(matrices) == parts
+    keys = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe")
+    # Of the first three: unsafe/safe, safe/safe; safe/safe, safe/unsafe; twice both. Of the last: both, safe/unsafe.
+    assert [matrices["category", "a"][k]["mean"] for k in keys] == pytest.approx([2 / 6, 1 / 6, 1 / 6, 2 / 6])
+    assert [matrices["category", "b"][k]["mean"] for k in keys] == [0, 0.5, 0, 0.5]
+    worst = {c: {p: mine["worst_of_k"]["harm"] for p, mine in found["categories"][c].items()} for c in "ab"}
+    assert [figure["mean"] for figure in worst["a"]["one"]] == pytest.approx([3 / 6, 2 / 3])
+    assert [figure["mean"] for figure in worst["b"]["one"]] == [0.5, 1.0] and worst["a"]["other"][1]["n"] == 3
+    assert found["held_out"]["held out"] == found["categories"]["a"]
