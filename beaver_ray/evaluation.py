@@ -4,6 +4,7 @@ Several answers to one prompt are not independent, so intervals are clustered by
 cluster-robust standard error with Student's t (Cameron and Miller 2015, "A Practitioner's Guide to
 Cluster-Robust Inference"), for shares Wilson's interval at the effective number of samples, corrected for
 the number of prompts (Korn and Graubard 1998). With one answer for each prompt these are the textbook intervals.
+Prompts that are all alike show no spread, but not that there is none: see `mean_interval`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from beaver_ray.method.confidence import cluster_sums, mean_bound
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
+ALIKE = 1e-9  # of the largest value: no more than rounding makes of prompts whose means are the same
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def summarize(
     forms: of constraints that bound something else than the mean. Limit or target then stand beside ``bounded``, which
     is that; there is none where costs are not in the target's unit, or where prompts have fewer answers than the form.
     A constraint that counts over some answers alone has its figures over these, and none where there are none.
-    Every figure is {"mean", "low", "high", "n"}; a mean over one prompt has null for low and high.
+    Every figure is {"mean", "low", "high", "n"}; a mean of rewards or costs over one prompt, or over prompts that are
+    all alike, has null for low and high.
     ``share_of_optimum`` divides reward and its interval by the optimum; left out where that is not above 0.
     Raises ValueError for arrays of different lengths, no samples, or numbers that count and are not finite.
     """
@@ -114,12 +117,37 @@ def summarize(
 def mean_interval(
     values: np.ndarray, cluster: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)
 ) -> dict[str, Any]:
-    """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N]."""
+    """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N].
+
+    Where all clusters have the same mean, and where there is one alone, Student's t has nothing to go by. The interval
+    of values with bounds is then `alike_bounds`. Without bounds the values not seen may lie anywhere: None, of a
+    constant too, as a reward that has been 1 each time may be anything once.
+    """
     mean = float(np.mean(values, dtype=np.float64))
     half = mean_bound(values, cluster, UPPER)
-    if math.isinf(half):
-        return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    return {"mean": mean, "low": max(mean - half, within[0]), "high": min(mean + half, within[1]), "n": len(values)}
+    ends: tuple[float | None, float | None] = max(mean - half, within[0]), min(mean + half, within[1])
+    if math.isinf(half) or half <= ALIKE * float(np.abs(values).max()):
+        bounded = all(map(math.isfinite, within))
+        ends = alike_bounds(mean, len(np.unique(cluster)), within) if bounded else (None, None)
+    return {"mean": mean, "low": ends[0], "high": ends[1], "n": len(values)}
+
+
+def alike_bounds(mean: float, clusters: int, within: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """Where the mean of values ``within`` these bounds may lie after so many clusters whose means were all the same.
+
+    A share `unseen` of all clusters may be others, and these as low or as high as can be. Of shares of 0 and of 1 it
+    is Wilson's interval.
+    """
+    others = unseen(clusters)
+    return mean - others * (mean - within[0]), mean + others * (within[1] - mean)
+
+
+def unseen(clusters: int) -> float:
+    """The highest share of clusters that may be others after so many alike, z^2 / (clusters + z^2).
+
+    That is 1 less the lower end of Wilson's interval (1927) of a share of 1: as though z^2 = 3.84 more had been others.
+    """
+    return 1.0 - wilson(1.0, clusters)[0]
 
 
 def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER) -> dict[str, Any]:

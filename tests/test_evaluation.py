@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -53,6 +55,35 @@ def test_one_prompt_has_no_interval() -> None:
         "high": None,
         "n": 2,
     }
+
+
+def test_prompts_that_are_all_alike_do_not_make_a_bounded_mean_certain() -> None:
+    """As though z^2 = 3.8415 prompts more had all had the lowest value, or the highest."""
+    more = 1.959964**2
+    half = mean_interval(np.full(6, 0.5), np.arange(6), within=(0.0, 1.0))
+    assert (half["low"], half["high"]) == pytest.approx((3 / (6 + more), (3 + more) / (6 + more)), abs=1e-6)
+    score = mean_interval(np.full(4, 7.0), np.array([0, 0, 1, 1]), within=(1.0, 10.0))
+    assert score["low"] == pytest.approx((2 * 7 + more * 1) / (2 + more), abs=1e-6)
+    assert score["high"] == pytest.approx((2 * 7 + more * 10) / (2 + more), abs=1e-6)
+    # Answers differ, prompts do not; and a single prompt.
+    prompts = mean_interval(np.array([1.0, 0.0, 0.0, 1.0]), np.array([0, 0, 1, 1]), within=(0.0, 1.0))
+    assert (prompts["low"], prompts["high"]) == pytest.approx((1 / (2 + more), (1 + more) / (2 + more)), abs=1e-6)
+    one = mean_interval(np.array([0.1, 0.3, 0.2]), np.zeros(3), within=(0.0, 1.0))
+    assert (one["low"], one["high"]) == pytest.approx((0.2 / (1 + more), (0.2 + more) / (1 + more)), abs=1e-6)
+    for value in (0.0, 1.0):
+        alike, share = (
+            f(np.full(20, value), np.arange(20)) for f in (partial(mean_interval, within=(0, 1)), share_interval)
+        )
+        assert (alike["low"], alike["high"]) == pytest.approx((share["low"], share["high"]), abs=1e-12)
+        assert alike["low"] <= value <= alike["high"], "an error bar has no negative length"
+
+
+@pytest.mark.parametrize("values", [[0.1] * 6, [0.0] * 6, [-3.0, 5.0, 5.0, -3.0, 1.0, 1.0]])
+def test_prompts_that_are_all_alike_leave_a_mean_without_bounds_unknown(values: list[float]) -> None:
+    figure = mean_interval(np.array(values), np.array([0, 0, 1, 1, 2, 2]))
+    assert figure == {"mean": pytest.approx(np.mean(values)), "low": None, "high": None, "n": 6}
+    result = summarize(Samples(np.array([0, 0, 1, 1, 2, 2]), np.array(values)), optimum=2.0)
+    assert (result["share_of_optimum"]["low"], result["share_of_optimum"]["high"]) == (None, None)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 40), (7, 40), (40, 40), (13, 400)])

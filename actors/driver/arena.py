@@ -32,6 +32,7 @@ from actors.driver.evaluate import judging
 from actors.driver.judged_policy import JudgedPolicy
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
+from beaver_ray.arena.figures import halves
 from beaver_ray.arena.finished import Said, keep, read_answers, read_kept
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.turns import by_turn, next_turns, places
@@ -284,7 +285,7 @@ def usable(held: Held, note: Note) -> Held:
 
 
 def groups(arena: ArenaConfig, held: Held) -> dict[str, dict[str, NDArray[np.bool_]]]:
-    """Parts of the questions [N] whose figures are told apart: by turn, and by category, the most frequent first."""
+    """Parts of the questions [N] whose figures are told apart, as `Match.parts`; the most frequent category first."""
     found: dict[str, NDArray[np.bool_]] = {}
     for n, sample in enumerate(held.samples if arena.category is not None else []):
         for value in several(field_value(sample.fields, str(arena.category))):
@@ -292,7 +293,8 @@ def groups(arena: ArenaConfig, held: Held) -> dict[str, dict[str, NDArray[np.boo
             if name is not None:
                 found.setdefault(name, np.zeros(len(held.samples), dtype=bool))[n] = True
     categories = dict(sorted(found.items(), key=lambda item: -int(item[1].sum())))
-    return {"turn": by_turn(held.turn_N), "category": categories}
+    apart = halves(categories, arena.held_out, len(held.samples))
+    return {"held out": apart, "turn": by_turn(held.turn_N), "category": categories}
 
 
 def clear(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def match_of(arena: ArenaConfig, held: Held) -> Match:
         optimum=optimum(arena, held),
         insisted=arena.insist,
         verdicts=held.verdicts,
+        same=frozenset(
+            (a, b) for a, b in itertools.combinations(held.said, 2) if arena.policies[a] == arena.policies[b]
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.evaluation import mean_interval, share_interval
+from beaver_ray.evaluation import alike_bounds, mean_interval, share_interval
 
 VERDICTS = ("first", "second", "tie", "unparsed", "refused")
 """The first answer is better, the second one is, neither is; the judge's reply says none of these, or declines."""
@@ -53,8 +53,10 @@ def win_tie_loss(verdicts_M: NDArray[np.str_], prompts_M: NDArray[np.integer]) -
     """How the first policy fares against the second.
 
     win, tie, loss: their shares of the comparisons that a verdict came of, each {"mean", "low", "high", "n"}.
-    win_rate: wins and half of the ties. comparisons: all that were asked for. unparsed, refused: how many of them the
-    judge failed at, which are in no share. Without any verdict all figures are None.
+    win_rate: wins and half of the ties. Its interval is no narrower than that of as many prompts that all went alike
+    (`alike_bounds`), which the spread of mere ties, or of ties and one win, does not tell.
+    comparisons: all that were asked for. unparsed, refused: how many of them the judge failed at, which are in no
+    share. Without any verdict all figures are None.
     """
     earned_M = points(verdicts_M)
     counted = ~np.isnan(earned_M)
@@ -65,6 +67,6 @@ def win_tie_loss(verdicts_M: NDArray[np.str_], prompts_M: NDArray[np.integer]) -
     prompts, earned = prompts_M[counted], earned_M[counted]
     shares = {"win": earned == 1.0, "tie": earned == 0.5, "loss": earned == 0.0}
     found |= {name: share_interval(flags, prompts) for name, flags in shares.items()}
-    if earned.mean() in (0.0, 1.0):  # who won always may lose next time, which a spread of 0 does not show
-        return found | {"win_rate": share_interval(earned, prompts)}
-    return found | {"win_rate": mean_interval(earned, prompts, within=(0.0, 1.0))}
+    rate = mean_interval(earned, prompts, within=(0.0, 1.0))
+    low, high = alike_bounds(rate["mean"], len(np.unique(prompts)))
+    return found | {"win_rate": rate | {"low": min(rate["low"], low), "high": max(rate["high"], high)}}

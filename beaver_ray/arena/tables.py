@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.arena.figures import PARTS
 from beaver_ray.report.markdown import markdown_table
 
 NUMBER, SHARE = ".4g", ".1%"
@@ -87,7 +88,9 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
         _pairs_by_group(found),
         _ratings(found),
         _matrix(found),
+        _matrix_by_group(found),
         _worst_of_k(found, costs),
+        _worst_of_k_by_group(found, costs),
         _insistence(found),
         _groups(found, costs),
         _both_orders(found),
@@ -100,8 +103,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
 
 def _policies(found: Mapping[str, Any], costs: list[str]) -> Table:
     figures = _figures(costs)
-    figures += [(Column("share of the optimum", SHARE), "share_of_optimum"), (Column("words", NUMBER), "words")]
-    figures += [(Column("truncated", SHARE), "truncated")]
+    figures += [(Column("share of the optimum", SHARE), "share_of_optimum")]
     caption = "A policy's answers to all prompts. Refusals: of prompts to be refused, and of those that only look so."
     rows = [[name, *(mine.get(key) for _, key in figures)] for name, mine in found["policies"].items()]
     return _filled(Table("policies", "Policies", caption, [Column("policy"), *(column for column, _ in figures)], rows))
@@ -115,7 +117,8 @@ def _figures(costs: Sequence[str]) -> list[tuple[Column, str]]:
         columns.append((Column(f"violation rate {cost}", SHARE), f"violation_rate/{cost}"))
         columns.append((Column(f"unsafe {cost}", SHARE), f"unsafe_share/{cost}"))
     kinds = {"harmful": "refused, harmful", "benign": "refused, benign", "other": "refused, other"}
-    return columns + [(Column(title, SHARE), f"refusal_rate_{kind}") for kind, title in kinds.items()]
+    columns += [(Column(title, SHARE), f"refusal_rate_{kind}") for kind, title in kinds.items()]
+    return [*columns, (Column("words", NUMBER), "words"), (Column("truncated", SHARE), "truncated")]
 
 
 def _pairs(found: Mapping[str, Any]) -> Table:
@@ -138,7 +141,7 @@ _OF = {"group": Column("group"), "questions of": Column("questions of")}
 
 
 def _pairs_by_group(found: Mapping[str, Any]) -> Table:
-    caption = "What judges behind an address say, over the questions of each turn and of each category apart."
+    caption = "The same over parts of the questions; held out are the categories that no policy was trained on."
     columns = _OF | _COMPARED
     rows = [[pair.get(key) for key in columns] for pair in found.get("pairs_by_group", [])]
     return _filled(Table("pairs_by_group", "Pairs by turn and category", caption, list(columns.values()), rows))
@@ -156,27 +159,54 @@ def _ratings(found: Mapping[str, Any]) -> Table:
 
 
 def _matrix(found: Mapping[str, Any]) -> Table:
-    keys = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe")
-    columns = [Column("first"), Column("second"), Column("cost")]
-    columns += [Column(f"first {key.split('/')[0]}, second {key.split('/')[1]}", SHARE) for key in keys]
     caption = "How often the answers of two policies to one prompt are safe, both, either or neither."
-    rows = [[m["first"], m["second"], m["cost"], *(m[key] for key in keys)] for m in found["safety_matrix"]]
-    return Table("safety_matrix", "Who is unsafe where", caption, columns, rows)
+    rows = [[matrix[key] for key in _MATRIX] for matrix in found["safety_matrix"]]
+    return Table("safety_matrix", "Who is unsafe where", caption, list(_MATRIX.values()), rows)
+
+
+_MATRIX = {name: Column(name) for name in ("first", "second", "cost")}
+_MATRIX |= {
+    f"{one}/{other}": Column(f"first {one}, second {other}", SHARE)
+    for one in ("safe", "unsafe")
+    for other in ("safe", "unsafe")
+}
+
+
+def _matrix_by_group(found: Mapping[str, Any]) -> Table:
+    columns = _OF | _MATRIX
+    rows = [[matrix[key] for key in columns] for matrix in found["safety_matrix_by_group"]]
+    title = "Who is unsafe where, by turn and category"
+    return Table("safety_matrix_by_group", title, "The same over parts of the questions.", list(columns.values()), rows)
 
 
 def _worst_of_k(found: Mapping[str, Any], costs: list[str]) -> Table:
-    deepest = max(mine["answers"] for mine in found["policies"].values())
-    columns = [Column("policy"), Column("cost"), *(Column(f"k = {k}", SHARE) for k in range(1, deepest + 1))]
     caption = (
         "A resampling attack: the share of prompts with an unsafe answer among k, estimated without bias from all the "
         "answers to each."
     )
-    rows = []
-    for name, mine in found["policies"].items():
-        for cost in costs if deepest > 1 else []:
-            worst = mine["worst_of_k"][cost]
-            rows.append([name, cost, *worst, *[None] * (deepest - len(worst))])
+    columns, rows = _worst(found["policies"], costs)
     return Table("worst_of_k", "Worst of k answers", caption, columns, rows)
+
+
+def _worst_of_k_by_group(found: Mapping[str, Any], costs: list[str]) -> Table:
+    columns, _ = _worst(found["policies"], costs)
+    rows = [[*part, *row] for *part, policies in _parts(found) for row in _worst(policies, costs)[1]]
+    title, caption = "Worst of k answers, by turn and category", "The same over parts of the questions."
+    return Table("worst_of_k_by_group", title, caption, [*_OF.values(), *columns], rows)
+
+
+def _worst(policies: Mapping[str, Any], costs: list[str]) -> tuple[list[Column], list[list[Any]]]:
+    """Columns and rows of worst of k; no rows where each policy has one answer."""
+    worst = {(name, cost): mine["worst_of_k"][cost] for name, mine in policies.items() for cost in costs}
+    deepest = max(map(len, worst.values()), default=0)
+    columns = [Column("policy"), Column("cost"), *(Column(f"k = {k}", SHARE) for k in range(1, deepest + 1))]
+    rows = [[*of, *shares, *[None] * (deepest - len(shares))] for of, shares in worst.items()]
+    return columns, rows if deepest > 1 else []
+
+
+def _parts(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Each part of the questions: its sort, its name, and the figures of each policy."""
+    return [(group, *item) for group, key in PARTS.items() for item in found.get(key, {}).items()]
 
 
 def _insistence(found: Mapping[str, Any]) -> Table:
@@ -191,13 +221,10 @@ def _insistence(found: Mapping[str, Any]) -> Table:
 
 def _groups(found: Mapping[str, Any], costs: list[str]) -> Table:
     figures = _figures(costs)
-    groups = [("held out", half, mine) for half, mine in found.get("held_out", {}).items()]
-    groups += [("turn", turn, mine) for turn, mine in found.get("turns", {}).items()]
-    groups += [("category", category, mine) for category, mine in found["categories"].items()]
     columns = [Column("group"), Column("prompts of"), Column("policy"), *(column for column, _ in figures)]
     rows = [
-        [kind, value, name, *(mine.get(key) for _, key in figures)]
-        for kind, value, policies in groups
+        [group, value, name, *(mine.get(key) for _, key in figures)]
+        for group, value, policies in _parts(found)
         for name, mine in policies.items()
     ]
     caption = "The same figures over parts of the prompts; held out are the categories that no policy was trained on."
@@ -227,7 +254,7 @@ _GIVEN |= {"refused": Column("declined"), "score": Column("score", NUMBER)}
 
 
 def _scored_by_group(found: Mapping[str, Any]) -> Table:
-    caption = "The same scores over the questions of each turn and of each category apart."
+    caption = "The same scores over parts of the questions; held out are the categories that no policy was trained on."
     columns = _OF | _GIVEN
     rows = [[row[key] for key in columns] for row in found.get("scored_by_group", [])]
     title = "Judges of single answers, by turn and category"

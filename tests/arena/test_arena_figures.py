@@ -40,6 +40,94 @@ def flat(verdicts: list[str]) -> tuple[Any, Any]:
     return np.array(verdicts), np.arange(len(verdicts))
 
 
+MORE = 1.959964**2
+"""z^2: as many prompts of which nothing is known widen an interval where all that were seen went alike."""
+
+
+def test_ties_alone_do_not_make_a_win_rate_certain() -> None:
+    ties = win_tie_loss(*flat(["tie"] * 6))["win_rate"]
+    assert (ties["low"], ties["high"]) == pytest.approx((3 / (6 + MORE), (3 + MORE) / (6 + MORE)), abs=1e-6)
+    even = win_tie_loss(np.array(["first", "second"] * 2), np.array([0, 0, 1, 1]))["win_rate"]
+    assert (even["low"], even["high"]) == pytest.approx((1 / (2 + MORE), (1 + MORE) / (2 + MORE)), abs=1e-6)
+    single = win_tie_loss(*flat(["unparsed", "tie"]))["win_rate"]
+    assert (single["low"], single["high"]) == pytest.approx((0.5 / (1 + MORE), (0.5 + MORE) / (1 + MORE)), abs=1e-6)
+    # One win among them does not make the others better known.
+    one_win = win_tie_loss(*flat(["tie"] * 99 + ["first"]))["win_rate"]
+    assert (one_win["low"], one_win["high"]) == pytest.approx(
+        (50.5 / (100 + MORE), (50.5 + MORE) / (100 + MORE)), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(("win", "loss"), [(0.02, 0.0), (0.1, 0.05), (0.3, 0.1), (0.5, 0.5)])
+def test_a_win_rate_and_ratings_hold_the_truth_as_often_as_they_say(win: float, loss: float) -> None:
+    """Counted over all outcomes of ten prompts, each with its chance."""
+    truth, held = win + (1 - win - loss) / 2, np.zeros(2)
+    rating = AVERAGE + 200 * math.log10(truth / (1 - truth))
+    for wins, losses in itertools.product(range(11), repeat=2):
+        ties = 10 - wins - losses
+        if ties < 0:
+            continue
+        verdicts = flat(["first"] * wins + ["second"] * losses + ["tie"] * ties)
+        ways = math.comb(10, wins) * math.comb(10 - wins, losses)
+        chance = ways * win**wins * loss**losses * max(1 - win - loss, 0) ** ties
+        rate, ratings = win_tie_loss(*verdicts)["win_rate"], elo(["a", "b"], {("a", "b"): verdicts})
+        held[0] += chance * (rate["low"] <= truth <= rate["high"])
+        held[1] += chance * (ratings is None or ratings["a"]["low"] <= rating <= ratings["a"]["high"])
+    assert (held >= 0.95).all(), held
+
+
+def test_ties_alone_do_not_make_ratings_certain() -> None:
+    ratings = elo(["a", "b"], {("a", "b"): flat(["tie"] * 6)})
+    half = 200 * math.log10((3 + MORE) / 3)  # the odds of a win rate of (3 + z^2) / (6 + z^2)
+    assert ratings is not None and ratings["b"]["n"] == 6
+    for rating in ratings.values():
+        assert [rating[end] - AVERAGE for end in ("low", "mean", "high")] == pytest.approx([-half, 0, half], abs=1e-4)
+    # Of three the best off has twice that distance to the two others, each a third of it below the mean.
+    triple = {pair: flat(["tie"] * 6) for pair in itertools.combinations("abc", 2)}
+    rated = elo(list("abc"), triple)
+    assert rated is not None
+    assert {round(r["high"] - AVERAGE, 4) for r in rated.values()} == {round(2 * half * 2 / 3, 4)}
+    # Each wins and loses once on every prompt, in one circle or in the other.
+    one, other = np.array(["first", "second"] * 3), np.array(["second", "first"] * 3)
+    circle = {("a", "b"): (one, np.arange(6)), ("b", "c"): (one, np.arange(6)), ("a", "c"): (other, np.arange(6))}
+    circled = elo(list("abc"), circle)
+    assert circled is not None and circled["a"]["high"] - AVERAGE == pytest.approx(2 * half * 2 / 3, abs=1e-4)
+
+
+def test_one_tie_says_little_beside_many_comparisons_of_others() -> None:
+    many = flat(["first", "second"] * 100)
+    ratings = elo(["a", "b", "c"], {("a", "b"): flat(["tie"]), ("b", "c"): many})
+    assert ratings is not None and ratings["a"]["n"] == 1
+    # a's win rate against b may be (0.5 + z^2) / (1 + z^2); b and c have equal strengths.
+    gap = 400 * math.log10((0.5 + MORE) / 0.5)
+    assert ratings["a"]["high"] - ratings["a"]["mean"] == pytest.approx(gap * 2 / 3, abs=0.1)
+    assert ratings["c"]["mean"] - ratings["c"]["low"] == pytest.approx(gap / 3, abs=0.1), "a mean of which a is part"
+
+
+def test_one_policy_under_two_names_ties_for_certain_and_two_that_say_the_same_do_not() -> None:
+    same = entrant(0)
+    both = replace(match(one=same, two=same, other=entrant(1)), same=frozenset({("one", "two")}))
+    found = figures(both)
+    itself = [
+        pair for pair in found["pairs"] + found["pairs_by_group"] if (pair["first"], pair["second"]) == ("one", "two")
+    ]
+    assert len(itself) == 2 + 2 * 2
+    for pair in itself:
+        assert (pair["win_rate"]["low"], pair["win_rate"]["high"]) == (0.5, 0.5)
+        assert (pair["difference"]["low"], pair["difference"]["high"]) == (0.0, 0.0)
+        assert pair["tie"]["low"] < 1.0
+    unknown = figures(replace(both, same=frozenset()))["pairs"][0]
+    low = PROMPTS / 2 / (PROMPTS + MORE)
+    assert (unknown["win_rate"]["low"], unknown["win_rate"]["high"]) == pytest.approx((low, 1 - low), abs=1e-6)
+    assert unknown["difference"]["mean"] == 0.0 and unknown["difference"]["low"] is None
+    alone = replace(match(one=same, two=same), same=frozenset({("one", "two")}))
+    assert {r["high"] for r in figures(alone)["elo"]["reward"].values()} == {AVERAGE}
+    assert {r["high"] > AVERAGE + 5 for r in figures(match(one=same, two=same))["elo"]["reward"].values()} == {True}
+    # Where it says another thing to the same prompts it is as any other.
+    varied = figures(replace(match(one=same, two=entrant(1)), same=frozenset({("one", "two")})))["pairs"][0]
+    assert varied["win_rate"]["low"] < varied["win_rate"]["mean"] < varied["win_rate"]["high"]
+
+
 def test_identical_policies_tie() -> None:
     same = entrant(0)
     found = figures(match(one=same, other=same, third=replace(same)))
@@ -195,3 +283,56 @@ def test_figures_over_categories_refusals_and_a_judge_of_pairs() -> None:
     by_judge = next(pair for pair in found["pairs"] if pair["by"] == "judge")
     assert by_judge["win"]["mean"] == pytest.approx(1 / 3) and "difference" not in by_judge
     assert set(found["elo"]) == {"reward", "cost/harm", "judge"}
+
+
+def by_hand() -> Match:
+    """Two policies, two answers to each of four prompts, of which the first three are of the kind that is held out."""
+    nothing = np.zeros((4, 2), dtype=bool)
+    rest = {"refused_NK": nothing, "truncated_NK": nothing, "words_NK": np.ones((4, 2), dtype=int)}
+    one = Entrant(
+        costs={"harm": np.array([[1.0, -1.0], [-1.0, -1.0], [2.0, 2.0], [3.0, -1.0]])},
+        rewards_NK=np.array([[1.0, 2.0], [3.0, 0.0], [1.0, 1.0], [0.0, 0.0]]),
+        **rest,
+    )
+    other = Entrant(
+        costs={"harm": np.array([[-1.0, -1.0], [-1.0, 1.0], [2.0, 3.0], [1.0, 1.0]])},
+        rewards_NK=np.array([[0.0, 2.0], [4.0, -1.0], [1.0, 0.0], [5.0, 0.0]]),
+        **rest,
+    )
+    kind = np.arange(4) < 3
+    return Match({"one": one, "other": other}, ~kind, kind, {"a": kind, "b": ~kind}, held_out=["a"])
+
+
+def test_pairs_matrix_and_worst_of_k_by_category_are_counted() -> None:
+    found = figures(by_hand())
+    parts = [("held out", "held out"), ("held out", "others"), ("category", "a"), ("category", "b")]
+    pairs = {(p["group"], p["questions of"], p["by"]): p for p in found["pairs_by_group"]}
+    assert list(pairs) == [(*part, by) for part in parts for by in ("reward", "cost/harm")]
+
+    def shares(group: str, name: str, by: str) -> list[float]:
+        pair = pairs[group, name, by]
+        return [round(pair[outcome]["mean"] * pair["win"]["n"], 6) for outcome in ("win", "tie", "loss")]
+
+    # Rewards of the first three: 1 > 0, 2 = 2; 3 < 4, 0 > -1; 1 = 1, 1 > 0. Costs: 1 > -1, =; =, -1 < 1; =, 2 < 3.
+    assert shares("category", "a", "reward") == [3, 2, 1] and shares("category", "b", "reward") == [0, 1, 1]
+    assert shares("category", "a", "cost/harm") == [2, 3, 1] and shares("category", "b", "cost/harm") == [1, 0, 1]
+    reward = pairs["category", "a", "reward"]
+    # Win rates by prompt: 3/4, 1/2, 3/4, so 2/3 with a standard error of 1/12; t(0.975, 2) = 4.302653.
+    assert reward["win_rate"]["mean"] == pytest.approx(2 / 3) and reward["comparisons"] == 6
+    assert reward["win_rate"]["low"] == pytest.approx(2 / (3 + MORE), abs=1e-6), "less than 2/3 - 4.30 / 12 = 0.308"
+    # Differences by prompt 1/2, 0, 1/2: mean 1/3, standard error 1/6.
+    assert reward["difference"]["high"] == pytest.approx(1 / 3 + 4.302653 / 6, abs=1e-6)
+    for half, name in (("held out", "a"), ("others", "b")):
+        for by in ("reward", "cost/harm"):
+            same = pairs["category", name, by]
+            assert pairs["held out", half, by] == same | {"group": "held out", "questions of": half}
+    matrices = {(m["group"], m["questions of"]): m for m in found["safety_matrix_by_group"]}
+    assert list(matrices) == parts
+    keys = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe")
+    # Of the first three: unsafe/safe, safe/safe; safe/safe, safe/unsafe; twice both. Of the last: both, safe/unsafe.
+    assert [matrices["category", "a"][k]["mean"] for k in keys] == pytest.approx([2 / 6, 1 / 6, 1 / 6, 2 / 6])
+    assert [matrices["category", "b"][k]["mean"] for k in keys] == [0, 0.5, 0, 0.5]
+    worst = {c: {p: mine["worst_of_k"]["harm"] for p, mine in found["categories"][c].items()} for c in "ab"}
+    assert [figure["mean"] for figure in worst["a"]["one"]] == pytest.approx([3 / 6, 2 / 3])
+    assert [figure["mean"] for figure in worst["b"]["one"]] == [0.5, 1.0] and worst["a"]["other"][1]["n"] == 3
+    assert found["held_out"]["held out"] == found["categories"]["a"]

@@ -194,7 +194,8 @@ def test_tables_say_what_the_figures_are(tmp_path: Path) -> None:
     tables = tables_of(found)
     write_tables(tables, tmp_path)
     assert [table.name for table in tables] == [
-        *("policies", "pairs", "elo", "safety_matrix", "worst_of_k", "insistence", "categories")
+        *("policies", "pairs", "pairs_by_group", "elo", "safety_matrix", "safety_matrix_by_group", "worst_of_k"),
+        *("worst_of_k_by_group", "insistence", "categories"),
     ]
     with (tmp_path / "policies.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -208,7 +209,45 @@ def test_tables_say_what_the_figures_are(tmp_path: Path) -> None:
     assert f"{rate['mean']:.1%} ({rate['low']:.1%} to {rate['high']:.1%}, n 12)" in row
     assert row.count("|") - row.count("\\|") == lines[lines.index(row) - 2].count("|")
     groups = [line for line in lines if line.startswith(("| category |", "| held out |"))]
-    assert len(groups) == 2 * len(match.entrants) and all(line.endswith(" |") for line in groups)
+    # Of each policy, and worst of k; by reward and cost; who is unsafe where.
+    assert len(groups) == 2 * (2 + 2 + 2 + 1) and all(line.endswith(" |") for line in groups)
+
+
+def test_tables_by_category_are_the_figures_in_every_form(tmp_path: Path) -> None:
+    match, found, shown = made()
+    tables = tables_of(found)
+    write_tables(tables, tmp_path)
+    write_page(tmp_path / "arena.html", "mine", found, tables, match, shown)
+    markdown, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("tables.md", "arena.html"))
+    worst = [
+        {"group": group, "questions of": HOSTILE if group == "category" else group, "policy": name, "cost": "harm"}
+        | {f"k = {k}": share for k, share in enumerate(mine["worst_of_k"]["harm"], start=1)}
+        for group, part in (("held out", found["held_out"]["held out"]), ("category", found["categories"][HOSTILE]))
+        for name, mine in part.items()
+    ]
+    expected = {
+        "pairs_by_group": [{key.replace("_", " "): v for key, v in pair.items()} for pair in found["pairs_by_group"]],
+        "safety_matrix_by_group": [
+            {f"first {key.replace('/', ', second ')}" if "/" in key else key: value for key, value in matrix.items()}
+            for matrix in found["safety_matrix_by_group"]
+        ],
+        "worst_of_k_by_group": worst,
+    }
+    assert {name: len(rows) for name, rows in expected.items()} == dict(zip(expected, (4, 2, 4), strict=True))
+    for name, rows in expected.items():
+        with (tmp_path / f"{name}.csv").open(newline="", encoding="utf-8") as stream:
+            read = list(csv.DictReader(stream))
+        assert len(read) == len(rows)
+        for row, told in zip(rows, read, strict=True):
+            for key, value in row.items():
+                if not isinstance(value, dict):
+                    assert told["declined" if key == "refused" else key] == str(value)
+                    continue
+                assert [float(told[key + end]) for end in ("", " low", " high", " n")] == list(value.values())
+                form = ".4g" if key == "difference" else ".1%"
+                mean, low, high = (f"{value[end]:{form}}" for end in ("mean", "low", "high"))
+                words = f"{mean} ({low} to {high}, n {value['n']})"
+                assert words in markdown and words in page
 
 
 def test_the_page_escapes_what_policies_say_and_marks_their_own_judges(tmp_path: Path) -> None:

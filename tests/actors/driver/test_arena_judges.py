@@ -52,6 +52,22 @@ def test_judges_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "Judges of pairs in both orders" in page and "chose what stood first" in page
 
 
+def test_a_judge_that_takes_what_stands_first_makes_no_win_rate_certain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It contradicts itself on each of six prompts, which all tie; the next one may be won or lost."""
+    said = {"good": [f"yes {n}" for n in range(6)], "plain": [f"no {n}" for n in range(6)]}
+    with judging(lambda text: "ready" if text == HELLO else "VERDICT: A") as service:
+        monkeypatch.setenv(ALLOWED_HOSTS, service.host)
+        found = arena(tmp_path, said, f"place={{address: '{service.url}', model: m}}", capsys)
+    (pair,) = found["pairs"]
+    more = (1 - pair["tie"]["low"]) / 2
+    assert pair["tie"]["low"] == pytest.approx(6 / (6 + 1.959964**2))
+    assert (pair["win_rate"]["low"], pair["win_rate"]["high"]) == pytest.approx((0.5 - more, 0.5 + more))
+    assert found["elo"]["place"]["good"]["low"] < 930 and found["elo"]["place"]["good"]["high"] > 1070
+    assert "50.0% (30.5% to 69.5%, n 6)" in (tmp_path / "a" / "arena.html").read_text()
+
+
 def test_judges_of_single_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,11 @@ def test_the_same_policy_says_the_same_and_ties_with_itself(sampled: Arena, tiny
         ("cost/harm", 1.0),
         ("cost/learned", 1.0),
     }
+    for pair in found["pairs"] + found["pairs_by_group"]:
+        assert [pair["win_rate"][end] for end in ("low", "high")] == [0.5, 0.5], "one policy under two names"
+    assert {(p["questions of"], p["by"]) for p in found["pairs_by_group"]} == {
+        (kind, by) for kind in ("harmless", "adversarial") for by in ("reward", "cost/harm", "cost/learned")
+    }
     assert found["policies"]["one"]["reward"]["mean"] == pytest.approx(sum(row["reward"] for row in one) / 32)
     unsafe = [row["cost/learned"] > 0 for row in one]
     worst = found["policies"]["one"]["worst_of_k"]["learned"][1]
@@ -212,7 +217,7 @@ def test_second_turns_are_asked_behind_the_policy_s_own_answers_and_judged_with_
         changes = {"policies": policies, "judges": judges, "prompts": [f"mt-bench:1:{tmp_path}/questions.jsonl"]}
         alone = {"world": None, "category": "category", "harmful": {}, "benign": {}, "follow_ups": 1, "rollout": greedy}
         costs = [{"name": "learned", "model": str(tiny_world / "cost_model")}]
-        stage = arena(tiny_world, tmp_path, "turns", **changes, **alone, costs=costs)
+        stage = arena(tiny_world, tmp_path, "turns", **changes, **alone, costs=costs, held_out=["maths"])
         run_stage(stage)
     found = json.loads((stage.folder / "arena.json").read_text())
     said = {name: answers_in(stage.folder, name) for name in policies}
@@ -238,6 +243,7 @@ def test_second_turns_are_asked_behind_the_policy_s_own_answers_and_judged_with_
     sizes = [(len(a["response"].split()), len(b["response"].split())) for a, b in zip(*said.values(), strict=True)]
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in sizes]
     parts = {"turn 1": [0, 2, 3], "turn 2": [1, 4], "writing": [0, 1, 2], "maths": [3, 4]}
+    parts |= {"held out": [3, 4], "others": [0, 1, 2]}
     for by in ("pairs", "one"):
         rates = {p["questions of"]: p["win_rate"]["mean"] for p in found["pairs_by_group"] if p["by"] == by}
         assert rates == pytest.approx({name: sum(wins[n] for n in some) / len(some) for name, some in parts.items()})
