@@ -13,6 +13,9 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     token_versions list<int32>         n, version that each token was sampled under
     finish_reason string               "stop", "length" or "room"
     turns list<string>                 with an environment: what the user said in each hole, without its template
+    prompt_texts list<string>          of answers that were not sampled here: the prompt's turns, user, ..., user,
+    response_texts list<string>        all that was said behind it, answer, user, ..., answer,
+    system string                      and the system text of the prompt's row, null where it has none
     reward, cost/NAME float32          scores of the whole answer
     reference_logprobs, logprobs list<float32>          n, of the reference and of the policy before its update
     scope/NAME bool                    whether cost NAME counts for the prompt; without the column it does for all
@@ -30,6 +33,8 @@ hole: all models read them, but they are in no loss, no mean and no reward, and 
 last one. Columns have a number for them all the same: rollout_logprobs and token_versions whatever the generator puts
 there (0, say), logprobs, reference_logprobs and values what the models give, advantages and returns 0. None of it
 counts, and it need not be finite. Each response has at least one token of the policy's own.
+
+Texts stand beside tokens, or without any, where the policy's tokens may not keep them: who reads words takes the texts.
 """
 
 from __future__ import annotations
@@ -53,6 +58,9 @@ _FIXED: dict[str, pa.DataType] = {
     "token_versions": TOKENS,
     "finish_reason": pa.string(),
     "turns": pa.list_(pa.string()),
+    "prompt_texts": pa.list_(pa.string()),
+    "response_texts": pa.list_(pa.string()),
+    "system": pa.string(),
     "reward": pa.float32(),
     "reference_logprobs": FLOATS,
     "logprobs": FLOATS,

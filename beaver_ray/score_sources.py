@@ -42,7 +42,7 @@ class ScorerSetting:
     """What scorers of a run are given, whatever their source."""
 
     policy: str
-    """Folder of the policy, whose tokens they are handed."""
+    """Folder of the policy, whose tokens they are handed; empty where all are handed texts alone."""
     dtype: str
     token_budget: int
     threads: int

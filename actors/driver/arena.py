@@ -1,7 +1,7 @@
 """An arena: every policy answers the same prompts with the same seeds, and the same judges score all that was said.
 
 Policies answer one after another, each with generators of its own; then the scorers are started once and read all
-answers as texts, whoever wrote them, in the tokens of one reader. So a finished answer from a file is judged as one
+answers as texts, which models make tokens of, whoever wrote them. So a finished answer from a file is judged as one
 that was just sampled, and on a GPU no two phases need room at a time.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.driver.arena_asking import (
@@ -37,12 +38,12 @@ from beaver_ray.arena.finished import Said, keep, read_answers, read_kept
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.turns import by_turn, next_turns, places
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.readers import Reader
+from beaver_ray.data.readers import Reader, keeps
 from beaver_ray.data.sources import RawSample, as_text, field_value, several
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.rules.refusals import is_refusal
-from beaver_ray.score_sources import score_source
+from beaver_ray.score_sources import ScoreSource, ServiceSource, score_source
 from beaver_ray.small_world.judging import question, truths
 from beaver_ray.small_world.world import SmallWorld
 
@@ -51,6 +52,9 @@ CHUNK = 256
 MERGED, ASKED = "merged", "asked"
 """Folders of a run that has not ended: models with their adapters added, and what policies have said so far."""
 UNKNOWN = float("nan")
+
+Row = tuple[str, int, int]
+"""An answer: its policy, and the numbers of its question and of the policy's answers to that."""
 
 
 @dataclass(frozen=True)
@@ -134,21 +138,23 @@ def _about(name: str, note: Note) -> Note:
 
 
 def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedPolicy:
-    """The configuration of the scorers, which are handed texts in the tokens of the first policy that is asked.
+    """The configuration of the scorers, which are handed texts, by the template of the first policy that is asked, and
+    where models judge their tokens too.
 
-    Without one these are the tokens of the first model that judges. Raises UserError where there is neither.
+    Without a policy the tokens are those of the first model that judges. Raises UserError where there is neither, and
+    something else needs a tokenizer.
     """
-    sources = [source for source in (arena.reward, *(cost.model for cost in arena.costs)) if source is not None]
+    sources = [score_source(one) for one in (arena.reward, *(cost.model for cost in arena.costs)) if one is not None]
     if contenders:
         model, template = contenders[0].folder.tokenizer, contenders[0].template
     else:
-        folders = [folder for source in sources if (folder := score_source(source).folder) is not None]
-        if sources and not folders:
+        model = next((source.folder for source in sources if source.folder is not None), "")
+        template = arena.template or "auto"
+        if not model and (needed := _for_a_tokenizer(arena, sources)):
             raise UserError(
-                "answers from files alone, and judges without a model: nobody here has a tokenizer to hand them over "
-                "in; add a policy's folder to policies"
+                f"answers from files alone, and no model judges: nobody here has a tokenizer for {needed}; add a "
+                "policy's folder to policies"
             )
-        model, template = (folders or [""])[0], arena.template or "auto"
     constraints = [
         {
             "name": cost.name,
@@ -164,26 +170,29 @@ def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedP
     return judged_config(arena, model, template, arena.reward, constraints, longest)
 
 
+def _for_a_tokenizer(arena: ArenaConfig, sources: Sequence[ScoreSource]) -> str:
+    """What cannot be done without a tokenizer though no model judges; empty for nothing."""
+    needed = [f"the prompts that {source.text} is sent" for source in sources if isinstance(source, ServiceSource)]
+    needed += [f"the labelled pairs that {cost.name} is calibrated on" for cost in arena.costs if cost.calibration]
+    return next(iter(needed), "")
+
+
 def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> None:
-    """Put what scorers say of every answer into ``held``; nan where one is too long for them."""
+    """Put what scorers say of every answer into ``held``; nan where one is too long for models."""
     wanted = judge.scorers()
     if not wanted:
         return
-    reader = Reader(load_tokenizer(judge.models.policy, arena.trust_remote_code), judge.data.template)
     rows = [
         (name, n, k) for name, said in held.said.items() for n in range(len(said.texts)) for k in range(said.answers)
     ]
-    asked = [reader.prompt(prompt_key(sample), sample.system) for sample in held.samples]
-    prompts = [asked[n] for _, n, _ in rows]
-    responses = [_response(reader, held.said[name], n, k) for name, n, k in rows]
-    longest = judge.lengths().longest
-    fits_in = [i for i in range(len(rows)) if len(prompts[i]) + len(responses[i].tokens) <= longest]
-    if lost := len(rows) - len(fits_in):
-        long = f"{lost} of {len(rows)} answers are longer than {longest} tokens with their prompt"
-        if not fits_in:
-            raise UserError(f"{long}, and none is left to be judged; raise rollout.max_new_tokens")
-        note(f"{long}, and are not judged")
-    batches = [_batch(rows, prompts, responses, held, fits_in[at : at + CHUNK]) for at in range(0, len(fits_in), CHUNK)]
+    folders = dict.fromkeys(use.folder for role in wanted for use in role.models)
+    tokens = _in_tokens(arena, judge, rows, held) if folders else None
+    short = list(range(len(rows))) if tokens is None else _short(tokens, judge.lengths().longest, note)
+    for folder in folders:
+        tokenizer = load_tokenizer(folder, arena.trust_remote_code)
+        if lost := sum(not keeps(tokenizer, held.said[name].texts[n][k]) for name, n, k in rows):
+            note(f"{lost} of {len(rows)} answers are not whole in the tokens of {folder}, which judges what is left")
+    batches = [_batch(rows, held, tokens, short[at : at + CHUNK]) for at in range(0, len(short), CHUNK)]
     with judging(judge, wanted) as roles:
         for line in roles.notes:
             note(line)
@@ -196,43 +205,63 @@ def score(arena: ArenaConfig, judge: JudgedPolicy, held: Held, note: Note) -> No
                 _put(held, column, found)
 
 
-class Response(NamedTuple):
-    """All that follows a prompt, in tokens."""
+class Tokens(NamedTuple):
+    """An answer as models read it: the prompt, and all that follows it."""
 
-    tokens: list[int]
+    prompt: list[int]
+    response: list[int]
     own: list[bool]
-    """Which of them the policy wrote."""
-    turns: list[str]
-    """What its user said in between."""
+    """Which of these the policy wrote."""
 
 
-def _response(reader: Reader, said: Said, n: int, k: int) -> Response:
-    """An answer, behind those of earlier turns: as dialogues with an environment have them."""
-    tokens: list[int] = []
-    own: list[bool] = []
-    since = said.since[n][k]
-    for answer, turn in zip(since[::2], since[1::2], strict=True):
-        parts = reader.answer(reader.form.bare(answer)), reader.next_turn(turn)
-        tokens += [*parts[0], *parts[1]]
-        own += [True] * len(parts[0]) + [False] * len(parts[1])
-    last = reader.answer(reader.form.bare(said.texts[n][k]), bool(said.ended_NK[n, k]))
-    return Response([*tokens, *last], [*own, *[True] * len(last)], list(since[1::2]))
+def _in_tokens(arena: ArenaConfig, judge: JudgedPolicy, rows: Sequence[Row], held: Held) -> list[Tokens]:
+    """Each answer behind those of earlier turns: as dialogues with an environment have them."""
+    reader = Reader(load_tokenizer(judge.models.policy, arena.trust_remote_code), judge.data.template)
+    prompts = [reader.prompt(prompt_key(sample), sample.system) for sample in held.samples]
+    found = []
+    for name, n, k in rows:
+        said = held.said[name]
+        tokens: list[int] = []
+        own: list[bool] = []
+        since = said.since[n][k]
+        for answer, turn in zip(since[::2], since[1::2], strict=True):
+            parts = reader.answer(reader.form.bare(answer)), reader.next_turn(turn)
+            tokens += [*parts[0], *parts[1]]
+            own += [True] * len(parts[0]) + [False] * len(parts[1])
+        last = reader.answer(reader.form.bare(said.texts[n][k]), bool(said.ended_NK[n, k]))
+        found.append(Tokens(prompts[n], [*tokens, *last], [*own, *[True] * len(last)]))
+    return found
 
 
-def _batch(
-    rows: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Response], held: Held, some: list[int]
-) -> Any:
-    ended = [held.said[name].ended_NK[n, k] for name, n, k in (rows[i] for i in some)]
-    return experience.make_batch(
-        {
-            "sample_id": np.array(some),
-            "prompt_tokens": [np.asarray(prompts[i], dtype=np.int32) for i in some],
-            "response_tokens": [np.asarray(responses[i].tokens, dtype=np.int32) for i in some],
-            "loss_mask": [responses[i].own for i in some],
-            "finish_reason": ["stop" if whole else "length" for whole in ended],
-            "turns": [responses[i].turns for i in some],
+def _short(tokens: Sequence[Tokens], longest: int, note: Note) -> list[int]:
+    """The numbers of the answers that models can read, with a note about the others; UserError where there is none."""
+    short = [i for i, one in enumerate(tokens) if len(one.prompt) + len(one.response) <= longest]
+    if lost := len(tokens) - len(short):
+        long = f"{lost} of {len(tokens)} answers are longer than {longest} tokens with their prompt"
+        if not short:
+            raise UserError(f"{long}, and none is left to be judged; raise rollout.max_new_tokens")
+        note(f"{long}, and are not judged")
+    return short
+
+
+def _batch(rows: Sequence[Row], held: Held, tokens: Sequence[Tokens] | None, some: list[int]) -> pa.RecordBatch:
+    """Some of the answers, by their numbers, as texts, and where models judge in tokens too."""
+    asked = [held.samples[rows[i][1]] for i in some]
+    said = [(held.said[name], n, k) for name, n, k in (rows[i] for i in some)]
+    columns: dict[str, Any] = {
+        "sample_id": np.array(some),
+        "prompt_texts": [prompt_key(sample) for sample in asked],
+        "response_texts": [[*one.since[n][k], one.texts[n][k]] for one, n, k in said],
+        "system": [sample.system for sample in asked],
+        "finish_reason": ["stop" if one.ended_NK[n, k] else "length" for one, n, k in said],
+    }
+    if tokens is not None:
+        columns |= {
+            "prompt_tokens": [np.asarray(tokens[i].prompt, dtype=np.int32) for i in some],
+            "response_tokens": [np.asarray(tokens[i].response, dtype=np.int32) for i in some],
+            "loss_mask": [tokens[i].own for i in some],
         }
-    )
+    return experience.make_batch(columns)
 
 
 def _put(held: Held, column: str, found: NDArray[np.float64]) -> None:

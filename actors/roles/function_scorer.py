@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 
 from actors.roles.scorer import TextScorer
-from beaver_ray import experience
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting, ScoreSource
 from beaver_ray.user_code import Code, last_line
@@ -45,7 +44,7 @@ class FunctionScorer(TextScorer):
         self.source, self.keywords = code.source, dict(code.keywords)
         self.signals = [column.removeprefix("cost/") for column in sorted(columns, key=columns.__getitem__)]
         self.function = code.load()
-        known = {name for asked in self.dialogues.asked.values() for name in asked.fields}
+        known = {name for asked in self.dialogues.known.values() for name in asked.fields}
         self.fields = _wanted(self.source, self.function, known, self.keywords)
 
     @staticmethod
@@ -57,7 +56,7 @@ class FunctionScorer(TextScorer):
         """The function's scores [N, H], in the order of the columns' numbers."""
         told = self.dialogues.told(batch)
         dialogues, responses = [one.turns for one in told], [one.answer for one in told]
-        rows = [self.dialogues.row(row) for row in experience.rows(batch, "prompt_tokens")]
+        rows = [one.fields for one in told]
         if not dialogues:
             return np.zeros((0, len(self.signals)))
         try:

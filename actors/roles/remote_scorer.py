@@ -60,7 +60,7 @@ class RemoteScorer(TextScorer):
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The service's scores [N, 1] of whole sequences."""
         told = self.dialogues.told(batch, self.sends_dialogues)
-        prompts = [str(self.reader.tokenizer.decode(one.read, skip_special_tokens=False)) for one in told]
+        prompts = [self._prompt(one) for one in told]
         dialogues = [self._messages(one) for one in told] if self.sends_dialogues else []
         starts = range(0, batch.num_rows, MOST_TEXTS)
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -68,6 +68,11 @@ class RemoteScorer(TextScorer):
             parts = [[column[start : start + MOST_TEXTS] for start in starts] for column in columns]
             scores = list(pool.map(self.service.scores, *parts))
         return np.concatenate([np.empty(0), *scores])[:, None]
+
+    def _prompt(self, told: Told) -> str:
+        if told.read is None:
+            return self.reader.prompt_text(told.turns, told.system)
+        return str(self.reader.tokenizer.decode(told.read, skip_special_tokens=False))
 
     def _messages(self, told: Told) -> list[dict[str, str]]:
         return as_messages(told.turns, told.system or template_options(self.reader.template).system)

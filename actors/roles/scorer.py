@@ -25,15 +25,21 @@ from beaver_ray.score_sources import ScorerSetting
 class ScorerBase(ABC):
     """Scores of each finished sequence: the reward, named costs, or both.
 
-    columns: which of the scores stands in each column. reader: of the tokens that `end_scores` reads. dialogues: what
-    the policy's prompts are, for whoever cannot read them as tokens.
+    columns: which of the scores stands in each column. reader: of the tokens that `end_scores` reads, None where it is
+    given texts alone. dialogues: what the policy's prompts are, for whoever cannot read them as tokens.
     """
 
-    def __init__(self, columns: dict[str, int], reader: Reader, dialogues: Dialogues) -> None:
-        self.columns, self.reader, self.dialogues = columns, reader, dialogues
+    def __init__(self, columns: dict[str, int], reader: Reader | None, dialogues: Dialogues) -> None:
+        self.columns, self._reader, self.dialogues = columns, reader, dialogues
         self.calibrations: dict[str, Calibration] = {}
         self.labelled: dict[str, str] = {}
         """What became of the pairs that each column was calibrated on."""
+
+    @property
+    def reader(self) -> Reader:
+        """Of the tokens that `end_scores` reads."""
+        assert self._reader is not None
+        return self._reader
 
     @abstractmethod
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
@@ -87,14 +93,16 @@ class ScorerBase(ABC):
 
 
 class TextScorer(ScorerBase):
-    """A scorer that knows no tokens: it is given texts (`Dialogues.told`), read back by the policy's tokenizer and
-    template.
+    """A scorer that knows no tokens: it is given texts (`Dialogues.told`), where none come with the tokens read back by
+    the policy's tokenizer and template.
 
     setting: of the run, whose texts it is given.
     """
 
     def __init__(self, columns: dict[str, int], setting: ScorerSetting) -> None:
-        reader = Reader(load_tokenizer(setting.policy, setting.trust_remote_code), setting.template)
+        reader = None
+        if setting.policy:
+            reader = Reader(load_tokenizer(setting.policy, setting.trust_remote_code), setting.template)
         super().__init__(columns, reader, Dialogues(reader, setting.prompts))
 
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:

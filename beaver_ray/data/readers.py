@@ -58,6 +58,12 @@ class Reader:
         """The tokens of a prompt; ``system`` is the system text of its row, where that has one."""
         return prompt_tokens(self.tokenizer, list(turns), self.template, system)
 
+    def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
+        """The text that `prompt` has the tokens of, BOS included."""
+        text = prompt_text(self.tokenizer, list(turns), self.template, system)
+        bos = self.tokenizer.bos_token
+        return text if text.startswith(str(bos)) or not adds_bos(self.tokenizer) else f"{bos}{text}"
+
     def answer(self, text: str, ended: bool = True) -> list[int]:
         """The tokens of an answer; never none, since scores need a token to stand at."""
         return answer_tokens(self.tokenizer, text, self.template, ended=ended) or [self.form.end]
@@ -88,6 +94,13 @@ class Reader:
                 f"follows, and so cannot write dialogues turn by turn: {OTHER_TEMPLATE}"
             )
         return tokens[places[-ends] + 1 :]
+
+
+def keeps(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokens of a text give the text again, white space at its ends apart."""
+    tokens = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    back = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(back).strip() == text.strip()
 
 
 def read_alike(first: Reader, second: Reader) -> bool:
@@ -127,22 +140,31 @@ class Told(NamedTuple):
     """The last answer."""
     ended: bool
     """Whether that came to its end, and was not cut at its longest."""
-    read: np.ndarray
-    """The policy's tokens before the last answer, the prompt's included."""
+    fields: Mapping[str, Any]
+    """What else the first row of the prompt says."""
+    read: np.ndarray | None
+    """The policy's tokens before the last answer, the prompt's included; None where texts came."""
 
 
 class Dialogues:
     """The dialogue of every prompt that a policy is asked, by the tokens that the policy reads."""
 
-    def __init__(self, policy: Reader, prompts: Iterable[Sequence[Spec]] = ()) -> None:
-        """prompts: lists of datasets, as the run reads them."""
-        self.policy = policy
-        self.known: set[tuple[str | None, tuple[str, ...]]] = set()
+    def __init__(self, policy: Reader | None, prompts: Iterable[Sequence[Spec]] = ()) -> None:
+        """prompts: lists of datasets, as the run reads them. policy: None where no tokens come, but texts alone."""
+        self._policy = policy
+        self.known: dict[tuple[str | None, tuple[str, ...]], Asked] = {}
+        """By system text and turns of the prompt."""
         self.asked: dict[bytes, Asked] = {}
         """By the tokens of the prompt."""
         for specs in prompts:
             if specs:
                 self.add(load_mix(list(specs))[0])
+
+    @property
+    def policy(self) -> Reader:
+        """Whose tokens are read."""
+        assert self._policy is not None
+        return self._policy
 
     def add(self, samples: Iterable[RawSample]) -> None:
         """Know the prompts of these samples too."""
@@ -150,9 +172,9 @@ class Dialogues:
             turns = prompt_key(sample)
             if (sample.system, turns) in self.known:
                 continue
-            self.known.add((sample.system, turns))
-            key = _key(self.policy.prompt(turns, sample.system))
-            self.asked.setdefault(key, Asked(turns, sample.system, sample.fields))
+            asked = self.known[sample.system, turns] = Asked(turns, sample.system, sample.fields)
+            if self._policy is not None:
+                self.asked.setdefault(_key(self._policy.prompt(turns, sample.system)), asked)
 
     def find(self, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The turns of a prompt.
@@ -170,14 +192,18 @@ class Dialogues:
         return found
 
     def told(self, batch: pa.RecordBatch, in_words: bool = True) -> list[Told]:
-        """What was said in each finished sequence, in the policy's tokens; labelled pairs are all whole.
+        """What was said in each finished sequence: its texts where it brings them, else what its tokens, the policy's,
+        say; labelled pairs are all whole.
 
-        in_words: False leaves turns and system text out, and then the prompts need not be known. Raises UserError as
-        `find` does.
+        in_words: False leaves turns and system text of tokens out, and then the prompts need not be known. Raises
+        UserError as `find` does.
         """
-        prompts, responses = (experience.rows(batch, name) for name in ("prompt_tokens", "response_tokens"))
         known = batch.schema.names
-        cut = experience.truncated(batch) if "finish_reason" in known else np.zeros(len(prompts), dtype=bool)
+        cut = experience.truncated(batch) if "finish_reason" in known else np.zeros(batch.num_rows, dtype=bool)
+        if "response_texts" in known:
+            texts = (batch.column(name).to_pylist() for name in ("prompt_texts", "response_texts", "system"))
+            return [self._of_texts(*row) for row in zip(*texts, (~cut).tolist(), strict=True)]
+        prompts, responses = (experience.rows(batch, name) for name in ("prompt_tokens", "response_tokens"))
         said = batch.column("turns").to_pylist() if "turns" in known else [[]] * len(prompts)
         found = []
         for number, places in enumerate(experience.answers(batch)):
@@ -190,8 +216,14 @@ class Dialogues:
                 self.policy.answer_text(response[start:end], ended),
                 np.concatenate([prompt, response[:start]]),
             )
-            found.append(Told(tuple(turns), self.system(prompt) if in_words else None, answer, ended, read))
+            system = self.system(prompt) if in_words else None
+            found.append(Told(tuple(turns), system, answer, ended, self.row(prompt), read))
         return found
+
+    def _of_texts(self, prompt: list[str], response: list[str], system: str | None, ended: bool) -> Told:
+        asked = self.known.get((system, tuple(prompt)))
+        *since, answer = response
+        return Told((*prompt, *since), system, answer, ended, asked.fields if asked else {}, None)
 
     def row(self, tokens: Sequence[int] | np.ndarray) -> Mapping[str, Any]:
         """What else the row of a prompt says."""
