@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.driver.arena import Held, groups
-from actors.driver.arena_asking import harmful_and_benign
+from actors.driver.arena_asking import find_contenders, harmful_and_benign
 from beaver_ray.arena.figures import Entrant, Match, figures
 from beaver_ray.arena.options import ArenaConfig
 from beaver_ray.arena.origins import identity, trained_against
@@ -18,6 +18,7 @@ from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data_options import data_label
 from beaver_ray.manifest import write_rows
+from beaver_ray.models.folders import merged_from
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
 from beaver_ray.small_world.judging import question
@@ -85,15 +86,28 @@ def judges(arena: ArenaConfig) -> dict[str, str]:
 
 
 def own_judges(arena: ArenaConfig) -> dict[str, list[str]]:
-    """By policy the columns whose judge is one that the policy was trained against, as its run's configuration says."""
+    """By policy the columns whose judge is one that the policy was trained against, or its answers were picked by, as
+    far as folders say.
+    """
     sources: dict[str, Any] = {"reward": arena.reward}
     sources |= {f"cost/{cost.name}": cost.model for cost in arena.costs}
     ours = {column: identity(source) for column, source in sources.items() if source is not None}
-    found = {}
-    for name, place in arena.folders.items():
-        trained = trained_against(place)
-        found[name] = [column for column, source in ours.items() if source in trained]
+    trained = {name: trained_against(place) for name, place in arena.policies.items()} if ours else {}
+    if any(trained.values()):
+        trained |= _by_weights(arena, trained)
+    found = {name: [column for column, source in ours.items() if source in by] for name, by in trained.items()}
     return {name: columns for name, columns in found.items() if columns}
+
+
+def _by_weights(arena: ArenaConfig, trained: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same of policies that another one here is a copy of, or was merged into: no folder need say where from."""
+    models = {c.name: c.model for c in find_contenders(arena) if c.adapter is None}
+    hashes = {name: identity(model) for name, model in models.items()}
+    found = {}
+    for name, model in models.items():
+        parts = {hashes[name], *(part for _, part in merged_from(model))}
+        found[name] = set().union(*(trained[other] for other in models if hashes[other] in parts))
+    return found
 
 
 def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Path, answers: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a policy comes from, as far as the folder of its run says: how it was asked, and who judged it in training."""
+"""Where a policy comes from, as far as folders say: how it was asked, and who judged what it has learned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.models.folders import fingerprint
+from beaver_ray.data_options import data_paths
+from beaver_ray.models.folders import fingerprint, merged_from
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import read_yaml, validated
 
@@ -35,26 +36,54 @@ def template_of(run: Mapping[str, Any]) -> TemplateOptions:
 
 
 def trained_against(place: str) -> set[str]:
-    """Who scored the answers of the run that this policy is of: `identity` of each.
+    """Who judged what this policy has learned, or what stands in this file of answers: `identity` of each.
 
-    A workspace that has moved since is found: what lay in it then is looked for beside the run now.
+    That is who scored answers in its run; in the runs whose policy it began with, or whose answers or labels it was
+    taught; and of a merge, in those of both policies. A workspace that has moved since is found: what lay in it then is
+    looked for beside the run now.
     """
-    home, run = _home(place), run_of(place)
+    judges: set[str] = set()
+    seen: set[str] = set()
+    left = [place]
+    while left:
+        place = left.pop()
+        if place not in seen:
+            seen.add(place)
+            home, run = _home(place), run_of(place)
+            judges |= {_where_now(source, home, run) for source in _judges(run)}
+            left += [_where_now(earlier, home, run) for earlier in _earlier(run)]
+            policy = os.path.join(place, "final", "policy")
+            left += [folder for folder, _ in merged_from(place) + merged_from(policy)]
+    return {identity(judge) for judge in judges}
+
+
+def _judges(run: Mapping[str, Any]) -> list[Any]:
+    """Sources of scores, of a run that trains or picks by them, and of one that labels with them."""
     models, constraints = run.get("models"), run.get("constraints")
-    found = [models.get("reward")] if isinstance(models, Mapping) else []
+    found = [run.get("reward"), run.get("cost"), models.get("reward") if isinstance(models, Mapping) else None]
     if isinstance(constraints, list):
         found += [constraint.get("model") for constraint in constraints if isinstance(constraint, Mapping)]
-    return {identity(_where_now(source, home, run)) for source in found if source is not None}
+    return [source for source in found if source is not None]
+
+
+def _earlier(run: Mapping[str, Any]) -> list[str]:
+    """The model that a run began with, and the files that it was taught."""
+    models, train = run.get("models"), run.get("train")
+    start = models.get("policy") if isinstance(models, Mapping) else run.get("model")
+    specs = train if isinstance(train, list) else []
+    paths = [one.get("path") for one in specs if isinstance(one, Mapping)]
+    paths += data_paths([one for one in specs if isinstance(one, str)])
+    return [str(path) for path in (start, *paths) if path is not None]
 
 
 def _where_now(source: Any, home: Path | None, run: Mapping[str, Any]) -> str:
-    """A source's folder where it lies now, or its text."""
+    """A file, or a source's folder, where it lies now; or its text."""
     text = str(source.get("folder") if isinstance(source, Mapping) else source)
     then = Path(str(run.get("workspace"))) / str(run.get("name"))
-    if home is None or os.path.isdir(text):
+    if home is None or os.path.exists(text):
         return text
-    moved = home / os.path.relpath(text, then)
-    return str(moved) if moved.is_dir() else text
+    moved = os.path.join(home, os.path.relpath(text, then))
+    return moved if os.path.exists(moved) else text
 
 
 def identity(source: Any) -> str:

@@ -22,6 +22,8 @@ from beaver_ray.errors import UserError, first_line
 LARGEST_SIZE = 10**9
 MODERATION = "moderation.json"
 """Beside a moderation model: how it reads, and its thresholds (`beaver_ray.models.moderator`)."""
+MERGED_FROM = "merged_from"
+"""In a merge's config.json: what was merged (`beaver_ray.models.merge`)."""
 _BESIDE = (
     *(MODERATION, "generation_config.json", "chat_template*", "additional_chat_templates/*"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
@@ -105,6 +107,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; save the model again")
     return content
+
+
+def merged_from(folder: str) -> list[tuple[str, str]]:
+    """(folder, `fingerprint`) of each policy that a merge was made of; none of a folder that holds no merge."""
+    config = read_config(Path(folder)) if os.path.isfile(os.path.join(folder, "config.json")) else {}
+    return [(one["folder"], one["hash"]) for one in config.get(MERGED_FROM, {}).get("policies", [])]
 
 
 def read_model(model: str) -> ModelFacts:

@@ -21,13 +21,20 @@ from torch import Tensor
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.chat import ChatFolder
-from beaver_ray.models.folders import find_model, fingerprint, read_config, read_pickled, read_shapes, weight_files
+from beaver_ray.models.folders import (
+    MERGED_FROM,
+    find_model,
+    fingerprint,
+    read_config,
+    read_pickled,
+    read_shapes,
+    weight_files,
+)
 from beaver_ray.models.loading import load_tokenizer
 
-KEY = "merged_from"
 SHARD_BYTES = 2**30
 """Tensors of more than that are written before the next are read."""
-_INCIDENTAL = {KEY, "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_INCIDENTAL = {MERGED_FROM, "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """Keys of config.json that may differ between two policies of one architecture."""
 
 
@@ -46,7 +53,7 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
         raise UserError(f"{to} is there already; delete it, or give another folder with --to")
     one, other = _policy(first), _policy(second)
     config = _check_alike(one, other)
-    config[KEY] = {
+    config[MERGED_FROM] = {
         "policies": [{"folder": str(folder), "hash": fingerprint(str(folder))} for folder in (one, other)],
         "weights": [1 - weight, weight],
     }

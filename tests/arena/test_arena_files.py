@@ -159,6 +159,35 @@ def test_a_run_says_how_it_was_asked_and_by_whom_it_was_judged(tmp_path: Path) -
     assert trained_against(str(tmp_path / "now" / "run")) == judges, "found beside the run, wherever both have gone"
 
 
+def a_run(home: Path, **config: Any) -> Path:
+    home.mkdir(parents=True)
+    (home / "config.yaml").write_text(yaml.safe_dump({"workspace": str(home.parent), "name": home.name, **config}))
+    return home
+
+
+def test_a_policy_is_judged_by_whoever_judged_what_it_has_learned(tmp_path: Path) -> None:
+    """A policy that was trained on labels of its own answers, which it began with and which others learned from."""
+    helpful, harmful, later = (a_model(tmp_path / name, n) for n, name in enumerate(("helpful", "harmful", "later")))
+    best = a_run(tmp_path / "best", models={"policy": "x", "reward": helpful}, constraints=[{"model": harmful}])
+    entry = {"path": f"{best}/final/answers.jsonl", "prompt": "prompt", "answer": "response"}
+    sft = a_run(tmp_path / "sft", stage="sft", model="x", train=["alpaca", entry])
+    a_model(sft / "final" / "policy", 3.0)
+    label = a_run(tmp_path / "label", reward=later, cost="python:rules.py:harm", policy=str(sft / "final" / "policy"))
+    pairs = f"PKU-SafeRLHF:1/2:{label}/final/train.jsonl"
+    dpo = a_run(
+        tmp_path / "dpo", stage="dpo", model=f"{sft}/final/policy", train=[pairs, f"x:1:{tmp_path}/dpo/final/x"]
+    )
+    merged = Path(a_model(tmp_path / "merged", 4.0))
+    parts = [{"folder": folder, "hash": "h"} for folder in (f"{sft}/final/policy", f"{tmp_path}/gone")]
+    (merged / "config.json").write_text(json.dumps({"merged_from": {"policies": parts, "weights": [0.5, 0.5]}}))
+    picked, labelled = {identity(helpful), identity(harmful)}, {identity(later), "python:rules.py:harm"}
+    assert len(picked) == len(labelled) == 2
+    assert trained_against(f"{best}/final/held_out.jsonl") == trained_against(str(sft)) == picked
+    assert trained_against(str(merged)) == picked
+    assert trained_against(f"{dpo}/final/policy") == picked | labelled
+    assert trained_against(f"{tmp_path}/held_out.jsonl") == trained_against(helpful) == set()
+
+
 class Tags(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
 from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.errors import UserError
+from beaver_ray.models.merge import merge
 from beaver_ray.runs import RunFolder
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.small_world.world import SmallWorld
@@ -26,7 +27,7 @@ from beaver_ray.user_code import ALLOWED_CODE
 from launch.pipeline import run_stage
 from tests.actors.judging_service import judging, shown
 from tests.actors.scoring_service import serving
-from tests.actors.support import without_template
+from tests.actors.support import disturb_folder, without_template
 
 LONGEST = 6
 
@@ -410,6 +411,44 @@ def test_files_alone_are_judged_by_a_function_without_any_model(
     assert found["remarks"] == []
     (pair,) = [pair for pair in found["pairs"] if pair["by"] == "reward"]
     assert (pair["first"], pair["loss"]["mean"]) == ("short", 1.0)
+
+
+def test_policies_that_learned_to_please_a_judge_are_named(tiny_world: Path, tmp_path: Path) -> None:
+    """A run's policy, which has moved; a merge and a copy of it; best-of-n's answers, and whoever learned them."""
+
+    def run_of(name: str, **config: Any) -> Path:
+        policy = tmp_path / name / "final" / "policy"
+        shutil.copytree(tiny_world / "model", policy)
+        disturb_folder(policy, seed=len(name))
+        config = {"workspace": str(tmp_path), "name": name, **config}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+        return tmp_path / name
+
+    reward, cost = str(tiny_world / "reward_model"), str(tiny_world / "cost_model")
+    models = {"policy": str(tiny_world / "model"), "reward": "python:rules.py:words"}
+    constraints = [{"name": "harm", "model": cost, "limit": 0.0}]
+    merge(
+        str(tiny_world / "model"), str(run_of("ppo", models=models, constraints=constraints)), 0.5, tmp_path / "merge"
+    )
+    ppo = (tmp_path / "ppo").rename(tmp_path / "moved")
+    copy = shutil.copytree(ppo / "final" / "policy", tmp_path / "copy")
+    best = run_of("best", models={**models, "reward": reward}, constraints=constraints)
+    rows = [{"prompt": "fix the lock", "response": "oil the key"}]
+    learned = lines_of(best / "final", "answers.jsonl", rows)
+    held_out = lines_of(best / "final", "held_out.jsonl", rows)
+    distilled = run_of("distilled", stage="sft", model=models["policy"], train=[f"demonstrations:1:{learned}"])
+    places = {"start": models["policy"], "ppo": ppo, "merged": tmp_path / "merge", "copy": copy}
+    places |= {"distilled": distilled, "picked": held_out, "written": lines_of(tmp_path, "written.jsonl", rows)}
+    changes: dict[str, Any] = {"policies": {name: str(place) for name, place in places.items()}, "reward": reward}
+    changes |= {"costs": [{"name": "l", "model": str(shutil.copytree(cost, tmp_path / "judge"))}], "world": None}
+    changes |= {"category": None, "harmful": {}, "benign": {}, "prompts": [f"prompts:1:{held_out}"]}
+    stage = arena(tiny_world, tmp_path, "own", **changes)
+    run_stage(stage)
+    found = json.loads((stage.folder / "arena.json").read_text())["own_judges"]
+    both = ["reward", "cost/l"]
+    assert found == {**{"ppo": ["cost/l"], "merged": ["cost/l"], "copy": ["cost/l"], "distilled": both, "picked": both}}
+    page = (stage.folder / "arena.html").read_text()
+    assert "Judged by its own judge: picked by reward, cost/l." in page
 
 
 def test_xstest_says_which_prompts_are_to_be_refused(tiny_world: Path, tmp_path: Path) -> None:
