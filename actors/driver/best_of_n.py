@@ -50,7 +50,7 @@ def best_of_n(config: PolicyStage, refusal: str, run: RunFolder) -> None:
         run.note(line)
     dialogues = Dialogues(reader)
     dialogues.add(samples)
-    held_out = HeldOut(config) if config.evaluation.prompts else None
+    held_out = HeldOut(config, picked=True) if config.evaluation.prompts else None
     if held_out:
         dialogues.add(held_out.samples)
         both = held_out_too(prompt_keys(samples), prompt_keys(held_out.samples))

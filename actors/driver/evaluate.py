@@ -17,6 +17,7 @@ from actors.driver.rollouts import Rollouts, Score
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
+from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.readers import Dialogues, Reader
@@ -56,7 +57,9 @@ def evaluate(config: PolicyStage, policy: str | None = None) -> Path:
         raise UserError("there is nothing to evaluate on: set evaluation.prompts to held-out prompts")
     config = with_policy(config, policy)
     folder = Path(policy) if policy else config.folder
-    held_out = HeldOut(config)
+    trained = trained_against(config.models.policy)
+    sources = {"reward": config.models.reward} | {c.name: c.model for c in config.constraints}
+    held_out = HeldOut(config, own=[name for name, source in sources.items() if identity(source) in trained])
     with judging(config, config.evaluating_roles()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         for line in held_out.remarks:
@@ -113,9 +116,17 @@ def answers_to(prompts: pa.RecordBatch, judge: Score, columns: list[str], roles:
 class HeldOut:
     """The held-out prompts of a run, and the truth about them where it is known."""
 
-    def __init__(self, config: PolicyConfig, samples: list[RawSample] | None = None) -> None:
-        """samples: those of ``evaluation.prompts`` that are asked; all of them without."""
-        self.config = config
+    def __init__(
+        self,
+        config: PolicyConfig,
+        samples: list[RawSample] | None = None,
+        own: Sequence[str] | None = None,
+        picked: bool = False,
+    ) -> None:
+        """samples: those of ``evaluation.prompts`` that are asked; all of them without. own: signals whose models the
+        policy was trained on; all of them without. picked: these have picked its answers instead.
+        """
+        self.config, self.own, self.picked = config, own, picked
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
         self.samples = load_mix(config.evaluation.prompts)[0] if samples is None else samples
         limit = config.data.max_prompt_tokens
@@ -185,9 +196,24 @@ class HeldOut:
         by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
+        by += self._about_own()
         forms = self.config.objective().settings.forms
         summary = summarize(samples, optimum, limits, targets, probabilities, forms)
         return {"judged_by": by, **unusable, **summary, **self._proxy(answers, samples)}
+
+    def _about_own(self) -> str:
+        """Words behind the learned judges, where the policy has learned to please them, and how to take others."""
+        options = {} if self.world else {"reward": "models.reward"}
+        options |= {c.name: f"constraints.{c.name}.model" for c in self.config.constraints if c.name in self.learned}
+        own = [name for name in options if self.own is None or name in self.own]
+        if not own:
+            return ""
+        whose = "its answers were picked by" if self.picked else "the policy was trained on"
+        every = len(own) == len(options) and not self.world
+        found = f", the very ones that {whose}" if every else f"; {whose} that of {', '.join(own)}"
+        others = " ".join(f"{options[name]}=OTHER" for name in own)
+        how = "beaver-ray arena (final/held_out.jsonl)" if self.picked else f"beaver-ray evaluate CONFIG {others}"
+        return f"{found}; judge by others with {how}"
 
     def answers(
         self, roles: Roles, rollouts: Rollouts, step: int, each: int = 1, compared: bool = False

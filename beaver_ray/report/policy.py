@@ -287,7 +287,7 @@ def evaluation_lines(config: PolicyConfig, folder: Path) -> list[str]:
             target = rate.get("target", constraint.violation_rate if of_mean else None)
             against = "" if target is None else f", target {target:.1%}"
             lines.append(f"violation rate of {constraint.name}: {_with_interval(rate, '.1%')}{against}")
-    return lines
+    return lines + ([f"judged by {evaluation['judged_by']}"] if "judged_by" in evaluation else [])
 
 
 def _with_interval(figure: dict[str, Any], form: str) -> str:

@@ -14,10 +14,11 @@ import pytest
 from actors.driver.evaluate import FIRST_SAMPLE_ID, evaluate
 from actors.driver.train import train
 from actors.roles.scorer import Reference
+from beaver_ray.report.page import write_report
 from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.build import build
 from beaver_ray.small_world.harder import HarderWorld
-from tests.actors.support import disturb_folder, ppo_config, spoilt
+from tests.actors.support import disturb_folder, ppo_config, spoilt, write_score_folder
 
 
 def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
@@ -118,8 +119,40 @@ def test_judging_needs_no_reference(
     monkeypatch.setattr(Reference, "__init__", started)
     assert not any("reference" in name for name in (role.name for role in config.judging_roles()))
     again = json.loads(evaluate(config).read_text())
-    assert again["judged_by"] == "learned reward and cost models"
     assert again == trained | {"policy": str(folder / "final" / "policy")}, "the same answers as at the run's end"
+
+
+def test_an_evaluation_says_whether_the_policy_was_trained_on_its_judges(
+    one_rank: None, tiny_world: Path, tmp_path: Path
+) -> None:
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    config = ppo_config(tiny_world, workspace=str(tmp_path), steps=1, evaluation=evaluation)
+    folder = train(config)
+    for kind in ("reward", "cost"):
+        write_score_folder(tmp_path / kind, tiny_world / "model", seed=9, score_type=kind)
+    same = str(shutil.copytree(tiny_world / "cost_model", tmp_path / "same"))
+    harm = config.constraints[0]
+
+    def judged(reward: str, cost: str, policy: str | None = None) -> str:
+        models = config.models.model_copy(update={"reward": reward})
+        changes = {"models": models, "constraints": [harm.model_copy(update={"model": cost})]}
+        path, lines = config.model_copy(update=changes).evaluate(policy)
+        by = str(json.loads(path.read_text())["judged_by"])
+        assert lines[-1] == f"judged by {by}"
+        return by
+
+    reward, learned = str(config.models.reward), "learned reward and cost models"
+    whole = f"{learned}, the very ones that the policy was trained on; judge by others with beaver-ray evaluate CONFIG "
+    whole += "models.reward=OTHER constraints.harm.model=OTHER"
+    assert json.loads((folder / "evaluation.json").read_text())["judged_by"] == whole
+    assert judged(reward, same) == whole
+    write_report(config, folder)
+    assert "the very ones that the policy was trained on" in (folder / "report.html").read_text()
+    part = f"{learned}; the policy was trained on that of harm; judge by others with beaver-ray evaluate CONFIG "
+    assert judged(str(tmp_path / "reward"), same) == part + "constraints.harm.model=OTHER"
+    assert judged(str(tmp_path / "reward"), str(tmp_path / "cost")) == learned
+    start = str(shutil.copytree(tiny_world / "model", tmp_path / "start"))
+    assert judged(reward, same, start) == learned, "another policy, which no run has trained"
 
 
 def test_held_out_answers_without_a_finite_score_are_left_out(

@@ -133,6 +133,13 @@ def test_what_is_left(run: Path, tiny_world: Path) -> None:
     assert "Over n" in page and "Refused" in page and REFUSAL in page
 
 
+def test_the_judges_that_picked_are_named_where_the_truth_is_not_known(tiny_world: Path, tmp_path: Path) -> None:
+    evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
+    folder = train(configured(tiny_world, tmp_path, evaluation=evaluation))
+    by = json.loads((folder / "evaluation.json").read_text())["judged_by"]
+    assert by.startswith("learned reward and cost models, the very ones that its answers were picked by; judge by ")
+
+
 def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
     """As a kill leaves it: the newest checkpoint is the first one's, and more was written after that."""
     folder = run.with_name("resumed")
