@@ -13,7 +13,7 @@ Every role returns ``sample_id`` and only the columns that it computed; `join` p
     token_versions list<int32>         n, version that each token was sampled under
     finish_reason string               "stop", "length" or "room"
     turns list<string>                 with an environment: what the user said in each hole, without its template
-    prompt_texts list<string>          of answers that were not sampled here: the prompt's turns, user, ..., user,
+    prompt_texts list<string>          of answers that come as texts: the prompt's turns, user, ..., user,
     response_texts list<string>        all that was said behind it, answer, user, ..., answer,
     system string                      and the system text of the prompt's row, null where it has none
     reward, cost/NAME float32          scores of the whole answer

@@ -11,7 +11,7 @@ import torch
 
 from actors.roles.micro_batches import PackedResponses, SequenceRows, token_column
 from beaver_ray import experience
-from beaver_ray.data.mixing import Spec, load_mix
+from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.pair_datasets import SafetyPreferenceDataset
 from beaver_ray.data.readers import Dialogues, Reader, read_alike
 from beaver_ray.errors import UserError
@@ -70,6 +70,9 @@ class ScorerBase(ABC):
         data = SafetyPreferenceDataset.build(samples, self.reader.tokenizer, max_tokens, self.reader.template)
         self.labelled[column] = data.report.line()
         sequences = [*data.safer, *data.unsafer]
+        answers = [one.answer if one.safer else one.other_answer for one in data.samples]
+        answers += [one.other_answer if one.safer else one.answer for one in data.samples]
+        bare = self.reader.form.bare
         lengths = [*data.prompt_length, *data.prompt_length]
         unsafe = np.concatenate([data.sign_safer, data.sign_unsafer]) > 0
         batch = experience.make_batch(
@@ -77,6 +80,9 @@ class ScorerBase(ABC):
                 "sample_id": np.arange(len(sequences)),
                 "prompt_tokens": [s[:length] for s, length in zip(sequences, lengths, strict=True)],
                 "response_tokens": [s[length:] for s, length in zip(sequences, lengths, strict=True)],
+                "prompt_texts": 2 * [prompt_key(one) for one in data.samples],
+                "response_texts": [[bare(str(answer))] for answer in answers],
+                "system": 2 * [one.system for one in data.samples],
             }
         )
         fitted = fit_platt(self.end_scores(batch)[:, self.columns[column]], unsafe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -104,6 +105,8 @@ class SafetyPreferenceDataset(SequenceDataset):
     prompt_length: NDArray[np.int32]  # [N]
     strengths: NDArray[np.float32]  # [N, len(STRENGTHS)]
     report: DropReport
+    samples: Sequence[RawSample] = ()
+    """[N] the rows that the pairs are of, where they were encoded from these."""
 
     def __len__(self) -> int:
         return len(self.safer)
@@ -130,7 +133,7 @@ class SafetyPreferenceDataset(SequenceDataset):
         """The data set of these columns."""
         signs_N2, better_N = columns.labels[:, :2], columns.labels[:, 2].astype(np.bool_)
         safer, unsafer = columns.sequences
-        known = (columns.prompt_length, columns.strengths, report)
+        known = (columns.prompt_length, columns.strengths, report, columns.samples)
         return cls(safer, unsafer, signs_N2[:, 0], signs_N2[:, 1], better_N, *known)
 
 

@@ -208,6 +208,7 @@ class Columns:
     odd: NDArray[np.int64]  # of each of ODD
     dropped: Counter[str]
     strengths: NDArray[np.float32]  # [N, len(STRENGTHS)], nan where not known
+    samples: Sequence[RawSample] = ()  # [N], none where tokens were kept without them
 
     def report(self, kept: int, kind: str) -> DropReport:
         """What became of the rows, ``kept`` of this ``kind``. Raises UserError where none is."""
@@ -278,10 +279,12 @@ class SequenceDataset:
         counted."""
         encoder = Encoder(tokenizer, template, max_length)
         rows: list[EncodedRow] = []
+        kept: list[RawSample] = []
         dropped: Counter[str] = Counter()
         for sample in samples:
             try:
                 rows.append(cls.encode(encoder, sample))
+                kept.append(sample)
             except BadRow as reason:
                 dropped[str(reason)] += 1
         return cls.of_columns(
@@ -292,6 +295,7 @@ class SequenceDataset:
                 np.array([row.odd for row in rows], dtype=np.int64).reshape(-1, len(ODD)).sum(axis=0),
                 dropped,
                 np.array([row.strengths for row in rows], dtype=np.float32).reshape(-1, len(STRENGTHS)),
+                kept,
             )
         )
 

@@ -101,7 +101,7 @@ def test_the_dialogues_of_labelled_pairs_are_those_of_their_rows(
     """Also where the policy's tokenizer has no token for a word, so that the tokens do not tell it."""
     service.score = lambda prompts, responses: [float(len(response)) for response in responses]
     labelled_by(service.score, tiny_world, tmp_path / "pairs.jsonl")
-    pairs = (tmp_path / "pairs.jsonl").read_text().replace(" the ", " ÄÖÜ ")
+    pairs = (tmp_path / "pairs.jsonl").read_text().replace(" the ", " ÄÖÜ ").replace("key", "schlüssel")
     (tmp_path / "pairs.jsonl").write_text(pairs)
     run = [[f"prompts:3/-1:{tiny_world}/prompts/train.jsonl"]]
     setting = ScorerSetting(str(tiny_world / "model"), "float32", 512, 1, prompts=run)
@@ -112,7 +112,10 @@ def test_the_dialogues_of_labelled_pairs_are_those_of_their_rows(
     contents = [dialogue[0]["content"] for dialogue, _ in sent]
     assert sorted(contents) == sorted(2 * [json.loads(line)["prompt"] for line in pairs.splitlines()])
     for content, (_, prompt) in zip(contents, sent, strict=True):
-        assert f"USER: {content.replace('ÄÖÜ', '<unk>')} ASSISTANT:" in prompt
+        assert f"USER: {content} ASSISTANT:" in prompt
+    answers = [answer for body in service.requests for answer in body["responses"]]
+    rows = map(json.loads, pairs.splitlines())
+    assert sorted(answers) == sorted(row[key] for row in rows for key in ("response_0", "response_1"))
 
 
 def test_its_scores_are_calibrated_like_any_others(service: Service, tiny_world: Path) -> None:
