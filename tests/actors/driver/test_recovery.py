@@ -59,10 +59,10 @@ class Processes:
 
 
 def mending(run: RunFolder, processes: Processes) -> Recovery:
-    names = ("reward", "cost", "policy", "reference", "experience")
+    names = ("reward", "cost", "judge", "policy", "reference", "experience")
     group = {name: Group(name, [SimpleNamespace(name=name)], 1.0) for name in names}
     scorers = {"reward": group["reward"], "cost": group["cost"]}
-    others = {name: group[name] for name in ("policy", "reference", "experience")}
+    others = {name: group[name] for name in ("judge", "policy", "reference", "experience")}
     roles: Any = SimpleNamespace(scorers=scorers, critics={}, calibrations=[], direct=False, **others)
     rollouts: Any = SimpleNamespace(renew=lambda: False, paused=False)
     state: Any = SimpleNamespace(step=0)
@@ -84,9 +84,9 @@ def dying(times: int, asked: list[bool]) -> Callable[[bool], str]:
 def test_an_action_goes_on_as_long_as_what_dies_can_be_had_again(tiny_world: Path, tmp_path: Path) -> None:
     with RunFolder(ppo_config(tiny_world, workspace=str(tmp_path))) as run:
         asked: list[bool] = []
-        processes = Processes([["reward"], ["cost"]])
-        assert mending(run, processes).survive(dying(2, asked)) == "done"
-        assert asked == [False, True, True] and processes.restarted == ["reward", "cost"]
+        processes = Processes([["reward"], ["cost"], ["judge"]])
+        assert mending(run, processes).survive(dying(3, asked)) == "done"
+        assert asked == [False, True, True, True] and processes.restarted == ["reward", "cost", "judge"]
         # Whatever it was, it is tried once more; then the run has to go back.
         with pytest.raises(WorkerDiedError, match="killed"):
             mending(run, Processes([[]])).survive(dying(2, []))
