@@ -17,7 +17,6 @@ from scipy.special import expit
 
 from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
-from beaver_ray.data.sources import REST
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
 from beaver_ray.manifest import plain, write_rows
@@ -118,7 +117,7 @@ def moderate(
 
 def _unknown_labels(answers: Sequence[LabelledAnswer], labels: Sequence[str]) -> str:
     """A line on labels that rows name and the judge does not know: by them nothing is judged. Empty without any."""
-    counts = Counter(name for answer in answers for name in answer.labels if name not in labels and name != REST)
+    counts = Counter(name for answer in answers for name in answer.unasked(labels))
     named = [f"{name!r} ({count}{meant(name, labels)})" for name, count in counts.most_common(UNKNOWN_SHOWN)]
     named += [f"{len(counts) - UNKNOWN_SHOWN} more"] if len(counts) > UNKNOWN_SHOWN else []
     return f"labels in the rows that the judge does not know: {', '.join(named)}" if named else ""

@@ -96,13 +96,14 @@ class LabelledAnswer:
             found.append(UNKNOWN if known is None else int(known))
         return found
 
-    def unasked(self, labels: tuple[str, ...]) -> list[str]:
-        """A remark for each label that is named and not asked for: data may have more, or one is misspelled."""
-        return [_unasked(name, labels) for name in self.labels if name not in labels and name != REST]
+    def unasked(self, labels: Sequence[str]) -> list[str]:
+        """Labels that are named and not asked for: data may have more, or one is misspelled."""
+        return [name for name in self.labels if name not in labels and name != REST]
 
 
 @lru_cache
 def _unasked(name: str, labels: tuple[str, ...]) -> str:
+    """A remark in words that follow a number."""
     return f"answers name label {name!r}, which is not asked for{meant(name, labels)}"
 
 
@@ -173,7 +174,7 @@ class ModerationRows:
         remarks: list[str] = []
         for answer in labelled_answers(sample):
             truth = answer.truth(self.labels)
-            unasked = answer.unasked(self.labels)
+            unasked = [_unasked(name, self.labels) for name in answer.unasked(self.labels)]
             try:
                 check_labelled(answer, truth, self.reads)
             except BadRow as reason:
