@@ -140,7 +140,9 @@ class Judge:
         """
         try:
             answer = self._post(body, wait_for_it=not first)
-            if answer.status_code != requests.codes.ok and (first or answer.status_code not in NOT_TAKEN):
+            if answer.status_code in NOT_TAKEN:
+                raise _Unanswered(self._complaint(answer), refused=True)
+            if answer.status_code != requests.codes.ok:
                 raise UserError(self._complaint(answer))
             reply = self._read(answer)
         except _Unanswered as problem:
@@ -209,8 +211,6 @@ class Judge:
 
     def _read(self, answer: requests.Response) -> Reply:
         """The reply in what a service answers. _Unanswered where there is none."""
-        if answer.status_code in NOT_TAKEN:
-            raise _Unanswered(f"the judge at {self.url} does not take it: {self._said(answer)}", refused=True)
         try:
             content = answer.json()
             choice, usage = content["choices"][0], content.get("usage") or {}
