@@ -45,7 +45,7 @@ class Roles:
     policy: Group
     critics: dict[str, Group]
     experience: Group
-    judge: Group = field(default_factory=lambda: Group("none", [], 0.0))
+    judge: Group
     calibrations: list[tuple[str, str, Any]] = field(default_factory=list)
     """What the scorers were told: (scorer, column, calibration)."""
     late: list[Handle] = field(default_factory=list)

@@ -212,10 +212,8 @@ class Dialogues:
             turns = list(self.find(prompt)) if in_words else []
             for (first, last), turn in zip(earlier, said[number], strict=True) if in_words else ():
                 turns += [self.policy.answer_text(response[first:last]), turn]
-            answer, read = (
-                self.policy.answer_text(response[start:end], ended),
-                np.concatenate([prompt, response[:start]]),
-            )
+            answer = self.policy.answer_text(response[start:end], ended)
+            read = np.concatenate([prompt, response[:start]])
             system = self.system(prompt) if in_words else None
             found.append(Told(tuple(turns), system, answer, ended, self.row(prompt), read))
         return found
