@@ -27,7 +27,6 @@ from tests.actors.support import Ranks, pad
 STEPS = 3
 # Losses of different size, without which Adam would hide whether gradients are clipped.
 SCALES = (1.0, 10.0, 0.1)
-# Small: where a gradient is all rounding error, Adam still moves a weight by the whole rate.
 RATE = OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_fraction=0.0, weight_decay=5.0)
 Weights = dict[str, np.ndarray]
 
@@ -83,27 +82,42 @@ def train(
     return {"weights": weights, "figures": figures}
 
 
-def plain(max_norm: float, tied: bool = True) -> tuple[Weights, list[float], list[float]]:
-    """PyTorch alone; a large decay on matrices; the linear schedule over 3 steps is 1, 2/3, 1/3 of the rate."""
+def plain(max_norm: float, tied: bool = True) -> tuple[Weights, Weights, list[float], list[float]]:
+    """PyTorch alone; a large decay on matrices; the linear schedule over 3 steps is 1, 2/3, 1/3 of the rate.
+
+    Returns the weights, how far from each another order of summation may end, and losses and norms of the steps. Adam
+    moves a weight by the whole rate even where its gradient is little more than rounding error.
+    """
     model = tied_llama(tied).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 5.0},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    rounding = {name: np.zeros(p.shape, dtype=bool) for name, p in model.state_dict().items()}
     losses, norms = [], []
     for step in range(STEPS):
         data = sequences(step)
         loss = torch.stack([negative_logprobs(model, [row]) for row in data]).sum()
         loss = loss * SCALES[step] / sum(len(row) - 1 for row in data)
         loss.backward()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            size = parameter.grad.abs().numpy()
+            rounding[name] |= (size > 0) & (size < 1e-6)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
         for group in optimizer.param_groups:
             group["lr"] = 1e-4 * (3 - step) / 3
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {n: t.numpy() for n, t in model.state_dict().items()}, losses, norms
+    tolerances = {name: np.where(small, 1e-4, 1e-6) for name, small in rounding.items()}
+    return {n: t.numpy() for n, t in model.state_dict().items()}, tolerances, losses, norms
+
+
+def assert_alike(weights: Weights, expected: Weights, tolerances: Weights) -> None:
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (np.abs(weights[name] - tensor) <= tolerances[name]).all(), name
 
 
 WHOLE, CUT, SINGLE = [[0, 1, 2, 3, 4, 5, 6]], [[6], [0, 3], [1, 2, 4, 5]], [[i] for i in range(7)]
@@ -111,10 +125,8 @@ TWO_RANK_CUTS = [[[0, 1], [6, 2], []], [[4, 5], [3], []]]
 
 
 def check(result: dict[str, Any], max_norm: float) -> None:
-    weights, losses, norms = plain(max_norm)
-    assert result["weights"].keys() == weights.keys()
-    for name, expected in weights.items():
-        np.testing.assert_allclose(result["weights"][name], expected, atol=1e-5, rtol=0, err_msg=name)
+    weights, tolerances, losses, norms = plain(max_norm)
+    assert_alike(result["weights"], weights, tolerances)
     clipped = [norm > max_norm for norm in norms]
     assert clipped == ([True, True, False] if max_norm == 1.0 else [False] * 3)
     for step, figures in enumerate(result["figures"]):
@@ -187,11 +199,9 @@ def _steps_in_chunks(rank: int, engine: TrainingEngine) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_log_probs_in_chunks_train_alike(one_rank: None, two_ranks: Ranks, zero_stage: int, tied: bool) -> None:
-    weights, _, _ = plain(1e6, tied)
+    weights, tolerances, _, _ = plain(1e6, tied)
     for result in (train_on_chunks(0, zero_stage, tied), *two_ranks.run(train_on_chunks, zero_stage, tied)):
-        assert result.keys() == weights.keys()
-        for name, expected in weights.items():
-            np.testing.assert_allclose(result[name], expected, atol=1e-5, rtol=0, err_msg=name)
+        assert_alike(result, weights, tolerances)
 
 
 def drop_by_tiny_steps(rank: int, zero_stage: int) -> np.ndarray:
