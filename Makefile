@@ -37,7 +37,7 @@ real: setup  ## Safe PPO of a real language model (93 MB), on pairs of yours (PA
 	@$(BIN)/beaver-ray pipeline configs/real/pipeline.yaml workspace="$(WORKSPACE)" $(ARGS)
 
 test: lint $(BRIDGES)  ## lint, then all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests $(ARGS)
 
 chaos: setup  ## a run on three local nodes under 31 kills of all its processes (10 to 20 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)

@@ -39,6 +39,8 @@ from launch.bench.step import training_flops
 from launch.config_files import parse_config
 from launch.planning import Resources, plan
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(autouse=True)
 def no_cluster_left() -> Iterator[None]:

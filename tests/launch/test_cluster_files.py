@@ -17,6 +17,8 @@ import pytest
 import ray
 import yaml
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "cluster"
 SCHEMA = yaml.safe_load(Path(__file__).with_name("rayjob_schema.yaml").read_text())

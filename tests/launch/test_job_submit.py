@@ -24,6 +24,8 @@ import yaml
 from beaver_ray.runs import read_metrics
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.chaos import Kill, check, role_of, run_chaos, write_config
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 STEPS = 8
 TOKENS = 300  # of each answer: 32 of them, which a generator hands out at a time, take 120 KB and are not inlined
 

@@ -13,6 +13,8 @@ from launch.config_files import load_config
 from tests.actors.dying_roles import DyingCritic, DyingPolicy, DyingScorer
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 STEPS = 6
 
 

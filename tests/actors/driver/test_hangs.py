@@ -30,6 +30,8 @@ from beaver_ray.runs import RunFolder
 from launch.config_files import load_config
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 DEADLINE_S = 8.0
 ROLES = ["rollout", "reward", "reference", "policy", "critic-reward", "experience"]
 

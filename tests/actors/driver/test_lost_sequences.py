@@ -18,6 +18,8 @@ from beaver_ray import experience
 from tests.actors.driver.test_replacement import SIZE, Supply, prompts, weights
 from tests.actors.light_roles import LightGenerator
 
+pytestmark = pytest.mark.cluster
+
 TOKENS = 30_000  # of each answer: 120 KB, which Ray leaves where they are made
 
 

@@ -21,6 +21,8 @@ from beaver_ray.weights import Layout, PublishedWeights
 from tests.actors.light_roles import LightGenerator
 from tests.packed_weights import pack
 
+pytestmark = pytest.mark.cluster
+
 SIZE = 40
 
 

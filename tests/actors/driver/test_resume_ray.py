@@ -16,6 +16,8 @@ import pytest
 from tests.actors.driver.test_resume import assert_same
 from tests.tiny_ppo import build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -16,6 +16,8 @@ from actors.driver.sweep import DRIVER, run_side_by_side
 from beaver_ray.runs import read_metrics
 from tests.actors.stages.test_supervised import config_of
 
+pytestmark = pytest.mark.cluster
+
 
 def test_side_by_side(tiny_world: Path, tmp_path: Path) -> None:
     """Both are complete, one that cannot read its data ends with its line, and the cluster is gone afterwards."""

@@ -29,7 +29,7 @@ from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
 from tests.tiny_ppo import ROLLOUT, build_workspace, write_stage
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 EXPECTED_KEYS = """
     step time/elapsed time/step time/generate time/score time/train time/sync reward/mean cost/harm/mean cost/harm/limit
     cost/harm/violation_rate cost/leak/mean cost/leak/limit cost/leak/violation_rate multiplier/harm multiplier/leak

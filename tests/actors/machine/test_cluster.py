@@ -29,6 +29,8 @@ from beaver_ray.errors import UserError
 from tests.actors.light_roles import Publisher, Reader
 from tests.actors.sleepers import Broken, Sleeper
 
+pytestmark = pytest.mark.cluster
+
 STORE_MIB = 96
 
 

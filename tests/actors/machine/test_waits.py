@@ -18,6 +18,8 @@ from actors.machine.waits import WaitTimeoutError, fetch, wait_any
 from beaver_ray.errors import UserError
 from tests.actors.sleepers import Sleeper
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[3]
 
 

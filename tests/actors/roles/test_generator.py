@@ -32,6 +32,8 @@ from tests.actors.conftest import (
 from tests.actors.light_roles import when_opened
 from tests.packed_weights import pack
 
+pytestmark = pytest.mark.cluster
+
 TEMPERATURE = 0.7
 MODEL_LEN, NEW_TOKENS = 192, 32  # more than the 128 tokens of a block of the KV cache on a CPU
 

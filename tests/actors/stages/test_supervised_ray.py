@@ -15,6 +15,8 @@ from actors.stages import stages
 from beaver_ray.runs import RunFolder, read_metrics
 from tests.actors.driver.test_resume import assert_same
 
+pytestmark = pytest.mark.cluster
+
 
 class Dying(Trainer):
     """Its process ends in the first step."""

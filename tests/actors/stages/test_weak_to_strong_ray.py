@@ -12,6 +12,8 @@ from actors.driver.train import train
 from beaver_ray.manifest import write_lines
 from tests.actors.stages.test_weak_to_strong import stage_of
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.mark.timeout(600)
 def test_side_by_side_is_one_after_another(

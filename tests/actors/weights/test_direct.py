@@ -29,6 +29,8 @@ from tests.actors.light_roles import BlindPublisher, BlindReader, Publisher, Rea
 from tests.actors.support import ppo_config
 from tests.tiny_ppo import CRITIC_FREE, build_workspace, write_stage
 
+pytestmark = pytest.mark.cluster
+
 PART = 2**18  # numbers in a bucket
 
 

@@ -21,6 +21,8 @@ from beaver_ray.weights import unpack
 from tests.actors.driver.test_replacement import Supply, generator, prompts
 from tests.actors.light_roles import Publisher
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_here() -> Iterator[None]:
