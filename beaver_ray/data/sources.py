@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -367,6 +368,9 @@ def as_text(value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, str) and value.lower() in ("true", "false"):  # as CSV files have them
+    # As CSV files have them, in which a column of integers with gaps is one of floats.
+    if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower()
+    if isinstance(value, str) and re.fullmatch(r"-?\d+\.0+", value):
+        return value.partition(".")[0]
     return str(value) if isinstance(value, str | int | float) else None

@@ -21,7 +21,7 @@ ROWS = samples(
     {"kind": "benign", "level": 1, "safe": True},
     {"kind": "harmful", "level": 2.0, "safe": "true"},
     {"kind": "Benign", "level": "1", "safe": 1},
-    {"kind": None, "tags": ["benign"], "table": "True"},
+    {"kind": None, "tags": ["benign"], "table": "True", "cell": "1.0"},
     {},
 )
 
@@ -38,6 +38,9 @@ ROWS = samples(
         ({"safe": "TRUE"}, [1, 1, 0, 0, 0]),
         ({"table": True}, [0, 0, 0, 1, 0]),
         ({"safe": 1}, [0, 0, 1, 0, 0]),
+        ({"cell": 1}, [0, 0, 0, 1, 0]),
+        ({"cell": "1.00"}, [0, 0, 0, 1, 0]),
+        ({"cell": "1.05"}, [0, 0, 0, 0, 0]),
         ({"kind": ["benign", "harmful"], "level": 2}, [0, 1, 0, 0, 0]),
         ({"tags": "benign"}, [0, 0, 0, 1, 0]),
         ({"tags": ["other", "benign"]}, [0, 0, 0, 1, 0]),
@@ -55,7 +58,7 @@ def test_a_scope_without_prompts_is_one_line() -> None:
         check_masks(scopes, masks(scopes, ROWS), ROWS)
     assert str(caught.value) == (
         "constraints.refusal.where: no training prompt has kind: bening or edge, safe: true; their rows have "
-        "kind (benign, harmful, Benign, null), level (1, 2), safe (true, 1), table (true), tags (...)"
+        "cell (1), kind (benign, harmful, Benign, null), level (1, 2), safe (true, 1), table (true), tags (...)"
     )
     many = samples(*({"n": n, "long": "x" * 100} for n in range(9)))
     with pytest.raises(UserError, match=r"their rows have long \(x{37}\.\.\.\), n \(0, 1, 2, 3, 4, \.\.\.\)$"):

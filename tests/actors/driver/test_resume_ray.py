@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,19 +38,24 @@ def started(stage: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.timeout(900)
 def test_a_killed_and_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
+    """What a kill would leave is what the folder holds while all of the run's processes stand still."""
     build_workspace(tmp_path)
     constraint = {"name": "harm", "model": "${workspace}/harm", "limit": 0.0, "multiplier": {"initial": 1.0}}
     models = {"policy": "${workspace}/world/model", "reward": "${workspace}/reward", "shared_critic": True}
-    changes = {"constraints": [constraint], "models": models, "steps": 5, "save_every": 2}
-    whole, cut = (write_stage(tmp_path, name=name, **changes) for name in ("whole", "cut"))
-    with started(whole) as run:
-        assert run.wait(400) == 0
-    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 400
-    with started(cut) as run:
+    stage = write_stage(tmp_path, constraints=[constraint], models=models, steps=5, save_every=2)
+    folder, cut, whole = (tmp_path / name for name in ("run", "cut", "whole"))
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 400
+    with started(stage) as run:
         while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-    with started(cut, "resume=true") as run:
+        os.killpg(run.pid, signal.SIGSTOP)
+        shutil.copytree(folder, cut)
+        os.killpg(run.pid, signal.SIGCONT)
         assert run.wait(400) == 0
-    assert "resumed after step" in (tmp_path / "cut" / "notes.log").read_text()
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    folder.rename(whole)
+    cut.rename(folder)
+    with started(stage, "resume=true") as run:
+        assert run.wait(400) == 0
+    assert "resumed after step" in (folder / "notes.log").read_text()
+    assert_same(whole, folder)

@@ -181,7 +181,7 @@ def test_a_text_without_a_readable_reply_costs_no_other_one(
     with pytest.raises(UserError, match=r'must answer as OpenAI.*"choices": \[\]'):
         judge([f"odd {n}" for n in range(4)])
     many = judge_of(service, tmp_path / "many")
-    assert many([*map(str, range(50)), *(f"odd {n}" for n in range(5))])[-1].text == ""
+    assert many([*map(str, range(100)), *(f"odd {n}" for n in range(5))])[-1].text == ""
     assert many.usage.unanswered == 5
     # A service that answers nothing any more ends it at once, however few the texts are.
     service.says = lambda text: {"choices": []}
