@@ -139,7 +139,8 @@ def test_iteration(tmp_path: Path) -> None:
 
 def test_step(tmp_path: Path) -> None:
     """One run: an override says how far generation is ahead, so that no other is held against it."""
-    ahead = ("rollout.staleness=1", "ppo.old_logprobs=trainer", "models.shared_critic=true")
+    ahead = ("rollout.staleness=1", "ppo.old_logprobs=trainer", "rollout.samples_per_prompt=2")
+    ahead += ("ppo.advantage=leave_one_out",)
     found = values(measured("step", tmp_path, Options(size="small", overrides=ahead)))
     phases = sum(found[f"phase {p}"] for p in ("generate", "score", "train", "publish"))
     assert 0 < phases <= 1.01 * found["step"]
