@@ -200,12 +200,17 @@ def solve(reference: Reference, limits_M: FloatArray | None = None, start_M: Flo
     limits_M = reference.limits_M if limits_M is None else limits_M
     most_M, units_M = reference.infinite_M, reference.units_M
     trail = [np.zeros(len(limits_M)) if start_M is None else start_M]
+    share, last_M = 1.0, np.zeros(len(limits_M))
     for number in range(ROUNDS):
         trail.append(minimise_dual(reference, limits_M, betas(reference, trail[-1]), most_M, trail[-1]))
-        if (np.abs(trail[-1] - trail[-2]) * units_M <= AGREED * (1.0 + trail[-1] * units_M)).all():
+        step_M = (trail[-1] - trail[-2]) * units_M
+        if (np.abs(step_M) <= AGREED * (1.0 + trail[-1] * units_M)).all():
             break
         if number >= LEAPS:
-            trail = trail[-1:]
+            # A large multiplier makes the KL weigh more, under which a small one would do: whole steps may circle.
+            share = share / 2 if step_M @ last_M < 0 else share
+            last_M = step_M
+            trail = [trail[-2] + share * (trail[-1] - trail[-2])]
         elif len(trail) == 3:
             trail = [np.clip(_extrapolated(*trail), 0.0, most_M)]
     return outcome(reference, trail[-1], limits_M)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 
 from beaver_ray.method.feasibility import (
     Reference,
@@ -225,6 +225,22 @@ def test_at_rest_limits_are_met_or_cost_nothing(seed: int, costs: int, kl: float
         rest.kl, np.mean([p @ np.log(p * count) for p, count in zip(policy, counts, strict=True)]), atol=1e-9
     )
     np.testing.assert_allclose(rest.effective_answers, np.mean([1 / (p @ p) for p in policy]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kl", [0.1, 0.2, 1.0])
+def test_costs_of_a_small_scale_come_to_rest(kl: float) -> None:
+    """Of shares of words, say: the multiplier is large, the KL weighs as much more, and plain iteration circles."""
+    for seed, share in itertools.product(range(6), (0.05, 0.2, 0.6)):
+        ref = random_reference(seed, costs=1, kl_coefficient=kl)
+        ref = replace(ref, costs_MB=0.01 * ref.costs_MB)
+        low, free = lowest_of_a_run(ref)[0], literal_costs(ref, literal_policy(ref, [0.0]))[0]
+        limit = low + share * (free - low)
+        rest = solve(replace(ref, limits_M=np.array([limit])))
+        assert rest.kept
+        expected = brentq(
+            lambda m, r=ref, c=limit: literal_costs(r, literal_policy(r, [m]))[0] - c, 0.0, 1e6, xtol=1e-9
+        )
+        assert rest.multipliers_M[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_tilt_is_the_constrained_maximum() -> None:
