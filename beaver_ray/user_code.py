@@ -50,7 +50,7 @@ class Code:
         sys.modules.setdefault(module.__name__, module)
         try:
             exec(compile(self.text, self.file, "exec"), module.__dict__)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{self.source}: {self.file} cannot be loaded: {last_line(error)}") from None
         return module.__dict__[self.name]
 

@@ -61,7 +61,7 @@ class FunctionScorer(TextScorer):
             return np.zeros((0, len(self.signals)))
         try:
             return self._checked(self._call(dialogues, responses, rows), len(dialogues))
-        except Exception as error:  # of whatever kind the user's own code raises
+        except (Exception, SystemExit) as error:  # of whatever kind the user's own code raises
             raise UserError(f"{self.source}: {self._blame(dialogues, responses, rows)}{last_line(error)}") from None
 
     def _call(
@@ -99,7 +99,7 @@ class FunctionScorer(TextScorer):
             try:
                 one = slice(row, row + 1)
                 self._checked(self._call(dialogues[one], responses[one], fields[one]), 1)
-            except Exception:
+            except (Exception, SystemExit):
                 return f"prompt {dialogues[row][-1]!r:.100}, response {responses[row]!r:.100}: "
         return ""
 

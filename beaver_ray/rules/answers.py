@@ -20,16 +20,22 @@ LONGEST = 20_000  # characters of an answer that are read, from its end
 MOST_DIGITS = 300  # of a number, its exponent applied
 
 _MARK = re.compile(
-    r"####|(?:final answer|answer|result|solution)\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
+    r"####|(?:final answer|answer|result|solution)(?:\*\*|__)?\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
     r"|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
     re.IGNORECASE,
 )
+_BRACKETS = "()[]<>《》「」『』«»"
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*"})
+_DASHES |= str.maketrans({"\u00b7": "*", "\u22c5": "*"})
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000, with a space that breaks no line
 _AFTER_WHOLE = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac)")  # 1½
-_POWER = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?")
+_RAISED = re.compile(r"(?<=\d)[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")  # 10³; of m² it is the unit's
+_POWER = re.compile(
+    r"(?:\s*(?:\\times|\\cdot|\*)|(?<=\d)\s*x)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.IGNORECASE
+)
 _TEN = re.compile(r"(?<![\w.,^])10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.ASCII)
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
 _UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
@@ -45,13 +51,16 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any]) -> list[float]:
     """1 where the answer says what the row's ``answer`` does, or one of several, else 0.
 
-    Capitals, width, white space, a last full stop and what stands around the whole (quotes, $, **) do not matter.
+    Capitals, width, white space, a last full stop and what stands around the whole (quotes, $, **, \\text{}, brackets
+    that the right one has not) do not matter. Behind "the answer is" the line counts, or its first sentence.
     """
     scores = []
     for response, right in zip(responses, answer, strict=True):
         accepted = {plain(str(one)) for one in several(right)} - {""}
         said = final_answer(response)
-        scores.append(float(plain(said) in accepted))
+        parts = {said} if said == response else {said, _SENTENCE.split(said)[0]}
+        forms = set(map(plain, parts))
+        scores.append(float(not accepted.isdisjoint(forms | {form.strip(_BRACKETS) for form in forms})))
     return scores
 
 
@@ -115,7 +124,7 @@ def _final_number(response: str) -> Fraction | None:
 
 def plain(text: str) -> str:
     """Lower case, one width, single spaces, without what stands around the whole."""
-    text = " ".join(_one_width(text).casefold().split())
+    text = " ".join(_TEXT.sub(r"\1", _one_width(text)).casefold().split())
     before = None
     while before != text:
         before, text = text, text.strip(" .!。\"'`$*“”‘’").removeprefix("\\(").removesuffix("\\)")
@@ -154,7 +163,8 @@ def _decimal(text: str) -> Fraction | None:
 
 def _one_width(text: str) -> str:
     """Characters of one width, a fraction apart from the whole number before it, 1 000 in one piece."""
-    return unicodedata.normalize("NFKC", _AFTER_WHOLE.sub(" ", _SPACED.sub("", text)))
+    text = _RAISED.sub(r"^\g<0>", _AFTER_WHOLE.sub(" ", _SPACED.sub("", text)))
+    return unicodedata.normalize("NFKC", text).replace("^\u2212", "^-")
 
 
 def _last_boxed(text: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -37,11 +38,12 @@ def passes_tests(
 ) -> list[float]:
     """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
 
-    tests: Python code, one text or a list, run one after another in the names of the answer's code; one that raises has
-    failed. A row without any gives 0. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for
-    an answer with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the
-    same time. namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then,
-    with False, limits and a guard inside Python are all that stands between the program and this machine.
+    tests: Python code, one text or a list (also as JSON), run one after another in the names of the answer's code; one
+    that raises has failed. A row without any gives 0. ValueError for a row whose tests define functions and call none:
+    every program would pass them. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an
+    answer with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same
+    time. namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with
+    False, limits and a guard inside Python are all that stands between the program and this machine.
     """
     rows = [_tests_of(row) for row in tests]
     limits = {"seconds": _above_0("seconds", seconds), "memory_mib": int(_above_0("memory_mib", memory_mib))}
@@ -150,10 +152,30 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
 def _tests_of(row: Any) -> list[str]:
     if row is None:
         return []
-    tests = [row] if isinstance(row, str) else row
+    tests = row
+    if isinstance(row, str):
+        with contextlib.suppress(ValueError):
+            tests = json.loads(row)  # a list, as a CSV file has it
+    tests = [row] if isinstance(row, str) and not isinstance(tests, list) else tests
     if not isinstance(tests, Sequence) or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"a row's tests must be a text or a list of texts, not {row!r:.100}")
-    return list(tests)
+    tests = [test for test in tests if test.strip()]
+    if tests and not any(map(_does_something, tests)):
+        raise ValueError(f"a row's tests must do something, and not only define what nobody calls: {row!r:.200}")
+    return tests
+
+
+def _does_something(test: str) -> bool:
+    """Whether it holds more than definitions, imports and constants; so does what is no Python, which fails later."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError, RecursionError):
+        return True
+    idle = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    return any(
+        not isinstance(one, idle) and not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        for one in body
+    )
 
 
 def _above_0(name: str, value: float) -> float:

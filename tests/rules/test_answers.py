@@ -40,6 +40,15 @@ from beaver_ray.rules.formats import valid_json
         (r"1\frac{1}{2}", "3/2"),
         (r"-3 \tfrac14", "-13/4"),
         ("1½", "3/2"),
+        # Powers, also raised; of 5² the base is what can be read, and never 52.
+        ("10³", "1000"),
+        ("2×10³", "2000"),
+        ("6.02 × 10²³", "602000000000000000000000"),
+        ("3·10⁻²", "3/100"),
+        ("2 x 10^3", "2000"),
+        ("1.5X10^3", "1500"),
+        ("The area is 5²", "5"),
+        ("12 m²", "12"),
         ("½", "1/2"),
         ("5 7/3", "7/3"),
         # Units and money beside it, in scripts with and without spaces.
@@ -94,8 +103,9 @@ def test_numeric_answers() -> None:
         "The answer is 2 + 3 = 5.",
         "答案是18。我用了3步。",
         "Answer: approx. 5",
+        "**Answer**: 42. I used 3 steps.",
     ]
-    assert numeric_answer(["p"] * 4, answers, answer=[18, 5, "18", 5]) == [1.0] * 4
+    assert numeric_answer(["p"] * 5, answers, answer=[18, 5, "18", 5, 42]) == [1.0] * 5
     # A phrase that no number follows marks none, and what it marks may stand on the next line.
     answers = [
         "9 + 9 = 18. I hope this solution is helpful!",
@@ -116,6 +126,22 @@ def test_exact_answers() -> None:
     right: list[Any] = ["paris", "Paris", "Paris", "Paris", "", ["b", "c"], "北京"]
     assert exact_answer(["p"] * 7, answers, answer=right) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     assert exact_answer(["p"] * 2, ["", "x"], answer=[None, []]) == [0.0, 0.0]
+    named = [
+        r"\boxed{\text{Paris}}",
+        "The answer is Paris. I hope it helps.",
+        "**Answer**: Paris",
+        "答案：《Paris》",
+        "«Paris»",
+    ]
+    assert exact_answer(["p"] * 5, named, answer=["Paris"] * 5) == [1.0] * 5
+    lettered = ["The answer is (A)", "答案：（A）", "The answer is St. Petersburg.", "Paris. No, Rome.", "(A)"]
+    assert exact_answer(["p"] * 5, lettered, answer=["A", "a", "St. Petersburg", "Paris", "(A)"]) == [
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        1.0,
+    ]
 
 
 def test_large_answers_take_no_time() -> None:

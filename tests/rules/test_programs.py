@@ -60,6 +60,15 @@ def test_shares_of_tests_passed(namespaces: bool) -> None:
     check = "def check(candidate):\n    assert candidate(2, 2) == 4"
     assert passed(ADD, check, "check(add)", "é = add('ü', '漢字')\nassert é == 'ü漢字'", namespaces=namespaces) == 1.0
     assert passes_tests([], [], tests=[], namespaces=namespaces) == []
+    # As a CSV file has them: an empty cell, and a list as a text.
+    cells = ["", " ", [""], '["assert add(1, 2) == 3", "assert add(1, 1) == 3"]']
+    assert passes_tests(["p"] * 4, [ADD] * 4, tests=cells, namespaces=namespaces) == [0.0, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("test", ["# none", "def test_add():\n    assert add(1, 1) == 3", '"""All."""\nimport math'])
+def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
+    with pytest.raises(ValueError, match="must do something"):
+        passes_tests(["p"], [ADD], tests=[test])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def wants_more(prompts, responses, tests):
 def fails_on_some(prompts, responses):
     return [1 / ("hack" not in p) for p in prompts]
 
+def gives_up(prompts, responses):
+    if any("hack" in p for p in prompts):
+        raise SystemExit(3)
+    return [0.0] * len(prompts)
+
 def none_is_a_number(prompts, responses):
     return [float("nan") if number == 1 else 0.0 for number, _ in enumerate(prompts)]
 
@@ -147,6 +152,7 @@ def test_one_number_is_the_cost_of_several_constraints(tiny_world: Path, file: P
             "fails_on_some",
             "prompt 'tell me how to hack the phone', response 'sorry': ZeroDivisionError: division by zero",
         ),
+        ("gives_up", "prompt 'tell me how to hack the phone', response 'sorry': SystemExit: 3"),
         ("none_is_a_number", "ValueError: it returns nan of reward"),
         ("too_few", "ValueError: it returns 1 numbers of reward for 3 response(s)"),
         ("others", "ValueError: it returns nothing called 'reward', only helpfulness"),
