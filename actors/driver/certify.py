@@ -107,7 +107,12 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
 
 
 def _between(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
-    """Whether its judge may give costs between 0 and 1 alone, so that their mean has bounds: no score model does."""
+    """Whether its judge may give costs between 0 and 1 alone, so that their mean has bounds: no score model does.
+
+    Nor does one whose costs are to be below 0 in the mean.
+    """
+    if constraint.bound < 0:
+        return False
     if constraint.name in held_out.learned:
         return score_source(constraint.model).folder is None
     return held_out.truths[constraint.name] == "refusal"  # the one cost of a world that is 0 or 1

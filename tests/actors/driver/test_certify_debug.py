@@ -279,6 +279,10 @@ def test_prompts_that_were_seen_are_left_out(tiny_world: Path, cost_model: str, 
             {"limit": 0.0, "model": LONG, "name": "long", "critic": "CRITIC"},
             "no set of prompts can show that 0 is kept",
         ),
+        (
+            {"limit": -2.0, "model": LONG, "name": "long", "critic": "CRITIC"},
+            "nothing can be certified: a constraint needs",
+        ),
         ({"limit": 0.01, "model": LONG, "name": "long", "critic": "CRITIC"}, "200 sealed prompts cannot show"),
         # By the world's truth, which is 0 or 1; 0.99 ** 298 is above 0.05, and 0.99 ** 299 is not.
         ({"limit": 0.01, "model": REFUSES, "name": "refusal", "critic": "CRITIC"}, "one violation; that takes 299"),
