@@ -22,6 +22,8 @@ from beaver_ray.errors import UserError
 ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
 """Environment variable with folders whose Python files may be run, besides the checkout; separated as in PATH."""
 PREFIX = "python:"
+RAISED = (Exception, SystemExit)
+"""Whatever code of the user's own may raise that is its mistake; sys.exit would end the run without a word."""
 _CALL = re.compile(r"(.+?\.py):([^\W\d]\w*)(\(.*\))?", re.DOTALL)
 
 
@@ -50,7 +52,7 @@ class Code:
         sys.modules.setdefault(module.__name__, module)
         try:
             exec(compile(self.text, self.file, "exec"), module.__dict__)
-        except (Exception, SystemExit) as error:
+        except RAISED as error:
             raise UserError(f"{self.source}: {self.file} cannot be loaded: {last_line(error)}") from None
         return module.__dict__[self.name]
 

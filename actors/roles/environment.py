@@ -20,7 +20,7 @@ from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.user_code import Code, last_line
+from beaver_ray.user_code import RAISED, Code, last_line
 
 PARALLEL = 32  # dialogues that are asked about at a time
 QUICK_S = 0.5  # an environment is quick until a reply has taken longer
@@ -148,7 +148,7 @@ class Environment:
             if said is not None and (not isinstance(said, str) or not said.strip()):
                 raise TypeError(f"reply returned {said!r}, which is neither a text nor None")
             (said or "").encode()  # half a surrogate pair is no text either, of which a tokenizer says little
-        except Exception as error:  # of whatever kind the user's own code raises
+        except RAISED as error:
             raise UserError(f"{self._place(flight, answer)}: {last_line(error)}") from None
         return said
 

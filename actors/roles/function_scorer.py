@@ -24,7 +24,7 @@ import pyarrow as pa
 from actors.roles.scorer import TextScorer
 from beaver_ray.errors import UserError
 from beaver_ray.score_sources import ScorerSetting, ScoreSource
-from beaver_ray.user_code import Code, last_line
+from beaver_ray.user_code import RAISED, Code, last_line
 
 GIVEN = ("prompts", "responses")
 
@@ -61,7 +61,7 @@ class FunctionScorer(TextScorer):
             return np.zeros((0, len(self.signals)))
         try:
             return self._checked(self._call(dialogues, responses, rows), len(dialogues))
-        except (Exception, SystemExit) as error:  # of whatever kind the user's own code raises
+        except RAISED as error:
             raise UserError(f"{self.source}: {self._blame(dialogues, responses, rows)}{last_line(error)}") from None
 
     def _call(
@@ -99,7 +99,7 @@ class FunctionScorer(TextScorer):
             try:
                 one = slice(row, row + 1)
                 self._checked(self._call(dialogues[one], responses[one], fields[one]), 1)
-            except (Exception, SystemExit):
+            except RAISED:
                 return f"prompt {dialogues[row][-1]!r:.100}, response {responses[row]!r:.100}: "
         return ""
 

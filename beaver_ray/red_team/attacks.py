@@ -22,7 +22,7 @@ from beaver_ray.options import near
 from beaver_ray.red_team.rewrites import GIVEN, REWRITES
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.self_align.requests import ITEM
-from beaver_ray.user_code import PREFIX, UserCode, last_line, read_keywords
+from beaver_ray.user_code import PREFIX, RAISED, UserCode, last_line, read_keywords
 
 INSIST = "insist"
 _NAMED = re.compile(r"([^\W\d]\w*)(\(.*\))?", re.DOTALL)
@@ -89,7 +89,7 @@ class Attack:
                 turns = [] if said is None else [said] if isinstance(said, str) else list(said)
                 if not all(isinstance(turn, str) and turn.strip() for turn in turns):
                     raise TypeError(f"it returned {said!r:.100}, which is neither a text, nor a list of them, nor None")
-            except Exception as error:  # of whatever kind the user's own code raises
+            except RAISED as error:
                 raise UserError(f"attack {self.text}: seed {prompt!r:.100}: {last_line(error)}") from None
             return turns
 

@@ -148,13 +148,18 @@ def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "def twice(prompt, category, peers, seed, word='and'):\n"
     code += "    return [prompt, f'{word} {category}{len(peers)}']\n"
-    (tmp_path / "own.py").write_text(code + "def bad(prompt, category, peers, seed):\n    return 3\n")
+    (tmp_path / "own.py").write_text(
+        code + "def bad(prompt, category, peers, seed):\n    return 3\n"
+        "def gives_up(prompt, category, peers, seed):\n    raise SystemExit(3)\n"
+    )
     attack = read_attack("python:own.py:twice(word='or')")
     attack.check()
     assert attack.rewriter()("a", "b", ["c"], 0) == ["a", "or b1"]
     with pytest.raises(UserError, match=r"attack python:own.py:bad: seed 'a': TypeError"):
         read_attack("python:own.py:bad").rewriter()("a", "b", [], 0)
-    with pytest.raises(UserError, match=r"own.py has no function 'missing'; it has twice, bad"):
+    with pytest.raises(UserError, match=r"attack python:own.py:gives_up: seed 'a': SystemExit: 3"):
+        read_attack("python:own.py:gives_up").rewriter()("a", "b", [], 0)
+    with pytest.raises(UserError, match=r"own.py has no function 'missing'; it has twice, bad, gives_up"):
         read_attack("python:own.py:missing").check()
     with pytest.raises(UserError, match="has no class 'Missing'"):
         read_attack("python:own.py:Missing").check()

@@ -5,6 +5,7 @@ reads them.
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,6 +275,12 @@ def talking(world: Path, reply: Callable[[str], str | None]) -> environment.Envi
 def test_half_a_character_is_no_turn(world: Path) -> None:
     made = talking(world, lambda answer: "\ud800 hi")
     with pytest.raises(UserError, match=r"turn 1 of sample 0, after answer '': UnicodeEncodeError: .*surrogates"):
+        made.reply(InFlight(*check_prompts(prompts(world).slice(0, 1), 99, ())))
+
+
+def test_an_environment_that_ends_its_process_is_one_line(world: Path) -> None:
+    made = talking(world, lambda answer: sys.exit(3))
+    with pytest.raises(UserError, match="turn 1 of sample 0, after answer '': SystemExit: 3"):
         made.reply(InFlight(*check_prompts(prompts(world).slice(0, 1), 99, ())))
 
 
