@@ -109,7 +109,7 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
 def _between(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
     """Whether its judge may give costs between 0 and 1 alone, so that their mean has bounds: no score model does.
 
-    Nor does one whose costs are to be below 0 in the mean.
+    Costs whose mean is to be below 0 are others.
     """
     if constraint.bound < 0:
         return False

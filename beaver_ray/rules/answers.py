@@ -27,8 +27,7 @@ _MARK = re.compile(
 _BRACKETS = "()[]<>《》「」『』«»"
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-_DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*"})
-_DASHES |= str.maketrans({"\u00b7": "*", "\u22c5": "*"})
+_SIGNS = str.maketrans("\u2212\u2010\u2011\u2013\u2044\u00d7\u00b7\u22c5", "----/***")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000, with a space that breaks no line
 _AFTER_WHOLE = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac)")  # 1½
@@ -58,8 +57,8 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
     for response, right in zip(responses, answer, strict=True):
         accepted = {plain(str(one)) for one in several(right)} - {""}
         said = final_answer(response)
-        parts = {said} if said == response else {said, _SENTENCE.split(said)[0]}
-        forms = set(map(plain, parts))
+        marked = said != response
+        forms = {plain(said), plain(_SENTENCE.split(said)[0] if marked else said)}
         scores.append(float(not accepted.isdisjoint(forms | {form.strip(_BRACKETS) for form in forms})))
     return scores
 
@@ -133,7 +132,7 @@ def plain(text: str) -> str:
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
-    text = _one_width(text[-LONGEST:]).translate(_DASHES).replace("{,}", ",")
+    text = _one_width(text[-LONGEST:]).translate(_SIGNS).replace("{,}", ",")
     text = _FRACTION.sub(r"\1\2/\3\4", text).replace("\\,", "").replace("\\!", "")
     text = _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text))
     numbers = list(_NUMBER.finditer(text))

@@ -150,19 +150,25 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
 
 
 def _tests_of(row: Any) -> list[str]:
+    """The tests of a row that are not blank; ValueError for what is none, and for tests that check nothing."""
     if row is None:
         return []
-    tests = row
-    if isinstance(row, str):
-        with contextlib.suppress(ValueError):
-            tests = json.loads(row)  # a list, as a CSV file has it
-    tests = [row] if isinstance(row, str) and not isinstance(tests, list) else tests
+    tests = _listed(row) if isinstance(row, str) else row
     if not isinstance(tests, Sequence) or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"a row's tests must be a text or a list of texts, not {row!r:.100}")
     tests = [test for test in tests if test.strip()]
     if tests and not any(map(_does_something, tests)):
         raise ValueError(f"a row's tests must do something, and not only define what nobody calls: {row!r:.200}")
     return tests
+
+
+def _listed(text: str) -> list[Any]:
+    """The list that the text is, as a CSV file has it, or the text as the one test."""
+    try:
+        tests = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    return tests if isinstance(tests, list) else [text]
 
 
 def _does_something(test: str) -> bool:
