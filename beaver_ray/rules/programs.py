@@ -20,6 +20,7 @@ from typing import Any
 from beaver_ray.rules import run_program
 
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
+LEAST_MIB = 32
 STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
 
 _BLOCK = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -46,7 +47,11 @@ def passes_tests(
     False, limits and a guard inside Python are all that stands between the program and this machine.
     """
     rows = [_tests_of(row) for row in tests]
-    limits = {"seconds": _above_0("seconds", seconds), "memory_mib": int(_above_0("memory_mib", memory_mib))}
+    if not LEAST_MIB <= memory_mib < 1e6:
+        raise ValueError(f"memory_mib must be {LEAST_MIB} or more, of which Python takes some 20, not {memory_mib}")
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"seconds must be above 0, not {seconds}")
+    limits = {"seconds": seconds, "memory_mib": int(memory_mib)}
     jobs = [
         {"program": code_of(response), "tests": row, "run": True, "namespaces": namespaces, **limits}
         for response, row in zip(responses, rows, strict=True)
@@ -182,9 +187,3 @@ def _does_something(test: str) -> bool:
         not isinstance(one, idle) and not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
         for one in body
     )
-
-
-def _above_0(name: str, value: float) -> float:
-    if not 0 < value < 1e6:
-        raise ValueError(f"{name} must be above 0, not {value}")
-    return value

@@ -147,6 +147,25 @@ def test_memory_files_and_output_are_limited(namespaces: bool, tmp_path: Path) -
     assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
 
 
+def test_memory_that_is_not_mapped_is_limited_too(namespaces: bool) -> None:
+    """Each piece is smaller than what one file may have, and none is in the process's address space afterwards."""
+    if os.uname().machine not in run_program.CALLS:
+        pytest.skip("no filter of system calls for this processor")
+    start = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.shmat.restype = ctypes.c_void_p\n"
+    nameless = "held = [os.memfd_create('x') for _ in range(10)]\nfor f in held: os.write(f, bytes(60 << 20))"
+    segments = (
+        "for _ in range(10):\n    n = libc.shmget(0, 60 << 20, 0o1600)\n    assert n >= 0\n"
+        "    try:\n        at = libc.shmat(n, None, 0)\n        ctypes.memset(at, 1, 60 << 20)\n"
+        "        libc.shmdt(ctypes.c_void_p(at))\n    finally: libc.shmctl(n, 0, None)"
+    )
+    queue = "n = libc.msgget(0, 0o1600)\nassert n >= 0\nlibc.msgctl(n, 0, None)"
+    posix = "n = libc.mq_open(b'/beaver-ray-test', 0o102, 0o600, None)\nassert n >= 0\n"
+    posix += "libc.mq_unlink(b'/beaver-ray-test')"
+    for test in (nameless, segments, queue, posix):
+        assert subprocess.run([sys.executable, "-c", start + test]).returncode == 0, f"{test}: can be done outside"
+        assert passed(start, test, namespaces=namespaces, memory_mib=256) == 0.0, test
+
+
 def test_what_a_program_leaves_is_removed(namespaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     deep = "import os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')"
@@ -213,7 +232,7 @@ def test_namespaces_hold_without_the_guard() -> None:
 
 LAYERS = {
     "filter": "        _filter_calls()\n",
-    "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"])))\n',
+    "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"]), job["namespaces"]))\n',
 }
 """The line that brings each layer in, but for namespaces."""
 NO_PROCESSES = "        resource.RLIMIT_NPROC: 0,\n"
@@ -256,7 +275,8 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
             "os.rename(there + '/in', there + '/out')": "hook namespaces",
             # What goes past Python no hook sees.
             "assert libc.open(os.fsencode(there) + b'/past', 0o101, 0o600) >= 0": "namespaces",
-            f"assert libc.shmget({key}, 4096, 0) >= 0": "namespaces",
+            f"assert libc.shmget({key}, 4096, 0) >= 0": "filter namespaces",
+            "os.close(os.memfd_create('x'))": "filter",
             "assert libc.socketpair(1, 1, 0, ctypes.create_string_buffer(8)) == 0": "filter",
         }
         tests = [test for test, layers in cases.items() if layer == "none" or layer in layers]
@@ -320,6 +340,9 @@ def test_paths_that_start_from_another_folder_do_not_leave_it(namespaces: bool, 
     ):
         assert passed(start, test, namespaces=namespaces) == 0.0, test
     assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
+    # Where everything else is read-only a path of its own need not be absolute.
+    for test in ("import pathlib; pathlib.Path('x').touch()", "os.close(os.open('y', os.O_CREAT | os.O_WRONLY))"):
+        assert passed(start, test, namespaces=namespaces) == float(namespaces), test
     # Inside it, folders come and go as ever.
     test = "with tempfile.TemporaryDirectory() as t: open(t + '/x', 'w').write('x')\nassert not os.path.exists(t)"
     assert passed(start, test, "os.makedirs('a/b'); shutil.rmtree('a')", namespaces=namespaces) == 1.0
@@ -350,7 +373,9 @@ def test_which_code_is_meant() -> None:
     assert code_of("```python\n  x = 1\n```") == "  x = 1\n", "a margin of its own is the code's"
 
 
-@pytest.mark.parametrize("changes", [{"seconds": 0}, {"memory_mib": -1}, {"tests": [3]}, {"tests": [[1]]}])
+@pytest.mark.parametrize(
+    "changes", [{"seconds": 0}, {"memory_mib": -1}, {"memory_mib": 31}, {"tests": [3]}, {"tests": [[1]]}]
+)
 def test_parameters_out_of_range(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         passes_tests(["p"], ["x = 1"], **({"tests": ["assert x"]} | changes))  # type: ignore[arg-type]
