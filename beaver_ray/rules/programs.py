@@ -40,11 +40,12 @@ def passes_tests(
     """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
 
     tests: Python code, one text or a list (also as JSON), run one after another in the names of the answer's code; one
-    that raises has failed. A row without any gives 0. ValueError for a row whose tests define functions and call none:
-    every program would pass them. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an
-    answer with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same
-    time. namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with
-    False, limits and a guard inside Python are all that stands between the program and this machine.
+    that raises has failed. A row without any gives 0. One that only defines or imports is run for those after it and
+    does not count; ValueError for a row without any other, which every program would pass, and for a test that is no
+    Python, which none would. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer
+    with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same time.
+    namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with False,
+    limits and a guard inside Python are all that stands between the program and this machine.
     """
     rows = [_tests_of(row) for row in tests]
     if not LEAST_MIB <= memory_mib < 1e6:
@@ -56,18 +57,19 @@ def passes_tests(
         {"program": code_of(response), "tests": row, "run": True, "namespaces": namespaces, **limits}
         for response, row in zip(responses, rows, strict=True)
     ]
+    counted = [{f"passed {n}" for n, test in enumerate(row) if _does_something(test)} for row in rows]
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        passed = list(pool.map(_passed, jobs))
+        passed = [reports & wanted for reports, wanted in zip(pool.map(_reports, jobs), counted, strict=True)]
     if share:
-        return [count / len(row) if row else 0.0 for count, row in zip(passed, rows, strict=True)]
-    return [float(bool(row) and count == len(row)) for count, row in zip(passed, rows, strict=True)]
+        return [len(had) / len(wanted) if wanted else 0.0 for had, wanted in zip(passed, counted, strict=True)]
+    return [float(bool(wanted) and had == wanted) for had, wanted in zip(passed, counted, strict=True)]
 
 
 def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> list[float]:
     """1 where the code in the answer is Python, else 0. Nothing of it is run; an answer without code gives 0."""
     fixed = {"tests": [], "run": False, "namespaces": False, "seconds": 5.0, "memory_mib": 1024}
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        return [float(n) for n in pool.map(_passed, ({"program": code_of(r), **fixed} for r in responses))]
+        return [float(bool(said)) for said in pool.map(_reports, ({"program": code_of(r), **fixed} for r in responses))]
 
 
 def code_of(response: str) -> str:
@@ -84,10 +86,13 @@ def code_of(response: str) -> str:
     return "" if blocks else response
 
 
-def _passed(job: dict[str, Any]) -> int:
-    """How many tests the job's program passes, or 1 where it compiles. ValueError where there are no namespaces."""
+def _reports(job: dict[str, Any]) -> set[str]:
+    """What `run_program` says of the job: "passed NUMBER" for each test, or that the program compiles.
+
+    ValueError where there are no namespaces.
+    """
     if len(job["program"]) > LONGEST or not job["program"].strip():
-        return 0
+        return set()
     word = secrets.token_hex(16)
     with _fresh_folder() as folder, tempfile.TemporaryFile() as said:
         with tempfile.TemporaryFile() as told:
@@ -102,7 +107,7 @@ def _passed(job: dict[str, Any]) -> int:
             f"the kernel gives programs no namespaces here ({refused.removeprefix('refused ')}); allow user "
             "namespaces, or say namespaces=False to run answers' code with limits and a guard inside Python alone"
         )
-    return len(reports)
+    return reports
 
 
 @contextlib.contextmanager
@@ -155,7 +160,7 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
 
 
 def _tests_of(row: Any) -> list[str]:
-    """The tests of a row that are not blank; ValueError for what is none, and for tests that check nothing."""
+    """The tests of a row that are not blank; ValueError for what is none or no Python, and where nothing is checked."""
     if row is None:
         return []
     tests = _listed(row) if isinstance(row, str) else row
@@ -177,13 +182,16 @@ def _listed(text: str) -> list[Any]:
 
 
 def _does_something(test: str) -> bool:
-    """Whether it holds more than definitions, imports and constants; so does what is no Python, which fails later."""
+    """Whether it holds more than definitions, imports and constants. ValueError where it is no Python."""
     try:
-        body = ast.parse(test).body
-    except (SyntaxError, ValueError, RecursionError):
-        return True
-    idle = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return any(
-        not isinstance(one, idle) and not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
-        for one in body
-    )
+        return not all(map(_is_idle, ast.parse(test).body))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"a row's tests must be Python: {error}: {test!r:.200}") from None
+
+
+def _is_idle(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.If):  # a test is not __main__
+        return ast.unparse(statement.test) == "__name__ == '__main__'" and not statement.orelse
+    return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)

@@ -65,7 +65,28 @@ def test_shares_of_tests_passed(namespaces: bool) -> None:
     assert passes_tests(["p"] * 4, [ADD] * 4, tests=cells, namespaces=namespaces) == [0.0, 0.0, 0.0, 0.5]
 
 
-@pytest.mark.parametrize("test", ["# none", "def test_add():\n    assert add(1, 1) == 3", '"""All."""\nimport math'])
+def test_what_only_defines_or_imports_is_no_test_passed() -> None:
+    tests = [
+        "import math",
+        "def want(): return 2",
+        "assert add(1, 1) == want()",
+        "assert add(1, 1) == math.pi",
+        "# end",
+    ]
+    given = {"tests": [tests, tests[:3]], "namespaces": False}
+    wrong = "def add(a, b):\n    return 3"
+    assert passes_tests(["p"] * 2, [ADD] * 2, **given) == [0.5, 1.0]  # type: ignore[arg-type]
+    assert passes_tests(["p"] * 2, [wrong] * 2, **given) == [0.0, 0.0]  # type: ignore[arg-type]
+    assert passes_tests(["p"] * 2, [ADD] * 2, share=False, **given) == [0.0, 1.0]  # type: ignore[arg-type]
+
+
+CHECK = "def test_add():\n    assert add(1, 1) == 3"
+
+
+@pytest.mark.parametrize(
+    "test",
+    ["# none", CHECK, '"""All."""\nimport math', CHECK + "\nif __name__ == '__main__':\n    test_add()"],
+)
 def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
     with pytest.raises(ValueError, match="must do something"):
         passes_tests(["p"], [ADD], tests=[test])
