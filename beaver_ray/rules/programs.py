@@ -23,7 +23,11 @@ LONGEST = 200_000  # characters; longer code is not run and passes nothing
 LEAST_MIB = 32
 STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
 
-_BLOCK = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# As CommonMark has it, a line closes a block that stands at most 3 spaces further in than its opening and has the same
+# sign, at least as often: a docstring may hold a block of its own.
+_OPENS = r"^([ \t]*)(`{3,}|~{3,})(?![`~])[ \t]*(\w*)[^\n]*\n"
+_CLOSES = r"^(?!\1(?: {4}| {0,3}\t))[ \t]*\2"
+_BLOCK = re.compile(rf"{_OPENS}(.*?)(?:{_CLOSES}|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def passes_tests(
@@ -73,12 +77,12 @@ def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> l
 
 
 def code_of(response: str) -> str:
-    """The first ``` block that says it is Python, else the first that says nothing, else the whole answer.
+    """The first block in ``` or ~~~ that says it is Python, else the first that says nothing, else the whole answer.
 
     Of a block that stands further in, as in a list, the margin is none of the code.
     """
     found = _BLOCK.findall(response)
-    blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, language, code in found]
+    blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, _, language, code in found]
     for wanted in (("python", "py", "python3"), ("",)):
         for language, code in blocks:
             if language in wanted:

@@ -392,6 +392,24 @@ def test_which_code_is_meant() -> None:
     nested = "1. so:\n\n   ```python\n   def f():\n       return 1\n\n   ```\n"
     assert code_of(nested) == "def f():\n    return 1\n\n" and compiles(["p"], [nested]) == [1.0]
     assert code_of("```python\n  x = 1\n```") == "  x = 1\n", "a margin of its own is the code's"
+    assert code_of("So:\n~~~python\nx = 1\n~~~\nThat is all.") == "x = 1\n"
+
+
+def test_where_a_block_ends() -> None:
+    inner = 'def f():\n    """So:\n\n    ```\n    f()\n    ```\n    """\n    return 1\n'
+    assert code_of(f"```python\n{inner}```\nThat is all.") == inner
+    margin = "".join(f"  {line}" if line.strip() else line for line in inner.splitlines(keepends=True))
+    assert code_of(f"- so:\n  ```python\n{margin}  ```\n- done") == inner
+    assert passes_tests(["p"], [f"```python\n{inner}```"], tests=["assert f() == 1"], namespaces=False) == [1.0]
+    # Another sign, or fewer of them, stand in the text of a block; more of them close it.
+    quoted = 's = """\n```\n"""\n'
+    assert code_of(f"~~~python\n{quoted}~~~\nend") == code_of(f"````python\n{quoted}`````\nend") == quoted
+    assert code_of("`" * 400_000) == "`" * 400_000, "and that takes no time"
+    # Up to 3 spaces further in than the opening, or less far in.
+    for opening, closing in (("", "   "), ("  ", "     "), ("  ", ""), ("\t", "")):
+        assert code_of(f"{opening}```python\n{opening}x = 1\n{closing}```\nend") == "x = 1\n", (opening, closing)
+    for opening, further in (("", "    "), ("", "\t"), ("", "  \t"), ("  ", "      ")):
+        assert code_of(f"{opening}```python\nif 1:\n{further}```\nend") == f"if 1:\n{further}```\nend"
 
 
 @pytest.mark.parametrize(
