@@ -45,10 +45,16 @@ def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
         return False
     if keys and not (isinstance(value, dict) and all(key in value for key in keys)):
         return False
+    if check is None:
+        return True
+    from referencing.exceptions import Unresolvable
+
     try:
-        return check is None or bool(check.is_valid(value))
+        return bool(check.is_valid(value))
     except RecursionError:
         return False
+    except Unresolvable as error:  # found only by a value that comes there
+        raise ValueError(f"the row's schema is no JSON schema: its $ref leads nowhere: {error!s:.200}") from None
 
 
 def _validator(schema: Any) -> Any:

@@ -167,5 +167,10 @@ def test_json() -> None:
     for wrong in ({"type": 3}, "{", 5):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])
+    for ref in ("#/$defs/x", "#x", "http://127.0.0.1:9/x"):
+        with pytest.raises(ValueError, match=r"is no JSON schema: its \$ref leads nowhere: .*\bx\b"):
+            valid_json(["p"], ['{"n": 1}'], schema=[{"properties": {"n": {"$ref": ref}}}])
+    inner = {"$defs": {"x": {"type": "integer"}}, "properties": {"n": {"$ref": "#/$defs/x"}}}
+    assert valid_json(["p"] * 2, ['{"n": 1}', '{"n": "1"}'], schema=[inner] * 2) == [1.0, 0.0]
     with pytest.raises(ValueError, match="keys must be"):
         valid_json(["p"], ["1"], keys="ab")
