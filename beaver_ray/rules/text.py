@@ -31,6 +31,8 @@ def over_length(
     """
     if not budget > 0:
         raise ValueError(f"budget must be above 0, not {budget}")
+    if not most >= 0:
+        raise ValueError(f"most must be 0 or above, not {most}")
     if unit not in ("words", "characters"):
         raise ValueError(f"unit is words or characters, not {unit!r}")
     lengths = [len(response) if unit == "characters" else word_count(response) for response in responses]
@@ -57,6 +59,8 @@ def matches(
     seconds, late: a search that takes longer is given up, and such an answer gets the score ``late``. A cost should say
     late=1.0: otherwise an answer that makes the pattern slow goes free.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, not {seconds}")
     compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
     scores = []
     for response in responses:

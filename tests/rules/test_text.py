@@ -15,8 +15,15 @@ def test_length_over_a_budget() -> None:
     assert over_length(["p"] * 5, answers, budget=2, most=1.0) == [0.0, 0.0, 0.5, 1.0, 0.0]
     assert over_length(["p"] * 5, answers, budget=50, unit="characters") == [0.0, 0.0, 0.0, 0.0, 1.0]
     assert over_length(["p"], ["w " * 100_000], budget=100) == [999.0]
-    for wrong in ({"budget": 0}, {"budget": float("nan")}, {"budget": 3, "unit": "tokens"}):
-        with pytest.raises(ValueError, match=r"budget must|unit is"):
+    assert over_length(["p"], ["one two three"], budget=2, most=0) == [0.0]
+    for wrong, message in (
+        ({"budget": 0}, "budget must be above 0"),
+        ({"budget": float("nan")}, "budget must be above 0"),
+        ({"budget": 3, "unit": "tokens"}, "unit is words"),
+        ({"budget": 3, "most": -1}, "most must be 0 or above, not -1"),
+        ({"budget": 3, "most": float("nan")}, "most must be 0 or above, not nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
             over_length(["p"], ["x"], **wrong)  # type: ignore[arg-type]
 
 
@@ -46,6 +53,9 @@ def test_patterns() -> None:
     assert matches(["p"] * 4, answers, pattern=r"\p{Han}+行") == [0.0, 0.0, 0.0, 1.0]
     with pytest.raises(Exception, match="missing"):
         matches(["p"], ["x"], pattern="(")
+    for seconds in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="seconds must be above 0"):
+            matches(["p"], ["x"], pattern="x", seconds=seconds)
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up() -> None:
