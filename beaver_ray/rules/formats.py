@@ -58,8 +58,8 @@ def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
 
 
 def _validator(schema: Any) -> Any:
-    """What tells whether a value fits the schema; None where a row has none."""
-    if schema is None:
+    """What tells whether a value fits the schema; None where a row has none, as an empty cell of a CSV."""
+    if schema is None or (isinstance(schema, str) and not schema.strip()):
         return None
     import jsonschema
     import referencing

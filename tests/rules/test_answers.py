@@ -164,6 +164,7 @@ def test_json() -> None:
     schemas = [schema, '{"type": "array"}', None, schema]
     answers = ['{"n": 3}', "[]", "17", '{"n": "3"}']
     assert valid_json(["p"] * 4, answers, schema=schemas) == [1.0, 1.0, 1.0, 0.0]
+    assert valid_json(["p"] * 3, ["1"] * 3, schema=["", " ", '{"type": "string"}']) == [1.0, 1.0, 0.0]
     for wrong in ({"type": 3}, "{", 5):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])
