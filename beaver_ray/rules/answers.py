@@ -1,8 +1,9 @@
 """Whether an answer is the right one: as text, or as a number. The right one is ``answer`` of the prompt's row.
 
 What an answer says at last counts: the content of its last \\boxed{...}, what follows its last "####", "the answer is"
-or "答案是", and else the whole of it (text), or the last number in it (numbers). Of numbers the last of these phrases
-that one follows counts: behind an answer many say that they hope "this solution is helpful".
+or "答案是" (for a text also a heading "Answer"), and else the whole of it (text), or the last number in it (numbers).
+Of numbers the last of these phrases that one follows counts: behind an answer many say that they hope "this solution is
+helpful".
 """
 
 # ruff: noqa: RUF001 (characters that look alike are told apart on purpose)
@@ -21,9 +22,12 @@ MOST_DIGITS = 300  # of a number, its exponent applied
 
 _MARK = re.compile(
     r"####|(?:final answer|answer|result|solution)(?:\*\*|__)?\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
-    r"|(?:答案|结果)\s*(?:是|为|:|=)(?:\s*:)?",
+    r"|(?:答案|结果)(?:\*\*|__)?\s*(?:是|为|:|=)(?:\s*:)?",
     re.IGNORECASE,
 )
+# For texts alone: under such a heading a number may still be worked out, and the last one counts.
+_HEADING = r"^(?:#{1,6}[ \t]?|\*\*|__){1,2}(?:(?:final )?answer|答案)(?:\*\*|__)?[ \t]*$"
+_MARK_OR_HEADING = re.compile(f"{_HEADING}|{_MARK.pattern}", re.IGNORECASE | re.MULTILINE)
 _BRACKETS = "()[]<>《》「」『』«»"
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
@@ -98,7 +102,7 @@ def final_answer(response: str) -> str:
     if boxed is not None:
         return boxed
     wide = _one_width(text)
-    marks = list(_MARK.finditer(wide))
+    marks = list(_MARK_OR_HEADING.finditer(wide))
     if not marks:
         return text
     said = wide[marks[-1].end() :].strip()

@@ -106,6 +106,8 @@ def test_numeric_answers() -> None:
         "**Answer**: 42. I used 3 steps.",
     ]
     assert numeric_answer(["p"] * 5, answers, answer=[18, 5, "18", 5, 42]) == [1.0] * 5
+    # Under a heading the number is worked out.
+    assert numeric_answer(["p"], ["### Answer\nShe has 3 + 4 = 7.\nTwice that is 14."], answer=[14]) == [1.0]
     # A phrase that no number follows marks none, and what it marks may stand on the next line.
     answers = [
         "9 + 9 = 18. I hope this solution is helpful!",
@@ -132,8 +134,12 @@ def test_exact_answers() -> None:
         "**Answer**: Paris",
         "答案：《Paris》",
         "«Paris»",
+        "**答案**：Paris",
+        "It is large.\n\n### Answer\nParis",
+        "#### Final Answer\n\nParis",
+        "**Answer**\n\nParis is it.\n\n## **Answer**\nParis. I hope it helps.",
     ]
-    assert exact_answer(["p"] * 5, named, answer=["Paris"] * 5) == [1.0] * 5
+    assert exact_answer(["p"] * 9, named, answer=["Paris"] * 9) == [1.0] * 9
     lettered = ["The answer is (A)", "答案：（A）", "The answer is St. Petersburg.", "Paris. No, Rome.", "(A)"]
     assert exact_answer(["p"] * 5, lettered, answer=["A", "a", "St. Petersburg", "Paris", "(A)"]) == [
         1.0,
@@ -146,7 +152,7 @@ def test_exact_answers() -> None:
 
 def test_large_answers_take_no_time() -> None:
     started = time.monotonic()
-    for piece in ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9"):
+    for piece in ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9", "\n#"):
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
         exact_answer(["p"], [piece * 200_000], answer=["1"])
     valid_json(["p"] * 2, ["[" * 900_000, "```json\n" * 50_000])
