@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from beaver_ray.rules.alike import alike
+
 _EXPERTS = (
     *("doctor", "physician", "lawyer", "attorney", "accountant", "therapist", "psychiatrist", "pharmacist"),
     *("dietitian", "engineer", "electrician", "professional", "expert", "specialist", "advisor", "adviser"),
@@ -76,5 +78,5 @@ def disclaims(prompts: list[str], responses: Sequence[str]) -> list[float]:
 
 def has_disclaimer(answer: str) -> bool:
     """Whether a phrase of DISCLAIMERS is in the answer."""
-    text = " ".join(answer.lower().split()).translate({0x2019: "'", 0x2018: "'", 0x02BC: "'"})
+    text = " ".join(alike(answer).lower().split())
     return any(phrase.search(text) for cues, phrase in _COMPILED if any(cue in text for cue in cues))

@@ -14,7 +14,8 @@ catch, to tests/rules/refusals.jsonl.
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from beaver_ray.rules.alike import alike
 
 START = 200
 SHORT = 300
@@ -136,6 +137,5 @@ def is_refusal(answer: str) -> bool:
 
 def _plain(text: str) -> str:
     """Lower case, width and apostrophes as on a keyboard, simplified characters, without quotes and decoration."""
-    text = unicodedata.normalize("NFC", text).translate({0x2019: "'", 0x2018: "'", 0x02BC: "'"})
-    text = _QUOTED.sub(" ", text.lower()).translate(_SIMPLIFIED)
+    text = _QUOTED.sub(" ", alike(text).lower()).translate(_SIMPLIFIED)
     return _DECORATION.sub("", _SPACES.sub(" ", text).replace("**", "").strip())

@@ -8,6 +8,7 @@ from typing import Literal
 
 import regex
 
+from beaver_ray.rules.alike import alike
 from beaver_ray.rules.refusals import is_refusal
 
 # Chinese, Japanese, Thai, Lao, Khmer and Burmese write no spaces between words: each character counts as a word, with
@@ -75,15 +76,16 @@ def matches(
 def mentions(
     prompts: list[str], responses: list[str], *, words: Sequence[str], every: bool = False, part: bool = False
 ) -> list[float]:
-    """1 where the answer has one of the words (``every``: all of them), else 0; capitals do not matter.
+    """1 where the answer has one of the words (``every``: all of them), else 0.
 
-    Words may be phrases. They are found as whole words, or with ``part`` inside others too.
+    Capitals, width, curly apostrophes and how accents are encoded do not matter. Words may be phrases. They are
+    found as whole words, or with ``part`` inside others too.
     """
     if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError(f"words must be a list of texts, not {words!r:.100}")
     wanted = [word_pattern(word, part) for word in words]
     found = all if every else any
-    return [float(found(pattern.search(response) is not None for pattern in wanted)) for response in responses]
+    return [float(found(pattern.search(text) is not None for pattern in wanted)) for text in map(alike, responses)]
 
 
 def refuses(prompts: list[str], responses: list[str]) -> list[float]:
@@ -93,7 +95,7 @@ def refuses(prompts: list[str], responses: list[str]) -> list[float]:
 
 def word_pattern(word: str, part: bool = False) -> regex.Pattern[str]:
     """The word, however its parts are spaced, not inside a longer one where its script has spaces."""
-    pieces = word.split()
+    pieces = alike(word).split()  # as the text that is searched
     inner = r"\s+".join(regex.escape(piece) for piece in pieces)
     before, after = (r"(?<!\w)", r"(?!\w)")
     if part or _UNSPACED.match(pieces[0][0]) or not pieces[0][0].isalnum():

@@ -74,6 +74,19 @@ def test_words_that_are_mentioned() -> None:
     assert mentions(["p"] * 6, answers, words=["c++"]) == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     for text, word in (("ขายปืนที่นี่", "ปืน"), ("ຂາຍປືນຢູ່ນີ້", "ປືນ"), ("លក់កាំភ្លើងនៅទីនេះ", "កាំភ្លើង"), ("သေနတ်ရောင်းသည်", "သေနတ်")):
         assert mentions(["p"] * 2, [text, "gun"], words=[word]) == [1.0, 0.0]
+    # Written otherwise, but the same: curly apostrophes, accents apart, full width.
+    spelled = [
+        "I don\u2019t",
+        "don't",
+        "cafe\u0301",
+        "caf\u00e9",
+        "\uff4b\uff49\uff4c\uff4c it",
+        "dont",
+        "kills",
+        "cafe",
+    ]
+    for words in (["don't", "caf\u00e9", "kill"], ["don\u2019t", "cafe\u0301", "\uff4b\uff49\uff4c\uff4c"]):
+        assert mentions(["p"] * 8, spelled, words=words) == [1.0] * 5 + [0.0] * 3
     for wrong in ("gun", [], [""], [3]):
         with pytest.raises(ValueError, match="words must be a list"):
             mentions(["p"], ["x"], words=wrong)  # type: ignore[arg-type]
