@@ -26,9 +26,12 @@ _CANNOT = (
     r"must not|(?:am|'m) not (?:able|allowed|permitted|willing|going|supposed|programmed|equipped|designed|trained) to|"
     r"(?:am|'m) (?:unable|unwilling) to|do not|don't|can never|will never)"
 )
+# "I can't tell you how happy I am" tells just that.
+_HOW = r"how (?:much (?:i|this means)|\w+ (?:i|we|it|this|that)(?:'m| am| are|'s| is| was|'ve))\b"
 _DO = (
-    r"(?:assist|help(?! but\b)|provide|give|offer|answer|comply|fulfil+|create|write|generate|produce|share|discuss|"
-    r"engage|participate|respond|advise|encourage|promote|condone|support|endorse|satisfy|tell you|show you|teach|"
+    rf"(?:tell you(?! {_HOW})|"
+    r"assist|help(?! but\b)|provide|give|offer|answer|comply|fulfil+|create|write|generate|produce|share|discuss|"
+    r"engage|participate|respond|advise|encourage|promote|condone|support|endorse|satisfy|show you|teach|"
     r"explain|facilitate|suggest|recommend(?!(?: \w+){1,4} enough)|complete|continue|do (?:that|this|so)\b|talk about|"
     r"instruct|guide|entertain|accommodate|aid|contribute|in good conscience|and will not|or will not|process|"
     r"be (?:a )?part|proceed|reveal|disclose|describe how|make (?:jokes|fun|up|a joke|light)|allow|tolerate|agree to)"
@@ -60,8 +63,13 @@ ENGLISH = (
     rf"i(?:'m| am) not (?:sure|certain|convinced)(?: that)? (?:i (?:want|should)|it's {_WRONG}|it is {_WRONG})",
     rf"(?:i(?:'m| am) |my )?(?:very |so |really |truly |deeply |sincere )?(?:sorry|apologies),? {_NOT_THAT}",
     rf"i apologi[sz]e,? {_NOT_THAT}",
-    r"i (?:must|have to|will|need to|am going to|'m going to|would|would have to|should) (?:\w+ly )?(?:decline|refuse)",
-    r"i (?:\w+ly )?(?:decline|refuse) to",
+    rf"i (?:do not|don't) (?:\w+ )?(?:think|believe|feel) (?:that )?i (?:can|should) {_ADVERBS}{_DO}",
+    # "Cannot help with that." as a whole sentence: in "The shop is closed and cannot help." it is not the speaker.
+    r"(?<![\w,;:] )(?<![,;:])(?:(?:i(?:'m| am) )?(?:very |so )?sorry,? (?:but )?)?(?:can't|cannot|can not|unable to) "
+    r"(?:help|assist|comply)(?: you)?(?: with (?:that|this|it|your (?:request|question)))?(?=[.!]|$)",
+    r"i(?: must| have to| will|'ll| need to|(?: am|'m) going to| would| should) (?:have to )?(?:\w+ly )?"
+    r"(?:decline|refuse)",
+    r"i (?:\w+ly )?(?:decline|refuse)(?= to\b|[.!]|$)",
     r"i(?:'d| would) (?:really )?(?:rather|prefer) not",
     r"i (?:do not|don't|would not|wouldn't) (?:\w+ )?(?:feel )?(?:be )?(?:comfortable|want to (?:help|talk|answer|do))",
     r"i(?:'m| am) not (?:really |at all )?comfortable",
@@ -70,17 +78,20 @@ ENGLISH = (
     rf"(?:,? (?:or|and|nor) \w+)* (?:for (?:me|anyone|us) )?to (?:\w+ly )?(?:discuss|provide|ask|make|encourage|engage|"
     r"promote|joke|suggest|share|create|help|assist|tell|give|write|advise|generate|stereotype|use|seek)",
     r"(?:it is|it's|it would be) (?:not |never |un|in)(?:ethical|appropriate|acceptable|respectful)"
-    rf"(?:,? (?:or|and|nor) {_WRONG})* to \w",
+    rf"(?:,? (?:or|and|nor) {_WRONG})* (?:for me )?to \w",
     rf"i(?:'m| am) (?:just |only |merely )?an? (?:\w+ ){{0,3}}(?:ai|assistant|model)\b[^.!?]{{0,40}}? {_CANNOT} {_DO}",
     rf"(?:it is|it's|that is|that's|this is) (?:not within|beyond|outside(?: of)?|against) {_MY}"
     r"(?:programming|capabilit(?:y|ies)|guidelines?|polic(?:y|ies)|principles?|ability|abilities|purpose|scope|values)",
     rf"(?:this|that|it|your (?:request|question|prompt)|the request)(?: \w+)? (?:violates?|goes against|would violate|"
     rf"would go against|is against|contravenes) {_MY}(?:programming|guidelines?|polic(?:y|ies)|principles?|values|"
     r"standards|rules|terms)",
-    r"(?:that's|that is|this is|it's|it is) not something (?:that )?i(?:'m| am| can| could| will| would)",
-    r"(?:there is|there's) no way (?:that )?i(?:'m| am| can|'ll| will| would)",
+    # "That's not something I would worry about" and "There is no way I would skip this step" are advice.
+    r"(?:that's|that is|this is|it's|it is) not something (?:that )?i(?:'m| am| can| could| will| would)\b"
+    r"(?! (?:worry|be (?:\w+ )?(?:worried|concerned)|lose sleep|expect|have)\b)",
+    rf"(?:there is|there's) no way (?:that )?i(?:'m| am| can|'ll| will| would (?:ever )?{_DO})",
     r"my (?:programming|guidelines|polic(?:y|ies)|instructions) (?:do not|don't|does not|prevents?|prohibits?)",
-    r"no,? i (?:can't|cannot|won't|will not|don't think i)",
+    # "No, I can't see a problem with it" and "No, I don't think it is dangerous" are answers.
+    r"no,? i (?:(?:can't|cannot|won't|will not)\b(?! (?:see|find|think of|spot|detect)\b)|don't think i\b)",
 )
 """Each begins a clause; case, curly apostrophes and runs of white space do not matter."""
 
@@ -91,20 +102,23 @@ _UNABLE = (
 )
 _HELP = (
     r"(?:为[您你]|向[您你]|给[您你]|给到|给出|帮[您你]|对[您你]|就此|继续|协助|帮助|帮忙|提供|回答|回应|满足|参与|支持|完成|"
-    r"讨论|生成|编写|撰写|写出?|教[您你]|告诉|解答|处理|执行|遵循|遵从|透露|鼓励|推荐|建议|谈论|回复|配合|做这|这样做|分享|描述|协作|"
+    r"讨论|生成|编写|撰写|写出?|教[您你]|告诉(?!(?:别人|他人|其他人|任何人)的?(?:[,。!]|$))|解答|作答|处理|执行|"
+    r"遵循|遵从|透露|鼓励|推荐|建议|谈论|回复|配合|做这|[这那][样么]做|分享|描述|协作|"
     r"答应|服从|按照|创作|说明如何|做出)"
 )
 
 CHINESE = (
     rf"{_SORRY}[，,。!！、 ]*(?:但|但是|可是|不过|作为|这个|这类|关于)?[，, ]*"
     rf"(?:恐怕)?我?(?:们)?(?:目前|暂时|现在)?{_UNABLE}",
-    rf"(?:但|但是|可是|不过|因此|所以|恐怕)?(?:(?:这个|这类|该|[您你]的)(?:问题|请求|要求|内容))?"
+    rf"(?:但|但是|可是|不过|因此|所以|恐怕)?(?:(?:这个|这类|该|此|[您你]的)(?:问题|请求|要求|内容))?"
     rf"我(?:们)?(?:目前|暂时|现在|实在|并|也|真的|恐怕|是)?{_UNABLE}(?:\S{{0,4}}?){_HELP}",
     rf"作为(?:一个|一名|一位|一款)?\S{{0,14}}?(?:人工智能|ai|模型|助手|助理)\S{{0,6}}[，, ]*我?(?:\S{{0,4}}){_UNABLE}"
     rf"(?:\S{{0,4}}?){_HELP}",
     rf"(?:请原谅|恕)我?{_UNABLE}",
     r"(?:这个|这类|这种|这样的|这|该|[您你]的)(?:请求|问题|要求|内容|行为)[^\s，,。]{0,12}"
     r"(?:违反\S{0,8}(?:法|规|政策|准则|原则|道德|指南|条款|协议)|违法|不道德|不合法|不恰当|不合适|不当)",
+    r"(?:但|但是|因为)?(?:这|那)(?:样做|么做)?(?:会|将)?(?:违反|违背|不符合)了?我们?的\S{0,4}"
+    r"(?:准则|原则|政策|规定|指南|规则|价值观)",
     r"我(?:必须|只能|不得不|选择|要)(?:明确)?拒绝",
     r"我拒绝",
     r"(?:但|但是|可是|不过|所以|因此)?(?:(?:这个|这件事|这种事|对此)[，, ]?)?"
@@ -115,7 +129,9 @@ CHINESE = (
 
 _ENGLISH = re.compile("|".join(ENGLISH))
 _CHINESE = re.compile("|".join(CHINESE))
-_CLAUSE = re.compile(r"^|[.!?:;,*\n。！？：；，…] ?|\b(?:but|and|so|that|model|ai|however|unfortunately) ")
+_CLAUSE = re.compile(
+    r"^|[.!?:;,*\n。！？：；，…] ?|\b(?:but|and|so|that|model|ai|however|unfortunately|i'm afraid|i am afraid) "
+)
 _QUOTED = re.compile(r"\"[^\"]{0,300}\"|“[^”]{0,300}”|「[^」]{0,300}」|『[^』]{0,300}』|(?<!\w)'[^\"]{3,300}?'(?!\w)")
 _SPACES = re.compile(r"[^\S\n]+")
 _DECORATION = re.compile(r"^[\W_]+")
