@@ -40,6 +40,7 @@ _POWER = re.compile(
     r"(?:\s*(?:\\times|\\cdot|\*)|(?<=\d)\s*x)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.IGNORECASE
 )
 _TEN = re.compile(r"(?<![\w.,^])10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.ASCII)
+_INTEGERS = re.compile(r"(?<![\w.,^])(\d{1,6})\s*\^\s*(?:\{\s*(\d{1,3})\s*\}|(\d{1,3}))(?!\d|\.\d|\s*\^)", re.ASCII)
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
 _UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
 # A number of words or of a name (7th, v1.2) is none. Scripts without spaces write letters beside it: \w is ASCII here.
@@ -72,7 +73,7 @@ def numeric_answer(
 ) -> list[float]:
     """1 where the answer's number is that of the row's ``answer``, or one of several, else 0.
 
-    1,000.50, -3/4, 1 1/2, 1½, 1e3, \\frac{1}{2} and 2 \\times 10^3 are read exactly; units and signs of money or
+    1,000.50, -3/4, 1 1/2, 1½, 1e3, \\frac{1}{2}, 2 \\times 10^3 and 2^10 are read exactly; units and signs of money or
     percent do not matter (50% is 50, and so are 50kg and 50元), nor do words for large numbers (1.5 million is 1.5).
     After "the answer is" the first line or sentence with a number counts, and in it the last number. tolerance: how far
     off a number may be, as a share of the right one.
@@ -138,9 +139,15 @@ def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
     text = _one_width(text[-LONGEST:]).translate(_SIGNS).replace("{,}", ",")
     text = _FRACTION.sub(r"\1\2/\3\4", text).replace("\\,", "").replace("\\!", "")
-    text = _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text))
+    text = _INTEGERS.sub(_raised, _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text)))
     numbers = list(_NUMBER.finditer(text))
     return _value(numbers[-1]) if numbers else None
+
+
+def _raised(power: re.Match[str]) -> str:
+    """2^10 in digits; where they may be too many, a number that is too large."""
+    base, exponent = power[1], int(power[2] or power[3])
+    return str(int(base) ** exponent) if len(base) * exponent <= MOST_DIGITS else f"1e{MOST_DIGITS}"
 
 
 def _value(found: re.Match[str]) -> Fraction | None:

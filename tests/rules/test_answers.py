@@ -40,14 +40,26 @@ from beaver_ray.rules.formats import valid_json
         (r"1\frac{1}{2}", "3/2"),
         (r"-3 \tfrac14", "-13/4"),
         ("1½", "3/2"),
-        # Powers, also raised; of 5² the base is what can be read, and never 52.
+        # Powers, also raised: 5² is no 52.
         ("10³", "1000"),
         ("2×10³", "2000"),
         ("6.02 × 10²³", "602000000000000000000000"),
         ("3·10⁻²", "3/100"),
         ("2 x 10^3", "2000"),
         ("1.5X10^3", "1500"),
-        ("The area is 5²", "5"),
+        ("The area is 5²", "25"),
+        ("2³.", "8"),
+        ("2^{10}", "1024"),
+        ("-2^2", "-4"),
+        ("5²/2", "25/2"),
+        (r"\frac{1}{2^3}", "1/8"),
+        ("共5²", "25"),
+        ("0^0", "1"),
+        # Of powers with other exponents the base is what can be read.
+        ("2^3.5", "2"),
+        ("2^3^2", "2"),
+        ("2^n", "2"),
+        ("**42** 7^1", "7"),
         ("12 m²", "12"),
         ("½", "1/2"),
         ("5 7/3", "7/3"),
@@ -74,7 +86,23 @@ def test_numbers_as_they_are_written(text: str, number: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "none", "12,5", "1/0", "1e999999", "9" * 5000, "v1.2.3", "7th", "2nd", "1e", "x2", "4abc"]
+    "text",
+    [
+        "",
+        "none",
+        "12,5",
+        "1/0",
+        "1e999999",
+        "9^999",
+        "999999^999",
+        "9" * 5000,
+        "v1.2.3",
+        "7th",
+        "2nd",
+        "1e",
+        "x2",
+        "4abc",
+    ],
 )
 def test_what_is_no_number(text: str) -> None:
     assert last_number(text) is None
@@ -152,7 +180,8 @@ def test_exact_answers() -> None:
 
 def test_large_answers_take_no_time() -> None:
     started = time.monotonic()
-    for piece in ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9", "\n#"):
+    pieces = ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9", "9^9 ", "\n#")
+    for piece in pieces:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
         exact_answer(["p"], [piece * 200_000], answer=["1"])
     valid_json(["p"] * 2, ["[" * 900_000, "```json\n" * 50_000])
