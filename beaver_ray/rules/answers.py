@@ -49,6 +49,12 @@ _NUMBER = re.compile(
     rf"({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?:{_UNIT})?(?!\w|\.\d)",
     re.IGNORECASE | re.ASCII,
 )
+# Roots, π and what else is not read, and the numbers beside it.
+_ROOT = re.compile(r"\\sqrt\s*(?:\[[^\[\]]*\])?\s*(?:\{[^{}]*\}|\w)|√\s*(?:\([^()]*\)|[\d.]*)")
+_NO_NUMBER = re.compile(r"\\pi(?![a-zA-Z])|\\(?:ln|log|sin|cos|tan|exp)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\([^()]*\)|[\d.]*)")
+_BESIDE_BEFORE = re.compile(r"π\s*[*/+-]?\s*\Z")
+_BESIDE_AFTER = re.compile(r"\s*(?:(?:[*/+-]|\\times|\\cdot)?\s*π|\^)")
+_LONG_SPACE = re.compile(r"\s{3,}")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
 
@@ -136,12 +142,19 @@ def plain(text: str) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
-    text = _one_width(text[-LONGEST:]).translate(_SIGNS).replace("{,}", ",")
+    """The last number in a text, exactly; None where it has none, or one too large to be worked with.
+
+    What is a part of 3\\pi, \\sqrt{2} or 2^n is none.
+    """
+    text = _LONG_SPACE.sub("  ", _one_width(text[-LONGEST:])).translate(_SIGNS).replace("{,}", ",")
+    text = _NO_NUMBER.sub("π", _ROOT.sub("π", text))
     text = _FRACTION.sub(r"\1\2/\3\4", text).replace("\\,", "").replace("\\!", "")
     text = _INTEGERS.sub(_raised, _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text)))
-    numbers = list(_NUMBER.finditer(text))
-    return _value(numbers[-1]) if numbers else None
+    for number in reversed(list(_NUMBER.finditer(text))):
+        before = text[max(0, number.start() - 6) : number.start()]
+        if not _BESIDE_BEFORE.search(before) and not _BESIDE_AFTER.match(text, number.end()):
+            return _value(number)
+    return None
 
 
 def _raised(power: re.Match[str]) -> str:

@@ -94,10 +94,14 @@ def refuses(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def word_pattern(word: str, part: bool = False) -> regex.Pattern[str]:
-    """The word, however its parts are spaced, not inside a longer one where its script has spaces."""
-    pieces = alike(word).split()  # as the text that is searched
+    """The word, however its parts are spaced, not inside a longer one of a script that has spaces.
+
+    It is searched for in what `alike` makes of a text.
+    """
+    pieces = alike(word).split()
     inner = r"\s+".join(regex.escape(piece) for piece in pieces)
-    before, after = (r"(?<!\w)", r"(?!\w)")
+    letter = rf"(?!{_NO_SPACES})\w"
+    before, after = (f"(?<!{letter})", f"(?!{letter})")
     if part or _UNSPACED.match(pieces[0][0]) or not pieces[0][0].isalnum():
         before = ""
     if part or _UNSPACED.match(pieces[-1][-1]) or not pieces[-1][-1].isalnum():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from beaver_ray.rules.alike import alike
 from beaver_ray.rules.text import word_pattern
 from beaver_ray.self_align.options import InstructionFilters
 from beaver_ray.self_align.requests import Hint, Written
@@ -78,7 +79,7 @@ class Pool:
             return f"fewer than {filters.fewest_words} words"
         if len(words(text)) + len(words(written.input)) > filters.most_words:
             return f"more than {filters.most_words} words"
-        if any(word.search(text) for word in self._banned):
+        if any(word.search(alike(text)) for word in self._banned):
             return "a word of the blacklist"
         if not filters.any_script and not text[0].isascii():
             return "begins with no ASCII character"

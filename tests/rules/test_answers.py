@@ -55,10 +55,11 @@ from beaver_ray.rules.formats import valid_json
         (r"\frac{1}{2^3}", "1/8"),
         ("共5²", "25"),
         ("0^0", "1"),
-        # Of powers with other exponents the base is what can be read.
-        ("2^3.5", "2"),
-        ("2^3^2", "2"),
-        ("2^n", "2"),
+        (r"9π ≈ 28.27", "28.27"),
+        (r"28.27 (9\pi)", "28.27"),
+        (r"\sqrt{16} = 4", "4"),
+        (r"\log_{2} 8 = 3", "3"),
+        ("5 circles and π", "5"),
         ("**42** 7^1", "7"),
         ("12 m²", "12"),
         ("½", "1/2"),
@@ -102,6 +103,25 @@ def test_numbers_as_they_are_written(text: str, number: str) -> None:
         "1e",
         "x2",
         "4abc",
+        # Parts of what is not read.
+        r"\sqrt{2}",
+        r"\sqrt 2",
+        r"2\sqrt[3]{5}",
+        r"2 \times \sqrt{3}",
+        "2√3",
+        "√16",
+        r"3\pi",
+        "2 π",
+        "π / 2",
+        "1 + π",
+        r"\frac{\sqrt{3}}{2}",
+        r"\frac{1}{\sqrt{2}}",
+        r"\frac{3\pi}{4}",
+        r"\ln 2",
+        r"\sin(30)",
+        "2^n",
+        "2^3.5",
+        "2^3^2",
     ],
 )
 def test_what_is_no_number(text: str) -> None:
@@ -180,7 +200,24 @@ def test_exact_answers() -> None:
 
 def test_large_answers_take_no_time() -> None:
     started = time.monotonic()
-    pieces = ("1,", "\\boxed{", "answer is ", "1e", "-", "\\frac{", "1/", "1.", "\\times 10", "{}", "9", "9^9 ", "\n#")
+    pieces = (
+        "1,",
+        "\\boxed{",
+        "answer is ",
+        "1e",
+        "-",
+        "\\frac{",
+        "1/",
+        "1.",
+        "\\times 10",
+        "{}",
+        "9",
+        "9^9 ",
+        "\n#",
+        " ",
+        "\\sqrt{",
+        "π ",
+    )
     for piece in pieces:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
         exact_answer(["p"], [piece * 200_000], answer=["1"])

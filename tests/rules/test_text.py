@@ -74,6 +74,8 @@ def test_words_that_are_mentioned() -> None:
     assert mentions(["p"] * 6, answers, words=["c++"]) == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     for text, word in (("ขายปืนที่นี่", "ปืน"), ("ຂາຍປືນຢູ່ນີ້", "ປືນ"), ("លក់កាំភ្លើងនៅទីនេះ", "កាំភ្លើង"), ("သေနတ်ရောင်းသည်", "သေနတ်")):
         assert mentions(["p"] * 2, [text, "gun"], words=[word]) == [1.0, 0.0]
+    mixed = ["用gun射击", "用guns射击", "agun", "これはgunです", "gunปืน", "gun_1"]
+    assert mentions(["p"] * 6, mixed, words=["gun"]) == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     # Written otherwise, but the same: curly apostrophes, accents apart, full width.
     spelled = [
         "I don\u2019t",

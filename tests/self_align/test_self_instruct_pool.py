@@ -131,13 +131,14 @@ def test_each_filter(instruction: str, given: str, reason: str) -> None:
 
 
 def test_entries_of_the_blacklist_may_be_phrases_or_have_signs() -> None:
-    found = pool(blacklist=["pie chart", "e-mail", "C++", "图片", " "], any_script=True)
+    found = pool(blacklist=["pie chart", "e-mail", "C++", "图片", "child's", " "], any_script=True)
     for text in (
         *("Make a Pie  chart of it", "Write him an e-mail now.", "Sort them in C++ please", "请描述这张图片"),
+        "Draw a child\u2019s face for me",
         *("Describe pie charts to me", "Bake a pie, chart it", "Sort them in C please"),
     ):
         found.offer(Written(text), VANILLA, 1)
-    assert found.counts == {VANILLA: Counter({"written": 7, "a word of the blacklist": 4, "kept": 3})}
+    assert found.counts == {VANILLA: Counter({"written": 8, "a word of the blacklist": 5, "kept": 3})}
 
 
 def test_what_passes_and_what_is_cut() -> None:
