@@ -16,6 +16,7 @@ from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import bounded
 from beaver_ray.method.history import Moments
+from beaver_ray.method.multipliers import spread
 from beaver_ray.method.objective import Answers, BoundedCosts
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.signals import critics, scorers
@@ -180,7 +181,7 @@ class ExperienceBuilder:
             "tokens": int(lengths.sum() + experience.lengths(batch, "prompt_tokens").sum()),
             "reward/mean": float(experience.scalars(batch, "reward").mean()),
             # In float32 that of equal rewards would not be 0.
-            "reward/std": float(experience.scalars(batch, "reward").astype(np.float64).std()),
+            "reward/std": spread(experience.scalars(batch, "reward").astype(np.float64)),
             **{f"reward/p{p:02d}": float(np.percentile(experience.scalars(batch, "reward"), p)) for p in TAILS},
             "rollout/response_tokens": float(experience.own_lengths(batch).mean()),
             "rollout/truncated_fraction": float(experience.truncated(batch).mean()),

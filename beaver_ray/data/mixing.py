@@ -206,11 +206,6 @@ def prompt_hash(sample: RawSample) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def prompt_texts(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:
-    """The turns of every distinct prompt, without white space around them."""
-    return set(map(bare_turns, samples))
-
-
 def bare_turns(sample: RawSample) -> tuple[str, ...]:
     """The turns of a prompt, without white space around them."""
     return tuple(turn.strip() for turn in prompt_key(sample))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.data.mixing import Spec, load_mix, prompt_texts
+from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
+from beaver_ray.rules.alike import alike
 from beaver_ray.yaml_files import read_yaml
 
 
@@ -29,7 +30,7 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
     """Leave out what stands, by its text, in data that ``config`` (a stage's, as plain values) trains or calibrates on.
 
     So too for the runs that made its models and ``policy``, and those before them, where their folders still hold a
-    configuration. White space around a turn makes no other prompt.
+    configuration. White space, capitals and width of letters make no other prompt.
 
     Raises UserError where data of ``config`` itself cannot be read.
     """
@@ -40,17 +41,22 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
             read.update(map(data_label, new))
             name = f"{part} of {run}" if run else part
             try:
-                seen = prompt_texts(load_mix(new)[0]) if new else set()
+                seen = _wordings(load_mix(new)[0]) if new else set()
             except UserError as error:
                 if not run:
                     raise
                 sealed.unchecked.append(f"{name}: {error}")
                 continue
-            found = prompt_texts(sealed.samples) & seen
+            found = _wordings(sealed.samples) & seen
             if found:
                 sealed.left_out[f"in {name}"] = len(found)
-                sealed.samples = [s for s in sealed.samples if not prompt_texts([s]) & found]
+                sealed.samples = [s for s in sealed.samples if not _wordings([s]) & found]
     return sealed
+
+
+def _wordings(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:
+    """The turns of every distinct prompt, as they are compared."""
+    return {tuple(" ".join(alike(turn).casefold().split()) for turn in prompt_key(sample)) for sample in samples}
 
 
 def _runs(config: Mapping[str, Any], policy: str, unchecked: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -34,6 +34,8 @@ LARGEST_ERROR = 0.3
 """Standard deviations of the costs as which pid counts any larger gap."""
 FAR = 100.0
 """Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
+ROUNDING = 1e-9
+"""A spread below this share of the largest number is that of equal numbers, whose mean is rounded."""
 
 
 class CostWindow:
@@ -86,6 +88,12 @@ class PidState:
 @dataclass
 class ProjectedState:
     value: float
+
+
+def spread(numbers_N: npt.NDArray[np.float64]) -> float:
+    """The standard deviation; 0 of equal numbers, also where their mean is rounded to another."""
+    found = float(numbers_N.std())
+    return found if found > ROUNDING * float(np.abs(numbers_N).max()) else 0.0
 
 
 class Multiplier(ABC):
@@ -157,7 +165,7 @@ class Multiplier(ABC):
                 spread_of = compared  # so few lie nearer to each other than all do, and one alone has no variance
             if self.window is not None:
                 self.window.extend(given, prompts)
-        self._observe(float(spread_of.var()), reward_std**2)
+        self._observe(spread(spread_of) ** 2, reward_std**2)
         if not hold and self.updates >= self.delay_steps:
             self._move(mean_cost - limit, age)
         self.updates += 1

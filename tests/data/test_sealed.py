@@ -41,7 +41,7 @@ def candidates(tmp_path: Path) -> list[Any]:
 
 
 def config(tmp_path: Path, **more: Any) -> dict[str, Any]:
-    own = prompts_file(tmp_path / "own.jsonl", " question 0\n", "question 1", "other")
+    own = prompts_file(tmp_path / "own.jsonl", " Question  0\n", "question 1", "other")
     return {"data": {"prompts": [own]}, "models": {"policy": str(tmp_path / "base")}, **more}
 
 

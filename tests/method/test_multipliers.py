@@ -19,6 +19,7 @@ from beaver_ray.method.multipliers import (
     PidMultiplier,
     ProjectedMultiplier,
     make_multiplier,
+    spread,
 )
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -203,6 +204,10 @@ def test_pid_is_not_at_a_loss_where_nothing_differs():
     assert values[0] > 0 and values == sorted(values)
     assert [multiplier.update([0.5] * FEWEST, 0.5, reward_std=0.0)] == [multiplier.state.integral]
     assert [multiplier.update([0.0] * FEWEST, 0.5, reward_std=0.0) for _ in range(200)][-1] == 0.0
+    # Their mean may be rounded: three times 0.1, summed and divided, is not 0.1.
+    assert np.full(3, 0.1).std() > 0 == spread(np.full(3, 0.1)) and spread(np.array([0.0, 2.0])) == 1.0
+    exact, rounded = (PidMultiplier(0.0, 10.0, None, None, 0) for _ in range(2))
+    assert rounded.update([0.1] * 3, 0.05) == pytest.approx(exact.update([0.5] * 3, 0.45))
 
 
 @given(
