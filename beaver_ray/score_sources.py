@@ -13,15 +13,18 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
+from beaver_ray import rules
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import near
 from beaver_ray.principle_options import PrincipleModel
-from beaver_ray.user_code import PREFIX, Code, UserCode
+from beaver_ray.user_code import PREFIX, RAISED, Code, UserCode, last_line
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
 """Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""
@@ -304,10 +307,23 @@ class FunctionSource(ScoreSource):
         self.code = UserCode(text, "a function that scores", ast.FunctionDef, GIVEN)
 
     def check(self, part: str, trust_remote_code: bool = False) -> None:
-        """UserError where there is no such function, or where its file may not be run."""
+        """UserError where there is no such function, where its file may not be run, or where it is one of ours and
+        refuses its parameters."""
         found = self.code.find(part)
         assert isinstance(found, ast.FunctionDef)
         self.code.check_keywords(part, found.args)
+        if self.code.file.resolve().parent == Path(rules.__file__).parent and "model" not in self.code.keywords:
+            self._try_on_no_answer(part, found.args)
+
+    def _try_on_no_answer(self, part: str, arguments: ast.arguments) -> None:
+        """Call a function of beaver_ray/rules without prompts: a pattern that is none is known before models are."""
+        function = getattr(import_module(f"{rules.__name__}.{self.code.file.stem}"), self.code.name)
+        kinds = {one.arg: ast.unparse(one.annotation or ast.Constant(None)) for one in arguments.kwonlyargs}
+        rows: dict[str, Any] = {name: [] for name, kind in kinds.items() if kind == "list[Any]"}
+        try:
+            function([], [], **rows, **self.code.keywords)
+        except RAISED as error:
+            raise UserError(f"{part}: {self.text}: {last_line(error)}") from None
 
     def given(self) -> Code:
         """The file's text, so that other nodes need not have it."""

@@ -240,6 +240,41 @@ def test_parameters_are_literals_by_name(file: Path) -> None:
     score_source("python:score.py:everything(anything=1)").check("the cost")
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("text.py:matches(pattern='(')", "missing"),
+        ("text.py:over_length(budget=0)", "ValueError: budget must be above 0, not 0"),
+        ("text.py:over_length", "missing 1 required keyword-only argument: 'budget'"),
+        ("text.py:mentions(words='gun')", "words must be a list"),
+        ("answers.py:numeric_answer(tolerance=-1)", "tolerance must be"),
+        ("programs.py:passes_tests(memory_mib=1)", "memory_mib must be"),
+        ("formats.py:valid_json(keys='a')", "keys must be a list"),
+    ],
+)
+def test_parameters_of_the_library_are_tried_before_models_are_loaded(call: str, said: str) -> None:
+    with pytest.raises(UserError, match=r"^the cost: python:beaver_ray/rules/.*: \w+: ") as caught:
+        score_source(f"python:beaver_ray/rules/{call}").check("the cost")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(
+            "text.py:matches(pattern='a')",
+            "text.py:refuses",
+            "text.py:over_length(budget=3)",
+            "disclaimers.py:disclaims",
+        ),
+        *("answers.py:exact_answer", "answers.py:numeric_answer", "formats.py:valid_json", "programs.py:passes_tests"),
+        *("programs.py:compiles", "translation.py:copied", "translation.py:by_model(model='no/folder')"),
+    ],
+)
+def test_what_the_library_takes_passes(call: str) -> None:
+    score_source(f"python:beaver_ray/rules/{call}").check("the cost")
+
+
 def test_the_library_is_at_hand_in_a_checkout(tiny_world: Path, prompts: str) -> None:
     batch = sequences_of(tiny_world, prompts, ANSWERS)
     over = scorer_of(tiny_world, "python:beaver_ray/rules/text.py:over_length(budget=2)", {"cost/long": 0}, prompts)
