@@ -37,6 +37,7 @@ from beaver_ray.signals import scorers
 from beaver_ray.small_world.judging import truths_of_dialogues
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.stage import RoleSpec, Stage
+from beaver_ray.user_code import PREFIX
 from beaver_ray.verdicts import Calibrated, Reliability
 
 MOST_TEXTS = 256
@@ -193,7 +194,7 @@ class HeldOut:
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)
         probabilities = targets.keys() & set(self.learned)
-        by = "true reward and cost of the small world" if self.world else "learned reward and cost models"
+        by = "true reward and cost of the small world" if self.world else _by_own(self.config)
         if self.world and self.learned:
             by += f" ({', '.join(self.learned)}: learned)"
         by += self._about_own()
@@ -423,3 +424,12 @@ def _perplexity(parts: Sequence[pa.RecordBatch]) -> dict[str, float]:
     if not found:
         return {}
     return {"eval/perplexity": float(np.exp(-np.concatenate(found).mean(dtype=np.float64)))}
+
+
+def _by_own(config: PolicyConfig) -> str:
+    """What the run's own scores come from, in words."""
+    sources = [config.models.reward, *(constraint.model for constraint in config.constraints)]
+    functions = [isinstance(source, str) and source.startswith(PREFIX) for source in sources]
+    if not any(functions):
+        return "learned reward and cost models"
+    return "reward and cost functions" if all(functions) else "reward and cost models and functions"

@@ -137,7 +137,7 @@ def test_the_judges_that_picked_are_named_where_the_truth_is_not_known(tiny_worl
     evaluation = {"prompts": [f"prompts:1:{tiny_world}/prompts/test.jsonl"]}
     folder = train(configured(tiny_world, tmp_path, evaluation=evaluation))
     by = json.loads((folder / "evaluation.json").read_text())["judged_by"]
-    assert by.startswith("learned reward and cost models, the very ones that its answers were picked by; judge by ")
+    assert by.startswith("reward and cost functions, the very ones that its answers were picked by; judge by ")
 
 
 def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
