@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from beaver_ray.data_options import DataSpec, Scalar
-from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.guard_options import ModelOfScores, PerhapsModelOfScores
 from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
@@ -77,6 +77,11 @@ class ConstraintConfig(Strict):
         "Highest share of unsafe answers; the cost becomes a calibrated probability.", None, gt=0, lt=1
     )
     calibration: list[DataSpec] = option("Held-out labelled pairs, for violation_rate.", default_factory=list)
+    judge: PerhapsModelOfScores = option(
+        "Says which held-out answers are unsafe (above 0), where nobody knows the truth: the calibration of "
+        "violation_rate is held against it. Any source that model may be; nothing is trained on it.",
+        None,
+    )
     confidence: float | None = option(
         "Probability with which the mean cost is to be within the bound, sampling errors counted.", None, gt=0.5, lt=1
     )
@@ -118,6 +123,11 @@ class ConstraintConfig(Strict):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:
             raise ValueError(f"constraint {self.name}: violation_rate needs calibration data (labelled pairs)")
+        if self.violation_rate is None and self.judge is not None:
+            raise ValueError(
+                f"constraint {self.name}: judge is what calibrated probabilities are held against, and there are none "
+                f"without violation_rate"
+            )
         if empty := [field for field, wanted in self.where.items() if wanted == []]:
             raise ValueError(f"constraint {self.name}: where.{empty[0]} has no value, and would match no prompt")
         if not FORM.fullmatch(self.form):

@@ -178,7 +178,7 @@ def _harm(metrics: Mapping[str, np.ndarray]) -> Iterator[Sign]:
 
 
 def _overlooked(metrics: Mapping[str, np.ndarray]) -> Iterator[Sign]:
-    """Calibrated probabilities below what is unsafe in truth, twice in a row."""
+    """Calibrated probabilities below what is unsafe by labels of the same answers, twice in a row."""
     for key in [key for key in metrics if key.startswith("eval/calibration/") and key.endswith("/predicted")]:
         low = metrics.get(key.replace("/predicted", "/observed_low"))
         if low is None:
@@ -188,7 +188,7 @@ def _overlooked(metrics: Mapping[str, np.ndarray]) -> Iterator[Sign]:
         if len(predicted) == 2 and (predicted < least).all():
             name = key.removeprefix("eval/calibration/").removesuffix("/predicted")
             told = f"{predicted[-1]:.1%} of the held-out answers are {name} by the cost model, at least {least[-1]:.1%}"
-            yield Sign(f"overlooked/{name}", f"{told} in truth: the policy learns what the cost model overlooks")
+            yield Sign(f"overlooked/{name}", f"{told} by their labels: the policy learns what the cost model overlooks")
 
 
 def _text(metrics: Mapping[str, np.ndarray]) -> list[Sign]:

@@ -18,7 +18,7 @@ from beaver_ray.models.folders import read_config
 from beaver_ray.score_sources import GroupedSource, GuardSource, PrincipleSource, ScoreSource, score_source
 
 HELD_OUT_JUDGE = "held-out-judge"
-"""Name of the role that scores held-out answers and no others."""
+"""What the names of roles begin with that score held-out answers and no others."""
 _OTHER = "start from another model, or from a language model for fresh heads"
 
 
@@ -99,14 +99,18 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
     return scorer_plans(config.models.reward, {constraint.name: constraint.model for constraint in config.constraints})
 
 
-def held_out_judge(config: PolicyConfig) -> ScorerPlan | None:
-    """The scorer of held-out answers alone, which gives a reward; None where there is none.
+def held_out_judges(config: PolicyConfig) -> list[ScorerPlan]:
+    """The scorers of held-out answers alone: one of a reward, and one for each constraint that has one.
 
-    Raises UserError where its folder has no head for a reward.
+    Raises UserError where a folder has no head of that kind.
     """
-    if config.evaluation.judge is None:
-        return None
-    return replace(scorer_plan("reward", HELD_OUT_JUDGE, "reward", config.evaluation.judge), kind="judge")
+    judges = {"reward": config.evaluation.judge} | {c.name: c.judge for c in config.constraints}
+    plans = [
+        scorer_plan(signal, f"{HELD_OUT_JUDGE}-{signal}", _kind(signal), judge)
+        for signal, judge in judges.items()
+        if judge is not None
+    ]
+    return [replace(plan, kind="judge") for plan in plans]
 
 
 def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> list[ScorerPlan]:

@@ -88,7 +88,11 @@ def test_a_healthy_run_is_silent_all_along() -> None:
         ({"eval__refusal_rate_harmless": np.linspace(0, 0.4, STEPS)}, "refusals", "refusals of harmless prompts rose"),
         ({"rollout__disclaimer_rate": np.linspace(0, 0.9, STEPS)}, "disclaimers", "with a disclaimer rose"),
         ({"eval__violation_rate__harm": np.linspace(0.1, 0.4, STEPS)}, "harm/harm", "violation rate of harm rose"),
-        ({"eval__calibration__harm__observed_low": np.full(STEPS, 0.2)}, "overlooked/harm", "at least 20.0% in truth"),
+        (
+            {"eval__calibration__harm__observed_low": np.full(STEPS, 0.2)},
+            "overlooked/harm",
+            "at least 20.0% by their labels",
+        ),
         ({"eval__perplexity": np.linspace(8, 40, STEPS)}, "perplexity", "held-out text rose"),
     ],
 )

@@ -15,7 +15,7 @@ from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models, open_cluster, start_judging_roles
 from actors.driver.rollouts import Rollouts, Score
 from actors.roles.policy import PolicyTrainer
-from actors.roles.scorer import ScorerBase
+from actors.roles.scorer import ScorerBase, judge_column
 from beaver_ray import experience
 from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.config import PolicyConfig
@@ -33,7 +33,8 @@ from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import read_evaluation
 from beaver_ray.score_figures import rank_correlation
-from beaver_ray.signals import scorers
+from beaver_ray.score_sources import score_source
+from beaver_ray.signals import held_out_judges, scorers
 from beaver_ray.small_world.judging import truths_of_dialogues
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.stage import RoleSpec, Stage
@@ -147,8 +148,10 @@ class HeldOut:
         self.learned = [name for name in names if name not in self.truths]
         """Those that learned scorers judge."""
         calibrated = [c.name for c in config.constraints if c.violation_rate is not None]
-        self.compared = [name for name in calibrated if name not in self.learned]
-        """Those whose calibrated probabilities can be held against the truth."""
+        self.judges = {c.name: c.judge for c in config.constraints if c.judge is not None}
+        """Constraint to who says which answers are unsafe, where that is not the truth."""
+        self.compared = [name for name in calibrated if name not in self.learned or name in self.judges]
+        """Those whose calibrated probabilities can be held against the truth, or a judge."""
         self.reliability: dict[str, Calibrated] = {}
         """What came of that in the last evaluation."""
         reader = Reader(self.tokenizer, config.data.template)
@@ -183,8 +186,8 @@ class HeldOut:
     def summary(self, answers: pa.RecordBatch, note: Callable[[str], None], step: int) -> dict[str, Any]:
         """The content of evaluation.json about these answers.
 
-        Where the truth is known of calibrated costs, `reliability` says afterwards whether they fit; a calibration that
-        did in the evaluation before and no longer does is noted.
+        Where the truth is known of calibrated costs, or a judge has said it, `reliability` says afterwards whether they
+        fit; a calibration that did in the evaluation before and no longer does is noted.
         """
         answers, unusable = self._usable(answers, note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
@@ -221,11 +224,12 @@ class HeldOut:
     ) -> pa.RecordBatch:
         """``each`` answers to every prompt with their scores; first one to each, then another to each, and so on.
 
-        compared: also with the learned reward, where the truth makes it needless for the figures, and with the score of
-        ``evaluation.judge``.
+        compared: also with the learned reward, where the truth makes it needless for the figures, and with what judges
+        of held-out answers say.
         """
         columns = [*self._columns(), *(["reward"] if compared and self.world else [])]
-        columns += ["judge"] if compared and roles.judge.workers else []
+        judges = [plan for plan in held_out_judges(self.config) if compared and plan.name in roles.judges]
+        columns += [judge_column(column) for plan in judges for column in plan.columns]
         prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
@@ -243,19 +247,24 @@ class HeldOut:
     def write_reliability(self, folder: Path) -> None:
         """Write what the last evaluation found of the calibrations, where there is anything."""
         if self.reliability:
-            labels = "the small world's truth, of answers to held-out prompts"
+            by = [f"{score_source(self.judges[n]).text} ({n})" for n in self.reliability if n in self.judges]
+            by += ["the small world's truth"] if self.reliability.keys() - self.judges.keys() else []
+            labels = f"{', '.join(by)}, of answers to held-out prompts"
             Reliability(labelled_by=labels, constraints=self.reliability).write(folder)
 
     def _compare(self, answers: pa.RecordBatch, samples: Samples, note: Callable[[str], None], step: int) -> None:
-        """Hold calibrated probabilities against the truth of the same answers, where both are known."""
+        """Hold calibrated probabilities against a judge, or else the truth, of the same answers, where it is known."""
         before, self.reliability = self.reliability, {}
         for name in self.compared:
+            judged = f"judge/{name}"
+            if name in self.judges and judged not in answers.schema.names:
+                continue
+            costs = experience.scalars(answers, judged) if name in self.judges else samples.costs[name]
             probability = experience.scalars(answers, f"cost/{name}")
-            known = np.isfinite(probability) & samples.inside.get(name, True)
+            known = np.isfinite(probability + costs) & samples.inside.get(name, True)
             if not known.any():
                 continue
-            unsafe = samples.costs[name][known] > 0
-            found = compare(probability[known], unsafe, samples.prompt_id[known])
+            found = compare(probability[known], costs[known] > 0, samples.prompt_id[known])
             self.reliability[name] = found
             if not found.fits and (name not in before or before[name].fits):
                 when = f"step {step}" if step else "evaluation"
@@ -280,7 +289,8 @@ class HeldOut:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
         scores = [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
-        return scores + ([roles.judge.next().call(ScorerBase.judge, chunk)] if "judge" in columns else [])
+        judges = [p for p in held_out_judges(self.config) if {*map(judge_column, p.columns)} & set(columns)]
+        return scores + [roles.judges[plan.name].next().call(ScorerBase.judge, chunk) for plan in judges]
 
     def _scores(self) -> list[str]:
         """Columns of scores that figures are made of: those that the truth does not say."""
@@ -293,8 +303,7 @@ class HeldOut:
         return [
             *("sample_id", "prompt_id", "prompt_tokens", "response_tokens", "finish_reason"),
             *(["loss_mask"] if self.config.rollout.environment else []),
-            *self._scores(),
-            *probabilities,
+            *dict.fromkeys([*self._scores(), *probabilities]),
         ]
 
     def counting(self, name: str) -> np.ndarray:

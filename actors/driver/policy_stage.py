@@ -113,11 +113,10 @@ class PolicyStage(PolicyConfig, Stage):
         return [self._generator(), *(self._scorer(plan) for plan in scorers(self))]
 
     def evaluating_roles(self) -> list[RoleSpec]:
-        """Those, and the judge of held-out answers where there is one."""
-        from beaver_ray.signals import held_out_judge
+        """Those, and the judges of held-out answers."""
+        from beaver_ray.signals import held_out_judges
 
-        plan = held_out_judge(self)
-        return [*self.judging_roles(), *([] if plan is None else [self._scorer(plan)])]
+        return [*self.judging_roles(), *(self._scorer(plan) for plan in held_out_judges(self))]
 
     def roles(self) -> list[RoleSpec]:
         """Generators, scorers, reference, policy, critics where there are any, and the experience builder."""

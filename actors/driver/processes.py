@@ -32,8 +32,8 @@ from beaver_ray.template_options import TemplateOptions
 
 @dataclass
 class Roles:
-    """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in. ``judge`` scores
-    held-out answers alone, and has no workers where nothing does.
+    """The groups of a run; ``scorers`` by role name, ``critics`` by the folder that each is saved in. ``judges`` score
+    held-out answers alone, by role name too.
 
     An evaluation has generators and scorers alone, a comparison with labels only scorers; ``reference`` has no workers
     there, and where the policy is its own.
@@ -45,7 +45,7 @@ class Roles:
     policy: Group
     critics: dict[str, Group]
     experience: Group
-    judge: Group
+    judges: dict[str, Group]
     calibrations: list[tuple[str, str, Any]] = field(default_factory=list)
     """What the scorers were told: (scorer, column, calibration)."""
     late: list[Handle] = field(default_factory=list)
@@ -65,7 +65,9 @@ def check_models(config: PolicyStage) -> list[str]:
     check_model_folder(config.models.policy, "policy")
     sources = {"reward model": config.models.reward}
     sources |= {f"cost model of {constraint.name}": constraint.model for constraint in config.constraints}
-    sources |= {"evaluation.judge": config.evaluation.judge} if config.evaluation.judge is not None else {}
+    judges = {"evaluation.judge": config.evaluation.judge}
+    judges |= {f"judge of constraint {constraint.name}": constraint.judge for constraint in config.constraints}
+    sources |= {part: judge for part, judge in judges.items() if judge is not None}
     for part, model in sources.items():
         score_source(model).check(part, config.trusts_code)
     if config.environment is not None:
@@ -120,14 +122,14 @@ def _start(stage: Stage, specs: Sequence[RoleSpec], cluster: Cluster | None) -> 
         experience=groups.pop("experience", nobody),
         policy=trained.pop("policy", nobody),
         critics=trained,
-        judge=groups.pop(HELD_OUT_JUDGE, nobody),
+        judges={name: groups.pop(name) for name in list(groups) if name.startswith(HELD_OUT_JUDGE)},
         scorers=groups,
     )
 
 
 def _wait_started(roles: Roles, cluster: Cluster | None, grows: bool = False) -> None:
     if cluster:
-        frozen = [roles.rollout, *roles.scorers.values(), roles.judge, roles.reference]
+        frozen = [roles.rollout, *roles.scorers.values(), *roles.judges.values(), roles.reference]
         groups = [*frozen, roles.policy, *roles.critics.values(), roles.experience]
         roles.late = cluster.wait_started(groups, grows)
 

@@ -198,7 +198,7 @@ class Recovery:
         """Count and restart dead scorers, held-out judges, reference and experience builder; returns their names."""
         assert self.cluster is not None
         roles = self.roles
-        groups = [*roles.scorers.values(), roles.judge, roles.reference, roles.experience]
+        groups = [*roles.scorers.values(), *roles.judges.values(), roles.reference, roles.experience]
         dead = self._dead(groups)
         for name in dead:
             self.run.note(f"{name} is started anew: {error}")

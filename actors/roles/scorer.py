@@ -61,8 +61,9 @@ class ScorerBase(ABC):
         return experience.make_batch(found)
 
     def judge(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """`score` of a reward that nothing is trained on: the column is called judge."""
-        return self.score(batch).rename_columns({"reward": "judge"})
+        """`score` of what nothing is trained on: a reward's column is called judge, that of a cost judge/NAME."""
+        scores = self.score(batch)
+        return scores.rename_columns({column: judge_column(column) for column in self.columns})
 
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """Fit P(unsafe) on labelled pairs, read as rollouts are; from now on it is the cost in ``column``."""
@@ -96,6 +97,11 @@ class ScorerBase(ABC):
     def set_calibration(self, column: str, figures: dict[str, float]) -> None:
         """Use a calibration of ``column`` that another worker has fitted."""
         self.calibrations[column] = Calibration.from_dict(figures)
+
+
+def judge_column(column: str) -> str:
+    """Of a judge's scores, by the column that a scorer's would have."""
+    return "judge" if column == "reward" else column.replace("cost/", "judge/", 1)
 
 
 class TextScorer(ScorerBase):

@@ -29,7 +29,7 @@ OF_TRAINING = {
     "data": {"ptx"},
     "rollout": {"staleness", "in_flight", "oversample", "environment"},
     "evaluation": {"judge"},
-    "constraints": {"critic", "confidence", "form", "multiplier"},
+    "constraints": {"critic", "judge", "confidence", "form", "multiplier"},
 }
 """Options of stages that train, which have nothing to say here."""
 

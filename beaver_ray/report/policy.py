@@ -204,7 +204,7 @@ def _calibration_chart(metrics: dict[str, np.ndarray], name: str) -> Chart:
     rates = [Series(key, y) for key, y in parts.items() if y is not None and key != "ece"]
     rates += [Series(f"99 % {key}", y, dashed=True) for key, y in ends.items() if y is not None]
     error = [Series("expected calibration error", y) for y in [parts["ece"]] if y is not None]
-    caption = "Mean calibrated probability against the share that is unsafe in truth, on held-out answers."
+    caption = "Mean calibrated probability against the share that is unsafe by labels, on held-out answers."
     return Chart(f"Calibration: {name}", caption, [Panel("unsafe", rates), Panel("error", error)])
 
 

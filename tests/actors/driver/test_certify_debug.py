@@ -89,6 +89,19 @@ def test_a_run_compares_its_calibration_with_the_truth(
     page = write_report(config, folder).read_text()
     assert "Reliability: harm" in page and "Calibration: harm" in page and "<h2>Certificate" not in page
 
+    # A judge who says the same is told by the same figures, where the run knows no truth.
+    judge = f"python:beaver_ray/small_world/truth.py:cost(world='{tiny_world}/world.json')"
+    blind = {"prompts": config.evaluation.prompts, "every": 1}
+    harm = config.constraints[0].model_dump() | {"judge": judge}
+    judged = calibrated(tiny_world, cost_model, tmp_path / "judged", evaluation=blind, constraints=[harm])
+    assert [role.name for role in judged.roles() if role.kind == "judge"] == ["held-out-judge-harm"]
+    for row, told in zip((first, second), read_metrics(train(judged)), strict=True):
+        figures = {key: value for key, value in row.items() if key.startswith("eval/calibration/harm/")}
+        assert len(figures) == 5 and figures.items() <= told.items() and "eval/share_of_optimum" not in told
+    by_judge = Reliability.read(tmp_path / "judged" / judged.name)
+    assert by_judge is not None and by_judge.constraints == last.constraints
+    assert by_judge.labelled_by == f"{judge} (harm), of answers to held-out prompts"
+
     # The final policy of a finished run is certified in its folder, where its report finds that.
     before = (folder / "evaluation.json").read_bytes()
     options = ["--certify", "0.95", "--prompts", sealed(tiny_world)]

@@ -80,7 +80,7 @@ def test_a_policy_that_dies_is_not_taken_for_a_generators_failure() -> None:
     schedule = RolloutSchedule(2)
     rollouts = Rollouts(generators, 8, 30.0, schedule, prompts, lambda chunk: [], supply, lambda note: None)
     rollouts.gather(1)
-    roles = Roles(generators, {}, nobody, policy(ends=True), {}, nobody, nobody)
+    roles = Roles(generators, {}, nobody, policy(ends=True), {}, nobody, {})
     assert send_weights(roles, rollouts, 1) == {"sync/bytes": 3 * 2**20}
     # What `Recovery` takes for a reason to go back to the last checkpoint.
     with pytest.raises(WorkerDiedError, match=r"weights version 1, bucket [01] of 3: its process died"):
