@@ -1,6 +1,7 @@
 """The same recipe, unchanged, on worlds that it was not made for, by their true reward and cost.
 
     python benchmarks/other_worlds.py --jobs 2 --out benchmarks/other_worlds.json
+    python benchmarks/other_worlds.py --jobs 2 --methods safe_ppo_less_kl safe_ppo_less_kl_true_scores
 
 Gains and severities twice and half as large, one and four prompts in five adversarial, limits of 2, 5 and 20 % harmful,
 and preference and safety labels of which 10 % are flipped. On each, Safe PPO with learned scores and with the world's
@@ -33,6 +34,7 @@ def main() -> None:
     """Run everything and write one JSON file."""
     parser = study_options(__doc__, "other_worlds", "runs/other-worlds", None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(METHODS))
     options = parser.parse_args()
     folders = {name: options.workspace.resolve() / name.replace(" ", "_") for name in WORLDS}
     cases = [(name, TARGET) for name in WORLDS] + [("as it is", target) for target in TARGETS]
@@ -45,7 +47,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda name: prepare(folders[name], options.seed, **WORLDS[name]), WORLDS))
-        rows = list(pool.map(case, [(*c, method) for c in cases for method in COMPARED]))
+        rows = list(pool.map(case, [(*c, method) for c in cases for method in options.methods]))
     write(options.out, {"worlds": WORLDS, "runs": rows})
     print(json.dumps(rows, indent=2))
 

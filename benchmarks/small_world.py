@@ -34,6 +34,7 @@ METHODS = {
         f"constraints.harm.model={TRUTH.format('cost')}",
         "constraints.harm.critic=${workspace}/cost_model/final/cost_model",
     ],
+    "safe_ppo_less_kl": ["ppo.kl_coefficient=0.02"],
     "safe_ppo_longer_reward_model": ["models.reward=${workspace}/reward_model_longer/final/reward_model"],
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
@@ -42,7 +43,12 @@ METHODS = {
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
-REWARD_MODELS = {"safe_ppo_longer_reward_model": ("reward_model_longer", ["epochs=4"])}
+METHODS |= {
+    f"safe_ppo_less_kl_{name}": METHODS["safe_ppo_less_kl"] + METHODS[f"safe_ppo_{name}"]
+    for name in ("true_scores", "longer_reward_model")
+}
+LONGER = ("reward_model_longer", ["epochs=4"])
+REWARD_MODELS = {name: LONGER for name in METHODS if name.endswith("_longer_reward_model")}
 """Of a method with a reward model of its own: its run, and settings of the recipe."""
 SETTLED = 25
 """The first step from which the limit is asked to be kept."""
