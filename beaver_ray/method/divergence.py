@@ -96,9 +96,8 @@ class DivergenceGuard:
             )
         for name in self.bounded:
             margin, limit = metrics.get(f"cost/{name}/margin", 0.0), metrics[f"cost/{name}/limit"]
-            # A mean that is the share of costs above 0, as of probabilities and of costs of 0 and 1, is never below 0.
-            share = metrics[f"cost/{name}/mean"] == metrics.get(f"cost/{name}/violation_rate")
-            if share and margin > 0 and margin >= limit:
+            # Costs that have an unsafe share are probabilities: their mean is never below 0.
+            if f"cost/{name}/unsafe_share" in metrics and margin >= limit:
                 found[f"margin {name}"] = (
                     f"the confidence of {name} takes {margin:.4g} off its limit {limit:g}, and nothing is left: give a "
                     f"step or the calibration more answers, or lower constraints.{name}.confidence"
