@@ -272,13 +272,23 @@ def saved_rows(place: Place) -> Iterator[Any]:
     """The rows of a folder that `datasets.save_to_disk` wrote."""
     import datasets
 
+    def broken(error: Exception) -> UserError:
+        return UserError(f"cannot load the dataset saved in {place.folder}: {first_line(error)}; save it again")
+
     try:
         data = datasets.load_from_disk(str(place.folder))
     except Exception as error:  # of broken files datasets raises nearly anything
-        where = place.folder
-        raise UserError(f"cannot load the dataset saved in {where}: {first_line(error)}; save it again") from error
+        raise broken(error) from error
     if isinstance(data, datasets.DatasetDict):
         if place.split not in data and (place.strict or len(data) != 1):
             raise UserError(f"{place.folder} has no split '{place.split}': it has {', '.join(data)}")
         data = data[place.split] if place.split in data else next(iter(data.values()))
-    yield from data
+    rows = iter(data)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # what is broken inside is seen only when it is read
+            raise broken(error) from error
+        yield row

@@ -36,12 +36,11 @@ _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(
 _SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000, with a space that breaks no line
 _AFTER_WHOLE = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac)")  # 1½
 _RAISED = re.compile(r"(?<=\d)[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")  # 10³; of m² it is the unit's
-_POWER = re.compile(
-    r"(?:\s*(?:\\times|\\cdot|\*)|(?<=\d)\s*x)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.IGNORECASE
-)
-_TEN = re.compile(r"(?<![\w.,^])10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?", re.ASCII)
+_EXPONENT = r"\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))(?!\d)"
+_POWER = re.compile(rf"(?:\s*(?:\\times|\\cdot|\*)|(?<=\d)\s*x)\s*10{_EXPONENT}", re.IGNORECASE)
+_TEN = re.compile(rf"(?<![\w.,^])10{_EXPONENT}", re.ASCII)
 _INTEGERS = re.compile(r"(?<![\w.,^])(\d{1,6})\s*\^\s*(?:\{\s*(\d{1,3})\s*\}|(\d{1,3}))(?!\d|\.\d|\s*\^)", re.ASCII)
-_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?![\w.]))?"
+_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?!\w|\.\d))?"
 _UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
 # A number of words or of a name (7th, v1.2) is none. Scripts without spaces write letters beside it: \w is ASCII here.
 _NUMBER = re.compile(
@@ -53,7 +52,9 @@ _NUMBER = re.compile(
 _ROOT = re.compile(r"\\sqrt\s*(?:\[[^\[\]]*\])?\s*(?:\{[^{}]*\}|\w)|√\s*(?:\([^()]*\)|[\d.]*)")
 _NO_NUMBER = re.compile(r"\\pi(?![a-zA-Z])|\\(?:ln|log|sin|cos|tan|exp)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\([^()]*\)|[\d.]*)")
 _BESIDE_BEFORE = re.compile(r"π\s*[*/+-]?\s*\Z")
-_BESIDE_AFTER = re.compile(r"\s*(?:(?:[*/+-]|\\times|\\cdot)?\s*π|\^)")
+_BESIDE_AFTER = re.compile(r"\s*(?:(?:[*/+-]|\\times|\\cdot)?\s*π|\^\s*\{?\s*[+-]?\s*(?:\d|[a-zA-Z](?![a-zA-Z])))")
+_DEGREES = re.compile(r"\s?\^\s?\{?\s?(?:\\circ|\\degree|\\prime|°|o(?![a-z])|th|st|nd|rd)\s?\}?")
+_OTHER_EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")  # what is in it is no number by itself
 _LONG_SPACE = re.compile(r"\s{3,}")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
@@ -147,12 +148,15 @@ def last_number(text: str) -> Fraction | None:
     What is a part of 3\\pi, \\sqrt{2} or 2^n is none.
     """
     text = _LONG_SPACE.sub("  ", _one_width(text[-LONGEST:])).translate(_SIGNS).replace("{,}", ",")
-    text = _NO_NUMBER.sub("π", _ROOT.sub("π", text))
-    text = _FRACTION.sub(r"\1\2/\3\4", text).replace("\\,", "").replace("\\!", "")
-    text = _INTEGERS.sub(_raised, _TEN.sub(r"1e\1", _POWER.sub(r"e\1", text)))
+    text = _NO_NUMBER.sub("π", _ROOT.sub("π", _DEGREES.sub("° ", text)))
+    text = text.replace("\\,", "").replace("\\!", "")
+    text = _TEN.sub(lambda m: f"1e{m[1] or m[2]}", _POWER.sub(lambda m: f"e{m[1] or m[2]}", text))
+    text = _OTHER_EXPONENT.sub("^n", _INTEGERS.sub(_raised, text))
+    text = _FRACTION.sub(r"\1\2/\3\4", text)
     for number in reversed(list(_NUMBER.finditer(text))):
         before = text[max(0, number.start() - 6) : number.start()]
-        if not _BESIDE_BEFORE.search(before) and not _BESIDE_AFTER.match(text, number.end()):
+        digits = number.end(4) if number[4] else number.end(3)  # before the unit, which may be m^2
+        if not _BESIDE_BEFORE.search(before) and not _BESIDE_AFTER.match(text, digits):
             return _value(number)
     return None
 

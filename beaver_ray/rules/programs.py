@@ -194,6 +194,9 @@ def _does_something(test: str) -> bool:
 
 
 def _is_idle(statement: ast.stmt) -> bool:
+    """Whether no program could make it fail: definitions, imports, constants, and names for values without a call."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign):  # METADATA = {...}, as in HumanEval
+        return not any(isinstance(part, ast.Call | ast.Subscript | ast.Attribute) for part in ast.walk(statement))
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Constant)
     if isinstance(statement, ast.If):  # a test is not __main__

@@ -49,21 +49,21 @@ LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 NUMBER_AT, KIND_AT = 0, 4  # of a system call: its own, and that of the processor's calling convention
 # socket, socketpair, io_uring_setup; ptrace, process_vm_readv and _writev; clone, clone3, execve, execveat, unshare,
 # setns; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_open; memory that no limit
-# counts, and that outlives a program: memfd_create, memfd_secret, shmget, shmat, msgget, semget, mq_open, bpf; of
-# x86-64 fork, vfork
+# counts, and that outlives a program: memfd_create, memfd_secret, shmget, shmat, msgget, msgsnd, msgrcv, semget, semop,
+# semtimedop, mq_open, bpf, add_key, request_key, keyctl; of x86-64 fork, vfork
 CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
         (
             *(41, 53, 425, 101, 310, 311, 56, 435, 59, 322, 272, 308, 62, 200, 234, 129, 297, 424, 434),
-            *(319, 447, 29, 30, 68, 64, 240, 321, 57, 58),
+            *(319, 447, 29, 30, 68, 69, 70, 64, 65, 220, 240, 321, 248, 249, 250, 57, 58),
         ),
     ),
     "aarch64": (
         0xC00000B7,
         (
             *(198, 199, 425, 117, 270, 271, 220, 435, 221, 281, 97, 268, 129, 130, 131, 138, 240, 424, 434),
-            *(279, 447, 194, 196, 186, 190, 180, 280),
+            *(279, 447, 194, 196, 186, 189, 188, 190, 193, 192, 180, 280, 217, 218, 219),
         ),
     ),
 }

@@ -85,7 +85,13 @@ CHECK = "def test_add():\n    assert add(1, 1) == 3"
 
 @pytest.mark.parametrize(
     "test",
-    ["# none", CHECK, '"""All."""\nimport math', CHECK + "\nif __name__ == '__main__':\n    test_add()"],
+    [
+        "# none",
+        CHECK,
+        "METADATA = {'author': 'x'}\n\n" + CHECK,
+        '"""All."""\nimport math',
+        CHECK + "\nif __name__ == '__main__':\n    test_add()",
+    ],
 )
 def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
     with pytest.raises(ValueError, match="must do something"):
@@ -180,6 +186,7 @@ def test_memory_that_is_not_mapped_is_limited_too(namespaces: bool) -> None:
         "        libc.shmdt(ctypes.c_void_p(at))\n    finally: libc.shmctl(n, 0, None)"
     )
     queue = "n = libc.msgget(0, 0o1600)\nassert n >= 0\nlibc.msgctl(n, 0, None)"
+
     posix = "n = libc.mq_open(b'/beaver-ray-test', 0o102, 0o600, None)\nassert n >= 0\n"
     posix += "libc.mq_unlink(b'/beaver-ray-test')"
     for test in (nameless, segments, queue, posix):

@@ -62,8 +62,9 @@ def mending(run: RunFolder, processes: Processes) -> Recovery:
     names = ("reward", "cost", "judge", "policy", "reference", "experience")
     group = {name: Group(name, [SimpleNamespace(name=name)], 1.0) for name in names}
     scorers = {"reward": group["reward"], "cost": group["cost"]}
-    others = {name: group[name] for name in ("judge", "policy", "reference", "experience")}
-    roles: Any = SimpleNamespace(scorers=scorers, critics={}, calibrations=[], direct=False, **others)
+    others = {name: group[name] for name in ("policy", "reference", "experience")}
+    judges = {"judge": group["judge"]}
+    roles: Any = SimpleNamespace(scorers=scorers, judges=judges, critics={}, calibrations=[], direct=False, **others)
     rollouts: Any = SimpleNamespace(renew=lambda: False, paused=False)
     state: Any = SimpleNamespace(step=0)
     return Recovery(state, roles, rollouts, run, cast(Any, processes))
