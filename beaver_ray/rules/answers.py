@@ -28,6 +28,7 @@ _MARK = re.compile(
 # For texts alone: under such a heading a number may still be worked out, and the last one counts.
 _HEADING = r"^(?:#{1,6}[ \t]?|\*\*|__){1,2}(?:(?:final )?answer|答案)(?:\*\*|__)?[ \t]*$"
 _MARK_OR_HEADING = re.compile(f"{_HEADING}|{_MARK.pattern}", re.IGNORECASE | re.MULTILINE)
+_CLOSING = re.compile(r"\A\s*(?:\*\*|__)[ \t]*\n")  # of a bold "Answer:" that the answer stands below
 _BRACKETS = "()[]<>《》「」『』«»"
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
@@ -113,7 +114,7 @@ def final_answer(response: str) -> str:
     marks = list(_MARK_OR_HEADING.finditer(wide))
     if not marks:
         return text
-    said = wide[marks[-1].end() :].strip()
+    said = _CLOSING.sub("", wide[marks[-1].end() :]).strip()
     return said.splitlines()[0] if said else ""
 
 

@@ -202,7 +202,8 @@ def test_exact_answers() -> None:
         "#### Final Answer\n\nParis",
         "**Answer**\n\nParis is it.\n\n## **Answer**\nParis. I hope it helps.",
     ]
-    assert exact_answer(["p"] * 9, named, answer=["Paris"] * 9) == [1.0] * 9
+    named += ["**Answer:**\nParis", "**Final Answer:**\n\nParis", "__Answer:__ \nParis. It is large."]
+    assert exact_answer(["p"] * 12, named, answer=["Paris"] * 12) == [1.0] * 12
     lettered = ["The answer is (A)", "答案：（A）", "The answer is St. Petersburg.", "Paris. No, Rome.", "(A)"]
     assert exact_answer(["p"] * 5, lettered, answer=["A", "a", "St. Petersburg", "Paris", "(A)"]) == [
         1.0,
