@@ -62,8 +62,9 @@ def test_readers_come_when_they_are_ready_and_the_policy_holds_only_what_may_be_
         weights = publish(publisher, version, direct=True)
         assert generators.run(Reader.read, weights) == [64.0 * PART * version] * 2
         held.append(publisher.run(Publisher.process)[0][1])
-    # MiB of two versions from the second on, and of one that is just being let go: four more would be 256.
-    assert held[-1] < held[1] + 2 * 64
+    # MiB, two versions being there from the second on: what nobody can ask for any more is gone. From the third on,
+    # as parts of the second may not be in memory yet.
+    assert held[-1] < held[2] + 64
     assert fetch(actor(Reader).read.remote(weights), "a late reader", 120) == 64.0 * PART * 6
 
 
