@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,11 @@ from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import read_evaluation
 from beaver_ray.score_figures import rank_correlation
-from beaver_ray.score_sources import score_source
+from beaver_ray.score_sources import FunctionSource, score_source
 from beaver_ray.signals import held_out_judges, scorers
 from beaver_ray.small_world.judging import truths_of_dialogues
 from beaver_ray.small_world.world import SmallWorld
 from beaver_ray.stage import RoleSpec, Stage
-from beaver_ray.user_code import PREFIX
 from beaver_ray.verdicts import Calibrated, Reliability
 
 MOST_TEXTS = 256
@@ -164,6 +164,11 @@ class HeldOut:
         if self.dialogues:
             self.dialogues.add(self.samples)
 
+    @cached_property
+    def judge_roles(self) -> dict[str, str]:
+        """Column of what each judge of held-out answers says to the name of its role."""
+        return {judge_column(column): plan.name for plan in held_out_judges(self.config) for column in plan.columns}
+
     def figures(self, roles: Roles, rollouts: Rollouts, step: int) -> dict[str, float]:
         """The evaluation's means as metrics of one step."""
         summary = self.evaluate(roles, rollouts, step)
@@ -228,8 +233,7 @@ class HeldOut:
         of held-out answers say.
         """
         columns = [*self._columns(), *(["reward"] if compared and self.world else [])]
-        judges = [plan for plan in held_out_judges(self.config) if compared and plan.name in roles.judges]
-        columns += [judge_column(column) for plan in judges for column in plan.columns]
+        columns += [column for column, role in self.judge_roles.items() if compared and role in roles.judges]
         prompt_ids = np.tile(np.arange(len(self.prompts)), each)
         batch = experience.make_batch(
             {
@@ -289,8 +293,8 @@ class HeldOut:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
         scores = [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
-        judges = [p for p in held_out_judges(self.config) if {*map(judge_column, p.columns)} & set(columns)]
-        return scores + [roles.judges[plan.name].next().call(ScorerBase.judge, chunk) for plan in judges]
+        judges = [roles.judges[role] for column, role in self.judge_roles.items() if column in columns]
+        return scores + [judge.next().call(ScorerBase.judge, chunk) for judge in judges]
 
     def _scores(self) -> list[str]:
         """Columns of scores that figures are made of: those that the truth does not say."""
@@ -438,7 +442,7 @@ def _perplexity(parts: Sequence[pa.RecordBatch]) -> dict[str, float]:
 def _by_own(config: PolicyConfig) -> str:
     """What the run's own scores come from, in words."""
     sources = [config.models.reward, *(constraint.model for constraint in config.constraints)]
-    functions = [isinstance(source, str) and source.startswith(PREFIX) for source in sources]
+    functions = [isinstance(score_source(source), FunctionSource) for source in sources]
     if not any(functions):
         return "learned reward and cost models"
     return "reward and cost functions" if all(functions) else "reward and cost models and functions"

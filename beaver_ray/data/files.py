@@ -283,12 +283,7 @@ def saved_rows(place: Place) -> Iterator[Any]:
         if place.split not in data and (place.strict or len(data) != 1):
             raise UserError(f"{place.folder} has no split '{place.split}': it has {', '.join(data)}")
         data = data[place.split] if place.split in data else next(iter(data.values()))
-    rows = iter(data)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # what is broken inside is seen only when it is read
-            raise broken(error) from error
-        yield row
+    try:
+        yield from data
+    except Exception as error:  # what is broken inside is seen only when it is read
+        raise broken(error) from error

@@ -20,7 +20,7 @@ from typing import Any
 from beaver_ray.rules import run_program
 
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
-LEAST_MIB = 32
+LEAST_MIB = 32  # below some 20 Python itself does not run
 STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
 
 # As CommonMark has it, a line closes a block that stands at most 3 spaces further in than its opening and has the same

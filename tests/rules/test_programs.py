@@ -186,7 +186,6 @@ def test_memory_that_is_not_mapped_is_limited_too(namespaces: bool) -> None:
         "        libc.shmdt(ctypes.c_void_p(at))\n    finally: libc.shmctl(n, 0, None)"
     )
     queue = "n = libc.msgget(0, 0o1600)\nassert n >= 0\nlibc.msgctl(n, 0, None)"
-
     posix = "n = libc.mq_open(b'/beaver-ray-test', 0o102, 0o600, None)\nassert n >= 0\n"
     posix += "libc.mq_unlink(b'/beaver-ray-test')"
     for test in (nameless, segments, queue, posix):
