@@ -49,7 +49,7 @@ def passes_tests(
     Python, which none would. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer
     with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same time.
     namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with False,
-    limits and a guard inside Python are all that stands between the program and this machine.
+    the rest of it is all that stands between the program and this machine.
     """
     rows = [_tests_of(row) for row in tests]
     if not LEAST_MIB <= memory_mib < 1e6:
@@ -109,7 +109,7 @@ def _reports(job: dict[str, Any]) -> set[str]:
     if refused := next((line for line in reports if line.startswith("refused ")), None):
         raise ValueError(
             f"the kernel gives programs no namespaces here ({refused.removeprefix('refused ')}); allow user "
-            "namespaces, or say namespaces=False to run answers' code with limits and a guard inside Python alone"
+            "namespaces, or say namespaces=False to run answers' code with the limits and refusals that are left"
         )
     return reports
 

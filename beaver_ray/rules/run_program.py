@@ -11,12 +11,15 @@ is done against a program:
 - always, where the processor is an x86-64 or an arm64: a filter of system calls (seccomp) that refuses sockets of every
   kind, those in files included, which no namespace hides; other processes; signals to them; and memory that the limit
   does not count (shared segments, files without a name, message queues);
+- always, where the kernel has it (Linux 5.13 and later, in most containers too): Landlock, by which nothing outside
+  the folder is written, made or removed;
 - always: no privileges, and inside Python an audit hook that refuses the same, and changes outside the folder.
 
-The last is no wall: code that sets out to leave it (by ctypes, say) does. The filter and the namespaces are, as far as
-the kernel holds, but for reading: a program sees what files the account that runs it can read, though it can send them
-nowhere. Without namespaces nothing limits what it writes in all, to its folder or, past the hook, elsewhere. And a
-program shares its process with its tests: one that looks for them there can make them pass.
+The last is no wall: code that sets out to leave it (by ctypes, say) does. The others are, as far as the kernel holds,
+but for reading: a program sees what files the account that runs it can read, though it can send them nowhere. Without
+namespaces nothing limits what it writes in all to its folder, and past the hook it can change modes and times of what
+the account owns (Landlock knows no right to these). And a program shares its process with its tests: one that looks
+for them there can make them pass.
 """
 
 from __future__ import annotations
@@ -67,6 +70,14 @@ CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
         ),
     ),
 }
+# <linux/landlock.h>; the same numbers on all processors
+SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT = 444, 445, 446
+ASK_VERSION, PATH_BENEATH = 1, 1
+# Writing, removing folders and files, making what can be made there; from versions 2 and 3 on moving between folders
+# and shortening files
+CHANGES = 1 << 1 | 0b111111111 << 4
+LATER_CHANGES = {2: 1 << 13, 3: 1 << 14}
+
 OTHER_CALLS = 0x40000000  # from here on those of x86-64 with short pointers, which have numbers of their own
 
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
@@ -87,6 +98,7 @@ def main() -> None:
             _enter_namespaces(job["folder"], job["memory_mib"])
         _go_on_in_a_child(WAITS * job["seconds"])
         _drop_privileges()
+        walled = _wall_in(job["folder"]) or job["namespaces"]
         _filter_calls()
     except OSError as error:
         report(f"refused {error.strerror or error}")
@@ -95,7 +107,7 @@ def main() -> None:
     _limit(job["seconds"], job["memory_mib"] << 20)
     if job["run"]:
         sys.dont_write_bytecode = True
-        sys.addaudithook(_guard(os.path.realpath(job["folder"]), job["namespaces"]))
+        sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))
         _run(job["program"], job["tests"], report)
     else:
         _compile(job["program"], report)
@@ -151,6 +163,26 @@ def _drop_privileges() -> None:
     _ask(libc.capset, struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
+def _wall_in(folder: str) -> bool:
+    """Have the kernel refuse changes outside the folder from here on, by Landlock; whether it has that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(SYS_LANDLOCK_CREATE, None, 0, ASK_VERSION)
+    if version < 1:
+        return False
+    rights = CHANGES | sum(right for since, right in LATER_CHANGES.items() if version >= since)
+    handled = ctypes.create_string_buffer(struct.pack("Q", rights), 8)
+    rules = libc.syscall(SYS_LANDLOCK_CREATE, handled, 8, 0)
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    beneath = os.open(folder, os.O_PATH)
+    allowed = ctypes.create_string_buffer(struct.pack("=Qi", rights, beneath), 12)
+    _ask(libc.syscall, SYS_LANDLOCK_ADD_RULE, rules, PATH_BENEATH, allowed, 0)
+    _ask(libc.syscall, SYS_LANDLOCK_RESTRICT, rules, 0)
+    os.close(beneath)
+    os.close(rules)
+    return True
+
+
 def _filter_calls() -> None:
     """Have the kernel refuse the system calls of CALLS, and all of other conventions, from here on."""
     kind, calls = CALLS.get(os.uname().machine, (0, ()))
@@ -186,10 +218,10 @@ def _limit(seconds: float, memory: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _guard(folder: str, namespaces: bool) -> Callable[[str, tuple[Any, ...]], None]:
+def _guard(folder: str, walled: bool) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses what the program has no business with.
 
-    namespaces: all else is read-only, so that a path that may start from another folder needs no refusal.
+    walled: the kernel lets nothing else be written, so that a path that may start from another folder needs no refusal.
     """
     outside: tuple[str, ...] = (
         "socket.",
@@ -233,7 +265,7 @@ def _guard(folder: str, namespaces: bool) -> Callable[[str, tuple[Any, ...]], No
             path, mode, _ = arguments
             if not inside(path):
                 raise PermissionError(f"a program may write in its folder alone, not {path!r}")
-            if not namespaces and mode is None and not isinstance(path, int) and not os.path.isabs(path):
+            if not walled and mode is None and not isinstance(path, int) and not os.path.isabs(path):
                 raise PermissionError("by os.open a program may write to absolute paths alone: dir_fd is not told")
         if event.startswith(changes):
             paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes | os.PathLike)]

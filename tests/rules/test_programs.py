@@ -32,6 +32,11 @@ def has_namespaces() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(apart, capture_output=True).returncode == 0
 
 
+def has_landlock() -> bool:
+    """Whether the kernel refuses files to a process that asks it to."""
+    return bool(ctypes.CDLL(None).syscall(run_program.SYS_LANDLOCK_CREATE, None, 0, run_program.ASK_VERSION) > 0)
+
+
 @pytest.fixture(params=[False, True], ids=["guard", "namespaces"])
 def namespaces(request: pytest.FixtureRequest) -> bool:
     """Each of the two ways to be confined; that by namespaces where the kernel gives them."""
@@ -259,23 +264,26 @@ def test_namespaces_hold_without_the_guard() -> None:
 
 LAYERS = {
     "filter": "        _filter_calls()\n",
-    "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"]), job["namespaces"]))\n',
+    "landlock": '        walled = _wall_in(job["folder"]) or job["namespaces"]\n',
+    "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))\n',
 }
 """The line that brings each layer in, but for namespaces."""
 NO_PROCESSES = "        resource.RLIMIT_NPROC: 0,\n"
 
 
-@pytest.mark.parametrize("layer", ["filter", "hook", "namespaces", "none"])
+@pytest.mark.parametrize("layer", ["filter", "landlock", "hook", "namespaces", "none"])
 def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One behind another they would hide each other's holes; with none, all of it can be done."""
     if layer == "filter" and os.uname().machine not in run_program.CALLS:
         pytest.skip("no filter of system calls for this processor")
     if layer == "namespaces" and not has_namespaces():
         pytest.skip("the kernel gives no namespaces here")
+    if layer == "landlock" and not has_landlock():
+        pytest.skip("the kernel has no Landlock")
     source = Path(run_program.__file__).read_text()
     for line in (NO_PROCESSES, *(line for name, line in LAYERS.items() if name != layer)):
         assert source.count(line) == 1
-        source = source.replace(line, "")
+        source = source.replace(line, "        walled = False\n" if line == LAYERS["landlock"] else "")
     (tmp_path / "alone.py").write_text(source)
     monkeypatch.setattr(run_program, "__file__", str(tmp_path / "alone.py"))
     open_to_all = tmp_path / "open"
@@ -297,11 +305,16 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
             # By Python a thread is not refused, and it is no way out.
             "threading.Thread(target=print).start()": "filter",
             "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))": "hook",
-            "open(there + '/victim', 'a')": "hook namespaces",
-            "os.mkdir(there + '/new')": "hook namespaces",
-            "os.rename(there + '/in', there + '/out')": "hook namespaces",
+            "open(there + '/victim', 'a')": "hook landlock namespaces",
+            "os.mkdir(there + '/new')": "hook landlock namespaces",
+            "os.rename(there + '/in', there + '/out')": "hook landlock namespaces",
+            "os.symlink('nowhere', there + '/link')": "hook landlock namespaces",
+            "os.link(there + '/victim', there + '/second')": "hook landlock namespaces",
+            "os.truncate(there + '/victim', 1)": "hook landlock namespaces",
             # What goes past Python no hook sees.
-            "assert libc.open(os.fsencode(there) + b'/past', 0o101, 0o600) >= 0": "namespaces",
+            "assert libc.open(os.fsencode(there) + b'/past', 0o101, 0o600) >= 0": "landlock namespaces",
+            "import sqlite3; sqlite3.connect(there + '/base').execute('create table t (x)')": "landlock namespaces",
+            "os.mkfifo(there + '/pipe')": "landlock namespaces",
             f"assert libc.shmget({key}, 4096, 0) >= 0": "filter namespaces",
             "os.close(os.memfd_create('x'))": "filter",
             "assert libc.socketpair(1, 1, 0, ctypes.create_string_buffer(8)) == 0": "filter",
@@ -367,9 +380,9 @@ def test_paths_that_start_from_another_folder_do_not_leave_it(namespaces: bool, 
     ):
         assert passed(start, test, namespaces=namespaces) == 0.0, test
     assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
-    # Where everything else is read-only a path of its own need not be absolute.
+    # Where the kernel refuses everything else a path of its own need not be absolute.
     for test in ("import pathlib; pathlib.Path('x').touch()", "os.close(os.open('y', os.O_CREAT | os.O_WRONLY))"):
-        assert passed(start, test, namespaces=namespaces) == float(namespaces), test
+        assert passed(start, test, namespaces=namespaces) == float(namespaces or has_landlock()), test
     # Inside it, folders come and go as ever.
     test = "with tempfile.TemporaryDirectory() as t: open(t + '/x', 'w').write('x')\nassert not os.path.exists(t)"
     assert passed(start, test, "os.makedirs('a/b'); shutil.rmtree('a')", namespaces=namespaces) == 1.0
