@@ -349,8 +349,11 @@ class PolicyConfig(RunConfig):
             self.check_dual()
         if self.steps is not None:
             self.check_warmup(self.steps)
-        if self.evaluation.every and not self.evaluation.prompts:
-            raise ValueError("evaluation.every needs prompts to evaluate on: set evaluation.prompts, or leave it out")
+        if not self.evaluation.prompts:
+            asked = {"evaluation.every": self.evaluation.every, "evaluation.judge": self.evaluation.judge}
+            asked |= {f"the judge of constraint {c.name}": c.judge for c in self.constraints}
+            if needy := [name for name, value in asked.items() if value]:
+                raise ValueError(f"{needy[0]} needs prompts to evaluate on: set evaluation.prompts, or leave it out")
         if self.models.shared_critic and any(c.critic for c in self.constraints):
             raise ValueError("models.shared_critic starts from models.reward_critic; leave constraints.*.critic out")
         if self.ppo.has_critics:

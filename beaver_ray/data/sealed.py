@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ class Sealed:
 
     samples: list[RawSample]
     left_out: dict[str, int] = field(default_factory=dict)
-    """Distinct prompts that stand "in" training data, by which; one in several counts for the first."""
+    """Prompts by why: a "repeated prompt", or "in" which training data; what is in several counts for the first."""
     unchecked: list[str] = field(default_factory=list)
     """Training data that could not be compared with, one line each."""
 
@@ -30,33 +31,40 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
     """Leave out what stands, by its text, in data that ``config`` (a stage's, as plain values) trains or calibrates on.
 
     So too for the runs that made its models and ``policy``, and those before them, where their folders still hold a
-    configuration. White space, capitals and width of letters make no other prompt.
+    configuration. White space, capitals, width of letters and characters that are not seen make no other prompt, here
+    and among the samples themselves.
 
     Raises UserError where data of ``config`` itself cannot be read.
     """
-    sealed, read = Sealed(list(samples)), set[str]()
+    first: dict[tuple[str, ...], RawSample] = {}
+    for sample in samples:
+        first.setdefault(_wording(sample), sample)
+    sealed, read = Sealed(list(first.values())), set[str]()
+    if repeated := len(samples) - len(sealed.samples):
+        sealed.left_out["repeated prompt"] = repeated
     for run, tree in _runs(config, policy, sealed.unchecked):
         for part, specs in _data(tree):
             new = [spec for spec in specs if data_label(spec) not in read]
             read.update(map(data_label, new))
             name = f"{part} of {run}" if run else part
             try:
-                seen = _wordings(load_mix(new)[0]) if new else set()
+                seen = set(map(_wording, load_mix(new)[0])) if new else set()
             except UserError as error:
                 if not run:
                     raise
                 sealed.unchecked.append(f"{name}: {error}")
                 continue
-            found = _wordings(sealed.samples) & seen
-            if found:
-                sealed.left_out[f"in {name}"] = len(found)
-                sealed.samples = [s for s in sealed.samples if not _wordings([s]) & found]
+            left = [sample for sample in sealed.samples if _wording(sample) not in seen]
+            if found := len(sealed.samples) - len(left):
+                sealed.left_out[f"in {name}"] = found
+                sealed.samples = left
     return sealed
 
 
-def _wordings(samples: Sequence[RawSample]) -> set[tuple[str, ...]]:
-    """The turns of every distinct prompt, as they are compared."""
-    return {tuple(" ".join(alike(turn).casefold().split()) for turn in prompt_key(sample)) for sample in samples}
+def _wording(sample: RawSample) -> tuple[str, ...]:
+    """The turns of a prompt, as they are compared."""
+    seen = ("".join(c for c in turn if unicodedata.category(c) != "Cf") for turn in prompt_key(sample))
+    return tuple(" ".join(alike(turn).casefold().split()) for turn in seen)
 
 
 def _runs(config: Mapping[str, Any], policy: str, unchecked: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

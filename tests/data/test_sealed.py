@@ -84,6 +84,18 @@ def test_nothing_is_left_out_of_what_training_never_saw(tmp_path: Path, candidat
     assert sealed.samples == unseen and sealed.left_out == {}
 
 
+def test_a_prompt_worded_like_another_is_asked_once(tmp_path: Path) -> None:
+    """40 writings of one question are one question: "39 more" would certify what one answer shows."""
+    blank, soft, mark = chr(0x200B), chr(0xAD), chr(0xFEFF)
+    writings = ["Question  9", "question 9\n", "\uff31uestion 9", f"ques{soft}tion{blank} 9", f"{mark}QUESTION 9"]
+    samples = load_mix([prompts_file(tmp_path / "sealed.jsonl", "first", *writings, "question 10", "first")])[0]
+    sealed = seal(samples, config(tmp_path), str(tmp_path / "base"))
+    assert [s.input for s in sealed.samples] == ["first", "Question  9", "question 10"]
+    assert sealed.left_out == {"repeated prompt": 5}
+    own = {"data": {"prompts": [prompts_file(tmp_path / "seen.jsonl", f"{mark}question 9")]}, "models": {"policy": "m"}}
+    assert seal(samples, own, "m").left_out == {"repeated prompt": 5, "in data.prompts": 1}
+
+
 def test_data_that_are_gone(tmp_path: Path, candidates: list[Any]) -> None:
     """Of an earlier run it is said; of the run itself it is an error."""
     policy = run_with(tmp_path / "sft", model="m", train=[f"demonstrations:1:{tmp_path}/gone.jsonl"])
