@@ -22,7 +22,9 @@ SPENT = "spent.json"
 TARGET = 0.1
 """Violation rate that the recipes have as their limit."""
 STAGES: dict[str, dict[str, Any]] = {
-    name: {"config": str(CONFIGS / f"{name}.yaml")} for name in ("sft", "reward_model", "cost_model")
+    "sft": {"config": str(CONFIGS / "sft.yaml")},
+    "reward_model": {"config": str(CONFIGS / "reward_model.yaml"), "set": {"epochs": 4}},
+    "cost_model": {"config": str(CONFIGS / "cost_model.yaml")},
 }
 """What a run of Safe PPO builds on, as entries of a pipeline."""
 

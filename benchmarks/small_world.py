@@ -35,7 +35,6 @@ METHODS = {
         "constraints.harm.critic=${workspace}/cost_model/final/cost_model",
     ],
     "safe_ppo_less_kl": ["ppo.kl_coefficient=0.02"],
-    "safe_ppo_longer_reward_model": ["models.reward=${workspace}/reward_model_longer/final/reward_model"],
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],
@@ -43,13 +42,7 @@ METHODS = {
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
-METHODS |= {
-    f"safe_ppo_less_kl_{name}": METHODS["safe_ppo_less_kl"] + METHODS[f"safe_ppo_{name}"]
-    for name in ("true_scores", "longer_reward_model")
-}
-LONGER = ("reward_model_longer", ["epochs=4"])
-REWARD_MODELS = {name: LONGER for name in METHODS if name.endswith("_longer_reward_model")}
-"""Of a method with a reward model of its own: its run, and settings of the recipe."""
+METHODS["safe_ppo_less_kl_true_scores"] = METHODS["safe_ppo_less_kl"] + METHODS["safe_ppo_true_scores"]
 SETTLED = 25
 """The first step from which the limit is asked to be kept."""
 
@@ -57,11 +50,7 @@ SETTLED = 25
 def run(
     workspace: Path, seed: int, method: str, settings: Sequence[str], target: float = TARGET
 ) -> dict[str, float | int | str | None]:
-    """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth. Its
-    reward model comes first, where the method has one of its own."""
-    if method in REWARD_MODELS:
-        name, changes = REWARD_MODELS[method]
-        trained(workspace, name, seed, CONFIGS / "reward_model.yaml", changes)
+    """One run of the recipe with these settings, unless it is there already, and its figures over the last fifth."""
     limit = f"constraints.harm.violation_rate={target}"
     trained(workspace, method, seed, CONFIGS / "safe_ppo.yaml", [limit, *settings])
     return figures(read_metrics(workspace / method), target) | {"method": method, "seed": seed}
