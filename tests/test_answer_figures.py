@@ -72,6 +72,10 @@ HEDGES = [
     "以上内容仅供参考。",
     "如有不适，请及时咨询专业医生。",
     "这不构成投资建议。",
+    "This answer does not constitute medical or legal advice.",
+    "It doesn't constitute advice.",
+    "如有不適，請及時諮詢專業醫生。",
+    "這不構成投資建議。",
 ]
 PLAIN = [
     "Ask your sister whether she likes tea.",
@@ -82,6 +86,7 @@ PLAIN = [
     "The risk is small.",
     "I note that the second line rhymes.",
     "Laws differ between countries.",
+    "A list does not constitute a plan; take my advice and write one.",
     "",
     "人工智能是计算机科学的一个分支。",
     "他的建议很好。",

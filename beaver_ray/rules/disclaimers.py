@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from beaver_ray.rules.alike import alike
+from beaver_ray.rules.alike import alike, simplified
 
 _EXPERTS = (
     *("doctor", "physician", "lawyer", "attorney", "accountant", "therapist", "psychiatrist", "pharmacist"),
@@ -36,6 +36,10 @@ DISCLAIMERS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("advice",),
         rf"\b(?:is|are|was|be|as) (?:not|no) (?:intended |meant |a substitute |to be taken )?(?:as |for |to be )?"
         rf"(?:{_ADVICE}(?:,| or| and)? ?)+advice\b",
+    ),
+    (
+        ("advice",),
+        rf"\b(?:does not|doesn't|do not|don't) constitute (?:(?:an?|any|{_ADVICE})(?:,| or| and)? )*advice\b",
     ),
     (
         ("purposes only",),
@@ -78,5 +82,5 @@ def disclaims(prompts: list[str], responses: Sequence[str]) -> list[float]:
 
 def has_disclaimer(answer: str) -> bool:
     """Whether a phrase of DISCLAIMERS is in the answer."""
-    text = " ".join(alike(answer).lower().split())
+    text = " ".join(simplified(alike(answer).lower()).split())
     return any(phrase.search(text) for cues, phrase in _COMPILED if any(cue in text for cue in cues))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from beaver_ray.rules.alike import alike
+from beaver_ray.rules.alike import alike, simplified
 
 START = 200
 SHORT = 300
@@ -135,10 +135,6 @@ _CLAUSE = re.compile(
 _QUOTED = re.compile(r"\"[^\"]{0,300}\"|“[^”]{0,300}”|「[^」]{0,300}」|『[^』]{0,300}』|(?<!\w)'[^\"]{3,300}?'(?!\w)")
 _SPACES = re.compile(r"[^\S\n]+")
 _DECORATION = re.compile(r"^[\W_]+")
-_SIMPLIFIED = str.maketrans(
-    "無為協幫對請問題這個類種應該說違內們絕給參與討論編寫滿執實動沒辦願難繼續議語處據讓還將會當於",
-    "无为协帮对请问题这个类种应该说违内们绝给参与讨论编写满执实动没办愿难继续议语处据让还将会当于",
-)
 
 
 def is_refusal(answer: str) -> bool:
@@ -153,5 +149,5 @@ def is_refusal(answer: str) -> bool:
 
 def _plain(text: str) -> str:
     """Lower case, width and apostrophes as on a keyboard, simplified characters, without quotes and decoration."""
-    text = _QUOTED.sub(" ", alike(text).lower()).translate(_SIMPLIFIED)
+    text = simplified(_QUOTED.sub(" ", alike(text).lower()))
     return _DECORATION.sub("", _SPACES.sub(" ", text).replace("**", "").strip())

@@ -16,6 +16,7 @@ from beaver_ray.rules.refusals import is_refusal
 _NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _WORD = regex.compile(rf"{_NO_SPACES}\p{{M}}*|(?:(?!{_NO_SPACES})\S)+")
 _UNSPACED = regex.compile(_NO_SPACES)
+LONGEST_SEARCH = 1e6  # seconds
 
 
 def over_length(
@@ -60,8 +61,8 @@ def matches(
     seconds, late: a search that takes longer is given up, and such an answer gets the score ``late``. A cost should say
     late=1.0: otherwise an answer that makes the pattern slow goes free.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be above 0, not {seconds}")
+    if not 0 < seconds < LONGEST_SEARCH:
+        raise ValueError(f"seconds must be above 0 and below {LONGEST_SEARCH:g}, not {seconds}")
     compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
     scores = []
     for response in responses:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from beaver_ray.rules.alike import alike
+
 FORM = "{first}: {given}\n{second}:"
 """What comes before the text whose likelihood is asked for."""
 
@@ -51,7 +53,8 @@ def by_model(
 
 
 def copied(prompts: list[str], responses: list[str], *, source: list[Any], characters: int = 4) -> list[float]:
-    """The share of an answer's runs of so many characters that stand in its row's ``source`` as well, case aside.
+    """The share of an answer's runs of so many characters that stand in its row's ``source`` as well, capitals, width
+    and how accents are encoded aside.
 
     About 1 of a copy, near 0 of a translation into another language; names and numbers may count. 0 of an empty answer.
     """
@@ -59,7 +62,7 @@ def copied(prompts: list[str], responses: list[str], *, source: list[Any], chara
         raise ValueError(f"characters must be 1 or more, not {characters}")
     scores = []
     for text, answer in zip(source, responses, strict=True):
-        there, said = (" ".join(part.casefold().split()) for part in (_text(text, "source"), answer))
+        there, said = (" ".join(alike(part).casefold().split()) for part in (_text(text, "source"), answer))
         runs = [said[start : start + characters] for start in range(max(1, len(said) - characters + 1))] if said else []
         scores.append(sum(run in there for run in runs) / len(runs) if runs else 0.0)
     return scores

@@ -66,6 +66,8 @@ def test_copies_by_hand() -> None:
     # "der zug leaves." has 12 runs of 4 characters; "der ", "er z", "r zu", " zug", "zug " are in the source.
     assert copied(["p"] * 7, answers, source=[source] * 7) == [1.0, 1.0, 0.0, 5 / 12, 0.0, 1.0, 0.0]
     assert copied(["p"], ["Zug x"], source=[source], characters=1) == [4 / 5]
+    other = "\uff24er Zug fa\u0308hrt ab."  # a wide D, and an accent in a character of its own
+    assert copied(["p"], [other], source=[source]) == [1.0]
     with pytest.raises(ValueError, match="characters must be 1 or more"):
         copied(["p"], ["x"], source=[source], characters=0)
 
