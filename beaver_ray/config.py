@@ -319,6 +319,14 @@ class PolicyConfig(RunConfig):
             raise ValueError(f"{needed / 2**30:.1f} GiB of weights to be read there are more than {there}")
         return needed
 
+    @property
+    def remarks(self) -> list[str]:
+        """What may be asked for and is seldom wise."""
+        judges = [("evaluation.judge", self.evaluation.judge, self.models.reward)]
+        judges += [(f"the judge of constraint {c.name}", c.judge, c.model) for c in self.constraints]
+        own = "is what the policy is trained on itself, and agrees with it whatever comes; give another"
+        return [*self.ppo.remarks, *(f"{name} {own}" for name, judge, model in judges if judge and judge == model)]
+
     def total_steps(self, prompts: int) -> int:
         """Training steps of this run, where there are ``prompts`` distinct prompts."""
         if self.steps is not None:

@@ -95,6 +95,7 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.limit=null", ["harm needs either limit or violation_rate"]),
         ("constraints.harm.violation_rate=0.1", ["harm needs either limit or violation_rate"]),
         ("constraints.harm.judge=runs/other", ["constraint harm: judge is what calibrated probabilities are held"]),
+        ("evaluation.judge=runs/other", ["evaluation.judge needs prompts to evaluate on"]),
         ("constraints.harm.name=Harm!", ["'Harm!' must be lower-case letters"]),
         ("constraints.harm.name=reward", ["not 'reward'"]),
         ("constraints.harm.where={kind: []}", ["harm: where.kind has no value"]),
@@ -426,6 +427,17 @@ def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
     assert "arguments cannot hold tokenize" in error(arguments % "tokenize")
     assert "style beaver has none" in error("data.template.style=beaver", arguments % "date_string")
     assert "control character" in error('models.reward="a\\nb"')
+
+
+def test_a_judge_that_the_policy_is_trained_on_is_remarked_upon() -> None:
+    own = "is what the policy is trained on itself, and agrees with it whatever comes; give another"
+    file, reward, cost = "configs/local/safe_ppo.yaml", "evaluation.judge=r", "constraints.harm.judge=c"
+    models = ["models.reward=r", "constraints.harm.model=c"]
+    assert load_config(file, [*models, reward, cost]).remarks == [  # type: ignore[attr-defined]
+        f"evaluation.judge {own}",
+        f"the judge of constraint harm {own}",
+    ]
+    assert load_config(file, [*models, "evaluation.judge=c", "constraints.harm.judge=r"]).remarks == []  # type: ignore[attr-defined]
 
 
 def test_assignment_is_checked_too() -> None:

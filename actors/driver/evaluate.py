@@ -201,6 +201,10 @@ class HeldOut:
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None and c.name in own}
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)
+        for column in self.judge_roles.keys() & set(answers.schema.names):
+            if silent := int(experience.not_finite(answers, column).sum()):
+                said = f"{silent} of {answers.num_rows} held-out answers have no finite {column}"
+                note(f"{said}: what is made of it goes without them")
         probabilities = targets.keys() & set(self.learned)
         by = "true reward and cost of the small world" if self.world else _by_own(self.config)
         if self.world and self.learned:

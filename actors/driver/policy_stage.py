@@ -251,10 +251,10 @@ class PolicyStage(PolicyConfig, Stage):
     def announcements(self) -> list[str]:
         """The answers that ``multiplier.initial: auto`` takes, and what is seldom wise."""
         if not self.auto_multipliers:
-            return self.ppo.remarks
+            return self.remarks
         names = ", ".join(self.auto_multipliers)
         answers = f"{START_ANSWERS} answers to each of up to {START_PROMPTS} prompts"
-        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1", *self.ppo.remarks]
+        return [f"multiplier.initial auto ({names}): {answers} are sampled and scored before step 1", *self.remarks]
 
     def feasibility(self, prompts: int, answers: int, out: Path | None) -> Feasibility:
         """What the limits cost near the reference, by the dual on sampled answers."""

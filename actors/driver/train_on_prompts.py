@@ -24,7 +24,7 @@ from beaver_ray.runs import RunFolder, say_rows
 
 def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     """Train the policy through all steps, save it and its critics, and evaluate it on the held-out prompts."""
-    for line in [*stage.ppo.remarks, *check_models(stage)]:
+    for line in [*stage.remarks, *check_models(stage)]:
         run.note(line)
     check_tokenizers(stage)
     tokenizer = load_tokenizer(stage.models.policy, stage.models.trust_remote_code)

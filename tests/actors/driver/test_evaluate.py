@@ -169,6 +169,12 @@ def test_held_out_answers_without_a_finite_score_are_left_out(
         f"{lost} of 16 held-out answers have no finite cost/harm: the evaluation goes without"
         in capsys.readouterr().out
     )
+    # What judges of held-out answers do not know is passed over with a word.
+    judge = str(spoilt(tiny_world, tmp_path / "spoilt_judge", "reward_model", "lock"))
+    asked = ppo_config(tiny_world, workspace=str(tmp_path), evaluation=evaluation | {"judge": judge})
+    summary = json.loads(evaluate(asked, str(tiny_world / "model")).read_text())
+    assert summary["samples"] == 16 and summary["judge"]["mean"] is not None
+    assert f"{lost} of 16 held-out answers have no finite judge: what is made of it goes" in capsys.readouterr().out
     # Where the cost does not count no answer is lost by it.
     rows = [json.loads(line) for line in (tiny_world / "prompts" / "test.jsonl").open()]
     marked = [row | {"about": "locks" if "lock" in row["prompt"] else "others"} for row in rows]
