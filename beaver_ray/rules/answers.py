@@ -49,11 +49,17 @@ _NUMBER = re.compile(
     rf"({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?:{_UNIT})?(?!\w|\.\d)",
     re.IGNORECASE | re.ASCII,
 )
-# Roots, π and what else is not read, and the numbers beside it.
-_ROOT = re.compile(r"\\sqrt\s*(?:\[[^\[\]]*\])?\s*(?:\{[^{}]*\}|\w)|√\s*(?:\([^()]*\)|[\d.]*)")
-_NO_NUMBER = re.compile(r"\\pi(?![a-zA-Z])|\\(?:ln|log|sin|cos|tan|exp)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\([^()]*\)|[\d.]*)")
-_BESIDE_BEFORE = re.compile(r"π\s*[*/+-]?\s*\Z")
-_BESIDE_AFTER = re.compile(r"\s*(?:(?:[*/+-]|\\times|\\cdot)?\s*π|\^\s*\{?\s*[+-]?\s*(?:\d|[a-zA-Z](?![a-zA-Z])))")
+# Roots, π and what else is not read, and the numbers beside it; and the parts of a sum.
+_IN_BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_ROOT = re.compile(rf"\\sqrt\s*(?:\[[^\[\]]*\])?\s*(?:{_IN_BRACES}|\\[dt]?frac\s*\d\s*\d|\w)|√\s*(?:\([^()]*\)|[\d.]*)")
+_FUNCTION = r"(?:ln|log|sin|cos|tan|exp)(?![a-zA-Z])(?:\s*_\s*(?:\{[^{}]*\}|\w))?"
+_NO_NUMBER = re.compile(
+    rf"\\pi(?![a-zA-Z])|\\{_FUNCTION}\s*(?:{_IN_BRACES}|\([^()]*\)|[\d.]*)|(?<![a-zA-Z])(?:sqrt|{_FUNCTION})\s*\([^()]*\)"
+)
+_BESIDE_BEFORE = re.compile(r"(?:π\s*[*/+-]?|[\w°)}\]]\s*\+|[a-zA-Zπ)}\]]-)\s*\Z")
+_BESIDE_AFTER = re.compile(
+    r"\s*(?:(?:[*/+-]|\\times|\\cdot)?\s*π|\^\s*\{?\s*[+-]?\s*(?:\d|[a-zA-Z](?![a-zA-Z]))|\+\s*[\\\w(]|-\s*[\\\d])"
+)
 _DEGREES = re.compile(r"\s?\^\s?\{?\s?(?:\\circ|\\degree|\\prime|°|o(?![a-z])|th|st|nd|rd)\s?\}?")
 _OTHER_EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")  # what is in it is no number by itself
 _LONG_SPACE = re.compile(r"\s{3,}")
@@ -146,7 +152,7 @@ def plain(text: str) -> str:
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None where it has none, or one too large to be worked with.
 
-    What is a part of 3\\pi, \\sqrt{2} or 2^n is none.
+    What is a part of 3\\pi, \\sqrt{2}, 2^n or x + 3 is none.
     """
     text = _LONG_SPACE.sub("  ", _one_width(text[-LONGEST:])).translate(_SIGNS).replace("{,}", ",")
     text = _NO_NUMBER.sub("π", _ROOT.sub("π", _DEGREES.sub("° ", text)))
