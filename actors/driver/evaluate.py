@@ -201,7 +201,7 @@ class HeldOut:
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None and c.name in own}
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)
-        for column in self.judge_roles.keys() & set(answers.schema.names):
+        for column in [column for column in self.judge_roles if column in answers.schema.names]:
             if silent := int(experience.not_finite(answers, column).sum()):
                 said = f"{silent} of {answers.num_rows} held-out answers have no finite {column}"
                 note(f"{said}: what is made of it goes without them")

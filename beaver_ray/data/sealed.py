@@ -36,11 +36,11 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
 
     Raises UserError where data of ``config`` itself cannot be read.
     """
-    first: dict[tuple[str, ...], RawSample] = {}
+    left: dict[tuple[str, ...], RawSample] = {}
     for sample in samples:
-        first.setdefault(_wording(sample), sample)
-    sealed, read = Sealed(list(first.values())), set[str]()
-    if repeated := len(samples) - len(sealed.samples):
+        left.setdefault(_wording(sample), sample)
+    sealed, read = Sealed([]), set[str]()
+    if repeated := len(samples) - len(left):
         sealed.left_out["repeated prompt"] = repeated
     for run, tree in _runs(config, policy, sealed.unchecked):
         for part, specs in _data(tree):
@@ -54,10 +54,10 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
                     raise
                 sealed.unchecked.append(f"{name}: {error}")
                 continue
-            left = [sample for sample in sealed.samples if _wording(sample) not in seen]
-            if found := len(sealed.samples) - len(left):
-                sealed.left_out[f"in {name}"] = found
-                sealed.samples = left
+            if found := left.keys() & seen:
+                sealed.left_out[f"in {name}"] = len(found)
+                left = {wording: sample for wording, sample in left.items() if wording not in found}
+    sealed.samples = list(left.values())
     return sealed
 
 

@@ -70,6 +70,8 @@ CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
         ),
     ),
 }
+OTHER_CALLS = 0x40000000  # from here on those of x86-64 with short pointers, which have numbers of their own
+
 # <linux/landlock.h>; the same numbers on all processors
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 ASK_VERSION, PATH_BENEATH = 1, 1
@@ -77,8 +79,6 @@ ASK_VERSION, PATH_BENEATH = 1, 1
 # and shortening files
 CHANGES = 1 << 1 | 0b111111111 << 4
 LATER_CHANGES = {2: 1 << 13, 3: 1 << 14}
-
-OTHER_CALLS = 0x40000000  # from here on those of x86-64 with short pointers, which have numbers of their own
 
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
 
@@ -171,9 +171,7 @@ def _wall_in(folder: str) -> bool:
         return False
     rights = CHANGES | sum(right for since, right in LATER_CHANGES.items() if version >= since)
     handled = ctypes.create_string_buffer(struct.pack("Q", rights), 8)
-    rules = libc.syscall(SYS_LANDLOCK_CREATE, handled, 8, 0)
-    if rules < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    rules = _ask(libc.syscall, SYS_LANDLOCK_CREATE, handled, 8, 0)
     beneath = os.open(folder, os.O_PATH)
     allowed = ctypes.create_string_buffer(struct.pack("=Qi", rights, beneath), 12)
     _ask(libc.syscall, SYS_LANDLOCK_ADD_RULE, rules, PATH_BENEATH, allowed, 0)
@@ -197,11 +195,13 @@ def _filter_calls() -> None:
     _ask(ctypes.CDLL(None, use_errno=True).prctl, PR_SET_SECCOMP, MODE_FILTER, given, 0, 0)
 
 
-def _ask(function: Any, *arguments: Any) -> None:
-    """A call of the C library; OSError where it fails."""
-    if function(*arguments) != 0:
+def _ask(function: Any, *arguments: Any) -> int:
+    """What a call of the C library returns; OSError where it fails."""
+    result: int = function(*arguments)
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+    return result
 
 
 def _limit(seconds: float, memory: int) -> None:
