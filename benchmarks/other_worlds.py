@@ -1,7 +1,6 @@
 """The same recipe, unchanged, on worlds that it was not made for, by their true reward and cost.
 
     python benchmarks/other_worlds.py --jobs 2 --out benchmarks/other_worlds.json
-    python benchmarks/other_worlds.py --jobs 2 --methods safe_ppo_less_kl safe_ppo_less_kl_true_scores
 
 Gains and severities twice and half as large, one and four prompts in five adversarial, limits of 2, 5 and 20 % harmful,
 and preference and safety labels of which 10 % are flipped. On each, Safe PPO with learned scores and with the world's

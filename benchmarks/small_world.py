@@ -34,7 +34,6 @@ METHODS = {
         f"constraints.harm.model={TRUTH.format('cost')}",
         "constraints.harm.critic=${workspace}/cost_model/final/cost_model",
     ],
-    "safe_ppo_less_kl": ["ppo.kl_coefficient=0.02"],
     "safe_ppo_staleness_1": ["rollout.staleness=1"],
     "safe_ppo_staleness_4": ["rollout.staleness=4"],
     "ppo": ["stage=ppo"],
@@ -42,7 +41,6 @@ METHODS = {
     "reward_shaping_1": ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"],
     "reward_shaping_10": ["stage=reward_shaping", "constraints.harm.multiplier.initial=10"],
 }
-METHODS["safe_ppo_less_kl_true_scores"] = METHODS["safe_ppo_less_kl"] + METHODS["safe_ppo_true_scores"]
 SETTLED = 25
 """The first step from which the limit is asked to be kept."""
 

@@ -58,6 +58,7 @@ LAST_KILL = 0.9  # share of the steps after which nobody dies any more, but for 
 PAUSE_S = 3.0  # a kill at any moment falls anywhere into so many seconds after its step
 PATIENCE_S = 90.0  # for a moment to come
 INLINED = 1000  # bytes: a batch of one answer takes 2,000 and more, a generator's summary 200
+PROMPTS = 128  # a step; the recipe has 256, under which nothing dies in another way and the run is longer
 BAR = 0.03
 """What the violation rate, by the small world's truth and over the last fifth of training, may be above its target."""
 MOMENTS = {
@@ -327,8 +328,10 @@ def main() -> None:
     for stage in stages[:-1]:
         run_stage(stage, is_finished(stage.folder))
     shutil.rmtree(options.folder / "chaos", ignore_errors=True)
-    changes = {"workspace": str(options.folder.resolve()), "steps": options.steps}
-    config = write_config(ROOT / "configs" / "local" / "safe_ppo.yaml", options.folder, changes)
+    recipe = ROOT / "configs" / "local" / "safe_ppo.yaml"
+    rollout = yaml.safe_load(recipe.read_text(encoding="utf-8"))["rollout"] | {"prompts_per_step": PROMPTS}
+    changes = {"workspace": str(options.folder.resolve()), "steps": options.steps, "rollout": rollout}
+    config = write_config(recipe, options.folder, changes)
     print(run_chaos(config, options.kills, options.seed, options.steps, kills_of(config), INLINED))
     folder = options.folder / "chaos"
     print(check(folder, options.steps))
