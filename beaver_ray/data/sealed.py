@@ -12,7 +12,7 @@ from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
-from beaver_ray.rules.alike import alike
+from beaver_ray.spelling import alike
 from beaver_ray.yaml_files import read_yaml
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from beaver_ray.rules.alike import alike, simplified
+from beaver_ray.spelling import alike, simplified
 
 _EXPERTS = (
     *("doctor", "physician", "lawyer", "attorney", "accountant", "therapist", "psychiatrist", "pharmacist"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from beaver_ray.rules.alike import alike, simplified
+from beaver_ray.spelling import alike, simplified
 
 START = 200
 SHORT = 300

@@ -8,8 +8,8 @@ from typing import Literal
 
 import regex
 
-from beaver_ray.rules.alike import alike
 from beaver_ray.rules.refusals import is_refusal
+from beaver_ray.spelling import alike
 
 # Chinese, Japanese, Thai, Lao, Khmer and Burmese write no spaces between words: each character counts as a word, with
 # the signs that stand above and below it.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from beaver_ray.rules.alike import alike
+from beaver_ray.spelling import alike
 
 FORM = "{first}: {given}\n{second}:"
 """What comes before the text whose likelihood is asked for."""
