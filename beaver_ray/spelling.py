@@ -17,5 +17,5 @@ def alike(text: str) -> str:
 
 
 def simplified(text: str) -> str:
-    """Those traditional Chinese characters that phrases of `refusals` and `disclaimers` have, as simplified ones."""
+    """Those traditional Chinese characters that phrases of rules/refusals.py and disclaimers.py have, simplified."""
     return text.translate(_SIMPLIFIED)

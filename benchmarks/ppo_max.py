@@ -56,7 +56,6 @@ SIZE = [
     "evaluation.every=8",
     "ppo.critic_warmup_steps=8",
     'evaluation.prompts=["demonstrations:1:${workspace}/world/demonstrations/test.jsonl"]',
-    "engine.micro_batch_tokens=1024",
     "trajectory_every=0",
 ]
 """Of all runs: half of the recipe's answers in a step, and a first evaluation before the policy has moved."""

@@ -99,7 +99,7 @@ def judge(folder: Path, bias: float, seed: int) -> dict[str, Any]:
     common = [f"workspace={folder}", "debug=true", f"seed={seed}", "cluster.threads=1"]
     if not (folder / "judge" / "final").is_dir():
         settings = [f"train=[demonstrations:1:{given}/train.jsonl]", f"eval=[demonstrations:1:{given}/test.jsonl]"]
-        settings += ["name=judge", "epochs=3", "max_tokens=96", "engine.micro_batch_tokens=1024", "resume=true"]
+        settings += ["name=judge", "epochs=3", "max_tokens=96", "resume=true"]
         launch("train", str(CONFIGS / "local" / "sft.yaml"), *common, *settings, "save_every=100")
     run = folder / "judged"
     if not (run / "final").is_dir():

@@ -88,7 +88,7 @@ def written(workspace: Path, world: SmallWorld, policy: str, seed: int) -> Row:
     ]
     if not file.is_file():
         write_rows(file, rows)
-    size = ["max_tokens=80", "engine.micro_batch_tokens=1024", "eval=[]"]
+    size = ["max_tokens=80", "eval=[]"]
     attacker = stage("sft", "attacker", workspace, f"seed={seed}", f"train=['demonstrations:1:{file}']", *size)
     names = ["plain", "few_shot(shots=3, count=1, request='{examples}')", "translate(request='{prompt}')"]
     changes = [f"attacks={json.dumps(names)}", f"attacker={attacker}/policy"]
@@ -131,7 +131,7 @@ def one_round(workspace: Path, arm: str, policy: str, prompts: list[str], seed: 
     for kind in ("reward_model", "cost_model"):
         data = [f"train=['PKU-SafeRLHF:1:{labels}/train.jsonl',{old}]", f"eval=['PKU-SafeRLHF:1:{labels}/test.jsonl']"]
         before = f"model={workspace}/{kind}/final/{kind}"
-        more = ["epochs=2", f"max_tokens={LONGEST + 16}", "engine.micro_batch_tokens=1024"]
+        more = ["epochs=2", f"max_tokens={LONGEST + 16}"]
         models[kind] = stage(kind, f"{arm}/{kind}", workspace, *common, before, *data, *more) / kind
     calibration = [f"{labels}/test.jsonl", f"{workspace}/world/preferences/test.jsonl"]
     final = stage(
