@@ -26,7 +26,7 @@ def test_all_roles_share_one_gpu() -> None:
     assert placed.cluster.of("experience").gpus == 0 and placed.cluster.of("rollout").cpus == 0.5
     bundles = [b for kind in expected for b in make_bundles(kind, [placed.cluster.of(kind)])]
     assert sum(bundle["GPU"] for bundle in bundles) <= 1.0
-    assert placed.engine.micro_batch_tokens == gpus.MICRO_BATCH_TOKENS and config.engine.micro_batch_tokens == 256
+    assert placed.engine.micro_batch_tokens == gpus.MICRO_BATCH_TOKENS and config.engine.micro_batch_tokens == 1024
     assert all(not config.cluster.of(kind).gpus for kind in expected), "the configuration itself has changed"
 
 
