@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from beaver_ray.bounds import clopper_pearson
 from beaver_ray.method.calibration import Calibration
 
 
@@ -29,8 +30,13 @@ def safety_margin(
     std(costs) / sqrt(E). Each bound holds with probability `confidence` by itself; that both errors are so large and
     point the same way is rarer. It says nothing of answers that are unlike the labelled ones. Of the answers to a
     single prompt nothing is known: infinite.
+
+    The mean of costs that are all 0 or 1 is a share, and Student's t is too sure of a small one: of no answer with a
+    cost it would conclude that there are none. Its bound is Clopper and Pearson's instead, of G to E answers: as many
+    as would have this error if each were to another prompt (Korn and Graubard 1998).
     """
-    margin = mean_bound(costs_E, prompts_E, confidence)
+    share = bool(np.isin(costs_E, (0.0, 1.0)).all())
+    margin = (share_bound if share else mean_bound)(costs_E, prompts_E, confidence)
     if calibration is not None:
         margin += _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
     return margin
@@ -39,15 +45,35 @@ def safety_margin(
 def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
     """How far a mean's true value may lie above it, at most with probability ``confidence``; infinite for one cluster.
 
-    By Student's t, of values that are independent between clusters alone: sandwich variance with the G / (G - 1)
-    correction, which for equal clusters is that of the clusters' means.
+    By Student's t, of values that are independent between clusters alone.
+    """
+    error, clusters = _mean_error(values_N, cluster_N)
+    return _t(confidence, clusters) * error if clusters > 1 else math.inf
+
+
+def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
+    """`mean_bound` of values that are 0 or 1, also of rare ones."""
+    error, clusters = _mean_error(hits_N, cluster_N)
+    if clusters < 2:
+        return math.inf
+    share = float(np.mean(hits_N, dtype=np.float64))
+    variance = share * (1 - share)
+    trials = float(clusters)
+    if variance > 0.0:
+        trials = min(max(variance / error**2, clusters), len(hits_N)) if error > 0.0 else len(hits_N)
+    return clopper_pearson(share, trials, confidence)[1] - share
+
+
+def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> tuple[float, int]:
+    """(Standard error of the mean, number of clusters G); the error is infinite for one cluster.
+
+    Sandwich variance with the G / (G - 1) correction, which for equal clusters is that of the clusters' means.
     """
     residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
     clusters = len(residuals_G)
     if clusters < 2:
-        return math.inf
-    error = math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N)
-    return _t(confidence, clusters) * error
+        return math.inf, clusters
+    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N), clusters
 
 
 def _t(confidence: float, n: int) -> float:

@@ -96,8 +96,9 @@ class DivergenceGuard:
             )
         for name in self.bounded:
             margin, limit = metrics.get(f"cost/{name}/margin", 0.0), metrics[f"cost/{name}/limit"]
-            # Costs that have an unsafe share are probabilities: their mean is never below 0.
-            if f"cost/{name}/unsafe_share" in metrics and margin >= limit:
+            # Probabilities, and costs of 0 and 1: their mean is the rate, which is never below 0.
+            rate = metrics.get(f"cost/{name}/violation_rate")
+            if margin >= limit and rate == metrics[f"cost/{name}/mean"]:
                 found[f"margin {name}"] = (
                     f"the confidence of {name} takes {margin:.4g} off its limit {limit:g}, and nothing is left: give a "
                     f"step or the calibration more answers, or lower constraints.{name}.confidence"

@@ -23,6 +23,22 @@ def test_by_hand():
     assert safety_margin(np.repeat(costs, 2), np.repeat(prompts, 2), 0.9) == pytest.approx(1.638, abs=1e-3)
 
 
+def test_of_shares_by_hand():
+    """Of n answers none with a cost, the bound is 1 - (1 - confidence)^(1/n); of all, 1."""
+    none, prompts = np.zeros(32), np.arange(32)
+    assert safety_margin(none, prompts, 0.9) == pytest.approx(1 - 0.1 ** (1 / 32))
+    assert safety_margin(none + 1, prompts, 0.9) == 0.0
+    # Four answers to each of eight prompts: as of eight answers, where those to one prompt are alike.
+    assert safety_margin(none, prompts // 4, 0.9) == pytest.approx(1 - 0.1 ** (1 / 8))
+    alike = np.repeat([1.0, 0, 0, 0, 0, 0, 0, 0], 4)
+    # At most one of eight: (1 - p)^8 + 8 p (1 - p)^7 = 0.1 at p = 0.4062.
+    assert safety_margin(alike, prompts // 4, 0.9) == pytest.approx(0.4062 - 0.125, abs=1e-4)
+    # One of four at every prompt: nothing is shared, and these are 32 answers of which 8 have a cost.
+    spread = np.tile([1.0, 0, 0, 0], 8)
+    upper = 0.25 + safety_margin(spread, prompts // 4, 0.9)
+    assert sum(math.comb(32, k) * upper**k * (1 - upper) ** (32 - k) for k in range(9)) == pytest.approx(0.1)
+
+
 def test_of_one_prompt_nothing_is_known():
     assert safety_margin(np.array([0.2]), np.array([7]), 0.9) == math.inf
     assert safety_margin(np.array([0.2, 0.3, 0.1]), np.array([7, 7, 7]), 0.9) == math.inf
@@ -38,3 +54,19 @@ def test_the_mean_is_within_the_bound_as_often_as_it_says(confidence, shared):
     costs = 0.3 + of_prompts + math.sqrt(1 - shared) * rng.normal(0, 1.0, (4000, 90))
     held = [row.mean() + safety_margin(row, prompts, confidence) >= 0.3 for row in costs]
     assert np.mean(held) == pytest.approx(confidence, abs=0.02)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+@pytest.mark.parametrize("count", [32, 256])
+def test_a_share_is_within_the_bound_at_least_as_often_as_it_says(rate, shared, count):
+    """Two answers to each prompt, which has a rate of its own (beta) where they have something in common."""
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(count // 2), 2)
+    held = []
+    for _ in range(1000):
+        odds = (1 / shared - 1) * np.array([rate, 1 - rate]) if shared else None
+        of_prompts = rng.beta(*odds, count // 2)[prompts] if odds is not None else rate
+        costs = (rng.random(count) < of_prompts).astype(float)
+        held.append(costs.mean() + safety_margin(costs, prompts, 0.9) >= rate)
+    assert np.mean(held) >= 0.9 - 0.02

@@ -62,11 +62,12 @@ def test_what_cannot_be_right_is_said_without_any_limit() -> None:
 
 def test_a_margin_that_leaves_nothing_of_a_rate_is_said() -> None:
     guard = DivergenceGuard(None, ["harm"])
-    rate = {"cost/harm/unsafe_share": 0.1}
+    rate = {"cost/harm/violation_rate": 0.1, "cost/harm/mean": 0.1}
     assert guard.observe(metrics(**rate, **{"cost/harm/margin": 0.4})) == []
     (said,) = guard.observe(metrics(**rate, **{"cost/harm/margin": 0.5}))
     assert said.startswith("the confidence of harm takes 0.5 off its limit 0.5, and nothing is left")
-    assert DivergenceGuard(None, ["harm"]).observe(metrics(**{"cost/harm/margin": 0.5})) == []  # scores may be negative
+    scores = rate | {"cost/harm/mean": -0.4, "cost/harm/margin": 0.5}
+    assert DivergenceGuard(None, ["harm"]).observe(metrics(**scores)) == []  # a mean of scores may be negative
 
 
 def test_numbers_that_are_not_finite_may_not_last() -> None:
