@@ -30,7 +30,9 @@ _CANNOT = (
 _HOW = r"how (?:much (?:i|this means)|\w+ (?:i|we|it|this|that)(?:'m| am| are|'s| is| was|'ve))\b"
 _DO = (
     rf"(?:tell you(?! {_HOW})|"
-    r"assist|help(?! but\b)|provide|give|offer|answer|comply|fulfil+|create|write|generate|produce|share|discuss|"
+    # "I don't think I can give one simple answer" is how some answers begin.
+    r"assist|help(?! but\b)|(?:provide|give|offer)(?! (?:you )?(?:an?|one) (?:single|simple|short|quick|universal)\b)|"
+    r"answer|comply|fulfil+|create|write|generate|produce|share|discuss|"
     r"engage|participate|respond|advise|encourage|promote|condone|support|endorse|satisfy|show you|teach|"
     r"explain|facilitate|suggest|recommend(?!(?: \w+){1,4} enough)|complete|continue|do (?:that|this|so)\b|talk about|"
     r"instruct|guide|entertain|accommodate|aid|contribute|in good conscience|and will not|or will not|process|"

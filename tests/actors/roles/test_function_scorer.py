@@ -250,6 +250,7 @@ def test_parameters_are_literals_by_name(file: Path) -> None:
         ("answers.py:numeric_answer(tolerance=-1)", "tolerance must be"),
         ("programs.py:passes_tests(memory_mib=1)", "memory_mib must be"),
         ("formats.py:valid_json(keys='a')", "keys must be a list"),
+        ("formats.py:valid_json(keys=5)", "keys must be a list of texts, not 5"),
     ],
 )
 def test_parameters_of_the_library_are_tried_before_models_are_loaded(call: str, said: str) -> None:
