@@ -11,11 +11,13 @@ import ast
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from beaver_ray import rules
 from beaver_ray.data_options import DataEntry
@@ -312,12 +314,24 @@ class FunctionSource(ScoreSource):
         found = self.code.find(part)
         assert isinstance(found, ast.FunctionDef)
         self.code.check_keywords(part, found.args)
-        if self.code.file.resolve().parent == Path(rules.__file__).parent and "model" not in self.code.keywords:
-            self._try_on_no_answer(part, found.args)
+        if self.code.file.resolve().parent == Path(rules.__file__).parent:
+            function = getattr(import_module(f"{rules.__name__}.{self.code.file.stem}"), self.code.name)
+            self._check_kinds(part, function)
+            if "model" not in self.code.keywords:
+                self._try_on_no_answer(part, function, found.args)
 
-    def _try_on_no_answer(self, part: str, arguments: ast.arguments) -> None:
+    def _check_kinds(self, part: str, function: Callable[..., Any]) -> None:
+        """UserError where a parameter is of another type than a function of beaver_ray/rules says."""
+        kinds = get_type_hints(function)
+        for name, value in self.code.keywords.items():
+            try:
+                TypeAdapter(kinds[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                raise UserError(f"{part}: {self.text}: {name}={value!r:.100}: {said}") from None
+
+    def _try_on_no_answer(self, part: str, function: Callable[..., Any], arguments: ast.arguments) -> None:
         """Call a function of beaver_ray/rules without prompts: a pattern that is none is known before models are."""
-        function = getattr(import_module(f"{rules.__name__}.{self.code.file.stem}"), self.code.name)
         kinds = {one.arg: ast.unparse(one.annotation or ast.Constant(None)) for one in arguments.kwonlyargs}
         rows: dict[str, Any] = {name: [] for name, kind in kinds.items() if kind == "list[Any]"}
         try:

@@ -27,7 +27,7 @@ def valid_json(
 
     NaN and Infinity are no JSON. Raises ValueError for what is no schema; a schema may refer to its own parts alone.
     """
-    if isinstance(keys, str) or not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
+    if isinstance(keys, str):
         raise ValueError(f"keys must be a list of texts, not {keys!r:.100}")
     checks = [_validator(one) for one in schema] if schema is not None else [None] * len(responses)
     return [float(_fits(response, keys, fenced, check)) for response, check in zip(responses, checks, strict=True)]
