@@ -35,7 +35,9 @@ class OptimizerConfig(Strict):
     """AdamW and its schedule."""
 
     learning_rate: float = option("Peak learning rate.", 1e-5, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = option("Learning rate after the warm-up.", "cosine")
+    schedule: Literal["constant", "cosine", "linear", "cosine_to_tenth", "linear_to_tenth"] = option(
+        "Learning rate after the warm-up: as it is, or down to nothing, or to a tenth.", "cosine"
+    )
     warmup_fraction: float = option("Share of the steps in which the rate rises from 0.", 0.03, ge=0, le=1)
     weight_decay: float = option("Weight decay; biases and norms are exempt.", 0.0, ge=0)
 

@@ -80,8 +80,10 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     if config.schedule == "constant":
         return config.learning_rate
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * shape
+    falls, _, end = config.schedule.partition("_to_")
+    shape = 1 - progress if falls == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    lowest = 0.1 if end == "tenth" else 0.0
+    return config.learning_rate * (lowest + (1 - lowest) * shape)
 
 
 class TrainingEngine:

@@ -410,8 +410,12 @@ def test_learning_rate_by_hand() -> None:
     # 0.6 * (1 + cos(0, 60, 120 degrees))
     assert rates("cosine", 0.0, 3) == pytest.approx([1.2, 0.9, 0.3])
     assert rates("linear", 1.0, 3) == pytest.approx([0.3, 0.6, 0.9])
-    config = OptimizerConfig(learning_rate=1.2, schedule="cosine", warmup_fraction=0.0)
-    assert learning_rate(config, 9, 3) == pytest.approx(0.0)
+    # From 1.2 down to 0.12, of which a quarter is 0.27; halfway of the cosine is 0.66.
+    assert rates("linear_to_tenth", 0.0, 4) == pytest.approx([1.2, 0.93, 0.66, 0.39])
+    assert rates("cosine_to_tenth", 0.0, 2) == pytest.approx([1.2, 0.66])
+    for schedule, last in ("cosine", 0.0), ("linear", 0.0), ("cosine_to_tenth", 0.12), ("linear_to_tenth", 0.12):
+        config = OptimizerConfig(learning_rate=1.2, schedule=schedule, warmup_fraction=0.0)
+        assert learning_rate(config, 9, 3) == pytest.approx(last)
 
 
 def with_dropout(family: str) -> nn.Module:
