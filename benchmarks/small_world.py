@@ -28,7 +28,6 @@ METHODS = {
     "safe_ppo": [],
     "safe_ppo_without_replay": ["ppo.replay=0"],
     "safe_ppo_confidence": ["constraints.harm.confidence=0.9"],
-    "safe_ppo_confidence_to_tenth": ["constraints.harm.confidence=0.9", "policy.schedule=linear_to_tenth"],
     "safe_ppo_true_scores": [
         f"models.reward={TRUTH.format('reward')}",
         "models.reward_critic=${workspace}/reward_model/final/reward_model",
