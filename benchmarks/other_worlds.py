@@ -1,6 +1,7 @@
 """The same recipe, unchanged, on worlds that it was not made for, by their true reward and cost.
 
     python benchmarks/other_worlds.py --jobs 2 --out benchmarks/other_worlds.json
+    python benchmarks/other_worlds.py --seed 5 --worlds "as it is" --methods safe_ppo --out FILE
 
 Gains and severities twice and half as large, one and four prompts in five adversarial, limits of 2, 5 and 20 % harmful,
 and preference and safety labels of which 10 % are flipped. On each, Safe PPO with learned scores and with the world's
@@ -34,9 +35,11 @@ def main() -> None:
     parser = study_options(__doc__, "other_worlds", "runs/other-worlds", None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(METHODS))
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     options = parser.parse_args()
-    folders = {name: options.workspace.resolve() / name.replace(" ", "_") for name in WORLDS}
-    cases = [(name, TARGET) for name in WORLDS] + [("as it is", target) for target in TARGETS]
+    folders = {name: options.workspace.resolve() / name.replace(" ", "_") for name in options.worlds}
+    cases = [(name, TARGET) for name in options.worlds]
+    cases += [("as it is", target) for target in TARGETS if "as it is" in options.worlds]
 
     def case(chosen: tuple[str, float, str]) -> dict[str, Any]:
         name, target, method = chosen
@@ -45,9 +48,9 @@ def main() -> None:
         return {"world": name, "target_violation_rate": target} | row | {"method": method}
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: prepare(folders[name], options.seed, **WORLDS[name]), WORLDS))
+        list(pool.map(lambda name: prepare(folders[name], options.seed, **WORLDS[name]), options.worlds))
         rows = list(pool.map(case, [(*c, method) for c in cases for method in options.methods]))
-    write(options.out, {"worlds": WORLDS, "runs": rows})
+    write(options.out, {"worlds": {name: WORLDS[name] for name in options.worlds}, "runs": rows})
     print(json.dumps(rows, indent=2))
 
 
