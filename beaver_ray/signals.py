@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.models.folders import read_config
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.score_sources import GroupedSource, GuardSource, PrincipleSource, ScoreSource, score_source
 
 HELD_OUT_JUDGE = "held-out-judge"

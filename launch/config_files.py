@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.stages import stages
-from beaver_ray.config import PipelineConfig, StageEntry
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
+from beaver_ray.pipeline_options import PipelineConfig, StageEntry
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import apply_overrides, as_yaml, interpolate, one_line, read_yaml, text_options, validated
 

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from actors.stages import stages
-from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.judge_options import JudgeOptions
+from beaver_ray.pipeline_options import PipelineConfig
 from beaver_ray.template_options import Style, TemplateOptions
 
 CONFIGURATIONS: dict[str, type[BaseModel]] = {**stages(), "pipeline": PipelineConfig, "judge": JudgeOptions}

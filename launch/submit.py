@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from beaver_ray.config import DIRECT_WEIGHTS
 from beaver_ray.data_options import data_paths
 from beaver_ray.errors import UserError
 from beaver_ray.fit import models_of
 from beaver_ray.manifest import data_of
+from beaver_ray.policy_options import DIRECT_WEIGHTS
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.stage import Stage
 from beaver_ray.user_code import ALLOWED_CODE

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.trainer_stage import TrainerStage
 from actors.stages import stages
-from beaver_ray.config import PipelineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import CVaR, WorstOfK
+from beaver_ray.pipeline_options import PipelineConfig
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import as_yaml, save_config, yaml_value
 from launch.config_files import load_config, load_pipeline, parse_config

@@ -19,7 +19,6 @@ from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import ScorerBase, judge_column
 from beaver_ray import experience
 from beaver_ray.arena.origins import identity, trained_against
-from beaver_ray.config import PolicyConfig
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.scopes import in_words
@@ -30,6 +29,7 @@ from beaver_ray.evaluation import Samples, mean_interval, summarize
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.manifest import write_lines
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.runs import read_evaluation

@@ -22,7 +22,6 @@ from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference, ScorerBase
 from actors.weights.publishing import publish
-from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.hacking import Watch
 from beaver_ray.method.calibration import Calibration
@@ -31,6 +30,7 @@ from beaver_ray.method.divergence import PERSISTS, bounded_cost
 from beaver_ray.method.history import Moments, Unit
 from beaver_ray.method.multipliers import Multiplier
 from beaver_ray.method.objective import BoundedCosts
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.runs import read_metrics
 
 

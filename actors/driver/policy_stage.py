@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
-from beaver_ray.config import DTYPE_BYTES, PolicyConfig, SamplingConfig
+from beaver_ray.config import DTYPE_BYTES, SamplingConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage, Training, Trajectories
 from beaver_ray.template_options import TemplateOptions

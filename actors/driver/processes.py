@@ -13,17 +13,11 @@ from actors.machine.ranks import TrainingRank
 from actors.roles.environment import EnvironmentSpec
 from actors.roles.generator import GeneratorSpec, read_eos_token_ids
 from actors.roles.scorer import ScorerBase
-from beaver_ray.config import (
-    GPU_SHARE,
-    ClusterConfig,
-    PolicyConfig,
-    RunConfig,
-    SamplingConfig,
-    TextSamplingConfig,
-)
+from beaver_ray.config import GPU_SHARE, ClusterConfig, RunConfig, SamplingConfig, TextSamplingConfig
 from beaver_ray.environments import check_environment, environment_code
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, context_length
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.score_sources import score_source
 from beaver_ray.signals import HELD_OUT_JUDGE, scorers
 from beaver_ray.stage import RoleSpec, Stage

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from actors.driver.schedule import RolloutSchedule
 from beaver_ray import experience
-from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import BatchSampler, PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.method.divergence import DivergenceGuard
 from beaver_ray.method.history import Moments
 from beaver_ray.method.multipliers import make_multiplier
+from beaver_ray.policy_options import PolicyConfig
 
 
 class PromptStream:

@@ -15,7 +15,6 @@ from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.ranks import TrainingRank
 from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from beaver_ray import experience
-from beaver_ray.config import PolicyConfig
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError
 from beaver_ray.method.losses import token_weights, value_loss
@@ -24,6 +23,7 @@ from beaver_ray.models.lora import add_trunk_adapter
 from beaver_ray.models.provenance import trained_with
 from beaver_ray.models.score import load_score_model, save_score_model
 from beaver_ray.packing import check_packing
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.weights import AdapterInfo
 
 

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 
 from beaver_ray import experience
 from beaver_ray.answer_figures import answer_figures
-from beaver_ray.config import PolicyConfig
 from beaver_ray.errors import UserError
 from beaver_ray.method.forms import bounded
 from beaver_ray.method.history import Moments
 from beaver_ray.method.multipliers import spread
 from beaver_ray.method.objective import Answers, BoundedCosts
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.signals import critics, scorers
 
 TAILS = (5, 50, 95)

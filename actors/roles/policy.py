@@ -24,7 +24,6 @@ from actors.machine.waits import WeightsUnreadableError
 from actors.roles.micro_batches import PackedResponses, SequenceRows, minibatches, token_column
 from actors.weights.direct import put_bucket, trial_weights
 from beaver_ray import experience
-from beaver_ray.config import PolicyConfig
 from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, SupervisedDataset
 from beaver_ray.method.history import Unit
@@ -34,6 +33,7 @@ from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.lora import adapter_name, add_adapter, is_adapter
 from beaver_ray.models.saving import save_language_model
 from beaver_ray.packing import check_packing
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.replay import BestAnswers, Replay
 from beaver_ray.weights import AdapterInfo, Bucket, Layout, PublishedWeights, pack_bucket, plan_layout
 

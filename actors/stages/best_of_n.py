@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.stages.ppo import Ppo
-from beaver_ray.config import EvaluationConfig, PolicyModels, PromptData, RolloutConfig
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataEntry
 from beaver_ray.options import Strict, option
+from beaver_ray.policy_options import EvaluationConfig, PolicyModels, PromptData, RolloutConfig
 from beaver_ray.stage import Lengths, RoleSpec, Stage, Trajectories
 from beaver_ray.template_options import TemplateOptions
 

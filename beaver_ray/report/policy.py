@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from beaver_ray.config import PolicyConfig
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.hacking import columns, signs
+from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.report.charts import (
     Card,
     Chart,

@@ -27,10 +27,10 @@ from actors.machine.engine import LossTerms
 from actors.roles.micro_batches import PackedResponses, SequenceRows
 from actors.roles.policy import PolicyTrainer
 from beaver_ray import experience
-from beaver_ray.config import PolicyConfig
 from beaver_ray.method.losses import cross_entropy_loss
 from beaver_ray.models.folders import count_parameters
 from beaver_ray.models.logprobs import response_logprobs
+from beaver_ray.policy_options import PolicyConfig
 from launch.bench.measure import Figure, Outcome, matmul_rate
 from launch.bench.models import FOUR_B, SIX_TENTHS_B, TINY, Shape, random_prompts, write_policy
 from launch.bench.options import Options

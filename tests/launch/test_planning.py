@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beaver_ray.config import DIRECT_WEIGHTS, EngineConfig
+from beaver_ray.config import EngineConfig
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import ModelFacts, read_model
+from beaver_ray.policy_options import DIRECT_WEIGHTS
 from launch.config_files import load_config
 from launch.planning import (
     GIB,

@@ -20,7 +20,7 @@ from actors.machine.waits import WeightsUnreadableError, fetch
 from actors.roles.generator import VllmGenerator
 from actors.weights.direct import obstacle
 from actors.weights.publishing import publish
-from beaver_ray.config import DIRECT_WEIGHTS
+from beaver_ray.policy_options import DIRECT_WEIGHTS
 from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
 from launch.config_files import load_config
