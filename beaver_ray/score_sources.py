@@ -318,7 +318,7 @@ class FunctionSource(ScoreSource):
             function = getattr(import_module(f"{rules.__name__}.{self.code.file.stem}"), self.code.name)
             self._check_kinds(part, function)
             if "model" not in self.code.keywords:
-                self._try_on_no_answer(part, function, found.args)
+                self._try_on_no_answer(part, function)
 
     def _check_kinds(self, part: str, function: Callable[..., Any]) -> None:
         """UserError where a parameter is of another type than a function of beaver_ray/rules says."""
@@ -330,10 +330,9 @@ class FunctionSource(ScoreSource):
                 said = error.errors()[0]["msg"]
                 raise UserError(f"{part}: {self.text}: {name}={value!r:.100}: {said}") from None
 
-    def _try_on_no_answer(self, part: str, function: Callable[..., Any], arguments: ast.arguments) -> None:
+    def _try_on_no_answer(self, part: str, function: Callable[..., Any]) -> None:
         """Call a function of beaver_ray/rules without prompts: a pattern that is none is known before models are."""
-        kinds = {one.arg: ast.unparse(one.annotation or ast.Constant(None)) for one in arguments.kwonlyargs}
-        rows: dict[str, Any] = {name: [] for name, kind in kinds.items() if kind == "list[Any]"}
+        rows: dict[str, Any] = {name: [] for name, kind in get_type_hints(function).items() if kind == list[Any]}
         try:
             function([], [], **rows, **self.code.keywords)
         except RAISED as error:

@@ -57,10 +57,10 @@ def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.inte
     if clusters < 2:
         return math.inf
     share = float(np.mean(hits_N, dtype=np.float64))
-    variance = share * (1 - share)
-    trials = float(clusters)
-    if variance > 0.0:
-        trials = min(max(variance / error**2, clusters), len(hits_N)) if error > 0.0 else len(hits_N)
+    if error > 0.0:
+        trials = min(max(share * (1 - share) / error**2, clusters), len(hits_N))
+    else:
+        trials = clusters if share in (0.0, 1.0) else len(hits_N)  # all alike, or the same share in each cluster
     return clopper_pearson(share, trials, confidence)[1] - share
 
 
