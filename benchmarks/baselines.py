@@ -67,8 +67,9 @@ class World:
             settings = ["stage=reward_shaping", *(s.format(weight) for s in shaped)]
             found[f"reward_shaping_{weight}"] = settings
         found["safe_ppo"] = []
+        prompts = load_config(self.recipe).rollout.prompts_per_step // 2  # each answered twice: a step is as large
         found["safe_ppo_critic_free"] = [
-            *("rollout.prompts_per_step=64", "rollout.samples_per_prompt=2", "ppo.advantage=leave_one_out"),
+            *(f"rollout.prompts_per_step={prompts}", "rollout.samples_per_prompt=2", "ppo.advantage=leave_one_out"),
             *("ppo.normalize_advantages=false", "ppo.loss_reduction=token", *self.without_critics),
         ]
         return found
