@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from beaver_ray.rules import run_program
+from beaver_ray.rules.thoughts import without_thoughts
 
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
 LEAST_MIB = 32  # below some 20 Python itself does not run
@@ -79,11 +80,12 @@ def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> l
 def code_of(response: str) -> str:
     """The first block in ``` or ~~~ that says it is Python, else the first that says nothing, else the whole answer.
 
-    Of a block that stands further in, as in a list, the margin is none of the code.
+    Of a block that stands further in, as in a list, the margin is none of the code. Thoughts before </think> hold none.
     """
+    response = without_thoughts(response)
     found = _BLOCK.findall(response)
     blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, _, language, code in found]
-    for wanted in (("python", "py", "python3"), ("",)):
+    for wanted in (("python", "py", "python3", "py3", "ipython"), ("",)):
         for language, code in blocks:
             if language in wanted:
                 return code
@@ -177,16 +179,16 @@ def _tests_of(row: Any) -> list[str]:
 
 
 def _listed(text: str) -> list[Any]:
-    """The list that the text is, as a CSV file has it, or the text as the one test."""
-    try:
-        tests = json.loads(text)
-    except (ValueError, RecursionError):
-        return [text]
-    return tests if isinstance(tests, list) else [text]
+    """The list that the text is, in JSON or as Python writes it (pandas in a CSV file), or the text as the one test."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            tests = read(text)
+            return tests if isinstance(tests, list) else [text]
+    return [text]
 
 
 def _does_something(test: str) -> bool:
-    """Whether it holds more than definitions, imports and constants. ValueError where it is no Python."""
+    """Whether it holds a statement that a program could fail. ValueError where it is no Python."""
     try:
         return not all(map(_is_idle, ast.parse(test).body))
     except (SyntaxError, ValueError) as error:
@@ -194,11 +196,14 @@ def _does_something(test: str) -> bool:
 
 
 def _is_idle(statement: ast.stmt) -> bool:
-    """Whether no program could make it fail: definitions, imports, constants, and names for values without a call."""
+    """Whether it checks nothing: definitions, imports, values and comparisons by themselves, names for values."""
     if isinstance(statement, ast.Assign | ast.AnnAssign):  # METADATA = {...}, as in HumanEval
         return not any(isinstance(part, ast.Call | ast.Subscript | ast.Attribute) for part in ast.walk(statement))
-    if isinstance(statement, ast.Expr):
-        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Expr):  # "add(1, 2) == 3" lacks its assert
+        called = any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(statement))
+        return not called or isinstance(statement.value, ast.Compare | ast.BoolOp)
+    if isinstance(statement, ast.Assert):  # of a tuple, assert (x == 3, "message"), it is always true
+        return isinstance(statement.test, ast.Tuple) and bool(statement.test.elts)
     if isinstance(statement, ast.If):  # a test is not __main__
         return ast.unparse(statement.test) == "__name__ == '__main__'" and not statement.orelse
     return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)

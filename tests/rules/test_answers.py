@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from beaver_ray.rules.answers import exact_answer, final_answer, last_number, numeric_answer
+from beaver_ray.rules.answers import exact_answer, final_answer, numeric_answer
 from beaver_ray.rules.formats import valid_json
+from beaver_ray.rules.written_numbers import last_number
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,146 @@ def test_exact_answers() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("boxed", "right"),
+    [
+        ("(5, 2)", "(1, 2)"),
+        ("[2, 5]", "[1, 5]"),
+        (r"\{7, 2\}", r"\{1, 2\}"),
+        ("101_{5}", "204_{5}"),
+        ("2", r"\frac{x}{2}"),
+        ("9 2", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        ("5", "5!"),
+        ("5", r"2^3 \cdot 5"),
+        ("11:30", "12:30"),
+        ("7:2", "3:2"),
+        ("x=7 or x=2", "x=1 or x=2"),
+        ("3", r"0.\overline{3}"),
+        ("3", r"\pm 3"),
+        ("3", "5 and 3"),
+        ("5", r"[5, \infty)"),
+        ("5", r"x \ge 5"),
+        ("5", "(5, x)"),
+        ("2", "2x"),
+        ("5", "5 x^2"),
+        ("3", r"\binom{5}{3}"),
+    ],
+)
+def test_a_reference_that_is_more_than_a_number_pays_for_no_part_of_it(boxed: str, right: str) -> None:
+    assert numeric_answer(["p"], [rf"\boxed{{{boxed}}}"], answer=[right]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("right", "number"),
+    [
+        (r"5 \text{ cm}", "5"),
+        (r"12 \text{ cm}^2", "12"),
+        ("x = 5", "5"),
+        (r"\$18.90", "18.9"),
+        (r"90^\circ", "90"),
+        ("5 miles per hour", "5"),
+        ("5 km/h", "5"),
+        (r"So \boxed{5} in 3 steps", "5"),
+        ("He had 3 and got 4.\n3 + 4 = 7\n#### 7", "7"),
+        ("- 5", "-5"),
+        (r"-\frac{3}{4}", "-0.75"),
+        ("1e-05", "0.00001"),
+        (0.25, "1/4"),
+        ("(5)", "5"),
+        ("7 (seven)", "7"),
+        (r"$\frac{3}{4}$", "3/4"),
+        ("18 dollars.", "18"),
+    ],
+)
+def test_references_that_are_numbers(right: Any, number: str) -> None:
+    assert numeric_answer(["p"] * 2, [number, "17.125"], answer=[right] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        # What stands at once behind the mark counts, and of a calculation its end.
+        ("The answer is 7 out of 10.", 7),
+        ("The answer is $18 (after 3 days).", 18),
+        ("The answer is 5, not 6.", 5),
+        (r"The answer is $\frac{20}{3} \approx 6.67$.", "20/3"),
+        ("The answer is **5** out of 10", 5),
+        ("The answer is 2 times 3, or 6", 6),
+        ("The answer is x = 5, since 2*5 = 10", 10),
+        ("The answer is 20% of 50, which is 10.", 10),
+        ("答案是5个,不是6个", 5),
+        ("答案是3加4得7", 7),
+        # Headings and openings of the working mark no number.
+        ("#### Step 1\nCompute 5+5=10.\n#### Step 2\nAdd 8: 10+8=18.", 18),
+        ("#### 1. Compute\n5+5=10.\n#### 2. Add\n8: 10+8=18.", 18),
+        ("#### 18.\nBye 3", 18),
+        ("**Solution:**\n\nStep 1: 3 + 4 = 7\n\nStep 2: 7 * 2 = 14", 14),
+        ("Answer: Let's think step by step. 3 + 4 = 7. 7 * 2 = 14.", 14),
+        ("The resolution is 5. So there are 7 pixels.", 7),
+        # A minus apart from its number.
+        (r"\boxed{- 5}", -5),
+        (r"\boxed{- \frac{3}{4}}", "-3/4"),
+        (r"\boxed{-\$5}", -5),
+        ("-(5)", -5),
+        ("x = - 5", -5),
+        # Thoughts are none of the answer.
+        (r"<think>I guess \boxed{5}.</think>" + "\nAnswer: 7", 7),
+        (r"I guess \boxed{5}.</think>" + "\nAnswer: 7", 7),
+    ],
+)
+def test_which_number_is_the_answer(response: str, right: Any) -> None:
+    assert numeric_answer(["p"], [response], answer=[right]) == [1.0]
+
+
+def test_a_thought_without_end_says_nothing() -> None:
+    assert numeric_answer(["p"], [r"<think>I guess \boxed{7}"], answer=["7"]) == [0.0]
+    assert exact_answer(["p"] * 2, ["<think>C", "<think>\nok\n</think>\n\nC"], answer=["C"] * 2) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("(3, 4)", "(3,4)"),
+        (r"3 \sqrt{2}", r"3\sqrt{2}"),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"\left(3, 4\right)", "(3,4)"),
+        (r"\left[0, \infty\right)", r"[0,\infty)"),
+        ("2516_{8}", "2516_8"),
+        ("50%", r"50\%"),
+        ("x^2+2x", "x^{2} + 2x"),
+        (r"\textit{C}", "C"),
+        ("Don’t", "Don't"),
+    ],
+)
+def test_one_formula_in_several_writings(said: str, right: str) -> None:
+    assert exact_answer(["p"] * 2, [rf"\boxed{{{said}}}", f"The answer is ${said}$."], answer=[right] * 2) == [1.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("1 2", "12"), ("1 1/2", "11/2"), (r"\frac{1}{23}", r"\frac{12}{3}"), ("a b", "ab"), (r"\{12\}", r"\{1\}2")],
+)
+def test_formulas_that_differ(said: str, right: str) -> None:
+    assert exact_answer(["p"], [rf"\boxed{{{said}}}"], answer=[right]) == [0.0]
+
+
+def test_what_closes_an_answer_is_not_the_answer() -> None:
+    named = [
+        "**Answer: Paris**\n\nI hope this solution is helpful.",
+        "Answer: Paris\nExplanation: The result is that it is large.",
+        "It is Paris, so the result is Paris.\nI hope the solution is clear.",
+    ]
+    assert exact_answer(["p"] * 3, named, answer=["Paris"] * 3) == [1.0] * 3
+    squares = [
+        "The answer is:\n\\[\nx^2\n\\]",
+        "The answer is:\n$$\nx^2\n$$",
+        "The answer is:\n```\nx^2\n```",
+        r"\[x^2\]",
+    ]
+    assert exact_answer(["p"] * 4, squares, answer=["x^2"] * 4) == [1.0] * 4
+
+
 def test_large_answers_take_no_time() -> None:
     started = time.monotonic()
     pieces = (
@@ -256,6 +397,10 @@ def test_large_answers_take_no_time() -> None:
         " ",
         "\\sqrt{",
         "π ",
+        "x = ",
+        "answer is x = x = ",
+        "\\left(",
+        "- ",
     )
     for piece in pieces:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])

@@ -65,9 +65,11 @@ def test_shares_of_tests_passed(namespaces: bool) -> None:
     check = "def check(candidate):\n    assert candidate(2, 2) == 4"
     assert passed(ADD, check, "check(add)", "é = add('ü', '漢字')\nassert é == 'ü漢字'", namespaces=namespaces) == 1.0
     assert passes_tests([], [], tests=[], namespaces=namespaces) == []
-    # As a CSV file has them: an empty cell, and a list as a text.
-    cells = ["", " ", [""], '["assert add(1, 2) == 3", "assert add(1, 1) == 3"]']
-    assert passes_tests(["p"] * 4, [ADD] * 4, tests=cells, namespaces=namespaces) == [0.0, 0.0, 0.0, 0.5]
+    # As a CSV file has them: an empty cell, and a list as a text, also as pandas writes it.
+    json_list, python_list = '["assert add(1, 2) == 3", "assert add(1, 1) == 3"]', "['assert add(1, 2) == 3']"
+    cells = ["", " ", [""], json_list, python_list]
+    answers = [*[ADD] * 4, "def add(a, b):\n    return 7"]
+    assert passes_tests(["p"] * 5, answers, tests=cells, namespaces=namespaces) == [0.0, 0.0, 0.0, 0.5, 0.0]
 
 
 def test_what_only_defines_or_imports_is_no_test_passed() -> None:
@@ -96,6 +98,10 @@ CHECK = "def test_add():\n    assert add(1, 1) == 3"
         "METADATA = {'author': 'x'}\n\n" + CHECK,
         '"""All."""\nimport math',
         CHECK + "\nif __name__ == '__main__':\n    test_add()",
+        '{"inputs": ["1 2\\n"], "outputs": ["3\\n"]}',
+        "add(1, 2) == 3",
+        "add(1, 2) == 3 and add(1, 1) == 2",
+        "assert (add(1, 2) == 4, 'a tuple is always true')",
     ],
 )
 def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
@@ -412,6 +418,7 @@ def test_which_code_is_meant() -> None:
     assert code_of(nested) == "def f():\n    return 1\n\n" and compiles(["p"], [nested]) == [1.0]
     assert code_of("```python\n  x = 1\n```") == "  x = 1\n", "a margin of its own is the code's"
     assert code_of("So:\n~~~python\nx = 1\n~~~\nThat is all.") == "x = 1\n"
+    assert code_of("<think>\n```python\nx = 0\n```\n</think>\n```python\nx = 1\n```") == "x = 1\n"
 
 
 def test_where_a_block_ends() -> None:
