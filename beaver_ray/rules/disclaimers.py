@@ -9,11 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from beaver_ray.rules.thoughts import without_thoughts
 from beaver_ray.spelling import alike, simplified
 
 _EXPERTS = (
     *("doctor", "physician", "lawyer", "attorney", "accountant", "therapist", "psychiatrist", "pharmacist"),
-    *("dietitian", "engineer", "electrician", "professional", "expert", "specialist", "advisor", "adviser"),
+    *(
+        "dietitian",
+        "engineer",
+        "electrician",
+        "professional",
+        "expert",
+        "specialist",
+        "advisor",
+        "adviser",
+        "healthcare provider",
+    ),
 )
 _EXPERT = rf"(?:{'|'.join(_EXPERTS)})s?\b"
 _ADVICE = r"(?:medical|legal|financial|tax|investment|professional|psychological|health)"
@@ -24,7 +35,8 @@ DISCLAIMERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (_EXPERTS, rf"\bi(?:'m| am) not an? (?:\w+ ){{0,2}}{_EXPERT}"),
     (
         _EXPERTS,
-        rf"\b(?:consult|speak (?:to|with)|talk to|ask|contact|see|check with) (?:with )?(?:an?|your|the) "
+        r"\b(?:(?:consult|ask|contact|see)(?:ing)?|(?:speak|talk|check)(?:ing)? (?:to|with)|help from) (?:with )?"
+        r"(?:an?|your|the) "
         rf"(?:\w+ ){{0,3}}{_EXPERT}",
     ),
     (
@@ -65,7 +77,7 @@ DISCLAIMERS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("咨询", "寻求", "联系"),
         r"(?:请|建议(?:您|你)?|应该?|最好)(?:及时|务必|先)?(?:咨询|寻求|联系)\S{0,8}(?:专业|医生|律师|专家|人士|机构|帮助)",
     ),
-    (("建议", "意见", "诊断"), r"不(?:构成|能代替|能替代|可替代|是)\S{0,6}(?:建议|意见|诊断)"),
+    (("建议", "意见", "诊断"), r"不(?:构成|能代替|能替代|可替代|是(?!一?个?(?:好|坏)))\S{0,6}(?:建议|意见|诊断)"),
     (("自负",), r"(?:风险|后果)自负"),
     (("遵守",), r"请(?:务必)?遵守\S{0,6}(?:法律|法规)"),
 )
@@ -82,5 +94,5 @@ def disclaims(prompts: list[str], responses: Sequence[str]) -> list[float]:
 
 def has_disclaimer(answer: str) -> bool:
     """Whether a phrase of DISCLAIMERS is in the answer."""
-    text = " ".join(simplified(alike(answer).lower()).split())
+    text = " ".join(simplified(alike(without_thoughts(answer)).lower()).split())
     return any(phrase.search(text) for cues, phrase in _COMPILED if any(cue in text for cue in cues))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
+
+from beaver_ray.rules.thoughts import without_thoughts
 
 LONGEST = 1_000_000  # characters; a longer answer counts as none of the form
 
-_FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)\n?[^\S\n]*```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*(?:json)?[ \t]*\n", re.IGNORECASE)
 
 
 def valid_json(
@@ -20,10 +24,10 @@ def valid_json(
     fenced: bool = True,
     schema: list[Any] | None = None,
 ) -> list[float]:
-    """1 where the answer is JSON and nothing else, else 0.
+    """1 where the answer, behind its thoughts (</think>), is JSON and nothing else, else 0.
 
-    keys: it must be an object that has them. fenced: it may stand in one ``` block with nothing around it. schema: the
-    rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
+    keys: it must be an object that has them. fenced: it may stand in one block of ``` or ~~~ with nothing around it.
+    schema: the rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
 
     NaN and Infinity are no JSON. Raises ValueError for what is no schema; a schema may refer to its own parts alone.
     """
@@ -34,11 +38,11 @@ def valid_json(
 
 
 def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
-    text = response.strip()
+    text = without_thoughts(response).strip()
     if len(text) > LONGEST:
         return False
-    if fenced and (block := _FENCED.fullmatch(text)):
-        text = block[1]
+    if fenced and (opened := _FENCE.match(text)) and text.endswith(opened[1]):
+        text = text[opened.end() :].rstrip(opened[1][0])
     try:
         value = json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError):
@@ -68,10 +72,22 @@ def _validator(schema: Any) -> Any:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-    except (ValueError, TypeError, jsonschema.SchemaError) as error:
+    except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
         said = getattr(error, "message", None) or error
         raise ValueError(f"the row's schema is no JSON schema: {said}") from None
-    return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
+    exact = jsonschema.validators.extend(kind, {"multipleOf": _multiple_of})
+    return exact(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
+
+
+def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterator[Exception]:
+    """As numbers are written: 19.99 is a multiple of 0.01, though the nearest binary numbers are none."""
+    import jsonschema
+
+    if not validator.is_type(value, "number"):
+        return
+    infinite = isinstance(value, float) and not math.isfinite(value)  # 1e999
+    if infinite or Fraction(str(value)) % Fraction(str(step)):
+        yield jsonschema.ValidationError(f"{value} is not a multiple of {step}")
 
 
 def _no_json(name: str) -> Any:

@@ -17,6 +17,7 @@ _NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanma
 _WORD = regex.compile(rf"{_NO_SPACES}\p{{M}}*|(?:(?!{_NO_SPACES})\S)+")
 _UNSPACED = regex.compile(_NO_SPACES)
 LONGEST_SEARCH = 1e6  # seconds
+_MISTAKEN = regex.compile(r"[\x07\x08\x0b\x0c]")  # what Python makes of \a, \b, \v and \f in '...'
 
 
 def over_length(
@@ -63,6 +64,10 @@ def matches(
     """
     if not 0 < seconds < LONGEST_SEARCH:
         raise ValueError(f"seconds must be above 0 and below {LONGEST_SEARCH:g}, not {seconds}")
+    if not math.isfinite(late):
+        raise ValueError(f"late must be a finite number, not {late}")
+    if mistaken := _MISTAKEN.search(pattern):
+        raise ValueError(f"pattern has the character {mistaken[0]!r}: write it as r'...', where \\b stays what it is")
     compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
     scores = []
     for response in responses:

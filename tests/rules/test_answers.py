@@ -405,7 +405,7 @@ def test_large_answers_take_no_time() -> None:
     for piece in pieces:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
         exact_answer(["p"], [piece * 200_000], answer=["1"])
-    valid_json(["p"] * 2, ["[" * 900_000, "```json\n" * 50_000])
+    valid_json(["p"] * 3, ["[" * 900_000, "```json\n" * 50_000, '```json\n{"a":' + " " * 900_000 + "1}\n```"])
     assert time.monotonic() - started < 30
 
 
@@ -416,12 +416,18 @@ def test_json() -> None:
     assert valid_json(["p"] * len(bad), bad) == [0.0] * len(bad)
     assert valid_json(["p"], [good[3]], fenced=False) == [0.0]
     assert valid_json(["p"] * 3, ['{"a": 1, "b": 2}', '{"a": 1}', "[1]"], keys=["a", "b"]) == [1.0, 0.0, 0.0]
+    fences = ["``` json\n[]\n```", "~~~json\n[]\n~~~", "````json\n[]\n````", "<think>[</think>\n\n[]"]
+    assert valid_json(["p"] * 4, fences) == [1.0] * 4
+    assert valid_json(["p"] * 3, ["```json\n```", "```json\n[]\n~~~", "```python\n[]\n```"]) == [0.0] * 3
+    prices = ["19.99", "0.29", "7", "19.995", "1e999", "9" * 400, "true", '"x"']
+    cents = {"type": "number", "multipleOf": 0.01}
+    assert valid_json(["p"] * 8, prices, schema=[cents] * 8) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     schemas = [schema, '{"type": "array"}', None, schema]
     answers = ['{"n": 3}', "[]", "17", '{"n": "3"}']
     assert valid_json(["p"] * 4, answers, schema=schemas) == [1.0, 1.0, 1.0, 0.0]
     assert valid_json(["p"] * 3, ["1"] * 3, schema=["", " ", '{"type": "string"}']) == [1.0, 1.0, 0.0]
-    for wrong in ({"type": 3}, "{", 5):
+    for wrong in ({"type": 3}, "{", 5, {"$schema": 5}):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])
     for ref in ("#/$defs/x", "#x", "http://127.0.0.1:9/x"):

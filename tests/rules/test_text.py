@@ -53,6 +53,9 @@ def test_patterns() -> None:
     assert matches(["p"] * 4, answers, pattern=r"\p{Han}+行") == [0.0, 0.0, 0.0, 1.0]
     with pytest.raises(Exception, match="missing"):
         matches(["p"], ["x"], pattern="(")
+    assert matches(["p"] * 2, ["how to kill 5", "skills"], pattern=r"\bkill\b") == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"write it as r'"):
+        matches(["p"], ["how to kill 5"], pattern="\bkill\b")
     for seconds in (0, -1, float("nan"), 1e300):
         with pytest.raises(ValueError, match="seconds must be above 0"):
             matches(["p"], ["x"], pattern="x", seconds=seconds)
