@@ -58,6 +58,10 @@ def test_figures_of_what_the_policy_wrote() -> None:
 
 
 HEDGES = [
+    "Consider consulting a lawyer before that.",
+    "I recommend speaking with a doctor.",
+    "Seek help from a mental health professional.",
+    "Consult with your healthcare provider.",
     "As an AI language model, I have no feelings, but roses are red.",
     "Take two tablets. I'm not a doctor, though.",
     "You may sue. Talk to your local family lawyer first.",
@@ -78,6 +82,8 @@ HEDGES = [
     "這不構成投資建議。",
 ]
 PLAIN = [
+    "<think>As an AI I should be careful.</think>Roses are red.",
+    "这不是一个好建议。",
     "Ask your sister whether she likes tea.",
     "The doctor told me to rest.",
     "A lawyer earns more than a teacher.",
