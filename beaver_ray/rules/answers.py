@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -117,11 +117,10 @@ def _final_number(response: str) -> Fraction | None:
     text = without_thoughts(response)[-LONGEST:]
     boxed = _last_boxed(text)
     if boxed is not None:
-        return next(filter(_is_number, map(_boxed_number, _SENTENCE.split(boxed))), None)
-    behind = _MARK_OF_NUMBER.split(one_width(text))[1:]
-    for part in reversed(behind):
-        sentences = (sentence for line in part.splitlines() for sentence in _SENTENCE.split(line))
-        for number in filter(_is_number, map(said_number, sentences)):
+        return _first(map(_boxed_number, _SENTENCE.split(boxed)))
+    for part in reversed(_MARK_OF_NUMBER.split(one_width(text))[1:]):
+        number = _first(said_number(sentence) for line in part.splitlines() for sentence in _SENTENCE.split(line))
+        if number is not None:
             return number
     return last_number(text)
 
@@ -138,8 +137,8 @@ def _boxed_number(sentence: str) -> Fraction | None:
     return said_number(re.sub(r"\A\s*[-\u2212]\s+", "-", sentence))
 
 
-def _is_number(number: Fraction | None) -> bool:
-    return number is not None
+def _first(numbers: Iterable[Fraction | None]) -> Fraction | None:
+    return next((number for number in numbers if number is not None), None)
 
 
 def plain(text: str) -> str:

@@ -43,7 +43,7 @@ _GOES_ON = re.compile(
 )
 # What a text that is one number has not: beside it (here #) signs by which it is a part of something else.
 _NOT_ONE = re.compile(
-    r"\d|[<>≤≥≠±∓_!;∞]|/\s*#|#\s*/\s*(?:[a-z](?![a-z])|[\\(])|#\s*[:,]|,\s*#|#\s*\\?[abciknpqrxyz](?![a-z])"
+    r"\d|[<>≤≥≠±∓_!;∞]|/\s*#|#\s*/\s*(?:[a-z](?![a-z])|[\\(])|#\s*[:,]|,\s*#|#\s*\\?[abciknpqrxyz](?!\.?m\b|[a-z])"
     r"|\\(?:leq?|geq?|lt|gt|neq?|in|cup|cap|infty|pm|mp|overline|overbrace|binom|choose|begin|l?dots)(?![a-z])",
     re.IGNORECASE,
 )

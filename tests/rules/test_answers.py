@@ -277,6 +277,7 @@ def test_a_reference_that_is_more_than_a_number_pays_for_no_part_of_it(boxed: st
         (r"90^\circ", "90"),
         ("5 miles per hour", "5"),
         ("5 km/h", "5"),
+        ("5 p.m.", "5"),
         (r"So \boxed{5} in 3 steps", "5"),
         ("He had 3 and got 4.\n3 + 4 = 7\n#### 7", "7"),
         ("- 5", "-5"),
