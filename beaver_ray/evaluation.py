@@ -182,7 +182,7 @@ def wilson(share: float, n: float, upper: float = UPPER) -> tuple[float, float]:
     scale = 1 + z**2 / n
     center = (share + z**2 / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    return 0.0 if share == 0.0 else max(0.0, center - half), 1.0 if share == 1.0 else min(1.0, center + half)
 
 
 def _check(samples: Samples) -> None:

@@ -124,7 +124,7 @@ def evaluate(
         from launch.verdicts import show_certificate
 
         words = [str(config), *(overrides or []), *(["--policy", policy] if policy else [])]
-        words += ["--certify", f"{certify:g}", *(["--answers", str(answers)] if answers > 1 else [])]
+        words += ["--certify", repr(certify), *(["--answers", str(answers)] if answers > 1 else [])]
         words += [word for spec in prompts or [] for word in ("--prompts", spec)]
         command = shlex.join(["beaver-ray", "evaluate", *words])
         certificate, path = stage.certify(certify, policy, answers, prompts or [], command)

@@ -11,7 +11,7 @@ from launch.terminal import table_console
 
 def show_certificate(certificate: Certificate) -> None:
     """The statements as a table, and below it by what they were judged and on which prompts."""
-    title = f"One-sided bounds at {certificate.confidence:g}, each by itself, for {certificate.policy}"
+    title = f"One-sided bounds at {certificate.confidence!r}, each by itself, for {certificate.policy}"
     table = Table(title=escape(title), title_justify="left")
     for name in ("constraint", "answers", "figure", "found", "prompts", "at most", "bounds", "verdict", "decides"):
         right = name in ("found", "prompts", "at most", "decides")

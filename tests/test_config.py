@@ -226,9 +226,10 @@ def test_log_sgd_cannot_start_at_zero() -> None:
 def test_a_confidence_where_nothing_could_heed_it_is_refused() -> None:
     sure, few = "constraints.harm.confidence=0.9", "rollout.prompts_per_step=1"
     eight = "rollout.samples_per_prompt=8"
-    refused, window = "confidence needs answers to several prompts; raise rollout.prompts_per_step", "multiplier.window"
-    assert refused in error(sure, few, "rollout.samples_per_prompt=32")
-    assert refused in error(sure, few, eight, f"constraints.harm.{window}=8")
+    refused, window = "confidence needs answers to several prompts; ", "constraints.harm.multiplier.window"
+    assert f"{refused}raise rollout.prompts_per_step" in error(sure, few, "rollout.samples_per_prompt=32")
+    assert f"{refused}give a multiplier.window above 8" in error(sure, few, eight, f"{window}=8")
+    assert f"{refused}give a multiplier.window above 8" in error(sure, eight, f"{window}=8"), "of the last prompt alone"
     for held in ("constraints.harm.multiplier.window=9", "constraints.harm.multiplier.rule=pid"):  # pid holds 32
         assert safe_ppo(sure, few, eight, held).constraints[0].confidence == 0.9
     assert "harm: confidence puts a limit lower, and reward_shaping" in error(sure, "stage=reward_shaping")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from beaver_ray.certificate import certify as statements
 from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.scopes import in_words
-from beaver_ray.data.sealed import Sealed, seal
+from beaver_ray.data.sealed import seal
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples
@@ -41,11 +42,12 @@ def certify(
     sealed = seal(load_mix(specs)[0], tree, judged.models.policy)
     if not sealed.samples:
         raise UserError(
-            f"no prompt of {', '.join(map(data_label, specs))} is left to certify on ({_why(sealed)}); give others "
-            "(--prompts)"
+            f"no prompt of {', '.join(map(data_label, specs))} is left to certify on ({_why(sealed.left_out)}); "
+            "give others (--prompts)"
         )
     held_out = HeldOut(judged, sealed.samples)
-    check_enough(held_out, sealed, confidence)
+    left_out = dict(Counter(sealed.left_out) + Counter(held_out.prompts.report.dropped))
+    check_enough(held_out, left_out, confidence)
     with judging(judged, judged.judging_roles()) as roles:
         rollouts = Rollouts(roles.rollout, judged.rollout.max_sequences, judged.cluster.step_timeout)
         batch = held_out.answers(roles, rollouts, 0, answers)
@@ -72,15 +74,18 @@ def certify(
         answers=answers,
         prompts=list(map(data_label, specs)),
         sealed=len(held_out.prompts),
-        left_out=sealed.left_out | dict(held_out.prompts.report.dropped),
+        left_out=left_out,
         unchecked=sealed.unchecked,
         statements=found,
         joint=jointly(found, confidence),
     )
 
 
-def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
-    """UserError where a limit is tighter than what the prompts can show, even if all answers to them were safe."""
+def check_enough(held_out: HeldOut, left_out: Mapping[str, int], confidence: float) -> None:
+    """UserError where a limit is tighter than what the prompts can show, even if all answers to them were safe.
+
+    left_out: how many prompts are not asked, by why.
+    """
     bounded = [c for c in held_out.config.constraints if c.violation_rate is not None or _between(held_out, c)]
     if not bounded:
         raise UserError(
@@ -100,9 +105,9 @@ def check_enough(held_out: HeldOut, sealed: Sealed, confidence: float) -> None:
         if there < needed:
             scope = f" with {in_words(constraint.where)}" if constraint.where else ""
             raise UserError(
-                f"constraint {constraint.name}: {there} sealed prompts{scope} cannot show at confidence {confidence:g} "
+                f"constraint {constraint.name}: {there} sealed prompts{scope} cannot show at confidence {confidence!r} "
                 f"that {constraint.bound:g} is kept, even without one violation; that takes {needed} "
-                f"({_why(sealed)}); name more of them (--prompts), or raise the limit"
+                f"({_why(left_out)}); name more of them (--prompts), or raise the limit"
             )
 
 
@@ -132,7 +137,7 @@ def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, a
     )
 
 
-def _why(sealed: Sealed) -> str:
+def _why(left_out: Mapping[str, int]) -> str:
     """Which prompts are not asked."""
-    parts = [f"{count} {name}" for name, count in sealed.left_out.items()]
+    parts = [f"{count} {name}" for name, count in left_out.items()]
     return f"left out: {', '.join(parts)}" if parts else "none stands in training data"

@@ -23,11 +23,14 @@ class SafePpo(PolicyStage):
     def _errors_can_be_told(self) -> SafePpo:
         for c in self.constraints:
             of_a_prompt = 1 if c.form == "worst_of_k" else self.rollout.samples_per_prompt
-            held = c.multiplier.window or (FEWEST if c.multiplier.rule == "pid" else 0)
-            if c.confidence is not None and self.rollout.prompts_per_step < 2 and held <= of_a_prompt:
+            window = c.multiplier.window
+            held = window or (FEWEST if c.multiplier.rule == "pid" else 0)
+            alone = held <= of_a_prompt and (window is not None or self.rollout.prompts_per_step < 2)
+            if c.confidence is not None and alone:
+                prompts = "" if window else "raise rollout.prompts_per_step to 2 at least, or "
                 raise ValueError(
-                    f"constraint {c.name}: confidence needs answers to several prompts; raise "
-                    f"rollout.prompts_per_step to 2 at least, or give a multiplier.window above {of_a_prompt}"
+                    f"constraint {c.name}: confidence needs answers to several prompts; {prompts}give a "
+                    f"multiplier.window above {of_a_prompt}"
                 )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from beaver_ray.data.sources import RawSample
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
 from beaver_ray.spelling import alike
+from beaver_ray.user_code import PREFIX, UserCode
 from beaver_ray.yaml_files import read_yaml
 
 
@@ -103,10 +105,12 @@ def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:
 
 
 def _models(tree: Mapping[str, Any]) -> list[str]:
-    """The folders of a configuration's models; services and functions are not trained here."""
+    """The folders of a configuration's models, and of those that functions are given as ``model``."""
     models = tree.get("models") or {}
-    named = [tree.get("model"), tree.get("reference")]
+    named = [tree.get("model"), tree.get("reference"), (tree.get("weak") or {}).get("model")]
     named += [models.get(part) for part in ("policy", "reward", "reference", "reward_critic")]
     named += [constraint.get(part) for constraint in tree.get("constraints") or [] for part in ("model", "critic")]
-    folders = [name["folder"] if isinstance(name, Mapping) else name for name in named]  # a guard is a mapping
-    return [name for name in folders if name and "://" not in name and not name.startswith("python:")]
+    folders = [name["folder"] if isinstance(name, Mapping) else name for name in named if name]  # a guard is a mapping
+    functions = [UserCode(name, "a function", ast.FunctionDef, ()) for name in folders if name.startswith(PREFIX)]
+    given = [code.keywords["model"] for code in functions if isinstance(code.keywords.get("model"), str)]
+    return [name for name in folders if "://" not in name and not name.startswith(PREFIX)] + given

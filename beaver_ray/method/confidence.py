@@ -33,7 +33,8 @@ def safety_margin(
 
     The mean of costs that are all 0 or 1 is a share, and Student's t is too sure of a small one: of no answer with a
     cost it would conclude that there are none. Its bound is Clopper and Pearson's instead, of G to E answers: as many
-    as would have this error if each were to another prompt (Korn and Graubard 1998).
+    as would have this error if each were to another prompt, fewer where the error is known from few prompts (Korn and
+    Graubard 1998).
     """
     share = bool(np.isin(costs_E, (0.0, 1.0)).all())
     margin = (share_bound if share else mean_bound)(costs_E, prompts_E, confidence)
@@ -56,11 +57,13 @@ def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.inte
     error, clusters = _mean_error(hits_N, cluster_N)
     if clusters < 2:
         return math.inf
-    share = float(np.mean(hits_N, dtype=np.float64))
-    if error > 0.0:
-        trials = min(max(share * (1 - share) / error**2, clusters), len(hits_N))
+    share, n = float(np.mean(hits_N, dtype=np.float64)), len(hits_N)
+    if share in (0.0, 1.0):
+        trials: float = clusters  # nothing shows that answers to one prompt differ
     else:
-        trials = clusters if share in (0.0, 1.0) else len(hits_N)  # all alike, or the same share in each cluster
+        seen = min(share * (1 - share) / error**2, n) if error > 0.0 else n
+        few = _t(confidence, n) / _t(confidence, clusters)  # of an error seen on few clusters
+        trials = max(seen * few**2, clusters)
     return clopper_pearson(share, trials, confidence)[1] - share
 
 

@@ -43,6 +43,8 @@ INFINITE = 1e4
 """A multiplier in standard units beyond which the reward counts for nothing."""
 RELAXED = 0.1
 """Of the way from the lowest cost back to that without limits: how far `start` stays from what is out of reach."""
+STEPS = 100
+"""Multipliers that `lowest_of_a_run` tries."""
 LIMITS, NEAREST = 16, 0.02
 """Limits of a sweep, and how near it comes to the lowest cost, at which no multiplier is enough, as a share of it."""
 
@@ -91,8 +93,9 @@ class Reference:
 
     @cached_property
     def infinite_M(self) -> FloatArray:
-        """A multiplier of each cost beside which the reward counts for nothing."""
-        return INFINITE * (float(self.rewards_B.std()) or 1.0) / self.units_M
+        """A multiplier of each cost beside which the reward counts for nothing, also in the KL's weight."""
+        spread_M = (float(self.rewards_B.std()) or 1.0) / self.units_M
+        return INFINITE * np.maximum(spread_M, self.reward_scale / np.asarray(self.cost_scales_M))
 
     def means(self, values_B: FloatArray, weights_B: FloatArray) -> FloatArray:
         """Mean [N] of each prompt's answers under these weights, which are 1 in sum over a prompt."""
@@ -226,13 +229,17 @@ def lowest(reference: Reference) -> FloatArray:
 
 
 def lowest_of_a_run(reference: Reference) -> FloatArray:
-    """The lowest mean of each cost [M] that the KL of a run leaves: with an infinite multiplier of that cost alone.
+    """The lowest mean of each cost [M] that the KL of a run leaves under a multiplier of that cost alone.
 
-    Or without any, where the reward is on the cost's side more than the cost itself.
+    That is mostly an infinite one. But a multiplier lets the KL weigh more as well: where the reward is on the cost's
+    side, and by more than the cost itself, a smaller one or none leaves less. The least of some `STEPS` is given.
     """
-    without = outcome(reference, np.zeros(len(reference.limits_M)), reference.limits_M)
-    ends = [outcome(reference, alone_M, reference.limits_M) for alone_M in np.diag(reference.infinite_M)]
-    return np.minimum(without.costs_M, [end.costs_M[number] for number, end in enumerate(ends)])
+    shares = np.append(0.0, np.geomspace(1.0 / INFINITE**2, 1.0, STEPS))
+    found_M = []
+    for number, alone_M in enumerate(np.diag(reference.infinite_M)):
+        ends = (outcome(reference, share * alone_M, reference.limits_M) for share in shares)
+        found_M.append(min(float(end.costs_M[number]) for end in ends))
+    return np.array(found_M)
 
 
 def nearest_together(reference: Reference) -> FloatArray:
@@ -244,10 +251,13 @@ def nearest_together(reference: Reference) -> FloatArray:
     prompts, answers, costs = len(reference.counts_N), len(reference.rewards_B), len(reference.limits_M)
     of_prompt = csr_array((np.ones(answers), (reference.prompts_B, np.arange(answers))), shape=(prompts, answers))
     means_MB = reference.costs_MB / (prompts * reference.shares_M[:, None])
+    # In standard deviations, and limits that no mean exceeds cut: HiGHS drops what is tiny and takes 1e20 for infinite.
+    units_M = reference.units_M
+    limits_M = np.minimum(reference.limits_M, reference.costs_MB.max(axis=1))
     found = linprog(
         np.append(np.zeros(answers), 1.0),
-        A_ub=hstack([csr_array(means_MB), csr_array(-reference.units_M[:, None])]),
-        b_ub=reference.limits_M,
+        A_ub=hstack([csr_array(means_MB / units_M[:, None]), csr_array(-np.ones((costs, 1)))]),
+        b_ub=limits_M / units_M,
         A_eq=hstack([of_prompt, csr_array((prompts, 1))]),
         b_eq=np.ones(prompts),
         bounds=[*[(0.0, None)] * answers, (None, None)],

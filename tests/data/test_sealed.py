@@ -113,6 +113,17 @@ def test_models_of_checkpoints_are_of_their_run(tmp_path: Path, candidates: list
     assert sealed.left_out[f"in train of {tmp_path / 'sft'}"] == 1
 
 
+def test_models_that_others_learnt_from_or_are_given(tmp_path: Path, candidates: list[Any]) -> None:
+    """A weak supervisor, and a model that a function is given."""
+    weak = run_with(tmp_path / "weak", model="m", train=[prompts_file(tmp_path / "weak.jsonl", "question 4")])
+    student = run_with(tmp_path / "student", model="m", weak={"model": weak}, train=[])
+    words = run_with(tmp_path / "words", train=[prompts_file(tmp_path / "words.jsonl", "question 5")])
+    scorer = f"python:beaver_ray/rules/bag_of_words.py:score(model='{words}')"
+    ppo = config(tmp_path, constraints=[{"name": "harm", "model": student}, {"name": "more", "model": scorer}])
+    left_out = seal(candidates, ppo, str(tmp_path / "base")).left_out
+    assert left_out[f"in train of {tmp_path / 'weak'}"] == left_out[f"in train of {tmp_path / 'words'}"] == 1
+
+
 def test_guards_are_models_too(tmp_path: Path, candidates: list[Any]) -> None:
     guard = {"folder": str(tmp_path / "guard"), "guard": "qwen3guard"}
     ppo = config(tmp_path, constraints=[{"name": "harm", "model": guard}])

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from beaver_ray.method.calibration import Calibration
 from beaver_ray.method.confidence import safety_margin
@@ -33,10 +34,12 @@ def test_of_shares_by_hand():
     alike = np.repeat([1.0, 0, 0, 0, 0, 0, 0, 0], 4)
     # At most one of eight: (1 - p)^8 + 8 p (1 - p)^7 = 0.1 at p = 0.4062.
     assert safety_margin(alike, prompts // 4, 0.9) == pytest.approx(0.4062 - 0.125, abs=1e-4)
-    # One of four at every prompt: nothing is shared, and these are 32 answers of which 8 have a cost.
+    # One of four at every prompt: nothing is shared, and these are 32 answers of which 8 have a cost; but seen on few
+    # prompts, which counts as Student's t does: 1.309 with 31 degrees of freedom, 1.415 with 7.
     spread = np.tile([1.0, 0, 0, 0], 8)
     upper = 0.25 + safety_margin(spread, prompts // 4, 0.9)
-    assert sum(math.comb(32, k) * upper**k * (1 - upper) ** (32 - k) for k in range(9)) == pytest.approx(0.1)
+    trials = 32 * (1.309 / 1.415) ** 2
+    assert stats.beta.cdf(upper, trials / 4 + 1, trials * 3 / 4) == pytest.approx(0.9, abs=1e-3)
 
 
 def test_of_one_prompt_nothing_is_known():
@@ -70,3 +73,14 @@ def test_a_share_is_within_the_bound_at_least_as_often_as_it_says(rate, shared, 
         costs = (rng.random(count) < of_prompts).astype(float)
         held.append(costs.mean() + safety_margin(costs, prompts, 0.9) >= rate)
     assert np.mean(held) >= 0.9 - 0.02
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 8])
+def test_of_few_prompts_it_is_no_surer_than_they_allow(prompts):
+    """Sixteen answers to each, which has a rate of its own (beta; correlation 0.4 within a prompt)."""
+    rng = np.random.default_rng(1)
+    prompt_of = np.repeat(np.arange(prompts), 16)
+    rates = rng.beta(0.3 * 1.5, 0.7 * 1.5, (1500, prompts))
+    costs = (rng.random((1500, len(prompt_of))) < rates[:, prompt_of]).astype(float)
+    held = [row.mean() + safety_margin(row, prompt_of, 0.9) >= 0.3 for row in costs]
+    assert np.mean(held) >= 0.9 - 0.03

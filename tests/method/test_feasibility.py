@@ -168,6 +168,40 @@ def test_too_much_kl_by_hand() -> None:
     assert start(ref, np.array([5.0]))[1][0] == 5.0
 
 
+def test_a_small_multiplier_may_leave_less_than_an_infinite_one() -> None:
+    """Nearly all reward is on the cheap answer: what a multiplier adds to the KL's weight costs more than it takes off."""
+    rewards, costs = [0.0] * 5 + [4.0, 6.0], [1.0] * 5 + [0.0, 1.0]
+    ref = reference([rewards] * 3, [[costs] * 3], [0.64], kl_coefficient=1.0)
+
+    def cost(l: float) -> float:
+        weights = [math.exp((r - l * c) / (1 + l)) for r, c in zip(rewards, costs, strict=True)]
+        return sum(w * c for w, c in zip(weights, costs, strict=True)) / sum(weights)
+
+    least = min(cost(l) for l in np.geomspace(0.01, 100, 2000))
+    assert least < 0.64 < cost(1e6)
+    found = study(ref, ["harm"])
+    assert found.lowest_of_a_run_M[0] == pytest.approx(least, abs=1e-3)
+    assert found.rest.kept and found.rest.costs_M[0] == pytest.approx(0.64, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-6, 1.0, 1e6])
+def test_the_scale_of_rewards_does_not_bound_what_a_run_can_keep(scale: float) -> None:
+    """Without a reward that counts, a multiplier l tilts by l / (1 + l) / k: at k = 0.05 to next to no cost."""
+    ref = reference([[scale, 0.0]], [[[1.0, 0.0]]], [0.1], kl_coefficient=0.05)
+    assert study(ref, ["harm"]).lowest_of_a_run_M[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(1e21, 1.0), (1e300, 1.0), (0.4e-9, 1e-9), (0.4e9, 1e9)])
+def test_limits_and_costs_of_any_size(limit: float, scale: float) -> None:
+    """Two costs of which each answer has one, in units of ``scale``; the second is bounded by half of it."""
+    rewards, costs = [[0.0, 1.0]] * 4, [[[scale, 0.0]] * 4, [[0.0, scale]] * 4]
+    together_M = nearest_together(reference(rewards, costs, [limit, 0.5 * scale], 0.1)) / scale
+    if limit > scale:
+        assert together_M[1] <= 0.5 + 1e-6
+    else:
+        np.testing.assert_allclose(together_M, [0.45, 0.55], atol=1e-6)
+
+
 def test_infeasible_alone_and_together_by_hand() -> None:
     """Two costs of which each answer has one: either is avoidable, but not both."""
     rewards, costs = [[0.0, 1.0]] * 4, [[[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4]
