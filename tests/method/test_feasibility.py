@@ -169,15 +169,16 @@ def test_too_much_kl_by_hand() -> None:
 
 
 def test_a_small_multiplier_may_leave_less_than_an_infinite_one() -> None:
-    """Nearly all reward is on the cheap answer: what a multiplier adds to the KL's weight costs more than it takes off."""
+    """Much reward is on the cheap answer: what a large multiplier adds to the KL's weight costs more than it saves."""
     rewards, costs = [0.0] * 5 + [4.0, 6.0], [1.0] * 5 + [0.0, 1.0]
     ref = reference([rewards] * 3, [[costs] * 3], [0.64], kl_coefficient=1.0)
 
-    def cost(l: float) -> float:
-        weights = [math.exp((r - l * c) / (1 + l)) for r, c in zip(rewards, costs, strict=True)]
+    def cost(multiplier: float) -> float:
+        tilts = [(r - multiplier * c) / (1 + multiplier) for r, c in zip(rewards, costs, strict=True)]
+        weights = [math.exp(tilt) for tilt in tilts]
         return sum(w * c for w, c in zip(weights, costs, strict=True)) / sum(weights)
 
-    least = min(cost(l) for l in np.geomspace(0.01, 100, 2000))
+    least = min(cost(multiplier) for multiplier in np.geomspace(0.01, 100, 2000))
     assert least < 0.64 < cost(1e6)
     found = study(ref, ["harm"])
     assert found.lowest_of_a_run_M[0] == pytest.approx(least, abs=1e-3)
