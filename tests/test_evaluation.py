@@ -97,9 +97,7 @@ def test_share_of_single_answers_is_wilsons(hits: int, n: int) -> None:
 def test_wilson_between_whole_numbers_of_samples() -> None:
     (low, high), (real_low, real_high), (more_low, more_high) = (wilson(0.25, n) for n in (40, 41.7, 44))
     assert low < real_low < more_low < 0.25 < more_high < real_high < high
-    assert all(wilson(0.0, n, 0.995)[0] == 0.0 and wilson(1.0, n, 0.995)[1] == 1.0 for n in range(1, 2000)), (
-        "not nearly"
-    )
+    assert all(wilson(0.0, n, 0.995)[0] == 0.0 and wilson(1.0, n, 0.995)[1] == 1.0 for n in range(1, 2000))
 
 
 def test_answers_that_only_repeat_their_prompt_count_once() -> None:
