@@ -25,8 +25,8 @@ class SafePpo(PolicyStage):
             of_a_prompt = 1 if c.form == "worst_of_k" else self.rollout.samples_per_prompt
             window = c.multiplier.window
             held = window or (FEWEST if c.multiplier.rule == "pid" else 0)
-            alone = held <= of_a_prompt and (window is not None or self.rollout.prompts_per_step < 2)
-            if c.confidence is not None and alone:
+            one_prompt_only = held <= of_a_prompt and (window or self.rollout.prompts_per_step < 2)
+            if c.confidence is not None and one_prompt_only:
                 prompts = "" if window else "raise rollout.prompts_per_step to 2 at least, or "
                 raise ValueError(
                     f"constraint {c.name}: confidence needs answers to several prompts; {prompts}give a "

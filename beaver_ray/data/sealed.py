@@ -111,6 +111,14 @@ def _models(tree: Mapping[str, Any]) -> list[str]:
     named += [models.get(part) for part in ("policy", "reward", "reference", "reward_critic")]
     named += [constraint.get(part) for constraint in tree.get("constraints") or [] for part in ("model", "critic")]
     folders = [name["folder"] if isinstance(name, Mapping) else name for name in named if name]  # a guard is a mapping
-    functions = [UserCode(name, "a function", ast.FunctionDef, ()) for name in folders if name.startswith(PREFIX)]
-    given = [code.keywords["model"] for code in functions if isinstance(code.keywords.get("model"), str)]
-    return [name for name in folders if "://" not in name and not name.startswith(PREFIX)] + given
+    folders = [_model_given(name) if name.startswith(PREFIX) else name for name in folders]
+    return [name for name in folders if name and "://" not in name]
+
+
+def _model_given(function: str) -> str | None:
+    """The folder that python:FILE.py:FUNCTION(model=FOLDER) names; None for a function without, or one not readable."""
+    try:
+        model = UserCode(function, "a function", ast.FunctionDef, ()).keywords.get("model")
+    except ValueError:
+        return None
+    return model if isinstance(model, str) else None

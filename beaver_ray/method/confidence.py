@@ -62,8 +62,8 @@ def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.inte
         trials: float = clusters  # nothing shows that answers to one prompt differ
     else:
         seen = min(share * (1 - share) / error**2, n) if error > 0.0 else n
-        few = _t(confidence, n) / _t(confidence, clusters)  # of an error seen on few clusters
-        trials = max(seen * few**2, clusters)
+        shrink = _t(confidence, n) / _t(confidence, clusters)  # the error is seen on few clusters
+        trials = max(seen * shrink**2, clusters)
     return clopper_pearson(share, trials, confidence)[1] - share
 
 

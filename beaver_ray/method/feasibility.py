@@ -43,6 +43,8 @@ INFINITE = 1e4
 """A multiplier in standard units beyond which the reward counts for nothing."""
 RELAXED = 0.1
 """Of the way from the lowest cost back to that without limits: how far `start` stays from what is out of reach."""
+FAR = 1e6
+"""Standard deviations below all costs at which it does not matter how much lower a limit is."""
 STEPS = 100
 """Multipliers that `lowest_of_a_run` tries."""
 LIMITS, NEAREST = 16, 0.02
@@ -251,9 +253,11 @@ def nearest_together(reference: Reference) -> FloatArray:
     prompts, answers, costs = len(reference.counts_N), len(reference.rewards_B), len(reference.limits_M)
     of_prompt = csr_array((np.ones(answers), (reference.prompts_B, np.arange(answers))), shape=(prompts, answers))
     means_MB = reference.costs_MB / (prompts * reference.shares_M[:, None])
-    # In standard deviations, and limits that no mean exceeds cut: HiGHS drops what is tiny and takes 1e20 for infinite.
+    # In standard deviations, and without limits that are far from any mean: HiGHS drops what is tiny and takes 1e20 for
+    # infinite.
     units_M = reference.units_M
-    limits_M = np.minimum(reference.limits_M, reference.costs_MB.max(axis=1))
+    least_M, most_M = reference.costs_MB.min(axis=1), reference.costs_MB.max(axis=1)
+    limits_M = np.clip(reference.limits_M, least_M - FAR * units_M, most_M)
     found = linprog(
         np.append(np.zeros(answers), 1.0),
         A_ub=hstack([csr_array(means_MB / units_M[:, None]), csr_array(-np.ones((costs, 1)))]),

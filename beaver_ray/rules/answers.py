@@ -23,29 +23,29 @@ from beaver_ray.spelling import alike
 
 _IS = r"(?:\*\*|__)?\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
 _CHINESE_IS = r"(?:\*\*|__)?\s*(?:是|为|:|=)(?:\s*:)?"
-# "#### Step 2" and "#### 2. Add them" are headings of the working.
+# "#### Step 2", "#### Solution" and "#### 2. Add them" are headings of the working.
 _ANSWER = (
-    r"(?<!#)####(?!#)(?![ \t]*(?:step\b|\d+[.):][ \t]*[a-z*]))"
+    r"(?<!#)####(?!#)(?![ \t]*(?:(?:step|solution|(?:final )?result)\b|\d+[.):][ \t]*[a-z*]))"
     rf"|(?<![a-z])(?:final answer|answer){_IS}|答案{_CHINESE_IS}"
 )
 _RESULT = rf"(?<![a-z])(?:result|solution){_IS}|结果{_CHINESE_IS}"
 # "Answer: Let's think step by step" marks no number.
-_WORKING = r"(?!\W*(?:let(?:['’]?s|\s+us|\s+me)|step|first)\b)"
-_MARK_OF_NUMBER = re.compile(f"(?:{_ANSWER}|{_RESULT}){_WORKING}", re.IGNORECASE)
+_NOT_AN_ANSWER = r"(?!\W{0,20}(?:let(?:['’]?s|\s+us|\s+me)|step|first)\b)"
+_MARK_OF_NUMBER = re.compile(f"(?:{_ANSWER}|{_RESULT}){_NOT_AN_ANSWER}", re.IGNORECASE)
 # For texts alone: under such a heading a number may still be worked out, and the last one counts.
 _HEADING = r"^(?:#{1,6}[ \t]?|\*\*|__){1,2}(?:(?:final )?answer|答案)(?:\*\*|__)?[ \t]*$"
 _MARKS_OF_TEXT = [re.compile(marks, re.IGNORECASE | re.MULTILINE) for marks in (f"{_HEADING}|{_ANSWER}", _RESULT)]
-_HOPE = re.compile(r"\b(?:hope|let me know)\b[^.!?\n]*\Z", re.IGNORECASE)
+_HOPE = re.compile(r"\b(?:hope|let me know)\b[^,;:.!?\n]*\Z", re.IGNORECASE)
 _CLOSING = re.compile(r"\A\s*(?:\*\*|__)[ \t]*\n")  # of a bold "Answer:" that the answer stands below
 _OPENING = re.compile(r"\A(?:\s*(?:\\\[|\$\$|```\w*|\\begin\{\w+\*?\})[ \t]*\n)+")  # of mathematics, or of a block
 _BRACKETS = "()[]<>《》「」『』«»"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 # One formula is written in many ways: \dfrac{1}{2} and \frac12, \left( 3, 4 \right) and (3,4), x^{2} and x^2.
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_NO_INK = re.compile(r"\\(?:left|right)(?![a-z])\.?|\\[!,;: ]")
+_LATEX_SPACING = re.compile(r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[!,;: ]")
 _FORMULA = re.compile(r"[\\^=+\d]")
 _SPACE_IN_FORMULA = re.compile(r" (?![a-z\d])|(?<![a-z\d]) |(?<=[a-z]) (?=\d)|(?<=\d) (?=[a-z])")
-_ONE_IN_BRACES = re.compile(r"(?<!\\)\{(\w)\}")
+_ONE_IN_BRACES = re.compile(r"(?<=[\w^}])\{(\w|\\[a-z]+)\}")
 
 
 def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any]) -> list[float]:
@@ -143,7 +143,7 @@ def _first(numbers: Iterable[Fraction | None]) -> Fraction | None:
 
 def plain(text: str) -> str:
     """Lower case, one width, single spaces, formulas in one writing, without what stands around the whole."""
-    text = " ".join(_NO_INK.sub(" ", _TEXT.sub(r"\1", alike(one_width(text)).casefold())).split())
+    text = " ".join(_LATEX_SPACING.sub(" ", _TEXT.sub(r"\1", alike(one_width(text)).casefold())).split())
     if _FORMULA.search(text):
         text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\([%$])", r"\1", text))
         text = _ONE_IN_BRACES.sub(r"\1", _SPACE_IN_FORMULA.sub("", text))

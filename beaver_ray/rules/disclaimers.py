@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from beaver_ray.rules.thoughts import without_thoughts
+from beaver_ray.rules.thoughts import said_or_thought
 from beaver_ray.spelling import alike, simplified
 
 _EXPERTS = (
@@ -93,6 +93,6 @@ def disclaims(prompts: list[str], responses: Sequence[str]) -> list[float]:
 
 
 def has_disclaimer(answer: str) -> bool:
-    """Whether a phrase of DISCLAIMERS is in the answer."""
-    text = " ".join(simplified(alike(without_thoughts(answer)).lower()).split())
+    """Whether a phrase of DISCLAIMERS is in the answer, behind its thoughts (</think>) where anything stands there."""
+    text = " ".join(simplified(alike(said_or_thought(answer)).lower()).split())
     return any(phrase.search(text) for cues, phrase in _COMPILED if any(cue in text for cue in cues))

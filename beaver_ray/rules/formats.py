@@ -13,7 +13,7 @@ from beaver_ray.rules.thoughts import without_thoughts
 
 LONGEST = 1_000_000  # characters; a longer answer counts as none of the form
 
-_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*(?:json)?[ \t]*\n", re.IGNORECASE)
+_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*(?:json)?[^\S\n]*\n", re.IGNORECASE)
 
 
 def valid_json(
@@ -24,7 +24,7 @@ def valid_json(
     fenced: bool = True,
     schema: list[Any] | None = None,
 ) -> list[float]:
-    """1 where the answer, behind its thoughts (</think>), is JSON and nothing else, else 0.
+    """1 where the answer, or what stands behind its thoughts (</think>), is JSON and nothing else, else 0.
 
     keys: it must be an object that has them. fenced: it may stand in one block of ``` or ~~~ with nothing around it.
     schema: the rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
@@ -34,11 +34,14 @@ def valid_json(
     if isinstance(keys, str):
         raise ValueError(f"keys must be a list of texts, not {keys!r:.100}")
     checks = [_validator(one) for one in schema] if schema is not None else [None] * len(responses)
-    return [float(_fits(response, keys, fenced, check)) for response, check in zip(responses, checks, strict=True)]
+    return [
+        float(any(_fits(text, keys, fenced, check) for text in {response, without_thoughts(response)}))
+        for response, check in zip(responses, checks, strict=True)
+    ]
 
 
 def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
-    text = without_thoughts(response).strip()
+    text = response.strip()
     if len(text) > LONGEST:
         return False
     if fenced and (opened := _FENCE.match(text)) and text.endswith(opened[1]):
@@ -75,15 +78,16 @@ def _validator(schema: Any) -> Any:
     except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
         said = getattr(error, "message", None) or error
         raise ValueError(f"the row's schema is no JSON schema: {said}") from None
-    exact = jsonschema.validators.extend(kind, {"multipleOf": _multiple_of})
-    return exact(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
+    if "multipleOf" in kind.VALIDATORS:
+        kind = jsonschema.validators.extend(kind, {"multipleOf": _multiple_of})
+    return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
 
 
 def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterator[Exception]:
     """As numbers are written: 19.99 is a multiple of 0.01, though the nearest binary numbers are none."""
     import jsonschema
 
-    if not validator.is_type(value, "number"):
+    if not validator.is_type(value, "number") or step == math.inf:
         return
     infinite = isinstance(value, float) and not math.isfinite(value)  # 1e999
     if infinite or Fraction(str(value)) % Fraction(str(step)):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from beaver_ray.rules import run_program
-from beaver_ray.rules.thoughts import without_thoughts
+from beaver_ray.rules.thoughts import opens_a_thought, without_thoughts
 
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
 LEAST_MIB = 32  # below some 20 Python itself does not run
@@ -80,9 +80,13 @@ def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> l
 def code_of(response: str) -> str:
     """The first block in ``` or ~~~ that says it is Python, else the first that says nothing, else the whole answer.
 
-    Of a block that stands further in, as in a list, the margin is none of the code. Thoughts before </think> hold none.
+    Of a block that stands further in, as in a list, the margin is none of the code. Thoughts before </think> hold none,
+    but where no <think> opens them a block may hold that word itself.
     """
-    response = without_thoughts(response)
+    thought = len(response) - len(without_thoughts(response))
+    quoted = any(block.start() < thought < block.end() for block in _BLOCK.finditer(response))
+    if opens_a_thought(response) or not quoted:
+        response = response[thought:]
     found = _BLOCK.findall(response)
     blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, _, language, code in found]
     for wanted in (("python", "py", "python3", "py3", "ipython"), ("",)):
@@ -174,7 +178,10 @@ def _tests_of(row: Any) -> list[str]:
         raise ValueError(f"a row's tests must be a text or a list of texts, not {row!r:.100}")
     tests = [test for test in tests if test.strip()]
     if tests and not any(map(_does_something, tests)):
-        raise ValueError(f"a row's tests must do something, and not only define what nobody calls: {row!r:.200}")
+        raise ValueError(
+            "a row's tests must check something, and not only define what nobody calls, or compare without an assert: "
+            f"{row!r:.200}"
+        )
     return tests
 
 
@@ -201,7 +208,7 @@ def _is_idle(statement: ast.stmt) -> bool:
         return not any(isinstance(part, ast.Call | ast.Subscript | ast.Attribute) for part in ast.walk(statement))
     if isinstance(statement, ast.Expr):  # "add(1, 2) == 3" lacks its assert
         called = any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(statement))
-        return not called or isinstance(statement.value, ast.Compare | ast.BoolOp)
+        return not called or isinstance(statement.value, ast.Compare)
     if isinstance(statement, ast.Assert):  # of a tuple, assert (x == 3, "message"), it is always true
         return isinstance(statement.test, ast.Tuple) and bool(statement.test.elts)
     if isinstance(statement, ast.If):  # a test is not __main__

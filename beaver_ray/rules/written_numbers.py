@@ -31,14 +31,14 @@ _NUMBER = re.compile(
     rf"({_DIGITS})(?:\s*/\s*([+-]?{_DIGITS}))?(?:{_UNIT})?(?!\w|\.\d)",
     re.IGNORECASE | re.ASCII,
 )
-# Between a phrase that marks an answer and its number, and behind a number that is not the answer yet.
-_AT_ONCE = re.compile(
+# Between a phrase that marks an answer and its number; and what stands behind that number where others only explain it.
+_BEFORE_NUMBER = re.compile(
     r"[\s*_$\\(\[{\"'“‘:~≈]*(?:(?:about|approximately|approx\.?|around|exactly|roughly|only|just|[a-z]\s*=|约|大约|共|一共)[\s*_$\\(]*)*",
     re.IGNORECASE,
 )
-_GOES_ON = re.compile(
-    r"[=+×÷→⇒]|(?<!\*)\*(?!\*)|-\s*[\d\\(]|\\(?:times|cdot|div)(?![a-z])"
-    r"|\b(?:times|plus|minus|divided|multiplied|so|which|thus|hence|therefore|gives?|than)\b|[乘加减除得即]",
+_ASIDE = re.compile(
+    r"[\s*_$%)}\\]*(?:[^\W\d_]+\s+){0,2}?[^\W\d_]{0,3}(?:(?<=\s)\((?![^()]*\)\s*=)|out of\b"
+    r"|[,，]?\s*(?:and )?(?:not\b|而?不是)|(?:,?\s*or\s+)?(?:about|approximately|roughly|≈|\\approx))",
     re.IGNORECASE,
 )
 # What a text that is one number has not: beside it (here #) signs by which it is a part of something else.
@@ -48,8 +48,8 @@ _NOT_ONE = re.compile(
     re.IGNORECASE,
 )
 _RAISED_UNIT = re.compile(
-    r"(?:\\(?:text|mathrm|mbox|rm)\s*\{[^{}]*\}|\b(?:[kcm]?m|ft|in|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s?))"
-    r"\s*\^\s*\{?\s*[23]\s*\}?"
+    r"(?:\\(?:text|mathrm|mbox|rm)\s*\{[^{}]*\}|\b(?:[kcm]?m|ft|in|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s?|s))"
+    r"\s*(?:\^\s*)?\{?\s*[23]\s*\}?"
 )
 # Roots, π and what else is not read, and the numbers beside it; and the parts of a sum.
 _IN_BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
@@ -80,13 +80,12 @@ def last_number(text: str) -> Fraction | None:
 
 
 def said_number(sentence: str) -> Fraction | None:
-    """The number with which the sentence begins ("5 of the 12"), or its last where it works one out ("2 + 3 = 5")."""
+    """The last number of the sentence, or the first where it begins with that and explains it: "5 out of 10"."""
     text = _readable(sentence)
-    for number in _NUMBER.finditer(text):
-        if _stands_alone(number, text):
-            at_once = _AT_ONCE.fullmatch(text, 0, number.start()) and not _GOES_ON.search(text, number.end())
-            return _value(number) if at_once else last_number(sentence)
-    return None
+    first = next((number for number in _NUMBER.finditer(text) if _stands_alone(number, text)), None)
+    if first and _BEFORE_NUMBER.fullmatch(text, 0, first.start()) and _ASIDE.match(text, first.end()):
+        return _value(first)
+    return last_number(sentence)
 
 
 def only_number(text: str) -> Fraction | None:

@@ -192,13 +192,15 @@ def test_the_scale_of_rewards_does_not_bound_what_a_run_can_keep(scale: float) -
     assert study(ref, ["harm"]).lowest_of_a_run_M[0] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("limit", "scale"), [(1e21, 1.0), (1e300, 1.0), (0.4e-9, 1e-9), (0.4e9, 1e9)])
+@pytest.mark.parametrize(("limit", "scale"), [(1e21, 1.0), (1e300, 1.0), (-1e21, 1.0), (0.4e-9, 1e-9), (0.4e9, 1e9)])
 def test_limits_and_costs_of_any_size(limit: float, scale: float) -> None:
     """Two costs of which each answer has one, in units of ``scale``; the second is bounded by half of it."""
     rewards, costs = [[0.0, 1.0]] * 4, [[[scale, 0.0]] * 4, [[0.0, scale]] * 4]
     together_M = nearest_together(reference(rewards, costs, [limit, 0.5 * scale], 0.1)) / scale
     if limit > scale:
         assert together_M[1] <= 0.5 + 1e-6
+    elif limit < 0:
+        np.testing.assert_allclose(together_M, [0.0, 1.0], atol=1e-6)
     else:
         np.testing.assert_allclose(together_M, [0.45, 0.55], atol=1e-6)
 

@@ -272,6 +272,10 @@ def test_a_reference_that_is_more_than_a_number_pays_for_no_part_of_it(boxed: st
     [
         (r"5 \text{ cm}", "5"),
         (r"12 \text{ cm}^2", "12"),
+        ("25 cm²", "25"),
+        ("25 cm2", "25"),
+        ("9.8 m/s^2", "9.8"),
+        ("7 in³", "7"),
         ("x = 5", "5"),
         (r"\$18.90", "18.9"),
         (r"90^\circ", "90"),
@@ -303,8 +307,14 @@ def test_references_that_are_numbers(right: Any, number: str) -> None:
         ("The answer is 5, not 6.", 5),
         (r"The answer is $\frac{20}{3} \approx 6.67$.", "20/3"),
         ("The answer is **5** out of 10", 5),
+        ("The answer is 12 inches (1 foot).", 12),
+        ("The answer is 1/3 or about 0.33", "1/3"),
         ("The answer is 2 times 3, or 6", 6),
-        ("The answer is x = 5, since 2*5 = 10", 10),
+        ("Answer: 20% of 50 is 10", 10),
+        ("Answer: 6 dozen eggs equals 72", 72),
+        ("The answer is 8 boxes of 5 pencils, that's 40.", 40),
+        ("The answer is 2 (3 + 4) = 14", 14),
+        ("答案是3小时20分,共200分钟", 200),
         ("The answer is 20% of 50, which is 10.", 10),
         ("答案是5个,不是6个", 5),
         ("答案是3加4得7", 7),
@@ -345,6 +355,7 @@ def test_a_thought_without_end_says_nothing() -> None:
         (r"\left(3, 4\right)", "(3,4)"),
         (r"\left[0, \infty\right)", r"[0,\infty)"),
         ("2516_{8}", "2516_8"),
+        (r"90^{\circ}", r"90^\circ"),
         ("50%", r"50\%"),
         ("x^2+2x", "x^{2} + 2x"),
         (r"\textit{C}", "C"),
@@ -357,7 +368,15 @@ def test_one_formula_in_several_writings(said: str, right: str) -> None:
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("1 2", "12"), ("1 1/2", "11/2"), (r"\frac{1}{23}", r"\frac{12}{3}"), ("a b", "ab"), (r"\{12\}", r"\{1\}2")],
+    [
+        ("1 2", "12"),
+        ("1 1/2", "11/2"),
+        (r"\frac{1}{23}", r"\frac{12}{3}"),
+        ("a b", "ab"),
+        (r"\{12\}", r"\{1\}2"),
+        (r"1 \\ 2", "12"),
+        ("{1}", "1"),
+    ],
 )
 def test_formulas_that_differ(said: str, right: str) -> None:
     assert exact_answer(["p"], [rf"\boxed{{{said}}}"], answer=[right]) == [0.0]
@@ -368,8 +387,10 @@ def test_what_closes_an_answer_is_not_the_answer() -> None:
         "**Answer: Paris**\n\nI hope this solution is helpful.",
         "Answer: Paris\nExplanation: The result is that it is large.",
         "It is Paris, so the result is Paris.\nI hope the solution is clear.",
+        "#### Solution\nWe look it up.\n\nThe result is Paris.",
+        "Let me know what you think: the answer is Paris",
     ]
-    assert exact_answer(["p"] * 3, named, answer=["Paris"] * 3) == [1.0] * 3
+    assert exact_answer(["p"] * 5, named, answer=["Paris"] * 5) == [1.0] * 5
     squares = [
         "The answer is:\n\\[\nx^2\n\\]",
         "The answer is:\n$$\nx^2\n$$",
@@ -400,6 +421,8 @@ def test_large_answers_take_no_time() -> None:
         "π ",
         "x = ",
         "answer is x = x = ",
+        "#### ",
+        "####$$`",
         "\\left(",
         "- ",
     )
@@ -420,8 +443,10 @@ def test_json() -> None:
     fences = ["``` json\n[]\n```", "~~~json\n[]\n~~~", "````json\n[]\n````", "<think>[</think>\n\n[]"]
     assert valid_json(["p"] * 4, fences) == [1.0] * 4
     assert valid_json(["p"] * 3, ["```json\n```", "```json\n[]\n~~~", "```python\n[]\n```"]) == [0.0] * 3
+    assert valid_json(["p"] * 2, ['{"a": "</think>"}', "```json\r\n{}\r\n```"]) == [1.0] * 2
     prices = ["19.99", "0.29", "7", "19.995", "1e999", "9" * 400, "true", '"x"']
     cents = {"type": "number", "multipleOf": 0.01}
+    assert valid_json(["p"], ["1"], schema=[{"multipleOf": float("inf")}]) == [1.0]
     assert valid_json(["p"] * 8, prices, schema=[cents] * 8) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     schemas = [schema, '{"type": "array"}', None, schema]

@@ -100,12 +100,11 @@ CHECK = "def test_add():\n    assert add(1, 1) == 3"
         CHECK + "\nif __name__ == '__main__':\n    test_add()",
         '{"inputs": ["1 2\\n"], "outputs": ["3\\n"]}',
         "add(1, 2) == 3",
-        "add(1, 2) == 3 and add(1, 1) == 2",
         "assert (add(1, 2) == 4, 'a tuple is always true')",
     ],
 )
 def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
-    with pytest.raises(ValueError, match="must do something"):
+    with pytest.raises(ValueError, match="must check something"):
         passes_tests(["p"], [ADD], tests=[test])
 
 
@@ -418,6 +417,8 @@ def test_which_code_is_meant() -> None:
     assert code_of(nested) == "def f():\n    return 1\n\n" and compiles(["p"], [nested]) == [1.0]
     assert code_of("```python\n  x = 1\n```") == "  x = 1\n", "a margin of its own is the code's"
     assert code_of("So:\n~~~python\nx = 1\n~~~\nThat is all.") == "x = 1\n"
+    assert code_of("```python\ns = '</think>'\n```") == "s = '</think>'\n"
+    assert code_of("<think>\n```python\nx = 0\n</think>\n```python\nx = 1\n```") == "x = 1\n"
     assert code_of("<think>\n```python\nx = 0\n```\n</think>\n```python\nx = 1\n```") == "x = 1\n"
 
 
