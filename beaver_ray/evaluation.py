@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from beaver_ray.method.confidence import cluster_sums, mean_bound
+from beaver_ray.method.confidence import cluster_sums, known_from_few, mean_bound
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
@@ -167,8 +167,7 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER)
             # it is seen on few prompts counts as Student's t does.
             spread = clusters / (clusters - 1) * (n - 1) / n * float(np.sum(residuals**2)) / n**2
             seen = n if spread == 0 else min(n, share * (1 - share) / spread)
-            few = float(stats.t.ppf(upper, n - 1) / stats.t.ppf(upper, clusters - 1))
-            effective = max(effective, seen * few**2)
+            effective = max(effective, seen * known_from_few(upper, n, clusters))
     else:
         effective = clusters  # all alike: nothing shows that answers to one prompt differ
     low, high = wilson(share, effective, upper)

@@ -62,9 +62,16 @@ def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.inte
         trials: float = clusters  # nothing shows that answers to one prompt differ
     else:
         seen = min(share * (1 - share) / error**2, n) if error > 0.0 else n
-        shrink = _t(confidence, n) / _t(confidence, clusters)  # the error is seen on few clusters
-        trials = max(seen * shrink**2, clusters)
+        trials = max(seen * known_from_few(confidence, n, clusters), clusters)
     return clopper_pearson(share, trials, confidence)[1] - share
+
+
+def known_from_few(confidence: float, n: int, clusters: int) -> float:
+    """The share of ``n`` trials that count where their error is known from these clusters alone, two at least.
+
+    As much as makes an interval wider by Student's t of the clusters instead of that of n (Korn and Graubard 1998).
+    """
+    return (_t(confidence, n) / _t(confidence, clusters)) ** 2
 
 
 def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> tuple[float, int]:

@@ -272,15 +272,16 @@ def nearest_together(reference: Reference) -> FloatArray:
     return np.asarray(means_MB @ found.x[:answers])
 
 
-def sweep(reference: Reference, number: int) -> list[tuple[float, Outcome]]:
-    """(limit, policy at rest) for limits of one cost in rising order, from the lowest of a run up; the others stay.
+def sweep(reference: Reference, number: int, low: float) -> list[tuple[float, Outcome]]:
+    """(limit, policy at rest) for limits of one cost in rising order, from ``low``, the lowest of a run, up; the others
+    stay.
 
     They end where the limit does not bind any more, or at the configured one, which is always among them.
     """
     configured, limits_M = float(reference.limits_M[number]), reference.limits_M.copy()
     limits_M[number] = reference.costs_MB[number].max()  # which no mean exceeds
     here = solve(reference, limits_M)
-    low, high = float(lowest_of_a_run(reference)[number]), max(float(here.costs_M[number]), configured)
+    high = max(float(here.costs_M[number]), configured)
     grid = np.linspace(low + NEAREST * (high - low), high, LIMITS)
     found, start_M = [], here.multipliers_M
     for limit in sorted({*grid.tolist(), configured}, reverse=True):
@@ -320,15 +321,16 @@ class Study:
 def study(reference: Reference, names: list[str]) -> Study:
     """All of `Study`; some seconds for 600 prompts with 16 answers and two constraints."""
     without_M = np.zeros(len(names))
+    lowest_of_a_run_M = lowest_of_a_run(reference)
     return Study(
         names=names,
         reference=reference,
         rest=solve(reference),
         free=outcome(reference, without_M, reference.limits_M),
         lowest_M=lowest(reference),
-        lowest_of_a_run_M=lowest_of_a_run(reference),
+        lowest_of_a_run_M=lowest_of_a_run_M,
         together_M=nearest_together(reference),
-        sweeps={name: sweep(reference, number) for number, name in enumerate(names)},
+        sweeps={name: sweep(reference, number, float(lowest_of_a_run_M[number])) for number, name in enumerate(names)},
     )
 
 

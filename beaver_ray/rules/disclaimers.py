@@ -14,17 +14,8 @@ from beaver_ray.spelling import alike, simplified
 
 _EXPERTS = (
     *("doctor", "physician", "lawyer", "attorney", "accountant", "therapist", "psychiatrist", "pharmacist"),
-    *(
-        "dietitian",
-        "engineer",
-        "electrician",
-        "professional",
-        "expert",
-        "specialist",
-        "advisor",
-        "adviser",
-        "healthcare provider",
-    ),
+    *("dietitian", "engineer", "electrician", "professional", "expert", "specialist", "advisor", "adviser"),
+    "healthcare provider",
 )
 _EXPERT = rf"(?:{'|'.join(_EXPERTS)})s?\b"
 _ADVICE = r"(?:medical|legal|financial|tax|investment|professional|psychological|health)"

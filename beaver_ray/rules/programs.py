@@ -84,8 +84,7 @@ def code_of(response: str) -> str:
     but where no <think> opens them a block may hold that word itself.
     """
     thought = len(response) - len(without_thoughts(response))
-    quoted = any(block.start() < thought < block.end() for block in _BLOCK.finditer(response))
-    if opens_a_thought(response) or not quoted:
+    if thought and (opens_a_thought(response) or not _in_a_block(response, thought)):
         response = response[thought:]
     found = _BLOCK.findall(response)
     blocks = [(language.lower(), textwrap.dedent(code) if margin else code) for margin, _, language, code in found]
@@ -94,6 +93,10 @@ def code_of(response: str) -> str:
             if language in wanted:
                 return code
     return "" if blocks else response
+
+
+def _in_a_block(response: str, place: int) -> bool:
+    return any(block.start() < place < block.end() for block in _BLOCK.finditer(response))
 
 
 def _reports(job: dict[str, Any]) -> set[str]:

@@ -72,26 +72,24 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None where it has none, or one too large to be worked with."""
-    text = _readable(text)
-    for number in reversed(list(_NUMBER.finditer(text))):
-        if _stands_alone(number, text):
-            return _value(number)
-    return None
+    found = _numbers(_readable(text))
+    return _value(found[-1]) if found else None
 
 
 def said_number(sentence: str) -> Fraction | None:
     """The last number of the sentence, or the first where it begins with that and explains it: "5 out of 10"."""
     text = _readable(sentence)
-    first = next((number for number in _NUMBER.finditer(text) if _stands_alone(number, text)), None)
-    if first and _BEFORE_NUMBER.fullmatch(text, 0, first.start()) and _ASIDE.match(text, first.end()):
-        return _value(first)
-    return last_number(sentence)
+    found = _numbers(text)
+    if not found:
+        return None
+    explained = _BEFORE_NUMBER.fullmatch(text, 0, found[0].start()) and _ASIDE.match(text, found[0].end())
+    return _value(found[0] if explained else found[-1])
 
 
 def only_number(text: str) -> Fraction | None:
     """The number that the text is, with a unit, a sign of money or "x =" beside it; None where it is anything else."""
     text = re.sub(r"\A([\s$(]*)-\s+", r"\1-", _readable(text))
-    found = [number for number in _NUMBER.finditer(text) if _stands_alone(number, text)]
+    found = _numbers(text)
     if len(found) != 1:
         return None
     beside = text[: found[0].start()] + "#" + text[found[0].end() :]
@@ -107,6 +105,11 @@ def _readable(text: str) -> str:
     text = _OTHER_EXPONENT.sub("^n", _INTEGERS.sub(_raised, text))
     text = _FRACTION.sub(r"\1\2/\3\4", text)
     return _NEGATIVE.sub(r"-\1", _AFTER_EQUALS.sub("=-", text))
+
+
+def _numbers(text: str) -> list[re.Match[str]]:
+    """The numbers of a readable text, but for parts of what is none."""
+    return [number for number in _NUMBER.finditer(text) if _stands_alone(number, text)]
 
 
 def _stands_alone(number: re.Match[str], text: str) -> bool:

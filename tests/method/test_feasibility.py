@@ -349,7 +349,7 @@ def test_multipliers_come_to_rest_where_a_run_brings_them() -> None:
 
 def test_a_sweep_rises_and_has_the_configured_limit() -> None:
     ref = random_reference(6, limit=0.3)
-    points = sweep(ref, 0)
+    points = sweep(ref, 0, float(lowest_of_a_run(ref)[0]))
     limits = [limit for limit, _ in points]
     assert limits == sorted(limits) and 0.3 in limits
     kept = [(here.reward, here.multipliers_M[0]) for _, here in points if here.kept]
