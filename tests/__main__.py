@@ -13,7 +13,10 @@ import sys
 
 import pytest
 
-PARTS = (("-m", "not cluster", "-n", "auto", "--dist", "loadfile"), ("-m", "cluster"))
+# In the order of the files: by itself xdist begins with those of many tests, and the longest test, the only one of its
+# file, would keep one core waiting at the end.
+ON_ALL_CORES = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
+PARTS = (("-m", "not cluster", *ON_ALL_CORES), ("-m", "cluster"))
 
 
 def main() -> int:

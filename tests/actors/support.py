@@ -119,6 +119,12 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in read_metrics(folder)]
 
 
+def largest_gap(table: pa.Table, first: str, second: str) -> float:
+    """The largest difference of two columns of log-probs, over all tokens."""
+    a, b = (np.concatenate([np.asarray(v) for v in table[name].to_pylist()]) for name in (first, second))
+    return float(np.abs(a - b).max())
+
+
 def disturb_folder(folder: Path, scale: float = 0.15, seed: int = 0) -> None:
     """Noise on a saved policy, so that what it samples is far from uniform and every layer matters."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

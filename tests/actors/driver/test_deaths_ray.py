@@ -1,4 +1,7 @@
-"""A run under ZeRO-3 whose ranks die in the middle of an exchange, and whose scorer dies in the last evaluation."""
+"""A run under ZeRO-3 whose ranks die in the middle of an exchange, and whose scorer dies in the last evaluation.
+
+Its policy has a head of its own; all other runs on Ray that are tested have tied ones.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForCausalLM
 
 from actors.driver.train import train
 from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
 from tests.actors.dying_roles import DyingCritic, DyingPolicy, DyingScorer
+from tests.actors.support import largest_gap
 from tests.tiny_ppo import build_workspace, write_stage
 
 pytestmark = pytest.mark.cluster
@@ -25,7 +30,7 @@ def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pyt
     placement = {kind: {"cpus": 0.1} for kind in ("rollout", "reward", "reference", "experience")}
     placement |= {kind: {"cpus": 0.1, "workers": 2} for kind in ("policy", "reward_critic")}
     path = write_stage(
-        build_workspace(tmp_path),
+        build_workspace(tmp_path, tied=False),
         stage="ppo",
         constraints=[],
         steps=STEPS,
@@ -48,7 +53,13 @@ def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pyt
         assert f"steps {steps} are trained again" in note and who in note.lower()
     assert sum("reward is started anew" in note for note in notes) == 1
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, STEPS + 1))
-    files = sorted((folder / "trajectories").glob("*.parquet"))
-    samples = [sample for file in files for sample in pq.read_table(file)["sample_id"].to_pylist()]
+    tables = [pq.read_table(file) for file in sorted((folder / "trajectories").glob("*.parquet"))]
+    samples = [sample for table in tables for sample in table["sample_id"].to_pylist()]
     assert sorted(samples) == list(range(16 * STEPS))
+    # The generator has every update, those that were published again too.
+    for step, table in enumerate(tables, start=1):
+        assert set(table["weight_version"].to_pylist()) == {step - 1}
+        assert largest_gap(table, "rollout_logprobs", "logprobs") < 1e-4
+    assert largest_gap(tables[-1], "rollout_logprobs", "reference_logprobs") > 1e-2
     assert (folder / "evaluation.json").is_file()
+    AutoModelForCausalLM.from_pretrained(folder / "final" / "policy")

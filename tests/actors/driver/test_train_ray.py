@@ -27,6 +27,7 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
+from tests.actors.support import largest_gap
 from tests.tiny_ppo import ROLLOUT, build_workspace, write_stage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -90,16 +91,6 @@ def tied(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
     engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 2}
     folder = build_workspace(tmp_path_factory.mktemp("tied"), tied=True)
     return watched(write_stage(folder, steps=6, cluster={"placement": placement}, engine=engine), address)
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory, address: str) -> Run:
-    """Plain PPO without costs on a policy with a head of its own: two ranks under ZeRO-3, six steps."""
-    placement = {"policy": {"workers": 2, "cpus": 0.5}}
-    engine = {"micro_batch_tokens": 256, "dtype": "float32", "zero_stage": 3}
-    folder = build_workspace(tmp_path_factory.mktemp("untied"), tied=False)
-    path = write_stage(folder, stage="ppo", constraints=[], steps=6, cluster={"placement": placement}, engine=engine)
-    return watched(path, address)
 
 
 @pytest.fixture(scope="module")
@@ -188,27 +179,25 @@ def test_every_sample_is_there_once(tied: Run) -> None:
             )
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_generator_and_trainer_agree_after_every_update(kind: str, request: pytest.FixtureRequest) -> None:
-    run: Run = request.getfixturevalue(kind)
+def test_generator_and_trainer_agree_after_every_update(tied: Run) -> None:
+    """With a head of its own, under ZeRO-3: test_deaths_ray.py."""
     # Step k samples under the weights of k - 1 updates, which came through the object store.
-    for step, table in enumerate(run.trajectories, start=1):
+    for step, table in enumerate(tied.trajectories, start=1):
         assert set(table["weight_version"].to_pylist()) == {step - 1}
-        assert largest(table, "rollout_logprobs", "logprobs") < 1e-4
-    assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in run.metrics)
+        assert largest_gap(table, "rollout_logprobs", "logprobs") < 1e-4
+    assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in tied.metrics)
     # The updates did something that could have gone missing.
-    assert largest(run.trajectories[-1], "rollout_logprobs", "reference_logprobs") > 1e-2
-    assert largest(run.trajectories[0], "rollout_logprobs", "reference_logprobs") < 1e-4
+    assert largest_gap(tied.trajectories[-1], "rollout_logprobs", "reference_logprobs") > 1e-2
+    assert largest_gap(tied.trajectories[0], "rollout_logprobs", "reference_logprobs") < 1e-4
 
 
-def test_final_models_load(tied: Run, untied: Run) -> None:
-    for run, critics in ((tied, ("reward", "harm", "leak")), (untied, ("reward",))):
-        AutoModelForCausalLM.from_pretrained(run.folder / "final" / "policy")
-        load_tokenizer(str(run.folder / "final" / "policy"))
-        for signal in critics:
-            model = load_score_model(str(run.folder / "final" / f"{signal}_critic"), "critic", "auto")  # type: ignore[arg-type]
-            assert all(bool(p.isfinite().all()) for p in model.parameters())
-        assert not (run.folder / "final.part").exists()
+def test_final_models_load(tied: Run) -> None:
+    AutoModelForCausalLM.from_pretrained(tied.folder / "final" / "policy")
+    load_tokenizer(str(tied.folder / "final" / "policy"))
+    for signal in ("reward", "harm", "leak"):
+        model = load_score_model(str(tied.folder / "final" / f"{signal}_critic"), "critic", "auto")  # type: ignore[arg-type]
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert not (tied.folder / "final.part").exists()
 
 
 def test_with_lora_the_policy_is_its_own_reference(elastic: Run) -> None:
@@ -220,12 +209,6 @@ def test_with_lora_the_policy_is_its_own_reference(elastic: Run) -> None:
     tensors = 4 * adapter
     assert all(tensors <= row["sync/bytes"] <= tensors + 64 * 28 for row in elastic.metrics)
     assert tensors < 0.5 * sum(4 * p.numel() for p in AutoModelForCausalLM.from_pretrained(final).parameters())
-
-
-def largest(table: pa.Table, first: str, second: str) -> float:
-    """The largest difference of two columns of log-probs, over all tokens."""
-    a, b = (np.concatenate([np.asarray(v) for v in table[name].to_pylist()]) for name in (first, second))
-    return float(np.abs(a - b).max())
 
 
 def test_generators_join_and_leave_in_mid_run(elastic: Run) -> None:
