@@ -16,6 +16,8 @@ from beaver_ray.options import Strict, option
 from beaver_ray.score_sources import score_source
 
 SIGNAL_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TAKEN = ("reward", "reward_mean", "reward_clipped")
+"""The reward's own names among metrics of signals, which no cost may have."""
 FORM = re.compile(r"mean|hinge|worst_of_k|cvar:0?\.\d*[1-9]\d*")
 FEWEST = 32
 """Costs that a step needs for pid to compare their own mean; with fewer it takes the last so many. It cuts errors at
@@ -117,8 +119,8 @@ class ConstraintConfig(Strict):
 
     @model_validator(mode="after")
     def _one_limit(self) -> ConstraintConfig:
-        if not SIGNAL_NAME.fullmatch(self.name) or self.name == "reward":
-            raise ValueError(f"name {self.name!r} must be lower-case letters, digits and _, and not 'reward'")
+        if not SIGNAL_NAME.fullmatch(self.name) or self.name in TAKEN:
+            raise ValueError(f"name {self.name!r} must be lower-case letters, digits and _, and none of {', '.join(TAKEN)}")
         if (self.limit is None) == (self.violation_rate is None):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -28,10 +28,25 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1 where a number is asked for."""
+        assert info.field_name is not None
+        types = _types(cls.model_fields[info.field_name].annotation) if isinstance(value, bool) else set()
+        if {int, float} & types and not {bool, Any} & types:
+            raise ValueError(f"give a number, not {str(value).lower()}")
+        return value
+
     def asks_for(self, name: str) -> bool:
         """Whether an option is other than by default: a run's config.yaml has all of them, asked for or not."""
         default: Any = type(self).model_fields[name].get_default(call_default_factory=True)
         return bool(getattr(self, name) != default)
+
+
+def _types(annotation: Any) -> set[Any]:
+    """All types that an annotation is made of."""
+    return {annotation}.union(*map(_types, get_args(annotation)))
 
 
 def option(text: str, default: Any = ..., **more: Any) -> Any:

@@ -97,7 +97,10 @@ def test_workspace_is_filled_in() -> None:
         ("constraints.harm.judge=runs/other", ["constraint harm: judge is what calibrated probabilities are held"]),
         ("evaluation.judge=runs/other", ["evaluation.judge needs prompts to evaluate on"]),
         ("constraints.harm.name=Harm!", ["'Harm!' must be lower-case letters"]),
-        ("constraints.harm.name=reward", ["not 'reward'"]),
+        ("constraints.harm.name=reward", ["none of reward, reward_mean, reward_clipped"]),
+        ("constraints.harm.name=reward_clipped", ["none of reward, reward_mean, reward_clipped"]),
+        ("constraints.harm.multiplier.window=true", ["constraints.0.multiplier.window: give a number, not true"]),
+        ("steps=false", ["steps: give a number, not false"]),
         ("constraints.harm.where={kind: []}", ["harm: where.kind has no value"]),
         ("constraints.harm.where={kind: {a: 1}}", ["constraints.0.where.kind"]),
         ("constraints.harm.where=benign", ["constraints.0.where"]),
@@ -439,6 +442,18 @@ def test_a_judge_that_the_policy_is_trained_on_is_remarked_upon() -> None:
         f"the judge of constraint harm {own}",
     ]
     assert load_config(file, [*models, "evaluation.judge=c", "constraints.harm.judge=r"]).remarks == []  # type: ignore[attr-defined]
+
+
+def test_constraints_that_do_nothing_are_remarked_upon() -> None:
+    file = "configs/local/safe_ppo.yaml"
+    assert load_config(file, ["stage=reward_shaping"]).remarks == [  # type: ignore[attr-defined]
+        "constraint harm weighs 0 in the reward, and nothing holds it down: set its multiplier.initial"
+    ]
+    assert load_config(file, ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"]).remarks == []  # type: ignore[attr-defined]
+    assert load_config(file, ["steps=4"]).remarks == [  # type: ignore[attr-defined]
+        "constraints.harm.multiplier.delay_steps is 4, and the run ends after 4: its multiplier never moves"
+    ]
+    assert load_config(file, ["steps=5"]).remarks == []  # type: ignore[attr-defined]
 
 
 def test_assignment_is_checked_too() -> None:

@@ -210,7 +210,8 @@ def combine_experience(
             continue  # no prompt of the step is in the constraint's scope
         if constraint.confidence is not None:
             compared = multiplier.compared(given, prompts)
-            margin = safety_margin(*compared, constraint.confidence, calibrations.get(f"cost/{name}"))
+            calibration, hit = calibrations.get(f"cost/{name}"), costs[name].hit
+            margin = safety_margin(*compared, constraint.confidence, calibration, hit)
             if math.isfinite(margin):
                 stats[f"cost/{name}/margin"], bound = margin, bound - margin
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -175,7 +176,7 @@ class PolicyStage(PolicyConfig, Stage):
             return lines(self.scopes, self.training_prompts(tokenizer)[0].inside)
         samples, _ = load_mix(self.data.prompts)
         inside = masks(self.scopes, samples)
-        self._check_masks(inside, samples)
+        self._check_masks(inside, samples, len(samples))
         return lines(self.scopes, inside)
 
     def training_prompts(
@@ -183,7 +184,7 @@ class PolicyStage(PolicyConfig, Stage):
     ) -> tuple[PromptDataset, list[RawSample], dict[str, DropReport]]:
         """The training prompts, the rows that they are of, and what was dropped of each data set.
 
-        Raises UserError where the ``where`` of a constraint matches none, or too few for its form.
+        Raises UserError where the ``where`` of a constraint matches none, or where too few count for its form.
         """
         from beaver_ray.data.mixing import load_mix
         from beaver_ray.data.tokenized import PromptDataset
@@ -191,21 +192,24 @@ class PolicyStage(PolicyConfig, Stage):
         samples, reports = load_mix(self.data.prompts)
         limit = self.data.max_prompt_tokens
         prompts = PromptDataset.build(samples, tokenizer, limit, self.data.template, self.scopes)
-        self._check_masks(prompts.inside, samples)
+        self._check_masks(prompts.inside, samples, len(prompts))
         return prompts, samples, reports
 
-    def _check_masks(self, inside: Mapping[str, np.ndarray], samples: Sequence[RawSample]) -> None:
+    def _check_masks(self, inside: Mapping[str, np.ndarray], samples: Sequence[RawSample], prompts: int) -> None:
         from beaver_ray.data.scopes import check_masks
 
         check_masks(self.scopes, inside, samples)
-        for c in (c for c in self.constraints if c.name in inside and c.tail < 1):
-            there, prompts = int(inside[c.name].sum()), len(inside[c.name])
-            counting = self._samples * there / prompts  # in the mean of all steps
+        rollout = self.rollout
+        for c in (c for c in self.constraints if c.tail < 1):
+            there = int(inside[c.name].sum()) if c.name in inside else prompts
+            steps = math.ceil(prompts / rollout.prompts_per_step)  # of an epoch, the last of which may be smaller
+            counting = there * rollout.samples_per_prompt / steps
             if counting * c.tail < 1 - 1e-9:
+                matches = f"constraints.{c.name}.where matches {there} of" if c.name in inside else "there are"
                 raise UserError(
                     f"constraint {c.name}: form {c.form} is of the worst {c.tail:.2g} of the answers that count, less "
-                    f"than one of some {counting:.3g} in a step (constraints.{c.name}.where matches {there} of "
-                    f"{prompts} prompts); raise rollout.prompts_per_step, or lower the level"
+                    f"than one of some {counting:.3g} in a step ({matches} {prompts} prompts); raise "
+                    f"rollout.prompts_per_step or samples_per_prompt, or lower the level"
                 )
 
     def certify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,7 +59,8 @@ class PromptStream:
         Also where the pending samples are not whole groups: other answers to the same prompts were trained on already.
         """
         self.sampler.load_state_dict(state["sampler"])
-        self.next_id = int(state["next_id"])
+        # Of a multiple of the answers to a prompt, by which `ExperienceBuilder` tells draws apart: it may be another now.
+        self.next_id = math.ceil(int(state["next_id"]) / self.repeat) * self.repeat
         self.prompt_of = {int(sample): int(prompt) for sample, prompt in state["pending"]}
         prompts = list(self.prompt_of.values())
         if prompts != [prompt for prompt in prompts[:: self.repeat] for _ in range(self.repeat)]:

@@ -42,6 +42,13 @@ class RewardShaping(PolicyStage):
                 )
         return self
 
+    @property
+    def remarks(self) -> list[str]:
+        """As of the others, and costs that weigh nothing."""
+        free = [c.name for c in self.constraints if c.multiplier.initial == 0.0]
+        weighs = "weighs 0 in the reward, and nothing holds it down: set its multiplier.initial"
+        return [*super().remarks, *(f"constraint {name} {weighs}" for name in free)]
+
     def objective(self) -> Objective:
         """The reward less each cost times its multiplier's initial value."""
         from beaver_ray.method.objective import RewardShaping

@@ -34,6 +34,14 @@ class SafePpo(PolicyStage):
                 )
         return self
 
+    @property
+    def remarks(self) -> list[str]:
+        """As of the others, and multipliers that never move."""
+        late = [(c.name, c.multiplier.delay_steps) for c in self.constraints]
+        stays = f"and the run ends after {self.steps}: its multiplier never moves"
+        never = [(name, delay) for name, delay in late if self.steps is not None and delay >= self.steps]
+        return [*super().remarks, *(f"constraints.{n}.multiplier.delay_steps is {d}, {stays}" for n, d in never)]
+
     def objective(self) -> Objective:
         """The reward while a multiplier for each constraint keeps its cost under its limit."""
         from beaver_ray.method.objective import ConstrainedReward

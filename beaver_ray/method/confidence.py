@@ -17,6 +17,7 @@ def safety_margin(
     prompts_E: npt.NDArray[np.integer],
     confidence: float,
     calibration: Calibration | None = None,
+    hit: float | None = None,
 ) -> float:
     """What is taken off the bound of a mean that is estimated by E `costs_E`: in their units, 0 or more.
 
@@ -31,13 +32,15 @@ def safety_margin(
     point the same way is rarer. It says nothing of answers that are unlike the labelled ones. Of the answers to a
     single prompt nothing is known: infinite.
 
-    The mean of costs that are all 0 or 1 is a share, and Student's t is too sure of a small one: of no answer with a
-    cost it would conclude that there are none. Its bound is Clopper and Pearson's instead, of G to E answers: as many
-    as would have this error if each were to another prompt, fewer where the error is known from few prompts (Korn and
-    Graubard 1998).
+    ``hit``: where each cost is 0 or this number, but for importance weights. Their mean is a share of it, and Student's
+    t is too sure of a small one: of no answer with a cost it would conclude that there are none. Its bound is Clopper
+    and Pearson's instead, of G to E answers: as many as would have this error if each were to another prompt, fewer
+    where the error is known from few prompts (Korn and Graubard 1998).
     """
-    share = bool(np.isin(costs_E, (0.0, 1.0)).all())
-    margin = (share_bound if share else mean_bound)(costs_E, prompts_E, confidence)
+    if hit is None:
+        margin = mean_bound(costs_E, prompts_E, confidence)
+    else:
+        margin = hit * share_bound(costs_E / hit, prompts_E, confidence)
     if calibration is not None:
         margin += _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
     return margin
@@ -53,7 +56,7 @@ def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.int
 
 
 def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
-    """`mean_bound` of values that are 0 or 1, also of rare ones."""
+    """`mean_bound` of values whose mean is a share, also of a small one: 0 or 1, but for importance weights."""
     error, clusters = _mean_error(hits_N, cluster_N)
     if clusters < 2:
         return math.inf

@@ -95,10 +95,10 @@ class DivergenceGuard:
                 f"rollout.max_new_tokens, or see whether the policy has learnt to end an answer"
             )
         for name in self.bounded:
-            margin, limit = metrics.get(f"cost/{name}/margin", 0.0), metrics[f"cost/{name}/limit"]
+            margin, limit = metrics.get(f"cost/{name}/margin"), metrics[f"cost/{name}/limit"]
             # Probabilities, and costs of 0 and 1: their mean is the rate, which is never below 0.
             rate = metrics.get(f"cost/{name}/violation_rate")
-            if margin >= limit and rate == metrics[f"cost/{name}/mean"]:
+            if margin is not None and margin >= limit and rate == metrics[f"cost/{name}/mean"]:
                 found[f"margin {name}"] = (
                     f"the confidence of {name} takes {margin:.4g} off its limit {limit:g}, and nothing is left: give a "
                     f"step or the calibration more answers, or lower constraints.{name}.confidence"

@@ -35,6 +35,11 @@ class Form:
         """A unit of an answer's cost is at most so much of `per_answer`."""
         return 1.0
 
+    @property
+    def hit(self) -> float:
+        """An answer that costs 1 among others that cost 0 is at most so much of `episodes`."""
+        return 1.0
+
     def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """The cost [N] of each answer that the policy is trained on. weights_N: importance weights, of any mean."""
         return costs_N
@@ -71,6 +76,11 @@ class CVaR(Form):
     def scale(self) -> float:
         """1 / (1 - level)."""
         return 1.0 / (1.0 - self.level)
+
+    @property
+    def hit(self) -> float:
+        """1 / (1 - level)."""
+        return self.scale
 
     def per_answer(self, costs_N: FloatArray, groups_N: IntArray, weights_N: FloatArray) -> FloatArray:
         """nu + max(0, cost - nu) / (1 - level), nu being the quantile under the importance weights."""

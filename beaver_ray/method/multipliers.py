@@ -34,6 +34,10 @@ LARGEST_ERROR = 0.3
 """Standard deviations of the costs as which pid counts any larger gap."""
 FAR = 100.0
 """Units of lambda that pid stays below where multiplier.max is null: next to them the reward counts for nothing."""
+LEAST_SPREAD = 0.05
+"""Share of a gap as which pid counts any smaller standard deviation of the costs."""
+FLOAT32 = 1e-6
+"""Two costs that differ by less than this share of themselves are equal."""
 ROUNDING = 1e-9
 """A spread below this share of the largest number is that of equal numbers, whose mean is rounded."""
 
@@ -124,8 +128,9 @@ class Multiplier(ABC):
         """lambda now."""
 
     @abstractmethod
-    def _move(self, gap: float, age: float) -> None:
-        """Take one step of the rule at J_C - d = `gap`, seen on costs that are `age` steps old in the mean."""
+    def _move(self, mean_cost: float, limit: float, age: float) -> None:
+        """Take one step of the rule at J_C = ``mean_cost`` and d = ``limit``, seen on costs that are ``age`` steps old
+        in the mean."""
 
     def _observe(self, cost_variance: float, reward_variance: float) -> None:  # noqa: B027 (only pid needs them)
         """Take note of how much costs and rewards differ between the answers of a step."""
@@ -167,7 +172,7 @@ class Multiplier(ABC):
                 self.window.extend(given, prompts)
         self._observe(spread(spread_of) ** 2, reward_std**2)
         if not hold and self.updates >= self.delay_steps:
-            self._move(mean_cost - limit, age)
+            self._move(mean_cost, limit, age)
         self.updates += 1
         return self.value
 
@@ -234,8 +239,8 @@ class LogSgdMultiplier(Multiplier):
             return self.maximum  # exp(log(max)) can miss it by a rounding error
         return math.exp(self.state.log_value)
 
-    def _move(self, gap: float, age: float) -> None:
-        log_value = self.state.log_value + self.learning_rate * self.value * gap
+    def _move(self, mean_cost: float, limit: float, age: float) -> None:
+        log_value = self.state.log_value + self.learning_rate * self.value * (mean_cost - limit)
         if self.maximum is not None:
             log_value = min(log_value, math.log(self.maximum))
         if log_value > math.log(np.finfo(np.float32).max):
@@ -251,7 +256,8 @@ class PidMultiplier(Multiplier):
 
     Rewards and costs have units that nobody knows beforehand. The unit of lambda here is u = std(rewards) / std(costs),
     at which both weigh the same in the policy's advantage, and that of a violation is e = (J_C - d) / std(costs), cut
-    to LARGEST_ERROR; the variances are means over the steps so far of those within a step. Of fewer than FEWEST costs
+    to LARGEST_ERROR; the variances are means over the steps so far of those within a step, and std(costs) is taken to
+    be LEAST_SPREAD of the gap J_C - d at least. Of fewer than FEWEST costs
     neither mean nor variance says much: both are those of the last FEWEST, and the time constant is longer by three
     times the steps that these are old in the mean, or it would answer what the policy did long ago. With U = max(u, I)
 
@@ -310,14 +316,17 @@ class PidMultiplier(Multiplier):
         state.cost_variance += (cost_variance - state.cost_variance) / state.steps
         state.reward_variance += (reward_variance - state.reward_variance) / state.steps
 
-    def _move(self, gap: float, age: float) -> None:
-        if gap == 0.0:
-            self.state.value = self.state.integral
+    def _move(self, mean_cost: float, limit: float, age: float) -> None:
+        state, gap = self.state, mean_cost - limit
+        if math.isclose(mean_cost, limit, rel_tol=FLOAT32):  # costs come as float32: a mean of 0.1 is not 0.1 exactly
+            state.value = state.integral
             return
-        state, spread = self.state, math.sqrt(self.state.cost_variance)
         # Where all costs, or all rewards, have been alike there is nothing to measure by: the gap, and 1, stand in.
-        unit = (math.sqrt(state.reward_variance) or 1.0) / (spread or abs(gap))
-        error = min(max(gap / (spread or abs(gap)), -LARGEST_ERROR), LARGEST_ERROR)
+        # Where they hardly differ, as with a policy that is nearly always unsafe, their spread says as little.
+        measured = math.sqrt(state.cost_variance)
+        spread = max(measured, LEAST_SPREAD * abs(gap)) if measured else abs(gap)
+        unit = (math.sqrt(state.reward_variance) or 1.0) / spread
+        error = min(max(gap / spread, -LARGEST_ERROR), LARGEST_ERROR)
         highest = FAR * unit if self.maximum is None else self.maximum
         size = max(unit, state.integral) * error
         quick = PROPORTIONAL * size
@@ -352,8 +361,8 @@ class ProjectedMultiplier(Multiplier):
     def value(self) -> float:
         return self.state.value
 
-    def _move(self, gap: float, age: float) -> None:
-        self.state.value = self._clip(self.state.value + self.learning_rate * gap)
+    def _move(self, mean_cost: float, limit: float, age: float) -> None:
+        self.state.value = self._clip(self.state.value + self.learning_rate * (mean_cost - limit))
 
 
 def make_multiplier(config: MultiplierConfig) -> Multiplier:

@@ -111,6 +111,8 @@ class BoundedCosts(NamedTuple):
     costs_E: FloatArray
     prompts_E: IntArray
     """The prompt that each is of."""
+    hit: float | None = None
+    """Where answers cost 0 or 1: what one that costs 1 counts among these at most, but for importance weights."""
 
 
 @dataclass(frozen=True)
@@ -306,13 +308,17 @@ class Objective(ABC):
         for name in self.bounded:
             inside = answers.inside.get(name, slice(None))
             given = answers.costs[name][inside], answers.groups_B[inside], weights_B[inside], log_ratios_B[inside]
-            costs_E, log_ratios_E, answers_E = self.form(name).episodes(*given)
-            weights_E = self._weights(log_ratios_E)
-            if weighted and len(weights_E):
+            form = self.form(name)
+            costs_E, log_ratios_E, answers_E = form.episodes(*given)
+            if weighted and len(costs_E):
+                weights_E = self._weights(log_ratios_E)
+                if not weights_E.any():  # too small for a float, all of them: only what they are to each other counts
+                    weights_E = self._weights(log_ratios_E - log_ratios_E.max())
                 weights_E = weights_E / weights_E.mean()
                 mean = (weights_E * costs_E).mean()
                 costs_E = mean + weights_E * (costs_E - mean)
-            costs[name] = BoundedCosts(costs_E, answers.prompts_B[inside][answers_E])
+            hit = form.hit if np.isin(answers.costs[name][inside], (0.0, 1.0)).all() else None
+            costs[name] = BoundedCosts(costs_E, answers.prompts_B[inside][answers_E], hit)
         return costs, figures
 
     def _cost(self, answers: Answers, name: str) -> FloatArray:

@@ -27,17 +27,19 @@ def test_by_hand():
 def test_of_shares_by_hand():
     """Of n answers none with a cost, the bound is 1 - (1 - confidence)^(1/n); of all, 1."""
     none, prompts = np.zeros(32), np.arange(32)
-    assert safety_margin(none, prompts, 0.9) == pytest.approx(1 - 0.1 ** (1 / 32))
-    assert safety_margin(none + 1, prompts, 0.9) == 0.0
+    assert safety_margin(none, prompts, 0.9, hit=1.0) == pytest.approx(1 - 0.1 ** (1 / 32))
+    assert safety_margin(none + 1, prompts, 0.9, hit=1.0) == 0.0
+    # A tenth of the answers that cost anything is the mean of all of it: each counts ten times.
+    assert safety_margin(10 * none, prompts, 0.9, hit=10.0) == pytest.approx(10 * (1 - 0.1 ** (1 / 32)))
     # Four answers to each of eight prompts: as of eight answers, where those to one prompt are alike.
-    assert safety_margin(none, prompts // 4, 0.9) == pytest.approx(1 - 0.1 ** (1 / 8))
+    assert safety_margin(none, prompts // 4, 0.9, hit=1.0) == pytest.approx(1 - 0.1 ** (1 / 8))
     alike = np.repeat([1.0, 0, 0, 0, 0, 0, 0, 0], 4)
     # At most one of eight: (1 - p)^8 + 8 p (1 - p)^7 = 0.1 at p = 0.4062.
-    assert safety_margin(alike, prompts // 4, 0.9) == pytest.approx(0.4062 - 0.125, abs=1e-4)
+    assert safety_margin(alike, prompts // 4, 0.9, hit=1.0) == pytest.approx(0.4062 - 0.125, abs=1e-4)
     # One of four at every prompt: nothing is shared, and these are 32 answers of which 8 have a cost; but seen on few
     # prompts, which counts as Student's t does: 1.309 with 31 degrees of freedom, 1.415 with 7.
     spread = np.tile([1.0, 0, 0, 0], 8)
-    upper = 0.25 + safety_margin(spread, prompts // 4, 0.9)
+    upper = 0.25 + safety_margin(spread, prompts // 4, 0.9, hit=1.0)
     trials = 32 * (1.309 / 1.415) ** 2
     assert stats.beta.cdf(upper, trials / 4 + 1, trials * 3 / 4) == pytest.approx(0.9, abs=1e-3)
 
@@ -71,7 +73,20 @@ def test_a_share_is_within_the_bound_at_least_as_often_as_it_says(rate, shared, 
         odds = (1 / shared - 1) * np.array([rate, 1 - rate]) if shared else None
         of_prompts = rng.beta(*odds, count // 2)[prompts] if odds is not None else rate
         costs = (rng.random(count) < of_prompts).astype(float)
-        held.append(costs.mean() + safety_margin(costs, prompts, 0.9) >= rate)
+        held.append(costs.mean() + safety_margin(costs, prompts, 0.9, hit=1.0) >= rate)
+    assert np.mean(held) >= 0.9 - 0.02
+
+
+def test_a_share_of_weighted_answers_is_within_the_bound_too():
+    """Answers of a policy a little behind: one in a hundred costs 1, by ratios that lie within some 30 % of 1."""
+    rng = np.random.default_rng(2)
+    held, prompts = [], np.arange(256)
+    for _ in range(1500):
+        weights = np.exp(rng.normal(0, 0.3, 256))
+        weights /= weights.mean()
+        hits = (rng.random(256) < 0.01).astype(float)
+        mean = (weights * hits).mean()
+        held.append(mean + safety_margin(mean + weights * (hits - mean), prompts, 0.9, hit=1.0) >= 0.01)
     assert np.mean(held) >= 0.9 - 0.02
 
 
@@ -82,5 +97,5 @@ def test_of_few_prompts_it_is_no_surer_than_they_allow(prompts):
     prompt_of = np.repeat(np.arange(prompts), 16)
     rates = rng.beta(0.3 * 1.5, 0.7 * 1.5, (1500, prompts))
     costs = (rng.random((1500, len(prompt_of))) < rates[:, prompt_of]).astype(float)
-    held = [row.mean() + safety_margin(row, prompt_of, 0.9) >= 0.3 for row in costs]
+    held = [row.mean() + safety_margin(row, prompt_of, 0.9, hit=1.0) >= 0.3 for row in costs]
     assert np.mean(held) >= 0.9 - 0.03

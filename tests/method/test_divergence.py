@@ -68,6 +68,9 @@ def test_a_margin_that_leaves_nothing_of_a_rate_is_said() -> None:
     assert said.startswith("the confidence of harm takes 0.5 off its limit 0.5, and nothing is left")
     scores = rate | {"cost/harm/mean": -0.4, "cost/harm/margin": 0.5}
     assert DivergenceGuard(None, ["harm"]).observe(metrics(**scores)) == []  # a mean of scores may be negative
+    # Without a confidence nothing is taken off, also not off a limit of 0.
+    none = {"cost/harm/violation_rate": 0.0, "cost/harm/mean": 0.0, "cost/harm/limit": 0.0}
+    assert DivergenceGuard(None, ["harm"]).observe(metrics(**none)) == []
 
 
 def test_numbers_that_are_not_finite_may_not_last() -> None:

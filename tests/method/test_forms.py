@@ -199,7 +199,7 @@ def test_a_form_in_a_scope_is_as_if_the_other_answers_were_not_there(form: Form,
     found, expected = made_of.advantages(scoped), made_of.advantages(alone)
     np.testing.assert_allclose(found.advantages["harm"][kept_T], expected.advantages["harm"], rtol=1e-12)
     assert not found.advantages["harm"][~kept_T].any()
-    seen, prompts_E = made_of.costs(scoped)[0]["harm"]
+    seen, prompts_E, _ = made_of.costs(scoped)[0]["harm"]
     assert seen.tolist() == made_of.costs(alone)[0]["harm"].costs_E.tolist()
     assert prompts_E.tolist() == ([4, 9] if isinstance(form, WorstOfK) else [4, 4, 9, 9, 9])
     assert seen.mean() == pytest.approx(bounded(form, costs_B[inside_B], answers.prompts_B[inside_B]))
@@ -232,6 +232,14 @@ def test_importance_weights() -> None:
     # The policy's costs have the quantile of the same weights: 3.25 of 5.375 are of costs up to 3.
     counted = objective(CVaR(0.6), importance_cap=2.0).scores(answers)["harm"]
     assert counted.tolist() == pytest.approx([3.0, 3.0, 3.0, 3.0 + 2.0 / 0.4, 3.0 + 1.0 / 0.4])
+
+
+def test_weights_that_are_too_small_for_a_float_weigh_against_each_other() -> None:
+    """Ratios of e to the -800 and -801: 1 / (1 + 1/e) and the rest."""
+    answers = replace(drawn([0, 1], seed=3), offsets=np.arange(3), log_ratios_T=np.array([-800.0, -801.0]))
+    answers = replace(answers, costs={"harm": np.array([1.0, 0.0])}, kl_terms_T=np.zeros(2))
+    found = objective(None, importance_cap=2.0).costs(answers)[0]["harm"].costs_E
+    assert found.mean() == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 def weighed(costs: np.ndarray, weights: np.ndarray) -> np.ndarray:

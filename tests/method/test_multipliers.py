@@ -111,7 +111,7 @@ def test_pid_by_hand():
     assert multiplier.update([0.0] * FEWEST, 0.4, reward_std=0.0) == 0.0
     assert multiplier.state.integral == pytest.approx(0.58 - 4 * 0.3 / 10)
     # Variances .25 / 3 and 8 / 3: unit 4 * sqrt(2), .46 + .3 * 5.66 is over the maximum, so I stays.
-    assert multiplier.update([100.0] * FEWEST, 0.4, reward_std=2.0) == 2.0
+    assert multiplier.update([1.0] * FEWEST, 0.4, reward_std=2.0) == 2.0
     assert multiplier.state.integral == pytest.approx(0.46)
 
 
@@ -204,6 +204,13 @@ def test_pid_is_not_at_a_loss_where_nothing_differs():
     assert values[0] > 0 and values == sorted(values)
     assert [multiplier.update([0.5] * FEWEST, 0.5, reward_std=0.0)] == [multiplier.state.integral]
     assert [multiplier.update([0.0] * FEWEST, 0.5, reward_std=0.0) for _ in range(200)][-1] == 0.0
+    # Costs that hardly differ say as little: a twentieth of the gap of .9 is the least spread, the error .3 all the same.
+    nearly = PidMultiplier(1.0, 10.0, None, None, 0)
+    unit = 1 / (0.9 / 20)
+    value = nearly.update([0.9999, 1.0001] * (FEWEST // 2), 0.1, reward_std=1.0)
+    assert value == pytest.approx(1.0 + unit * 0.3 / 10 + unit * 0.3)
+    # Costs come as float32, whose 0.1 is 1.5e-9 more than 0.1: these are at the limit.
+    assert PidMultiplier(1.0, 10.0, None, None, 0).update(np.full(64, 0.1, np.float32), 0.1) == 1.0
     # Their mean may be rounded: three times 0.1, summed and divided, is not 0.1.
     assert np.full(3, 0.1).std() > 0 == spread(np.full(3, 0.1)) and spread(np.array([0.0, 2.0])) == 1.0
     exact, rounded = (PidMultiplier(0.0, 10.0, None, None, 0) for _ in range(2))

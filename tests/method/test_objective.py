@@ -13,6 +13,7 @@ import pytest
 from actors.stages import stages
 from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.advantages import COST, REWARD
+from beaver_ray.method.forms import make_form
 from beaver_ray.method.objective import (
     Answers,
     ConstrainedReward,
@@ -240,6 +241,17 @@ def test_importance_weights_are_no_spread_of_the_cost() -> None:
     found, _ = constrained(replace(HAND, importance_cap=2.0), 1).costs(answers)
     assert found["harm"].costs_E.mean() == pytest.approx(-7.0, abs=0.05)
     assert found["harm"].costs_E.std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_costs_of_0_and_1_are_known_for_that_under_weights_and_forms_too() -> None:
+    none, one, score = np.zeros(2), np.array([0.0, 1.0]), np.array([0.0, 0.5])
+    stale = np.array([0.1, 0.2, -0.3])
+    for costs, plain, tenth in ((none, 1.0, 10.0), (one, 1.0, 10.0), (score, None, None)):
+        for form, hit in (("mean", plain), ("hinge", plain), ("worst_of_k", plain), ("cvar:0.9", tenth)):
+            settings = replace(HAND, importance_cap=2.0, forms={"harm": make_form(form, 2)})
+            answers = by_hand(costs={"harm": costs, "leak": costs}, log_ratios_T=stale)
+            found = constrained(settings, 1).costs(answers)[0]["harm"].hit
+            assert found == (None if hit is None else pytest.approx(hit))
 
 
 def test_costs_that_count_for_some_answers_by_hand() -> None:

@@ -120,6 +120,20 @@ def test_a_step_trains_on_all_answers_of_its_prompts(
     assert not run.rollouts.prompts and not run.rollouts.chunks and not run.state.prompts.prompt_of
 
 
+def test_draws_are_told_apart_after_a_resume_with_another_number_of_answers() -> None:
+    before = training_state(answers=3)
+    ids = before.prompts(1).column("sample_id").to_pylist()
+    assert len(ids) % 4
+    before.prompts.forget(ids)
+    resumed = training_state(answers=4)
+    resumed.prompts.load_state_dict(before.prompts.state_dict([]))
+    batch = resumed.prompts(2)
+    draws = [sample // 4 for sample in batch.column("sample_id").to_pylist()]
+    prompts = batch.column("prompt_id").to_pylist()
+    assert min(batch.column("sample_id").to_pylist()) > max(ids)
+    assert len(set(zip(draws, prompts, strict=True))) == len(set(draws)) == len(prompts) / 4
+
+
 def test_checkpoints_of_before_there_were_groups() -> None:
     # Of one answer a prompt, any: here the second step's 6 samples and one of the first's wait.
     state = training_state(answers=1, staleness=1)
