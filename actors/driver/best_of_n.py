@@ -16,7 +16,6 @@ from actors.driver.evaluate import FIRST_SAMPLE_ID, HeldOut, answers_to, judging
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import Roles, check_models
 from actors.driver.rollouts import Rollouts
-from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.data.mixing import held_out_too, prompt_keys
 from beaver_ray.data.readers import Dialogues, Reader
@@ -174,7 +173,7 @@ class BestOfN:
                     "prompt_tokens": [tokens for tokens in asked for _ in range(n)],
                 }
             ),
-            self._judge,
+            self.roles.score,
             self.columns,
             self.roles,
             self.rollouts,
@@ -195,9 +194,6 @@ class BestOfN:
         figures |= {"time/step": seconds, "throughput/samples_per_second": kept_BN.size / seconds}
         return Part(given, self._demonstrations(given, best_B < 0, kept_BN.sum(axis=1)), figures)
 
-    def _judge(self, sequences: Any) -> list[Any]:
-        return [group.next().call(ScorerBase.score, sequences) for group in self.roles.scorers.values()]
-
     def _refusals(self, asked: list[np.ndarray], ids_B: np.ndarray, sample_ids_B: np.ndarray) -> pa.RecordBatch:
         """The refusal of each prompt with its scores."""
         batch = experience.make_batch(
@@ -211,7 +207,7 @@ class BestOfN:
         )
         scored = [
             group.wait(started, "scoring refusals")
-            for group, started in zip(self.roles.scorers.values(), self._judge(batch), strict=True)
+            for group, started in zip(self.roles.scorers.values(), self.roles.score(batch), strict=True)
         ]
         return experience.join(batch, *scored).select(self.columns)
 

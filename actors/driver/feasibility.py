@@ -17,7 +17,6 @@ from actors.driver.processes import Roles
 from actors.driver.recovery import Recovery
 from actors.driver.rollouts import Rollouts
 from actors.roles.experience_builder import ExperienceBuilder
-from actors.roles.scorer import ScorerBase
 from beaver_ray import experience
 from beaver_ray.data.scopes import in_words
 from beaver_ray.data.tokenized import PromptDataset
@@ -99,13 +98,9 @@ def sample(
             "prompt_tokens": [prompts.prompts[int(i)] for i in prompt_ids],
         }
     )
-
-    def judge(sequences: Any) -> list[Any]:
-        return [group.next().call(ScorerBase.score, sequences) for group in roles.scorers.values()]
-
     costs = [f"cost/{c.name}" for c in config.constraints]
     columns = ["sample_id", "prompt_id", "finish_reason", "reward", *costs]
-    answered = answers_to(batch, judge, columns, roles, rollouts)
+    answered = answers_to(batch, roles.score, columns, roles, rollouts)
     builder = ExperienceBuilder(config)
     marked = experience.join(answered, builder.scopes(prompts.inside, answered))
     usable, unusable = builder.usable(marked)

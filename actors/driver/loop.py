@@ -20,7 +20,7 @@ from actors.driver.training_state import TrainingState
 from actors.roles.critic import Critic
 from actors.roles.experience_builder import ExperienceBuilder
 from actors.roles.policy import PolicyTrainer
-from actors.roles.scorer import Reference, ScorerBase
+from actors.roles.scorer import Reference
 from actors.weights.publishing import publish
 from beaver_ray.errors import UserError
 from beaver_ray.hacking import Watch
@@ -156,7 +156,7 @@ def make_rollouts(
 
 def score(roles: Roles, sequences: Any) -> list[Any]:
     """Start reward, costs and, where the reference is a role, its log-probs of finished sequences."""
-    scores = [group.next().call(ScorerBase.score, sequences) for group in roles.scorers.values()]
+    scores = roles.score(sequences)
     if roles.reference.workers:
         scores.append(roles.reference.next().call(Reference.logprobs, sequences))
     return scores

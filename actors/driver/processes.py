@@ -49,6 +49,10 @@ class Roles:
     direct: bool = False
     """Weights stay on the policy's device, where generators read them (`actors.weights.direct`)."""
 
+    def score(self, sequences: Any) -> list[Any]:
+        """Start every scorer on finished sequences: references to reward and costs."""
+        return [group.next().call(ScorerBase.score, sequences) for group in self.scorers.values()]
+
 
 def check_models(config: PolicyStage) -> list[str]:
     """What should be known of the run's models, one line each.

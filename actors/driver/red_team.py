@@ -24,7 +24,6 @@ from actors.driver.processes import Roles
 from actors.driver.rollouts import Rollouts
 from actors.roles.exchange import sample_seed
 from actors.roles.judge import REPLIES, Judge
-from actors.roles.scorer import ScorerBase
 from beaver_ray import environments, experience
 from beaver_ray.data.mixing import bare_turns, load_mix
 from beaver_ray.data.near import NearTexts
@@ -348,11 +347,7 @@ class Team:
         columns += ["turns"] if config.environment else []
         columns += ["cost/harm"] if roles.scorers else []
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
-
-        def judge(sequences: Any) -> list[Any]:
-            return [group.next().call(ScorerBase.score, sequences) for group in roles.scorers.values()]
-
-        answered = answers_to(batch, judge, columns, roles, rollouts)
+        answered = answers_to(batch, roles.score, columns, roles, rollouts)
         costs = experience.scalars(answered, "cost/harm").tolist() if roles.scorers else [None] * answered.num_rows
         own = experience.own_lengths(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()
