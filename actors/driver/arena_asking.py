@@ -268,7 +268,7 @@ def _answered(
         }
     )
     columns = ["sample_id", "response_tokens", "finish_reason"]
-    answers = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
+    answers = answers_to(batch, columns, roles, rollouts)
     ended = (~experience.truncated(answers)).tolist()
     tokens = experience.rows(answers, "response_tokens")
     return [

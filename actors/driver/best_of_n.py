@@ -173,7 +173,6 @@ class BestOfN:
                     "prompt_tokens": [tokens for tokens in asked for _ in range(n)],
                 }
             ),
-            self.roles.score,
             self.columns,
             self.roles,
             self.rollouts,

@@ -106,10 +106,12 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
-def answers_to(prompts: pa.RecordBatch, judge: Score, columns: list[str], roles: Roles, rollouts: Rollouts) -> Any:
-    """These ``columns`` of one answer to every row of ``prompts`` and of what ``judge`` starts, by sample id."""
+def answers_to(
+    prompts: pa.RecordBatch, columns: list[str], roles: Roles, rollouts: Rollouts, score: Score | None = None
+) -> Any:
+    """These ``columns`` of one answer to every row of ``prompts`` and of its scores, which ``score`` starts."""
     chunks = []
-    for chunk in rollouts.collect(prompts, judge).chunks:
+    for chunk in rollouts.collect(prompts, score or roles.score).chunks:
         whole = experience.join(*roles.rollout.wait([chunk.sequences, *chunk.columns], "evaluating"))
         chunks.append(experience.select(whole.select(columns), sorted(chunk.wanted)))
     return experience.concat(chunks)
@@ -246,7 +248,7 @@ class HeldOut:
                 "prompt_tokens": [self.prompts.prompts[int(i)] for i in prompt_ids],
             }
         )
-        return answers_to(batch, lambda chunk: self._judge(roles, chunk, columns), columns, roles, rollouts)
+        return answers_to(batch, columns, roles, rollouts, lambda chunk: self._judge(roles, chunk, columns))
 
     def judged(self, answers: pa.RecordBatch) -> tuple[Samples, float | None]:
         """What the truth, or else learned scorers, say of answers; and the best mean reward, where that is known."""

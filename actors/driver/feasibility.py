@@ -100,7 +100,7 @@ def sample(
     )
     costs = [f"cost/{c.name}" for c in config.constraints]
     columns = ["sample_id", "prompt_id", "finish_reason", "reward", *costs]
-    answered = answers_to(batch, roles.score, columns, roles, rollouts)
+    answered = answers_to(batch, columns, roles, rollouts)
     builder = ExperienceBuilder(config)
     marked = experience.join(answered, builder.scopes(prompts.inside, answered))
     usable, unusable = builder.usable(marked)

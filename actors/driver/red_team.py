@@ -347,7 +347,7 @@ class Team:
         columns += ["turns"] if config.environment else []
         columns += ["cost/harm"] if roles.scorers else []
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
-        answered = answers_to(batch, roles.score, columns, roles, rollouts)
+        answered = answers_to(batch, columns, roles, rollouts)
         costs = experience.scalars(answered, "cost/harm").tolist() if roles.scorers else [None] * answered.num_rows
         own = experience.own_lengths(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()

@@ -189,7 +189,7 @@ class Writer:
         )
         rollouts = Rollouts(roles.rollout, stage.rollout.max_sequences, stage.cluster.step_timeout)
         columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
-        answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
+        answered = answers_to(batch, columns, roles, rollouts)
         answered = answered.take(pc.sort_indices(answered.column("sample_id")))
         cut = experience.truncated(answered).tolist()
         for place, own, is_cut in zip(short, experience.rows(answered, "response_tokens"), cut, strict=True):

@@ -181,7 +181,7 @@ class Generate(TemplatedStage):
         )
         rollouts = Rollouts(roles.rollout, self.rollout.max_sequences, self.cluster.step_timeout)
         columns = ["sample_id", "prompt_id", "response_tokens", "finish_reason"]
-        answered = answers_to(batch, lambda sequences: [], columns, roles, rollouts)
+        answered = answers_to(batch, columns, roles, rollouts)
         answered = answered.take(pc.sort_indices(answered.column("sample_id")))
         tokens, cut = experience.rows(answered, "response_tokens"), experience.truncated(answered).tolist()
         ids = experience.scalars(answered, "prompt_id").tolist()

@@ -80,7 +80,7 @@ def test_the_longest_of_three_words_is_given(run: Path, tiny_world: Path) -> Non
         }
     )
     columns = ["sample_id", "response_tokens", "finish_reason"]
-    again = answers_to(asked, lambda chunk: [], columns, roles, Rollouts(roles.rollout, 8, 10.0))
+    again = answers_to(asked, columns, roles, Rollouts(roles.rollout, 8, 10.0))
     texts = [tokenizer.decode(t, skip_special_tokens=True).split() for t in experience.rows(again, "response_tokens")]
     cut = experience.truncated(again)
     found = rows(run / "final" / "answers.jsonl")
