@@ -163,8 +163,8 @@ class Stage(RunConfig):
         raise NotImplementedError
 
     def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
-        """The figures of its report, from metrics.jsonl by key."""
-        raise NotImplementedError
+        """The charts of its report, from metrics.jsonl by key; none where cards, or a page of its own, say it all."""
+        return []
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """The headline figures of its report; ``evaluation`` is evaluation.json, or empty."""

@@ -19,7 +19,7 @@ from beaver_ray.template_options import TemplateOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.charts import Card
     from beaver_ray.runs import RunFolder
 
 
@@ -93,10 +93,6 @@ class Arena(ArenaConfig, Stage):
     def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
         """The prompts; nothing is trained on them."""
         return self.prompts, []
-
-    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
-        """None: the pictures are on its own page, arena.html."""
-        return []
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """The means of each policy."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.driver.judge_labels import Judged
-    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.charts import Card
     from beaver_ray.runs import RunFolder
 
 Row = dict[str, Any]
@@ -252,10 +252,6 @@ class Label(TemplatedStage):
         """Where the labelled pairs are."""
         final = self.folder / "final"
         return [f"labelled pairs: {final / 'train.jsonl'}, {final / 'test.jsonl'}"] if final.is_dir() else []
-
-    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
-        """None: its figures are few."""
-        return []
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many pairs there are, and how many answers are unsafe."""

@@ -22,7 +22,7 @@ from beaver_ray.template_options import TemplateOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.charts import Card
     from beaver_ray.runs import RunFolder
 
 FIGURES = "multiple_choice.json"
@@ -118,10 +118,6 @@ class MultipleChoice(TemplatedStage):
         from beaver_ray.report.page import read_json
 
         return read_json(self.folder / "final" / FIGURES) or {}
-
-    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
-        """None: its figures are few."""
-        return []
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """Each figure beside chance."""

@@ -26,7 +26,7 @@ from beaver_ray.template_options import TemplateOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from beaver_ray.report.charts import Card, Chart
+    from beaver_ray.report.charts import Card
     from beaver_ray.runs import RunFolder
     from beaver_ray.self_align.feedback import Agreement
     from beaver_ray.self_align.principles import Principle
@@ -216,10 +216,6 @@ class PrincipleLabels(TemplatedStage):
             return []
         told = [f"{name}: {_in_words(of)}" for name, of in figures.items()]
         return [f"labelled pairs: {final / 'train.jsonl'}, {final / 'test.jsonl'}", *told]
-
-    def charts(self, metrics: dict[str, np.ndarray]) -> list[Chart]:
-        """None: its figures are few."""
-        return []
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many labels there are, and of each principle how far the orders agree."""
