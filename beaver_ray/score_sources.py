@@ -20,7 +20,7 @@ from typing import Any, ClassVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from beaver_ray import rules
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
@@ -53,7 +53,7 @@ class ScorerSetting:
     threads: int
     trust_remote_code: bool = False
     template: Any = "auto"
-    prompts: Sequence[Sequence[str | DataEntry]] = ()
+    prompts: Sequence[Sequence[DataSpec]] = ()
     """Lists of the data sets that the policy's prompts are of."""
     timeout_s: float = 60.0
     """How long the run waits for a worker, and so the most that a service may take."""

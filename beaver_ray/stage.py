@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import model_validator
 
 from beaver_ray.config import RunConfig
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import near
 from beaver_ray.score_sources import ScoreSource
@@ -187,12 +187,12 @@ class Stage(RunConfig):
         return None
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """What it trains on, and what it holds out by name."""
         raise NotImplementedError
 
     @property
-    def scoped_data(self) -> list[str | DataEntry]:
+    def scoped_data(self) -> list[DataSpec]:
         """The data whose rows say what counts over them; none where all of it does."""
         return []
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.driver.judged_policy import JudgedPolicy, judged_policy
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.red_team.options import RedTeamConfig
 
 
 def asking_policy(
     config: RedTeamConfig,
     model: str,
-    prompts: Sequence[str | DataEntry],
+    prompts: Sequence[DataSpec],
     longest: int,
     room: int,
     environment: str | None = None,

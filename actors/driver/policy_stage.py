@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import model_validator
 
 from beaver_ray.config import DTYPE_BYTES, SamplingConfig
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.score_sources import ScorerSetting
@@ -156,12 +156,12 @@ class PolicyStage(PolicyConfig, Stage):
         return path, evaluation_lines(self, path.parent)
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """Prompts and PTX texts, and the prompts of its evaluations."""
         return [*self.data.prompts, *self.data.ptx], self.evaluation.prompts
 
     @property
-    def scoped_data(self) -> list[str | DataEntry]:
+    def scoped_data(self) -> list[DataSpec]:
         """The training prompts, where a constraint counts over some of them alone."""
         return self.data.prompts if self.scopes else []
 

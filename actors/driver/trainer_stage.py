@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from beaver_ray.config import RankingConfig, TrainerConfig
 from beaver_ray.contrastive_options import ContrastiveConfig
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.noise_options import NoiseConfig
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage, Training
@@ -77,7 +77,7 @@ class TrainerStage(TrainerConfig, TemplatedStage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it", 2 if self.pairs else 1)
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """``train`` and ``eval``."""
         return self.train, self.eval
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from beaver_ray.arena.options import ArenaConfig
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Stage
 from beaver_ray.template_options import TemplateOptions
@@ -90,7 +90,7 @@ class Arena(ArenaConfig, Stage):
         return self.trust_remote_code
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The prompts; nothing is trained on them."""
         return self.prompts, []
 

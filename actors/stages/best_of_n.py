@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from actors.stages.ppo import Ppo
 from beaver_ray.constraint_options import ConstraintConfig
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.options import Strict, option
 from beaver_ray.policy_options import EvaluationConfig, PolicyModels, PromptData, RolloutConfig
 from beaver_ray.stage import Lengths, RoleSpec, Stage, Trajectories
@@ -99,12 +99,12 @@ class BestOfN(Stage):
         return self.sampling().trusts_code
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The prompts, and the held-out ones."""
         return self.sampling().data_sets
 
     @property
-    def scoped_data(self) -> list[str | DataEntry]:
+    def scoped_data(self) -> list[DataSpec]:
         """The prompts, where a limit counts over some of them alone."""
         return self.sampling().scoped_data
 

@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from actors.driver.policy_stage import generator_role
 from beaver_ray.config import TextSamplingConfig
-from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage
@@ -228,7 +228,7 @@ class Generate(TemplatedStage):
         return Lengths(prompt + answer, options, "lower them")
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The prompts."""
         return self.prompts, []
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.policy_stage import scorer_role
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.judge_options import LabellingJudge
@@ -244,7 +244,7 @@ class Label(TemplatedStage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it")
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The pairs."""
         return [DataEntry(name="PKU-SafeRLHF", path=self.pairs)], []
 

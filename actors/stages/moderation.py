@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.trainer_stage import TrainerStage
-from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.moderation_options import LabelSchema, Reads, ThresholdRule, label_names
 from beaver_ray.options import near, option
@@ -194,6 +194,6 @@ class Moderation(TrainerStage):
         return [(name, "unknown" if value is None else f"{value:.3f}") for name, value in found]
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """``train``, and ``eval`` with the look-alikes."""
         return self.train, [*self.eval, *self.look_alikes]

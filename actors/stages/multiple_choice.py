@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.choosing import choice_role
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataSpec
 from beaver_ray.judge_options import JudgeOptions, unread
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
@@ -105,7 +105,7 @@ class MultipleChoice(TemplatedStage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it")
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """None: questions are no samples."""
         return [], []
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.choosing import choice_role
-from beaver_ray.data_options import DataEntry
+from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.options import near, option
 from beaver_ray.principle_judge_options import LetterJudge, PrincipleJudge
@@ -202,7 +202,7 @@ class PrincipleLabels(TemplatedStage):
         return Lengths(self.max_tokens, f"max_tokens {self.max_tokens}", "lower it")
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The pairs."""
         return [DataEntry(name="PKU-SafeRLHF", path=self.pairs)], []
 

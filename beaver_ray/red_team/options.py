@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from beaver_ray.config import SamplingConfig
-from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.data_options import DataSpec
 from beaver_ray.guard_options import ModelOfScores
 from beaver_ray.judge_options import JudgeOptions, PerhapsFolderOrService
 from beaver_ray.options import option
@@ -106,6 +106,6 @@ class RedTeamConfig(TemplatedStage):
         return Lengths(self.max_prompt_tokens + room, options + dialogues, "lower them")
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """The seeds, and the prompts that none that is kept may be."""
         return self.seeds, self.known

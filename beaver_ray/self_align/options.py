@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from beaver_ray.config import TextSamplingConfig
-from beaver_ray.data_options import DataEntry, DataSpec
+from beaver_ray.data_options import DataSpec
 from beaver_ray.judge_options import FolderOrService, JudgeOptions
 from beaver_ray.options import Strict, option
 from beaver_ray.stage import Lengths, TemplatedStage
@@ -93,7 +93,7 @@ class SelfInstructConfig(AskingConfig):
         return self
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """None: it begins with its own files."""
         return [], []
 
@@ -176,6 +176,6 @@ class SelfAlignConfig(AskingConfig):
     )
 
     @property
-    def data_sets(self) -> tuple[list[str | DataEntry], list[str | DataEntry]]:
+    def data_sets(self) -> tuple[list[DataSpec], list[DataSpec]]:
         """What is answered."""
         return self.prompts, []
