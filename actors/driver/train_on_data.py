@@ -18,7 +18,7 @@ from actors.roles.trainer import Trainer
 from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.fit import check_fit
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
-from beaver_ray.runs import RunFolder, say_rows
+from beaver_ray.runs import RunFolder, read_json, say_rows
 
 SELECTED = "selected.json"
 """Beside a model that was kept for its held-out accuracy: its step, and that."""
@@ -133,8 +133,8 @@ def _keep_best(trainer: Group, folder: Path, step: int, metrics: dict[str, float
 
 
 def _read_best(folder: Path) -> _Best | None:
-    file = folder / SELECTED
-    return _Best(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    kept = read_json(folder / SELECTED)
+    return None if kept is None else _Best(**kept)
 
 
 def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:

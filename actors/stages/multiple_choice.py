@@ -115,7 +115,7 @@ class MultipleChoice(TemplatedStage):
 
     def _figures(self) -> dict[str, Any]:
         """Those of the finished run; none before."""
-        from beaver_ray.report.page import read_json
+        from beaver_ray.runs import read_json
 
         return read_json(self.folder / "final" / FIGURES) or {}
 

@@ -208,7 +208,7 @@ class PrincipleLabels(TemplatedStage):
 
     def headlines(self) -> list[str]:
         """Where the labelled pairs are, and how each principle fared."""
-        from beaver_ray.report.page import read_json
+        from beaver_ray.runs import read_json
 
         final = self.folder / "final"
         figures = read_json(final / "principles.json")

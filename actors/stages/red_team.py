@@ -46,8 +46,8 @@ class RedTeam(RedTeamConfig):
 
     def headlines(self) -> list[str]:
         """What came of it, and where the prompts are."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.red_team import FILE, headline
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         if figures is None:
@@ -69,8 +69,8 @@ class RedTeam(RedTeamConfig):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What red_team.json says."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.red_team import FILE, cards
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)

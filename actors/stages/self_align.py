@@ -41,8 +41,8 @@ class SelfAlign(SelfAlignConfig):
 
     def headlines(self) -> list[str]:
         """How many there are, and where."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.self_align import FILE, headline
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         where = self.folder / "final" / "pairs.jsonl"
@@ -56,7 +56,7 @@ class SelfAlign(SelfAlignConfig):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many are kept, what they took, and how many lines people wrote for them."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.self_align import FILE, cards
+        from beaver_ray.runs import read_json
 
         return cards(read_json(self.folder / FILE))

@@ -40,8 +40,8 @@ class SelfInstruct(SelfInstructConfig):
 
     def headlines(self) -> list[str]:
         """How many there are, and where."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.self_align import FILE, headline
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         where = self.folder / "final" / "instructions.jsonl"
@@ -55,7 +55,7 @@ class SelfInstruct(SelfInstructConfig):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many of each sort, and how many lines people wrote for them."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.self_align import FILE, cards
+        from beaver_ray.runs import read_json
 
         return cards(read_json(self.folder / FILE))

@@ -186,16 +186,16 @@ class Strength(RankingConfig, TrainerStage):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What strength.json says."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.strength import FILE, cards
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)
 
     def headlines(self) -> list[str]:
         """Where the pairs are, and what came of them."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.strength import FILE, headline
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         if figures is None:

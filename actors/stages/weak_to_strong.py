@@ -191,16 +191,16 @@ class WeakToStrong(TrainerStage):
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What weak_to_strong.json says."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.weak_to_strong import FILE, cards
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)
 
     def headlines(self) -> list[str]:
         """What the students recover, and where that is shown."""
-        from beaver_ray.report.page import read_json
         from beaver_ray.report.weak_to_strong import FILE, remarks
+        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else [*remarks(figures), f"page: {self.folder / 'weak_to_strong.html'}"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import os
 import re
 from collections.abc import Callable
@@ -83,14 +82,6 @@ def write_report(stage: Stage, folder: Path) -> Path:
     own.write_text(page, encoding="utf-8")
     own.replace(path)
     return path
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The figures that a stage has written beside its page; None before they are there."""
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def templates() -> jinja2.Environment:

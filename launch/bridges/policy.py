@@ -13,7 +13,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.manifest import write_lines
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.models.folders import fingerprint
-from beaver_ray.runs import read_evaluation
+from beaver_ray.runs import read_evaluation, read_json
 
 TaskScores = dict[str, Any]
 """version and n of a task, and its `scores`: {"value", "stderr"} by figure; stderr is None where there is none."""
@@ -38,7 +38,7 @@ class Policy:
     def keep(self, program: str, tasks: Mapping[str, TaskScores]) -> Path:
         """Add a program's scores to evaluation.json, in place of those of the same tasks, and print them."""
         path = self.folder / "evaluation.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = read_json(path) or {}
         asked = {"policy": self.where.model, "policy_hash": fingerprint(self.where.model)}
         if self.where.adapter is not None:
             asked["adapter"] = str(self.where.adapter)
