@@ -172,8 +172,12 @@ def stage_manifest(stage: Stage) -> StageManifest:
     from beaver_ray.models.folders import fingerprint
 
     final = stage.folder / "final"
-    if (final / MANIFEST).is_file():
-        return _read(final / MANIFEST, StageManifest)
+    left = final / MANIFEST
+    if left.is_file():
+        try:
+            return StageManifest.model_validate_json(left.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UserError(f"{left} is no manifest ({first_line(error)}); run its stage again") from None
     models = sorted(file.parent for file in final.glob("*/config.json"))
     found = read_evaluation(stage.folder)
     # Scores of other programs stand there too (`bridges`), which have no mean.
@@ -197,15 +201,3 @@ def write_round(workspace: Path, number: int, stages: Sequence[Stage]) -> Path:
     path = workspace / f"round_{number}" / MANIFEST
     write_lines(path, [made.model_dump_json(indent=2) + "\n"])
     return path
-
-
-def read_round(workspace: Path, number: int) -> RoundManifest:
-    """The manifest of a round. UserError where there is none."""
-    return _read(workspace / f"round_{number}" / MANIFEST, RoundManifest)
-
-
-def _read(path: Path, kind: type[Any]) -> Any:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{path} is no manifest ({first_line(error)}); run its stage again") from None

@@ -14,7 +14,7 @@ import yaml
 
 from actors.stages.label import Label
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_round, read_rows
+from beaver_ray.manifest import RoundManifest, read_rows
 from beaver_ray.runs import RunFolder
 from beaver_ray.yaml_files import interpolate
 from launch.config_files import load_pipeline
@@ -235,9 +235,10 @@ def test_two_rounds_through_two_kills(
     out = capsys.readouterr().out.splitlines()
     assert [line.endswith("is complete, skipped") for line in out if line.startswith("[")] == [True, True, True, False]
 
-    first, second = (read_round(tmp_path / "w", number) for number in (1, 2))
+    manifests = [tmp_path / "w" / f"round_{number}" / "manifest.json" for number in (1, 2)]
+    first, second = (RoundManifest.model_validate_json(file.read_bytes()) for file in manifests)
     assert first.previous is None
-    assert second.previous == hashlib.sha256((tmp_path / "w/round_1/manifest.json").read_bytes()).hexdigest()
+    assert second.previous == hashlib.sha256(manifests[0].read_bytes()).hexdigest()
     made, labelled = second.stages
     pairs = tmp_path / "w/round_2/generate/final/pairs.jsonl"
     digest = hashlib.sha256(pairs.read_bytes()).hexdigest()
