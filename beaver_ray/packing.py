@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from beaver_ray.errors import UserError
-
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -206,29 +203,27 @@ def _share_bins(bins: list[list[int]], sizes: list[int], micro_batches: int, ran
 
 
 @torch.no_grad()
-def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> None:
+def check_packing(model: torch.nn.Module) -> None:
     """Refuse a model that does not keep packed sequences apart.
 
-    `forward` gives what is compared, [1, T] or [1, T, K], from input ids and positions [1, T]; without it the model
-    itself does: scores, or a causal language model's logits. Run once where the model is going to run: on its device,
-    in its dtype and, where it is trained, inside its engine, on every rank. Another device may have another kernel.
-    Five small forwards, token ids 0 to 9. Two things are measured, in units of the outputs' standard deviation: the
-    most that an output of the last two sequences of a row changes when only the first one's tokens do (nothing may, in
-    any dtype), and how far the row is from each sequence alone on the average (rounding only; the wide limit leaves
-    room for dozens of layers in bfloat16, where single outputs of 152,000 are off by more).
+    Run once where the model is going to run: on its device, in its dtype and, where it is trained, inside its engine,
+    on every rank. Another device may have another kernel. Five small forwards, token ids 0 to 9, give scores, or a
+    language model's logits. Two things are measured, in units of the outputs' standard deviation: the most that an
+    output of the last two sequences of a row changes when only the first one's tokens do (nothing may, in any dtype),
+    and how far the row is from each sequence alone on the average (rounding only; the wide limit leaves room for dozens
+    of layers in bfloat16, where single outputs of 152,000 are off by more).
 
     Raises:
         UserError: the sequences see each other or the positions do not start again, or outputs are not finite.
     """
     device = next(model.parameters()).device
-    forward = forward or partial(_outputs, model)
     sequences: list[NDArray[np.int64]] = [np.arange(9), np.arange(5, 10), np.arange(3, 10)]
     training = model.training
     model.eval()
     try:
-        packed = _packed_outputs(forward, sequences, device)
-        disturbed = _packed_outputs(forward, [sequences[0][::-1], *sequences[1:]], device)
-        alone = torch.cat([_packed_outputs(forward, [sequence], device) for sequence in sequences])
+        packed = _packed_outputs(model, sequences, device)
+        disturbed = _packed_outputs(model, [sequences[0][::-1], *sequences[1:]], device)
+        alone = torch.cat([_packed_outputs(model, [sequence], device) for sequence in sequences])
     finally:
         model.train(training)
     if not alone.isfinite().all():
@@ -248,16 +243,12 @@ def check_packing(model: torch.nn.Module, forward: Forward | None = None) -> Non
         )
 
 
-def _packed_outputs(forward: Forward, sequences: Sequence[ArrayLike], device: torch.device) -> torch.Tensor:
-    """Outputs [T, ...] in float32 of one packed row."""
+def _packed_outputs(model: torch.nn.Module, sequences: Sequence[ArrayLike], device: torch.device) -> torch.Tensor:
+    """Scores or logits [T, ...] in float32 of one packed row."""
     batch = pack(sequences).to(device)
-    return forward(batch.input_ids, batch.position_ids)[0].float()
-
-
-def _outputs(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    outputs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    outputs = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     found: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-    return found
+    return found[0].float()
 
 
 def _name(model: torch.nn.Module) -> str:

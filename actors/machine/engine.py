@@ -201,10 +201,10 @@ class TrainingEngine:
         buffers = [(name, buffer) for name, buffer in self.module.named_buffers() if name in state]
         return [*self.module.named_parameters(remove_duplicate=False), *buffers]
 
-    def full_state_on_rank_0(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor] | None:
+    def full_state_on_rank_0(self) -> dict[str, Tensor] | None:
         """What `full_state` gives, in host memory of rank 0; None on the others. All ranks must call it."""
         state = {}
-        for name, tensor in self.full_state(wanted):
+        for name, tensor in self.full_state():
             if self.rank == 0:
                 state[name] = tensor.detach().cpu().clone()
         return state if self.rank == 0 else None

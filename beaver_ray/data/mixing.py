@@ -135,7 +135,7 @@ def take(label: str, spec: MixSpec, available: int, seed: int = 42) -> NDArray[n
     return np.concatenate([np.tile(np.arange(available), copies), np.sort(chosen)]).astype(np.int64)
 
 
-def load_mix(specs: Sequence[Spec], seed: int = 42) -> tuple[list[RawSample], dict[str, DropReport]]:
+def load_mix(specs: Sequence[Spec]) -> tuple[list[RawSample], dict[str, DropReport]]:
     """Read the datasets and mix them, one after another (batches are shuffled later).
 
     Returns:
@@ -150,7 +150,7 @@ def load_mix(specs: Sequence[Spec], seed: int = 42) -> tuple[list[RawSample], di
     reports: dict[str, DropReport] = {}
     for label, spec in parse_mix(specs).items():
         samples, reports[label] = read_source(spec.source, spec.path, spec.where)
-        mixed += [samples[index] for index in take(label, spec, len(samples), seed)]
+        mixed += [samples[index] for index in take(label, spec, len(samples))]
     check_mix(specs, len(mixed))
     return mixed, reports
 

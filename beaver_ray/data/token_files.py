@@ -127,7 +127,6 @@ def read_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     template: Template = "auto",
-    watch: Watch | None = None,
 ) -> TokenMix[D]:
     """Read and mix data sets as `load_mix` does, in tokens.
 
@@ -137,7 +136,7 @@ def read_tokens(
     reports: dict[str, DropReport] = {}
     for label, spec in parse_mix(specs).items():
         job, place = _job(kind, spec, tokenizer, max_length, template)
-        table, reports[label] = _kept(job, place, label, watch) if _is_large(place) else _on_the_spot(job, place)
+        table, reports[label] = _kept(job, place, label) if _is_large(place) else _on_the_spot(job, place)
         parts.append(Part(table, take(label, spec, table.num_rows)))
     check_mix(specs, sum(len(part.chosen) for part in parts))
     return TokenMix(kind, parts, reports)
@@ -379,7 +378,7 @@ def _travels(job: _Job) -> bool:
 # ---------------------------------------------------------------- tokens on disk
 
 
-def _kept(job: _Job, place: Place, label: str, watch: Watch | None) -> tuple[pa.Table, DropReport]:
+def _kept(job: _Job, place: Place, label: str, watch: Watch | None = None) -> tuple[pa.Table, DropReport]:
     """The tokens of a large data set, made where they are not there yet."""
     from filelock import FileLock
 

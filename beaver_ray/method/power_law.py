@@ -61,7 +61,7 @@ class PowerLaw:
         return f"exponent {self.exponent}, floor {self.floor}, with twice the rows {self.doubled}"
 
 
-def fit_power_law(rows_N: Floats, figures_N: Floats, seed: int = 0) -> PowerLaw | None:
+def fit_power_law(rows_N: Floats, figures_N: Floats) -> PowerLaw | None:
     """The power law through N runs; None of fewer than `SIZES` different sizes or five runs.
 
     Intervals are percentiles of refits to resampled residuals, which are widened by sqrt(N / (N - 3)) for the three
@@ -77,7 +77,7 @@ def fit_power_law(rows_N: Floats, figures_N: Floats, seed: int = 0) -> PowerLaw 
     ((floor, scale, exponent),) = _fit(powers_GN, figures_N[None])
     fitted_N = floor + scale * (rows_N / unit) ** -exponent
     residuals_N = (figures_N - fitted_N) * np.sqrt(count / (count - 3))
-    drawn_SN = np.random.default_rng(seed).choice(residuals_N, size=(REFITS, count))
+    drawn_SN = np.random.default_rng(0).choice(residuals_N, size=(REFITS, count))
     refits_SP = _fit(powers_GN, fitted_N + drawn_SN)
     further = 2 * rows_N.max() / unit
     doubled_S = refits_SP[:, 0] + refits_SP[:, 1] * further ** -refits_SP[:, 2]

@@ -13,6 +13,8 @@ from typing import Any
 
 import regex
 
+SHOWN = 20
+"""Verbs, the commonest ones."""
 _WORD = regex.compile(r"[\p{L}\p{M}'-]+|[.,;:!?()\n]")
 _POLITE = frozenset(
     {
@@ -63,14 +65,14 @@ def verb_and_noun(instruction: str) -> tuple[str, str] | None:
     return found[start], group[-1] if group else ""
 
 
-def coverage(rows: Sequence[Mapping[str, Any]], topics: Mapping[str, Sequence[str]], shown: int = 20) -> dict[str, Any]:
+def coverage(rows: Sequence[Mapping[str, Any]], topics: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Of a pool's rows and topics: instructions and topics of each kind, the commonest verbs, each with its nouns.
 
     distinct_verb_noun: different pairs of both as a share of all instructions.
     """
     pairs = [pair for row in rows if (pair := verb_and_noun(row["instruction"]))]
     verbs = Counter(verb for verb, _ in pairs)
-    nouns = {verb: Counter(n for v, n in pairs if v == verb and n) for verb, _ in verbs.most_common(shown)}
+    nouns = {verb: Counter(n for v, n in pairs if v == verb and n) for verb, _ in verbs.most_common(SHOWN)}
     kinds = Counter(row["category"] for row in rows if "category" in row)
     return {
         "types": {kind: {"topics": len(some), "instructions": kinds[kind]} for kind, some in topics.items()},

@@ -57,7 +57,7 @@ def choose_shape(options: Options, usual: Shape) -> Shape:
     return SHAPES[options.shape] if options.shape else TINY if options.small else usual
 
 
-def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0) -> Path:
+def write_policy(folder: Path, shape: Shape, positions: int = 512) -> Path:
     """A policy with random weights, its tokenizer and a chat template, as a Hugging Face folder."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -74,7 +74,7 @@ def write_policy(folder: Path, shape: Shape, positions: int = 512, seed: int = 0
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     # Billions of random numbers take minutes on a CPU.
     on_gpu = torch.cuda.is_available() and shape.dtype == "bfloat16"
     with torch.device("cuda" if on_gpu else "cpu"):

@@ -77,12 +77,12 @@ def run(options: Options) -> Outcome:
     return Outcome(figures, settings, samples)
 
 
-def tailed_lengths(count: int, median: int, tail: float, seed: int = 0) -> np.ndarray:
+def tailed_lengths(count: int, median: int, tail: float) -> np.ndarray:
     """Log-normal lengths [count], shuffled: their median is `median`, their longest `tail` times that.
 
     They are the distribution's quantiles, so that the tail does not depend on luck.
     """
-    ranks = np.random.default_rng(seed).permutation(count)
+    ranks = np.random.default_rng(0).permutation(count)
     normal = torch.distributions.Normal(0.0, 1.0).icdf(torch.from_numpy((ranks + 0.5) / count)).numpy()
     lengths = np.round(median * np.exp(normal * np.log(tail) / normal.max()))
     return np.maximum(lengths, 1).astype(np.int32)
