@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from beaver_ray.runs import read_metrics
 from beaver_ray.weights import PublishedWeights
 
 EOS = 2
+Role = TypeVar("Role", bound=Any)
 
 
 def free_port() -> int:
@@ -112,6 +113,17 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
 
 TIMED = ("time/", "throughput/", "rollout/tokens_per_second")
+
+
+def set_up(role: Role) -> Role:
+    """A trained role with its models, of ranks that have met already (`one_rank`, `Ranks`)."""
+    role.setup("127.0.0.1", 0)
+    return role
+
+
+def state_of(role: Any) -> dict[str, Tensor]:
+    """A copy of all that a trained role's model holds."""
+    return {name: tensor.detach().clone() for name, tensor in role.engine.full_state()}
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from tests.actors.support import (
     pad,
     ppo_config,
     random_sequences,
+    set_up,
     whole_sequences,
     with_columns,
     write_score_folder,
@@ -32,9 +33,7 @@ from tests.actors.support import (
 
 
 def critic_of(config: PolicyStage, folder: Path, *signals: str, rank: int = 0, world: int = 1) -> Critic:
-    critic = Critic(config, signals or ("harm",), str(folder), rank, world)
-    critic.setup("127.0.0.1", 0)  # the ranks have met already
-    return critic
+    return set_up(Critic(config, signals or ("harm",), str(folder), rank, world))
 
 
 def literal_values(model: LiteralScoreModel, batch: pa.RecordBatch) -> list[Tensor]:

@@ -26,6 +26,8 @@ from tests.actors.support import (
     ppo_config,
     published_by,
     random_sequences,
+    set_up,
+    state_of,
     with_columns,
 )
 
@@ -38,19 +40,13 @@ def lora_config(world: Path, **sections: Any) -> PolicyStage:
 
 
 def trainer_of(config: PolicyStage, rank: int = 0, world: int = 1) -> PolicyTrainer:
-    trainer = PolicyTrainer(config, rank, world)
-    trainer.setup("127.0.0.1", 0)  # the ranks have met already
-    return trainer
+    return set_up(PolicyTrainer(config, rank, world))
 
 
 def with_advantages(batch: pa.RecordBatch, seed: int = 0) -> pa.RecordBatch:
     """Old log-probs are the generator's, advantages noise."""
     old = batch.column("rollout_logprobs")
     return with_columns(batch, seed, logprobs=old, advantages=1.0)
-
-
-def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.engine.full_state()}
 
 
 def tensors_of(published: PublishedWeights | None) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from tests.actors.support import (
     padded_logits,
     ppo_config,
     random_sequences,
+    set_up,
     whole_sequences,
     with_columns,
 )
@@ -275,8 +276,7 @@ def check_gradients(found: dict[str, Tensor], model: torch.nn.Module, loss: Tens
 
 def trained(config: Any, batch: pa.RecordBatch) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Figures of the policy's update, and the gradient of its last minibatch."""
-    trainer = PolicyTrainer(config, 0, 1)
-    trainer.setup("127.0.0.1", 0)  # the rank has met itself already
+    trainer = set_up(PolicyTrainer(config, 0, 1))
     climbed = ExperienceBuilder(config).combine(batch, {"harm": MULTIPLIER})[1]
     return gradients_of(trainer.engine.module, lambda: trainer.update(climbed, 1))
 
@@ -338,8 +338,7 @@ def test_the_critics_update_is_the_loss_of_own_tokens(
     ppo = {"loss_reduction": reduction, "minibatches": count, "clip_value": clip}
     config = ppo_config(tiny_world, ppo=ppo, critic={"learning_rate": 1e-12})
     batch = with_everything(tiny_world, config, 13, seed=5)
-    critic = Critic(config, ["harm"], str(tiny_world / "cost_model"), 0, 1)
-    critic.setup("127.0.0.1", 0)
+    critic = set_up(Critic(config, ["harm"], str(tiny_world / "cost_model"), 0, 1))
     assert np.isfinite(experience.flat(critic.values(batch), "values/harm")).all(), "holes have values too"
     figures, gradients = gradients_of(critic.engine.module, lambda: critic.update(batch, 1))
 

@@ -28,6 +28,8 @@ from tests.actors.support import (
     ppo_config,
     published_by,
     random_sequences,
+    set_up,
+    state_of,
     with_columns,
 )
 
@@ -35,17 +37,11 @@ SIGNALS = ("reward", "harm")
 
 
 def trainer_of(config: PolicyStage, rank: int = 0, world: int = 1) -> PolicyTrainer:
-    trainer = PolicyTrainer(config, rank, world)
-    trainer.setup("127.0.0.1", 0)  # the ranks have met already
-    return trainer
+    return set_up(PolicyTrainer(config, rank, world))
 
 
 def policy_model(world: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
-
-
-def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.engine.full_state()}
 
 
 def with_everything(world: Path, batch: pa.RecordBatch, off_policy: float = 0.0, seed: int = 0) -> pa.RecordBatch:
@@ -365,8 +361,7 @@ def update_on(rank: int, config: PolicyStage, world: int, batch: pa.RecordBatch)
 def test_buckets_share_their_memory_only_where_results_are_copied(one_rank: None, tiny_world: Path) -> None:
     config = ppo_config(tiny_world)
     for copied in (True, False):
-        trainer = PolicyTrainer(config, 0, 1, copied)
-        trainer.setup("127.0.0.1", 0)
+        trainer = set_up(PolicyTrainer(config, 0, 1, copied))
         one, two = (trainer.bucket(version, 0) for version in (1, 2))
         assert one is not None and two is not None
         assert np.shares_memory(one.data, two.data) == copied

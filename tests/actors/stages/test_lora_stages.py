@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 from actors.driver import train_on_data
 from actors.machine.handles import Group, LocalHandle
 from actors.roles.critic import Critic
-from actors.roles.trainer import Trainer
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
 from beaver_ray.models.lora import add_adapter
@@ -24,14 +23,10 @@ from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder, read_metrics
 from launch.planning import plan
 from tests.actors.stages.test_supervised import config_of, train_on, trainer_of
-from tests.actors.support import Ranks, ppo_config, random_sequences, with_columns
+from tests.actors.support import Ranks, ppo_config, random_sequences, set_up, state_of, with_columns
 
 TARGETS = ["q_proj", "mlp.down_proj"]
 RANK, ALPHA = 3, 12.0
-
-
-def state_of(trainer: Trainer | Critic) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.engine.full_state()}
 
 
 def added_by_hand(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -140,8 +135,7 @@ def test_two_ranks_train_as_one(
 def test_critics(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     models = {"critic_lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": TARGETS}
     config = ppo_config(tiny_world, models=models, critic={"learning_rate": 1e-2})
-    critic = Critic(config, ["reward"], str(tiny_world / "reward_model"), 0, 1)
-    critic.setup("127.0.0.1", 0)
+    critic = set_up(Critic(config, ["reward"], str(tiny_world / "reward_model"), 0, 1))
     before = state_of(critic)
     batch = with_columns(random_sequences(8), 0, **{"values/reward": 1.0, "returns/reward": 1.0})
     for step in (1, 2, 3):
@@ -157,8 +151,7 @@ def test_critics(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
     for name, tensor in merged.items():
         torch.testing.assert_close(saved[name], tensor, atol=1e-6, rtol=0)
     values = critic.values(batch).column("values/reward")
-    plain = Critic(ppo_config(tiny_world), ["reward"], str(tmp_path / "critic"), 0, 1)
-    plain.setup("127.0.0.1", 0)
+    plain = set_up(Critic(ppo_config(tiny_world), ["reward"], str(tmp_path / "critic"), 0, 1))
     ours, theirs = values.flatten().to_numpy(), plain.values(batch).column("values/reward").flatten().to_numpy()
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=0)
 

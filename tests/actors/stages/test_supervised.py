@@ -22,7 +22,7 @@ from actors.stages import stages
 from beaver_ray.errors import UserError
 from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import RunFolder, read_metrics
-from tests.actors.support import LiteralScoreModel, Ranks, pad, write_score_folder
+from tests.actors.support import LiteralScoreModel, Ranks, pad, set_up, write_score_folder
 
 DATA = {
     "sft": "demonstrations:1:{world}/demonstrations/{split}.jsonl",
@@ -56,9 +56,7 @@ def config_of(world: Path, stage: str, **changes: Any) -> TrainerStage:
 
 
 def trainer_of(config: TrainerStage, rank: int = 0, world: int = 1) -> Trainer:
-    trainer = Trainer(config, rank, world)
-    trainer.setup("127.0.0.1", 0)  # the ranks have met already
-    return trainer
+    return set_up(Trainer(config, rank, world))
 
 
 def rows_of(world: Path, stage: str, split: str) -> list[dict[str, Any]]:
