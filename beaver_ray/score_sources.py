@@ -95,6 +95,10 @@ class ScoreSource(ABC):
         trust_remote_code: run Python code that its folder brings along, as the run itself would.
         """
 
+    def words(self, part: str, trust_remote_code: bool = False) -> str:
+        """A line that says what it scores by; UserError, which begins with ``part``, where it cannot."""
+        return f"{self.text} is there"
+
     def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The signals that its folder must have heads for, to give these columns; none of a language model."""
         return tuple(column.removeprefix("cost/") for column in columns if self.is_score_model)
@@ -236,6 +240,11 @@ class ModerationSource(GroupedSource):
                     if name not in known:
                         raise UserError(f"{part}: {self.folder} has no label {name!r}{near(name, known)}")
 
+    def words(self, part: str, trust_remote_code: bool = False) -> str:
+        """A line that says of which labels the scores are."""
+        labels = [(m.combine, "all labels" if m.labels == "all" else ", ".join(m.labels)) for m, _ in self.groups]
+        return f"{self.folder}: {'; '.join(f'{combine} of {names}' for combine, names in labels)}"
+
 
 class PrincipleSource(GroupedSource):
     """A reward model that follows principles: its score of an answer under some of them, turned round as a cost."""
@@ -245,7 +254,7 @@ class PrincipleSource(GroupedSource):
     turned = "cost"
 
     def __init__(self, model: PrincipleModel) -> None:
-        super().__init__(f"{model.folder} ({', '.join(one.called for one in model.principles)})", model)
+        super().__init__(f"{model.folder} ({_in_words(model)})", model)
 
     def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The reward's, whatever it serves."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from actors.roles.scorer import TextScorer
 from beaver_ray.errors import UserError
-from beaver_ray.score_sources import ScorerSetting, ScoreSource
+from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.user_code import RAISED, Code, last_line
 
 GIVEN = ("prompts", "responses")
@@ -46,11 +46,6 @@ class FunctionScorer(TextScorer):
         self.function = code.load()
         known = {name for asked in self.dialogues.known.values() for name in asked.fields}
         self.fields = _wanted(self.source, self.function, known, self.keywords)
-
-    @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
-        """A line that says that the function is there; it is not called."""
-        return f"{source.text} is there"
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The function's scores [N, H], in the order of the columns' numbers."""

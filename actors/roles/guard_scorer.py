@@ -13,7 +13,7 @@ from beaver_ray.guard_options import GuardModel
 from beaver_ray.models.guard_reader import GuardReader, Question
 from beaver_ray.models.loading import DTYPES, context_length, default_device, load_policy
 from beaver_ray.packing import pack, plan_micro_batches
-from beaver_ray.score_sources import GuardSource, ScorerSetting, ScoreSource
+from beaver_ray.score_sources import ScorerSetting
 
 
 class GuardScorer(TextScorer):
@@ -36,12 +36,6 @@ class GuardScorer(TextScorer):
         self.device = default_device()
         self.model = load_policy(guard.folder, DTYPES[setting.dtype], trust, self.device)
         self.model.eval().requires_grad_(False)
-
-    @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
-        """A line that says which of the guard's tokens are read."""
-        assert isinstance(source, GuardSource)
-        return source.words(source.text, trust_remote_code)
 
     @torch.no_grad()
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:

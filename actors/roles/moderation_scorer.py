@@ -13,7 +13,7 @@ from beaver_ray.method.multilabel import group_odds
 from beaver_ray.models.loading import DTYPES
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.moderation_options import ModerationModel
-from beaver_ray.score_sources import ModerationSource, ScorerSetting, ScoreSource
+from beaver_ray.score_sources import ScorerSetting
 
 
 class ModerationScorer(TextScorer):
@@ -36,12 +36,6 @@ class ModerationScorer(TextScorer):
             for model, sign in groups
         ]
 
-    @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
-        """A line that says of which labels the scores are."""
-        assert isinstance(source, ModerationSource)
-        return f"{source.folder}: {'; '.join(map(_in_words, source.groups))}"
-
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The score [N, G] of each group of labels."""
         told = self.dialogues.told(batch)
@@ -49,8 +43,3 @@ class ModerationScorer(TextScorer):
         odds_NK, above_K = self.moderator.odds(rows), self.moderator.thresholds_K
         scores = [sign * group_odds(odds_NK, above_K, chosen, combine) for chosen, combine, sign in self.groups]
         return np.stack(scores, axis=1)
-
-
-def _in_words(group: tuple[ModerationModel, int]) -> str:
-    model, _ = group
-    return f"{model.combine} of {'all labels' if model.labels == 'all' else ', '.join(model.labels)}"

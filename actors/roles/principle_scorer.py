@@ -14,7 +14,7 @@ from beaver_ray.data.readers import Told
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import context_length
 from beaver_ray.principle_options import PrincipleModel
-from beaver_ray.score_sources import PrincipleSource, ScorerSetting, ScoreSource
+from beaver_ray.score_sources import ScorerSetting
 from beaver_ray.self_align.writing import chosen, drawn, worded, written
 from beaver_ray.signals import head_of
 
@@ -43,12 +43,6 @@ class PrincipleScorer(TextScorer):
         heads = self.model.model.heads
         self.head = 0 if len(heads) == 1 else head_of("reward", heads)
         self.positions = context_length(self.folder, setting.trust_remote_code)
-
-    @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
-        """A line that says by what it judges."""
-        assert isinstance(source, PrincipleSource)
-        return source.words(source.text, trust_remote_code)
 
     def end_scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """The score [N, G] of each group of principles."""

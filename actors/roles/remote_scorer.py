@@ -52,7 +52,7 @@ class RemoteScorer(TextScorer):
         self.service.scores([], [])
 
     @staticmethod
-    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool = False) -> str:
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool) -> str:
         """A line that says that the service answers. UserError where it does not."""
         ScoringService(source.text, timeout_s).scores([], [])
         return f"{source.text} answers"

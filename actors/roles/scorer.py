@@ -19,7 +19,7 @@ from beaver_ray.method.calibration import Calibration, fit_platt
 from beaver_ray.models.loading import DTYPES, context_length, default_device, load_policy, load_tokenizer
 from beaver_ray.models.logprobs import response_logprobs
 from beaver_ray.models.score import ScoreType, load_score_model
-from beaver_ray.score_sources import ScorerSetting
+from beaver_ray.score_sources import ScorerSetting, ScoreSource
 
 
 class ScorerBase(ABC):
@@ -116,6 +116,11 @@ class TextScorer(ScorerBase):
         if setting.policy:
             reader = Reader(load_tokenizer(setting.policy, setting.trust_remote_code), setting.template)
         super().__init__(columns, reader, Dialogues(reader, setting.prompts))
+
+    @staticmethod
+    def try_out(source: ScoreSource, timeout_s: float, trust_remote_code: bool) -> str:
+        """A line that says what the source scores by, found out without loading a model. UserError where it cannot."""
+        return source.words(source.text, trust_remote_code)
 
     def calibrate(self, column: str, specs: Sequence[Spec], max_tokens: int) -> dict[str, float]:
         """As any scorer; the prompts of the pairs are no prompts of the run."""
