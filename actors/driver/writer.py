@@ -84,6 +84,8 @@ class Writer:
         self._open = ExitStack()
         self._roles: Roles | None = None
         self._judge: Judge | None = None
+        self._told: dict[str, list[int]] = {}
+        """The tokens of each text that was shared."""
         self._times: Counter[str] = Counter()
         """How often each text was asked, of a service."""
         if isinstance(stage.model, JudgeOptions):
@@ -136,10 +138,6 @@ class Writer:
         if shared not in self._told:
             self._told[shared] = self._reader.tokenizer(shared).input_ids
         return self._told[shared]
-
-    @cached_property
-    def _told(self) -> dict[str, list[int]]:
-        return {}
 
     @cached_property
     def _reader(self) -> Reader:
