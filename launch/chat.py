@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.rejection import REFUSAL, RejectionFigures, sample_unflagged
-from launch.score_options import named, source
+from launch.score_options import named, short_names, source
 
 HELP = """\
 /reset        forget the dialogue
@@ -64,7 +63,7 @@ def chat(
     judges = Judges(folders[0].tokenizer, templates[0], reward, costs)
     loaded = [
         ChatModel(name, folder, sampling, template)
-        for name, folder, template in zip(_names(models), folders, templates, strict=True)
+        for name, folder, template in zip(short_names(models), folders, templates, strict=True)
     ]
     judges.load()
     talk = Chat(loaded, judges, system, rail)
@@ -316,12 +315,6 @@ def _lines(terminal: bool) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\n/quit ends the chat")
-
-
-def _names(models: Sequence[str]) -> list[str]:
-    """What each model is called: the last part of its path, or all of it where two would be called alike."""
-    short = [Path(text).name or text for text in models]
-    return [name if short.count(name) == 1 else text for name, text in zip(short, models, strict=True)]
 
 
 def _score(name: str, value: float) -> str:

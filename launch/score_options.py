@@ -1,7 +1,9 @@
-"""How a command line names who scores: SOURCE, or NAME=SOURCE."""
+"""How a command line names models and who scores: SOURCE, or NAME=SOURCE."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from beaver_ray.errors import UserError
@@ -14,6 +16,12 @@ def named(text: str, option: str, what: str) -> tuple[str, str]:
     if not found or not name or not rest:
         raise UserError(f"{option} {text!r} must be NAME={what}")
     return name, rest
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """What each model is called: the last part of its path, or all of it where two would be called alike."""
+    short = [Path(text).name or text for text in models]
+    return [name if short.count(name) == 1 else text for name, text in zip(short, models, strict=True)]
 
 
 def source(text: str) -> Any:

@@ -14,6 +14,7 @@ from beaver_ray.report.scores import Judged, ScoreReport
 from beaver_ray.score_figures import agreement, figures
 from beaver_ray.yaml_files import yaml_value
 from launch.config_files import load_run
+from launch.score_options import short_names
 from launch.terminal import table_console
 
 TRAINED = ("reward_model", "cost_model", "score_model")
@@ -33,7 +34,7 @@ def scores(
     if missing := [name for name in judges[-1].kinds.values() if name not in judges[0].kinds.values()]:
         raise UserError(f"{judges[0].name} gives no {missing[0]}, which {against} gives; compare models of one kind")
     answers, scored = score_all(judges, answers, by)
-    found = _report(_names(judges), judges, answers, scored, specs)
+    found = _report(short_names([judge.name for judge in judges]), judges, answers, scored, specs)
     console = table_console()
     for table in found.tables():
         console.print(table)
@@ -66,12 +67,6 @@ def _report(
             both[name] = agreement(kind, scored[0][first], scored[1][second], labelled)
     rows = [(_asked(answers, int(row)), text) for row, text in zip(answers.row_N.tolist(), answers.texts, strict=True)]
     return ScoreReport(judged, both, labelled, rows, list(specs), answers.report)
-
-
-def _names(judges: Sequence[ScoreModel]) -> list[str]:
-    """What each model is called: the last part of its path, or all of it where two would be called alike."""
-    short = [Path(judge.name).name for judge in judges]
-    return short if len(set(short)) == len(short) else [judge.name for judge in judges]
 
 
 def _asked(answers: Answers, row: int) -> str:
