@@ -22,7 +22,7 @@ from beaver_ray.method.confidence import cluster_sums, known_from_few, mean_boun
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
-ALIKE = 1e-9  # of the largest value: no more than rounding makes of prompts whose means are the same
+ALIKE = 1e-9  # times the largest value: a half-width up to that is rounding, and all prompts have the same mean
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def mean_interval(
 ) -> dict[str, Any]:
     """The mean of ``values`` [N] and its 95 % interval cut to ``within``, clustered by ``cluster`` [N].
 
-    Where all clusters have the same mean, and where there is one alone, Student's t has nothing to go by. The interval
-    of values with bounds is then `alike_bounds`. Without bounds the values not seen may lie anywhere: None, of a
-    constant too, as a reward that has been 1 each time may be anything once.
+    Student's t needs clusters that differ. Where all have the same mean, or there is only one, the interval of values
+    with bounds is `alike_bounds`. Without bounds it is unknown, and low and high are None: a reward that was always 1
+    may be anything the next time.
     """
     mean = float(np.mean(values, dtype=np.float64))
     half = mean_bound(values, cluster, UPPER)
@@ -133,19 +133,19 @@ def mean_interval(
 
 
 def alike_bounds(mean: float, clusters: int, within: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
-    """Where the mean of values ``within`` these bounds may lie after so many clusters whose means were all the same.
+    """The interval of a mean of values ``within`` these bounds, where all of so many clusters had the same mean.
 
-    A share `unseen` of all clusters may be others, and these as low or as high as can be. Of shares of 0 and of 1 it
-    is Wilson's interval.
+    Up to a share `unseen` of all clusters may differ from these, and have values at one of the bounds. For shares of 0
+    and of 1 it is Wilson's interval.
     """
     others = unseen(clusters)
     return mean - others * (mean - within[0]), mean + others * (within[1] - mean)
 
 
 def unseen(clusters: int) -> float:
-    """The highest share of clusters that may be others after so many alike, z^2 / (clusters + z^2).
+    """The largest share of clusters that may be different where so many were alike, z^2 / (clusters + z^2).
 
-    That is 1 less the lower end of Wilson's interval (1927) of a share of 1: as though z^2 = 3.84 more had been others.
+    That is 1 less the lower end of Wilson's interval (1927) of a share of 1, as if z^2 = 3.84 more had been different.
     """
     return 1.0 - wilson(1.0, clusters)[0]
 
@@ -153,7 +153,7 @@ def unseen(clusters: int) -> float:
 def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER) -> dict[str, Any]:
     """The share of true ``flags`` [N] and Wilson's interval, clustered by ``cluster`` [N]; 95 % without ``upper``.
 
-    Flags may be chances between 0 and 1, which vary less than what they are the chances of.
+    Flags may also be probabilities, which vary less than events do: the interval is then rather too wide.
     """
     values = np.asarray(flags, dtype=np.float64)
     share, n = float(values.mean()), len(values)

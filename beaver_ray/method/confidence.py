@@ -33,9 +33,9 @@ def safety_margin(
     single prompt nothing is known: infinite.
 
     ``hit``: where each cost is 0 or this number, but for importance weights. Their mean is a share of it, and Student's
-    t is too sure of a small one: of no answer with a cost it would conclude that there are none. Its bound is Clopper
-    and Pearson's instead, of G to E answers: as many as would have this error if each were to another prompt, fewer
-    where the error is known from few prompts (Korn and Graubard 1998).
+    t is too sure of a small one: from a step without an unsafe answer it would conclude that there are none. The bound
+    is Clopper and Pearson's instead, of an effective number of answers between G and E: as many independent ones as
+    would have this error, and fewer where it is estimated from few prompts (Korn and Graubard 1998).
     """
     if hit is None:
         margin = mean_bound(costs_E, prompts_E, confidence)
@@ -47,16 +47,17 @@ def safety_margin(
 
 
 def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
-    """How far a mean's true value may lie above it, at most with probability ``confidence``; infinite for one cluster.
+    """How far the true mean may lie above the observed one, at this confidence; infinite for a single cluster.
 
-    By Student's t, of values that are independent between clusters alone.
+    One-sided, by Student's t. Values of one cluster may depend on one another; clusters are independent.
     """
     error, clusters = _mean_error(values_N, cluster_N)
     return _t(confidence, clusters) * error if clusters > 1 else math.inf
 
 
 def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
-    """`mean_bound` of values whose mean is a share, also of a small one: 0 or 1, but for importance weights."""
+    """`mean_bound` of values that are 0 or 1 (but for importance weights), by Clopper and Pearson: Student's t is too
+    sure of a rare event."""
     error, clusters = _mean_error(hits_N, cluster_N)
     if clusters < 2:
         return math.inf
@@ -70,9 +71,9 @@ def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.inte
 
 
 def known_from_few(confidence: float, n: int, clusters: int) -> float:
-    """The share of ``n`` trials that count where their error is known from these clusters alone, two at least.
+    """What ``n`` trials are multiplied with where their standard error is estimated from few clusters, at least two.
 
-    As much as makes an interval wider by Student's t of the clusters instead of that of n (Korn and Graubard 1998).
+    It widens an interval as Student's t of as many clusters does against that of n trials (Korn and Graubard 1998).
     """
     return (_t(confidence, n) / _t(confidence, clusters)) ** 2
 

@@ -14,7 +14,7 @@ from typing import Any
 import regex
 
 SHOWN = 20
-"""Verbs, the commonest ones."""
+"""How many verbs are listed, the commonest first."""
 _WORD = regex.compile(r"[\p{L}\p{M}'-]+|[.,;:!?()\n]")
 _POLITE = frozenset(
     {
