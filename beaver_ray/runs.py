@@ -123,12 +123,12 @@ class RunFolder:
             for key, value in known.items():
                 self._tensorboard().add_scalar(key, value, step)
 
-    def note(self, text: str) -> None:
-        """Print one line about the run and keep it in notes.log."""
-        line = " ".join(text.split())
-        print(line, flush=True)
-        with (self.folder / "notes.log").open("a", encoding="utf-8") as notes:
-            notes.write(line + "\n")
+    def note(self, *texts: str) -> None:
+        """Print texts about the run, one line each, and keep them in notes.log."""
+        for line in (" ".join(text.split()) for text in texts):
+            print(line, flush=True)
+            with (self.folder / "notes.log").open("a", encoding="utf-8") as notes:
+                notes.write(line + "\n")
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Progress]:

@@ -37,27 +37,22 @@ def best_of_n(config: PolicyStage, refusal: str, run: RunFolder) -> None:
     ``resume`` it goes on after the last checkpoint's prompts. The answers to held-out prompts are evaluated as those of
     any policy. Raises UserError for a refusal that the policy's tokenizer has no words for, or that is too long.
     """
-    for line in check_models(config):
-        run.note(line)
+    run.note(*check_models(config))
     tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
     reader = Reader(tokenizer, config.data.template)
     refused = Refusal.check(reader, refusal, config.rollout.max_new_tokens)
     prompts, samples, reports = config.training_prompts(tokenizer)
-    for line in [*(f"{s}: {r.line()}" for s, r in reports.items()), f"prompts: {prompts.report.line()}"]:
-        run.note(line)
-    for line in lines(config.scopes, prompts.inside):
-        run.note(line)
+    run.note(*(f"{s}: {r.line()}" for s, r in reports.items()), f"prompts: {prompts.report.line()}")
+    run.note(*lines(config.scopes, prompts.inside))
     dialogues = Dialogues(reader)
     dialogues.add(samples)
     held_out = HeldOut(config, picked=True) if config.evaluation.prompts else None
     if held_out:
         dialogues.add(held_out.samples)
         both = held_out_too(prompt_keys(samples), prompt_keys(held_out.samples))
-        for line in [*held_out.remarks, *([both] if both else [])]:
-            run.note(line)
+        run.note(*held_out.remarks, *([both] if both else []))
     with judging(config, config.judging_roles()) as roles:
-        for line in roles.notes:
-            run.note(line)
+        run.note(*roles.notes)
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout, note=run.note)
         policy = BestOfN(config, refused, dialogues, roles, rollouts)
         folder = run.folder / "final.part"

@@ -67,8 +67,7 @@ def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
 
     Raises UserError where nothing worked; the figures are there all the same.
     """
-    for line in _check(stage):
-        run.note(line)
+    run.note(*_check(stage))
     run.rewind(0)  # figures of the blocks that are there already are logged again
     samples, reports = load_mix(stage.seeds)
     for label, report in reports.items():
@@ -90,8 +89,7 @@ def red_team(stage: RedTeamConfig, run: RunFolder) -> None:
     }
     run.log(team.blocks + 1, {f"unsafe/{name}": share["mean"] for name, share in shares.items() if share})
     write_page(run.folder, stage.name, found, choice)
-    for line in remarks(found):
-        run.note(line)
+    run.note(*remarks(found))
     if not choice.kept:
         raise UserError(
             f"of {len(tried)} attempts none is kept ({_said(choice.left_out)}); lower worked, or give other attacks or "

@@ -45,8 +45,7 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
     share, file = stage.system_texts.share, stage.system_texts.file
     system_texts = read_system_texts(file) if share else []
     context = write_context(principles, exemplars, stage.tags, stage.assistant, stage.context)
-    for line in check_fit(stage) if stage.roles() else []:
-        run.note(line)
+    run.note(*(check_fit(stage) if stage.roles() else []))
     run.rewind(0)
     samples, reports = load_mix(stage.prompts)
     for label, report in reports.items():
@@ -68,8 +67,7 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
     figures["annotation"] = annotation_lines(principles=principles, exemplars=exemplars, system_texts=system_texts)
     write_figures(run.folder, figures)
     write_rows(run.folder / "left_out.jsonl", sift.left_out)
-    for line in sift.lines(figures):
-        run.note(line)
+    run.note(*sift.lines(figures))
     if not sift.rows:
         raise UserError(
             f"of {len(single)} replies none is kept ({dict(sift.counts)}); left_out.jsonl shows them; change filters "

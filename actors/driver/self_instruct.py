@@ -37,8 +37,7 @@ TOO_LONG = "requests longer than max_prompt_tokens, not asked"
 def self_instruct(stage: SelfInstructConfig, run: RunFolder) -> None:
     """Fill the pool, and write instructions, topics, manifest and figures. UserError where nothing is kept."""
     tasks, types = read_tasks(stage.seeds), read_types(stage.types)
-    for line in check_fit(stage) if stage.roles() else []:
-        run.note(line)
+    run.note(*(check_fit(stage) if stage.roles() else []))
     run.rewind(0)
     pool = Pool(stage.filters, tasks, types)
     with Writer(stage, run, run.folder / "replies") as writer:

@@ -27,8 +27,7 @@ SELECTED = "selected.json"
 def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
     """Train the stage's model; its ranks start anew, from the last checkpoint, where one dies."""
     check_model_folder(stage.model, "model")
-    for line in check_fit(stage):
-        run.note(line)
+    run.note(*check_fit(stage))
     _have_tokens(stage)
     roles = stage.roles()
     cluster = open_cluster(stage, roles)

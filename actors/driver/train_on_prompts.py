@@ -24,16 +24,13 @@ from beaver_ray.runs import RunFolder, say_rows
 
 def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     """Train the policy through all steps, save it and its critics, and evaluate it on the held-out prompts."""
-    for line in [*stage.remarks, *check_models(stage)]:
-        run.note(line)
+    run.note(*stage.remarks, *check_models(stage))
     check_tokenizers(stage)
     tokenizer = load_tokenizer(stage.models.policy, stage.models.trust_remote_code)
     prompts, samples, reports = stage.training_prompts(tokenizer)
-    for line in [*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items())]:
-        run.note(line)
+    run.note(*check_tokenizer(tokenizer), *(f"{s}: {r.line()}" for s, r in reports.items()))
     run.note(f"prompts: {len(prompts)} kept; {prompts.report.line()}")
-    for line in lines(stage.scopes, prompts.inside):
-        run.note(line)
+    run.note(*lines(stage.scopes, prompts.inside))
     steps = stage.total_steps(len(prompts))
     try:
         stage.check_warmup(steps)  # with epochs nobody knew how many there are
@@ -41,8 +38,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
         raise UserError(str(error)) from None
     stage = stage.model_copy(update={"steps": steps, "epochs": None})
     held_out = HeldOut(stage) if stage.evaluation.prompts else None
-    for line in held_out.remarks if held_out else []:
-        run.note(line)
+    run.note(*(held_out.remarks if held_out else []))
     if held_out and (both := held_out_too(prompt_keys(samples), prompt_keys(held_out.samples))):
         run.note(both)
     if stage.data.ptx:
@@ -51,8 +47,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
     cluster = open_cluster(stage, stage.roles())
     try:
         roles = start_surely(stage, cluster, run.note)
-        for line in roles.notes:
-            run.note(line)
+        run.note(*roles.notes)
         if stage.direct_weights:
             why = obstacle(roles.policy, roles.rollout)
             roles.direct = why is None

@@ -225,8 +225,7 @@ class ScoreModelStage(RankingConfig, TrainerStage):
 
             file = run.folder / "final.part" / self.trained / FEATURES
             write(run.folder, json.loads(file.read_text(encoding="utf-8")))
-        for line in self.headlines():
-            run.note(line)
+        run.note(*self.headlines())
 
     def prepare(self, trainer: Trainer) -> Any:
         """What is done with each training pair, by label."""

@@ -97,8 +97,7 @@ class Generate(TemplatedStage):
 
         for use in self.roles()[0].models:
             check_model_folder(use.folder, use.part)
-        for line in check_fit(self):
-            run.note(line)
+        run.note(*check_fit(self))
         samples, reports = load_mix(self.prompts)
         for label, report in reports.items():
             run.note(f"{label}: {report.line()}")

@@ -168,8 +168,7 @@ class Label(TemplatedStage):
         for role in roles:
             assert role.source is not None
             role.source.check(role.name, self.trusts_code)
-        for line in check_fit(self):
-            run.note(line)
+        run.note(*check_fit(self))
         reader = Reader(load_tokenizer(self.policy, self.trust_remote_code), self.template)
         kept, written = [], []
         for row in rows:

@@ -72,8 +72,7 @@ class MultipleChoice(TemplatedStage):
         from beaver_ray.multiple_choice import read_questions
 
         check_model_folder(self.policy, "policy")
-        for line in check_fit(self):
-            run.note(line)
+        run.note(*check_fit(self))
         files = {}
         for name, file in self.questions.items():
             files[name], report = read_questions(file, self.seed)

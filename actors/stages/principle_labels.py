@@ -93,8 +93,7 @@ class PrincipleLabels(TemplatedStage):
 
         for use in [use for role in self.roles() for use in role.models]:
             check_model_folder(use.folder, use.part)
-        for line in check_fit(self) if self.roles() else []:
-            run.note(line)
+        run.note(*(check_fit(self) if self.roles() else []))
         run.rewind(0)  # figures of comparisons that are there already are logged again
         principles = self.chosen()
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)

@@ -80,8 +80,7 @@ class Strength(RankingConfig, TrainerStage):
         from beaver_ray.report.strength import StrengthReport, remarks
 
         check_model_folder(self.model, "model")
-        for line in check_fit(self):
-            run.note(line)
+        run.note(*check_fit(self))
         samples = self._pairs(run)
         preferred_N = np.array([bool(getattr(sample, self.label)) for sample in samples])
         members, rows = self._members(samples, preferred_N, run.folder / "ensemble")
@@ -102,8 +101,7 @@ class Strength(RankingConfig, TrainerStage):
         counts = {"pairs": len(samples), "members": self.members, "below 0": int((mean_N < 0).sum())}
         write_stage_manifest(self, final, counts)
         report = StrengthReport(self.label, samples, preferred_N, mean_N, deviation_N, differences_MN)
-        for line in remarks(report.write(run.folder)):
-            run.note(line)
+        run.note(*remarks(report.write(run.folder)))
 
     def _pairs(self, run: RunFolder) -> list[RawSample]:
         """The pairs that have the label and are short enough."""

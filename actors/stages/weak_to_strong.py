@@ -160,8 +160,7 @@ class WeakToStrong(TrainerStage):
 
         for use in self.roles()[0].models:
             check_model_folder(use.folder, use.part)
-        for line in check_fit(self):
-            run.note(line)
+        run.note(*check_fit(self))
         if self.generative:
             self._check_generative()
         halves, found = supervise(self, run)
@@ -170,8 +169,7 @@ class WeakToStrong(TrainerStage):
         run.rewind(0)
         for number, row in enumerate(report.metrics(figures), start=1):
             run.log(number, row)
-        for line in remarks(figures):
-            run.note(line)
+        run.note(*remarks(figures))
 
     def _check_generative(self) -> None:
         from beaver_ray.errors import UserError
