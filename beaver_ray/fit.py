@@ -36,6 +36,15 @@ def check_fit(stage: Stage) -> list[str]:
     return token_notes(stage, uses)
 
 
+def check_there_and_fit(stage: Stage) -> list[str]:
+    """`check_fit` of a stage whose models must be there; UserError where one is neither a folder nor a hub's name."""
+    from beaver_ray.models.loading import check_model_folder
+
+    for use in models_of(stage):
+        check_model_folder(use.folder, use.part)
+    return check_fit(stage)
+
+
 def check_adapters(stage: Stage) -> None:
     """UserError where a LoRA adapter is for layers that a trained model does not have."""
     trained = [role for role in stage.roles() if role.training and role.training.lora_rank]

@@ -91,13 +91,10 @@ class Generate(TemplatedStage):
         """Let every model answer, draw the pairs, and write both."""
         from beaver_ray.data.mixing import load_mix
         from beaver_ray.data.pairs import draw_pairs
-        from beaver_ray.fit import check_fit
+        from beaver_ray.fit import check_there_and_fit
         from beaver_ray.manifest import write_rows, write_stage_manifest
-        from beaver_ray.models.loading import check_model_folder
 
-        for use in self.roles()[0].models:
-            check_model_folder(use.folder, use.part)
-        run.note(*check_fit(self))
+        run.note(*check_there_and_fit(self))
         samples, reports = load_mix(self.prompts)
         for label, report in reports.items():
             run.note(f"{label}: {report.line()}")

@@ -66,13 +66,11 @@ class MultipleChoice(TemplatedStage):
         from actors.driver.multiple_choice import Asking
         from actors.driver.truthful_answers import judge_answers
         from actors.roles.judge import REPLIES
-        from beaver_ray.fit import check_fit
+        from beaver_ray.fit import check_there_and_fit
         from beaver_ray.manifest import write_rows, write_stage_manifest
-        from beaver_ray.models.loading import check_model_folder
         from beaver_ray.multiple_choice import read_questions
 
-        check_model_folder(self.policy, "policy")
-        run.note(*check_fit(self))
+        run.note(*check_there_and_fit(self))
         files = {}
         for name, file in self.questions.items():
             files[name], report = read_questions(file, self.seed)

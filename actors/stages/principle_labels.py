@@ -87,13 +87,10 @@ class PrincipleLabels(TemplatedStage):
         """Compare, keep what both orders agree on, and write a label for each draw of principles."""
         from actors.driver.principle_labels import Comparer, check_canaries
         from beaver_ray.data.pairs import read_pairs, unlabelled_samples
-        from beaver_ray.fit import check_fit
+        from beaver_ray.fit import check_there_and_fit
         from beaver_ray.manifest import read_rows
-        from beaver_ray.models.loading import check_model_folder
 
-        for use in [use for role in self.roles() for use in role.models]:
-            check_model_folder(use.folder, use.part)
-        run.note(*(check_fit(self) if self.roles() else []))
+        run.note(*(check_there_and_fit(self) if self.roles() else []))
         run.rewind(0)  # figures of comparisons that are there already are logged again
         principles = self.chosen()
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)

@@ -73,14 +73,12 @@ class Strength(RankingConfig, TrainerStage):
 
         from actors.driver.ensemble import gather, train_members
         from beaver_ray.data.strength import published_row, strength_row
-        from beaver_ray.fit import check_fit
+        from beaver_ray.fit import check_there_and_fit
         from beaver_ray.manifest import write_rows, write_stage_manifest
         from beaver_ray.method.noise import strength
-        from beaver_ray.models.loading import check_model_folder
         from beaver_ray.report.strength import StrengthReport, remarks
 
-        check_model_folder(self.model, "model")
-        run.note(*check_fit(self))
+        run.note(*check_there_and_fit(self))
         samples = self._pairs(run)
         preferred_N = np.array([bool(getattr(sample, self.label)) for sample in samples])
         members, rows = self._members(samples, preferred_N, run.folder / "ensemble")

@@ -154,13 +154,10 @@ class WeakToStrong(TrainerStage):
     def run(self, run: RunFolder) -> None:
         """Train weak model, ceiling, students and chain, and write what the students recover."""
         from actors.driver.weak_to_strong import supervise
-        from beaver_ray.fit import check_fit
-        from beaver_ray.models.loading import check_model_folder
+        from beaver_ray.fit import check_there_and_fit
         from beaver_ray.report.weak_to_strong import WeakToStrongReport, remarks
 
-        for use in self.roles()[0].models:
-            check_model_folder(use.folder, use.part)
-        run.note(*check_fit(self))
+        run.note(*check_there_and_fit(self))
         if self.generative:
             self._check_generative()
         halves, found = supervise(self, run)
