@@ -19,6 +19,11 @@ def first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
+def last_line(error: BaseException) -> str:
+    """What code of the user's own says last, after the error's kind."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
+
+
 def cause(error: BaseException) -> str:
     """The last line of an error, which in another process's traceback is the error itself."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

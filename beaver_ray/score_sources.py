@@ -21,12 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from beaver_ray import rules
 from beaver_ray.data_options import DataSpec
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.guard_options import GuardModel, ModelOfScores
 from beaver_ray.moderation_options import ModerationModel
 from beaver_ray.options import near
 from beaver_ray.principle_options import PrincipleModel
-from beaver_ray.user_code import PREFIX, RAISED, Code, UserCode, last_line
+from beaver_ray.user_code import PREFIX, RAISED, Code, UserCode
 
 ALLOWED_HOSTS = "BEAVER_RAY_SCORER_HOSTS"
 """Environment variable with the allow-list: HOST or HOST:PORT, with commas between them."""

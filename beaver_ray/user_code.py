@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 
 ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
 """Environment variable with folders whose Python files may be run, besides the checkout; separated as in PATH."""
@@ -119,12 +119,6 @@ class UserCode:
     def pack(self) -> Code:
         """What a process needs to run it. UserError where the file cannot be read."""
         return Code(self.text, self.name, self.keywords, self.read(self.text), str(self.file.resolve()))
-
-
-def last_line(error: BaseException) -> str:
-    """An error's kind, and the last line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__
 
 
 def read_keywords(text: str, call: str) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.report.sweep import SweepReport, SweptRun, run_figures, shown
 from beaver_ray.stage import Stage
-from beaver_ray.user_code import last_line
 from beaver_ray.yaml_files import as_yaml, yaml_value
 from launch.config_files import load_config
 from launch.pipeline import is_complete, run_stage

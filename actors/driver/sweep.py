@@ -13,11 +13,10 @@ from actors.driver.processes import open_cluster
 from actors.driver.train import train
 from actors.machine.cluster import Bundle
 from actors.machine.waits import fetch, wait_any
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.report.page import write_report
 from beaver_ray.stage import Stage
-from beaver_ray.user_code import last_line
 
 LONGEST = 1e7
 """Seconds that a run may take: its own waits have the deadlines."""

@@ -18,9 +18,9 @@ from actors.roles.exchange import InFlight, sample_seed
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.templates import Template
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.models.loading import load_tokenizer
-from beaver_ray.user_code import RAISED, Code, last_line
+from beaver_ray.user_code import RAISED, Code
 
 PARALLEL = 32  # dialogues that are asked about at a time
 QUICK_S = 0.5  # an environment is quick until a reply has taken longer

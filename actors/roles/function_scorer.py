@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from actors.roles.scorer import TextScorer
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.score_sources import ScorerSetting
-from beaver_ray.user_code import RAISED, Code, last_line
+from beaver_ray.user_code import RAISED, Code
 
 GIVEN = ("prompts", "responses")
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import beaver_ray.environments as environments
 from beaver_ray.environments import check_environment, environment_code
-from beaver_ray.errors import UserError
+from beaver_ray.errors import UserError, last_line
 from beaver_ray.options import near
 from beaver_ray.red_team.rewrites import GIVEN, REWRITES
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.self_align.requests import ITEM
-from beaver_ray.user_code import PREFIX, RAISED, UserCode, last_line, read_keywords
+from beaver_ray.user_code import PREFIX, RAISED, UserCode, read_keywords
 
 INSIST = "insist"
 _NAMED = re.compile(r"([^\W\d]\w*)(\(.*\))?", re.DOTALL)
