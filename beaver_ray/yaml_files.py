@@ -32,8 +32,8 @@ Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 100_000
 MOST_LEVELS = 30
 LARGEST_INTEGER = 2**63 - 1
-# Control characters, and halves of characters: neither can stand in a path.
 _LINES = frozenset({"template", "guideline", "system"})  # options whose text may have several lines
+# Control characters, and halves of characters: neither can stand in a path.
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # A URL with a user name or password in it.
 _CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
