@@ -120,7 +120,8 @@ class ConstraintConfig(Strict):
     @model_validator(mode="after")
     def _one_limit(self) -> ConstraintConfig:
         if not SIGNAL_NAME.fullmatch(self.name) or self.name in TAKEN:
-            raise ValueError(f"name {self.name!r} must be lower-case letters, digits and _, and none of {', '.join(TAKEN)}")
+            taken = ", ".join(TAKEN)
+            raise ValueError(f"name {self.name!r} must be lower-case letters, digits and _, and none of {taken}")
         if (self.limit is None) == (self.violation_rate is None):
             raise ValueError(f"constraint {self.name} needs either limit or violation_rate, not both or neither")
         if self.violation_rate is not None and not self.calibration:

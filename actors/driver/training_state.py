@@ -59,7 +59,8 @@ class PromptStream:
         Also where the pending samples are not whole groups: other answers to the same prompts were trained on already.
         """
         self.sampler.load_state_dict(state["sampler"])
-        # Of a multiple of the answers to a prompt, by which `ExperienceBuilder` tells draws apart: it may be another now.
+        # A multiple of the answers to a prompt, by which `ExperienceBuilder` tells draws apart; it was another before
+        # where samples_per_prompt has changed.
         self.next_id = math.ceil(int(state["next_id"]) / self.repeat) * self.repeat
         self.prompt_of = {int(sample): int(prompt) for sample, prompt in state["pending"]}
         prompts = list(self.prompt_of.values())

@@ -204,7 +204,7 @@ def test_pid_is_not_at_a_loss_where_nothing_differs():
     assert values[0] > 0 and values == sorted(values)
     assert [multiplier.update([0.5] * FEWEST, 0.5, reward_std=0.0)] == [multiplier.state.integral]
     assert [multiplier.update([0.0] * FEWEST, 0.5, reward_std=0.0) for _ in range(200)][-1] == 0.0
-    # Costs that hardly differ say as little: a twentieth of the gap of .9 is the least spread, the error .3 all the same.
+    # Costs that hardly differ say as little: a twentieth of the gap of .9 is the least spread, and .3 the error still.
     nearly = PidMultiplier(1.0, 10.0, None, None, 0)
     unit = 1 / (0.9 / 20)
     value = nearly.update([0.9999, 1.0001] * (FEWEST // 2), 0.1, reward_std=1.0)
