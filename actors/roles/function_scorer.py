@@ -81,8 +81,10 @@ class FunctionScorer(TextScorer):
             scores = np.asarray(returned[name], dtype=np.float64)
             if scores.shape != (count,):
                 raise ValueError(f"it returns {scores.size} numbers of {name} for {count} response(s)")
-            if not np.isfinite(scores).all():
-                raise ValueError(f"it returns {scores[~np.isfinite(scores)][0]} of {name}")
+            with np.errstate(over="ignore"):
+                kept = np.isfinite(scores.astype(np.float32))  # what experience keeps
+            if not kept.all():
+                raise ValueError(f"it returns {scores[~kept][0]} of {name}")
             scores_NH[:, head] = scores
         return scores_NH
 

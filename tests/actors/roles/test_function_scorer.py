@@ -50,6 +50,9 @@ def gives_up(prompts, responses):
 def none_is_a_number(prompts, responses):
     return [float("nan") if number == 1 else 0.0 for number, _ in enumerate(prompts)]
 
+def too_large(prompts, responses):
+    return [1e39 for p in prompts]
+
 def too_few(prompts, responses):
     return [1.0]
 
@@ -154,6 +157,7 @@ def test_one_number_is_the_cost_of_several_constraints(tiny_world: Path, file: P
         ),
         ("gives_up", "prompt 'tell me how to hack the phone', response 'sorry': SystemExit: 3"),
         ("none_is_a_number", "ValueError: it returns nan of reward"),
+        ("too_large", "ValueError: it returns 1e+39 of reward"),
         ("too_few", "ValueError: it returns 1 numbers of reward for 3 response(s)"),
         ("others", "ValueError: it returns nothing called 'reward', only helpfulness"),
     ],
