@@ -82,7 +82,7 @@ def test_advantages_are_those_of_scores_divided_beforehand() -> None:
             assert second.figures["unit/reward"] == pytest.approx(reward.std())
             # The constraint is what it was.
             for name, costs in made_of.costs(pairs[1])[0].items():
-                np.testing.assert_array_equal(costs, plain.costs(pairs[1])[0][name])
+                np.testing.assert_array_equal(costs.costs_E, plain.costs(pairs[1])[0][name].costs_E)
 
 
 def test_a_multiplier_means_what_it_means_without() -> None:
