@@ -381,6 +381,6 @@ def test_a_mask_without_holes_changes_nothing(one_rank: None, tiny_world: Path) 
     whole, masked = (built(config, batch) for batch in (bare, with_columns(bare, loss_mask=mask)))
     assert whole[0] == masked[0] and masked[2].select(whole[2].schema.names).equals(whole[2])
     (figures, gradients), (same, others) = (trained(config, batch) for batch in (whole[2], masked[2]))
-    for costs, others in zip(whole[1].values(), masked[1].values(), strict=True):
-        assert np.array_equal(costs.costs_E, others.costs_E)
+    for seen, again in zip(whole[1].values(), masked[1].values(), strict=True):
+        assert np.array_equal(seen.costs_E, again.costs_E)
     assert figures == same and all(torch.equal(gradients[name], others[name]) for name in gradients)
