@@ -37,10 +37,13 @@ class SafePpo(PolicyStage):
     @property
     def remarks(self) -> list[str]:
         """As of the others, and multipliers that never move."""
-        late = [(c.name, c.multiplier.delay_steps) for c in self.constraints]
-        stays = f"and the run ends after {self.steps}: its multiplier never moves"
-        never = [(name, delay) for name, delay in late if self.steps is not None and delay >= self.steps]
-        return [*super().remarks, *(f"constraints.{n}.multiplier.delay_steps is {d}, {stays}" for n, d in never)]
+        never = [
+            f"constraints.{c.name}.multiplier.delay_steps is {c.multiplier.delay_steps}, and the run ends after "
+            f"{self.steps}: its multiplier never moves"
+            for c in self.constraints
+            if self.steps is not None and c.multiplier.delay_steps >= self.steps
+        ]
+        return [*super().remarks, *never]
 
     def objective(self) -> Objective:
         """The reward while a multiplier for each constraint keeps its cost under its limit."""

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from actors.driver.train import train
+from beaver_ray.models.score import load_score_model
 from beaver_ray.runs import read_metrics
 from launch.config_files import load_config
 from tests.actors.dying_roles import DyingCritic, DyingPolicy, DyingScorer
@@ -52,7 +53,9 @@ def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pyt
     ):
         assert f"steps {steps} are trained again" in note and who in note.lower()
     assert sum("reward is started anew" in note for note in notes) == 1
-    assert [row["step"] for row in read_metrics(folder)] == list(range(1, STEPS + 1))
+    metrics = read_metrics(folder)
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert all(abs(row["kl/rollout_train"]) < 1e-4 for row in metrics)
     tables = [pq.read_table(file) for file in sorted((folder / "trajectories").glob("*.parquet"))]
     samples = [sample for table in tables for sample in table["sample_id"].to_pylist()]
     assert sorted(samples) == list(range(16 * STEPS))
@@ -61,5 +64,8 @@ def test_whoever_dies_in_an_exchange_is_rebuilt(tmp_path: Path, monkeypatch: pyt
         assert set(table["weight_version"].to_pylist()) == {step - 1}
         assert largest_gap(table, "rollout_logprobs", "logprobs") < 1e-4
     assert largest_gap(tables[-1], "rollout_logprobs", "reference_logprobs") > 1e-2
+    assert largest_gap(tables[0], "rollout_logprobs", "reference_logprobs") < 1e-4
     assert (folder / "evaluation.json").is_file()
     AutoModelForCausalLM.from_pretrained(folder / "final" / "policy")
+    critic = load_score_model(str(folder / "final" / "reward_critic"), "critic", "auto")  # type: ignore[arg-type]
+    assert all(bool(p.isfinite().all()) for p in critic.parameters())
