@@ -7,16 +7,14 @@ of a file is its SHA-256, that of a model the one of `beaver_ray.models.folders.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.json_files import write_lines
 from beaver_ray.runs import read_evaluation
 from beaver_ray.stage import Stage
 
@@ -66,55 +64,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of JSON, its end included; what else a row of data may hold (dates, bytes) becomes text, and
-    numbers that are not finite null. Half a character, which no file can hold, is escaped as JSON has it.
-    """
-    try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):
-        line = json.dumps(plain(row), ensure_ascii=False)
-    return line.encode("utf-8", "backslashreplace").decode() + "\n"
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold of a value: None for a number that is not finite, text for what it has no form for."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines; the file is whole or absent."""
-    write_lines(path, map(json_line, rows))
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines, their ends included; the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    part.rename(path)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that `write_rows` wrote. Raises UserError for anything else."""
-    from beaver_ray.data.files import file_rows
-
-    try:
-        rows = [json.loads(row) if isinstance(row, str) else row for row in file_rows(path)]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has a line that is not JSON ({first_line(error)}); write the file again") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} has a row that is no object; write the file again")
-    return rows
 
 
 def data_of(stage: Stage) -> list[DataSpec]:

@@ -359,14 +359,6 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no evaluation ({first_line(error)}); evaluate again") from None
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """What a run has written into a file of one JSON object; None before it is there."""
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

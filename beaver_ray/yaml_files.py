@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from beaver_ray.data_options import TAGS
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.json_files import write_lines
 from beaver_ray.options import near
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -112,8 +113,6 @@ def text_options(configurations: Sequence[type[BaseModel]]) -> frozenset[str]:
 
 def save_config(config: BaseModel, path: Path) -> None:
     """The resolved configuration as YAML that load_config reads back; the file is whole, or the one before."""
-    from beaver_ray.manifest import write_lines
-
     write_lines(path, [_dump(config.model_dump(mode="json"), sort_keys=False)])
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
-from beaver_ray.manifest import write_rows
+from beaver_ray.json_files import write_rows
 
 ARMS = ("question", "answer", "qa")
 WORDS, TOKENS = 4000, 256

@@ -20,8 +20,9 @@ import numpy as np
 from common import CONFIGS, TARGET, launch, study_options, write
 from small_world import figures
 
+from beaver_ray.json_files import read_json
 from beaver_ray.report.strength import FILE
-from beaver_ray.runs import read_json, read_metrics
+from beaver_ray.runs import read_metrics
 
 OPTIONS = {
     "sft": [],

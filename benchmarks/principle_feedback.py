@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from common import STAGES, command, launch, prepare, study_options, write
 
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.self_align.feedback import agree
 from beaver_ray.self_align.principles import read_principles
 from beaver_ray.small_world.principles import differences

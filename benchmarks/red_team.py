@@ -25,7 +25,7 @@ import numpy as np
 from common import CONFIGS, prepare, study_options, trained, write
 
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.small_world.world import SmallWorld
 from launch.config_files import load_config
 from launch.pipeline import run_stage

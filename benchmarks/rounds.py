@@ -25,7 +25,7 @@ from common import CONFIGS, TARGET, launch, study_options, write
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from beaver_ray.manifest import read_rows
+from beaver_ray.json_files import read_rows
 from beaver_ray.runs import read_evaluation, read_metrics
 
 STAGES = ("sft", "generate", "label", "reward_model", "cost_model", "safe_ppo")

@@ -39,7 +39,7 @@ from rule_world import KINDS, STYLES, RuleWorld, pretrain, tokenizer
 
 from actors.stages import stages
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from launch.pipeline import run_stage
 
 TRAIN, TEST = 600, 400

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from common import CONFIGS, TARGET, launch, study_options, write
 from small_world import figures
 
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.world import FACTS, SmallWorld

@@ -20,7 +20,7 @@ from common import launch, study_options, write
 from preference_world import text, write_tokenizer
 from weak_to_strong import BATCH, EPOCHS, KNOWN, LOSSES, RATE, Texts, drawn, pretrained
 
-from beaver_ray.manifest import write_rows
+from beaver_ray.json_files import write_rows
 
 KEYS = ("mean", "pgr", "copied", "spoilt")
 LABEL = "group"

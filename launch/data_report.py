@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from beaver_ray.data.mixing import Spec
 from beaver_ray.data.survey import Measure, survey, words
 from beaver_ray.data_options import data_label
+from beaver_ray.json_files import write_json
 from beaver_ray.report.data import tables, write_page
 from launch.config_files import load_config
 from launch.terminal import table_console
@@ -33,8 +33,7 @@ def show(
     for table in tables(found):
         console.print(table)
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found.figures(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(json_file, found.figures())
         print(f"figures: {json_file}")
     if page:
         write_page(found, page)

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from actors.driver.judge_labels import label_by_judge, read_samples
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import write_rows
 from beaver_ray.judge.labels import Labelled
 from beaver_ray.judge_options import LabellingJudge, read_judge
-from beaver_ray.manifest import write_rows
 from beaver_ray.yaml_files import validated
 from launch.terminal import table_console
 

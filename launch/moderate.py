@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from beaver_ray.data.mixing import Spec, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import plain, write_rows
+from beaver_ray.json_files import write_json, write_rows
 from beaver_ray.method.multilabel import figures, flag_margin, shares_by
 from beaver_ray.moderation_options import Reads
 from beaver_ray.options import meant, near
@@ -110,8 +109,7 @@ def moderate(
     for table in _tables(found, judge.labels):
         table_console().print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(json_file, found)
         print(f"figures: {json_file}")
 
 

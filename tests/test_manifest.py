@@ -1,8 +1,7 @@
-"""Rows of any data as JSON lines, and what a manifest takes of an evaluation."""
+"""What a manifest says of a stage: what it read and wrote, and of an evaluation."""
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 
@@ -10,17 +9,8 @@ import datasets
 
 from actors.stages.arena import Arena
 from actors.stages.label import Label
-from beaver_ray.manifest import DataFile, file_hash, json_line, parents_of, read_rows, stage_manifest, write_rows
-
-
-def test_rows_of_a_table_become_json(tmp_path: Path) -> None:
-    """As Parquet may have them: dates, bytes, numbers that are none."""
-    odd = {"at": datetime.date(2024, 2, 29), "raw": b"x", "x": float("nan"), "more": [{"y": float("inf")}, True, 1]}
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "ä\u2028", "n": 1}, odd])
-    assert read_rows(tmp_path / "rows.jsonl") == [
-        {"prompt": "ä\u2028", "n": 1},
-        {"at": "2024-02-29", "raw": "b'x'", "x": None, "more": [{"y": None}, True, 1]},
-    ]
+from beaver_ray.json_files import write_rows
+from beaver_ray.manifest import DataFile, file_hash, parents_of, stage_manifest
 
 
 def test_scores_of_other_programs_are_no_means(tmp_path: Path) -> None:
@@ -32,14 +22,6 @@ def test_scores_of_other_programs_are_no_means(tmp_path: Path) -> None:
     stage.folder.mkdir()
     (stage.folder / "evaluation.json").write_text(json.dumps(found))
     assert stage_manifest(stage).evaluation == {"reward": 0.5}
-
-
-def test_half_a_character_in_a_further_field(tmp_path: Path) -> None:
-    """JSON can write one, and no file as it is."""
-    rows = json.loads('[{"prompt": "p", "note": "cut \\ud83d", "cut \\ude00": "\\\\ud83d"}]')
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows and len(rows[0]["note"]) == 5
-    assert json_line({"a": "\ud83d\n"}) == '{"a": "\\ud83d\\n"}\n'
 
 
 def test_a_round_names_all_that_its_stages_read_and_wrote(tmp_path: Path) -> None:

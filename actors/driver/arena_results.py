@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data_options import data_label
-from beaver_ray.manifest import write_rows
+from beaver_ray.json_files import write_json, write_rows
 from beaver_ray.models.folders import merged_from
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
@@ -134,7 +133,7 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "judges_asked": held.asked,
         **figures(match),
     }
-    (folder / "arena.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "arena.json", found)
     tables = tables_of(found)
     write_tables(tables, folder / "tables")
     for name in held.said:

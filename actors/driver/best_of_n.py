@@ -22,7 +22,7 @@ from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.scopes import lines
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import json_line
+from beaver_ray.json_files import json_line
 from beaver_ray.method.best_of_n import chances, chosen, sizes
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder

@@ -18,7 +18,8 @@ from actors.machine.handles import Startable
 from actors.machine.waits import WorkerDiedError, fetch, wait_any
 from actors.roles.ensemble import EnsembleWorker, Scored
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import file_hash, write_lines
+from beaver_ray.json_files import write_lines
+from beaver_ray.manifest import file_hash
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.runs import RunFolder
 from beaver_ray.stage import Stage

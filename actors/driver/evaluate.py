@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,7 +26,7 @@ from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import Samples, mean_interval, summarize
 from beaver_ray.gpus import on_this_machine
-from beaver_ray.manifest import write_lines
+from beaver_ray.json_files import write_json
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.reliability import compare
@@ -102,7 +101,7 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
         summary = summary | {key: kept for key, kept in read_evaluation(folder).items() if key == "bridges"}
     except UserError:  # a broken file is replaced, as its error tells one to
         print(f"{path} was broken and is replaced; scores of other programs (beaver-ray bridge) in it are lost")
-    write_lines(path, [json.dumps(summary, indent=2) + "\n"])
+    write_json(path, summary)
     return path
 
 

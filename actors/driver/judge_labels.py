@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from actors.roles.judge import Judge
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import write_json, write_rows
 from beaver_ray.judge.labels import (
     LABELS,
     Canaries,
@@ -26,7 +26,6 @@ from beaver_ray.judge.labels import (
 )
 from beaver_ray.judge.prompts import Rubric, sampling
 from beaver_ray.judge_options import LabellingJudge
-from beaver_ray.manifest import write_rows
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Judged:
     def write_audit(self, folder: Path) -> None:
         """Write audit.jsonl, the pairs that people are to label, and the figures as judge.json into ``folder``."""
         write_rows(folder / "audit.jsonl", self.labelled.audit)
-        text = json.dumps(self.figures(), indent=2, ensure_ascii=False) + "\n"
-        (folder / "judge.json").write_text(text, encoding="utf-8")
+        write_json(folder / "judge.json", self.figures())
 
 
 def label_by_judge(

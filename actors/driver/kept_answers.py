@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.driver.processes import Roles
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.runs import RunFolder
 
 Row = dict[str, Any]

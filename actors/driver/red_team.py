@@ -6,7 +6,6 @@ Answers are kept in answers/ of the run's folder, block by block (`actors.driver
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -32,8 +31,9 @@ from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.survey import CATEGORIES
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
+from beaver_ray.json_files import json_line, write_json, write_rows
 from beaver_ray.judge_options import JudgeOptions
-from beaver_ray.manifest import json_line, write_lines, write_rows, write_stage_manifest
+from beaver_ray.manifest import write_stage_manifest
 from beaver_ray.models.folders import find_model, fingerprint
 from beaver_ray.models.loading import check_model_folder, context_length, load_tokenizer
 from beaver_ray.red_team.attacks import Attack
@@ -372,7 +372,7 @@ class Team:
             for place in range(asked.answers)
         }
         file = (folder / "scripts.json").resolve()
-        write_lines(file, [json.dumps(said)])
+        write_json(file, said)
         code = Path(environments.__file__).parent / "scripted.py"
         return f"python:{code}:Scripted(file={str(file)!r})"
 

@@ -11,7 +11,8 @@ from beaver_ray.data.mixing import bare_turns, load_mix
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
-from beaver_ray.manifest import write_rows, write_stage_manifest
+from beaver_ray.json_files import write_rows
+from beaver_ray.manifest import write_stage_manifest
 from beaver_ray.report.self_align import write_figures
 from beaver_ray.runs import RunFolder
 from beaver_ray.self_align.answering import (

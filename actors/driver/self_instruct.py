@@ -13,7 +13,8 @@ from statistics import fmean
 from actors.driver.writer import Said, Writer
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
-from beaver_ray.manifest import write_rows, write_stage_manifest
+from beaver_ray.json_files import write_rows
+from beaver_ray.manifest import write_stage_manifest
 from beaver_ray.report.self_align import write_figures
 from beaver_ray.runs import RunFolder
 from beaver_ray.self_align.coverage import coverage

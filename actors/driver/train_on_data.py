@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from actors.machine.waits import WorkerDiedError
 from actors.roles.trainer import Trainer
 from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.fit import check_fit
+from beaver_ray.json_files import read_json, write_json
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
-from beaver_ray.runs import RunFolder, read_json, say_rows
+from beaver_ray.runs import RunFolder, say_rows
 
 SELECTED = "selected.json"
 """Beside a model that was kept for its held-out accuracy: its step, and that."""
@@ -127,7 +127,7 @@ def _keep_best(trainer: Group, folder: Path, step: int, metrics: dict[str, float
     file = folder / SELECTED
     file.unlink(missing_ok=True)
     trainer.run(Trainer.save, str(folder))
-    file.write_text(json.dumps(now._asdict()) + "\n", encoding="utf-8")
+    write_json(file, now._asdict())
     return now
 
 

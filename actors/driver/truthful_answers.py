@@ -12,10 +12,10 @@ import numpy as np
 from actors.roles.judge import Judge
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import share_interval
+from beaver_ray.json_files import read_rows
 from beaver_ray.judge.prompts import OURS, Rubric
 from beaver_ray.judge.replies import Form
 from beaver_ray.judge_options import JudgeOptions
-from beaver_ray.manifest import read_rows
 from beaver_ray.multiple_choice import Question
 
 TRUTH = Form("VERDICT", ("TRUE", "FALSE"), ("answer",))

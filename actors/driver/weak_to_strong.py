@@ -27,7 +27,7 @@ from beaver_ray.data.questions import Questions, read_questions
 from beaver_ray.data.tokenized import Encoder
 from beaver_ray.data_options import DataEntry
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import write_rows
+from beaver_ray.json_files import write_rows
 from beaver_ray.models.bag_of_words import BagOfWords, WordCounter, fit_logistic
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder

@@ -28,8 +28,8 @@ from actors.roles.generator import GeneratorSpec
 from actors.roles.judge import REPLIES, Judge
 from beaver_ray import experience
 from beaver_ray.data.readers import Reader
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.judge_options import JudgeOptions
-from beaver_ray.manifest import read_rows, write_rows
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder

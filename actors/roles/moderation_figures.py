@@ -14,7 +14,7 @@ from beaver_ray.data.mixing import hold_out, load_mix, prompt_keys
 from beaver_ray.data.moderation import LabelledAnswer, ModerationReader, answers_of, check_labelled
 from beaver_ray.data.sources import BadRow, RawSample
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import plain
+from beaver_ray.json_files import plain
 from beaver_ray.method.multilabel import figures, flag_margin, shares_by, thresholds
 from beaver_ray.models.classifier import classify
 from beaver_ray.models.moderator import Settings

@@ -6,7 +6,6 @@ the labels as they are, so that runs with different options compare.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from beaver_ray.data.tokenized import STRENGTHS, Ragged
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import write_json
 from beaver_ray.method.losses import (
     aligned_positions,
     cost_model_loss,
@@ -223,4 +223,4 @@ def save_scores(trainer: Trainer, state: dict[str, Tensor], folder: Path) -> Non
     read_with = trained_with(trainer.tokenizer, trainer.config.template)
     save_score_model(model, state, folder, read_with, trainer.task.adapter)
     if trainer.concluded is not None:
-        (folder / FEATURES).write_text(json.dumps(trainer.concluded, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FEATURES, trainer.concluded)

@@ -19,6 +19,7 @@ from actors.driver.policy_stage import generator_role
 from beaver_ray.config import TextSamplingConfig
 from beaver_ray.data_options import DataSpec
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import json_line, write_rows
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, TemplatedStage
 from beaver_ray.template_options import TemplateOptions
@@ -92,7 +93,7 @@ class Generate(TemplatedStage):
         from beaver_ray.data.mixing import load_mix
         from beaver_ray.data.pairs import draw_pairs
         from beaver_ray.fit import check_there_and_fit
-        from beaver_ray.manifest import write_rows, write_stage_manifest
+        from beaver_ray.manifest import write_stage_manifest
 
         run.note(*check_there_and_fit(self))
         samples, reports = load_mix(self.prompts)
@@ -207,7 +208,6 @@ class Generate(TemplatedStage):
 
     def _key(self, policy: str, prompts: PromptDataset) -> str:
         """Equal where answers that an earlier start has left are those that this one would give."""
-        from beaver_ray.manifest import json_line
         from beaver_ray.models.folders import fingerprint
 
         part = self.model_dump(mode="json", include={"answers", "template", "seed", "debug"})

@@ -18,6 +18,7 @@ from actors.driver.policy_stage import scorer_role
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
 from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.judge_options import LabellingJudge
 from beaver_ray.options import option
 from beaver_ray.score_sources import ScorerSetting, score_source
@@ -92,7 +93,7 @@ class Label(TemplatedStage):
     def run(self, run: RunFolder) -> None:
         """Label the pairs, and deal them to train.jsonl and test.jsonl by prompt."""
         from beaver_ray.data.pairs import is_held_out, read_pairs
-        from beaver_ray.manifest import read_rows, write_rows, write_stage_manifest
+        from beaver_ray.manifest import write_stage_manifest
 
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
         judged: Judged | None = None
@@ -209,7 +210,6 @@ class Label(TemplatedStage):
         """The rows that people have labelled. UserError where the file is not there, or has labels of other pairs."""
         from beaver_ray.data.pairs import read_pairs
         from beaver_ray.labelling.export import label_bits
-        from beaver_ray.manifest import read_rows
 
         if not file.is_file():
             raise UserError(

@@ -6,7 +6,6 @@ final/multiple_choice.json has the figures with intervals, final/questions.jsonl
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from pydantic import model_validator
 
 from actors.driver.choosing import choice_role
 from beaver_ray.data_options import DataSpec
+from beaver_ray.json_files import read_json, write_json, write_rows
 from beaver_ray.judge_options import JudgeOptions, unread
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
@@ -67,7 +67,7 @@ class MultipleChoice(TemplatedStage):
         from actors.driver.truthful_answers import judge_answers
         from actors.roles.judge import REPLIES
         from beaver_ray.fit import check_there_and_fit
-        from beaver_ray.manifest import write_rows, write_stage_manifest
+        from beaver_ray.manifest import write_stage_manifest
         from beaver_ray.multiple_choice import read_questions
 
         run.note(*check_there_and_fit(self))
@@ -86,7 +86,7 @@ class MultipleChoice(TemplatedStage):
         figures, rows = Asking(self, self.policy, self.ask, self.orders).answer_all(files)
         figures |= judged
         write_rows(folder / "questions.jsonl", rows)
-        (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FIGURES, figures)
         run.log(1, {name: of["mean"] for name, of in figures.items()})
         for name, of in figures.items():
             run.note(f"{name}: {in_words(of)}")
@@ -112,7 +112,6 @@ class MultipleChoice(TemplatedStage):
 
     def _figures(self) -> dict[str, Any]:
         """Those of the finished run; none before."""
-        from beaver_ray.runs import read_json
 
         return read_json(self.folder / "final" / FIGURES) or {}
 

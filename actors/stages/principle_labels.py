@@ -7,7 +7,6 @@ gives; final/principles.json says how each principle fared, final/principles.yam
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import model_validator
 from actors.driver.choosing import choice_role
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import read_json, read_rows, write_json, write_rows
 from beaver_ray.options import near, option
 from beaver_ray.principle_judge_options import LetterJudge, PrincipleJudge
 from beaver_ray.stage import Lengths, RoleSpec, TemplatedStage
@@ -88,7 +88,6 @@ class PrincipleLabels(TemplatedStage):
         from actors.driver.principle_labels import Comparer, check_canaries
         from beaver_ray.data.pairs import read_pairs, unlabelled_samples
         from beaver_ray.fit import check_there_and_fit
-        from beaver_ray.manifest import read_rows
 
         run.note(*(check_there_and_fit(self) if self.roles() else []))
         run.rewind(0)  # figures of comparisons that are there already are logged again
@@ -122,7 +121,7 @@ class PrincipleLabels(TemplatedStage):
         run: RunFolder,
     ) -> None:
         """Everything under final/. UserError where nothing is left."""
-        from beaver_ray.manifest import write_rows, write_stage_manifest
+        from beaver_ray.manifest import write_stage_manifest
         from beaver_ray.self_align.principles import OURS
 
         figures: dict[str, Row] = {name: one.figures() for name, one in found.items()}
@@ -152,7 +151,7 @@ class PrincipleLabels(TemplatedStage):
             write_rows(folder / f"{name}.jsonl", part)
         for name, of in figures.items():
             of["dominant"] = sum(row["dominant"] == name for part in parts.values() for row in part)
-        (folder / "principles.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "principles.json", figures)
         shutil.copyfile(self.file or OURS, folder / "principles.yaml")
         run.log(run.furthest + 1, _metrics(counts, figures))
         more = [file for file in (self.world, self.file, self.canaries) if file is not None and Path(file).is_file()]
@@ -204,7 +203,6 @@ class PrincipleLabels(TemplatedStage):
 
     def headlines(self) -> list[str]:
         """Where the labelled pairs are, and how each principle fared."""
-        from beaver_ray.runs import read_json
 
         final = self.folder / "final"
         figures = read_json(final / "principles.json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from beaver_ray.json_files import read_json
 from beaver_ray.options import option
 from beaver_ray.red_team.options import RedTeamConfig
 from beaver_ray.stage import ModelUse, RoleSpec
@@ -47,7 +48,6 @@ class RedTeam(RedTeamConfig):
     def headlines(self) -> list[str]:
         """What came of it, and where the prompts are."""
         from beaver_ray.report.red_team import FILE, headline
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         if figures is None:
@@ -70,7 +70,6 @@ class RedTeam(RedTeamConfig):
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What red_team.json says."""
         from beaver_ray.report.red_team import FILE, cards
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from beaver_ray.json_files import read_json
 from beaver_ray.options import option
 from beaver_ray.self_align.options import SelfInstructConfig
 from beaver_ray.stage import RoleSpec
@@ -41,7 +42,6 @@ class SelfInstruct(SelfInstructConfig):
     def headlines(self) -> list[str]:
         """How many there are, and where."""
         from beaver_ray.report.self_align import FILE, headline
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         where = self.folder / "final" / "instructions.jsonl"
@@ -56,6 +56,5 @@ class SelfInstruct(SelfInstructConfig):
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """How many of each sort, and how many lines people wrote for them."""
         from beaver_ray.report.self_align import FILE, cards
-        from beaver_ray.runs import read_json
 
         return cards(read_json(self.folder / FILE))

@@ -15,6 +15,7 @@ from pydantic import model_validator
 from actors.driver.trainer_stage import TrainerStage
 from beaver_ray.config import RankingConfig
 from beaver_ray.data_options import DataEntry
+from beaver_ray.json_files import read_json, write_rows
 from beaver_ray.options import option
 from beaver_ray.stage import RoleSpec
 
@@ -74,7 +75,7 @@ class Strength(RankingConfig, TrainerStage):
         from actors.driver.ensemble import gather, train_members
         from beaver_ray.data.strength import published_row, strength_row
         from beaver_ray.fit import check_there_and_fit
-        from beaver_ray.manifest import write_rows, write_stage_manifest
+        from beaver_ray.manifest import write_stage_manifest
         from beaver_ray.method.noise import strength
         from beaver_ray.report.strength import StrengthReport, remarks
 
@@ -140,7 +141,6 @@ class Strength(RankingConfig, TrainerStage):
 
         from actors.stages.reward_model import RewardModel
         from beaver_ray.data.strength import folds, plain_row
-        from beaver_ray.manifest import write_rows
 
         plain = [plain_row(sample, first) for sample, first in zip(samples, preferred_N.tolist(), strict=True)]
         everything = np.arange(len(samples))
@@ -183,7 +183,6 @@ class Strength(RankingConfig, TrainerStage):
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What strength.json says."""
         from beaver_ray.report.strength import FILE, cards
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)
@@ -191,7 +190,6 @@ class Strength(RankingConfig, TrainerStage):
     def headlines(self) -> list[str]:
         """Where the pairs are, and what came of them."""
         from beaver_ray.report.strength import FILE, headline
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         if figures is None:

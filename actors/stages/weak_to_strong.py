@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from actors.driver.trainer_stage import TrainerStage
+from beaver_ray.json_files import read_json
 from beaver_ray.moderation_options import Reads
 from beaver_ray.options import option
 from beaver_ray.stage import Lengths, ModelUse, RoleSpec, Training
@@ -187,7 +188,6 @@ class WeakToStrong(TrainerStage):
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
         """What weak_to_strong.json says."""
         from beaver_ray.report.weak_to_strong import FILE, cards
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else cards(figures)
@@ -195,7 +195,6 @@ class WeakToStrong(TrainerStage):
     def headlines(self) -> list[str]:
         """What the students recover, and where that is shown."""
         from beaver_ray.report.weak_to_strong import FILE, remarks
-        from beaver_ray.runs import read_json
 
         figures = read_json(self.folder / FILE)
         return [] if figures is None else [*remarks(figures), f"page: {self.folder / 'weak_to_strong.html'}"]

@@ -19,7 +19,7 @@ from beaver_ray.arena.turns import next_turns
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample, is_whole
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 
 Asked = tuple[str | None, tuple[str, ...]]
 """A system text, None where a line has none, and the turns of a prompt."""

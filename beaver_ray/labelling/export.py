@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from beaver_ray.data.pairs import LABELS, OTHER_LABELS, Row, pair_id, read_pairs, unlabelled_samples
 from beaver_ray.data.sources import BadRow
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.manifest import file_hash, read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
+from beaver_ray.manifest import file_hash
 
 EXPORT = "export.json"
 QUESTIONS = {

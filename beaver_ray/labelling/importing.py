@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from beaver_ray.data.pairs import Row
 from beaver_ray.data.sources import FLAGS
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.labelling.agreement import cohen_kappa, fleiss_kappa
 from beaver_ray.labelling.export import CHOICES, QUESTIONS, TEXTS, Export, blank_row, broken, consistent, digest
-from beaver_ray.manifest import read_rows, write_rows
 
 Votes = dict[str, dict[str, dict[str, int]]]
 """Annotator, id of a pair, question: 0 or 1."""

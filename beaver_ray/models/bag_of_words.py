@@ -7,7 +7,6 @@ as a function: python:beaver_ray/rules/bag_of_words.py:score(model='FOLDER').
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +21,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit
 
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.json_files import write_json
 
 FILE = "bag_of_words.json"
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -60,7 +60,7 @@ class BagOfWords:
         """Write bag_of_words.json."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {"question": dict(self.question), "answer": dict(self.answer), "bias": self.bias}
-        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FILE, content)
 
     @classmethod
     def read(cls, folder: Path) -> BagOfWords:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from beaver_ray.data.tokenized import same_tokenizer
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.json_files import write_json
 from beaver_ray.models.chat import ChatFolder
 from beaver_ray.models.folders import (
     MERGED_FROM,
@@ -160,4 +161,4 @@ def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         (folder / f"{number}.part").rename(folder / name)
     weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from beaver_ray.evaluation import mean_interval
+from beaver_ray.json_files import write_json
 from beaver_ray.method.feasibility import KEPT, Outcome, Study
 from beaver_ray.report.charts import Card, Chart, Panel, Series
 from beaver_ray.report.page import svg, templates
@@ -202,9 +202,7 @@ class Feasibility:
 
 def write_feasibility(found: Feasibility) -> None:
     """Write feasibility.json and feasibility.html, which opens offline, into its folder."""
-    found.folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found.figures(), indent=2, allow_nan=False) + "\n"
-    (found.folder / "feasibility.json").write_text(text, encoding="utf-8")
+    write_json(found.folder / "feasibility.json", found.figures())
     page = (
         templates()
         .get_template("feasibility.html.j2")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from beaver_ray.json_files import write_json
 from beaver_ray.red_team.choosing import Choice
 from beaver_ray.report.charts import Card, State
 from beaver_ray.report.page import templates
@@ -18,7 +18,7 @@ SHOWN = 24
 
 def write_page(folder: Path, name: str, figures: Mapping[str, Any], choice: Choice) -> None:
     """Write red_team.json and red_team.html into a run's folder."""
-    (folder / FILE).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / FILE, figures)
     step = max(1, len(choice.kept) // SHOWN)
     examples = [
         {

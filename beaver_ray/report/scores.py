@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from beaver_ray.feature_figures import PairFeatures
+from beaver_ray.json_files import write_json
 from beaver_ray.report.charts import Card, Chart, Panel, Series, drawable
 from beaver_ray.report.features import feature_pictures
 from beaver_ray.report.markdown import markdown_table
@@ -168,7 +168,7 @@ class ScoreReport:
         """Write scores.json, scores.csv, scores.md and scores.html."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"scores.{end}" for end in ("json", "csv", "md", "html")]
-        paths[0].write_text(json.dumps(self.tree(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(paths[0], self.tree())
         rows = self.figures()
         with paths[1].open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

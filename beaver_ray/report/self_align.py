@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beaver_ray.json_files import write_json
 from beaver_ray.report.charts import Card, Chart, Panel, Series, drawable
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ FILE = "self_align.json"
 
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     """Write self_align.json into a run's folder."""
-    (folder / FILE).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / FILE, figures)
 
 
 def headline(figures: Mapping[str, Any]) -> str:

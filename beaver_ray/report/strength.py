@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.sources import RawSample
+from beaver_ray.json_files import write_json
 from beaver_ray.method.noise import detection, quantiles, u_shape
 from beaver_ray.report.charts import Card, Chart, Panel, Series, State
 from beaver_ray.report.page import svg, templates
@@ -65,7 +65,7 @@ class StrengthReport:
     def write(self, folder: Path) -> dict[str, Any]:
         """Write strength.json, whose content it returns, and strength.html."""
         figures = self.figures()
-        (folder / FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FILE, figures)
         order = np.argsort(self.mean_N, kind="stable")
         page = (
             templates()

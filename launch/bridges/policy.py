@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import write_lines
+from beaver_ray.json_files import read_json, write_json
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.models.folders import fingerprint
-from beaver_ray.runs import read_evaluation, read_json
+from beaver_ray.runs import read_evaluation
 
 TaskScores = dict[str, Any]
 """version and n of a task, and its `scores`: {"value", "stderr"} by figure; stderr is None where there is none."""
@@ -44,7 +43,7 @@ class Policy:
             asked["adapter"] = str(self.where.adapter)
         bridges = known.setdefault("bridges", {})
         bridges[program] = bridges.get(program, {}) | {name: scores | asked for name, scores in tasks.items()}
-        write_lines(path, [json.dumps(known, indent=2, allow_nan=False) + "\n"])
+        write_json(path, known)
         for name, found in tasks.items():
             figures = ", ".join(f"{figure} {_figure(score)}" for figure, score in found["scores"].items())
             print(f"{name} (version {found['version']}, {found['n']} samples): {figures or 'no figures'}")

@@ -23,7 +23,7 @@ from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.arena.turns import by_turn, next_turns, places
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import write_rows
+from beaver_ray.json_files import write_rows
 from beaver_ray.report.arena import Shown, write_page
 from launch.arena import arena_config
 

@@ -20,9 +20,9 @@ from actors.stages.label import Label
 from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import read_source
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.labelling.export import QUESTIONS, Export, digest, export_pairs
 from beaver_ray.labelling.importing import Agreement, import_labels, read_votes
-from beaver_ray.manifest import read_rows, write_rows
 from launch.__main__ import main
 from tests.fuzzing import accepted, mutated
 

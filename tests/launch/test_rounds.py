@@ -14,7 +14,8 @@ import yaml
 
 from actors.stages.label import Label
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import RoundManifest, read_rows
+from beaver_ray.json_files import read_rows
+from beaver_ray.manifest import RoundManifest
 from beaver_ray.runs import RunFolder
 from beaver_ray.yaml_files import interpolate
 from launch.config_files import load_pipeline

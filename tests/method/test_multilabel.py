@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from beaver_ray.manifest import plain
+from beaver_ray.json_files import plain
 from beaver_ray.method.losses import masked_label_loss
 from beaver_ray.method.multilabel import (
     HIGHEST,

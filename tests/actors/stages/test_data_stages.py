@@ -14,7 +14,7 @@ from actors.driver.train import train
 from actors.stages.generate import Generate
 from actors.stages.label import Label
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.report.page import write_report
 from tests.actors.support import LiteralScoreModel, disturb_folder, spoilt

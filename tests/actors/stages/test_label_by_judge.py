@@ -11,7 +11,7 @@ import yaml
 
 from actors.roles.judge import HELLO
 from beaver_ray.data.pairs import read_pairs
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from launch.__main__ import main
 from tests.actors.judging_service import judging

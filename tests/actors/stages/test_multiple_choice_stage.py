@@ -16,7 +16,7 @@ from actors.roles.judge import HELLO
 from actors.stages import stages
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.multiple_choice import LISTED, read_questions
 from beaver_ray.report.page import write_report

@@ -19,7 +19,7 @@ from actors.stages import stages
 from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.models.letters import LetterReader
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.score_sources import ALLOWED_HOSTS

@@ -14,7 +14,7 @@ from actors.driver.train import train
 from actors.stages.red_team import RedTeam
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.red_team.choosing import Seeds
 from beaver_ray.report.page import write_report
 from beaver_ray.runs import RunFolder

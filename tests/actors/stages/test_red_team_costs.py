@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from actors.driver.red_team import Asked, Team
 from actors.driver.train import train
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows
+from beaver_ray.json_files import read_rows
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import read_settings
 from beaver_ray.red_team.choosing import Seeds

@@ -20,7 +20,7 @@ from actors.stages.self_instruct import SelfInstruct
 from beaver_ray.data.mixing import load_mix
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.report.page import write_report
 from beaver_ray.score_sources import ALLOWED_HOSTS
 from beaver_ray.self_align.answering import Sieve

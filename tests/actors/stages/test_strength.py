@@ -23,7 +23,8 @@ from actors.stages.strength import Strength
 from beaver_ray.data.sources import find_source
 from beaver_ray.data.strength import folds, published_row, strength_row
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import file_hash, read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
+from beaver_ray.manifest import file_hash
 from beaver_ray.report.page import write_report
 from tests.actors.stages.test_supervised import config_of, rows_of, trainer_of
 

@@ -15,7 +15,7 @@ from actors.driver.train import train
 from actors.roles.soft_training import all_logits
 from actors.stages.weak_to_strong import WeakToStrong
 from beaver_ray.errors import UserError
-from beaver_ray.manifest import read_rows, write_rows
+from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.models.loading import load_policy
 from beaver_ray.models.moderator import Moderator
 from beaver_ray.models.score import load_score_model

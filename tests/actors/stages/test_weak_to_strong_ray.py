@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from actors.driver.train import train
-from beaver_ray.manifest import write_lines
+from beaver_ray.json_files import write_lines
 from tests.actors.stages.test_weak_to_strong import stage_of
 
 pytestmark = pytest.mark.cluster
