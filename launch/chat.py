@@ -22,13 +22,13 @@ from rich.text import Text
 
 from actors.driver.judged_policy import judged_policy
 from beaver_ray import experience
-from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.readers import Reader
 from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.models.chat import Answer, ChatFolder, ChatModel, Sampling
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator
+from beaver_ray.origins import run_of, template_of
 from beaver_ray.rejection import REFUSAL, RejectionFigures, sample_unflagged
 from launch.score_options import named, short_names, source
 

@@ -20,7 +20,6 @@ from actors.driver.rollouts import Rollouts
 from beaver_ray import experience
 from beaver_ray.arena.finished import Answered, Said, dialogues_about
 from beaver_ray.arena.options import ArenaConfig
-from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.arena.safety import STOOD_FIRM
 from beaver_ray.arena.turns import next_turns
 from beaver_ray.data.mixing import load_mix, prompt_key
@@ -31,6 +30,7 @@ from beaver_ray.errors import UserError
 from beaver_ray.models.chat import ChatFolder
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.origins import run_of, template_of
 from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.world import SmallWorld
 

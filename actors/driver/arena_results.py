@@ -12,12 +12,12 @@ from actors.driver.arena import Held, groups
 from actors.driver.arena_asking import find_contenders, harmful_and_benign
 from beaver_ray.arena.figures import Entrant, Match, figures
 from beaver_ray.arena.options import ArenaConfig
-from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.arena.tables import tables_of, write_tables
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data_options import data_label
 from beaver_ray.json_files import write_json, write_rows
 from beaver_ray.models.folders import merged_from
+from beaver_ray.origins import identity, trained_against
 from beaver_ray.report.arena import Shown, write_page
 from beaver_ray.score_sources import score_source
 from beaver_ray.small_world.judging import question

@@ -17,7 +17,6 @@ from actors.driver.rollouts import Rollouts, Score
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import ScorerBase, judge_column
 from beaver_ray import experience
-from beaver_ray.arena.origins import identity, trained_against
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.readers import Dialogues, Reader
 from beaver_ray.data.scopes import in_words
@@ -28,6 +27,7 @@ from beaver_ray.evaluation import Samples, mean_interval, summarize
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.json_files import write_json
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.origins import identity, trained_against
 from beaver_ray.policy_options import PolicyConfig
 from beaver_ray.reliability import compare
 from beaver_ray.rules.refusals import is_refusal

@@ -6,16 +6,15 @@ import ast
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
+from beaver_ray.origins import runs_behind
 from beaver_ray.spelling import alike
 from beaver_ray.user_code import PREFIX, UserCode
-from beaver_ray.yaml_files import read_yaml
 
 
 @dataclass
@@ -72,26 +71,12 @@ def _wording(sample: RawSample) -> tuple[str, ...]:
 def _runs(config: Mapping[str, Any], policy: str, unchecked: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The configuration itself, under no name, and those of the runs whose models it builds on, by their folders."""
     yield "", config
-    folders, known = [policy, *_models(config)], set[str]()
-    while folders:
-        folder = folders.pop(0)
-        if folder in known:
-            continue
-        known.add(folder)
-        run = _run_of(Path(folder))
-        if run is None:
-            unchecked.append(f"what {folder} was trained on: no run lies around it")
-        elif str(run) not in known:
-            known.add(str(run))
-            tree = read_yaml(run / "config.yaml")
-            yield str(run), tree
-            folders += _models(tree)
 
+    def unknown(folder: str) -> None:
+        unchecked.append(f"what {folder} was trained on: no run lies around it")
 
-def _run_of(folder: Path) -> Path | None:
-    """The run that a model's folder is of: RUN/final/policy, or RUN/checkpoints/step_20/policy."""
-    runs = [above for above in (folder.parent.parent, folder.parent.parent.parent) if (above / "config.yaml").is_file()]
-    return runs[0] if runs else None
+    for home, tree in runs_behind([policy, *_models(config)], _models, unknown):
+        yield str(home), tree
 
 
 def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:

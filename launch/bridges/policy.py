@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beaver_ray.arena.origins import run_of, template_of
 from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError
 from beaver_ray.json_files import read_json, write_json
 from beaver_ray.models.chat import ChatFolder, ChatModel, Sampling
 from beaver_ray.models.folders import fingerprint
+from beaver_ray.origins import run_of, template_of
 from beaver_ray.runs import read_evaluation
 
 TaskScores = dict[str, Any]

@@ -1,9 +1,9 @@
-"""Where a policy comes from, as far as folders say: how it was asked, and who judged what it has learned."""
+"""Where a model comes from, as far as folders say: the runs behind it, how it was asked, who judged what it learned."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,46 @@ from beaver_ray.yaml_files import read_yaml, validated
 
 
 def run_of(place: str) -> dict[str, Any]:
-    """The configuration of the run that a folder is, or is the final policy of; empty where there is none."""
-    home = _home(place)
+    """The configuration of the run that `home_of` finds; empty where there is none."""
+    home = home_of(place)
     return {} if home is None else read_yaml(home / "config.yaml")
 
 
-def _home(place: str) -> Path | None:
-    """The folder of the run that a folder is, or is the final policy of."""
+def home_of(place: str) -> Path | None:
+    """The folder of the run that a place is, or is of: RUN, RUN/final/policy, RUN/checkpoints/step_20/policy."""
     folder = Path(place)
-    for home in (folder, folder.parent.parent):
-        if (home / "config.yaml").is_file() and (home == folder or folder.parent.name == "final"):
-            return home
-    return None
+    homes = [folder]
+    homes += [folder.parent.parent] if folder.parent.name == "final" else []
+    homes += [folder.parent.parent.parent] if folder.parent.parent.name == "checkpoints" else []
+    return next((home for home in homes if (home / "config.yaml").is_file()), None)
+
+
+def runs_behind(
+    places: Iterable[str], built_on: Callable[[Mapping[str, Any]], Iterable[Any]], unknown: Callable[[str], None]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The runs that these models or files are of, and the runs before those, each once: folder and configuration.
+
+    built_on: what a run was made from (folders, files, guards), by its configuration. Of a merge the runs of all its
+    policies follow. A workspace that has moved since is found: what lay in it then is looked for beside the run now.
+    unknown: told each place around which no run lies.
+    """
+    left, seen, homes = list(places), set[str](), set[Path]()
+    while left:
+        place = left.pop(0)
+        if place in seen:
+            continue
+        seen.add(place)
+        home = home_of(place)
+        merged = merged_from(place) + ([] if home is None else merged_from(str(home / "final" / "policy")))
+        left += [folder for folder, _ in merged]
+        if home is None:
+            if not merged:
+                unknown(place)
+        elif home not in homes:
+            homes.add(home)
+            run = read_yaml(home / "config.yaml")
+            yield home, run
+            left += [where_now(source, home, run) for source in built_on(run)]
 
 
 def template_of(run: Mapping[str, Any]) -> TemplateOptions:
@@ -39,21 +67,11 @@ def trained_against(place: str) -> set[str]:
     """Who judged what this policy has learned, or what stands in this file of answers: `identity` of each.
 
     That is who scored answers in its run; in the runs whose policy it began with, or whose answers or labels it was
-    taught; and of a merge, in those of both policies. A workspace that has moved since is found: what lay in it then is
-    looked for beside the run now.
+    taught (`runs_behind`).
     """
     judges: set[str] = set()
-    seen: set[str] = set()
-    left = [place]
-    while left:
-        place = left.pop()
-        if place not in seen:
-            seen.add(place)
-            home, run = _home(place), run_of(place)
-            judges |= {_where_now(source, home, run) for source in _judges(run)}
-            left += [_where_now(earlier, home, run) for earlier in _earlier(run)]
-            policy = os.path.join(place, "final", "policy")
-            left += [folder for folder, _ in merged_from(place) + merged_from(policy)]
+    for home, run in runs_behind([place], _earlier, unknown=lambda place: None):
+        judges |= {where_now(source, home, run) for source in _judges(run)}
     return {identity(judge) for judge in judges}
 
 
@@ -76,13 +94,13 @@ def _earlier(run: Mapping[str, Any]) -> list[str]:
     return [str(path) for path in (start, *paths) if path is not None]
 
 
-def _where_now(source: Any, home: Path | None, run: Mapping[str, Any]) -> str:
+def where_now(source: Any, home: Path, run: Mapping[str, Any]) -> str:
     """A file, or a source's folder, where it lies now; or its text."""
     text = str(source.get("folder") if isinstance(source, Mapping) else source)
     then = Path(str(run.get("workspace"))) / str(run.get("name"))
-    if home is None or os.path.exists(text):
+    if os.path.exists(text):
         return text
-    moved = os.path.join(home, os.path.relpath(text, then))
+    moved = os.path.normpath(os.path.join(home, os.path.relpath(text, then)))
     return moved if os.path.exists(moved) else text
 
 
