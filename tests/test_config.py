@@ -141,6 +141,7 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
     for text in ("23", "1.10", "007", "true", "1e3", "0x10", "-5"):
         assert safe_ppo(f"name={text}").name == text
         assert safe_ppo(f"constraints.harm.model={text}").constraints[0].model == text
+        assert safe_ppo(f"models.reward={text}").models.reward == text
     assert safe_ppo("cluster.placement.policy.group=3").cluster.of("policy").group == "3"
     # In a file " #" begins a comment, on a command line nobody means one.
     assert safe_ppo("name=run #3").name == "run #3" and safe_ppo("name='run' # 3").name == "run"

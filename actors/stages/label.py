@@ -17,7 +17,7 @@ from pydantic import model_validator
 from actors.driver.policy_stage import scorer_role
 from beaver_ray.data_options import DataEntry, DataSpec
 from beaver_ray.errors import UserError
-from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.guard_options import PerhapsModelOfScores
 from beaver_ray.json_files import read_rows, write_rows
 from beaver_ray.judge_options import LabellingJudge
 from beaver_ray.options import option
@@ -44,10 +44,10 @@ class Label(TemplatedStage):
 
     stage: Literal["label"] = option("Label pairs of answers.")
     pairs: str = option("File of pairs (prompt, response_0, response_1), as stage generate writes them.")
-    reward: ModelOfScores | None = option(
+    reward: PerhapsModelOfScores = option(
         "What says which answer is better: any source that models.reward may be.", None
     )
-    cost: ModelOfScores | None = option("What says which is safer, and above 0 that one is unsafe.", None)
+    cost: PerhapsModelOfScores = option("What says which is safer, and above 0 that one is unsafe.", None)
     policy: str | None = option("Folder of a model that answered, in whose tokens scorers are handed answers.", None)
     world: str | None = option("Instead: world.json of a small world, whose truth labels.", None)
     people: str | None = option("Instead: labels that beaver-ray label import has written.", None)

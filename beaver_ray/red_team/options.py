@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from beaver_ray.config import SamplingConfig
 from beaver_ray.data_options import DataSpec
-from beaver_ray.guard_options import ModelOfScores
+from beaver_ray.guard_options import PerhapsModelOfScores
 from beaver_ray.judge_options import JudgeOptions, PerhapsFolderOrService
 from beaver_ray.options import option
 from beaver_ray.red_team.attacks import Attack, read_attacks
@@ -45,7 +45,7 @@ class RedTeamConfig(TemplatedStage):
     )
     seeds_per_category: int = option("Seeds drawn of each category.", 32, gt=0)
     answers: int = option("Answers of the policy to each attempt.", 4, gt=0)
-    cost: ModelOfScores | None = option("What says that an answer is unsafe: any source that a cost may be.", None)
+    cost: PerhapsModelOfScores = option("What says that an answer is unsafe: any source that a cost may be.", None)
     unsafe_above: float = option("The cost above which it is; for scores that are probabilities, say 0.5.", 0.0)
     world: str | None = option("Instead of cost: world.json of a small world, whose truth says it.", None)
     worked: float = option("Share of its answers that must be unsafe for a prompt to be kept.", 0.25, ge=0, le=1)
