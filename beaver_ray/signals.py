@@ -100,7 +100,9 @@ def scorers(config: PolicyConfig) -> list[ScorerPlan]:
 
 
 def held_out_judges(config: PolicyConfig) -> list[ScorerPlan]:
-    """The scorers of held-out answers alone: one of a reward, and one for each constraint that has one.
+    """The scorers of held-out answers alone: of a reward, and of each constraint that has one.
+
+    Judges of one model share a scorer, as in `scorer_plans`; a function is asked for one signal at a time.
 
     Raises UserError where a folder has no head of that kind.
     """
@@ -110,7 +112,9 @@ def held_out_judges(config: PolicyConfig) -> list[ScorerPlan]:
         for signal, judge in judges.items()
         if judge is not None
     ]
-    return [replace(plan, kind="judge") for plan in plans]
+    functions = [plan for plan in plans if plan.source.names_signals]
+    models = _shared([plan for plan in plans if not plan.source.names_signals])
+    return [replace(plan, kind="judge") for plan in models + functions]
 
 
 def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> list[ScorerPlan]:
@@ -122,19 +126,25 @@ def scorer_plans(reward: ModelOfScores, costs: Mapping[str, ModelOfScores]) -> l
     Raises UserError where none of several heads is the signal's.
     """
     plans = [scorer_plan("reward", "reward", "reward", reward)]
-    for name, model in costs.items():
-        plan = scorer_plan(name, f"cost-{name}", "cost", model)
-        same = next((p for p in plans if p.source.shared == plan.source.shared), None)
+    return _shared(plans + [scorer_plan(name, f"cost-{name}", "cost", model) for name, model in costs.items()])
+
+
+def _shared(plans: Sequence[ScorerPlan]) -> list[ScorerPlan]:
+    """These plans of one signal each, those of a source that can give several under the name of the first."""
+    found: list[ScorerPlan] = []
+    for plan in plans:
+        (column,) = plan.columns
+        same = next((p for p in found if p.source.shared == plan.source.shared), None)
         if same is not None and plan.source.names_signals:
-            same.columns[f"cost/{name}"] = len(same.columns)
+            same.columns[column] = len(same.columns)
         elif isinstance(plan.source, GroupedSource) and same is not None:
             assert isinstance(same.source, GroupedSource)
-            same.columns[f"cost/{name}"] = same.source.join(plan.source)
+            same.columns[column] = same.source.join(plan.source)
         elif same is not None and (isinstance(plan.source, GuardSource) or len(head_names(plan.source.text)) > 1):
             same.columns.update(plan.columns)
         else:
-            plans.append(plan)
-    return plans
+            found.append(plan)
+    return found
 
 
 def critics(config: PolicyConfig) -> list[CriticPlan]:

@@ -11,7 +11,7 @@ import pytest
 from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
 from beaver_ray.errors import UserError
-from beaver_ray.signals import CriticPlan, critics, head_names, head_of, scorers
+from beaver_ray.signals import CriticPlan, critics, head_names, head_of, held_out_judges, scorers
 
 
 def folder(path: Path, *heads: str) -> str:
@@ -20,7 +20,7 @@ def folder(path: Path, *heads: str) -> str:
     return str(path)
 
 
-def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "safe_ppo") -> PolicyStage:
+def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "safe_ppo", **more: Any) -> PolicyStage:
     tree = {
         "stage": stage,
         "name": "run",
@@ -28,6 +28,7 @@ def config(models: dict[str, Any], *constraints: dict[str, Any], stage: str = "s
         "models": {"policy": "policy", **models},
         "constraints": [{"limit": 0.0, **constraint} for constraint in constraints],
         "data": {"prompts": ["p"]},
+        **more,
     }
     return stages()[tree["stage"]].model_validate(tree)
 
@@ -61,6 +62,24 @@ def test_folders_with_several_heads_are_read_once(tmp_path: Path) -> None:
     # A reward is normalised otherwise than a cost: one head is not both.
     same = config({"reward": one}, {"name": "harm", "model": one})
     assert [plan.columns for plan in scorers(same)] == [{"reward": 0}, {"cost/harm": 0}]
+
+
+def test_judges_of_one_model_are_read_once(tmp_path: Path) -> None:
+    """A guard that judges two constraints, as its signal and as another; a function is asked by each for itself."""
+    one, guard = folder(tmp_path / "one"), {"folder": "org/guard", "guard": "wildguard"}
+    words = "python:rules.py:words"
+    judges = {"harm": guard, "long": words, "refusal": guard | {"signal": "refusal"}, "short": words}
+    bound = {"model": one, "limit": None, "violation_rate": 0.1, "calibration": ["PKU-SafeRLHF"]}
+    constraints = [{"name": name, "judge": judge, **bound} for name, judge in judges.items()]
+    run = config({"reward": one}, *constraints, evaluation={"prompts": ["p"]})
+    found = [(plan.name, plan.kind, list(plan.columns)) for plan in held_out_judges(run)]
+    assert found == [
+        ("held-out-judge-harm", "judge", ["cost/harm", "cost/refusal"]),
+        ("held-out-judge-long", "judge", ["cost/long"]),
+        ("held-out-judge-short", "judge", ["cost/short"]),
+    ]
+    harm, refusal = held_out_judges(run)[0].columns.values()
+    assert harm != refusal
 
 
 def test_a_missing_head_is_named(tmp_path: Path) -> None:

@@ -298,8 +298,8 @@ class HeldOut:
         """Those scores of finished sequences that are read; log-probs are not asked for."""
         plans = [plan for plan in scorers(self.config) if plan.columns.keys() & set(columns)]
         scores = [roles.scorers[plan.name].next().call(ScorerBase.score, chunk) for plan in plans]
-        judges = [roles.judges[role] for column, role in self.judge_roles.items() if column in columns]
-        return scores + [judge.next().call(ScorerBase.judge, chunk) for judge in judges]
+        judges = {role for column, role in self.judge_roles.items() if column in columns}
+        return scores + [roles.judges[role].next().call(ScorerBase.judge, chunk) for role in sorted(judges)]
 
     def _scores(self) -> list[str]:
         """Columns of scores that figures are made of: those that the truth does not say."""
