@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
+import regex
+
 from beaver_ray.rules.thoughts import without_thoughts
 
 LONGEST = 1_000_000  # characters; a longer answer counts as none of the form
+SEARCH = 1.0
+"""Seconds that a regular expression of a schema may take; an answer on which one takes longer does not fit."""
 
 _FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*(?:json)?[^\S\n]*\n", re.IGNORECASE)
 
@@ -29,7 +33,8 @@ def valid_json(
     keys: it must be an object that has them. fenced: it may stand in one block of ``` or ~~~ with nothing around it.
     schema: the rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
 
-    NaN and Infinity are no JSON. Raises ValueError for what is no schema; a schema may refer to its own parts alone.
+    NaN and Infinity are no JSON. An answer on which a pattern of the schema takes longer than a second does not fit.
+    Raises ValueError for what is no schema; a schema may refer to its own parts alone.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys must be a list of texts, not {keys!r:.100}")
@@ -58,7 +63,7 @@ def _fits(response: str, keys: Sequence[str], fenced: bool, check: Any) -> bool:
 
     try:
         return bool(check.is_valid(value))
-    except RecursionError:
+    except (RecursionError, TimeoutError):
         return False
     except Unresolvable as error:  # found only by a value that comes there
         raise ValueError(f"the row's schema is no JSON schema: its $ref leads nowhere: {error!s:.200}") from None
@@ -78,8 +83,8 @@ def _validator(schema: Any) -> Any:
     except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
         said = getattr(error, "message", None) or error
         raise ValueError(f"the row's schema is no JSON schema: {said}") from None
-    if "multipleOf" in kind.VALIDATORS:
-        kind = jsonschema.validators.extend(kind, {"multipleOf": _multiple_of})
+    own = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
+    kind = jsonschema.validators.extend(kind, {name: check for name, check in own.items() if name in kind.VALIDATORS})
     return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
 
 
@@ -92,6 +97,25 @@ def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterat
     infinite = isinstance(value, float) and not math.isfinite(value)  # 1e999
     if infinite or Fraction(str(value)) % Fraction(str(step)):
         yield jsonschema.ValidationError(f"{value} is not a multiple of {step}")
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Exception]:
+    import jsonschema
+
+    if validator.is_type(value, "string") and not _found(pattern, value):
+        yield jsonschema.ValidationError(f"{pattern} is not found")
+
+
+def _pattern_properties(validator: Any, parts: Any, value: Any, schema: Any) -> Iterator[Exception]:
+    for pattern, part in parts.items() if validator.is_type(value, "object") else ():
+        for key in value:
+            if _found(pattern, key):
+                yield from validator.descend(value[key], part, path=key, schema_path=pattern)
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether a schema's regular expression is found in a text. Raises TimeoutError."""
+    return regex.search(pattern, text, timeout=SEARCH) is not None
 
 
 def _no_json(name: str) -> Any:

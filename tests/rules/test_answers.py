@@ -453,7 +453,14 @@ def test_json() -> None:
     answers = ['{"n": 3}', "[]", "17", '{"n": "3"}']
     assert valid_json(["p"] * 4, answers, schema=schemas) == [1.0, 1.0, 1.0, 0.0]
     assert valid_json(["p"] * 3, ["1"] * 3, schema=["", " ", '{"type": "string"}']) == [1.0, 1.0, 0.0]
-    for wrong in ({"type": 3}, "{", 5, {"$schema": 5}):
+    slow = "^(a|a)+$"  # of a text that does not end in a, two to the power of its length
+    patterns = [{"pattern": slow}, {"pattern": slow}, {"patternProperties": {slow: {"type": "string"}}}]
+    assert valid_json(["p"] * 3, ['"aa"', f'"{"a" * 40}!"', f'{{"{"a" * 40}!": 1}}'], schema=patterns) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
+    for wrong in ({"type": 3}, "{", 5, {"$schema": 5}, {"pattern": "("}):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])
     for ref in ("#/$defs/x", "#x", "http://127.0.0.1:9/x"):
