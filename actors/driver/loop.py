@@ -27,6 +27,7 @@ from beaver_ray.hacking import Watch
 from beaver_ray.method.calibration import Calibration
 from beaver_ray.method.confidence import safety_margin
 from beaver_ray.method.divergence import PERSISTS, bounded_cost
+from beaver_ray.method.forms import make_form
 from beaver_ray.method.history import Moments, Unit
 from beaver_ray.method.multipliers import Multiplier
 from beaver_ray.method.objective import BoundedCosts
@@ -211,7 +212,8 @@ def combine_experience(
         if constraint.confidence is not None:
             compared = multiplier.compared(given, prompts)
             calibration, hit = calibrations.get(f"cost/{name}"), costs[name].hit
-            margin = safety_margin(*compared, constraint.confidence, calibration, hit)
+            scale = make_form(constraint.form, config.rollout.samples_per_prompt).scale
+            margin = safety_margin(*compared, constraint.confidence, calibration, hit, scale)
             if math.isfinite(margin):
                 stats[f"cost/{name}/margin"], bound = margin, bound - margin
             else:

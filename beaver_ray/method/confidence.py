@@ -18,6 +18,7 @@ def safety_margin(
     confidence: float,
     calibration: Calibration | None = None,
     hit: float | None = None,
+    scale: float = 1.0,
 ) -> float:
     """What is taken off the bound of a mean that is estimated by E `costs_E`: in their units, 0 or more.
 
@@ -36,13 +37,16 @@ def safety_margin(
     t is too sure of a small one: from a step without an unsafe answer it would conclude that there are none. The bound
     is Clopper and Pearson's instead, of an effective number of answers between G and E: as many independent ones as
     would have this error, and fewer where it is estimated from few prompts (Korn and Graubard 1998).
+
+    ``scale``: how many times an answer's cost may count in this mean (`Form.scale`). The calibration's error is that of
+    all answers together; all of it may lie in the worst, of which `cvar` and `worst_of_k` have the mean.
     """
     if hit is None:
         margin = mean_bound(costs_E, prompts_E, confidence)
     else:
         margin = hit * share_bound(costs_E / hit, prompts_E, confidence)
     if calibration is not None:
-        margin += _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
+        margin += scale * _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
     return margin
 
 

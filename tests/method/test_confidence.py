@@ -20,6 +20,9 @@ def test_by_hand():
     calibration = Calibration(1.0, 0.0, 10, 1.0, 1.0, 0.0, residual_std=0.3)
     more = safety_margin(costs, prompts, 0.9, calibration)
     assert more == pytest.approx(1.638 + 1.383 * 0.3 / math.sqrt(10), abs=1e-3)
+    # Where the worst tenth is bounded, all of the calibration's error may lie there.
+    worst = safety_margin(costs, prompts, 0.9, calibration, scale=10.0)
+    assert worst == pytest.approx(1.638 + 10 * 1.383 * 0.3 / math.sqrt(10), abs=1e-2)
     # Two answers to each of four prompts, alike: as of one answer to each.
     assert safety_margin(np.repeat(costs, 2), np.repeat(prompts, 2), 0.9) == pytest.approx(1.638, abs=1e-3)
 
