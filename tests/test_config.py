@@ -356,6 +356,20 @@ def test_pipeline(tmp_path: Path) -> None:
     assert (ppo.steps, ppo.models.policy) == (20, "v/sft/final/policy")
 
 
+def test_pipelines_that_share_a_run_configure_it_alike() -> None:
+    """A finished run of other settings would be refused: `make train` leaves what the others of its workspace begin
+    with."""
+    made: dict[Path, tuple[Path, Any]] = {}
+    shared = 0
+    for file in sorted(Path("configs").rglob("*.yaml")):
+        if "\nstages:" in file.read_text(encoding="utf-8"):
+            for stage in load_pipeline(file, [])[1]:
+                first, of = made.setdefault(stage.folder, (file, stage))
+                shared += first != file
+                assert of == stage, f"{stage.folder} of {first} and of {file}"
+    assert shared >= 6
+
+
 def test_a_workspace_is_written_in_one_way(tmp_path: Path) -> None:
     for workspace in ("/tmp/w/", "/tmp//w", "/tmp/./w"):
         pipeline, (sft, ppo) = load_pipeline(write_pipeline(tmp_path), [f"workspace={workspace}"])
