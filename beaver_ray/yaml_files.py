@@ -373,18 +373,35 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
     if first["type"] == "missing":  # perhaps it is there and misspelt, which says more
         beside = [one for one in found if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1]]
         first = (beside or found)[0]
-    location = [part for part in first["loc"] if part not in TAGS]
+    place = next((i for i, part in enumerate(first["loc"]) if _is_kind(part)), len(first["loc"]))
+    kinds = [one for one in found if one["loc"][:place] == first["loc"][:place] and len(one["loc"]) > place]
+    location = [part for part in first["loc"][:place] if part not in TAGS]
     path = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    others = error.error_count() - max(len(kinds), 1)
+    more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, list(location[:-1]))
         return f"{where}: unknown key {path}{near(str(location[-1]), known)}{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if kinds and first["type"] != "value_error":
+        message = f"Input should be {' or '.join(dict.fromkeys(map(_wanted, kinds)))}"
     given = first.get("input")
     short = isinstance(given, str | int | float | bool) and first["type"] != "value_error"
     shown = f", not {_brief(given)}" if short else ""
     prefix = f"{where}: {path}: " if path else f"{where}: "
     return f"{prefix}{message}{shown}{more}"
+
+
+def _is_kind(part: Any) -> bool:
+    """Whether a part of an error's place is one of several types that the option may have, as pydantic names them."""
+    return isinstance(part, str) and part not in TAGS and (part in ("str", "int", "float", "bool") or "[" in part)
+
+
+def _wanted(one: Any) -> str:
+    """What an option's value should have been, for it to be of this type."""
+    if one["type"] == "model_type":
+        return "a mapping"
+    return str(one["msg"]).removeprefix("Input should be ").split(", unable")[0]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
