@@ -1,8 +1,8 @@
 """Python of the user's own that a run calls: a function or a class in a file, python:FILE.py:NAME(KEY=LITERAL, ...).
 
 Whose code may be run is for whoever starts a run to say, not for its configuration, which may come from elsewhere: the
-file lies inside the checkout, or in a folder that the environment allows. Its text goes to the process that runs it, so
-that other nodes need not have it.
+file lies below the folder where the command is started, or in one that the environment allows. Its text goes to the
+process that runs it, so that other nodes need not have it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 from beaver_ray.errors import UserError, last_line
 
 ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
-"""Environment variable with folders whose Python files may be run, besides the checkout; separated as in PATH."""
+"""Environment variable with folders whose Python files may be run, besides those where a command is
+started; separated as in PATH."""
 PREFIX = "python:"
 RAISED = (Exception, SystemExit)
 """Whatever code of the user's own may raise that is its mistake; sys.exit would end the run without a word."""
@@ -86,8 +87,9 @@ class UserCode:
         allowed = [Path.cwd(), *(Path(p) for p in os.environ.get(ALLOWED_CODE, "").split(os.pathsep) if p)]
         if not any(self.file.resolve().is_relative_to(folder.resolve()) for folder in allowed):
             raise UserError(
-                f"{part}: {self.file} lies outside the checkout ({Path.cwd()}), and code of elsewhere is not run "
-                f"unasked; allow its folder with export {ALLOWED_CODE}={self.file.resolve().parent}"
+                f"{part}: {self.file} does not lie below {Path.cwd()}, where this was started, and "
+                f"code of elsewhere is not run unasked; allow its folder with "
+                f"export {ALLOWED_CODE}={self.file.resolve().parent}"
             )
         try:
             tree = ast.parse(code)

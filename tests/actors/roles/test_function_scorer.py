@@ -312,7 +312,7 @@ def test_code_of_elsewhere_is_not_run_unasked(
     (elsewhere / "score.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
     Path("link.py").symlink_to(elsewhere / "score.py")
     for path in (elsewhere / "score.py", Path("link.py"), Path("..") / elsewhere.name / "score.py"):
-        with pytest.raises(UserError, match=rf"lies outside the checkout .* export {ALLOWED_CODE}={elsewhere}"):
+        with pytest.raises(UserError, match=rf"does not lie below .* export {ALLOWED_CODE}={elsewhere}"):
             score_source(f"python:{path}:f").check("the reward")
     monkeypatch.setenv(ALLOWED_CODE, f"/nowhere:{elsewhere}")
     score_source(f"python:{elsewhere}/score.py:f").check("the reward")
