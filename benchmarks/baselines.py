@@ -8,7 +8,8 @@ the same held-out prompts with the same seeds, and the truth judges. `share_of_o
 share of the best that any policy has under the world's limits (the small world: harm; the harder one: harm, and
 refusals of benign and borderline prompts), so that a method that breaks a limit may have more than 1. `seconds` is what
 the training took after SFT and score models, `answers` the answers sampled on the way, `pairs` the pairs or
-demonstrations trained on. Complete runs in the working folder are skipped.
+demonstrations trained on. Complete runs in the working folder are skipped, and what the file says of other worlds
+stays.
 """
 
 from __future__ import annotations
@@ -183,6 +184,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         cases = [(name, seed) for name in options.worlds for seed in options.seeds]
         rows = [row for each in pool.map(case, cases) for row in each]
+    if options.out.is_file():
+        before = json.loads(options.out.read_text(encoding="utf-8"))["runs"]
+        rows += [row for row in before if row["world"] not in options.worlds]
     write(options.out, {"target_violation_rate": TARGET, "runs": rows})
     draw(rows, options.out.with_suffix(".svg"))
     print(json.dumps(rows, indent=2))
