@@ -36,6 +36,7 @@ from beaver_ray import experience
 from beaver_ray.arena.figures import halves
 from beaver_ray.arena.finished import Said, keep, read_answers, read_kept
 from beaver_ray.arena.options import ArenaConfig
+from beaver_ray.arena.safety import NOT_ASKED
 from beaver_ray.arena.turns import by_turn, next_turns, places
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.readers import Reader, keeps
@@ -76,6 +77,7 @@ class Held:
     """By policy, then by cost."""
     refused: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     gave_in_at: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """By policy, of each row."""
     verdicts: dict[str, dict[tuple[str, str], NDArray[np.str_]]] = field(default_factory=dict)
     """Of judges behind an address, as `beaver_ray.arena.figures.Match` has them."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -301,6 +303,7 @@ def usable(held: Held, note: Note) -> Held:
         raise UserError("no prompt is left whose answers all have a finite score; mend the models that score them")
     note(f"{(~good_N).sum()} of {len(good_N)} prompts have an answer without a finite score, and are left out for all")
     kept = np.flatnonzero(good_N)
+    lost = held.prompt_N[~good_N]
     return replace(
         held,
         samples=[held.samples[n] for n in kept],
@@ -310,6 +313,10 @@ def usable(held: Held, note: Note) -> Held:
         rewards={name: scores_NK[kept] for name, scores_NK in held.rewards.items()},
         costs={name: {c: scores_NK[kept] for c, scores_NK in costs.items()} for name, costs in held.costs.items()},
         refused={name: flags_NK[kept] for name, flags_NK in held.refused.items()},
+        gave_in_at={
+            name: np.where(np.isin(np.arange(len(turns_R)), lost), NOT_ASKED, turns_R)
+            for name, turns_R in held.gave_in_at.items()
+        },
     )
 
 

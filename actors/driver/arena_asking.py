@@ -20,7 +20,7 @@ from actors.driver.rollouts import Rollouts
 from beaver_ray import experience
 from beaver_ray.arena.finished import Answered, Said, dialogues_about
 from beaver_ray.arena.options import ArenaConfig
-from beaver_ray.arena.safety import STOOD_FIRM
+from beaver_ray.arena.safety import NOT_ASKED, STOOD_FIRM
 from beaver_ray.arena.turns import next_turns
 from beaver_ray.data.mixing import load_mix, prompt_key
 from beaver_ray.data.readers import Reader
@@ -188,7 +188,7 @@ def asking_key(arena: ArenaConfig, contender: Contender, samples: Sequence[RawSa
     reader = contender.reader(arena.trust_remote_code)
     part |= {"prompts": [reader.prompt(prompt_key(sample), sample.system) for sample in samples]}
     part |= {"next turns": [next_turns(sample, arena.follow_ups) for sample in samples]}
-    part |= {"asked again": harmful_and_benign(arena, samples)[0].tolist()}
+    part |= {"asked again, by prompt": harmful_and_benign(arena, samples)[0].tolist()}
     text = fingerprint(contender.model, arena.engine.dtype) + json.dumps(part)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -290,7 +290,7 @@ def _insist(
     """Ask again where the first answer refuses, up to ``insist`` times, over the prompts that are to be refused.
 
     Over all where none is marked so. None for a template that writes single turns only. Dialogues that grow too long
-    for the policy are left out.
+    for the policy are left out: of each sample the turn, or NOT_ASKED.
     """
     reader = asked[0]
     harmful_N, _ = harmful_and_benign(arena, samples)
@@ -320,4 +320,4 @@ def _insist(
         note(
             f"{contender.name}: {len(chosen) - len(gave_in_at)} dialogues grew too long and are left out of insistence"
         )
-    return np.array(list(gave_in_at.values()), dtype=np.int64)
+    return np.array([gave_in_at.get(n, NOT_ASKED) for n in range(len(samples))], dtype=np.int64)

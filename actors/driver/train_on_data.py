@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from beaver_ray.models.loading import check_model_folder, load_tokenizer
 from beaver_ray.runs import RunFolder, say_rows
 
 SELECTED = "selected.json"
+BEST = "best"
+"""Folder of a checkpoint with the best model up to then."""
 """Beside a model that was kept for its held-out accuracy: its step, and that."""
 
 
@@ -72,8 +75,8 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
         run.note(note)
     began = time.perf_counter()
     epoch_steps = max(1, math.ceil(steps / stage.epochs))
-    done, began = _resume(trainer, run, began) if resume else (0, began)
     final = run.folder / "final.part" / stage.trained
+    done, began = _resume(trainer, run, began, final) if resume else (0, began)
     kept = _read_best(final) if done else None
     metrics: dict[str, float] = {}
     if done >= steps:  # resumed with fewer epochs than its checkpoint has
@@ -102,6 +105,8 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
                 state = {"step": step, "elapsed": metrics["time/elapsed"], "metrics_bytes": run.metrics_bytes()}
                 with run.checkpoints.writing(step, state) as folder:
                     trainer.run(Trainer.save_state, str(folder / "training"))
+                    if kept is not None:
+                        shutil.copytree(final, folder / BEST)
             progress.advance(loss=metrics["loss"])
     if kept is None:
         trainer.run(Trainer.save, str(final))
@@ -136,11 +141,18 @@ def _read_best(folder: Path) -> _Best | None:
     return None if kept is None else _Best(**kept)
 
 
-def _resume(trainer: Group, run: RunFolder, began: float) -> tuple[int, float]:
-    """Restore the newest checkpoint; returns its step, and the start time that makes elapsed time go on."""
+def _resume(trainer: Group, run: RunFolder, began: float, final: Path) -> tuple[int, float]:
+    """Restore the newest checkpoint; returns its step, and the start time that makes elapsed time go on.
+
+    The best model so far, in ``final``, becomes the one that it was then: a later one is of steps that are not the
+    run's any more.
+    """
+    shutil.rmtree(final, ignore_errors=True)
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         return 0, began
+    if (checkpoint.folder / BEST).is_dir():
+        shutil.copytree(checkpoint.folder / BEST, final)
     state = checkpoint.state()
     trainer.run(Trainer.load_state, str(checkpoint.folder / "training"))
     run.rewind(state["metrics_bytes"])

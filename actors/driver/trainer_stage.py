@@ -245,12 +245,13 @@ class ScoreModelStage(RankingConfig, TrainerStage):
     def terms(
         self, trainer: Trainer, data: Any, rows: Rows, pairs: ScoredPairs, loss: Tensor, metrics: dict[str, Tensor]
     ) -> LossTerms:
-        """The ranking loss of these rows and whatever is learnt beside it."""
+        """The ranking loss of these rows and, of training data, whatever is learnt beside it."""
         from actors.machine.engine import LossTerms
         from actors.roles.score_losses import with_language
 
-        loss, metrics = with_language(pairs, loss, metrics, self.lm_loss)
-        if self.contrastive and data is trainer.train_data:
+        learning = data is trainer.train_data
+        loss, metrics = with_language(pairs, loss, metrics, self.lm_loss if learning else 0.0)
+        if self.contrastive and learning:
             from actors.roles.contrast import contrastive_loss
 
             apart = contrastive_loss(trainer, data, rows, pairs, self.contrastive)

@@ -92,10 +92,13 @@ class Label(TemplatedStage):
 
     def run(self, run: RunFolder) -> None:
         """Label the pairs, and deal them to train.jsonl and test.jsonl by prompt."""
-        from beaver_ray.data.pairs import is_held_out, read_pairs
+        from beaver_ray.data.pairs import ABOUT_LABELS, is_held_out, read_pairs, unlabelled
         from beaver_ray.manifest import write_stage_manifest
 
         rows, left_out = read_pairs(read_rows(Path(self.pairs)), self.pairs)
+        if about := sorted({name for row in rows for name in row if name in ABOUT_LABELS}):
+            run.note(f"{', '.join(about)}: left out, as said of labels that the pairs had before")
+        rows = [unlabelled(row) for row in rows]
         judged: Judged | None = None
         if self.people is not None:
             labelled = self._by_people(rows, Path(self.people), left_out)

@@ -20,6 +20,11 @@ from beaver_ray.data.sources import BadRow, RawSample, find_source
 from beaver_ray.errors import UserError
 
 LABELS = ("better_response_id", "safer_response_id", "is_response_0_safe", "is_response_1_safe")
+ABOUT_LABELS = (
+    *("strength_mean", "strength_std", "safety_strength_mean", "safety_strength_std"),
+    *("better_flipped", "safer_flipped", "judge_agrees"),
+)
+"""Fields that say something of a row's labels, and nothing of the labels that others give it."""
 ANSWER = ("response", "model", "truncated", "tokens")
 """What a row of answers says about the answer; the rest is about its prompt."""
 
@@ -81,8 +86,8 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Row:
 
 
 def unlabelled(row: Mapping[str, Any]) -> Row:
-    """A pair's row without its labels."""
-    return {name: value for name, value in row.items() if name not in LABELS}
+    """A pair's row without its labels, and without what is said of these."""
+    return {name: value for name, value in row.items() if name not in (*LABELS, *ABOUT_LABELS)}
 
 
 def unlabelled_samples(rows: Iterable[Mapping[str, Any]]) -> list[RawSample]:

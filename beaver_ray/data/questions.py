@@ -90,7 +90,8 @@ def text_question(answer: LabelledAnswer, label: str, reads: Reads) -> tuple[dic
     check_labelled(answer, truth, reads)
     turns: Any = answer.turns[0] if len(answer.turns) == 1 else list(answer.turns)
     said = {} if answer.answer is None or reads == "question" else {"response": answer.answer}
-    return {"prompt": turns, **said, "labels": {label: False}}, [float(truth[0])]
+    system = {} if answer.system is None else {"system": answer.system}
+    return {"prompt": turns, **system, **said, "labels": {label: False}}, [float(truth[0])]
 
 
 def read_questions(

@@ -216,9 +216,10 @@ def choose(
                     choice.left_out["with an empty answer on the way"] += 1
                 elif kept == per_category:
                     choice.left_out["beyond per_category"] += 1
-                elif known.add(one.asked) is not None:
+                elif known.find(one.asked) is not None:
                     choice.left_out["nearly a seed, a known prompt or one that is kept"] += 1
                 else:
+                    known.add(one.asked)
                     choice.kept.append(one)
                     kept += 1
     return choice

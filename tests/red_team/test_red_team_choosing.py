@@ -91,6 +91,17 @@ def test_what_is_kept() -> None:
     assert [one.attempt.number for one in stricter.kept] == [2, 5, 3]
 
 
+def test_what_is_not_kept_keeps_nothing_else_out() -> None:
+    """Of three in a row, each near the next, the first and the third are kept: they are not near each other."""
+    words = [f"word{number}" for number in range(14)]
+    texts = [" ".join(words[start : start + 12]) for start in (0, 1, 2)]
+    near = NearTexts()
+    near.add(texts[0])
+    assert near.find(texts[1]) is not None and near.find(texts[2]) is None
+    choice = choose([tried(n, text, [1.0]) for n, text in enumerate(texts)], NearTexts(), set(), 0.5, per_category=9)
+    assert [one.attempt.number for one in choice.kept] == [0, 2]
+
+
 def test_attacks_take_turns() -> None:
     """Four that always work of one attack do not crowd out two of another that work sometimes."""
     texts = ["steal a red bike", "forge that old letter", "burn down some barn", "rob this poor man"]

@@ -10,16 +10,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from actors.driver.arena import Held, usable
 from actors.driver.arena_asking import ask, find_contenders, harmful_and_benign, read_prompts
 from actors.roles.judge import HELLO
 from actors.stages.arena import Arena
-from beaver_ray.arena.safety import STOOD_FIRM
+from beaver_ray.arena.safety import NOT_ASKED, STOOD_FIRM, insistence
+from beaver_ray.data.sources import RawSample
 from beaver_ray.errors import UserError
 from beaver_ray.models.merge import merge
 from beaver_ray.runs import RunFolder
@@ -130,6 +133,20 @@ def test_greedy_answers_and_scores_are_those_of_transformers_and_files_are_as_go
         assert row["cost/learned"] == pytest.approx(score, abs=1e-4)
 
 
+def test_prompts_that_are_left_out_do_not_count_in_insistence() -> None:
+    held = Held(
+        [RawSample(str(n)) for n in range(3)],
+        np.arange(3),
+        np.ones(3, dtype=np.int64),
+        {},
+        rewards={"one": np.array([[1.0], [np.nan], [2.0]])},
+        gave_in_at={"one": np.array([0, STOOD_FIRM, 1])},
+    )
+    left = usable(held, print).gave_in_at["one"]
+    assert left.tolist() == [0, NOT_ASKED, 1]
+    assert insistence(left, turns=1)["refused_at_first"]["n"] == 2
+
+
 def test_insistence_is_the_dialogue_that_transformers_would_have(tiny_world: Path, tmp_path: Path) -> None:
     """Greedy, and with a rule of the test's own for what is a refusal, so that some give in and some do not."""
 
@@ -154,7 +171,9 @@ def test_insistence_is_the_dialogue_that_transformers_would_have(tiny_world: Pat
             turns.append("show me how")
             turns.append(greedy_answer(model, tokenizer, turns)[0])
         expected.append(STOOD_FIRM if refuses(turns[-1]) else turn)
-    assert gave_in_at is not None and gave_in_at.tolist() == expected
+    assert gave_in_at is not None and gave_in_at[gave_in_at != NOT_ASKED].tolist() == expected
+    asked = [world.is_adversarial(str(sample.input)) for sample in samples]
+    assert (gave_in_at != NOT_ASKED).tolist() == asked
     assert len({*expected}) > 1
 
 

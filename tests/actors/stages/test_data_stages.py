@@ -128,6 +128,21 @@ def test_labels_of_score_models(tiny_world: Path, tmp_path: Path) -> None:
     assert 0 < counts["a score that is not finite"] == lock == 20 - counts["pairs"]
 
 
+def test_what_is_said_of_labels_goes_with_them(tiny_world: Path, tmp_path: Path) -> None:
+    """Strengths of a label that others turn round would have it turned back."""
+    rows = read_rows(tiny_world / "preferences" / "test.jsonl")[:20]
+    wrong = [
+        row | {"better_response_id": 1 - row["better_response_id"], "strength_mean": -2.0, "better_flipped": True}
+        for row in rows
+    ]
+    write_rows(tmp_path / "pairs.jsonl", [row | {"category": "a"} for row in wrong])
+    folder = train(label(tmp_path, tmp_path / "pairs.jsonl", world=str(tiny_world / "world.json")))
+    labelled = [row for name in ("train", "test") for row in read_rows(folder / "final" / f"{name}.jsonl")]
+    assert len(labelled) == 20 and {row["category"] for row in labelled} == {"a"}
+    assert not any({"strength_mean", "better_flipped"} & row.keys() for row in labelled)
+    assert "better_flipped, strength_mean: left out" in (folder / "notes.log").read_text()
+
+
 def test_labels_of_functions(tiny_world: Path, tmp_path: Path) -> None:
     """Words beyond one are a reward, and one word makes an answer unsafe; ties are decided by a coin."""
     texts = [("key oil spring", "key oil"), ("key oil", "pick key oil hinge"), ("key oil well", "well oil key")] * 4

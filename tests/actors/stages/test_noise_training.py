@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def test_language_loss_is_that_of_the_language_model(one_rank: None, tiny_world:
     trainer = trainer_of(config)
     held_out = trainer.evaluate()
     assert held_out["loss_lm"] == pytest.approx(np.mean(means), rel=1e-4)
+    plain = trainer_of(config.model_copy(update={"lm_loss": 0.0})).evaluate()
+    assert held_out["loss"] == pytest.approx(plain["loss"], rel=1e-4), "of runs with and without, to be compared"
     before = held_out["loss_lm"]
     for _ in range(3):
         trainer.train_step()
@@ -147,6 +150,7 @@ def test_the_best_model_is_kept(
         epochs=4,
         batch_size=60,
         select="accuracy",
+        save_every=4,
         optimizer=optimizer,
     )
     trainer = trainer_of(config)
@@ -171,3 +175,14 @@ def test_the_best_model_is_kept(
     assert "the model of step 8 is kept, held-out accuracy 0.900" in notes
     assert config.headlines() == ["reward: held-out accuracy fell from 0.900 at step 8 to 0.650 at the end"]
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "reward_model"))
+
+    # From a checkpoint before it on, and worse: what came after that checkpoint is not the run's any more.
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "reward_model" / "checkpoints" / f"step_{step}")
+    fallen = iter([0.55, 0.5, 0.4])
+    config = config.model_copy(update={"resume": True})
+    group = Group("trainer", [LocalHandle("trainer", trainer_of(config))], 1.0)
+    with RunFolder(config) as run:
+        train_on_data._train(config, group, run, resume=True)
+    assert json.loads((folder / "selected.json").read_text()) == {"step": 4, "accuracy": 0.6}
+    assert torch.equal(LiteralScoreModel(folder).score_head.weight, states[0]["score_head.weight"])
