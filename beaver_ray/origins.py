@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from beaver_ray.data_options import data_paths
-from beaver_ray.models.folders import fingerprint, merged_from
+from beaver_ray.models.folders import fingerprint, merged_from, moved
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import read_yaml, validated
 
@@ -20,10 +20,11 @@ def run_of(place: str) -> dict[str, Any]:
 
 
 def home_of(place: str) -> Path | None:
-    """The folder of the run that a place is, or is of: RUN, RUN/final/policy, RUN/checkpoints/step_20/policy."""
+    """The folder of the run that a place is, or is of: RUN, RUN/final/policy, RUN/checkpoints/step_20/policy, and
+    what was exported of it."""
     folder = Path(place)
     homes = [folder]
-    homes += [folder.parent.parent] if folder.parent.name == "final" else []
+    homes += [folder.parent.parent] if folder.parent.name in ("final", "export") else []
     homes += [folder.parent.parent.parent] if folder.parent.parent.name == "checkpoints" else []
     return next((home for home in homes if (home / "config.yaml").is_file()), None)
 
@@ -85,23 +86,36 @@ def _judges(run: Mapping[str, Any]) -> list[Any]:
 
 
 def _earlier(run: Mapping[str, Any]) -> list[str]:
-    """The model that a run began with, and the files that it was taught."""
+    """The model that a run began with, the files that it was taught, and of such files who answered and what was
+    labelled."""
     models, train = run.get("models"), run.get("train")
     start = models.get("policy") if isinstance(models, Mapping) else run.get("model")
     specs = train if isinstance(train, list) else []
     paths = [one.get("path") for one in specs if isinstance(one, Mapping)]
     paths += data_paths([one for one in specs if isinstance(one, str)])
+    policies = run.get("policies")
+    paths += [run.get("pairs"), *(policies if isinstance(policies, list) else [])]
     return [str(path) for path in (start, *paths) if path is not None]
 
 
 def where_now(source: Any, home: Path, run: Mapping[str, Any]) -> str:
     """A file, or a source's folder, where it lies now; or its text."""
     text = str(source.get("folder") if isinstance(source, Mapping) else source)
-    then = Path(str(run.get("workspace"))) / str(run.get("name"))
-    if os.path.exists(text):
-        return text
-    moved = os.path.normpath(os.path.join(home, os.path.relpath(text, then)))
-    return moved if os.path.exists(moved) else text
+    return moved(text, str(Path(str(run.get("workspace"))) / str(run.get("name"))), str(home))
+
+
+def spec_now(spec: Any, home: Path, run: Mapping[str, Any]) -> Any:
+    """An entry of a list of data sets, with its path where it lies now."""
+    if isinstance(spec, Mapping):
+        return spec if spec.get("path") is None else {**spec, "path": _file_now(str(spec["path"]), home, run)}
+    (path,) = data_paths([spec]) or [""]
+    return spec.removesuffix(path) + _file_now(path, home, run) if path else spec
+
+
+def _file_now(path: str, home: Path, run: Mapping[str, Any]) -> str:
+    """A path of data, which may end in #COLUMN."""
+    file, mark, column = path.partition("#")
+    return path if os.path.exists(path) else where_now(file, home, run) + mark + column
 
 
 def identity(source: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
@@ -302,7 +303,7 @@ _NAME = re.compile(r"\$\{([^}]*)\}")
 
 
 def interpolate(node: Any, values: Mapping[str, Any], where: str) -> Any:
-    """The tree with every ${NAME} in its strings replaced.
+    """The tree with every ${NAME} in its strings replaced, and the ~/ that one begins with by the home folder.
 
     A string that is nothing but ${NAME} becomes the value as it is. An item of a list that holds a ${NAME} whose value
     is a list stands for one item for each of its entries. UserError for a name that is none of ``values``.
@@ -328,8 +329,10 @@ def interpolate(node: Any, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(f"{where}: ${{{match[1]}}} is a list or a mapping, which has no place inside of {node!r}")
         return str(value)
 
-    whole = _NAME.fullmatch(node)
-    return value_of(whole) if whole else _NAME.sub(replace, node)
+    if whole := _NAME.fullmatch(node):
+        return value_of(whole)
+    text = _NAME.sub(replace, node)
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _each(item: Any, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

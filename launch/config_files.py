@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -49,8 +50,7 @@ def parse_config(
     workspace = str(tree.get("workspace", "runs"))
     if "${" in workspace:
         raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
-    # Written in one way only, so that a folder is found in what refers to it.
-    workspace = tree["workspace"] = str(Path(workspace))
+    workspace = tree["workspace"] = _one_way(workspace)
     tree = interpolate(tree, {"workspace": workspace} | dict(values or {}), where)
     name = tree.get("stage")
     if not isinstance(name, str) or name not in stages():
@@ -78,7 +78,7 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
             own.append(override)
     try:
         pipeline = PipelineConfig.model_validate(apply_overrides(tree, own, str(path), _texts()))
-        pipeline.workspace = str(Path(pipeline.workspace))
+        pipeline.workspace = _one_way(pipeline.workspace)
     except ValidationError as error:
         foreign = any(re.split("[.=]", override)[0] not in PipelineConfig.model_fields for override in own)
         hint = f"; options of a stage begin with its file's name: {', '.join(names)}" if foreign and names else ""
@@ -96,6 +96,11 @@ def load_pipeline(path: str | Path, overrides: list[str] | None = None) -> tuple
         name = lost[0]
         raise UserError(f"override {name}.{to_stage[name][0]}: no stage is called {name!r}{near(name, files)}")
     return pipeline, configs
+
+
+def _one_way(workspace: str) -> str:
+    """A workspace as it is written everywhere, so that a folder is found in what refers to it."""
+    return str(Path(os.path.expanduser(workspace)))
 
 
 def _check_sections(entry: StageEntry, path: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from beaver_ray.data.mixing import Spec
+from beaver_ray.data.mixing import Spec, check_not_read
 from beaver_ray.data.survey import Measure, survey, words
 from beaver_ray.data_options import data_label
 from beaver_ray.json_files import write_json
@@ -27,6 +27,7 @@ def show(
             kept_out += kept
         else:
             train.append(spec)
+    check_not_read([json_file, page], [*train, *kept_out])
     measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
     found = survey(_once(train), _once(kept_out), measure, unit)
     console = table_console()

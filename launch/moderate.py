@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import expit
 
-from beaver_ray.data.mixing import Spec, load_mix
+from beaver_ray.data.mixing import Spec, check_not_read, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
@@ -88,6 +88,7 @@ def moderate(
     for file in (out, json_file):
         if file is not None:
             _check_writable(file)
+    check_not_read([out, json_file], specs)
     answers, prompts_N = answers_of(load_mix(list(specs))[0])
     check_answered(answers, judge.reads, "the data")
     if unknown := _unknown_labels(answers, judge.labels):

@@ -360,6 +360,21 @@ def test_pipeline(tmp_path: Path) -> None:
     assert (ppo.steps, ppo.models.policy) == (20, "v/sft/final/policy")
 
 
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a workspace, in what refers to it, and in any other path: runs go where data sets are looked for."""
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "f.yaml").write_text(
+        "stage: sft\nname: s\nworkspace: ~/w\nmodel: ~/m\ntrain: ['x:1:${workspace}/d', 'x:1:~/d', '~']\n"
+    )
+    config = load_config(tmp_path / "f.yaml")
+    assert isinstance(config, TrainerStage)
+    assert (config.workspace, config.model) == ("/home/me/w", "/home/me/m")
+    assert config.train == ["x:1:/home/me/w/d", "x:1:~/d", "~"], "which the readers of data know themselves"
+    (tmp_path / "p.yaml").write_text("stages: [{config: f.yaml}]\nworkspace: ~/p\n")
+    pipeline, (stage,) = load_pipeline(tmp_path / "p.yaml", [])
+    assert pipeline.workspace == stage.workspace == "/home/me/p"
+
+
 def test_pipelines_that_share_a_run_configure_it_alike() -> None:
     """A finished run of other settings would be refused: `make train` leaves what the others of its workspace begin
     with."""

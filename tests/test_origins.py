@@ -79,4 +79,8 @@ def test_a_policy_is_judged_by_whoever_judged_what_it_has_learned(tmp_path: Path
     assert trained_against(f"{best}/final/held_out.jsonl") == trained_against(str(sft)) == picked
     assert trained_against(str(merged)) == picked
     assert trained_against(f"{dpo}/final/policy") == picked | labelled
+    assert trained_against(f"{dpo}/export/sequence-classification") == picked | labelled
+    answers = a_run(tmp_path / "answers", policies=[f"{dpo}/final/policy"])
+    taught = a_run(tmp_path / "taught", model="x", train=[f"demonstrations:1:{answers}/final/answers.jsonl"])
+    assert trained_against(str(taught)) == picked | labelled, "as one was whose answers it has learned"
     assert trained_against(f"{tmp_path}/held_out.jsonl") == trained_against(helpful) == set()

@@ -127,7 +127,8 @@ def _open_text(path: Path) -> Any:
     if path.suffix == ".zst":  # which fsspec leaves packed where one more package is missing
         unpacked: Any = pa.input_stream(str(path), compression="zstd")
         return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
-    return fsspec.open(str(path.absolute()), "rt", compression="infer", encoding="utf-8-sig", newline="").open()
+    local = fsspec.filesystem("file")  # fsspec.open would take a path with :: for a chain of file systems
+    return local.open(str(path.absolute()), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Any]:

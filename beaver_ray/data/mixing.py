@@ -9,13 +9,14 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beaver_ray.data.mapping import entry_source
-from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, read_source
+from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, open_source, read_source
 from beaver_ray.data_options import DataEntry, data_entry, data_label
 from beaver_ray.errors import UserError
 from beaver_ray.yaml_files import yaml_value
@@ -58,6 +59,17 @@ class MixSpec:
     def size(self, available: int) -> int:
         """How many samples are taken of `available`; round() is Python's, halves to the even number."""
         return round(self.proportion * available) if self.count is None else self.count
+
+
+def check_not_read(written: Iterable[Path | None], specs: Iterable[Spec]) -> None:
+    """UserError where a file that is to be written is one of the data sets', or is to be written twice."""
+    files = [file.resolve() for file in written if file is not None]
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        raise UserError(f"{twice} would be written twice; give two files")
+    for mix in map(parse_spec, specs):
+        read = {file.resolve() for file in open_source(mix.source, mix.path)[0].all_files}
+        if lost := next((file for file in files if file in read), None):
+            raise UserError(f"{lost} is one of the files that are read, and would be overwritten; give another")
 
 
 def parse_spec(spec: Spec) -> MixSpec:

@@ -6,13 +6,14 @@ import ast
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from beaver_ray.data.mixing import Spec, load_mix, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data_options import data_label
 from beaver_ray.errors import UserError
-from beaver_ray.origins import runs_behind
+from beaver_ray.origins import runs_behind, spec_now
 from beaver_ray.spelling import alike
 from beaver_ray.user_code import PREFIX, UserCode
 
@@ -43,8 +44,10 @@ def seal(samples: Sequence[RawSample], config: Mapping[str, Any], policy: str) -
     sealed, read = Sealed([]), set[str]()
     if repeated := len(samples) - len(left):
         sealed.left_out["repeated prompt"] = repeated
-    for run, tree in _runs(config, policy, sealed.unchecked):
-        for part, specs in _data(tree):
+    for home, tree in _runs(config, policy, sealed.unchecked):
+        run = "" if home is None else str(home)
+        for part, given in _data(tree):
+            specs = given if home is None else [spec_now(spec, home, tree) for spec in given]
             new = [spec for spec in specs if data_label(spec) not in read]
             read.update(map(data_label, new))
             name = f"{part} of {run}" if run else part
@@ -68,15 +71,16 @@ def _wording(sample: RawSample) -> tuple[str, ...]:
     return tuple(" ".join(alike(turn).casefold().split()) for turn in seen)
 
 
-def _runs(config: Mapping[str, Any], policy: str, unchecked: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The configuration itself, under no name, and those of the runs whose models it builds on, by their folders."""
-    yield "", config
+def _runs(
+    config: Mapping[str, Any], policy: str, unchecked: list[str]
+) -> Iterator[tuple[Path | None, Mapping[str, Any]]]:
+    """The configuration itself, and those of the runs whose models it builds on, with their folders."""
+    yield None, config
 
     def unknown(folder: str) -> None:
         unchecked.append(f"what {folder} was trained on: no run lies around it")
 
-    for home, tree in runs_behind([policy, *_models(config)], _models, unknown):
-        yield str(home), tree
+    yield from runs_behind([policy, *_models(config)], _models, unknown)
 
 
 def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:

@@ -112,7 +112,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def merged_from(folder: str) -> list[tuple[str, str]]:
     """(folder, `fingerprint`) of each policy that a merge was made of; none of a folder that holds no merge."""
     config = read_config(Path(folder)) if os.path.isfile(os.path.join(folder, "config.json")) else {}
-    return [(one["folder"], one["hash"]) for one in config.get(MERGED_FROM, {}).get("policies", [])]
+    merge = config.get(MERGED_FROM, {})
+    then = merge.get("to", folder)  # which earlier versions did not write down
+    return [(moved(one["folder"], then, folder), one["hash"]) for one in merge.get("policies", [])]
+
+
+def moved(place: str, then: str, now: str) -> str:
+    """Where ``place`` lies now that ``then`` has become ``now``, if both have moved together; else ``place``."""
+    if os.path.exists(place):
+        return place
+    found = os.path.normpath(os.path.join(now, os.path.relpath(place, then)))
+    return found if os.path.exists(found) else place
 
 
 def read_model(model: str) -> ModelFacts:

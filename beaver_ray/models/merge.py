@@ -57,6 +57,7 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
     config[MERGED_FROM] = {
         "policies": [{"folder": str(folder), "hash": fingerprint(str(folder))} for folder in (one, other)],
         "weights": [1 - weight, weight],
+        "to": str(to),
     }
     part = to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -33,8 +33,9 @@ def valid_json(
     keys: it must be an object that has them. fenced: it may stand in one block of ``` or ~~~ with nothing around it.
     schema: the rows' field of that name, where they have one: a JSON schema, as an object or as text, that it must fit.
 
-    NaN and Infinity are no JSON. An answer on which a pattern of the schema takes longer than a second does not fit.
-    Raises ValueError for what is no schema; a schema may refer to its own parts alone.
+    NaN and Infinity are no JSON. An answer on which a pattern of the schema takes longer than a second does not fit
+    (but for those that `unevaluatedProperties` searches). Raises ValueError for what is no schema; a schema may refer
+    to its own parts alone.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys must be a list of texts, not {keys!r:.100}")
@@ -84,6 +85,7 @@ def _validator(schema: Any) -> Any:
         said = getattr(error, "message", None) or error
         raise ValueError(f"the row's schema is no JSON schema: {said}") from None
     own = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
+    own |= {"additionalProperties": _additional_properties}
     kind = jsonschema.validators.extend(kind, {name: check for name, check in own.items() if name in kind.VALIDATORS})
     return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
 
@@ -111,6 +113,18 @@ def _pattern_properties(validator: Any, parts: Any, value: Any, schema: Any) -> 
         for key in value:
             if _found(pattern, key):
                 yield from validator.descend(value[key], part, path=key, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -> Iterator[Exception]:
+    import jsonschema
+
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for key in value if validator.is_type(value, "object") else ():
+        if key not in known and not any(_found(pattern, key) for pattern in patterns):
+            if validator.is_type(part, "object"):
+                yield from validator.descend(value[key], part, path=key)
+            elif not part:
+                yield jsonschema.ValidationError(f"{key} is not expected")
 
 
 def _found(pattern: str, text: str) -> bool:

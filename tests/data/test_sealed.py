@@ -127,13 +127,14 @@ def test_models_that_others_learnt_from_or_are_given(tmp_path: Path, candidates:
 def test_policies_of_a_merge_and_of_a_workspace_that_has_moved(tmp_path: Path, candidates: list[Any]) -> None:
     then, now = tmp_path / "then", tmp_path / "now"
     base = run_with(then / "base", model="m", train=[prompts_file(tmp_path / "base.jsonl", "question 4")])
-    data = [prompts_file(tmp_path / "sft.jsonl", "question 5")]
+    data = [prompts_file(then / "world" / "sft.jsonl", "question 5") + "#prompt"]
     run_with(then / "sft", workspace=str(then), name="sft", model=base, train=data)
     then.rename(now)
-    merged = now / "merged" / "policy"
-    merged.mkdir(parents=True)
-    parts = [{"folder": str(now / "sft" / "final" / "policy"), "hash": "h"}, {"folder": "gone", "hash": "h"}]
-    (merged / "config.json").write_text(json.dumps({"merged_from": {"policies": parts, "weights": [0.5, 0.5]}}))
+    merged = now / "merged"
+    merged.mkdir()
+    parts = [{"folder": str(then / "sft" / "final" / "policy"), "hash": "h"}, {"folder": "gone", "hash": "h"}]
+    merge = {"policies": parts, "weights": [0.5, 0.5], "to": str(then / "merged")}
+    (merged / "config.json").write_text(json.dumps({"merged_from": merge}))
     sealed = seal(candidates, {"data": {"prompts": []}}, str(merged))
     assert sealed.left_out == {f"in train of {now / 'sft'}": 1, f"in train of {now / 'base'}": 1}
     assert sealed.unchecked == [f"what {place} was trained on: no run lies around it" for place in ("gone", "m")]

@@ -174,12 +174,13 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
 
 
 def test_csv_column_as_prompt(tmp_path: Path) -> None:
-    (tmp_path / "goals.csv").write_text("id,goal\n1,first\n2,\n")
-    samples, report = read_source("prompts", f"{tmp_path / 'goals.csv'}#goal")
+    file = tmp_path / "of::goals.csv"  # which fsspec would take for a chain of file systems
+    file.write_text("id,goal\n1,first\n2,\n")
+    samples, report = read_source("prompts", f"{file}#goal")
     assert [sample.input for sample in samples] == ["first"]
     assert report.dropped == {"empty 'prompt'": 1}
     with pytest.raises(UserError, match="2 no column 'nothing'"):
-        read_source("prompts", f"{tmp_path / 'goals.csv'}#nothing")
+        read_source("prompts", f"{file}#nothing")
 
 
 def test_a_text_that_a_comma_cuts_is_no_prompt(tmp_path: Path) -> None:

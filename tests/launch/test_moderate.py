@@ -151,6 +151,8 @@ def test_what_moderate_refuses(rows: str, tiny_world: Path, tmp_path: Path, caps
         ([*words, "--by", "modle"], "--by modle: no row has that field; did you mean 'model'?"),
         ([*words, "--json", tmp_path], "it is a folder"),
         ([*words, "--out", tmp_path / "bad.yaml" / "rows.jsonl"], "cannot write"),
+        ([*words, "--out", tmp_path / "rows.jsonl"], "rows.jsonl is one of the files that are read"),
+        ([*words, "--out", tmp_path / "x", "--json", tmp_path / "x"], "x would be written twice; give two files"),
         (["--keywords", tmp_path / "blank.yaml"], "theft must be a label with a list of words"),
         (["--keywords", tmp_path / "number.yaml"], "theft has 83, which YAML reads as no text; put it into quotes"),
         ([], "give --model FOLDER (a moderation model) or --keywords"),

@@ -455,11 +455,15 @@ def test_json() -> None:
     assert valid_json(["p"] * 3, ["1"] * 3, schema=["", " ", '{"type": "string"}']) == [1.0, 1.0, 0.0]
     slow = "^(a|a)+$"  # of a text that does not end in a, two to the power of its length
     patterns = [{"pattern": slow}, {"pattern": slow}, {"patternProperties": {slow: {"type": "string"}}}]
-    assert valid_json(["p"] * 3, ['"aa"', f'"{"a" * 40}!"', f'{{"{"a" * 40}!": 1}}'], schema=patterns) == [
-        1.0,
-        0.0,
-        0.0,
-    ]
+    late = f'"{"a" * 40}!"'
+    assert valid_json(["p"] * 3, ['"aa"', late, f"{{{late}: 1}}"], schema=patterns) == [1.0, 0.0, 0.0]
+    closed = {"patternProperties": {slow: {"type": "string"}}, "additionalProperties": False}
+    found = ['{"aa": "x"}', '{"aa": 1}', '{"b": "x"}', "[1]"]
+    assert valid_json(["p"] * 4, found, schema=[closed] * 4) == [1.0, 0.0, 0.0, 1.0]
+    backwards = dict(reversed(closed.items()))
+    assert valid_json(["p"], [f"{{{late}: 1}}"], schema=[backwards]) == [0.0], "whichever key comes first"
+    others = {"properties": {"a": True}, "additionalProperties": {"type": "integer"}}
+    assert valid_json(["p"] * 2, ['{"a": "x", "b": 1}', '{"b": "x"}'], schema=[others] * 2) == [1.0, 0.0]
     for wrong in ({"type": 3}, "{", 5, {"$schema": 5}, {"pattern": "("}):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])
