@@ -25,17 +25,18 @@ def home_of(place: str) -> Path | None:
     folder = Path(place)
     homes = [folder]
     homes += [folder.parent.parent] if folder.parent.name in ("final", "export") else []
-    homes += [folder.parent.parent.parent] if folder.parent.parent.name == "checkpoints" else []
+    homes += [folder.parent.parent.parent] if folder.parent.parent.name in ("checkpoints", "final") else []
     return next((home for home in homes if (home / "config.yaml").is_file()), None)
 
 
 def runs_behind(
-    places: Iterable[str], built_on: Callable[[Mapping[str, Any]], Iterable[Any]], unknown: Callable[[str], None]
+    places: Iterable[str], built_on: Callable[[Mapping[str, Any], str], Iterable[Any]], unknown: Callable[[str], None]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The runs that these models or files are of, and the runs before those, each once: folder and configuration.
 
-    built_on: what a run was made from (folders, files, guards), by its configuration. Of a merge the runs of all its
-    policies follow. A workspace that has moved since is found: what lay in it then is looked for beside the run now.
+    built_on: what a run was made from (folders, files, guards), by its configuration and the place. Of a merge the
+    runs of all its policies follow. A workspace that has moved since is found: what lay in it then is looked for beside
+    the run now.
     unknown: told each place around which no run lies.
     """
     left, seen, homes = list(places), set[str](), set[Path]()
@@ -54,7 +55,7 @@ def runs_behind(
             homes.add(home)
             run = read_yaml(home / "config.yaml")
             yield home, run
-            left += [where_now(source, home, run) for source in built_on(run)]
+            left += [where_now(source, home, run) for source in built_on(run, place)]
 
 
 def template_of(run: Mapping[str, Any]) -> TemplateOptions:
@@ -85,16 +86,18 @@ def _judges(run: Mapping[str, Any]) -> list[Any]:
     return [source for source in found if source is not None]
 
 
-def _earlier(run: Mapping[str, Any]) -> list[str]:
+def _earlier(run: Mapping[str, Any], place: str) -> list[str]:
     """The model that a run began with, the files that it was taught, and of such files who answered and what was
-    labelled."""
+    labelled; of an arena's file NAME.jsonl the policy NAME."""
     models, train = run.get("models"), run.get("train")
     start = models.get("policy") if isinstance(models, Mapping) else run.get("model")
     specs = train if isinstance(train, list) else []
     paths = [one.get("path") for one in specs if isinstance(one, Mapping)]
     paths += data_paths([one for one in specs if isinstance(one, str)])
     policies = run.get("policies")
-    paths += [run.get("pairs"), *(policies if isinstance(policies, list) else [])]
+    if isinstance(policies, Mapping):
+        policies = [policies.get(Path(place).stem)]
+    paths += [run.get("pairs"), *(policies or [])]
     return [str(path) for path in (start, *paths) if path is not None]
 
 

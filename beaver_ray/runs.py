@@ -28,11 +28,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from beaver_ray.checkpoints import Checkpoint, Checkpoints
 from beaver_ray.config import RunConfig
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.json_files import read_json
 from beaver_ray.yaml_files import other_settings, save_config
 
 SECONDS_BETWEEN_LINES = 10.0
 LARGEST_FIGURE = 1e300
 LOCK = ".lock"
+SELECTED = "selected.json"
+"""Beside a model that is not the last step's: which step's it is."""
 _BEFORE_THE_FIRST_STEP = {"config.yaml", "config.yaml.part", "notes.log", LOCK}
 
 
@@ -99,6 +102,12 @@ class RunFolder:
         """Forget all figures after the first ``metrics_bytes`` of metrics.jsonl."""
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
+
+    def forget_trajectories(self, step: int) -> None:
+        """Delete the samples of steps after this one, which are taken anew."""
+        for file in self.trajectories.glob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from, with a note; None, with metrics.jsonl emptied, where the run starts anew."""
@@ -357,6 +366,13 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         return _Evaluation.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is no evaluation ({first_line(error)}); evaluate again") from None
+
+
+def kept_step(folder: Path) -> int | None:
+    """The step whose model a run has kept (``select: accuracy``); None where that is the last one's."""
+    kept = next(folder.glob(f"final/*/{SELECTED}"), None) or next(folder.glob(f"final.part/*/{SELECTED}"), None)
+    found = None if kept is None else read_json(kept)
+    return None if found is None else int(found["step"])
 
 
 def duration(seconds: float) -> str:

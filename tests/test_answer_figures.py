@@ -51,6 +51,16 @@ def test_figures_of_what_the_policy_wrote() -> None:
         "rollout/refusal_rate": 0.25,
         "rollout/disclaimer_rate": 0.25,
     }
+    words[:] = ["Sure.", "I cannot help with that."]  # a dialogue: its second answer refuses
+    dialogue = {
+        "sample_id": [0],
+        "response_tokens": [[3, 4, 7, 7, 3, 5]],
+        "loss_mask": [[True, True, False, False, True, True]],
+    }
+    asked.clear()
+    found = answer_figures(make_batch(dialogue), decode)
+    assert asked == [[3, 4], [3, 5]] and found["rollout/refusal_rate"] == 0.5
+    assert found["rollout/distinct_2"] == 1.0 and found["rollout/distinct_1"] == 3 / 4, "no pair across the user's turn"
     many = make_batch({"sample_id": list(range(1000)), "response_tokens": [[n] for n in range(1000)]})
     asked.clear()
     answer_figures(many, lambda rows: asked.extend(rows) or [""] * len(rows))

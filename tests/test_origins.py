@@ -80,6 +80,9 @@ def test_a_policy_is_judged_by_whoever_judged_what_it_has_learned(tmp_path: Path
     assert trained_against(str(merged)) == picked
     assert trained_against(f"{dpo}/final/policy") == picked | labelled
     assert trained_against(f"{dpo}/export/sequence-classification") == picked | labelled
+    both = a_run(tmp_path / "arena", policies={"first": f"{dpo}/final/policy", "second": helpful})
+    assert trained_against(f"{both}/final/answers/first.jsonl") == picked | labelled
+    assert trained_against(f"{both}/final/answers/second.jsonl") == set()
     answers = a_run(tmp_path / "answers", policies=[f"{dpo}/final/policy"])
     taught = a_run(tmp_path / "taught", model="x", train=[f"demonstrations:1:{answers}/final/answers.jsonl"])
     assert trained_against(str(taught)) == picked | labelled, "as one was whose answers it has learned"

@@ -25,6 +25,7 @@ from actors.driver.arena_asking import (
     asking_key,
     common_prompts,
     find_contenders,
+    harmful_and_benign,
     judged_config,
     merged,
     read_prompts,
@@ -43,10 +44,12 @@ from beaver_ray.data.readers import Reader, keeps
 from beaver_ray.data.sources import RawSample, as_text, field_value, several
 from beaver_ray.errors import UserError
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.options import near
 from beaver_ray.rules.refusals import is_refusal
 from beaver_ray.score_sources import ScoreSource, ServiceSource, score_source
 from beaver_ray.small_world.judging import question, truths
 from beaver_ray.small_world.world import SmallWorld
+from beaver_ray.yaml_files import as_yaml
 
 CHUNK = 256
 """Answers in one call of a scorer."""
@@ -111,6 +114,7 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
     refuses = world.is_refusal if world else is_refusal
     files = {name: read_answers(Path(place)) for name, place in arena.files.items()}
     samples = common_prompts(arena, read_prompts(arena, world, note), contenders, files, note)
+    check_marks(arena, samples, note)
     prompt_N, turn_N = places([next_turns(sample, arena.follow_ups) for sample in samples])
     told = {name: Said.of_file(said, samples, arena.follow_ups, _about(name, note)) for name, said in files.items()}
     held = Held([samples[number] for number in prompt_N], prompt_N, turn_N, told)
@@ -137,6 +141,28 @@ def hold(arena: ArenaConfig, folder: Path, note: Note) -> Held:
 
 def _about(name: str, note: Note) -> Note:
     return lambda line: note(f"{name} is {line}")
+
+
+def check_marks(arena: ArenaConfig, samples: Sequence[RawSample], note: Note) -> None:
+    """A note where no prompt is marked as the configuration says that some are; a recipe may be of other prompts.
+
+    UserError for a value of ``held_out`` that no prompt has.
+    """
+    for name, mask_N in zip(("harmful", "benign"), harmful_and_benign(arena, samples), strict=True):
+        marks = getattr(arena, name)
+        default = ArenaConfig.model_fields[name].get_default(call_default_factory=True)
+        if marks and marks != default and not mask_N.any():
+            over_all = ": insistence is over all prompts" if name == "harmful" and arena.insist else ""
+            note(f"{name}: no prompt's row has {as_yaml(marks)}{over_all}")
+    if arena.category is None:
+        return
+    found = [value for s in samples for value in several(field_value(s.fields, arena.category)) if value is not None]
+    values = sorted({str(as_text(value)) for value in found})
+    if not values:
+        known = sorted({field for sample in samples for field in sample.fields})
+        note(f"category: no prompt's row has a field {arena.category!r}{near(arena.category, known)}")
+    if lost := [name for name in arena.held_out if name not in values]:
+        raise UserError(f"held_out: no prompt has {arena.category} {lost[0]!r}{near(lost[0], values)}")
 
 
 def judge_config(arena: ArenaConfig, contenders: Sequence[Contender]) -> JudgedPolicy:

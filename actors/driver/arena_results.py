@@ -112,7 +112,6 @@ def _by_weights(arena: ArenaConfig, trained: dict[str, set[str]]) -> dict[str, s
 def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Path, answers: Path) -> dict[str, Any]:
     """Write everything into ``folder`` and all answers into ``answers``; returns the content of arena.json."""
     match = match_of(arena, held)
-    lacking = [f"no prompt has {arena.category}: {name}" for name in arena.held_out if name not in match.categories]
     found: dict[str, Any] = {
         "judges": judges(arena),
         "own_judges": own_judges(arena),
@@ -126,7 +125,7 @@ def write_results(arena: ArenaConfig, held: Held, remarks: list[str], folder: Pa
         "benign": len(np.unique(held.prompt_N[match.benign_N])),
         "insisted": arena.insist,
         "follow_ups": arena.follow_ups,
-        "remarks": remarks + lacking,
+        "remarks": remarks,
         "judged_pairs": held.judged,
         "scored_answers": held.scored,
         "scored_by_group": held.scored_by_group,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.json_files import json_line
 from beaver_ray.method.best_of_n import chances, chosen, sizes
+from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
 
@@ -75,8 +78,14 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
     done, answered, elapsed = 0, 0, 0.0
     n, size = config.rollout.samples_per_prompt, config.rollout.prompts_per_step
     asked = f"rollout.samples_per_prompt {n}, rollout.prompts_per_step {size} and {len(prompts)} prompts"
+    decided = _decided(policy, prompts)
     if checkpoint is not None:
         state = checkpoint.state()
+        if state.get("decided", decided) != decided:
+            raise UserError(
+                "the run was begun with other prompts, models, limits, refusal, seed or sampling than it has now, and "
+                "its answers would not go together: take the same, or another name"
+            )
         if state.get("asked", asked) != asked:
             raise UserError(
                 f"the run was begun with {state['asked']} and cannot go on with {asked}: take the same, or another name"
@@ -93,11 +102,25 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
             if step in (1, blocks):
                 pq.write_table(pa.Table.from_batches([part.given]), run.trajectories / f"step_{step:06d}.parquet")
             if config.save_every and step % config.save_every == 0 and step < blocks:
-                state = {"asked": asked, "answers_bytes": path.stat().st_size, "metrics_bytes": run.metrics_bytes()}
+                state = {
+                    "asked": asked,
+                    "decided": decided,
+                    "answers_bytes": path.stat().st_size,
+                    "metrics_bytes": run.metrics_bytes(),
+                }
                 with run.checkpoints.writing(step, state | {"elapsed": time.perf_counter() - began}):
                     pass
             best = f"best_of/{config.rollout.samples_per_prompt}"
             progress.advance(refused=part.figures[f"{best}/refused"], reward=part.figures[f"{best}/reward"])
+
+
+def _decided(policy: BestOfN, prompts: PromptDataset) -> str:
+    """Equal for runs whose answers to a prompt are the same."""
+    config = policy.config
+    parts = config.model_dump(mode="json", include={"seed", "models", "constraints"}) | {"refusal": policy.refusal.text}
+    parts |= config.rollout.model_dump(mode="json", include={"temperature", "max_new_tokens"})
+    parts |= {"policy": fingerprint(config.models.policy), "prompts": [tokens.tolist() for tokens in prompts.prompts]}
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def _write_rows(file: Any, rows: list[dict[str, Any]]) -> None:

@@ -46,6 +46,11 @@ def train_policy(
     """All steps of a PPO run from where its state stands; ``evaluate`` gives figures on held-out prompts."""
     state, run = recovery.state, recovery.run
     steps = config.total_steps(0)
+    if state.step > steps:
+        raise UserError(
+            f"the run has come to step {state.step}, by its newest checkpoint, and is to have {steps}: raise steps, or "
+            f"delete {run.folder / 'checkpoints'} and begin anew"
+        )
     signs = Watch(config.evaluation.world is not None, read_metrics(run.folder))
     with run.progress(config.stage, steps) as progress:
         while state.step < steps:
@@ -240,6 +245,8 @@ def update(config: PolicyConfig, roles: Roles, state: TrainingState, experience:
     if step > config.ppo.critic_warmup_steps:
         weights, units = weighing(config, state.multipliers, state.history)
         started.append((roles.policy, roles.policy.call(PolicyTrainer.update, experience, step, weights, units)))
+    elif config.ppo.replay:
+        started.append((roles.policy, roles.policy.call(PolicyTrainer.remember, experience)))
     figures: dict[str, float] = {}
     for group, references in started:
         figures |= group.wait(references, "training")[0]

@@ -177,6 +177,7 @@ class Recovery:
             self.state.load_state_dict(state)
             self._call_trained(TrainingRank.load_state, checkpoint.folder / "training")
             self.run.rewind(state["metrics_bytes"])
+        self.run.forget_trajectories(self.state.step)
         weights = publish(self.roles.policy, self.state.step, self.roles.direct)
         self.rollouts.restart(self.state.schedule, self.state.prompts, self.state.pending(), weights)
 

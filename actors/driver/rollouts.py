@@ -288,7 +288,7 @@ class Rollouts:
         return ids
 
     def _fill(self) -> None:
-        while self.next_samples is not None and self.schedule.wants_samples:
+        while self.next_samples is not None and self._evaluation is None and self.schedule.wants_samples:
             self.schedule.draw(self._remember(self.next_samples(self.schedule.drawn + 1)))
         for name, worker in list(self._hungry.items()):
             while worker.calls < OUTSTANDING and self._send(worker):
@@ -367,16 +367,14 @@ class Rollouts:
         versions = np.array(summary["versions"], dtype=np.int64)
         held_out = np.array([sample in worker.held_out for sample in ids], dtype=bool)
         kept = self.schedule.finish(name, ids[~held_out].tolist(), versions[~held_out].tolist())
-        columns: list[Any] = []
-        if kept and self.score is not None:
-            columns = self.score(sequences)
         if held_out.any() and self._evaluation:
             schedule, judge = self._evaluation
             answered = schedule.finish(name, ids[held_out].tolist(), versions[held_out].tolist())
             worker.held_out.difference_update(answered)
-            self._evaluated.append(Chunk(sequences, columns or judge(sequences), set(answered)))
+            # Also where training's answers are among them, whose scores need not be all that an evaluation reads.
+            self._evaluated.append(Chunk(sequences, judge(sequences), set(answered)))
         if kept:
-            self.chunks.append(Chunk(sequences, columns, set(kept)))
+            self.chunks.append(Chunk(sequences, self.score(sequences) if self.score else [], set(kept)))
             self.generated_tokens += summary["generated_tokens"]
         if self.schedule.generators[name].leaving and not worker.calls and not self._in_flight(worker):
             self._dismiss(worker)

@@ -19,9 +19,8 @@ from beaver_ray.data.token_files import keep_tokens
 from beaver_ray.fit import check_fit
 from beaver_ray.json_files import read_json, write_json
 from beaver_ray.models.loading import check_model_folder, load_tokenizer
-from beaver_ray.runs import RunFolder, say_rows
+from beaver_ray.runs import SELECTED, RunFolder, read_metrics, say_rows
 
-SELECTED = "selected.json"
 BEST = "best"
 """Folder of a checkpoint with the best model up to then."""
 """Beside a model that was kept for its held-out accuracy: its step, and that."""
@@ -111,7 +110,9 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     if kept is None:
         trainer.run(Trainer.save, str(final))
     else:
-        run.note(f"the model of step {kept.step} is kept, held-out accuracy {kept.accuracy:.3f}")
+        mean = ", the mean over heads," if "eval/accuracy_cost" in metrics else ""
+        run.note(f"the model of step {kept.step} is kept, held-out accuracy{mean} {kept.accuracy:.3f}")
+        metrics = next(row for row in read_metrics(run.folder) if row["step"] == kept.step)
     run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs"))
 
 

@@ -88,10 +88,11 @@ class TrainerStage(TrainerConfig, TemplatedStage):
         return supervised_charts(metrics)
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:
-        """The last held-out figures, else recent ones of the training."""
+        """The held-out figures of the model that is kept, else recent ones of the training."""
         from beaver_ray.report.supervised import supervised_cards
+        from beaver_ray.runs import kept_step
 
-        return supervised_cards(metrics)
+        return supervised_cards(metrics, kept_step(self.folder))
 
     @property
     def selects(self) -> bool:
@@ -280,17 +281,19 @@ class ScoreModelStage(RankingConfig, TrainerStage):
     def headlines(self) -> list[str]:
         """Held-out accuracy, and whether it has decayed."""
         from beaver_ray.method.noise import decay
-        from beaver_ray.runs import read_metrics
+        from beaver_ray.runs import kept_step, read_metrics
 
         rows = [row for row in read_metrics(self.folder) if row.get("eval/pairs")]
         if not rows:
             return []
         found = []
+        step = kept_step(self.folder)
+        kept = next((row for row in rows if row["step"] == step), rows[-1])
         for head, name in zip(self.heads, ("accuracy", "accuracy_cost"), strict=False):
             values = [float(row[f"eval/{name}"]) for row in rows]
             fallen = decay([int(row["step"]) for row in rows], values, int(rows[-1]["eval/pairs"]))
-            said = f"held-out accuracy {values[-1]:.3f}" if fallen is None else fallen.in_words()
-            found.append(f"{head}: {said}")
+            said = f"held-out accuracy {kept[f'eval/{name}']:.3f}" if fallen is None else fallen.in_words()
+            found.append(f"{head}: {said}" + ("" if step is None else f"; the model of step {step} is kept"))
         return found
 
     def save(self, trainer: Trainer, state: dict[str, Tensor], folder: Path) -> None:

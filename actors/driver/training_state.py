@@ -58,7 +58,7 @@ class PromptStream:
 
         Also where the pending samples are not whole groups: other answers to the same prompts were trained on already.
         """
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], "rollout.prompts_per_step")
         # A multiple of the answers to a prompt, by which `ExperienceBuilder` tells draws apart; it was another before
         # where samples_per_prompt has changed.
         self.next_id = math.ceil(int(state["next_id"]) / self.repeat) * self.repeat

@@ -49,6 +49,9 @@ def judge_answers(
             f"{answers} has no answer to any of the questions; let the policy answer them by stage generate, with "
             f"prompts: [{{path: FILE, prompt: question}}]"
         )
+    asked = {row["question"] for row in rows}
+    if lost := sum(len(some) for question, some in given.items() if question not in asked):
+        note(f"{answers}: {lost} answers are to no question, and are left out")
     judge = Judge(options, replies, note)
     said = [TRUTH.read(reply) for reply in judge(texts)]
     note(f"{options.model}: {judge.usage.line(options)}")
@@ -62,6 +65,8 @@ def judge_answers(
             true = np.array([row["verdict"] == "TRUE" for row in read])
             of = share_interval(true, np.array([row["number"] for row in read]))
             figures[f"{name}/truthful"] = of | {"answers": len(some), "unread": len(some) - len(read)}
+        else:
+            note(f"{name}: no reply of the judge could be read, to {len(some)} answers; {name}/truthful is left out")
     return figures, rows
 
 

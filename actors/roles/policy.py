@@ -170,6 +170,12 @@ class PolicyTrainer(TrainingRank):
                 raise WeightsUnreadableError(f"{left}, weights to be read there take {needed / 2**30:.1f}")
         return trial_weights(self.engine.device)
 
+    def remember(self, batch: pa.RecordBatch) -> dict[str, float]:
+        """Keep a step's answers for replay, in a step without an update; no metrics."""
+        if self.best is not None:
+            self.best.remember(batch)
+        return {}
+
     def position(self) -> dict[str, Any]:
         """The position in the PTX data, and the answers that are kept for replay, for a checkpoint."""
         position: dict[str, Any] = {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
@@ -180,7 +186,8 @@ class PolicyTrainer(TrainingRank):
     def restore_position(self, position: dict[str, Any]) -> None:
         """Restore what `position` gave; what a run did not have until now starts from nothing."""
         if self.ptx is not None and "ptx" in position:
-            self.ptx_sampler.load_state_dict(position["ptx"])
+            size = "rollout.prompts_per_step, rollout.samples_per_prompt and ppo.minibatches"
+            self.ptx_sampler.load_state_dict(position["ptx"], size)
         if self.best is not None and "best" in position:
             self.best.restore(position["best"].numpy())
 

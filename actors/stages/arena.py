@@ -112,7 +112,11 @@ class Arena(ArenaConfig, Stage):
         found = json.loads((self.folder / "arena.json").read_text(encoding="utf-8"))
         from beaver_ray.arena.tables import in_a_line
 
-        lines = [in_a_line(name, mine) for name, mine in found["policies"].items()]
+        ratings = {by: of for by, of in found["elo"].items() if by in self.judges and of}
+        lines = [
+            in_a_line(name, mine, {by: of.get(name) for by, of in ratings.items()})
+            for name, mine in found["policies"].items()
+        ]
         return [*lines, f"page: {self.folder / 'arena.html'}"]
 
 

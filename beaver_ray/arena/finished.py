@@ -147,4 +147,4 @@ def _row(path: Path, number: int, line: str) -> tuple[Asked, str, bool]:
         )
     if not all(map(is_whole, (system or "", *turns, response))):
         raise UserError(f"{where} has half a character, which nobody can read or write; mend its text")
-    return (system, tuple(turns)), response, row.get("ended") is not False
+    return (system, tuple(turns)), response, row.get("ended") is not False and row.get("truncated") is not True

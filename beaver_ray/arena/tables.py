@@ -276,11 +276,12 @@ def _filled(table: Table) -> Table:
     return Table(table.name, table.title, table.caption, columns, rows)
 
 
-def in_a_line(name: str, mine: Mapping[str, Any]) -> str:
-    """A policy's main figures on one line."""
+def in_a_line(name: str, mine: Mapping[str, Any], ratings: Mapping[str, Any]) -> str:
+    """A policy's main figures on one line. ratings: its Elo by each judge that compared answers, None where none is."""
     parts = [f"reward {cell(mine['reward'], Column('', NUMBER))}"] if "reward" in mine else []
     rates = [key for key in mine if key.startswith("violation_rate/")]
     parts += [f"{key.partition('/')[2]} {cell(mine[key], Column('', SHARE))}" for key in rates]
     kinds = [kind for kind in ("harmful", "benign") if f"refusal_rate_{kind}" in mine]
     parts += [f"refuses {kind} {cell(mine[f'refusal_rate_{kind}'], Column('', SHARE))}" for kind in kinds]
+    parts += [f"Elo by {by} {cell(rating, Column('', NUMBER))}" for by, rating in ratings.items() if rating]
     return f"{name}: {', '.join(parts) or 'no judge'}"

@@ -80,7 +80,7 @@ def _runs(
     def unknown(folder: str) -> None:
         unchecked.append(f"what {folder} was trained on: no run lies around it")
 
-    yield from runs_behind([policy, *_models(config)], _models, unknown)
+    yield from runs_behind([policy, *_models(config)], lambda run, _: _models(run), unknown)
 
 
 def _data(tree: Mapping[str, Any]) -> Iterator[tuple[str, list[Spec]]]:

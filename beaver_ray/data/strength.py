@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.data.mixing import prompt_key
+from beaver_ray.data.mixing import bare_turns, prompt_key
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.tokenized import STRENGTHS
 from beaver_ray.errors import UserError
@@ -28,7 +28,7 @@ def folds(samples: Sequence[RawSample], count: int, seed: int) -> NDArray[np.int
     """
     of_prompt: dict[tuple[str, ...], list[int]] = {}
     for number, sample in enumerate(samples):
-        of_prompt.setdefault(prompt_key(sample), []).append(number)
+        of_prompt.setdefault(bare_turns(sample), []).append(number)
     if len(of_prompt) < count:
         raise UserError(f"{count} folds of {len(of_prompt)} prompts: give more data, or lower folds")
     groups = list(of_prompt.values())

@@ -415,16 +415,17 @@ class BatchSampler:
             "seed": self.seed,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position from `state_dict`.
+    def load_state_dict(self, state: dict[str, Any], of_batch: str = "batch_size") -> None:
+        """Restore the position from `state_dict`. of_batch: the options that the size of a batch comes from.
 
         Raises:
             UserError: the data, the batch size or the seed are not those of the checkpoint.
         """
         for name in ("size", "batch_size", "seed"):
             if state[name] != getattr(self, name):
+                what = {"size": "size", "batch_size": f"a batch ({of_batch}) of", "seed": "seed"}[name]
                 raise UserError(
-                    f"the checkpoint was trained with {name} {state[name]} but this run has "
-                    f"{getattr(self, name)}: resume with the same data, batch size and seed"
+                    f"the checkpoint was trained with {what} {state[name]} but this run has "
+                    f"{getattr(self, name)}: resume with the same data, {of_batch} and seed"
                 )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])

@@ -19,6 +19,9 @@ def save_language_model(model: Any, state: dict[str, Tensor], adapter: AdapterIn
     goes into ``adapter`` there.
     """
     if adapter is not None:
+        for lora in model.peft_config.values():
+            if isinstance(lora.target_modules, set):  # whose order is another in each process
+                lora.target_modules = sorted(lora.target_modules)
         parts = {name: tensor for name, tensor in state.items() if is_adapter(name)}
         model.save_pretrained(folder / "adapter", state_dict=parts, save_embedding_layers=False)
         model, state = model.get_base_model(), merged_state(state, adapter)

@@ -47,9 +47,14 @@ def supervised_charts(metrics: dict[str, np.ndarray]) -> list[Chart]:
     return drawable(charts)
 
 
-def supervised_cards(metrics: dict[str, np.ndarray]) -> list[Card]:
-    """Last held-out figures where there are any, else recent ones of the training."""
+def supervised_cards(metrics: dict[str, np.ndarray], kept: int | None = None) -> list[Card]:
+    """Held-out figures where there are any, else recent ones of the training.
+
+    kept: the step whose model the run has kept; without, the held-out figures are the last.
+    """
     cards = []
+    wanted = metrics["step"] == kept
+    told = "held out, last" if kept is None else f"held out, the kept model of step {kept}"
     for key, title, form in (
         ("loss", "Loss", ".4g"),
         ("accuracy", "Accuracy", ".1%"),
@@ -57,9 +62,10 @@ def supervised_cards(metrics: dict[str, np.ndarray]) -> list[Card]:
         ("accuracy_sign", "Accuracy of the sign", ".1%"),
     ):
         held_out = metrics.get(f"eval/{key}", np.array([]))
+        held_out = held_out[np.isfinite(held_out) & wanted] if wanted.any() and len(held_out) else held_out
         held_out = held_out[np.isfinite(held_out)]
         if len(held_out):
-            cards.append(Card(title, f"{held_out[-1]:{form}}", "held out, last", ""))
+            cards.append(Card(title, f"{held_out[-1]:{form}}", told, ""))
         elif key in metrics:
             cards.append(Card(title, f"{recent(metrics[key]):{form}}", recently(metrics), ""))
     return cards + running_cards(metrics, ("throughput/tokens_per_second", "Tokens/s"))

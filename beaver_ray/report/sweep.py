@@ -21,7 +21,7 @@ from beaver_ray.json_files import write_json
 from beaver_ray.method.power_law import PowerLaw, fit_power_law
 from beaver_ray.report.charts import Chart, Panel, Series
 from beaver_ray.report.page import svg, templates
-from beaver_ray.runs import read_evaluation, read_metrics
+from beaver_ray.runs import kept_step, read_evaluation, read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,8 +70,7 @@ def run_figures(folder: Path) -> dict[str, float]:
     }
     if all(key.startswith("features/") for key in found):
         evaluated = [one for one in rows if any(key.startswith("eval/") for key in one)]
-        kept = next(folder.glob("final/*/selected.json"), None)
-        step = None if kept is None else json.loads(kept.read_text(encoding="utf-8"))["step"]
+        step = kept_step(folder)
         row: dict[str, Any] = next((row for row in reversed(evaluated) if step in (None, row["step"])), {})
         names = [key for key in row if key.startswith("eval/") and key != "eval/pairs"]
         found = {key: float(row[key]) for key in [*names, *SIZES] if row.get(key) is not None} | found

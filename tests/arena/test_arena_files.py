@@ -31,7 +31,7 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
         {"prompt": "one", "response": HOSTILE, "ended": False},
         {"prompt": ["a", "b", "c"], "response": "first", "reward": 1.0},
         {"prompt": "one", "response": ""},
-        {"prompt": ["a", "b", "c"], "response": "second"},
+        {"prompt": ["a", "b", "c"], "response": "second", "truncated": True},
         {"prompt": ["a", "b", "c"], "response": "third"},
     ]
     write_rows(tmp_path / "a.jsonl", rows)
@@ -39,7 +39,7 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     notes: list[str] = []
     said = Said.of_file(read, [RawSample(["a", "b", "c"]), RawSample("one")], 0, notes.append)
     assert said.texts == [["first", "second"], [HOSTILE, ""]]
-    assert said.ended_NK.tolist() == [[True, True], [False, True]]
+    assert said.ended_NK.tolist() == [[True, False], [False, True]], "truncated is what stage generate writes"
     assert said.since == [[(), ()], [(), ()]]
     assert notes == ["cut to 2 of up to 3 answers each, since a prompt has no more"]
 

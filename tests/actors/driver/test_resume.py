@@ -144,8 +144,14 @@ def test_other_settings_are_said(tiny_world: Path, tmp_path: Path, one_rank: Non
     )
     assert "resumed with other settings: ppo.clip_ratio 0.2 -> 0.1" in (folder / "notes.log").read_text()
     killed(config(tiny_world, tmp_path, "other", steps=3), "step", 2)
-    with pytest.raises(UserError, match="the checkpoint was trained with batch_size 16 but this run has 4"):
+    said = "of 16 but this run has 4: resume with the same data, rollout.prompts_per_step and seed"
+    with pytest.raises(UserError, match=said):
         train(config(tiny_world, tmp_path, "other", steps=3, resume=True, rollout={"prompts_per_step": 4}))
+    killed(config(tiny_world, tmp_path, "longer", steps=6), "step", 5)
+    with pytest.raises(
+        UserError, match=r"has come to step \d, by its newest checkpoint, and is to have 3: raise steps"
+    ):
+        train(config(tiny_world, tmp_path, "longer", steps=3, resume=True))
 
 
 def test_a_resumed_supervised_stage_is_the_whole_stage(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:

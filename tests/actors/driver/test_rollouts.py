@@ -121,8 +121,12 @@ def test_a_generator_is_filled_up_as_answers_come() -> None:
     assert generator.most == 150 and 12 <= generator.calls <= 14
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_held_out_prompts_go_beside_training(staleness: int) -> None:
+def test_held_out_prompts_go_beside_training(staleness: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """late: calls of training come back when an evaluation has begun, with its answers in them, as on a cluster."""
+    if late:
+        monkeypatch.setattr("actors.driver.rollouts.ready_now", lambda references: [])
     generators = [StandIn(seed=i) for i in range(2)]
     judged: list[pa.RecordBatch] = []
     schedule = RolloutSchedule(3, staleness)
@@ -134,6 +138,7 @@ def test_held_out_prompts_go_beside_training(staleness: int) -> None:
         held_out = rollouts.collect(prompts(30, 1000 * step), lambda chunk: judged.append(chunk) or ["j"])
         assert [row["sample_id"] for row in rows_of(held_out)] == list(range(1000 * step, 1000 * step + 30))
         assert all(row["weight_version"] == step for row in rows_of(held_out))
+        assert all(chunk.columns == ["j"] for chunk in held_out.chunks), "training's scores may not be all of these"
     assert sorted(trained) == list(range(20, 80)) and judged
 
 

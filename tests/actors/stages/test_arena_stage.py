@@ -313,6 +313,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(tiny_world: Path, tmp_path:
     answers.write_text('{"prompt": "hello", "response": "hello"}\n')
     assert "the world knows harm, refusal alone" in refused(costs=[{"name": "leak"}])
     assert "no prompt is left" in refused(policies={"said": str(answers)}, costs=[])
+    assert "held_out: no prompt has kind 'adversaria'; did you mean 'adversarial'?" in refused(held_out=["adversaria"])
     function = "python:beaver_ray/rules/text.py:refuses"
     pairs = f"PKU-SafeRLHF:1:{tiny_world}/preferences/test.jsonl"
     for needy in ({"model": "http://localhost:1/score"}, {"model": function, "calibration": [pairs]}):

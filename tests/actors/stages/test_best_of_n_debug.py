@@ -150,6 +150,8 @@ def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
         train(
             configured(tiny_world, run.parent, name="resumed", resume=True, rollout=ROLLOUT | {"prompts_per_step": 10})
         )
+    with pytest.raises(UserError, match="begun with other prompts, models, limits"):
+        train(configured(tiny_world, run.parent, name="resumed", resume=True, seed=7))
     assert train(configured(tiny_world, run.parent, name="resumed", resume=True)) == folder
     for name in ("answers.jsonl", "held_out.jsonl"):
         assert (folder / "final" / name).read_bytes() == (run / "final" / name).read_bytes()

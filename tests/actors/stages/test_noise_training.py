@@ -173,7 +173,9 @@ def test_the_best_model_is_kept(
     assert json.loads((folder / "selected.json").read_text()) == {"step": 8, "accuracy": 0.9}
     notes = (tmp_path / "reward_model" / "notes.log").read_text()
     assert "the model of step 8 is kept, held-out accuracy 0.900" in notes
-    assert config.headlines() == ["reward: held-out accuracy fell from 0.900 at step 8 to 0.650 at the end"]
+    assert config.headlines() == [
+        "reward: held-out accuracy fell from 0.900 at step 8 to 0.650 at the end; the model of step 8 is kept"
+    ]
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "reward_model"))
 
     # From a checkpoint before it on, and worse: what came after that checkpoint is not the run's any more.
