@@ -23,7 +23,6 @@ from beaver_ray.runs import SELECTED, RunFolder, read_metrics, say_rows
 
 BEST = "best"
 """Folder of a checkpoint with the best model up to then."""
-"""Beside a model that was kept for its held-out accuracy: its step, and that."""
 
 
 def train_on_data(stage: TrainerStage, run: RunFolder) -> None:
@@ -112,8 +111,10 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
     else:
         mean = ", the mean over heads," if "eval/accuracy_cost" in metrics else ""
         run.note(f"the model of step {kept.step} is kept, held-out accuracy{mean} {kept.accuracy:.3f}")
-        metrics = next(row for row in read_metrics(run.folder) if row["step"] == kept.step)
-    run.note(", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs"))
+        evaluated = [row for row in read_metrics(run.folder) if "eval/loss" in row]
+        metrics = next((row for row in evaluated if row["step"] == kept.step), metrics)
+    figures = {k: v for k, v in metrics.items() if k.startswith("eval/") and k != "eval/pairs" and v is not None}
+    run.note(", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
 
 
 class _Best(NamedTuple):

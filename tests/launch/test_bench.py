@@ -20,7 +20,7 @@ from beaver_ray.method.losses import cross_entropy_loss, policy_loss, token_weig
 from beaver_ray.method.multipliers import LogSgdMultiplier
 from launch.bench import published_loop
 from launch.bench.iteration import GPU_PARTS, on_one_gpu, our_config
-from launch.bench.measure import Figure, Goal, Outcome, interleave, medians, write_json
+from launch.bench.measure import Figure, Goal, Outcome, interleave, medians, write_record
 from launch.bench.models import (
     BOS,
     EOS,
@@ -217,7 +217,7 @@ def test_interleaving_and_goals(tmp_path: Path) -> None:
     assert interleave({"a": lambda: 2.5}, 2, timed=float) == {"a": [2.5, 2.5]}
     assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
     figures = [Figure("x", 1.0, "s", 2.0, "y", Goal(3, at_most=True)), Figure("z", 1.0, "s", 2.0, "y", Goal(3))]
-    write_json(tmp_path / "deep" / "out.json", {"size": "small"}, {"x": Outcome(figures)})
+    write_record(tmp_path / "deep" / "out.json", {"size": "small"}, {"x": Outcome(figures)})
     written = json.loads((tmp_path / "deep" / "out.json").read_text())["benchmarks"]["x"]["figures"]
     assert [(f["goal"], f["met"]) for f in written] == [("<= 3", True), (">= 3", False)]
 
