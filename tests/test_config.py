@@ -1,9 +1,10 @@
+"""Configurations from files and overrides: what is read, what is refused in one line, what is saved."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,36 +14,12 @@ from actors.driver.policy_stage import PolicyStage
 from actors.driver.trainer_stage import TrainerStage
 from actors.stages import stages
 from beaver_ray.errors import UserError
-from beaver_ray.method.forms import CVaR, WorstOfK
 from beaver_ray.pipeline_options import PipelineConfig
 from beaver_ray.template_options import TemplateOptions
 from beaver_ray.yaml_files import as_yaml, save_config, yaml_value
 from launch.config_files import load_config, load_pipeline, parse_config
 from launch.option_list import leaves
-
-SAFE_PPO: dict[str, Any] = {
-    "name": "one",
-    "stage": "safe_ppo",
-    "steps": 3,
-    "models": {"policy": "${workspace}/sft/final/policy", "reward": "r"},
-    "constraints": [{"name": "harm", "model": "c", "limit": 0.0}],
-    "data": {"prompts": ["p"]},
-    "rollout": {"prompts_per_step": 8},
-}
-
-
-def safe_ppo(*overrides: str) -> PolicyStage:
-    config = parse_config(SAFE_PPO, list(overrides), "f.yaml")
-    assert isinstance(config, PolicyStage)
-    return config
-
-
-def error(*overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        safe_ppo(*overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from tests.configs import SAFE_PPO, error, safe_ppo
 
 
 def test_the_stage_decides_the_kind() -> None:
@@ -164,102 +141,10 @@ def test_what_reads_as_text_is_text_as_it_is_written(tmp_path: Path) -> None:
     assert load_pipeline(tmp_path / "p.yaml", ["f.name=08"])[1][0].name == "08"
 
 
-def test_forms_of_a_cost() -> None:
-    assert safe_ppo().constraints[0].form == "mean"
-    tail = safe_ppo("constraints.harm.form=cvar:0.875")
-    assert tail.constraints[0].tail == 0.125 and tail.objective().settings.forms == {"harm": CVaR(0.875)}
-    together = safe_ppo("constraints.harm.form=worst_of_k", "rollout.samples_per_prompt=2")
-    assert together.objective().settings.forms == {"harm": WorstOfK(2)}
-    assert "form hinge bounds the mean of max(0, cost)" in error(
-        "constraints.harm.form=hinge", "constraints.harm.limit=-1"
-    )
-    rate = ("constraints.harm.limit=null", "constraints.harm.violation_rate=0.1", "constraints.harm.calibration=[x]")
-    assert "form hinge counts costs above 0 alone" in error("constraints.harm.form=hinge", *rate)
-    assert safe_ppo("constraints.harm.form=cvar:0.5", *rate).constraints[0].bound == 0.1
-    grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized", "constraints.harm.form=worst_of_k")
-    assert "group_standardized of each; use leave_one_out" in error(*grouped)
-    for form in ("cvar:0.5", "worst_of_k"):
-        several = ("rollout.samples_per_prompt=2", f"constraints.harm.form={form}")
-        assert "leave ppo.replay out" in error(*several, "ppo.replay=0.5")
-        assert "form mean and hinge alone" in error(*several, "constraints.harm.multiplier.initial=auto")
-    shaping = ("stage=reward_shaping", "rollout.samples_per_prompt=2", "constraints.harm.form=worst_of_k")
-    assert "the reward is each answer's own" in error(*shaping)
-
-
-def test_what_would_never_happen_is_refused() -> None:
-    assert "the policy is never trained in 3 steps" in error("ppo.critic_warmup_steps=3")
-    assert safe_ppo("ppo.critic_warmup_steps=2").ppo.critic_warmup_steps == 2
-    assert "set evaluation.prompts" in error("evaluation.every=2")
-
-
-def test_without_critics() -> None:
-    free = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized")
-    assert not safe_ppo(*free).ppo.has_critics and safe_ppo().ppo.has_critics
-    assert "group_standardized has no critics to warm up" in error(*free, "ppo.critic_warmup_steps=2")
-    assert "takes a reward's unit away itself" in error(*free, "ppo.normalize_rewards=0.8")
-    # No critic has to start anywhere.
-    elsewhere = ("models.reward=python:score.py:f", "constraints.harm.model=http://a.b/harm")
-    assert "or do without critics (ppo.advantage: leave_one_out)" in error(*elsewhere)
-    assert safe_ppo(*free, *elsewhere).models.reward == "python:score.py:f"
-    assert "a function that scores is written" in error(*free, "models.reward=python:score.txt:f")
-
-
-def test_multipliers_that_start_by_themselves(tmp_path: Path) -> None:
-    auto = "constraints.harm.multiplier.initial=auto"
-    config = safe_ppo(auto)
-    assert config.auto_multipliers == ["harm"] and safe_ppo().auto_multipliers == []
-    save_config(config, tmp_path / "f.yaml")
-    assert load_config(tmp_path / "f.yaml") == config
-    assert safe_ppo("stage=ppo", auto).auto_multipliers == []
-    assert "constraint harm: its weight is fixed; set multiplier.initial to a number" in error(
-        "stage=reward_shaping", auto
-    )
-    assert "auto needs ppo.kl_coefficient above 0" in error(auto, "ppo.kl_coefficient=0")
-    grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized")
-    assert "auto is in units of scores; ppo.advantage takes these away" in error(auto, *grouped)
-
-
 def test_a_missing_key() -> None:
     tree = {key: value for key, value in SAFE_PPO.items() if key != "data"}
     with pytest.raises(UserError, match=r"f: data: Field required"):
         parse_config(tree, [], "f")
-
-
-def test_log_sgd_cannot_start_at_zero() -> None:
-    rule = "constraints.harm.multiplier.rule=log_sgd"
-    assert "cannot start at 0" in error(rule, "constraints.harm.multiplier.initial=0")
-    assert safe_ppo(rule, "constraints.harm.multiplier.max=null").constraints[0].multiplier.max is None
-
-
-def test_a_confidence_where_nothing_could_heed_it_is_refused() -> None:
-    sure, few = "constraints.harm.confidence=0.9", "rollout.prompts_per_step=1"
-    eight = "rollout.samples_per_prompt=8"
-    refused, window = "confidence needs answers to several prompts; ", "constraints.harm.multiplier.window"
-    assert f"{refused}raise rollout.prompts_per_step" in error(sure, few, "rollout.samples_per_prompt=32")
-    assert f"{refused}give a multiplier.window above 8" in error(sure, few, eight, f"{window}=8")
-    assert f"{refused}give a multiplier.window above 8" in error(sure, eight, f"{window}=8"), "of the last prompt alone"
-    for held in ("constraints.harm.multiplier.window=9", "constraints.harm.multiplier.rule=pid"):  # pid holds 32
-        assert safe_ppo(sure, few, eight, held).constraints[0].confidence == 0.9
-    assert "harm: confidence puts a limit lower, and reward_shaping" in error(sure, "stage=reward_shaping")
-    assert safe_ppo(sure, few, eight, "stage=ppo").constraints[0].confidence == 0.9
-
-
-def test_violation_rate_needs_labelled_pairs() -> None:
-    changes = ("constraints.harm.limit=null", "constraints.harm.violation_rate=0.1")
-    assert "needs calibration data" in error(*changes)
-    assert safe_ppo(*changes, "constraints.harm.calibration=[pairs]").constraints[0].violation_rate == 0.1
-
-
-def test_a_scope_keeps_the_kinds_of_its_values() -> None:
-    config = safe_ppo("constraints.harm.where={kind: [benign, 1, 2.5, true, null], level: '1', safe: false}")
-    assert config.constraints[0].where == {"kind": ["benign", 1, 2.5, True, None], "level": "1", "safe": False}
-    assert [type(value) for value in config.scopes["harm"]["kind"]] == [str, int, float, bool, type(None)]
-    assert safe_ppo().scopes == {}
-
-
-def test_two_constraints_of_one_name() -> None:
-    entry = "{name: harm, model: c, limit: 0}"
-    assert "different names" in error(f"constraints=[{entry}, {entry}]")
 
 
 def test_overrides_by_dots_name_and_number() -> None:
@@ -340,26 +225,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def write_pipeline(folder: Path, **more: Any) -> Path:
-    (folder / "safe_ppo.yaml").write_text(yaml.safe_dump(SAFE_PPO))
-    sft = {"name": "sft", "stage": "sft", "model": "${workspace}/world/model", "train": ["d"]}
-    (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
-    stages = [{"config": "sft.yaml", "set": {"epochs": 1}}, {"config": "safe_ppo.yaml"}]
-    tree = {"workspace": "w", "world": {"seed": 1}, "stages": stages, **more}
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "pipeline.yaml"
-
-
-def test_pipeline(tmp_path: Path) -> None:
-    path = write_pipeline(tmp_path)
-    pipeline, stages = load_pipeline(path, ["safe_ppo.steps=20", "workspace=v", "world.seed=2", "sft.name=warm"])
-    assert pipeline.world == {"seed": 2}
-    sft, ppo = stages
-    assert isinstance(sft, TrainerStage) and isinstance(ppo, PolicyStage)
-    assert (sft.epochs, sft.model, sft.folder) == (1, "v/world/model", Path("v/warm"))
-    assert (ppo.steps, ppo.models.policy) == (20, "v/sft/final/policy")
-
-
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a workspace, in what refers to it, and in any other path: runs go where data sets are looked for."""
     monkeypatch.setenv("HOME", "/home/me")
@@ -373,75 +238,6 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "p.yaml").write_text("stages: [{config: f.yaml}]\nworkspace: ~/p\n")
     pipeline, (stage,) = load_pipeline(tmp_path / "p.yaml", [])
     assert pipeline.workspace == stage.workspace == "/home/me/p"
-
-
-def test_pipelines_that_share_a_run_configure_it_alike() -> None:
-    """A finished run of other settings would be refused: `make train` leaves what the others of its workspace begin
-    with."""
-    made: dict[Path, tuple[Path, Any]] = {}
-    shared = 0
-    for file in sorted(Path("configs").rglob("*.yaml")):
-        if "\nstages:" in file.read_text(encoding="utf-8"):
-            for stage in load_pipeline(file, [])[1]:
-                first, of = made.setdefault(stage.folder, (file, stage))
-                shared += first != file
-                assert of == stage, f"{stage.folder} of {first} and of {file}"
-    assert shared >= 6
-
-
-def test_a_workspace_is_written_in_one_way(tmp_path: Path) -> None:
-    for workspace in ("/tmp/w/", "/tmp//w", "/tmp/./w"):
-        pipeline, (sft, ppo) = load_pipeline(write_pipeline(tmp_path), [f"workspace={workspace}"])
-        assert pipeline.workspace == sft.workspace == "/tmp/w"
-        assert isinstance(ppo, PolicyStage) and ppo.models.policy == "/tmp/w/sft/final/policy"
-    assert safe_ppo("workspace=/tmp/w/").models.policy == safe_ppo("workspace=/tmp/w").models.policy
-
-
-def test_overrides_of_stages_whose_names_have_dots(tmp_path: Path) -> None:
-    path = write_pipeline(
-        tmp_path, stages=[{"config": "sft.yaml"}, {"config": "sft.v2.yaml"}, {"config": "world.yaml"}]
-    )
-    for name in ("sft.v2", "world"):
-        (tmp_path / f"{name}.yaml").write_text(
-            (tmp_path / "sft.yaml").read_text().replace("name: sft", f"name: {name}")
-        )
-    pipeline, stages = load_pipeline(path, ["sft.v2.epochs=3", "sft.epochs=5", "world.epochs=7"])
-    assert [stage.epochs for stage in stages] == [5, 3, 7]  # type: ignore[attr-defined]
-    assert pipeline.world == {"seed": 1}
-    # A file that is another in each round may be called anything, but not what the pipeline has itself.
-    rounds = [{"each_round": [{"config": "${which}.yaml"}]}]
-    path = write_pipeline(tmp_path, stages=rounds, by_round={"which": ["sft"]})
-    pipeline, (stage,) = load_pipeline(path, ["world.seed=2", "sft.epochs=4"])
-    assert pipeline.world == {"seed": 2} and stage.epochs == 4  # type: ignore[attr-defined]
-
-
-def test_a_section_and_a_part_of_it_under_set(tmp_path: Path) -> None:
-    stages = [{"config": "sft.yaml", "set": {"optimizer.learning_rate": 1e-4}}]
-    with pytest.raises(
-        UserError, match=r"sft.yaml has optimizer.learning_rate, and all of optimizer besides; write opt"
-    ):
-        load_pipeline(write_pipeline(tmp_path, stages=stages), ["stages.0.set.optimizer.schedule=linear"])
-
-
-def test_bad_pipelines(tmp_path: Path) -> None:
-    path = write_pipeline(tmp_path)
-    with pytest.raises(UserError, match="unknown key workspce; did you mean 'workspace'"):
-        load_pipeline(path, ["workspce=v"])
-    with pytest.raises(UserError, match=r"key debug; .* options of a stage begin with its file's name: sft, safe_ppo$"):
-        load_pipeline(path, ["debug=true"])
-    with pytest.raises(UserError, match=r"is a pipeline, .*; give the file of one of its stages"):
-        load_config(path)
-    with pytest.raises(UserError, match=r"sft.yaml: unknown key epoch; did you mean 'epochs'"):
-        load_pipeline(path, ["sft.epoch=v"])
-    with pytest.raises(UserError, match=r"cannot read .*no\.yaml"):
-        load_pipeline(write_pipeline(tmp_path, stages=[{"config": "no.yaml"}]))
-    with pytest.raises(UserError, match="stages"):
-        load_pipeline(write_pipeline(tmp_path, stages="sft.yaml"))
-    with pytest.raises(UserError, match="stages"):
-        load_pipeline(write_pipeline(tmp_path, stages=[]))
-    (tmp_path / "other.yaml").write_text((tmp_path / "sft.yaml").read_text())
-    _, stages = load_pipeline(write_pipeline(tmp_path), ["stages.0.config=other.yaml"])
-    assert stages[0].stage == "sft"
 
 
 def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
@@ -465,29 +261,6 @@ def test_the_template_is_a_word_or_a_mapping(tmp_path: Path) -> None:
     assert "arguments cannot hold tokenize" in error(arguments % "tokenize")
     assert "style beaver has none" in error("data.template.style=beaver", arguments % "date_string")
     assert "control character" in error('models.reward="a\\nb"')
-
-
-def test_a_judge_that_the_policy_is_trained_on_is_remarked_upon() -> None:
-    own = "is what the policy is trained on itself, and agrees with it whatever comes; give another"
-    file, reward, cost = "configs/local/safe_ppo.yaml", "evaluation.judge=r", "constraints.harm.judge=c"
-    models = ["models.reward=r", "constraints.harm.model=c"]
-    assert load_config(file, [*models, reward, cost]).remarks == [  # type: ignore[attr-defined]
-        f"evaluation.judge {own}",
-        f"the judge of constraint harm {own}",
-    ]
-    assert load_config(file, [*models, "evaluation.judge=c", "constraints.harm.judge=r"]).remarks == []  # type: ignore[attr-defined]
-
-
-def test_constraints_that_do_nothing_are_remarked_upon() -> None:
-    file = "configs/local/safe_ppo.yaml"
-    assert load_config(file, ["stage=reward_shaping"]).remarks == [  # type: ignore[attr-defined]
-        "constraint harm weighs 0 in the reward, and nothing holds it down: set its multiplier.initial"
-    ]
-    assert load_config(file, ["stage=reward_shaping", "constraints.harm.multiplier.initial=1"]).remarks == []  # type: ignore[attr-defined]
-    assert load_config(file, ["steps=4"]).remarks == [  # type: ignore[attr-defined]
-        "constraints.harm.multiplier.delay_steps is 4, and the run ends after 4: its multiplier never moves"
-    ]
-    assert load_config(file, ["steps=5"]).remarks == []  # type: ignore[attr-defined]
 
 
 def test_assignment_is_checked_too() -> None:
