@@ -23,8 +23,7 @@ def answer_figures(batch: pa.RecordBatch, decode: Callable[[list[list[int]]], Se
 
     Each answer of a dialogue is one. decode: rows of tokens to texts without special tokens.
     """
-    places = [place for of_response in experience.answers(batch) for place in of_response or [(0, 0)]]
-    tokens, lengths = experience.own(batch, "response_tokens"), np.array([end - start for start, end in places])
+    tokens, lengths = experience.own(batch, "response_tokens"), experience.answer_lengths(batch)
     figures = {f"rollout/distinct_{n}": distinct(tokens, lengths, n) for n in (1, 2)}
     ends = np.cumsum(lengths)
     some = np.unique(np.linspace(0, len(lengths) - 1, min(READ, len(lengths))).astype(np.int64))

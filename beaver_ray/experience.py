@@ -164,6 +164,15 @@ def answers(batch: pa.RecordBatch) -> list[list[tuple[int, int]]]:
     return found
 
 
+def answer_lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """Tokens of each of the `answers`, in order: without a loop, for what every step works out."""
+    mask_T, lengths_N = loss_mask(batch), lengths(batch, "response_tokens")
+    begins_T = mask_T & ~np.concatenate([[False], mask_T[:-1]])
+    firsts = (np.cumsum(lengths_N) - lengths_N)[lengths_N > 0]
+    begins_T[firsts] = mask_T[firsts]
+    return np.diff(np.flatnonzero(begins_T[mask_T]), append=np.count_nonzero(mask_T))
+
+
 def own(batch: pa.RecordBatch, name: str) -> np.ndarray:
     """The values of a per-token column at the tokens that the policy wrote, all rows after one another."""
     return flat(batch, name)[loss_mask(batch)]

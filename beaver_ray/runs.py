@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -106,7 +107,7 @@ class RunFolder:
     def forget_trajectories(self, step: int) -> None:
         """Delete the samples of steps after this one, which are taken anew."""
         for file in self.trajectories.glob("step_*.parquet"):
-            if int(file.stem.removeprefix("step_")) > step:
+            if step_of(file) > step:
                 file.unlink()
 
     def last_checkpoint(self) -> Checkpoint | None:
@@ -366,6 +367,12 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         return _Evaluation.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is no evaluation ({first_line(error)}); evaluate again") from None
+
+
+def step_of(file: Path) -> int:
+    """The step that a file of ``trajectories`` is of, by its name; 0 where that names none."""
+    digits = re.findall(r"\d+", file.stem)
+    return int(digits[0]) if digits else 0
 
 
 def kept_step(folder: Path) -> int | None:

@@ -20,7 +20,7 @@ from typing import Any
 from beaver_ray.errors import UserError, last_line
 
 ALLOWED_CODE = "BEAVER_RAY_SCORE_CODE"
-"""Environment variable with folders whose Python files may be run, besides those where a command is
+"""Environment variable with folders whose Python files may be run besides those below the folder where a command is
 started; separated as in PATH."""
 PREFIX = "python:"
 RAISED = (Exception, SystemExit)

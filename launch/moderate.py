@@ -201,7 +201,7 @@ def _write(out: Path, judged: Judged, keep: str) -> int:
     rows = (
         {
             **answer.fields,
-            **({} if answer.system is None else {"system": answer.system}),
+            **answer.system_row,
             "prompt": answer.turns[0] if len(answer.turns) == 1 else list(answer.turns),
             **({} if answer.answer is None else {"response": answer.answer}),
             **({} if answer.safe is None else {"is_safe": answer.safe}),

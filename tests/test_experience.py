@@ -138,3 +138,12 @@ def test_a_step_with_one_empty_answer_keeps_its_row(tmp_path: Path) -> None:
     batch = experience.make_batch({"sample_id": [2, 1], "logprobs": [[], [0.5]]})
     whole = experience.concat([batch])
     assert whole.to_pylist() == [{"sample_id": 1, "logprobs": [0.5]}, {"sample_id": 2, "logprobs": []}]
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=6))
+def test_answers_are_as_long_as_their_places_say(masks: list[list[bool]]) -> None:
+    """Responses that begin or end in holes, have several answers, or none."""
+    rows = {"sample_id": range(len(masks)), "response_tokens": [[1] * len(m) for m in masks], "loss_mask": masks}
+    batch = experience.make_batch(rows)
+    places = [end - start for of_response in experience.answers(batch) for start, end in of_response]
+    assert experience.answer_lengths(batch).tolist() == places

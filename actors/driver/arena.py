@@ -156,8 +156,7 @@ def check_marks(arena: ArenaConfig, samples: Sequence[RawSample], note: Note) ->
             note(f"{name}: no prompt's row has {as_yaml(marks)}{over_all}")
     if arena.category is None:
         return
-    found = [value for s in samples for value in several(field_value(s.fields, arena.category)) if value is not None]
-    values = sorted({str(as_text(value)) for value in found})
+    values = sorted({value for sample in samples for value in _categories(arena, sample)})
     if not values:
         known = sorted({field for sample in samples for field in sample.fields})
         note(f"category: no prompt's row has a field {arena.category!r}{near(arena.category, known)}")
@@ -346,14 +345,18 @@ def usable(held: Held, note: Note) -> Held:
     )
 
 
+def _categories(arena: ArenaConfig, sample: RawSample) -> list[str]:
+    """What a prompt's row has in the field that figures are told apart by; nothing without such a field."""
+    values = several(field_value(sample.fields, arena.category)) if arena.category is not None else []
+    return [name for value in values if value is not None and (name := as_text(value)) is not None]
+
+
 def groups(arena: ArenaConfig, held: Held) -> dict[str, dict[str, NDArray[np.bool_]]]:
     """Parts of the questions [N] whose figures are told apart, as `Match.parts`; the most frequent category first."""
     found: dict[str, NDArray[np.bool_]] = {}
-    for n, sample in enumerate(held.samples if arena.category is not None else []):
-        for value in several(field_value(sample.fields, str(arena.category))):
-            name = as_text(value) if value is not None else None
-            if name is not None:
-                found.setdefault(name, np.zeros(len(held.samples), dtype=bool))[n] = True
+    for n, sample in enumerate(held.samples):
+        for name in _categories(arena, sample):
+            found.setdefault(name, np.zeros(len(held.samples), dtype=bool))[n] = True
     categories = dict(sorted(found.items(), key=lambda item: -int(item[1].sum())))
     apart = halves(categories, arena.held_out, len(held.samples))
     return {"held out": apart, "turn": by_turn(held.turn_N), "category": categories}

@@ -112,7 +112,6 @@ class MultipleChoice(TemplatedStage):
 
     def _figures(self) -> dict[str, Any]:
         """Those of the finished run; none before."""
-
         return read_json(self.folder / "final" / FIGURES) or {}
 
     def cards(self, metrics: dict[str, np.ndarray], evaluation: dict[str, Any]) -> list[Card]:

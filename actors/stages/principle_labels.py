@@ -203,7 +203,6 @@ class PrincipleLabels(TemplatedStage):
 
     def headlines(self) -> list[str]:
         """Where the labelled pairs are, and how each principle fared."""
-
         final = self.folder / "final"
         figures = read_json(final / "principles.json")
         if figures is None:

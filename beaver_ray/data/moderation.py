@@ -78,6 +78,11 @@ class LabelledAnswer:
     """What else the row says; of response_0_X and response_1_X the answer's own, as X."""
 
     @property
+    def system_row(self) -> dict[str, str]:
+        """The system text as a row has it: under ``system``, or nothing where there is none."""
+        return {} if self.system is None else {"system": self.system}
+
+    @property
     def dialogue(self) -> Dialogue:
         """What is judged."""
         return self.turns, self.answer, self.system

@@ -90,8 +90,7 @@ def text_question(answer: LabelledAnswer, label: str, reads: Reads) -> tuple[dic
     check_labelled(answer, truth, reads)
     turns: Any = answer.turns[0] if len(answer.turns) == 1 else list(answer.turns)
     said = {} if answer.answer is None or reads == "question" else {"response": answer.answer}
-    system = {} if answer.system is None else {"system": answer.system}
-    return {"prompt": turns, **system, **said, "labels": {label: False}}, [float(truth[0])]
+    return {"prompt": turns, **answer.system_row, **said, "labels": {label: False}}, [float(truth[0])]
 
 
 def read_questions(

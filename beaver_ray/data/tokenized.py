@@ -423,7 +423,7 @@ class BatchSampler:
         """
         for name in ("size", "batch_size", "seed"):
             if state[name] != getattr(self, name):
-                what = {"size": "size", "batch_size": f"a batch ({of_batch}) of", "seed": "seed"}[name]
+                what = f"a batch ({of_batch}) of" if name == "batch_size" else name
                 raise UserError(
                     f"the checkpoint was trained with {what} {state[name]} but this run has "
                     f"{getattr(self, name)}: resume with the same data, {of_batch} and seed"

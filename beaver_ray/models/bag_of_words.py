@@ -58,7 +58,6 @@ class BagOfWords:
 
     def write(self, folder: Path) -> None:
         """Write bag_of_words.json."""
-        folder.mkdir(parents=True, exist_ok=True)
         content = {"question": dict(self.question), "answer": dict(self.answer), "bias": self.bias}
         write_json(folder / FILE, content)
 

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.hacking import columns
 from beaver_ray.report.charts import Chart, Panel, Series, reliability_charts
-from beaver_ray.runs import is_finished, read_evaluation, read_metrics
+from beaver_ray.runs import is_finished, read_evaluation, read_metrics, step_of
 from beaver_ray.stage import Stage, Trajectories
 from beaver_ray.verdicts import Certificate, Reliability
 
@@ -125,7 +125,7 @@ def _bridge_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, s
 
 def read_samples(folder: Path, written: Trajectories) -> list[dict[str, Any]]:
     """Decoded samples of the last and the first written step; none without trajectories or a tokenizer."""
-    files = sorted((folder / "trajectories").glob("*.parquet"), key=_step_of)
+    files = sorted((folder / "trajectories").glob("*.parquet"), key=step_of)
     homes = (folder / "final" / "policy", Path(written.tokenizer))
     vocabulary = next((h / "tokenizer.json" for h in homes if (h / "tokenizer.json").is_file()), None)
     if not files or vocabulary is None:
@@ -151,7 +151,7 @@ def read_samples(folder: Path, written: Trajectories) -> list[dict[str, Any]]:
         for row, (prompt, response) in zip(rows, texts, strict=True):
             samples.append(
                 {
-                    "step": _step_of(file),
+                    "step": step_of(file),
                     "prompt": prompt,
                     "response": response,
                     "truncated": row.get("finish_reason") == "length",
@@ -170,11 +170,6 @@ def _safety(cost: float | None, unsafe_above: float) -> str:
     if cost is None:
         return ""
     return "bad" if cost > unsafe_above else "good"
-
-
-def _step_of(file: Path) -> int:
-    digits = re.findall(r"\d+", file.stem)
-    return int(digits[0]) if digits else 0
 
 
 # Drawing

@@ -53,7 +53,7 @@ def supervised_cards(metrics: dict[str, np.ndarray], kept: int | None = None) ->
     kept: the step whose model the run has kept; without, the held-out figures are the last.
     """
     cards = []
-    wanted = metrics["step"] == kept
+    of_kept = np.ones(len(metrics["step"]), dtype=bool) if kept is None else metrics["step"] == kept
     told = "held out, last" if kept is None else f"held out, the kept model of step {kept}"
     for key, title, form in (
         ("loss", "Loss", ".4g"),
@@ -61,9 +61,8 @@ def supervised_cards(metrics: dict[str, np.ndarray], kept: int | None = None) ->
         ("accuracy_cost", "Accuracy of the cost", ".1%"),
         ("accuracy_sign", "Accuracy of the sign", ".1%"),
     ):
-        held_out = metrics.get(f"eval/{key}", np.array([]))
-        held_out = held_out[np.isfinite(held_out) & wanted] if wanted.any() and len(held_out) else held_out
-        held_out = held_out[np.isfinite(held_out)]
+        held_out = metrics.get(f"eval/{key}", np.full(len(of_kept), np.nan))
+        held_out = held_out[np.isfinite(held_out) & of_kept]
         if len(held_out):
             cards.append(Card(title, f"{held_out[-1]:{form}}", told, ""))
         elif key in metrics:
