@@ -50,6 +50,12 @@ class PpoConfig(Strict):
         ge=0,
         le=1,
     )
+    average_last: float = option(
+        "The policy handed out is the mean of the weights over this last share of the steps; 0 for the last step's.",
+        0.0,
+        ge=0,
+        le=1,
+    )
     truncation_penalty: float = option("Taken off the reward of an answer that was cut at its longest.", 0.0, ge=0)
     critic_warmup_steps: int = option("First steps that train the critics alone; multipliers stand still.", 0, ge=0)
 

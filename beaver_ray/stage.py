@@ -67,6 +67,8 @@ class Training:
     """Forward passes of a micro-batch whose activations are held at once."""
     copies: int = 0
     """Of all that is trained, in float32, beside weights, gradients and optimizer."""
+    host_copies: int = 0
+    """Of all that is trained, in float32 and in host memory, divided among the workers."""
     alone: bool = False
     """Each worker trains a model of its own, whole and on whole batches."""
     beside: tuple[str, ...] = ()

@@ -217,7 +217,7 @@ def _role_plan(
 def _training_gib(
     stage: Stage, spec: RoleSpec, facts: ModelFacts, ranks: int, on_gpu: bool, resources: Resources
 ) -> tuple[float, float]:
-    """What one rank of a trained role needs in GiB: (on the device, offloaded to the host)."""
+    """What one rank of a trained role needs in GiB: (on the device, kept on the host)."""
     training, parameters, adapter = spec.training, facts.parameters or 0, None
     assert training is not None
     if training.lora_rank:
@@ -227,11 +227,13 @@ def _training_gib(
     frozen = sum(read_model(folder).parameters or 0 for folder in training.beside)
     needs = states + frozen * DTYPE_BYTES[stage.engine.dtype] / GIB
     needs += training.passes * activation_gib(facts, stage.engine, trained=True)
-    needs += training.copies * 4 * (parameters if adapter is None else adapter) / GIB
+    trained = parameters if adapter is None else adapter
+    needs += training.copies * 4 * trained / GIB
+    offloaded += training.host_copies * 4 * trained / ranks / GIB
     if spec.logits:
         needs += logit_gib(facts, stage.engine, on_gpu, trained=True, head=adapter is None)
     if training.publishes is not None:
-        published = (parameters if adapter is None else adapter) * DTYPE_BYTES[stage.engine.dtype]
+        published = trained * DTYPE_BYTES[stage.engine.dtype]
         with suppress(ValueError):  # without room there they go through the object store
             needs += training.publishes(published, resources.gpu_gib * GIB) / GIB
     return needs, offloaded

@@ -260,6 +260,13 @@ def send_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, fl
     return {"sync/bytes": float(weights.layout.total_bytes)}
 
 
+def finish(roles: Roles, rollouts: Rollouts, recovery: Recovery) -> None:
+    """Let the policy, here and at the generators, be the mean of its last steps' that ppo.average_last asks for."""
+    if steps := roles.policy.run(PolicyTrainer.finish)[0]:
+        recovery.run.note(f"the policy is the mean of its weights after steps {steps[0]} to {steps[-1]}")
+        send_weights(roles, rollouts, version=recovery.state.step + 1)
+
+
 def step_metrics(
     config: PolicyConfig,
     state: TrainingState,

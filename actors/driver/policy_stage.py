@@ -382,6 +382,7 @@ class PolicyStage(PolicyConfig, Stage):
             lora_rank=self.models.lora_rank,
             lora_targets=tuple(self.models.lora_targets),
             publishes=self.direct_room if self.direct_weights else None,
+            host_copies=int(self.ppo.average_last > 0),
         )
         return RoleSpec(
             "policy",

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actors.machine.averaging import WeightMean
 from actors.machine.engine import LossTerms, NotFiniteError, TrainingEngine
 from actors.machine.ranks import TrainingRank
 from actors.machine.waits import WeightsUnreadableError
@@ -66,6 +67,7 @@ class PolicyTrainer(TrainingRank):
         self.published = plan_layout(named, adapter=self.adapter)
         self.tokenizer = load_tokenizer(config.models.policy, config.models.trust_remote_code)
         self.best = BestAnswers(config.objective()) if config.ppo.replay else None
+        self.mean = WeightMean(self.engine)
         # With PTX an optimizer step descends the mean of both losses' gradients, as published.
         self.scale = 0.5 if config.data.ptx else 1.0
         self.ptx: SupervisedDataset | None = None
@@ -126,10 +128,28 @@ class PolicyTrainer(TrainingRank):
                     figures.append(self._step(rows, minibatch, replay, share, len(parts)))
                 except NotFiniteError:
                     skipped += 1  # and the driver says so
+        if step >= self._first_averaged:
+            self.mean.add(step)
         metrics = {f"policy/{name}": float(np.mean([f[name] for f in figures])) for name in (figures or [{}])[0]}
         if figures:
             metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
         return metrics | {"policy/skipped_updates": float(skipped)}
+
+    def finish(self) -> list[int]:
+        """End the training: from here on the policy is the mean of its weights over the last steps (ppo.average_last).
+
+        Returns these steps; none where the last one's weights stay as they are.
+        """
+        if self.mean.steps:
+            self.mean.apply()
+        return self.mean.steps
+
+    @property
+    def _first_averaged(self) -> int:
+        """The first step whose weights are in the mean; without one there is no such step."""
+        steps = self.config.total_steps(0)
+        last = round(self.config.ppo.average_last * steps)
+        return steps + 1 - (last if last > 1 else 0)
 
     def layout(self) -> Layout:
         """What lies where in every version of the weights (with LoRA the adapter's)."""
@@ -177,10 +197,12 @@ class PolicyTrainer(TrainingRank):
         return {}
 
     def position(self) -> dict[str, Any]:
-        """The position in the PTX data, and the answers that are kept for replay, for a checkpoint."""
+        """The position in the PTX data, answers that are kept for replay, and the mean of weights, for a checkpoint."""
         position: dict[str, Any] = {} if self.ptx is None else {"ptx": self.ptx_sampler.state_dict()}
         if self.best is not None:
             position["best"] = torch.frombuffer(self.best.to_bytes(), dtype=torch.uint8)
+        if self.mean.steps:
+            position["mean"] = self.mean.state()
         return position
 
     def restore_position(self, position: dict[str, Any]) -> None:
@@ -190,6 +212,9 @@ class PolicyTrainer(TrainingRank):
             self.ptx_sampler.load_state_dict(position["ptx"], size)
         if self.best is not None and "best" in position:
             self.best.restore(position["best"].numpy())
+        mean = position.get("mean", {"steps": []})
+        # A run that is to have more steps, or to average fewer, begins its mean later.
+        self.mean.restore(mean if mean["steps"] and mean["steps"][0] >= self._first_averaged else {})
 
     def save_model(self, folder: str) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.

@@ -43,6 +43,7 @@ def config(world: Path, workspace: Path, name: str, **changes: Any) -> Stage:
             "replay": 0.5,
             "normalize_rewards": 0.8,
             "critic_warmup_steps": 2,
+            "average_last": 0.5,
         },
         "policy": {"schedule": "cosine", "warmup_fraction": 0.3},
         "evaluation": {

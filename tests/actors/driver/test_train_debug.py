@@ -315,6 +315,29 @@ def test_critic_warm_up_leaves_the_policy_alone(
     assert abs(metrics[0]["cost/harm/mean"] - 0.2) > 0.01, "the multiplier would have moved"
 
 
+def test_the_policy_handed_out_is_the_mean_of_the_last_steps(
+    one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Training is as without, the final weights are the mean, and it is they that the run evaluates."""
+    changes: dict[str, Any] = {"steps": 4, "save_every": 1, "keep_checkpoints": 4, "policy": {"learning_rate": 1e-2}}
+    last = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes, name="last"))
+    config = ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes, ppo={"minibatches": 2, "average_last": 0.7})
+    folder = train(config)
+    assert untimed(folder) == untimed(last)
+    assert "the policy is the mean of its weights after steps 2 to 4" in (folder / "notes.log").read_text()
+    steps = [*(last / "checkpoints" / f"step_{n}" / "policy" for n in (2, 3)), last / "final" / "policy"]
+    each = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in steps]
+    mean = AutoModelForCausalLM.from_pretrained(folder / "final" / "policy").state_dict()
+    for name, tensor in mean.items():
+        expected = sum(weights[name].double() for weights in each) / 3
+        torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)
+    assert (mean["lm_head.weight"] - each[-1]["lm_head.weight"]).abs().max() > 1e-3
+    summary = json.loads((folder / "evaluation.json").read_text())
+    again = json.loads(config.evaluate(str(folder / "final" / "policy"))[0].read_text())
+    assert all(summary[name] == again[name] for name in ("reward", "violation_rate/harm", "truncated"))
+    assert summary["reward"] != json.loads((last / "evaluation.json").read_text())["reward"]
+
+
 def test_evaluate_judges_a_saved_policy(one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path) -> None:
     """By the learned scorers, where no world is named; the figures go beside the policy.
 
