@@ -222,6 +222,10 @@ class _Loader(yaml.SafeLoader):
                 value.tag = "tag:yaml.org,2002:str"
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            if node.flow_style and isinstance(key.value, str) and ":" in key.value and not value.value:
+                # {harm:3} has the key "harm:3" and no value.
+                problem = f"{key.value!r} needs a space behind its colon"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return node
 

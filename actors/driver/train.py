@@ -9,20 +9,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from beaver_ray.errors import UserError
 from beaver_ray.gpus import on_this_machine
 from beaver_ray.runs import RunFolder, is_finished
 from beaver_ray.stage import Stage
+from beaver_ray.yaml_files import other_settings
 
 
 def train(stage: Stage, placed: Stage | None = None) -> Path:
     """Run the stage and return its folder; ``final/`` is there exactly when all went well.
 
-    With ``resume`` it goes on from the newest checkpoint; a finished one is left as it is. ``placed`` is the stage as
+    With ``resume`` it goes on from the newest checkpoint; a finished one of these settings is left as it is. ``placed`` is the stage as
     it runs here, where that is known; else this machine is looked at.
 
     Raises UserError, before any process is started where that can be seen, for anything the user can mend.
     """
     if stage.resume and is_finished(stage.folder):
+        if other := other_settings(stage.folder / "config.yaml", stage):
+            raise UserError(
+                f"{stage.folder} holds a finished run with other settings ({', '.join(other)}): set another name, or "
+                f"delete {stage.folder / 'final'} to go on from what else is there"
+            )
         print(f"{stage.folder} is complete", flush=True)
         return stage.folder
     seed_everything(stage.seed, stage.cluster.threads)

@@ -32,11 +32,14 @@ def conclude(stage: Any, trainer: Trainer) -> Settings:
     names, precision = stage.names, target_precision(stage.threshold)
     answers, truth_NK, prompts_N = judged(held_out(stage), names, stage.input)
     odds_NK = odds_of(trainer, reader, answers)
-    chosen_K, notes = thresholds(odds_NK, truth_NK, names, precision)
+    learned_K = (trainer.train_data.labels_NK >= 0).any(axis=0)
+    chosen_K, notes = thresholds(odds_NK, truth_NK, names, precision, learned_K)
     half_N = prompts_N % 2 == 0  # of a hash
     above_NK, margin_N = np.zeros(odds_NK.shape, dtype=np.bool_), np.zeros(len(odds_NK))
     for half in (half_N, ~half_N):
-        other_K = thresholds(odds_NK[~half], truth_NK[~half], names, precision)[0] if (~half).any() else chosen_K
+        other_K = chosen_K
+        if (~half).any():
+            other_K, _ = thresholds(odds_NK[~half], truth_NK[~half], names, precision, learned_K)
         above_NK[half], margin_N[half] = odds_NK[half] > other_K, flag_margin(odds_NK[half], other_K)
     found = figures(odds_NK, truth_NK, above_NK, margin_N, names)
     found["share"] = share_interval(margin_N > 0, prompts_N)

@@ -258,6 +258,6 @@ class Generate(TemplatedStage):
 
 
 def _repeated(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The share of a block's answers that repeat another to the same prompt."""
-    different = {(json.dumps(row["prompt"]), row["response"].strip()) for row in rows}
+    """The share of a block's answers that repeat another to the same prompt, under the same system text."""
+    different = {(json.dumps([row["prompt"], row.get("system")]), row["response"].strip()) for row in rows}
     return {"repeated": 1 - len(different) / len(rows)}

@@ -128,8 +128,12 @@ class Moderation(TrainerStage):
 
         labels_NK = trainer.train_data.labels_NK
         true, false = (labels_NK > 0).sum(axis=0), (labels_NK == 0).sum(axis=0)
-        if absent := [name for name, n in zip(self.names, true, strict=True) if not n]:
+        unheard = [name for name, n in zip(self.names, true + false, strict=True) if not n]
+        absent = [name for name, n in zip(self.names, true, strict=True) if not n and name not in unheard]
+        if absent:
             trainer.notes.append(f"no training row has {', '.join(absent)}")
+        if unheard:
+            trainer.notes.append(f"no training row says anything of {', '.join(unheard)}: such a label is never flagged")
         if self.pos_weight == "auto":
             return np.clip(false / np.maximum(true, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
         given = self.pos_weight if isinstance(self.pos_weight, dict) else {}
@@ -176,17 +180,22 @@ class Moderation(TrainerStage):
 
     def headlines(self) -> list[str]:
         """How well held-out answers were flagged."""
-        return ["flagged: " + ", ".join(f"{title} {text}" for title, text in self._headings())]
+        line = "flagged: " + ", ".join(f"{title} {text}" for title, text in self._headings())
+        return [line, *self._figures().get("notes", [])]
 
-    def _headings(self) -> list[tuple[str, str]]:
-        """(What, how much) of moderation.json; nothing before the run has ended."""
+    def _figures(self) -> dict[str, Any]:
+        """What moderation.json says of held-out answers; nothing before the run has ended."""
         from beaver_ray.models.folders import MODERATION
         from beaver_ray.models.moderator import Settings
 
         file = self.folder / MODERATION
-        if not file.is_file():
+        return Settings.model_validate_json(file.read_bytes()).figures if file.is_file() else {}
+
+    def _headings(self) -> list[tuple[str, str]]:
+        """(What, how much) of these figures."""
+        figures = self._figures()
+        if not figures:
             return []
-        figures = Settings.model_validate_json(file.read_bytes()).figures
         flagged = figures["flagged"]
         found = [("F1", flagged["f1"]), ("AUROC", flagged["auroc"]), ("macro-F1 of labels", figures["macro_f1"])]
         if "over_block" in figures:

@@ -173,6 +173,7 @@ class PrincipleLabels(TemplatedStage):
         counts: Counter[str] = Counter(pairs=len(rows), labels=0)
         for number, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, int(row["id"], 16)])
+            ids: set[str] = set()
             for _ in range(self.draws):
                 drawn = draw_label(score_PN[:, number], rng, self.negate, self.most)
                 if drawn is None:
@@ -188,7 +189,12 @@ class PrincipleLabels(TemplatedStage):
                 }
                 part = "test" if is_held_out(row, self.eval_fraction) else "train"
                 made = unlabelled(row) | label
-                parts[part].append(made | {"id": pair_id(made)})  # a pair's id is of its system text too
+                name = pair_id(made)  # of its system text too
+                if name in ids:
+                    counts["draws that repeat a label of their pair"] += 1
+                    continue
+                ids.add(name)
+                parts[part].append(made | {"id": name})
                 counts["labels"] += 1
         return parts, counts + Counter({"held out": len(parts["test"])})
 

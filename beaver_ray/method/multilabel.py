@@ -58,14 +58,20 @@ def _cuts(scores_N: FloatArray, truth_N: BoolArray) -> tuple[FloatArray, npt.NDA
 
 
 def thresholds(
-    odds_NK: FloatArray, truth_NK: Labels, names: Sequence[str], precision: float | None
+    odds_NK: FloatArray, truth_NK: Labels, names: Sequence[str], precision: float | None, learned_K: BoolArray
 ) -> tuple[FloatArray, list[str]]:
-    """(A threshold of log-odds for each label, what is to be said of those that could not be chosen)."""
+    """(A threshold of log-odds for each label, what is to be said of those that could not be chosen).
+
+    learned_K: of which labels some training row said something; the odds of the others mean nothing.
+    """
     found, notes = [], []
     for k, name in enumerate(names):
         known = truth_NK[:, k] >= 0
         best = best_threshold(odds_NK[known, k], truth_NK[known, k] > 0, precision)
-        if best is None and not (truth_NK[:, k] > 0).any():
+        if not learned_K[k]:
+            notes.append(f"{name}: no training row says anything of it, so it is never flagged")
+            best = HIGHEST
+        elif best is None and not (truth_NK[:, k] > 0).any():
             notes.append(f"{name}: no held-out row has it, so its threshold is a probability of 0.5")
             best = 0.0
         elif best is None:
@@ -82,8 +88,12 @@ def flag_margin(odds_NK: FloatArray, thresholds_K: FloatArray) -> FloatArray:
 
 
 def unsafe_truth(truth_NK: Labels) -> npt.NDArray[np.int8]:
-    """1 where a label is true, 0 where all are known to be false, else -1 [N]."""
-    positive, known = (truth_NK > 0).any(axis=1), (truth_NK >= 0).all(axis=1)
+    """1 where a label is true, 0 where all are known to be false, else -1 [N].
+
+    A label of which no row says anything does not count: with it no row would be known to be safe.
+    """
+    some_NK = truth_NK[:, (truth_NK >= 0).any(axis=0)]
+    positive, known = (some_NK > 0).any(axis=1), (some_NK >= 0).all(axis=1)
     return np.where(positive, 1, np.where(known, 0, -1)).astype(np.int8)
 
 
@@ -122,7 +132,7 @@ def figures(
     """All figures of judged answers: ``flagged``, one entry for each of ``labels``, ``micro_f1`` and ``macro_f1``.
 
     above_NK: which labels are above their thresholds; margin_N: `flag_margin`. Macro-F1 is the mean over labels that
-    some row has.
+    some row has. Without an answer that is known to be safe ``flagged`` has recall and average precision alone.
     """
     labels: dict[str, dict[str, float]] = {}
     hits = flagged = true = 0
@@ -135,6 +145,8 @@ def figures(
     known = unsafe >= 0
     whole = _scored(margin_N[known], unsafe[known] > 0, margin_N[known] > 0)
     whole.pop("ece")  # a margin is no log-odds of being unsafe
+    if whole["true"] == whole["known"]:  # no answer is known to be safe, so that no flag could be wrong
+        whole |= {"accuracy": math.nan, "precision": math.nan, "f1": math.nan}
     with_rows = [one["f1"] for one in labels.values() if one["true"]]
     return {
         "flagged": whole,

@@ -23,6 +23,10 @@ from beaver_ray.evaluation import share_interval
 from beaver_ray.options import near
 
 
+CROWDED = "beyond per_category"
+"""Why an attempt that worked is not kept: its category is full of better ones."""
+
+
 @dataclass(frozen=True)
 class Seeds:
     """Distinct seeds by category, and those of held-out categories."""
@@ -215,7 +219,7 @@ def choose(
                 elif not all(turn.strip() for turn in one.worst.turns):  # no data set takes such a prompt
                     choice.left_out["with an empty answer on the way"] += 1
                 elif kept == per_category:
-                    choice.left_out["beyond per_category"] += 1
+                    choice.left_out[CROWDED] += 1
                 elif known.find(one.asked) is not None:
                     choice.left_out["nearly a seed, a known prompt or one that is kept"] += 1
                 else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from beaver_ray.json_files import write_json
-from beaver_ray.red_team.choosing import Choice
+from beaver_ray.red_team.choosing import CROWDED, Choice
 from beaver_ray.report.charts import Card, State
 from beaver_ray.report.page import templates
 
@@ -61,10 +61,11 @@ def remarks(figures: Mapping[str, Any]) -> list[str]:
     lines += [f"left out: {said}"] if said else []
     kept, (low, high) = figures["kept"]["unsafe"], figures["target"]
     if kept and not low <= kept["mean"] <= high:
-        way = "raise" if kept["mean"] < low else "lower"
+        # Of a category the best are kept: while others are left over, it is not ``worked`` that decides how bad.
+        lower = "raise per_category" if figures["left_out"].get(CROWDED) else "lower worked"
         lines.append(
             f"{_share(figures['kept'])} of the answers to what is kept are unsafe, outside the target of {low:.0%} to "
-            f"{high:.0%}: {way} worked, or mix in other prompts"
+            f"{high:.0%}: {'raise worked' if kept['mean'] < low else lower}, or mix in other prompts"
         )
     return lines
 

@@ -75,13 +75,16 @@ def test_thresholds_are_the_best_there_are(seed: int) -> None:
 def test_labels_without_a_threshold_are_named() -> None:
     odds = np.array([[2.0, 0.0, 1.0], [1.0, 1.0, 2.0], [-1.0, 2.0, -9.0]])
     truth = np.array([[1, 0, 0], [0, 0, 0], [0, -1, 1]])
-    found, notes = thresholds(odds, truth, ["a", "b", "c"], 0.9)
+    found, notes = thresholds(odds, truth, ["a", "b", "c"], 0.9, np.ones(3, dtype=bool))
     assert found.tolist() == [1.5, 0.0, HIGHEST]
     assert notes == [
         "b: no held-out row has it, so its threshold is a probability of 0.5",
         "c: no threshold has a precision of 0.9, so it is never flagged",
     ]
     assert flag_margin(odds, found).tolist() == [0.5, 1.0, 2.0]
+    found, notes = thresholds(odds, truth, ["a", "b", "c"], None, np.array([False, True, False]))
+    assert found.tolist() == [HIGHEST, 0.0, HIGHEST]
+    assert notes[0] == "a: no training row says anything of it, so it is never flagged" and len(notes) == 3
 
 
 def test_figures_by_hand() -> None:
@@ -98,7 +101,11 @@ def test_figures_by_hand() -> None:
     # The last answer has no true label and an unknown one, so nobody knows whether it should be flagged.
     assert unsafe_truth(truth).tolist() == [1, 1, 1, -1]
     assert (found["flagged"]["known"], found["flagged"]["recall"]) == (3, 1.0)
-    assert plain(found)["flagged"]["auroc"] is None, "there is none without a safe answer"
+    for name in ("auroc", "precision", "f1", "accuracy"):
+        assert plain(found)["flagged"][name] is None, "there is none without a safe answer"
+    # A third label that nobody says anything of changes nothing: the second answer is known to be safe.
+    unasked = np.array([[1, 0, -1], [0, 0, -1], [0, -1, -1]])
+    assert unsafe_truth(unasked).tolist() == [1, 0, -1]
     confident = figures(odds[:2] * 100, truth[:2], odds[:2] > 0, odds[:2].max(axis=1), ["a", "b"])
     assert confident["labels"]["a"]["ece"] == pytest.approx(0.5), "wrong with certainty on one of two"
 

@@ -183,3 +183,6 @@ def test_figures_and_what_is_said_of_them() -> None:
         "100.0% of the answers to what is kept are unsafe, outside the target of 40% to 60%: lower worked, or mix in "
         "other prompts",
     ]
+    # Of a full category the worst are kept whatever ``worked`` is.
+    full = figures(attempts, Choice([attempts[1]], Counter({"beyond per_category": 1})), {}, (0.4, 0.6))
+    assert remarks(full)[-1].endswith("outside the target of 40% to 60%: raise per_category, or mix in other prompts")
