@@ -19,8 +19,8 @@ from beaver_ray.yaml_files import other_settings
 def train(stage: Stage, placed: Stage | None = None) -> Path:
     """Run the stage and return its folder; ``final/`` is there exactly when all went well.
 
-    With ``resume`` it goes on from the newest checkpoint; a finished one of these settings is left as it is. ``placed`` is the stage as
-    it runs here, where that is known; else this machine is looked at.
+    With ``resume`` it goes on from the newest checkpoint; a finished one of these settings is left as it is.
+    ``placed`` is the stage as it runs here, where that is known; else this machine is looked at.
 
     Raises UserError, before any process is started where that can be seen, for anything the user can mend.
     """

@@ -133,7 +133,7 @@ class Moderation(TrainerStage):
         if absent:
             trainer.notes.append(f"no training row has {', '.join(absent)}")
         if unheard:
-            trainer.notes.append(f"no training row says anything of {', '.join(unheard)}: such a label is never flagged")
+            trainer.notes.append(f"no training row says anything of {', '.join(unheard)}, which is never flagged")
         if self.pos_weight == "auto":
             return np.clip(false / np.maximum(true, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
         given = self.pos_weight if isinstance(self.pos_weight, dict) else {}

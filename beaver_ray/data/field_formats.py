@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from beaver_ray.data.messages import is_messages, read_messages
+from beaver_ray.data.messages import is_messages, read_answer, read_messages, read_prompt
 from beaver_ray.data.sources import (
     BadRow,
     RawSample,
@@ -57,7 +57,7 @@ for _name in ("messages", "conversations"):
 
 
 def _pair(row: dict[str, Any], names: tuple[str, str], first_is_better: bool | None, **more: Any) -> RawSample:
-    answers = text_field(row, names[0]), text_field(row, names[1])
+    answers = read_answer(row.get(names[0]), names[0]), read_answer(row.get(names[1]), names[1])
     if answers[0] == answers[1]:
         raise BadRow("identical responses")
     return RawSample(answer=answers[0], other_answer=answers[1], better=first_is_better, **more)
@@ -117,7 +117,7 @@ def helpsteer3(row: dict[str, Any]) -> RawSample:
 
 
 def chosen_rejected(row: dict[str, Any]) -> RawSample:
-    """chosen and rejected, as texts beside a prompt or as whole dialogues, and perhaps a system text.
+    """chosen and rejected, as texts or single messages beside a prompt or as whole dialogues; perhaps a system text.
 
     Equal scores are no preference.
     """
@@ -125,10 +125,13 @@ def chosen_rejected(row: dict[str, Any]) -> RawSample:
     if scores[0] is not None and scores[0] == scores[1]:
         raise BadRow("no answer is better")
     fields, system = rest(row, "prompt", "chosen", "rejected", "messages", "system"), system_field(row)
-    if not is_messages(row.get("chosen")):
-        prompt = prompt_field(row.get("prompt"), "prompt")
-        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=system)
-    own, turns, answers = pair_of_dialogues(row.get("chosen"), row.get("rejected"))
+    chosen = row.get("chosen")
+    if (
+        not isinstance(chosen, list) or not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None)
+    ):  # the answers alone
+        own, prompt = read_prompt(row.get("prompt"), "prompt")
+        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=own or system)
+    own, turns, answers = pair_of_dialogues(chosen, row.get("rejected"))
     return RawSample(turns, *answers, better=True, fields=fields, system=own or system)
 
 
@@ -243,10 +246,10 @@ def moderation(row: dict[str, Any]) -> RawSample:
     others are false.
     """
     labels = label_flags(row.get("labels"), "labels")
-    answer = None if row.get("response") is None else text_field(row, "response")
+    answer = None if row.get("response") is None else read_answer(row["response"], "response")
     fields = rest(row, "prompt", "response", "system", "labels")
-    prompt = prompt_field(row.get("prompt"), "prompt")
-    return RawSample(prompt, answer, system=system_field(row), fields=fields, labels=labels)
+    own, prompt = read_prompt(row.get("prompt"), "prompt")
+    return RawSample(prompt, answer, system=own or system_field(row), fields=fields, labels=labels)
 
 
 def _answered(row: dict[str, Any], label: str, unsafe: str, *used: str) -> RawSample:

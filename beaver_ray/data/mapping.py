@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beaver_ray.data.field_formats import pair_of_dialogues
-from beaver_ray.data.messages import is_messages, read_messages
+from beaver_ray.data.messages import is_messages, read_answer, read_messages, read_prompt
 from beaver_ray.data.sources import (
     BadRow,
     RawSample,
@@ -14,10 +14,8 @@ from beaver_ray.data.sources import (
     field_value,
     find_source,
     flag,
-    prompt_field,
     rest,
     system_field,
-    text_field,
 )
 from beaver_ray.data_options import DataEntry
 
@@ -103,25 +101,12 @@ class MappedReader:
         if entry.prompt is None:
             raise BadRow(f"'{entry.chosen}' is no dialogue, and no field is named as the prompt")
         value = field_value(row, entry.prompt)
-        system, turns = None, value
-        if is_messages(value):
-            system, turns = read_messages(value, entry.prompt)
-        prompt = prompt_field(turns, entry.prompt)
+        system, prompt = read_prompt(value, entry.prompt)
         names = (entry.answer, entry.other_answer) if entry.chosen is None else (entry.chosen, entry.rejected)
         return system, [prompt] if isinstance(prompt, str) else prompt, self._answers(row, *names)
 
     def _answers(self, row: dict[str, Any], *names: str | None) -> list[str]:
-        found = []
-        for name in names:
-            if name is None:
-                continue
-            value = field_value(row, name)
-            if is_messages(value):  # the one turn of the assistant
-                if not isinstance(value[-1], dict):
-                    raise BadRow(f"'{name}' is not a list of messages")
-                value = value[-1].get("content", value[-1].get("value"))
-            found.append(text_field({name: value}, name))
-        return found
+        return [read_answer(field_value(row, name), name) for name in names if name is not None]
 
     def _compared(self, row: dict[str, Any], label: str) -> bool | None:
         """Whether the first answer is the better (the safer) one, None where that is not said."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from beaver_ray.data.sources import BadRow, system_field, text_field
+from beaver_ray.data.sources import BadRow, prompt_field, system_field, text_field
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -50,6 +50,25 @@ def _message(message: dict[str, Any], name: str) -> tuple[str, str]:
         content = "".join(str(part.get("text", "")) for part in content)
     fields = {keys[1]: content}
     return role, (system_field(fields, keys[1]) or "") if role == "system" else text_field(fields, keys[1])
+
+
+def read_prompt(value: Any, name: str) -> tuple[str | None, str | list[str]]:
+    """(The system prompt or None, the prompt) of a field: a text, an odd list of turns, or a list of messages."""
+    if not is_messages(value):
+        return None, prompt_field(value, name)
+    system, turns = read_messages(value, name)
+    if len(turns) % 2 == 0:
+        raise BadRow(f"'{name}' does not end with a user's turn")
+    return system, turns[0] if len(turns) == 1 else turns
+
+
+def read_answer(value: Any, name: str) -> str:
+    """The answer in a field: a text, or the assistant's one message, of a list the last one."""
+    if is_messages(value):
+        if not isinstance(value[-1], dict):
+            raise BadRow(f"'{name}' is not a list of messages")
+        value = value[-1].get("content", value[-1].get("value"))
+    return text_field({name: value}, name)
 
 
 def is_messages(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from beaver_ray.data.messages import read_answer, read_prompt
 from beaver_ray.data.sources import (
     BadRow,
     RawSample,
@@ -159,31 +160,34 @@ for _kind in ("", "-harmless", "-helpful"):
 
 @reader("demonstrations")
 def demonstrations(row: dict[str, Any]) -> RawSample:
-    """prompt (a string or an odd list of turns), response; perhaps system, a text of its own."""
-    prompt, response = prompt_field(row.get("prompt"), "prompt"), text_field(row, "response")
-    return RawSample(input=prompt, answer=response, system=system_field(row))
+    """prompt (a string, an odd list of turns, or messages), response; perhaps system, a text of its own."""
+    own, prompt = read_prompt(row.get("prompt"), "prompt")
+    response = read_answer(row.get("response"), "response")
+    return RawSample(input=prompt, answer=response, system=own or system_field(row))
 
 
 @reader("prompts")
 def prompts(row: dict[str, Any]) -> RawSample:
-    """prompt or instruction (a string or an odd list of turns), perhaps system; further fields are kept beside it."""
+    """prompt or instruction (a string, an odd list of turns, or messages), perhaps system; further fields are kept."""
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise BadRow("no field 'prompt' or 'instruction'")
     rest = {key: value for key, value in row.items() if key not in (name, "system")}
-    return RawSample(input=prompt_field(row.get(name), name), system=system_field(row), fields=rest)
+    own, prompt = read_prompt(row.get(name), name)
+    return RawSample(input=prompt, system=own or system_field(row), fields=rest)
 
 
 @reader("labels")
 def labels(row: dict[str, Any]) -> RawSample:
-    """prompt (a string or an odd list of turns), response, unsafe (true / false or 1 / 0), perhaps system; further
-    fields are kept."""
+    """prompt (a string, an odd list of turns, or messages), response, unsafe (true / false or 1 / 0), perhaps system;
+    further fields are kept."""
     unsafe = flag(row, "unsafe")
     if unsafe is None:
         raise BadRow("no field 'unsafe'")
     rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "system", "unsafe")}
-    prompt, response = prompt_field(row.get("prompt"), "prompt"), text_field(row, "response")
-    return RawSample(input=prompt, answer=response, system=system_field(row), is_safe=not unsafe, fields=rest)
+    own, prompt = read_prompt(row.get("prompt"), "prompt")
+    response = read_answer(row.get("response"), "response")
+    return RawSample(input=prompt, answer=response, system=own or system_field(row), is_safe=not unsafe, fields=rest)
 
 
 _MOSS_SPEAKER = re.compile(r"\[(Human|MOSS)\]:")

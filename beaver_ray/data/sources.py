@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,6 +234,8 @@ def prompt_field(value: Any, name: str) -> str | list[str]:
         return text_field({name: value}, name)
     if len(value) % 2 == 0:
         raise BadRow(f"'{name}' has an even number of turns")
+    if not all(isinstance(turn, str) for turn in value):
+        raise BadRow(f"'{name}' is a list of other things than texts")
     return [text_field({"turn": turn}, "turn") for turn in value]
 
 
@@ -322,7 +325,19 @@ def check_kept(report: DropReport, place: Place) -> None:
         why = report.line() if report.dropped else "it has no rows"
         raise UserError(
             f"no usable sample of '{place.name}' in {place.where}: {why}; check that the file fits the dataset name"
+            f"{_fields_there(place)}"
         )
+
+
+def _fields_there(place: Place) -> str:
+    """What else to do with the first row, where it has fields."""
+    row = next(iter(rows(place, lambda what: None)), None)
+    with suppress(ValueError, RecursionError):
+        row = json.loads(row) if isinstance(row, Line) else row
+    if not isinstance(row, dict) or not row:
+        return ""
+    names = ", ".join(str(name) for name in row)
+    return f" (its first row has {names[:200]}), or map its fields: {{path: FILE, prompt: FIELD, ...}}"
 
 
 # ---------------------------------------------------------------- values of fields

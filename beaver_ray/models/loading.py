@@ -27,6 +27,8 @@ from beaver_ray.models.tensors import check_loaded
 from beaver_ray.packing import check_packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZERS = ("token*", "*.model", "vocab*", "*.tiktoken")
+"""Files of which a tokenizer has one at least."""
 
 # A score model's trunk is loaded without its head on purpose; transformers would print a page about that each time.
 logging.set_verbosity_error()
@@ -51,6 +53,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         check_model_folder(path, "tokenizer")
+    if folder.is_dir() and not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        raise UserError(f"{path} has no tokenizer; copy there those files of the model that it was made from")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         _name_ends(tokenizer)

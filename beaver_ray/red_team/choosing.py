@@ -22,7 +22,6 @@ from beaver_ray.errors import UserError
 from beaver_ray.evaluation import share_interval
 from beaver_ray.options import near
 
-
 CROWDED = "beyond per_category"
 """Why an attempt that worked is not kept: its category is full of better ones."""
 

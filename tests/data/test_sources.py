@@ -141,10 +141,40 @@ def test_prompts_in_many_forms(tmp_path: Path) -> None:
     assert [sample.input for sample in samples] == ["a", "b", "c", ["d", "e", "f"]]
     assert report.dropped == {
         "'prompt' has an even number of turns": 2,
-        "'turn' is not a string": 1,
+        "'prompt' is a list of other things than texts": 1,
         "row is not an object": 1,
         "no field 'prompt' or 'instruction'": 1,
     }
+
+
+def test_prompts_and_answers_as_messages(tmp_path: Path) -> None:
+    """As TRL (prompt, chosen, rejected) and verl (prompt) write them, in data sets of our own names too."""
+
+    def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+        return [{"role": role, "content": text} for role, text in turns]
+
+    prompt = said(("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    row: dict[str, Any] = {"prompt": prompt, "data_source": "x"}
+    answers = {"chosen": said(("assistant", "d")), "rejected": said(("assistant", "e"))}
+    pair = {"prompt": said(("user", "a"))} | answers
+    for name, fields, expected in (
+        ("prompts", row, RawSample(["a", "b", "c"], system="Be brief.", fields={"data_source": "x"})),
+        ("demonstrations", row | {"response": "d"}, RawSample(["a", "b", "c"], "d", system="Be brief.")),
+        ("demonstrations", pair | {"response": answers["chosen"], "system": "S"}, RawSample("a", "d", system="S")),
+        ("preferences", pair, RawSample("a", "d", "e", better=True)),
+        ("preferences", {"prompt": "a"} | answers, RawSample("a", "d", "e", better=True)),
+    ):
+        samples, _ = read_source(name, write(tmp_path / "a.jsonl", [fields]))
+        assert samples == [expected], name
+    with pytest.raises(UserError, match=r"1 'prompt' does not end with a user's turn; .*its first row has prompt\)"):
+        read_source("prompts", write(tmp_path / "b.jsonl", [{"prompt": prompt[:3]}]))
+
+
+def test_fields_that_are_there_are_said(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("question;answer\na;b\n")
+    said = r"no field 'prompt'; .*\(its first row has question;answer\), or map its fields: {path: FILE, prompt: FIELD"
+    with pytest.raises(UserError, match=said):
+        read_source("demonstrations", str(tmp_path / "f.csv"))
 
 
 def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:

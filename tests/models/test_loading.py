@@ -99,6 +99,12 @@ def test_what_waits_for_flash_attention_runs_without_it_on_a_cpu(
     assert model.config._attn_implementation == "flash_attention_2"
 
 
+def test_a_model_without_a_tokenizer_says_so(tiny_world: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world / "model", tmp_path / "model", ignore=shutil.ignore_patterns("token*", "chat*"))
+    with pytest.raises(UserError, match=r"model has no tokenizer; copy there those files of the model"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
 def test_a_tokenizer_needs_an_end(tiny_world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_world / "model", folder)

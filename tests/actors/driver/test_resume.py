@@ -129,7 +129,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, tiny_world: Path) 
     before = (whole / "metrics.jsonl").read_bytes()
     assert train(config(tiny_world, whole.parent, "whole", resume=True)) == whole
     assert (whole / "metrics.jsonl").read_bytes() == before
-    said = rf"holds a finished run with other settings \(steps {STEPS} -> 9\): set another name, or delete .*/whole/final"
+    said = rf"a finished run with other settings \(steps {STEPS} -> 9\): set another name, or delete .*/whole/final to"
     with pytest.raises(UserError, match=said):
         train(config(tiny_world, whole.parent, "whole", steps=9, resume=True))
 

@@ -59,7 +59,7 @@ def test_labels_by_the_truth(tiny_world: Path, tmp_path: Path) -> None:
     assert all(row["id"] == pair_id(row) for row in every), "by which label export finds it"
     # One of few principles is often drawn again; a pair that nothing else can be said of counts once.
     notes = (tmp_path / "labels" / "notes.log").read_text()
-    (labels, again), = re.findall(r"(\d+) labels, (\d+) draws that repeat a label of their pair", notes)
+    ((labels, again),) = re.findall(r"(\d+) labels, (\d+) draws that repeat a label of their pair", notes)
     assert len({row["id"] for row in every}) == len(every) == int(labels) and int(again) > 0
     pairs_of = {(row["prompt"], row["response_0"], row["response_1"]): row for row in every}
     rms = {n: math.sqrt(np.mean([d**2 for r in pairs_of.values() if (d := difference(r, n))])) for n in texts}
