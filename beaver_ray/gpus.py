@@ -16,14 +16,16 @@ MICRO_BATCH_TOKENS = 16_384
 """At least so many in one forward there: a recipe that asks for no GPU has micro-batches of a CPU's size, which leave a
 GPU waiting (measured on an H100: 6.6 optimizer steps/s of a reward model of 1M parameters)."""
 
+MEMORY_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+"""Asks the driver for the memory of every GPU, in MiB."""
+
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
 def visible_gpus() -> list[float]:
     """Memory in GiB of each NVIDIA GPU that this process may use; none where there is no driver."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        answer = subprocess.run(MEMORY_QUERY, capture_output=True, text=True, timeout=30)
     except FileNotFoundError:
         return []
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -42,6 +44,15 @@ def visible_gpus() -> list[float]:
     return sizes[: len(list(names))]
 
 
+def cluster_address(given: str | None = None) -> str | None:
+    """The address of the Ray cluster that a run joins: the one that is given, else RAY_ADDRESS.
+
+    None where it starts Ray on this machine: where both are unset or empty, or say "local".
+    """
+    address = given or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
 @cache
 def _say_once(line: str) -> None:
     print(line, flush=True)
@@ -53,9 +64,8 @@ def on_this_machine(config: AnyStage) -> AnyStage:
     A run in one process, and one that joins a cluster, stay as they are. So does a machine whose GPUs are hidden
     (``CUDA_VISIBLE_DEVICES=``).
     """
-    joins = os.environ.get("RAY_ADDRESS") not in (None, "local")
     asks = any(placement.gpus for placement in config.cluster.placement.values())
-    if config.debug or joins or asks or not visible_gpus():
+    if config.debug or cluster_address() or asks or not visible_gpus():
         return config
     return sharing_one_gpu(config)
 
@@ -69,12 +79,14 @@ def sharing_one_gpu(config: AnyStage) -> AnyStage:
     One worker each: NCCL refuses two ranks on one GPU, and a second generator there would only halve the cache.
     Micro-batches are of MICRO_BATCH_TOKENS at least.
     """
-    roles = [role for role in config.roles() if role.gpu_part and role.models]
-    whole = sum(role.gpu_part for role in roles)
+    roles = config.roles()
+    parts = {role.kind: role.gpu_part for role in roles if role.gpu_part and role.models}
+    # A role without a model has the placement of its kind too: a rule beside cost models, say.
+    whole = sum(parts.get(role.kind, 0) for role in roles)
     placement: dict[str, Placement] = dict(config.cluster.placement)
-    for role in roles:
-        part = int(1e4 * role.gpu_part / whole) / 1e4  # Ray counts in steps of 1/10000
-        placement[role.kind] = config.cluster.of(role.kind).model_copy(update={"gpus": part, "workers": 1})
+    for kind, own in parts.items():
+        part = int(1e4 * own / whole) / 1e4  # Ray counts in steps of 1/10000
+        placement[kind] = config.cluster.of(kind).model_copy(update={"gpus": part, "workers": 1})
     cluster = config.cluster.model_copy(update={"placement": placement})
     tokens = max(config.engine.micro_batch_tokens, MICRO_BATCH_TOKENS)
     engine = config.engine.model_copy(update={"micro_batch_tokens": tokens})

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from actors.driver.policy_stage import PolicyStage
-from actors.machine.cluster import make_bundles
+from actors.machine.bundles import make_bundles
 from beaver_ray import gpus
-from beaver_ray.gpus import on_this_machine, sharing_one_gpu, visible_gpus
+from beaver_ray.gpus import cluster_address, on_this_machine, sharing_one_gpu, visible_gpus
 from launch.config_files import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,6 +40,27 @@ def test_an_adapter_needs_no_reference() -> None:
     config = load_config(CONFIGS / "local" / "safe_ppo.yaml", ["models.lora_rank=4", "models.shared_critic=true"])
     shared = {kind: p for kind, p in sharing_one_gpu(config).cluster.placement.items() if p.gpus}
     assert sorted(shared) == ["cost", "policy", "reward", "reward_critic", "rollout"]
+
+
+def test_a_rule_takes_the_part_of_the_costs_that_it_is_placed_with() -> None:
+    placed = sharing_one_gpu(load_config(CONFIGS / "local" / "harder" / "safe_ppo.yaml"))
+    assert sum(1 for role in placed.roles() if role.kind == "cost" and not role.models) == 1
+    assert 0.99 < sum(placed.cluster.of(role.kind).gpus for role in placed.roles()) <= 1
+
+
+def test_one_word_for_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, given, address in (
+        ("", None, None),
+        ("local", None, None),
+        ("head:6379", None, "head:6379"),
+        ("head:6379", "", "head:6379"),
+        ("head:6379", "local", None),
+        ("head:6379", "other:1", "other:1"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", said)
+        assert cluster_address(given) == address
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert cluster_address() is None
 
 
 def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(

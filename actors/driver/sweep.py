@@ -11,7 +11,7 @@ import ray
 
 from actors.driver.processes import open_cluster
 from actors.driver.train import train
-from actors.machine.cluster import Bundle
+from actors.machine.bundles import Bundle
 from actors.machine.waits import fetch, wait_any
 from beaver_ray.errors import UserError, last_line
 from beaver_ray.gpus import on_this_machine

@@ -23,14 +23,22 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.machine.bundles import (
+    GENERATORS,
+    Bundle,
+    come_one_by_one,
+    group_labels,
+    group_strategy,
+    groups_of,
+    make_bundles,
+)
 from actors.machine.handles import Group, Handle, Method, Startable
 from actors.machine.waits import fetch, find_lost, wait_any, wait_placed
 from beaver_ray.config import ClusterConfig, Placement
 from beaver_ray.errors import UserError, first_line
+from beaver_ray.gpus import cluster_address
 from beaver_ray.runs import Progress
 
-Bundle = dict[str, float]
-GENERATORS = "rollout"
 SECONDS_TO_ANSWER = 5.0  # a living process that is not busy; one that is dead is known to be at once
 
 
@@ -67,10 +75,7 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig, roles: dict[str, str], address: str | None = None) -> None:
         self.config = config
-        self.groups: dict[str, dict[str, Placement]] = {}
-        for name, kind in roles.items():
-            placement = config.of(kind)
-            self.groups.setdefault(placement.group or name, {})[name] = placement
+        self.groups = groups_of(config, roles)
         self.bundles = {name: make_bundles(name, list(members.values())) for name, members in self.groups.items()}
         # Actors of one run carry one tag, so that `ray list actors` tells runs apart.
         self.tag = uuid.uuid4().hex[:6]
@@ -81,7 +86,7 @@ class Cluster:
         self.environment = _environment(config.threads)
         self.started = self.local = False
         if not ray.is_initialized():
-            self._connect(address or os.environ.get("RAY_ADDRESS") or "local")
+            self._connect(cluster_address(address) or "local")
 
     def _connect(self, address: str) -> None:
         """Join the running cluster, or start one on this machine with as many logical CPUs as are asked for."""
@@ -105,8 +110,7 @@ class Cluster:
         handles = []
         for index, args in enumerate(arguments):
             label = name if len(arguments) == 1 else f"{name}-{index}"
-            # Generators come and go one by one, so that each has a placement group to itself where it shares none.
-            alone = name == GENERATORS and group_name == name and len(members) == 1
+            alone = come_one_by_one(group_name, members)
             place = (label, 0) if alone else (group_name, index)
             if place[0] not in self.placed:
                 needed = [bundles[index]] if alone else bundles
@@ -264,46 +268,11 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def make_bundles(group: str, members: Sequence[Placement]) -> list[Bundle]:
-    """The bundles of a placement group: bundle i holds worker i of every member that has so many.
-
-    Above 1 GPU a bundle has whole ones, as Ray wants it; the members' fractions are packed onto them.
-    """
-    group_strategy(group, members)
-    group_labels(group, members)
-    bundles = []
-    for index in range(max(p.workers for p in members)):
-        here = [p for p in members if index < p.workers]
-        # Ray counts in steps of 1/10000; sums of fractions must not exceed 1 by a rounding error.
-        cpus, gpus = round(sum(p.cpus for p in here), 4), round(sum(p.gpus for p in here), 4)
-        bundle = {"CPU": cpus, "GPU": float(ceil(gpus)) if gpus > 1 else gpus}
-        bundles.append({kind: amount for kind, amount in bundle.items() if amount} or {"CPU": 0.001})
-    return bundles
-
-
 def _reserve(group: str, bundles: list[Bundle], members: Sequence[Placement]) -> PlacementGroup:
     """A placement group on nodes that have its members' labels."""
     labels = group_labels(group, members)
     selector = [labels] * len(bundles) if labels else None
     return placement_group(bundles, strategy=group_strategy(group, members), bundle_label_selector=selector)
-
-
-def group_strategy(group: str, members: Sequence[Placement]) -> str:
-    """The strategy of a placement group: the one that a member sets. UserError where two set different ones."""
-    chosen = sorted({p.strategy for p in members if p.strategy != "PACK"})
-    if len(chosen) > 1:
-        raise UserError(f"cluster.placement: the roles of group {group} ask for {' and '.join(chosen)}; choose one")
-    return chosen[0] if chosen else "PACK"
-
-
-def group_labels(group: str, members: Sequence[Placement]) -> dict[str, str]:
-    """The labels of a placement group: all that members ask for. UserError where two want one of different values."""
-    labels: dict[str, str] = {}
-    for key, value in (label for placement in members for label in placement.labels.items()):
-        if labels.setdefault(key, value) != value:
-            both = f"{key}={labels[key]} and {key}={value}"
-            raise UserError(f"cluster.placement: the roles of group {group} ask for nodes with {both}; choose one")
-    return labels
 
 
 def _reporting_start(role: type) -> type:

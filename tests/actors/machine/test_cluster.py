@@ -20,7 +20,8 @@ import pytest
 import ray
 from ray.util.state import list_actors, list_placement_groups
 
-from actors.machine.cluster import Cluster, group_labels, make_bundles
+from actors.machine.bundles import group_labels, make_bundles
+from actors.machine.cluster import Cluster
 from actors.machine.handles import Group, Startable
 from actors.machine.waits import WaitTimeoutError, WorkerDiedError, fetch
 from actors.weights.publishing import publish
