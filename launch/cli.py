@@ -326,6 +326,8 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 
     made = make(loaded)
     table_console().print(made.table())
+    for note in made.notes:
+        print(note)
     made.check()
     from beaver_ray.fit import check_fit, check_tokenizers
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from beaver_ray.errors import UserError
-from beaver_ray.gpus import on_this_machine
+from beaver_ray.gpus import cluster_address, on_this_machine
 from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -36,9 +36,10 @@ def examine(config: Path | None, overrides: Sequence[str], address: str | None) 
 
     stages, made = read_stages(config, overrides) if config else ([], [])
     workspace = Path(stages[-1].workspace) if stages else Path()
-    if address in (None, "local"):
+    cluster = cluster_address(address)
+    if cluster is None:
         stages = [on_this_machine(stage) for stage in stages]
-    with joined(address) as (resources, cluster_checks):
+    with joined(cluster) as (resources, cluster_checks):
         checks = machine_checks(workspace) + cluster_checks + stage_checks(stages, made, resources)
         findings = {name: run(check) for name, check in checks}
     show(findings)
@@ -78,7 +79,7 @@ def show(findings: Mapping[str, Finding]) -> None:
 
 def machine_checks(workspace: Path) -> list[Check]:
     """What every run on this machine needs; ``workspace`` is where it would write."""
-    from launch.planning import this_machine
+    from launch.resources import this_machine
 
     machine = this_machine()
     temporary = Path(os.environ.get("RAY_TMPDIR", "/tmp"))

@@ -20,7 +20,8 @@ from beaver_ray.stage import RoleSpec, Stage
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline
 from launch.findings import GIB, STORE_MOST, STORE_SHARE, Check, Finding
-from launch.planning import Resources, cluster_resources, plan, this_machine
+from launch.planning import plan
+from launch.resources import Resources, cluster_resources, this_machine
 
 NETWORK_S, CONNECT_S, SERVICE_S = 45.0, 5.0, 30.0
 SHOWN = 4
@@ -39,11 +40,11 @@ def read_stages(config: Path, overrides: Sequence[str]) -> tuple[list[Stage], li
 
 @contextlib.contextmanager
 def joined(address: str | None) -> Iterator[tuple[Resources, list[Check]]]:
-    """Join the cluster at ``address``, where one is given, and leave it at the end.
+    """Join the cluster at ``address``, unless that is None for this machine, and leave it at the end.
 
     Gives what there is for a run, and the checks of the cluster.
     """
-    if address is None or address == "local":
+    if address is None:
         yield this_machine(), []
         return
     from actors.machine.cluster import Cluster
@@ -202,7 +203,10 @@ def room(stage: Stage, resources: Resources) -> Finding:
     if made.problems:
         return Finding("fail", made.problems[0], "beaver-ray plan shows every role")
     gpus = f", {made.gpus:g} GPUs" if made.gpus else ""
-    return Finding("pass", f"{made.cpus:g} CPUs{gpus}, {made.host_gib:.1f} GiB of memory on {resources.name}")
+    line = f"{made.cpus:g} CPUs{gpus}, {made.host_gib:.1f} GiB of memory on {resources.name}"
+    if made.notes:
+        return Finding("warn", "; ".join([line, *made.notes]), "beaver-ray plan shows every role")
+    return Finding("pass", line)
 
 
 def object_store(stage: Stage, largest_gib: float, where: str) -> Finding:

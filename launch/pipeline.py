@@ -77,7 +77,10 @@ def run_stage(config: Stage, complete: bool = False) -> None:
         from actors.driver.train import train
         from launch.planning import plan
 
-        plan(config).check()
+        made = plan(config)
+        made.check()
+        for note in made.notes:
+            print(note, flush=True)
         train(config)
     if not complete or not (config.folder / "report.html").is_file():
         write_report(config, config.folder)

@@ -16,148 +16,30 @@ attention computed in blocks).
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import psutil
 
 from beaver_ray.config import DTYPE_BYTES, GPU_SHARE, EngineConfig
-from beaver_ray.errors import UserError
 from beaver_ray.fit import length_problems
-from beaver_ray.gpus import on_this_machine, visible_gpus
+from beaver_ray.gpus import on_this_machine
 from beaver_ray.models.chunks import DENSE_LOGITS, chunk_rows
 from beaver_ray.models.folders import ModelFacts, adapter_numbers, read_model
 from beaver_ray.stage import RoleSpec, Stage
 from launch.compatibility import architecture_problem
+from launch.plans import Plan, RolePlan
+from launch.resources import GIB, Resources, find_resources
+from launch.room import (
+    device_problems,
+    gpu_memory_problems,
+    memory_notes,
+    placing_problems,
+    rank_problems,
+    sum_problems,
+)
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-GIB = 2.0**30
 # Measured: a process that has imported torch, transformers and Ray; one with vLLM besides.
 BASE_GIB, VLLM_BASE_GIB = 0.6, 1.5
 ACTIVATIONS_PER_LAYER = 17
 LOGIT_COPIES = 3  # where all are made at once: logits, their log-softmax and its gradient, in float32
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a machine or cluster has; ``cpus`` None where Ray is told how many to assume."""
-
-    name: str
-    memory_gib: float
-    gpus: float = 0
-    gpu_gib: float = 0.0
-    """Memory of one GPU; 0 where unknown."""
-    cpus: float | None = None
-
-
-@dataclass(frozen=True)
-class RolePlan:
-    """One role, or one constraint's part of it; memory is of each process."""
-
-    role: str
-    name: str
-    processes: int
-    group: str
-    cpus: float
-    gpus: float
-    model: str | None
-    parameters: int | None
-    host_gib: float
-    gpu_gib: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All roles of a run, what they take together, and what stands against it."""
-
-    roles: list[RolePlan]
-    resources: Resources
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def cpus(self) -> float:
-        """CPUs of all processes."""
-        return sum(r.cpus * r.processes for r in self.roles)
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of all processes."""
-        return sum(r.gpus * r.processes for r in self.roles)
-
-    @property
-    def host_gib(self) -> float:
-        """Estimated host memory of all processes."""
-        return sum(r.host_gib * r.processes for r in self.roles)
-
-    @property
-    def gpu_gib(self) -> float:
-        """Estimated GPU memory of all processes."""
-        return sum(r.gpu_gib * r.processes for r in self.roles)
-
-    @property
-    def groups(self) -> dict[str, list[tuple[float, float]]]:
-        """Group to its bundles (CPUs, GPUs): process i of every role of a group shares bundle i."""
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for role in self.roles:
-            bundles = groups.setdefault(role.group, [])
-            bundles += [(0.0, 0.0)] * (role.processes - len(bundles))
-            for index in range(role.processes):
-                cpus, gpus = bundles[index]
-                bundles[index] = (cpus + role.cpus, gpus + role.gpus)
-        return groups
-
-    def check(self) -> None:
-        """Raises UserError with the first thing that cannot work."""
-        if self.problems:
-            raise UserError(self.problems[0])
-
-    def table(self) -> Table:
-        """The plan for a terminal."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(title=f"Plan for {self.resources.name}", title_justify="left", show_footer=True)
-        gpus = f"{self.gpus:g} of {self.resources.gpus:g}"
-        cpus = f"{self.cpus:g}" + ("" if self.resources.cpus is None else f" of {self.resources.cpus:g}")
-        memory = f"{self.host_gib:.1f} of {self.resources.memory_gib:.1f}"
-        for title, footer in (
-            ("role", "all"),
-            ("processes", str(sum(r.processes for r in self.roles))),
-            ("group", ""),
-            ("bundles", str(sum(len(b) for b in self.groups.values()))),
-            ("CPUs each", cpus),
-            ("GPUs each", gpus),
-            ("parameters", ""),
-            ("GiB each", memory),
-            ("GPU GiB each", f"{self.gpu_gib:.1f}" if self.gpu_gib else ""),
-            ("model", ""),
-        ):
-            right = title not in ("role", "group", "model")
-            table.add_column(title, footer, justify="right" if right else "left", overflow="fold")
-        seen: set[str] = set()
-        for r in self.roles:
-            bundles = "" if r.group in seen else str(len(self.groups[r.group]))
-            seen.add(r.group)
-            table.add_row(
-                escape(r.name),
-                str(r.processes),
-                escape(r.group),
-                bundles,
-                f"{r.cpus:g}",
-                f"{r.gpus:g}",
-                "" if r.model is None else "?" if r.parameters is None else _count(r.parameters),
-                f"{r.host_gib:.1f}",
-                f"{r.gpu_gib:.1f}" if r.gpu_gib else "",
-                escape(r.model or ""),
-            )
-        return table
 
 
 def plan(stage: Stage, resources: Resources | None = None) -> Plan:
@@ -172,10 +54,16 @@ def plan(stage: Stage, resources: Resources | None = None) -> Plan:
     models = {use.folder: read_model(use.folder) for spec in specs for use in spec.models}
     roles = [_role_plan(stage, spec, models, resources, number == 0) for number, spec in enumerate(specs)]
     made = Plan(roles, resources)
-    problems = [*length_problems(stage, models), *_rank_problems(stage, specs, made), *_room_problems(made)]
+    problems = [*length_problems(stage, models), *rank_problems(stage, specs, made)]
+    problems += device_problems(stage, specs, models, made)
+    short = [*sum_problems(made), *gpu_memory_problems(made)]
+    notes = memory_notes(made)
+    if not short and not stage.debug:
+        short, waits = placing_problems(stage, specs, made)
+        notes += waits
     if impossible := architecture_problem(stage):
         problems.insert(0, impossible)
-    return Plan(roles, resources, problems)
+    return Plan(roles, resources, [*problems, *short], notes)
 
 
 def _role_plan(
@@ -293,126 +181,3 @@ def logit_gib(facts: ModelFacts, engine: EngineConfig, on_gpu: bool, *, trained:
     if head:  # its gradient adds up in float32; in bfloat16 each chunk's share is a matrix of its own
         backward += vocabulary * (facts.hidden or 0) * (4 if size == 4 else 4 + size)
     return (max(forward, backward) if trained else forward) / GIB
-
-
-# What stands against it
-
-
-def _rank_problems(stage: Stage, specs: Sequence[RoleSpec], made: Plan) -> list[str]:
-    problems = []
-    for spec in specs:
-        placement = stage.cluster.of(spec.kind)
-        ranks, training = 1 if stage.debug else placement.workers, spec.training
-        if training is not None and not training.alone and ranks > training.rows:
-            problems.append(
-                f"{training.rows_are} cannot be dealt to {ranks} ranks of {spec.name}; make it larger, or lower "
-                f"cluster.placement.{spec.kind}.workers"
-            )
-        if training is not None and not training.alone and (parts := _parts_of_one_gpu(spec, made, stage)):
-            problems.append(
-                f"two of the {ranks} ranks of {spec.name} may lie on one GPU (bundles of {parts}), which NCCL refuses; "
-                f"give cluster.placement.{spec.kind} more than 0.5 gpus, or workers: 1"
-            )
-        if spec.kv_cache_gib is not None and placement.gpus > 1 and placement.gpus != int(placement.gpus):
-            problems.append(
-                f"cluster.placement.{spec.kind}.gpus is {placement.gpus:g}; "
-                f"a generator on several GPUs needs whole ones"
-            )
-    return problems
-
-
-def _parts_of_one_gpu(spec: RoleSpec, made: Plan, stage: Stage) -> str:
-    """The two smallest bundles of a role's ranks where Ray may put them on the same GPU; nothing where it cannot."""
-    (role,) = (role for role in made.roles if role.name == spec.name)
-    together = {stage.cluster.of(r.role).strategy for r in made.roles if r.group == role.group}
-    if role.processes < 2 or not role.gpus or "STRICT_SPREAD" in together:
-        return ""
-    smallest = sorted(gpus for _, gpus in made.groups[role.group][: role.processes])[:2]
-    return " and ".join(f"{gpus:g}" for gpus in smallest) if round(sum(smallest), 4) <= 1 else ""
-
-
-def _room_problems(made: Plan) -> list[str]:
-    have = made.resources
-    problems = []
-    if made.gpus > have.gpus:
-        problems.append(
-            f"the run asks for {made.gpus:g} GPUs, {have.name} has {have.gpus:g}; lower gpus or workers "
-            f"under cluster.placement"
-        )
-    if have.cpus is not None and made.cpus > have.cpus:
-        problems.append(
-            f"the run asks for {made.cpus:g} CPUs, {have.name} has {have.cpus:g}; lower cpus or workers "
-            f"under cluster.placement"
-        )
-    if made.host_gib > have.memory_gib:
-        largest = max(made.roles, key=lambda r: r.host_gib * r.processes)
-        problems.append(
-            f"the run needs about {made.host_gib:.1f} GiB of memory, {have.name} has {have.memory_gib:.1f}; "
-            f"most goes to {largest.name} ({largest.processes} x {largest.host_gib:.1f})"
-        )
-    if have.gpu_gib:
-        for group, bundles in made.groups.items():
-            for index, (_, gpus) in enumerate(bundles):
-                sharing = [r for r in made.roles if r.group == group and r.gpus > 0 and r.processes > index]
-                needs, has = sum(r.gpu_gib for r in sharing), math.ceil(gpus) * have.gpu_gib
-                if needs > has:
-                    names = ", ".join(r.name for r in sharing)
-                    problems.append(
-                        f"{names} need about {needs:.1f} GiB of the {has:.1f} GiB on {math.ceil(gpus)} GPUs "
-                        f"of group {group}; raise gpus, workers or engine.zero_stage, or lower "
-                        f"engine.micro_batch_tokens"
-                    )
-        if made.gpu_gib > have.gpus * have.gpu_gib and not problems:
-            problems.append(
-                f"the run needs about {made.gpu_gib:.1f} GiB of GPU memory, {have.name} has "
-                f"{have.gpus * have.gpu_gib:.1f}; lower the rollouts' gpus or "
-                f"engine.micro_batch_tokens"
-            )
-    return problems
-
-
-# What there is
-
-
-def find_resources(stage: Stage) -> Resources:
-    """This machine's resources, or those of the Ray cluster that the run would join."""
-    address = os.environ.get("RAY_ADDRESS")
-    if stage.debug or address in (None, "local"):
-        return this_machine()
-    return cluster_resources(str(address))
-
-
-def this_machine() -> Resources:
-    """Memory (a container's limit included) and GPUs of this machine; a local Ray is told its CPUs."""
-    memory = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(text))
-    gpus = visible_gpus()
-    return Resources("this machine", memory / GIB, len(gpus), min(gpus, default=0.0))
-
-
-def cluster_resources(address: str) -> Resources:
-    """What a Ray cluster has in all; its GPUs' memory is not known. UserError if it does not answer."""
-    import ray
-
-    from actors.machine.cluster import join_ray
-
-    # Left connected for the run that follows: Ray may delete the folder that a job runs in when its process leaves.
-    if not ray.is_initialized():
-        join_ray(address, "RAY_ADDRESS")
-    total = ray.cluster_resources()
-    return Resources(
-        f"the cluster at {address}",
-        total.get("memory", 0.0) / GIB,
-        total.get("GPU", 0.0),
-        0.0,
-        total.get("CPU", 0.0),
-    )
-
-
-def _count(number: int) -> str:
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

@@ -72,6 +72,8 @@ class ModelFacts:
     """Inputs and outputs of all linear layers but the head: as many parameters has a LoRA adapter of rank 1."""
     plain_logits: bool = True
     """Whether logits are what the head gives, and not capped or scaled behind it (Gemma 2, Cohere, Granite)."""
+    heads: int | None = None
+    """Attention heads."""
 
 
 def find_model(model: str) -> Path | None:
@@ -145,6 +147,7 @@ def read_model(model: str) -> ModelFacts:
         positions=positions_of(shape, folder),
         linear=linear,
         plain_logits=all(shape.get(name) in (None, 1) for name in _BEHIND_THE_HEAD),
+        heads=_size(shape, folder, "num_attention_heads", "n_head"),
     )
 
 

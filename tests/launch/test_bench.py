@@ -37,7 +37,8 @@ from launch.bench.registry import BENCHMARKS, run
 from launch.bench.rollouts import tailed_lengths
 from launch.bench.step import training_flops
 from launch.config_files import parse_config
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 
 pytestmark = pytest.mark.cluster
 

@@ -14,7 +14,8 @@ from beaver_ray.models.folders import read_config
 from launch.bench.family_models import FAMILIES, write_family
 from launch.compatibility import TRIED, architecture_problem
 from launch.config_files import load_config
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 
 StageFile = Callable[..., Path]
 ROOMY = Resources("the test", memory_gib=64.0)

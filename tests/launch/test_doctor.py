@@ -23,7 +23,8 @@ from launch import doctor
 from launch.config_files import load_config
 from launch.doctor import dashboard, disk, packages, shared_memory, token, torch_build
 from launch.doctor_run import connections, models, object_store, read_stages, room, stage_checks, tokenizers
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 from tests.actors.scoring_service import serving
 from tests.launch.test_cli import run
 from tests.launch.test_job_submit import free_ports
@@ -299,7 +300,7 @@ def test_a_pipeline_that_has_not_run() -> None:
 
 def test_room(tiny_world: Path) -> None:
     assert room(ppo(tiny_world), MACHINE).state == "pass"
-    crowded = ppo(tiny_world, cluster={"placement": {"policy": {"gpus": 9}}})
+    crowded = ppo(tiny_world, cluster={"placement": {"cost": {"gpus": 1, "workers": 9}}})
     assert room(crowded, MACHINE).state == "fail" and "asks for 9 GPUs" in room(crowded, MACHINE).line
 
 

@@ -16,16 +16,9 @@ from beaver_ray.errors import UserError
 from beaver_ray.models.folders import ModelFacts, read_model
 from beaver_ray.policy_options import DIRECT_WEIGHTS
 from launch.config_files import load_config
-from launch.planning import (
-    GIB,
-    Resources,
-    RolePlan,
-    activation_gib,
-    logit_gib,
-    plan,
-    this_machine,
-    training_state_gib,
-)
+from launch.planning import activation_gib, logit_gib, plan, training_state_gib
+from launch.plans import RolePlan
+from launch.resources import GIB, Node, Resources, this_machine
 
 StageFile = Callable[..., Path]
 ROOMY = Resources("the test", memory_gib=64.0)
@@ -290,7 +283,7 @@ def test_what_cannot_fit(stage_file: StageFile) -> None:
     assert "needs about" in problem(path, Resources("the test", 3.0))
     assert "most goes to rollout (1 x 3.0)" in problem(path, Resources("the test", 3.0))
     gpu = Resources("the test", 64.0, gpus=1, gpu_gib=16.0)
-    assert "asks for 2 GPUs, the test has 1" in problem(path, gpu, "cluster.placement.policy.gpus=2")
+    assert "asks for 2 GPUs, the test has 1" in problem(path, gpu, "cluster.placement.rollout.gpus=2")
     cluster = Resources("the cluster", 64.0, cpus=4.0)
     assert "asks for 8 CPUs, the cluster has 4" in problem(path, cluster)
     full = "cluster.placement={rollout: {gpus: 0.9, group: g}, policy: {gpus: 0.1, group: g}}"
@@ -332,7 +325,7 @@ def test_lengths_and_ranks(stage_file: StageFile) -> None:
     ],
 )
 def test_ranks_that_may_lie_on_one_gpu(roles: str, parts: str, stage_file: StageFile) -> None:
-    gpus = Resources("the test", 64.0, gpus=4, gpu_gib=80.0)
+    gpus = Resources("the test", 64.0, gpus=4, gpu_gib=80.0, several=(Node(32.0, 2, 80.0),) * 2)
     made = plan(load_config(stage_file(), [f"cluster.placement={{{roles}}}"]), gpus)
     said = f"two of the 2 ranks of policy may lie on one GPU (bundles of {parts}), which NCCL refuses; give cluster."
     assert len(made.problems) == bool(parts) and all(line.startswith(said) for line in made.problems)

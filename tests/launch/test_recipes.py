@@ -15,9 +15,11 @@ from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import read_yaml
 from launch.config_files import load_config, load_pipeline, parse_config
 from launch.option_list import CONFIGURATIONS, leaves
-from launch.planning import GIB, Plan, Resources, plan
+from launch.planning import plan
+from launch.plans import Plan
 from launch.real_model import make_model, write_pairs
 from launch.real_pairs import COMPLAINTS, TASKS, small_set
+from launch.resources import GIB, Resources
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -24,7 +24,8 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import read_metrics
 from beaver_ray.small_world.world import SmallWorld
 from launch.config_files import load_config
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 from tests.actors.driver.test_resume import assert_same, killed
 from tests.actors.support import EOS, LiteralScoreModel, literal_logprobs, ppo_config
 

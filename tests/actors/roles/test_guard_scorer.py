@@ -28,7 +28,8 @@ from beaver_ray.runs import read_metrics
 from beaver_ray.score_sources import GuardSource, ScorerSetting
 from beaver_ray.signals import scorers
 from launch.config_files import load_config, parse_config
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 from tests.actors.support import labelled_by, ppo_config
 from tests.tiny_guards import write_guard
 

@@ -24,7 +24,8 @@ from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator, Settings
 from beaver_ray.runs import RunFolder, read_metrics
 from launch.config_files import load_config
-from launch.planning import Resources, plan
+from launch.planning import plan
+from launch.resources import Resources
 from tests.actors.stages.test_supervised import encoded, trainer_of
 from tests.actors.support import LiteralScoreModel, Ranks, write_score_folder
 from tests.launch.test_recipes import CONFIGS, EIGHT_GPUS, KEYS, ONE_GPU, SHAPES
