@@ -125,6 +125,7 @@ def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:
         stage_file(),
         [
             "rollout.kv_cache_gib=0.5",
+            "ppo.average_last=0.2",
             "cluster.placement.policy={workers: 2, cpus: 1.5}",
             "cluster.placement.cost.group=scorers",
             "cluster.placement.reward.group=scorers",
@@ -150,7 +151,8 @@ def test_plan_of_safe_ppo_by_hand(stage_file: StageFile) -> None:
     assert rows["cost-harm"].host_gib == pytest.approx(0.6 + frozen)
     trained = 16 * parameters / GIB + 1024 * 2 * 17 * 8 * 4 / GIB
     assert rows["critic-harm"].host_gib == pytest.approx(0.6 + trained)
-    assert rows["policy"].host_gib == pytest.approx(0.6 + trained + 1024 * 100 * 12 / GIB)
+    mean = 4 * parameters / 2 / GIB  # of its weights, half of it at each of two ranks
+    assert rows["policy"].host_gib == pytest.approx(0.6 + trained + mean + 1024 * 100 * 12 / GIB, abs=1e-12)
     assert rows["experience"].host_gib == 0.6
     assert made.cpus == 7 + 2 * 1.5 and made.gpus == 0
     assert made.host_gib == pytest.approx(sum(r.host_gib for r in made.roles) + rows["policy"].host_gib)
