@@ -125,6 +125,11 @@ def other_settings(path: Path, config: BaseModel) -> list[str]:
     return list(_differences(read_yaml(path), now, config))
 
 
+def few_of(settings: Sequence[str]) -> str:
+    """The first three of these in words."""
+    return ", ".join(settings[:3]) + (", ..." if settings[3:] else "")
+
+
 _ABSENT = object()
 
 
@@ -222,7 +227,8 @@ class _Loader(yaml.SafeLoader):
                 value.tag = "tag:yaml.org,2002:str"
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            if node.flow_style and isinstance(key.value, str) and ":" in key.value and not value.value:
+            plain = all(isinstance(one, yaml.ScalarNode) and one.style is None for one in (key, value))
+            if node.flow_style and plain and ":" in key.value and not value.value:
                 # {harm:3} has the key "harm:3" and no value.
                 problem = f"{key.value!r} needs a space behind its colon"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

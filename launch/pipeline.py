@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from beaver_ray.errors import UserError
 from beaver_ray.runs import has_started, is_finished
 from beaver_ray.stage import Stage
-from beaver_ray.yaml_files import other_settings
+from beaver_ray.yaml_files import few_of, other_settings
 from launch.config_files import load_pipeline, load_run
 
 OPTIONS = "options.json"
@@ -143,7 +143,7 @@ def is_complete(config: Stage) -> bool:
     asked = config.model_copy(update={"resume": False})
     if not (folder / "config.yaml").is_file() or load_run(folder) != asked:
         settings = other_settings(folder / "config.yaml", asked)
-        which = f" ({', '.join(settings[:3])}{', ...' if settings[3:] else ''})" if settings else ""
+        which = f" ({few_of(settings)})" if settings else ""
         raise UserError(f"{folder} holds a finished run of another configuration{which}: {advice}")
     return True
 

@@ -54,13 +54,17 @@ def place(pieces: Sequence[Piece], nodes: Sequence[Node]) -> tuple[Spots, Piece 
     """Where the bundles lie, and the first piece without room; its bundles have no spot, nor have later ones.
 
     In the order in which they are asked for. Of several nodes nobody knows which Ray takes, so that there it is enough
-    if all find room with the largest first.
+    if all find room in one of two other orders: the largest first, or first what few nodes may hold.
     """
     spots, left_out = _in_order(pieces, nodes)
     if left_out is None or len(nodes) == 1:
         return spots, left_out
-    packed, failed = _in_order(sorted(pieces, key=lambda piece: piece.size, reverse=True), nodes)
-    return (spots, left_out) if failed else (packed, None)
+    largest = sorted(pieces, key=lambda piece: piece.size, reverse=True)
+    for order in (largest, sorted(largest, key=lambda piece: sum(map(piece.may_lie_on, nodes)))):
+        packed, failed = _in_order(order, nodes)
+        if failed is None:
+            return packed, None
+    return spots, left_out
 
 
 def share_whole_gpus(parts: Sequence[float], gpus: int) -> list[tuple[int, ...]] | None:

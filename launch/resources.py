@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from beaver_ray.stage import Stage
 
 GIB = 2.0**30
 GPU_MEMORY_S = 30.0  # for the answers of all nodes to what memory their GPUs have
+_gpu_gib: dict[str, float] = {}  # node's id to the answer
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def cluster_resources(address: str) -> Resources:
     if not ray.is_initialized():
         join_ray(address, "RAY_ADDRESS")
     alive = [node for node in ray.nodes() if node["Alive"]]
-    gpu_gib = gpu_memory(tuple(node["NodeID"] for node in alive if node["Resources"].get("GPU")))
+    gpu_gib = gpu_memory([node["NodeID"] for node in alive if node["Resources"].get("GPU")])
     return of_nodes(f"the cluster at {address}", alive, gpu_gib)
 
 
@@ -104,9 +104,10 @@ def of_nodes(name: str, alive: list[dict[str, Any]], gpu_gib: Mapping[str, float
     )
 
 
-@cache
-def gpu_memory(nodes: tuple[str, ...]) -> dict[str, float]:
-    """Id of each of these nodes to the GiB of its smallest GPU, asked by a task on it; only of those that answer."""
+def gpu_memory(nodes: Sequence[str]) -> dict[str, float]:
+    """Id of each of these nodes to the GiB of its smallest GPU, asked by a task on it; only of those that answer, and
+    those once.
+    """
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -115,15 +116,16 @@ def gpu_memory(nodes: tuple[str, ...]) -> dict[str, float]:
 
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(_driver_question())
     asked = {}
-    for node in nodes:
+    for node in (node for node in nodes if node not in _gpu_gib):
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         asked[node] = ask.options(scheduling_strategy=place).remote()
-    found, deadline = {}, time.monotonic() + GPU_MEMORY_S
+    deadline = time.monotonic() + GPU_MEMORY_S
     for node, answer in asked.items():
         # What does not answer is not known, and whoever counts with it says so.
         with suppress(WaitTimeoutError, WorkerDiedError, RayError):
-            found[node] = fetch(answer, "memory of a node's GPUs", max(0.0, deadline - time.monotonic()))
-    return {node: gib for node, gib in found.items() if gib}
+            if gib := fetch(answer, "memory of a node's GPUs", max(0.0, deadline - time.monotonic())):
+                _gpu_gib[node] = gib
+    return {node: _gpu_gib[node] for node in nodes if node in _gpu_gib}
 
 
 def _driver_question() -> Callable[[], float]:

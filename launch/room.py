@@ -53,6 +53,8 @@ def device_problems(stage: Stage, specs: Sequence[RoleSpec], models: Mapping[str
         option = f"cluster.placement.{spec.kind}.gpus"
         if spec.kv_cache_gib is not None:
             problems += _generator_problems(spec, role, models, DTYPE_BYTES[stage.engine.dtype], made.resources)
+        elif role.gpus > 1 and role.gpus != int(role.gpus):
+            problems.append(f"{option} is {role.gpus:g}; Ray gives parts of one GPU, or whole ones")
         elif role.gpus > 1 and spec.models:  # a function's process may do with its GPUs what it likes
             problems.append(
                 f"{option} is {role.gpus:g}, but a process of {spec.name} uses one GPU; "
@@ -75,7 +77,7 @@ def _generator_problems(
                 f"{option} is {role.gpus:g}, but the {heads} attention heads of {folder} cannot be dealt to so many; "
                 f"set it to a divisor of {heads}"
             )
-        if 0 < role.gpu_gib < weights:
+        if 0 < role.gpu_gib < weights and not models[folder].quantized:
             least = weights / (GPU_SHARE * have.gpu_gib)
             enough = math.ceil(least) if least > 1 else math.ceil(100 * least) / 100
             problems.append(
@@ -168,13 +170,18 @@ def placing_problems(stage: Stage, specs: Sequence[RoleSpec], made: Plan) -> tup
             pieces += found
         else:
             labels = ", ".join(f"{key}={value}" for key, value in found[0].labels.items())
-            notes.append(f"no node of {made.resources.name} has {labels}: {names} would wait for one")
+            ends = "would wait for one" if made.resources.several else "would not be placed"
+            notes.append(f"no node of {made.resources.name} has {labels}: {names} {ends}")
     if problems:
         return problems, notes
     spots, left_out = place(pieces, nodes)
     if left_out is not None:
         return [_no_room(left_out, made)], notes
-    return [*_node_memory_problems(pieces, made), *_shared_gpu_problems(spots, made)][:1], notes
+    shared = _shared_gpu_problems(spots, made)
+    if len(nodes) > 1:  # nobody knows which nodes Ray takes
+        notes += [line.replace("Ray puts", "Ray may put", 1) for line in shared[:1]]
+        shared = []
+    return [*_node_memory_problems(pieces, made), *shared][:1], notes
 
 
 def _no_room(piece: Piece, made: Plan) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actors.driver.policy_stage import PolicyStage
 from actors.stages import stages
 from beaver_ray.errors import UserError
-from beaver_ray.yaml_files import save_config
+from beaver_ray.yaml_files import save_config, yaml_value
 from launch.__main__ import main
 from launch.config_files import load_config, load_pipeline, parse_config
 from launch.option_list import leaves
@@ -159,6 +159,7 @@ def test_commands(tmp_path: Path, tree: dict[str, Any], place: str, changes: lis
         ("models: {policy: " + '"a\\0b"}', "models.policy: text 'a\\x00b' holds a control character"),
         ('name: "\\ud800"', "half a character"),
         ("workspace: ${workspace}/a", "cannot hold one itself"),
+        ("a: {b: {harm:3}}", "'harm:3' needs a space behind its colon"),
     ],
 )
 def test_what_once_got_through(tmp_path: Path, text: str, parts: str) -> None:
@@ -167,6 +168,10 @@ def test_what_once_got_through(tmp_path: Path, text: str, parts: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "f.yaml")
     assert parts in str(caught.value)
+
+
+def test_keys_may_have_a_colon() -> None:
+    assert yaml_value('{"harm:3": [], a:b: {}, "x:y": "", c:d: 1}') == {"harm:3": [], "a:b": {}, "x:y": "", "c:d": 1}
 
 
 def test_an_override_of_a_stage_that_a_pipeline_lacks(tmp_path: Path) -> None:

@@ -260,11 +260,17 @@ def send_weights(roles: Roles, rollouts: Rollouts, version: int) -> dict[str, fl
     return {"sync/bytes": float(weights.layout.total_bytes)}
 
 
-def finish(roles: Roles, rollouts: Rollouts, recovery: Recovery) -> None:
-    """Let the policy, here and at the generators, be the mean of its last steps' that ppo.average_last asks for."""
-    if steps := roles.policy.run(PolicyTrainer.finish)[0]:
+def average_policy(config: PolicyConfig, roles: Roles, rollouts: Rollouts, recovery: Recovery) -> None:
+    """Replace the policy's weights by their mean over the last steps (ppo.average_last), here and at the generators."""
+    share = config.ppo.average_last
+    if not share:
+        return
+    if steps := roles.policy.run(PolicyTrainer.take_mean)[0]:
         recovery.run.note(f"the policy is the mean of its weights after steps {steps[0]} to {steps[-1]}")
         send_weights(roles, rollouts, version=recovery.state.step + 1)
+    else:
+        few = f"ppo.average_last {share:g} of {recovery.state.step} steps is less than two"
+        recovery.run.note(f"{few}: the policy is that of the last one")
 
 
 def step_metrics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors.driver.control import GeneratorSupply
 from actors.driver.evaluate import HeldOut, write
 from actors.driver.feasibility import start_multipliers
-from actors.driver.loop import finish, make_rollouts, train_policy
+from actors.driver.loop import average_policy, make_rollouts, train_policy
 from actors.driver.policy_stage import PolicyStage
 from actors.driver.processes import check_models, generator_spec, open_cluster
 from actors.driver.recovery import Recovery, start_surely
@@ -68,7 +68,7 @@ def train_on_prompts(stage: PolicyStage, run: RunFolder) -> None:
         def whole_run() -> None:
             start_multipliers(stage, recovery, roles, rollouts)
             train_policy(stage, roles, rollouts, recovery, trace, evaluate)
-            finish(roles, rollouts, recovery)
+            average_policy(stage, roles, rollouts, recovery)
             recovery.save_models(run.folder / "final.part")
             if held_out:
                 # The models are saved: what is left to do needs no rank of theirs.

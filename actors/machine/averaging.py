@@ -53,12 +53,12 @@ class WeightMean:
         return {"steps": list(self.steps), "parts": dict(self.parts)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` gave; nothing, and it is empty."""
+        """Restore what `state` gave; without its entries the mean is empty."""
         self.steps, self.parts = list(state.get("steps", [])), dict(state.get("parts", {}))
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
 
     def _cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """A whole tensor's part of each rank."""
+        """A whole tensor in as many parts as there are ranks."""
         return tensor.view(-1).tensor_split(self.engine.world)

@@ -32,7 +32,7 @@ def conclude(stage: Any, trainer: Trainer) -> Settings:
     names, precision = stage.names, target_precision(stage.threshold)
     answers, truth_NK, prompts_N = judged(held_out(stage), names, stage.input)
     odds_NK = odds_of(trainer, reader, answers)
-    learned_K = (trainer.train_data.labels_NK >= 0).any(axis=0)
+    learned_K = stage.learned(trainer)
     chosen_K, notes = thresholds(odds_NK, truth_NK, names, precision, learned_K)
     half_N = prompts_N % 2 == 0  # of a hash
     above_NK, margin_N = np.zeros(odds_NK.shape, dtype=np.bool_), np.zeros(len(odds_NK))

@@ -135,7 +135,7 @@ class PolicyTrainer(TrainingRank):
             metrics["policy/ratio_max_deviation"] = max(f["ratio_max_deviation"] for f in figures)
         return metrics | {"policy/skipped_updates": float(skipped)}
 
-    def finish(self) -> list[int]:
+    def take_mean(self) -> list[int]:
         """End the training: from here on the policy is the mean of its weights over the last steps (ppo.average_last).
 
         Returns these steps; none where the last one's weights stay as they are.

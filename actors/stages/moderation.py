@@ -128,16 +128,26 @@ class Moderation(TrainerStage):
 
         labels_NK = trainer.train_data.labels_NK
         true, false = (labels_NK > 0).sum(axis=0), (labels_NK == 0).sum(axis=0)
-        unheard = [name for name, n in zip(self.names, true + false, strict=True) if not n]
-        absent = [name for name, n in zip(self.names, true, strict=True) if not n and name not in unheard]
-        if absent:
-            trainer.notes.append(f"no training row has {', '.join(absent)}")
-        if unheard:
-            trainer.notes.append(f"no training row says anything of {', '.join(unheard)}, which is never flagged")
+        heard = true + false > 0
+        for said, those in (("has", heard & (true == 0)), ("says anything of", ~heard)):
+            if names := [name for name, so in zip(self.names, those, strict=True) if so]:
+                trainer.notes.append(f"no training row {said} {', '.join(names)}")
         if self.pos_weight == "auto":
             return np.clip(false / np.maximum(true, 1), 1 / MOST_WEIGHT, MOST_WEIGHT)
         given = self.pos_weight if isinstance(self.pos_weight, dict) else {}
         return np.array([given.get(name, 1.0) for name in self.names])
+
+    def learned(self, trainer: Trainer) -> np.ndarray:
+        """Which labels [K] the model knows anything of: from training rows, or from the classifier it started as."""
+        import numpy as np
+
+        from beaver_ray.models.classifier import labels_there
+        from beaver_ray.models.folders import find_model
+
+        start = find_model(self.model)
+        before = labels_there(start, self.trust_remote_code) if start else []
+        heard: np.ndarray = (trainer.train_data.labels_NK >= 0).any(axis=0)
+        return heard | np.array([name in before for name in self.names])
 
     def batch_loss(self, trainer: Trainer, data: Any, batch: Rows, rows: Rows, weight: float) -> LossTerms:
         """Mean cross-entropy of the labels that are known."""

@@ -189,12 +189,12 @@ class PrincipleLabels(TemplatedStage):
                 }
                 part = "test" if is_held_out(row, self.eval_fraction) else "train"
                 made = unlabelled(row) | label
-                name = pair_id(made)  # of its system text too
-                if name in ids:
+                own = pair_id(made)  # of its system text too
+                if own in ids:
                     counts["draws that repeat a label of their pair"] += 1
                     continue
-                ids.add(name)
-                parts[part].append(made | {"id": name})
+                ids.add(own)
+                parts[part].append(made | {"id": own})
                 counts["labels"] += 1
         return parts, counts + Counter({"held out": len(parts["test"])})
 

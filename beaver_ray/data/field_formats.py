@@ -126,9 +126,7 @@ def chosen_rejected(row: dict[str, Any]) -> RawSample:
         raise BadRow("no answer is better")
     fields, system = rest(row, "prompt", "chosen", "rejected", "messages", "system"), system_field(row)
     chosen = row.get("chosen")
-    if (
-        not isinstance(chosen, list) or not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None)
-    ):  # the answers alone
+    if not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None):  # the answers alone
         own, prompt = read_prompt(row.get("prompt"), "prompt")
         return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=own or system)
     own, turns, answers = pair_of_dialogues(chosen, row.get("rejected"))

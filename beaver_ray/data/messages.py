@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from beaver_ray.data.sources import BadRow, prompt_field, system_field, text_field
 
@@ -63,14 +63,17 @@ def read_prompt(value: Any, name: str) -> tuple[str | None, str | list[str]]:
 
 
 def read_answer(value: Any, name: str) -> str:
-    """The answer in a field: a text, or the assistant's one message, of a list the last one."""
-    if is_messages(value):
-        if not isinstance(value[-1], dict):
-            raise BadRow(f"'{name}' is not a list of messages")
-        value = value[-1].get("content", value[-1].get("value"))
-    return text_field({name: value}, name)
+    """The answer in a field: a text, or a list of messages whose last one is the assistant's."""
+    if not is_messages(value):
+        return text_field({name: value}, name)
+    if not isinstance(value[-1], dict):
+        raise BadRow(f"'{name}' is not a list of messages")
+    role, text = _message(value[-1], name)
+    if role != "assistant":
+        raise BadRow(f"'{name}' does not end with the assistant's message")
+    return text
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> TypeGuard[list[Any]]:
     """Whether a value looks like a list of messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)

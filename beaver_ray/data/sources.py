@@ -330,7 +330,9 @@ def check_kept(report: DropReport, place: Place) -> None:
 
 
 def _fields_there(place: Place) -> str:
-    """What else to do with the first row, where it has fields."""
+    """What else to do with the first row, where it has fields that are not mapped already."""
+    if place.name not in SOURCES:
+        return ""
     row = next(iter(rows(place, lambda what: None)), None)
     with suppress(ValueError, RecursionError):
         row = json.loads(row) if isinstance(row, Line) else row

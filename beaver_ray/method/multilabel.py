@@ -62,14 +62,14 @@ def thresholds(
 ) -> tuple[FloatArray, list[str]]:
     """(A threshold of log-odds for each label, what is to be said of those that could not be chosen).
 
-    learned_K: of which labels some training row said something; the odds of the others mean nothing.
+    learned_K: which labels the model has learned; the odds of the others mean nothing, and they are never flagged.
     """
     found, notes = [], []
     for k, name in enumerate(names):
         known = truth_NK[:, k] >= 0
         best = best_threshold(odds_NK[known, k], truth_NK[known, k] > 0, precision)
         if not learned_K[k]:
-            notes.append(f"{name}: no training row says anything of it, so it is never flagged")
+            notes.append(f"{name}: the model has learned nothing of it, so it is never flagged")
             best = HIGHEST
         elif best is None and not (truth_NK[:, k] > 0).any():
             notes.append(f"{name}: no held-out row has it, so its threshold is a probability of 0.5")

@@ -181,15 +181,19 @@ def labels_of(path: str, trust_remote_code: bool = False) -> list[str]:
         raise UserError(
             f"{path} is not in the cache of the hub yet; download it first (huggingface-cli download {path})"
         )
-    if is_encoder(path, trust_remote_code):
-        labels = encoder_labels(folder)
-    else:
-        heads = {name: shape for name, shape in read_shapes(folder).items() if name in head_tensors(folder)}
-        rows = next((shape[0] for name, shape in heads.items() if name.endswith(".weight")), 0)
-        labels = saved_labels(folder, rows) if rows else []
+    labels = labels_there(folder, trust_remote_code)
     if not labels:
         raise UserError(f"{path} is a model without a head for labels; train one with stage moderation")
     return labels
+
+
+def labels_there(folder: Path, trust_remote_code: bool = False) -> list[str]:
+    """The labels that a folder's model has a head for; none of a language model or an encoder without one."""
+    if is_encoder(str(folder), trust_remote_code):
+        return encoder_labels(folder)
+    heads = {name: shape for name, shape in read_shapes(folder).items() if name in head_tensors(folder)}
+    rows = next((shape[0] for name, shape in heads.items() if name.endswith(".weight")), 0)
+    return saved_labels(folder, rows) if rows else []
 
 
 def check_classifier(folder: Path, path: str, trust_remote_code: bool, trained: bool) -> None:

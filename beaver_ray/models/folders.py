@@ -74,6 +74,8 @@ class ModelFacts:
     """Whether logits are what the head gives, and not capped or scaled behind it (Gemma 2, Cohere, Granite)."""
     heads: int | None = None
     """Attention heads."""
+    quantized: bool = False
+    """Weights are of fewer bytes than the dtype that they are computed in."""
 
 
 def find_model(model: str) -> Path | None:
@@ -148,6 +150,7 @@ def read_model(model: str) -> ModelFacts:
         linear=linear,
         plain_logits=all(shape.get(name) in (None, 1) for name in _BEHIND_THE_HEAD),
         heads=_size(shape, folder, "num_attention_heads", "n_head"),
+        quantized="quantization_config" in read_config(folder),
     )
 
 

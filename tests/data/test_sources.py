@@ -166,6 +166,11 @@ def test_prompts_and_answers_as_messages(tmp_path: Path) -> None:
     ):
         samples, _ = read_source(name, write(tmp_path / "a.jsonl", [fields]))
         assert samples == [expected], name
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "d"}]}]
+    samples, _ = read_source("demonstrations", write(tmp_path / "a.jsonl", [{"prompt": "a", "response": parts}]))
+    assert samples == [RawSample("a", "d")]
+    with pytest.raises(UserError, match="1 'response' does not end with the assistant's message"):
+        read_source("demonstrations", write(tmp_path / "a.jsonl", [{"prompt": "a", "response": said(("user", "d"))}]))
     with pytest.raises(UserError, match=r"1 'prompt' does not end with a user's turn; .*its first row has prompt\)"):
         read_source("prompts", write(tmp_path / "b.jsonl", [{"prompt": prompt[:3]}]))
 

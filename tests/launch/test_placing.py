@@ -94,6 +94,14 @@ def test_of_several_nodes_any_order_will_do() -> None:
     assert [spots["trainer", n] for n in range(4)] == [(0, (n,)) for n in range(4)]
 
 
+def test_what_few_nodes_may_hold_comes_first() -> None:
+    spot = Placement(gpus=1, workers=4, labels={"pool": "spot"})
+    for policy in (Placement(gpus=1, workers=4), Placement(gpus=2, workers=2)):
+        spots, left_out = placed({"policy": [policy], "rollout": [spot]}, TWO_OF_FOUR)
+        assert left_out is None
+        assert {spots["rollout", n][0] for n in range(4)}.isdisjoint(spots["policy", n][0] for n in range(2))
+
+
 def test_where_nobody_says_how_many_cpus_there_are() -> None:
     assert placed({"rollout": [Placement(cpus=100, workers=100)]}, (Node(8.0),))[1] is None
 

@@ -84,7 +84,7 @@ def test_labels_without_a_threshold_are_named() -> None:
     assert flag_margin(odds, found).tolist() == [0.5, 1.0, 2.0]
     found, notes = thresholds(odds, truth, ["a", "b", "c"], None, np.array([False, True, False]))
     assert found.tolist() == [HIGHEST, 0.0, HIGHEST]
-    assert notes[0] == "a: no training row says anything of it, so it is never flagged" and len(notes) == 3
+    assert notes[0] == "a: the model has learned nothing of it, so it is never flagged" and len(notes) == 3
 
 
 def test_figures_by_hand() -> None:

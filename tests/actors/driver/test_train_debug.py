@@ -300,12 +300,13 @@ def test_critic_warm_up_leaves_the_policy_alone(
     one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Fault 12 of the published code."""
-    ppo_options = {"critic_warmup_steps": 2, "minibatches": 2}
+    ppo_options = {"critic_warmup_steps": 2, "minibatches": 2, "average_last": 0.4}
     changes: dict[str, Any] = {"ppo": ppo_options, "steps": 3, "evaluation": {"every": 0}}
     # The policy's whole schedule is its one step: linear, and at its start.
     changes |= {"trajectory_every": 0, "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_fraction": 0.0}}
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
     metrics = read_metrics(folder)
+    assert "ppo.average_last 0.4 of 3 steps is less than two" in (folder / "notes.log").read_text()
     assert "policy/loss" not in metrics[1] and "critic/harm/loss" in metrics[1] and "policy/loss" in metrics[2]
     policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_2" / "policy").state_dict()
     start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy").state_dict()

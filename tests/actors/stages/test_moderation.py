@@ -19,7 +19,7 @@ from actors.stages import stages
 from actors.stages.moderation import Moderation
 from beaver_ray.errors import UserError
 from beaver_ray.fit import check_fit
-from beaver_ray.method.multilabel import best_threshold
+from beaver_ray.method.multilabel import HIGHEST, best_threshold
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.moderator import Moderator, Settings
 from beaver_ray.runs import RunFolder, read_metrics
@@ -91,6 +91,25 @@ def test_label_by_label(one_rank: None, tiny_world: Path, tmp_path: Path) -> Non
     held_out = np.array([[row["labels"][name] for name in LABELS] for row in rows_of(tiny_world, "test")])
     best = [best_threshold(odds[:, k], held_out[:, k]) for k in range(2)]
     assert settings.thresholds == pytest.approx(best, abs=1e-4) and settings.held_out == 80
+
+
+def test_what_was_never_learned_is_never_flagged(one_rank: None, tiny_world: Path, tmp_path: Path) -> None:
+    """Rows that speak of one label only: the other one is as good as its head was before."""
+    rows = rows_of(tiny_world, "train")
+    for row in rows:
+        row["labels"].pop("abetting")
+    (tmp_path / "harm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = tmp_path / "start"
+    write_score_folder(start, tiny_world / "model", 6, "cost", heads=LABELS)
+    for model, learned in ((tiny_world / "model", False), (start, True)):
+        train = [f"moderation:1:{tmp_path}/harm.jsonl"]
+        trainer = trainer_of(config_of(tiny_world, tmp_path, model=str(model), train=train))
+        assert "no training row says anything of abetting" in trainer.notes
+        settings: Settings = trainer.task.conclude(trainer)
+        assert (settings.thresholds[1] < HIGHEST) is learned and settings.thresholds[0] < HIGHEST
+        assert (
+            "abetting: the model has learned nothing of it, so it is never flagged" in settings.figures["notes"]
+        ) is (not learned)
 
 
 def run_of(config: Moderation, monkeypatch: pytest.MonkeyPatch) -> Any:
