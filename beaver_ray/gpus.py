@@ -58,14 +58,14 @@ def _say_once(line: str) -> None:
     print(line, flush=True)
 
 
-def on_this_machine(config: AnyStage) -> AnyStage:
+def on_this_machine(config: AnyStage, address: str | None = None) -> AnyStage:
     """The configuration as it runs here: where it asks for no GPU and this machine has one, its roles share that.
 
     A run in one process, and one that joins a cluster, stay as they are. So does a machine whose GPUs are hidden
-    (``CUDA_VISIBLE_DEVICES=``).
+    (``CUDA_VISIBLE_DEVICES=``). ``address``: as of `cluster_address`.
     """
     asks = any(placement.gpus for placement in config.cluster.placement.values())
-    if config.debug or cluster_address() or asks or not visible_gpus():
+    if config.debug or cluster_address(address) or asks or not visible_gpus():
         return config
     return sharing_one_gpu(config)
 

@@ -38,7 +38,7 @@ def examine(config: Path | None, overrides: Sequence[str], address: str | None) 
     workspace = Path(stages[-1].workspace) if stages else Path()
     cluster = cluster_address(address)
     if cluster is None:
-        stages = [on_this_machine(stage) for stage in stages]
+        stages = [on_this_machine(stage, address) for stage in stages]
     with joined(cluster) as (resources, cluster_checks):
         checks = machine_checks(workspace) + cluster_checks + stage_checks(stages, made, resources)
         findings = {name: run(check) for name, check in checks}

@@ -92,3 +92,4 @@ def test_only_a_run_that_asks_for_none_on_a_machine_that_has_one(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert on_this_machine(load_config(local)) == load_config(local)
+    assert on_this_machine(load_config(local), "local") == sharing_one_gpu(load_config(local))

@@ -56,9 +56,9 @@ def test_a_run_on_this_machine_is_checked_as_it_is_placed_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     placed: list[Any] = []
-    monkeypatch.setattr(doctor, "on_this_machine", lambda stage: placed.append(stage) or stage)
+    monkeypatch.setattr(doctor, "on_this_machine", lambda stage, given: placed.append((stage.name, given)) or stage)
     run(capsys, "doctor", stage_file(), *address)
-    assert [stage.name for stage in placed] == ["one"]
+    assert placed == [("one", address[1] if address else None)]
 
 
 @pytest.mark.parametrize(
