@@ -105,7 +105,10 @@ def test_ctrl_c_is_said(tmp_path: Path) -> None:
         (["train", "FILE", "models.policy=/nowhere/at/all"], "no model in '/nowhere/at/all'"),
         (["train", "FILE", "rollout.max_new_tokens=500"], "64 positions"),
         (["train", "FILE", "constraints.harm.violation_rate=0.1"], "either limit or violation_rate"),
-        (["plan", "FILE", "cluster.placement.policy.gpus=1000"], "asks for 1000 GPUs"),
+        (
+            ["plan", "FILE", "cluster.placement.policy.gpus=1000"],
+            "a process of policy uses one GPU; write workers: 1000, gpus: 1",
+        ),
         (["plan", "FILE", "engine.micro_batch_tokens=1"], "less than the longest sequence"),
         (["evaluate", "FILE"], "evaluation.prompts is empty"),
         (["evaluate", "FILE", "evaluation.prompts=[p]"], "train it first, or give --policy FOLDER"),
