@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -117,11 +117,14 @@ def save_config(config: BaseModel, path: Path) -> None:
     write_lines(path, [_dump(config.model_dump(mode="json"), sort_keys=False)])
 
 
-def other_settings(path: Path, config: BaseModel) -> list[str]:
-    """What ``config`` sets otherwise than the file that `save_config` wrote: "ppo.clip_ratio 0.2 -> 0.1"."""
+def other_settings(path: Path, config: BaseModel, besides: Collection[str] = ()) -> list[str]:
+    """What ``config`` sets otherwise than the file that `save_config` wrote: "ppo.clip_ratio 0.2 -> 0.1".
+
+    besides: names of options that may differ.
+    """
     if not path.is_file():
         return []
-    now = config.model_dump(mode="json", exclude={"resume"})
+    now = config.model_dump(mode="json", exclude={"resume", *besides})
     return list(_differences(read_yaml(path), now, config))
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from actors.machine.bundles import groups_of
-from beaver_ray.config import DTYPE_BYTES, GPU_SHARE
+from beaver_ray.config import DTYPE_BYTES, GPU_SHARE, Placement
 from beaver_ray.errors import UserError
 from beaver_ray.models.folders import ModelFacts
 from beaver_ray.stage import RoleSpec, Stage
@@ -90,17 +90,12 @@ def _generator_problems(
 def sum_problems(made: Plan) -> list[str]:
     """What the roles take together against what there is in all."""
     have = made.resources
-    problems = []
-    if made.gpus > have.gpus:
-        problems.append(
-            f"the run asks for {made.gpus:g} GPUs, {have.name} has {have.gpus:g}; lower gpus or workers "
-            f"under cluster.placement"
-        )
-    if have.cpus is not None and made.cpus > have.cpus:
-        problems.append(
-            f"the run asks for {made.cpus:g} CPUs, {have.name} has {have.cpus:g}; lower cpus or workers "
-            f"under cluster.placement"
-        )
+    problems = [
+        f"the run asks for {asked:g} {kind}, {have.name} has {there:g}; lower {kind.lower()} or workers under "
+        f"cluster.placement"
+        for kind, asked, there in (("GPUs", made.gpus, have.gpus), ("CPUs", made.cpus, have.cpus))
+        if there is not None and asked > there
+    ]
     if made.host_gib > have.memory_gib:
         largest = max(made.roles, key=lambda r: r.host_gib * r.processes)
         problems.append(
@@ -155,37 +150,41 @@ def placing_problems(stage: Stage, specs: Sequence[RoleSpec], made: Plan) -> tup
         except UserError as error:
             problems.append(str(error))
             continue
-        names = ", ".join(members)
-        for number, bundle in ((number, bundle) for piece in found for number, bundle in piece.bundles.items()):
-            parts = [placement.gpus for placement in members.values() if number < placement.workers]
-            whole = math.ceil(bundle.get("GPU", 0.0))
-            if share_whole_gpus(parts, whole) is None:
-                problems.append(
-                    f"{names} ask for {' + '.join(f'{part:g}' for part in parts if part)} GPUs in one bundle of group "
-                    f"{group}, but its {whole} GPUs cannot be shared so: a part lies on one GPU; change their gpus, or "
-                    f"give one of them another group"
-                )
-                break
+        problems += _sharing_problems(group, members, found)[:1]
         if any(piece.may_lie_on(node) for piece in found[:1] for node in nodes):
             pieces += found
         else:
             labels = ", ".join(f"{key}={value}" for key, value in found[0].labels.items())
             ends = "would wait for one" if made.resources.several else "would not be placed"
-            notes.append(f"no node of {made.resources.name} has {labels}: {names} {ends}")
+            notes.append(f"no node of {made.resources.name} has {labels}: {', '.join(members)} {ends}")
     if problems:
         return problems, notes
     spots, left_out = place(pieces, nodes)
     if left_out is not None:
         return [_no_room(left_out, made)], notes
-    shared = _shared_gpu_problems(spots, made)
+    memory = _node_memory_problems(pieces, made)
     if len(nodes) > 1:  # nobody knows which nodes Ray takes
-        notes += [line.replace("Ray puts", "Ray may put", 1) for line in shared[:1]]
-        shared = []
-    return [*_node_memory_problems(pieces, made), *shared][:1], notes
+        return memory[:1], [*notes, *_shared_gpu_problems(spots, made, "may put")[:1]]
+    return [*memory, *_shared_gpu_problems(spots, made, "puts")][:1], notes
+
+
+def _sharing_problems(group: str, members: Mapping[str, Placement], pieces: Sequence[Piece]) -> list[str]:
+    """Of bundles with several GPUs, onto which the members' parts do not go."""
+    problems = []
+    for number, bundle in ((number, bundle) for piece in pieces for number, bundle in piece.bundles.items()):
+        parts = [placement.gpus for placement in members.values() if number < placement.workers]
+        whole = math.ceil(bundle.get("GPU", 0.0))
+        if share_whole_gpus(parts, whole) is None:
+            problems.append(
+                f"{', '.join(members)} ask for {' + '.join(f'{part:g}' for part in parts if part)} GPUs in one bundle "
+                f"of group {group}, but its {whole} GPUs cannot be shared so: a part lies on one GPU; change their "
+                f"gpus, or give one of them another group"
+            )
+    return problems
 
 
 def _no_room(piece: Piece, made: Plan) -> str:
-    names = ", ".join(dict.fromkeys(r.name for r in _members(made, piece.group, min(piece.bundles))))
+    names = _names(made, piece)
     gpus, cpus = piece.size
     what = f"a bundle of {gpus:g} GPUs and {cpus:g} CPUs"
     if len(piece.bundles) > 1:
@@ -211,16 +210,23 @@ def _node_memory_problems(pieces: Sequence[Piece], made: Plan) -> list[str]:
         each = {number: sum(r.host_gib for r in _members(made, piece.group, number)) for number in piece.bundles}
         needs = max(each.values()) if piece.apart else sum(each.values())
         if needs > most:
-            names = ", ".join(dict.fromkeys(r.name for n in each for r in _members(made, piece.group, n)))
             problems.append(
-                f"{names} need about {needs:.1f} GiB of memory on one node, and no node of {made.resources.name} has "
-                f"more than {most:.1f}; raise workers, or lower engine.micro_batch_tokens"
+                f"{_names(made, piece)} need about {needs:.1f} GiB of memory on one node, and no node of "
+                f"{made.resources.name} has more than {most:.1f}; raise workers, or lower engine.micro_batch_tokens"
             )
     return problems
 
 
-def _shared_gpu_problems(spots: Spots, made: Plan) -> list[str]:
-    """Of GPUs on which several processes lie, as Ray would place them: what they need of its memory together."""
+def _names(made: Plan, piece: Piece) -> str:
+    """The roles with a process in any of these bundles."""
+    return ", ".join(dict.fromkeys(r.name for number in piece.bundles for r in _members(made, piece.group, number)))
+
+
+def _shared_gpu_problems(spots: Spots, made: Plan, puts: str) -> list[str]:
+    """Of GPUs on which several processes lie, as Ray would place them: what they need of its memory together.
+
+    puts: "puts" where that is certain, else "may put".
+    """
     on: dict[tuple[int, int], list[tuple[RolePlan, float]]] = {}
     for (group, number), (node, gpus) in spots.items():
         sharing = [r for r in _members(made, group, number) if r.gpus > 0]
@@ -235,7 +241,7 @@ def _shared_gpu_problems(spots: Spots, made: Plan) -> list[str]:
             counts = Counter(role.name for role, _ in together)
             names = " and ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
             problems.append(
-                f"Ray puts {names} on one GPU ({' + '.join(f'{role.gpus:g}' for role, _ in together)}), where they "
+                f"Ray {puts} {names} on one GPU ({' + '.join(f'{role.gpus:g}' for role, _ in together)}), where they "
                 f"need about {needs:.1f} of {have:.1f} GiB; raise their gpus so that each has one, or lower "
                 f"engine.micro_batch_tokens"
             )

@@ -15,8 +15,8 @@ from beaver_ray.runs import RunFolder, is_finished
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import few_of, other_settings
 
-CHANGE_NOTHING = ("tracker ", "save_every ", "keep_checkpoints ", "cluster.")
-"""Settings that a finished run may be asked for again with."""
+CHANGE_NOTHING = ("tracker", "save_every", "keep_checkpoints", "cluster")
+"""Options that a finished run may be asked for again with, set otherwise."""
 
 
 def train(stage: Stage, placed: Stage | None = None) -> Path:
@@ -28,8 +28,7 @@ def train(stage: Stage, placed: Stage | None = None) -> Path:
     Raises UserError, before any process is started where that can be seen, for anything the user can mend.
     """
     if stage.resume and is_finished(stage.folder):
-        other = other_settings(stage.folder / "config.yaml", stage)
-        if other := [setting for setting in other if not setting.startswith(CHANGE_NOTHING)]:
+        if other := other_settings(stage.folder / "config.yaml", stage, CHANGE_NOTHING):
             raise UserError(
                 f"{stage.folder} holds a finished run with other settings ({few_of(other)}): set another name, or "
                 f"delete {stage.folder / 'final'} to go on from what else is there"

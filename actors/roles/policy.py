@@ -212,9 +212,9 @@ class PolicyTrainer(TrainingRank):
             self.ptx_sampler.load_state_dict(position["ptx"], size)
         if self.best is not None and "best" in position:
             self.best.restore(position["best"].numpy())
-        mean = position.get("mean", {"steps": []})
+        mean = position.get("mean", {})
         # A run that is to have more steps, or to average fewer, begins its mean later.
-        self.mean.restore(mean if mean["steps"] and mean["steps"][0] >= self._first_averaged else {})
+        self.mean.restore(mean if mean and mean["steps"][0] >= self._first_averaged else {})
 
     def save_model(self, folder: str) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder; all ranks must call it.

@@ -137,9 +137,8 @@ def read_model(model: str) -> ModelFacts:
     folder = find_model(model)
     if folder is None:
         return ModelFacts()
-    shape = read_config(folder)
-    if isinstance(shape.get("text_config"), dict):
-        shape = shape["text_config"]
+    config = read_config(folder)
+    shape = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     parameters, linear = _sizes_of_shape(shape, folder)
     return ModelFacts(
         parameters=count_parameters(folder) or parameters,
@@ -150,7 +149,7 @@ def read_model(model: str) -> ModelFacts:
         linear=linear,
         plain_logits=all(shape.get(name) in (None, 1) for name in _BEHIND_THE_HEAD),
         heads=_size(shape, folder, "num_attention_heads", "n_head"),
-        quantized="quantization_config" in read_config(folder),
+        quantized="quantization_config" in config,
     )
 
 
