@@ -17,8 +17,9 @@ from beaver_ray.config import TrainerConfig
 from beaver_ray.data.mixing import held_out_too
 from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, Ragged
+from beaver_ray.models.classifier import check_apart
 from beaver_ray.models.loading import DTYPES, load_tokenizer
-from beaver_ray.packing import check_packing, plan_micro_batches, plan_padded
+from beaver_ray.packing import plan_micro_batches, plan_padded
 from beaver_ray.weights import AdapterInfo
 
 Rows = np.ndarray
@@ -112,8 +113,7 @@ class Trainer(TrainingRank):
             model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
         )
         self.packed = self.task.packed
-        if self.packed:
-            check_packing(self.engine.engine)
+        check_apart(self.engine.engine)
         self.model: Any = self.engine.engine
         self.prepared = self.task.prepare(self)
 

@@ -33,7 +33,7 @@ from beaver_ray.models.provenance import KEY
 from beaver_ray.models.score import STATISTICS, ScoreModel, head_tensors, read_head, save_score_model, set_up
 from beaver_ray.models.tensors import check_encoder, check_folder, check_loaded
 from beaver_ray.moderation_options import BEAVERTAILS
-from beaver_ray.packing import pack
+from beaver_ray.packing import check_packing, pack
 from beaver_ray.weights import AdapterInfo
 
 
@@ -43,7 +43,7 @@ class EncoderClassifier(nn.Module):
     def __init__(self, model: PreTrainedModel, labels: Sequence[str]) -> None:
         super().__init__()
         self.model, self.heads = model, tuple(labels)
-        self.pad = model.config.pad_token_id or 0
+        self.pad = getattr(model.config, "pad_token_id", None) or 0
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -61,6 +61,8 @@ class EncoderClassifier(nn.Module):
 
 
 Classifier = ScoreModel | EncoderClassifier
+HEADS = ("classifier.", "pre_classifier.", "sequence_summary.summary.")
+"""How the names of a classification head's tensors begin; the last is XLM's and FlauBERT's."""
 
 
 def is_encoder(folder: str, trust_remote_code: bool = False) -> bool:
@@ -82,12 +84,14 @@ def load_classifier(
     """A classifier with these labels in ``dtype``, with those of its folder's heads that are called so.
 
     fresh: heads that the folder has not are new, as they are of a language model; without, they are a UserError.
-    Without a ``device`` it is on its way into a training engine, and `check_packing` is left to whoever puts it there.
+    Without a ``device`` it is on its way into a training engine, and `check_apart` is left to whoever puts it there.
     """
     check_model_folder(path, "moderation model")
     if is_encoder(path, trust_remote_code):
         model: Classifier = _load_encoder(path, labels, dtype, trust_remote_code, fresh)
-        return model if device is None else model.to(device)
+        if device is not None:
+            check_apart(model.to(device).eval())
+        return model
     trunk = load_safely(AutoModel, path, dtype, trust_remote_code, {*_head_tensors(path), *STATISTICS})
     folder = find_model(path)
     assert folder is not None
@@ -148,13 +152,13 @@ def _check_fresh(path: str, missing: Sequence[str], saved: Sequence[str], fresh:
 
 def encoder_labels(folder: Path) -> list[str]:
     """Labels of an encoder's classification head; none of one without a head."""
-    heads = [name for name in read_shapes(folder) if name.startswith(("classifier.", "pre_classifier."))]
+    heads = [name for name in read_shapes(folder) if name.startswith(HEADS)]
     return saved_labels(folder, _rows_of_head(folder)) if heads else []
 
 
 def _rows_of_head(folder: Path) -> int:
     shapes = read_shapes(folder)
-    names = ("classifier.weight", "classifier.out_proj.weight", "classifier.dense_out.weight")
+    names = ("classifier.weight", "classifier.out_proj.weight", "classifier.dense_out.weight", f"{HEADS[-1]}weight")
     return next((shapes[name][0] for name in names if name in shapes), len(read_config(folder).get("id2label", {})))
 
 
@@ -236,6 +240,31 @@ def padded(sequences: Sequence[np.ndarray | Sequence[int]], pad: int) -> tuple[T
         ids[row, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
         mask[row, : len(sequence)] = 1
     return ids, mask
+
+
+def check_apart(classifier: nn.Module) -> None:
+    """Refuse a classifier, or an engine around one, whose answers depend on what stands beside a sequence.
+
+    A decoder's must keep packed sequences apart (`check_packing`). An encoder's must be the same whatever tokens the
+    padding has: of three sequences, its logits may not move by more than 1e-3 of their standard deviation.
+    """
+    inner = getattr(classifier, "module", classifier)
+    if not isinstance(inner, EncoderClassifier):
+        check_packing(classifier)
+        return
+    device = next(classifier.parameters()).device
+    ids_BL, mask_BL = (tensor.to(device) for tensor in padded([range(9), range(5, 10), range(3, 10)], inner.pad))
+    training = classifier.training
+    classifier.eval()
+    with torch.no_grad():
+        logits, others = (classifier(ids, mask_BL) for ids in (ids_BL, ids_BL + 1 - mask_BL))
+    classifier.train(training)
+    moved = ((logits - others).abs().max() / logits.std()).item()
+    if not moved <= 1e-3:
+        raise UserError(
+            f"{type(inner.model).__name__} looks at what pads a sequence: its logits move by {moved:.1e} standard "
+            "deviations with it; use a family that heeds the mask, such as BERT, RoBERTa, DeBERTa or ModernBERT"
+        )
 
 
 def classify(

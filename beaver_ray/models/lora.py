@@ -20,6 +20,7 @@ from beaver_ray.weights import AdapterInfo
 if TYPE_CHECKING:
     from peft import PeftModel
 
+OFF = "set lora_rank to 0"
 PREFIX = "base_model.model."
 """What peft puts before the name of each of the wrapped model's modules."""
 
@@ -67,9 +68,13 @@ def linear_layers(model: Any, targets: Sequence[str] = ()) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise UserError(f"no LoRA for a model of type {model.config.model_type}; set lora_rank to 0")
+        raise UserError(f"no LoRA for a model of type {model.config.model_type}; {OFF}")
     head = model.get_output_embeddings()
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if not layers:
+        raise UserError(
+            f"no LoRA for a model of type {model.config.model_type}, which has no linear layer to adapt; {OFF}"
+        )
     for target in targets:
         if not any(f".{layer}".endswith(f".{target}") for layer in layers):
             known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from beaver_ray.errors import UserError
 from beaver_ray.models.classifier import (
+    check_apart,
     check_classifier,
     classify,
     is_encoder,
     labels_of,
+    labels_there,
     load_classifier,
     save_classifier,
 )
@@ -67,6 +70,30 @@ def test_encoders(tmp_path: Path, family: str) -> None:
     again = load_classifier(str(tmp_path / "saved"), LABELS, torch.float32, device=CPU)
     torch.testing.assert_close(logits(again), found)
     assert read_model(str(start)).positions == 64 + 2 * (family in ("bert", "modernbert"))
+
+
+def test_other_encoders(tmp_path: Path) -> None:
+    """XLM's head has a name of its own; FNet mixes the padding in, and would judge an answer by its neighbours."""
+    small: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 1, "max_position_embeddings": 64}
+    tf.XLMWithLMHeadModel(tf.XLMConfig(n_layers=1, n_heads=2, emb_dim=32, **small)).save_pretrained(tmp_path / "xlm")
+    assert labels_there(tmp_path / "xlm") == []
+    model: Any = load_classifier(str(tmp_path / "xlm"), LABELS, torch.float32, fresh=True)
+    check_apart(model)
+    save_classifier(model, model.state_dict(), tmp_path / "saved", {})
+    again = load_classifier(str(tmp_path / "saved"), labels_of(str(tmp_path / "saved")), torch.float32, device=CPU)
+    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(logits(again), literal(tmp_path / "saved"), atol=1e-5, rtol=1e-4)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tf.FNetForMaskedLM(tf.FNetConfig(**sizes, **small)).save_pretrained(tmp_path / "fnet")
+    model = load_classifier(str(tmp_path / "fnet"), LABELS, torch.float32, fresh=True)
+    save_classifier(model, model.state_dict(), tmp_path / "mixing", {})
+    assert (logits(model) - literal(tmp_path / "mixing")).abs().max() > 1e-3
+    for refused in (
+        lambda: check_apart(model),
+        lambda: load_classifier(str(tmp_path / "mixing"), LABELS, torch.float32, device=CPU),
+    ):
+        with pytest.raises(UserError, match="FNetForSequenceClassification looks at what pads a sequence: its logits"):
+            refused()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, IBertConfig, IBertModel
 
 from actors.driver.policy_stage import PolicyStage
 from actors.roles.policy import PolicyTrainer
 from actors.roles.scorer import Reference
 from beaver_ray import experience
 from beaver_ray.errors import UserError
-from beaver_ray.models.lora import add_adapter
+from beaver_ray.models.lora import add_adapter, add_trunk_adapter
 from beaver_ray.weights import PublishedWeights, unpack
 from tests.actors.support import (
     Ranks,
@@ -189,3 +189,9 @@ def test_a_model_of_transposed_matrices_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UserError, match="no LoRA for a model of type gpt2; set"):
         add_adapter(model, 2, 4.0, 0)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    config = IBertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(UserError, match="no LoRA for a model of type ibert, which has no linear layer to adapt; set"):
+        add_trunk_adapter(IBertModel(config, add_pooling_layer=False), 2, 4.0, 0)
