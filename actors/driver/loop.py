@@ -265,12 +265,21 @@ def average_policy(config: PolicyConfig, roles: Roles, rollouts: Rollouts, recov
     share = config.ppo.average_last
     if not share:
         return
-    if steps := roles.policy.run(PolicyTrainer.take_mean)[0]:
-        recovery.run.note(f"the policy is the mean of its weights after steps {steps[0]} to {steps[-1]}")
+    steps = roles.policy.run(PolicyTrainer.take_mean)[0]
+    if len(steps) > 1:
+        policy = f"the policy is the mean of its weights after steps {steps[0]} to {steps[-1]}"
         send_weights(roles, rollouts, version=recovery.state.step + 1)
     else:
-        few = f"ppo.average_last {share:g} of {recovery.state.step} steps is less than two"
-        recovery.run.note(f"{few}: the policy is that of the last one")
+        policy = "the policy is that of the last one"
+    last, wanted = recovery.state.step, round(share * recovery.state.step)
+    why = ""
+    if wanted < 2:
+        why = f"ppo.average_last {share:g} of {last} steps is less than two: "
+    elif len(steps) < wanted:
+        # What was trained before a resumed run's `steps` were lowered was not known to be among the last.
+        others = "others were the critics' warm-up, or trained when the run was to be longer"
+        why = f"ppo.average_last {share:g} of {last} steps is {wanted}, of which {len(steps)} are in it ({others}): "
+    recovery.run.note(why + policy)
 
 
 def step_metrics(

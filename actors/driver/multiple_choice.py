@@ -70,7 +70,8 @@ class Asking:
         most = max(len(choices.texts) for question in questions for choices in question.sets.values())
         if most > len(LETTERS):
             raise UserError(f"a question has {most} choices, more than there are letters; set ask: apart")
-        reader = LetterReader(self.policy, LETTERS[:most], self.stage.prompt_template, self.stage.trusts_code)
+        letters, template = LETTERS[:most], self.stage.prompt_template
+        reader = LetterReader(self.policy, letters, template, self.stage.trusts_code, mend="set ask: apart")
         texts: list[str] = []
         parts = []
         for question in questions:

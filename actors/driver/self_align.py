@@ -61,7 +61,11 @@ def self_align(stage: SelfAlignConfig, run: RunFolder) -> None:
             texts = [question(asked(sample), stage.tags) for sample in some]
             block = writer.block(f"{start:08d}", start, texts, context)
             sift.take(some, block)
-            sift.pruned += sum(writer.pruned(bare_turns(sample)[0], sample.system) for sample in some)
+            sift.pruned += sum(
+                writer.pruned(bare_turns(sample)[0], sample.system)
+                for sample, said in zip(some, block.said, strict=True)
+                if not said.too_long
+            )
             run.log(start // BLOCK + 1, sift.step(block))
             progress.advance(len(some))
     figures = sift.figures([one.name for one in principles])
@@ -104,12 +108,15 @@ class Sift:
         """By filter."""
         self.notes: Counter[str] = Counter()
         """Of what is kept."""
-        self.asked = self.read = self.cached = self.pruned = 0
-        """Questions; tokens of their prompts, those of them in the cache, and tokens of the questions by themselves."""
+        self.taken = self.asked = self.read = self.cached = self.pruned = 0
+        """Questions; those that were asked, not being too long; of these the tokens of their prompts, those of them in
+        the cache, and the tokens of the questions by themselves.
+        """
 
     def take(self, samples: Sequence[RawSample], block: Block) -> None:
         """Sift the replies to some questions."""
-        self.asked += len(samples)
+        self.taken += len(samples)
+        self.asked += block.asked
         self.read += block.read
         self.cached += block.cached
         for sample, said in zip(samples, block.said, strict=True):
@@ -128,12 +135,11 @@ class Sift:
 
     def step(self, block: Block) -> dict[str, float]:
         """Figures of one block, after it was sifted."""
-        tokens = sum(one.tokens for one in block.said)
         return {
-            "kept": len(self.rows) / self.asked,
-            "tokens": tokens / len(block.said),
-            "prompt_tokens": block.read / len(block.said),
-            "computed_tokens": (block.read - block.cached) / len(block.said),
+            "kept": len(self.rows) / self.taken,
+            "tokens": block.tokens,
+            "prompt_tokens": block.per_text(block.read),
+            "computed_tokens": block.per_text(block.read - block.cached),
         }
 
     def figures(self, names: Sequence[str]) -> dict[str, Any]:
@@ -142,7 +148,7 @@ class Sift:
         rules = {pool: [row["rules"] for row in self.rows if row.get(POOL, "all") == pool] for pool in pools}
         asked = max(1, self.asked)
         return {
-            "counts": {"answers": {"written": self.asked, "kept": len(self.rows), **self.counts}},
+            "counts": {"answers": {"written": self.taken, "kept": len(self.rows), **self.counts}},
             "notes": dict(self.notes),
             "rules": histograms(rules, names),
             "pools_apart": apart(rules),
@@ -155,7 +161,7 @@ class Sift:
     def lines(self, figures: dict[str, Any]) -> list[str]:
         """The same in words."""
         left = ", ".join(f"{count} {why}" for why, count in self.counts.most_common() if count)
-        lines = [f"{len(self.rows)} kept of {self.asked} replies" + (f"; left out: {left}" if left else "")]
+        lines = [f"{len(self.rows)} kept of {self.taken} replies" + (f"; left out: {left}" if left else "")]
         lines += (
             [f"of what is kept: {', '.join(f'{n} {what}' for what, n in self.notes.items())}"] if self.notes else []
         )

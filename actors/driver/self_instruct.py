@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from statistics import fmean
 
 from actors.driver.writer import Said, Writer
 from beaver_ray.errors import UserError
@@ -171,7 +170,7 @@ class Rounds:
             self.done[sort] = number
             counts = self.pool.of(sort)
             shares = {f"{sort}/kept": counts["kept"], f"{sort}/written": counts["written"]}
-            self.run.log(sum(self.done.values()), {**shares, "tokens": fmean(one.tokens for one in block.said)})
+            self.run.log(sum(self.done.values()), {**shares, "tokens": block.tokens})
             self.run.note(f"{sort} round {number}: {counts['kept']} kept of {counts['written']} so far")
         if not enough():
             self.run.note(f"{sort}: not as many as wanted after {stage.most_rounds} rounds; raise most_rounds")

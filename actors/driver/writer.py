@@ -59,6 +59,20 @@ class Block:
     cached: int
     """Of these, those that the model's prefix cache had; 0 of a service that does not say."""
 
+    @property
+    def asked(self) -> int:
+        """How many of the texts were asked: those that were not too long."""
+        return sum(not one.too_long for one in self.said)
+
+    def per_text(self, tokens: int) -> float:
+        """Tokens divided by the texts that were asked; 0 without any."""
+        return tokens / max(1, self.asked)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a reply, in the mean."""
+        return self.per_text(sum(one.tokens for one in self.said))
+
 
 def writer_role(stage: AskingConfig, endless: bool = False) -> list[RoleSpec]:
     """The generators of a stage that asks a model in a folder. endless: no token ends a reply, only its length does."""

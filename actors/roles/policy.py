@@ -138,9 +138,9 @@ class PolicyTrainer(TrainingRank):
     def take_mean(self) -> list[int]:
         """End the training: from here on the policy is the mean of its weights over the last steps (ppo.average_last).
 
-        Returns these steps; none where the last one's weights stay as they are.
+        Returns the steps that are in it. Of a single one there is no mean: the last one's weights stay as they are.
         """
-        if self.mean.steps:
+        if len(self.mean.steps) > 1:
             self.mean.apply()
         return self.mean.steps
 

@@ -13,12 +13,18 @@ from beaver_ray.template_options import Template
 class LetterReader:
     """A language model's tokenizer and template, asked for a letter.
 
-    A letter of several tokens is told apart by its first. Raises UserError where two letters begin with the same token,
-    or with that of unknown words.
+    A letter of several tokens is told apart by its first. Raises UserError, with ``mend`` at its end, where two letters
+    begin with the same token, or with that of unknown words.
     """
 
     def __init__(
-        self, folder: str, letters: Sequence[str], template: Template = "auto", trust_remote_code: bool = False
+        self,
+        folder: str,
+        letters: Sequence[str],
+        template: Template = "auto",
+        trust_remote_code: bool = False,
+        *,
+        mend: str = "give other letters",
     ) -> None:
         self.reader = Reader(load_tokenizer(folder, trust_remote_code), template)
         self.letters = tuple(letters)
@@ -27,11 +33,11 @@ class LetterReader:
         seen: dict[int, str] = {}
         for letter, token in zip(letters, self.tokens, strict=True):
             if token == unknown:
-                raise UserError(f"the tokenizer in {folder} has no token for the letter {letter!r}; give other letters")
+                raise UserError(f"the tokenizer in {folder} has no token for the letter {letter!r}; {mend}")
             if token in seen:
                 raise UserError(
                     f"the tokenizer in {folder} begins the letters {seen[token]!r} and {letter!r} with the same token; "
-                    f"give other letters"
+                    f"{mend}"
                 )
             seen[token] = letter
 

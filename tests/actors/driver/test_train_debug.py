@@ -300,13 +300,16 @@ def test_critic_warm_up_leaves_the_policy_alone(
     one_rank: None, tiny_world: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Fault 12 of the published code."""
-    ppo_options = {"critic_warmup_steps": 2, "minibatches": 2, "average_last": 0.4}
+    ppo_options = {"critic_warmup_steps": 2, "minibatches": 2, "average_last": 0.7}
     changes: dict[str, Any] = {"ppo": ppo_options, "steps": 3, "evaluation": {"every": 0}}
     # The policy's whole schedule is its one step: linear, and at its start.
     changes |= {"trajectory_every": 0, "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_fraction": 0.0}}
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
     metrics = read_metrics(folder)
-    assert "ppo.average_last 0.4 of 3 steps is less than two" in (folder / "notes.log").read_text()
+    assert (
+        "0.7 of 3 steps is 2, of which 1 are in it (others were the critics' warm-up"
+        in (folder / "notes.log").read_text()
+    )
     assert "policy/loss" not in metrics[1] and "critic/harm/loss" in metrics[1] and "policy/loss" in metrics[2]
     policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_2" / "policy").state_dict()
     start = AutoModelForCausalLM.from_pretrained(trained / "sft" / "final" / "policy").state_dict()
@@ -321,7 +324,10 @@ def test_the_policy_handed_out_is_the_mean_of_the_last_steps(
 ) -> None:
     """Training is as without, the final weights are the mean, and it is they that the run evaluates."""
     changes: dict[str, Any] = {"steps": 4, "save_every": 1, "keep_checkpoints": 4, "policy": {"learning_rate": 1e-2}}
-    last = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes, name="last"))
+    one = {"minibatches": 2, "average_last": 0.2}
+    last = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes, name="last", ppo=one))
+    few = "ppo.average_last 0.2 of 4 steps is less than two: the policy is that of the last one"
+    assert few in (last / "notes.log").read_text()
     config = ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes, ppo={"minibatches": 2, "average_last": 0.7})
     folder = train(config)
     assert untimed(folder) == untimed(last)

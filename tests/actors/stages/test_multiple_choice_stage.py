@@ -129,3 +129,12 @@ def test_questions_for_judges() -> None:
     assert len(samples) == 6 and all(r.dropped.total() == 0 for r in report.values())
     assert samples[3].input == "Write a note to my landlord about a dripping tap, polite and in three sentences."
     assert samples[3].fields["category"] == "writing" and len(samples[3].fields["turns"]) == 2
+
+
+def test_a_tokenizer_without_letters_is_told_what_helps(tiny_world: Path, tmp_path: Path) -> None:
+    """The small world's knows words alone."""
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "which", "mc1_targets": {"key": 1, "oil": 0}}]))
+    options = {"questions": {"t": str(tmp_path / "q.json")}, "ask": "listed", "max_tokens": 64}
+    config = stage(tmp_path, policy=str(tiny_world / "model"), **options)
+    with pytest.raises(UserError, match="has no token for the letter 'A'; set ask: apart"):
+        train(config)

@@ -229,8 +229,11 @@ def test_what_a_service_did_not_take_is_asked_again(tmp_path: Path, monkeypatch:
 
 
 def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
-    """No filter; then others, with the same replies. A prompt is rules and question, pruned it is the question."""
-    write_rows(tmp_path / "asked.jsonl", read_rows(tiny_world / "prompts" / "test.jsonl")[:6])
+    """No filter; then others, with the same replies. A prompt is rules and question, pruned it is the question. One
+    that is too long is not asked.
+    """
+    six = read_rows(tiny_world / "prompts" / "test.jsonl")[:6]
+    write_rows(tmp_path / "asked.jsonl", [*six, {"prompt": "how to fix the lock " * 20}])
     (tmp_path / "context.j2").write_text(
         "{% for one in principles %}{{ one.name }} {% endfor %}{% if exemplars %}{% endif %}"
     )
@@ -241,8 +244,9 @@ def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
     final = train(run) / "final"
     figures = json.loads((run.folder / "self_align.json").read_text())
     assert figures["counts"]["answers"]["kept"] + figures["counts"]["answers"].get("an empty answer", 0) == 6
+    assert figures["counts"]["answers"]["longer than max_prompt_tokens"] == 1
     # The principles' names, both tags and the question; pruned <s> USER: question ASSISTANT:.
-    sizes = [len(row["prompt"].split()) for row in read_rows(tmp_path / "asked.jsonl")]
+    sizes = [len(row["prompt"].split()) for row in six]
     tags = len(["###", "User", "###", "Assistant", "thinks"])
     names = len(" ".join(one.name for one in read_principles()).split())
     assert figures["prompt_tokens"] == figures["computed_prompt_tokens"] == pytest.approx(names + tags + sum(sizes) / 6)
@@ -250,11 +254,11 @@ def test_answers_of_a_tiny_model(tiny_world: Path, tmp_path: Path) -> None:
     replies = {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()}
     final.rename(run.folder / "not final")
     strict = run.model_copy(update={"resume": True, "filters": run.filters.model_copy(update={"min_chars": 10**6})})
-    with pytest.raises(UserError, match=r"of 6 replies none is kept .*change filters and go on with resume=true"):
+    with pytest.raises(UserError, match=r"of 7 replies none is kept .*change filters and go on with resume=true"):
         train(strict)
     assert {file: file.stat().st_mtime_ns for file in (run.folder / "replies").iterdir()} == replies
     long = {"max_prompt_tokens": 20, "name": "long"}
-    with pytest.raises(UserError, match=r"6 replies none is kept .*'longer than max_prompt_tokens': 6"):
+    with pytest.raises(UserError, match=r"7 replies none is kept .*'longer than max_prompt_tokens': 7"):
         train(run.model_copy(update=long))
 
 
