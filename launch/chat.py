@@ -115,6 +115,8 @@ class Judges:
         named_costs = {}
         for text in costs:
             name, model = named(text, "--cost", "FOLDER, what to call it and its cost model")
+            if name in named_costs:
+                raise UserError(f"--cost {name} is given twice; call one of them something else")
             named_costs[name] = source(model)
         constraints = [{"name": name, "model": model, "limit": 0.0} for name, model in named_costs.items()]
         asked = judged_policy(
@@ -302,7 +304,8 @@ def _lines(terminal: bool) -> Iterator[str]:
     if not (terminal and sys.stdin.isatty()):
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        yield from sys.stdin
+        for number, line in enumerate(sys.stdin):
+            yield line if number else line.removeprefix("\ufeff")  # a byte-order mark
         return
     import readline  # noqa: F401  gives input() its history and keys
 

@@ -200,11 +200,15 @@ def _rows(file: Path) -> Iterator[_Label]:
         if file.suffix == ".csv":
             csv.field_size_limit(sys.maxsize)
             with file.open(encoding="utf-8-sig", newline="") as stream:
-                yield from _table(file, list(csv.DictReader(stream)))
+                table = csv.DictReader(stream)
+                if missing := {"export", "id"} - set(table.fieldnames or ()):
+                    columns = " and ".join(sorted(missing))
+                    raise UserError(f"{file} has no column {columns}; save it with commas between its columns")
+                yield from _table(file, list(table))
         elif file.suffix == ".jsonl":
             yield from _table(file, read_rows(file))
         elif file.suffix == ".json":
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
             yield from _label_studio(file, content) if isinstance(content, list) else _page(file, content)
         else:
             raise UserError(f"{file}: labels come in files ending in .json, .jsonl or .csv")

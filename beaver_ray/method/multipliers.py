@@ -297,9 +297,10 @@ class PidMultiplier(Multiplier):
         return self.state.value
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """As of the others. Where a checkpoint of an earlier version had one cost a step, of which it knew no variance,
-        the means begin anew."""
+        """As of the others, within `maximum`. Where a checkpoint of an earlier version had one cost a step, of which it
+        knew no variance, the means begin anew."""
         super().load_state_dict(saved)
+        self.state.value, self.state.integral = self._clip(self.state.value), self._clip(self.state.integral)
         if self.of_the_step and saved["window"] is None and self.state.cost_variance == 0.0:
             self.state.steps, self.state.reward_variance = 0, 0.0
 
@@ -360,6 +361,11 @@ class ProjectedMultiplier(Multiplier):
     @property
     def value(self) -> float:
         return self.state.value
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """As of the others, within `maximum`."""
+        super().load_state_dict(saved)
+        self.state.value = self._clip(self.state.value)
 
     def _move(self, mean_cost: float, limit: float, age: float) -> None:
         self.state.value = self._clip(self.state.value + self.learning_rate * (mean_cost - limit))

@@ -196,6 +196,7 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     first, second = normal[:2]
     anna = fill(tmp_path, "anna", lambda row: GOOD if row["id"] != second else {})
     bert = page_file(tmp_path, export, "bert", GOOD)
+    bert.write_text(bert.read_text(), encoding="utf-8-sig")  # as some editors save it
     guesser = label_studio(tmp_path, {"id": 7, "email": "g@example.org"}, OTHER)
 
     def doubting(row: Row) -> Row:
@@ -476,6 +477,10 @@ def test_a_table_that_was_filled_in_elsewhere(exported: Callable[..., Export], t
         table.writerows({name: text.replace("\n", "\r\n") for name, text in row.items()} for row in rows)
     found = import_labels([tmp_path / "t.csv"], tmp_path / "out", tmp_path / "l.jsonl", 1.0)
     assert found.labelled == 6 and found.annotators["anna"].gold_right == 1
+    other = (tmp_path / "t.csv").read_text(encoding="utf-8-sig").replace(",", ";")
+    (tmp_path / "t.csv").write_text(other, encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"t\.csv has no column export and id; save it with commas"):
+        import_labels([tmp_path / "t.csv"], tmp_path / "out", tmp_path / "other.jsonl", 1.0)
 
 
 def test_the_commands(exported: Callable[..., Export], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,14 +91,16 @@ def test_a_dialogue_with_scores(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two turns, a reset, a system text: greedy answers are those of transformers, scores those of the tensors."""
+    """Two turns (before the first a byte-order mark), a reset, a system text: greedy answers are those of transformers,
+    scores those of the tensors.
+    """
     folder, (one, two) = tiny_world / "model", asked
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     first = plain(model, folder, [one])
     second = plain(model, folder, [one, first[0], two])
     told = plain(model, folder, [f"be brief\n\n{one}"])  # this template has no place for a system's turn
     scores = ["--reward", tiny_world / "reward_model", "--cost", f"harm={tiny_world / 'cost_model'}"]
-    lines = [one, "", two, "/reset", "/system be brief", "/regenerate", one, "/regenerate", "/nonsense"]
+    lines = [f"\ufeff{one}", "", two, "/reset", "/system be brief", "/regenerate", one, "/regenerate", "/nonsense"]
     out = chat(capsys, monkeypatch, [*lines, "/quit", one], folder, *scores, "--temperature", 0)
 
     def footer(answer: tuple[str, list[int], bool]) -> str:
@@ -243,6 +245,7 @@ def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer()
         (["/nowhere/at/all"], "no model in '/nowhere/at/all'"),
         (["MODEL", "--cost", "harm"], "--cost 'harm' must be NAME=FOLDER"),
         (["MODEL", "--cost", "Harm=MODEL"], "'Harm' must be lower-case letters"),
+        (["MODEL", "--cost", "harm=/nowhere", "--cost", "harm=MODEL"], "--cost harm is given twice"),
         (["MODEL", "--reward", "/nowhere/at/all"], "reward: no model in '/nowhere/at/all'"),
         (["MODEL", "--reward", "python:x.txt:f"], "a function that scores is written"),
         (["MODEL", "--temperature", "-1"], "--temperature"),

@@ -318,6 +318,19 @@ def test_a_resumed_multiplier_is_the_uninterrupted_one(rule, window):
         assert second.state_dict() == whole.state_dict()
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_maximum_that_was_lowered_holds_at_once(rule):
+    before = make_multiplier(settings_of(rule=rule, initial=5.0))
+    for _ in range(5):
+        before.update([1.0, 0.0, 1.0, 0.0], 0.1)
+    assert before.value == 5.0
+    after = make_multiplier(settings_of(rule=rule, max=2.0))
+    after.load_state_dict(before.state_dict())
+    kept = [1.0] * 4 + [0.0] * 36
+    values = [after.value, after.update([1.0, 0.0] * 20, 0.1, hold=True), after.update([1.0, 0.0] * 20, 0.1)]
+    assert values == [2.0, 2.0, 2.0] and after.update(kept, 0.1) <= 2.0
+
+
 def test_a_window_without_prompts_in_an_earlier_checkpoint_counts_each_cost_by_itself():
     saved = make_multiplier(settings_of()).state_dict() | {"window": [1.0, 2.0, 3.0]}
     del saved["window_prompts"]
