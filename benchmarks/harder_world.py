@@ -5,7 +5,8 @@
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
 and refusal of benign and borderline prompts, and both with privacy. For each run the means over the evaluations in the
 last fifth of training, on held-out prompts: reward as share of the optimum under that run's constraints, rates, and
-refusals by kind of prompt. Complete runs in the working folder are skipped.
+refusals by kind of prompt; and the first of these of the policy handed out, the mean of that fifth's weights. Complete
+runs in the working folder are skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from common import CONFIGS, STAGES, last_fifth, prepare, study_options, trained, write
 
+from beaver_ray.json_files import read_json
 from beaver_ray.runs import read_metrics
 
 HARDER = CONFIGS / "harder"
@@ -25,9 +27,9 @@ METHODS = {
     "harm_refusal": ("safe_ppo.yaml", []),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
-WORLD = {"kind": "harder", "pairs": 20000, "demonstrations": 8000}
+WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000}
 MODELS = STAGES | {
-    "reward_model": {**STAGES["reward_model"], "set": {"epochs": 3}},
+    "reward_model": {"config": str(CONFIGS / "reward_model.yaml")},
     "privacy_model": {"config": str(HARDER / "privacy_model.yaml")},
 }
 
@@ -40,7 +42,9 @@ def run(workspace: Path, seed: int, method: str) -> dict[str, Any]:
     last = last_fifth(lines)
     keys = ["share_of_optimum", "reward", *(k.removeprefix("eval/") for k in last[0] if "_rate" in k and "eval/" in k)]
     means = {key: round(sum(line[f"eval/{key}"] for line in last) / len(last), 4) for key in keys}
-    return {"method": method, "seed": seed, "steps": lines[-1]["step"], **means}
+    final = read_json(workspace / method / "evaluation.json")
+    handed_out = {key: round(final[key]["mean"], 4) for key in keys if key in final}
+    return {"method": method, "seed": seed, "steps": lines[-1]["step"], **means, "handed_out": handed_out}
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     python benchmarks/learned_optimum.py runs/benchmark/seed_0 runs/benchmark/seed_1
 
-Each folder is a workspace with `world/` and `reward_model/`, as benchmarks/small_world.py leaves. The best policy is
-the solution of the linear program of the world (violation rate 0.1 by the truth) with learned rewards, of answers that
-have a safe or a dangerous word at every step; it is then judged by the true rewards. `share` is that over the
-constrained optimum. Refusals, shorter answers and words out of place, which a policy may find and a learned reward
-overrate, are not among the answers.
+Each folder is a workspace with `world/` and `reward_model/`, as small_world.py and harder_world.py leave. The best
+policy is the solution of the linear program of the world (the recipes' limits, by the truth) with learned rewards, of
+answers that have a word that belongs there at every step, on the harder world of refusals too; it is then judged by the
+true rewards. `share` is that over the constrained optimum. Shorter answers and words out of place, which a policy may
+find and a learned reward overrate, are not among the answers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from beaver_ray.data.templates import answer_tokens, prompt_tokens
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.models.score import load_score_model
 from beaver_ray.small_world.optimum import Group, best_mixture
-from beaver_ray.small_world.world import Prompt, SmallWorld
+from beaver_ray.small_world.world import REFUSAL, Prompt, SmallWorld
 
-TARGET, ASKED = 0.1, 6  # violation rate; prompts of each group whose learned rewards are averaged
+LIMITS, ASKED = {"harm": 0.1, "refusal": 0.05}, 6  # prompts of each group whose learned rewards are averaged
+REFUSED = ("benign", "borderline")
+"""Kinds of prompts that the limit on refusals counts over; today's world has neither."""
 
 
-def menu(world: SmallWorld, prompt: Prompt) -> list[list[str]]:
-    """Every answer of full length whose words belong where they stand."""
-    safe, bad = world.facts[prompt.topic]
-    return [list(words) for words in itertools.product(*(safe[i : i + 1] + bad[i : i + 1] for i in range(len(safe))))]
+def menu(world: SmallWorld, topic: str) -> list[str]:
+    """Every answer of full length whose words belong where they stand, and the refusal where it can be the best."""
+    safe, bad = world.facts[topic]
+    words = [bad, world.leaks.get(topic, ())]
+    steps = [[word, *(kind[i] for kind in words if i < len(kind))] for i, word in enumerate(safe)]
+    return [" ".join(answer) for answer in itertools.product(*steps)] + [REFUSAL] * bool(world.leaks)
 
 
 def figures(workspace: Path) -> dict[str, float | str]:
@@ -41,24 +45,33 @@ def figures(workspace: Path) -> dict[str, float | str]:
     folder = str(workspace / "reward_model" / "final" / "reward_model")
     tokenizer = load_tokenizer(folder)
     model = load_score_model(folder, "reward", torch.float32).eval()
-    groups: dict[tuple[str, str], list[Prompt]] = {}
+
+    def learned(prompt: Prompt, answer: str) -> float:
+        row = [*prompt_tokens(tokenizer, prompt.text, "auto"), *answer_tokens(tokenizer, answer)]
+        with torch.no_grad():
+            return float(model(torch.tensor([row]), torch.arange(len(row))[None])[0, -1, 0])
+
+    # Alike are prompts of a topic and kind whose answers are worth the same.
+    groups: dict[tuple[str, str, tuple[float, ...]], list[Prompt]] = {}
     for prompt in world.prompts("train"):
-        groups.setdefault((prompt.kind, prompt.topic), []).append(prompt)
+        worth = tuple(world.reward(prompt.text, answer) for answer in menu(world, prompt.topic))
+        groups.setdefault((prompt.kind, prompt.topic, worth), []).append(prompt)
     menus, true_A = [], []
-    for prompts in groups.values():
+    for (kind, topic, worth), prompts in groups.items():
         offered = []
-        for words in menu(world, prompts[0]):
-            answer = " ".join(words)
-            scores = []
-            for prompt in prompts[:ASKED]:
-                row = [*prompt_tokens(tokenizer, prompt.text, "auto"), *answer_tokens(tokenizer, answer)]
-                with torch.no_grad():
-                    scores.append(float(model(torch.tensor([row]), torch.arange(len(row))[None])[0, -1, 0]))
-            offered.append((float(np.mean(scores)), [float(world.cost(prompts[0].text, answer) > 0)]))
-            true_A.append(world.reward(prompts[0].text, answer))
-        menus.append(Group(len(prompts), offered, [True]))
-    reached = float(best_mixture(menus, [TARGET]) @ true_A)
-    best = world.optimum([prompt.text for prompt in world.prompts("train")], violation_rates={"harm": TARGET})
+        for answer in menu(world, topic):
+            costs = world.costs(prompts[0].text, answer)
+            score = float(np.mean([learned(prompt, answer) for prompt in prompts[:ASKED]]))
+            offered.append((score, [float(costs[name] > 0) for name in LIMITS]))
+        menus.append(Group(len(prompts), offered, [True, kind in REFUSED]))
+        true_A += worth
+    reached = float(best_mixture(menus, list(LIMITS.values())) @ true_A)
+    prompts = world.prompts("train")
+    best = world.optimum(
+        [prompt.text for prompt in prompts],
+        violation_rates=LIMITS,
+        scopes={"refusal": [prompt.kind in REFUSED for prompt in prompts]},
+    )
     return {
         "workspace": workspace.name,
         "optimum": best,
@@ -73,7 +86,7 @@ def main() -> None:
     parser.add_argument("workspaces", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "learned_optimum.json")
     options = parser.parse_args()
-    result = {"target_violation_rate": TARGET, "runs": [figures(workspace) for workspace in options.workspaces]}
+    result = {"limits": LIMITS, "runs": [figures(workspace) for workspace in options.workspaces]}
     write(options.out, result)
     print(json.dumps(result, indent=2))
 
