@@ -226,11 +226,7 @@ def check_packing(model: torch.nn.Module) -> None:
         alone = torch.cat([_packed_outputs(model, [sequence], device) for sequence in sequences])
     finally:
         model.train(training)
-    if not alone.isfinite().all():
-        raise UserError(
-            f"{_name(model)} gives {alone[~alone.isfinite()][0].item()} on ordinary tokens: its weights hold numbers "
-            f"that are not finite, or too large for {next(model.parameters()).dtype}; train it anew, or save it again"
-        )
+    check_finite(model, alone)
     scale = alone.std()
     behind_first = slice(sequences[0].size, None)
     leak = ((packed - disturbed)[behind_first].abs().max() / scale).item()
@@ -240,6 +236,16 @@ def check_packing(model: torch.nn.Module) -> None:
             f"{_name(model)} cannot train on packed rows: a sequence's outputs move by {leak:.1e} "
             f"standard deviations with its neighbour and by {deviation:.1e} against running alone; use a "
             "model family with plain attention such as Llama, Qwen, Mistral, Gemma or GPT-NeoX"
+        )
+
+
+def check_finite(model: torch.nn.Module, outputs: torch.Tensor) -> None:
+    """UserError where a model's outputs on ordinary tokens are not all finite."""
+    if not outputs.isfinite().all():
+        raise UserError(
+            f"{_name(model)} gives {outputs[~outputs.isfinite()][0].item()} on ordinary tokens: its weights hold "
+            f"numbers that are not finite, or too large for {next(model.parameters()).dtype}; train it anew, or save "
+            "it again"
         )
 
 

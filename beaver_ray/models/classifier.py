@@ -33,7 +33,7 @@ from beaver_ray.models.provenance import KEY
 from beaver_ray.models.score import STATISTICS, ScoreModel, head_tensors, read_head, save_score_model, set_up
 from beaver_ray.models.tensors import check_encoder, check_folder, check_loaded
 from beaver_ray.moderation_options import BEAVERTAILS
-from beaver_ray.packing import check_packing, pack
+from beaver_ray.packing import check_finite, check_packing, pack
 from beaver_ray.weights import AdapterInfo
 
 
@@ -254,11 +254,13 @@ def check_apart(classifier: nn.Module) -> None:
         return
     device = next(classifier.parameters()).device
     ids_BL, mask_BL = (tensor.to(device) for tensor in padded([range(9), range(5, 10), range(3, 10)], inner.pad))
+    others_BL = ids_BL.where(mask_BL == 1, int(inner.pad == 0))
     training = classifier.training
     classifier.eval()
     with torch.no_grad():
-        logits, others = (classifier(ids, mask_BL) for ids in (ids_BL, ids_BL + 1 - mask_BL))
+        logits, others = (classifier(ids, mask_BL) for ids in (ids_BL, others_BL))
     classifier.train(training)
+    check_finite(classifier, logits)
     moved = ((logits - others).abs().max() / logits.std()).item()
     if not moved <= 1e-3:
         raise UserError(

@@ -79,6 +79,8 @@ def test_other_encoders(tmp_path: Path) -> None:
     assert labels_there(tmp_path / "xlm") == []
     model: Any = load_classifier(str(tmp_path / "xlm"), LABELS, torch.float32, fresh=True)
     check_apart(model)
+    model.pad = 63
+    check_apart(model)  # the last token of the vocabulary
     save_classifier(model, model.state_dict(), tmp_path / "saved", {})
     again = load_classifier(str(tmp_path / "saved"), labels_of(str(tmp_path / "saved")), torch.float32, device=CPU)
     torch.testing.assert_close(logits(again), logits(model))
