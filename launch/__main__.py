@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 from beaver_ray.errors import UserError
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
     try:
-        code = app(arguments or ["--help"], prog_name="beaver-ray", standalone_mode=False)
+        code = app([*map(_at_home, arguments)] or ["--help"], prog_name="beaver-ray", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -37,6 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:  # typer ends so at Ctrl-C
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(argument: str) -> str:
+    """--out=~/x with the home folder in it: a shell leaves it as it is, and it would be a folder called ~."""
+    option, _, path = argument.partition("=")
+    return f"{option}={os.path.expanduser(path)}" if option.startswith("--") and path.startswith("~/") else argument
 
 
 def _fail(message: str, code: int) -> None:

@@ -60,6 +60,15 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and problem in err
 
 
+def test_home_behind_an_equals_sign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (prompts := tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    assert run(capsys, "data", f"prompts:1:{prompts}", "--json=~/found.json")[0] == 0
+    assert (tmp_path / "found.json").is_file() and not Path("~").exists()
+
+
 def test_a_death_is_one_line_and_a_bug_keeps_its_traceback(
     stage_file: StageFile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
