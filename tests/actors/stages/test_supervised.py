@@ -169,7 +169,7 @@ def test_packing_is_checked_where_the_model_runs(
 ) -> None:
     """In its engine, so on its device and in its dtype; a family that mixes sequences is refused there."""
     checked: list[Any] = []
-    monkeypatch.setattr("actors.roles.trainer.check_packing", checked.append)
+    monkeypatch.setattr("actors.roles.trainer.check_apart", checked.append)
     trainer = trainer_of(config_of(tiny_world, "sft"))
     assert checked == [trainer.engine.engine]
     monkeypatch.undo()
