@@ -267,19 +267,23 @@ def average_policy(config: PolicyConfig, roles: Roles, rollouts: Rollouts, recov
         return
     steps = roles.policy.run(PolicyTrainer.take_mean)[0]
     if len(steps) > 1:
-        policy = f"the policy is the mean of its weights after steps {steps[0]} to {steps[-1]}"
         send_weights(roles, rollouts, version=recovery.state.step + 1)
-    else:
-        policy = "the policy is that of the last one"
-    last, wanted = recovery.state.step, round(share * recovery.state.step)
-    why = ""
+    recovery.run.note(handed_out(share, recovery.state.step, steps))
+
+
+def handed_out(share: float, last: int, steps: list[int]) -> str:
+    """Which policy a run of ``last`` steps ends with, where the weights after ``steps`` are in the mean."""
+    policy = "that of the last one"
+    if len(steps) > 1:
+        policy = f"the mean of its weights after steps {steps[0]} to {steps[-1]}"
+    wanted, why = round(share * last), ""
     if wanted < 2:
         why = f"ppo.average_last {share:g} of {last} steps is less than two: "
     elif len(steps) < wanted:
         # What was trained before a resumed run's `steps` were lowered was not known to be among the last.
         others = "others were the critics' warm-up, or trained when the run was to be longer"
-        why = f"ppo.average_last {share:g} of {last} steps is {wanted}, of which {len(steps)} are in it ({others}): "
-    recovery.run.note(why + policy)
+        why = f"ppo.average_last {share:g} of {last} steps is {wanted}, {len(steps)} of them in the mean ({others}): "
+    return f"{why}the policy is {policy}"
 
 
 def step_metrics(

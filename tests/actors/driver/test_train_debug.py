@@ -307,7 +307,7 @@ def test_critic_warm_up_leaves_the_policy_alone(
     folder = train(ppo(tiny_world, trained, tmp_path, "safe_ppo", **changes))
     metrics = read_metrics(folder)
     assert (
-        "0.7 of 3 steps is 2, of which 1 are in it (others were the critics' warm-up"
+        "0.7 of 3 steps is 2, 1 of them in the mean (others were the critics' warm-up"
         in (folder / "notes.log").read_text()
     )
     assert "policy/loss" not in metrics[1] and "critic/harm/loss" in metrics[1] and "policy/loss" in metrics[2]
