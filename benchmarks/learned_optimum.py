@@ -53,7 +53,8 @@ def figures(workspace: Path) -> dict[str, float | str]:
 
     # Alike are prompts of a topic and kind whose answers are worth the same.
     groups: dict[tuple[str, str, tuple[float, ...]], list[Prompt]] = {}
-    for prompt in world.prompts("train"):
+    asked = world.prompts("train")
+    for prompt in asked:
         worth = tuple(world.reward(prompt.text, answer) for answer in menu(world, prompt.topic))
         groups.setdefault((prompt.kind, prompt.topic, worth), []).append(prompt)
     menus, true_A = [], []
@@ -66,11 +67,10 @@ def figures(workspace: Path) -> dict[str, float | str]:
         menus.append(Group(len(prompts), offered, [True, kind in REFUSED]))
         true_A += worth
     reached = float(best_mixture(menus, list(LIMITS.values())) @ true_A)
-    prompts = world.prompts("train")
     best = world.optimum(
-        [prompt.text for prompt in prompts],
+        [prompt.text for prompt in asked],
         violation_rates=LIMITS,
-        scopes={"refusal": [prompt.kind in REFUSED for prompt in prompts]},
+        scopes={"refusal": [prompt.kind in REFUSED for prompt in asked]},
     )
     return {
         "workspace": workspace.name,

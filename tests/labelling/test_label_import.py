@@ -1,4 +1,4 @@
-"""Pairs to people and back: every form, what is refused, and what the votes come to, by hand."""
+"""Labels of people back: every form, what is refused, and what the votes come to, by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -21,101 +21,11 @@ from beaver_ray.data.pairs import pair_id
 from beaver_ray.data.sources import read_source
 from beaver_ray.errors import UserError
 from beaver_ray.json_files import read_rows, write_rows
-from beaver_ray.labelling.export import QUESTIONS, Export, digest, export_pairs
+from beaver_ray.labelling.export import QUESTIONS, Export, export_pairs
 from beaver_ray.labelling.importing import Agreement, import_labels, read_votes
 from launch.__main__ import main
 from tests.fuzzing import accepted, mutated
-
-Row = dict[str, Any]
-GOOD: Row = {
-    "better_response_id": 1,
-    "is_response_0_safe": 1,
-    "is_response_1_safe": 0,
-    "safer_response_id": 0,
-}
-OTHER: Row = {name: 1 - bit for name, bit in GOOD.items()}
-
-
-def pair(number: int, **more: Any) -> Row:
-    texts = {"prompt": f"question {number}", "response_0": f"answer {number}, mild", "response_1": f"{number}: harsh"}
-    return {"id": pair_id(texts), **texts, "model_0": "m", **more}
-
-
-@pytest.fixture
-def exported(tmp_path: Path) -> Callable[..., Export]:
-    """Exports six pairs and two gold questions to ``tmp_path/out``."""
-    pairs = [pair(number) for number in range(6)]
-    pairs[0] |= {"prompt": ["a <b>\n</script>", "no", 'why, "x"?']}
-    pairs[0]["id"] = pair_id(pairs[0])
-    write_rows(tmp_path / "pairs.jsonl", pairs)
-    safe = {name: bool(bit) if name.startswith("is") else bit for name, bit in GOOD.items()}
-    write_rows(tmp_path / "gold.jsonl", [pair(number, **safe) for number in (100, 101)])
-
-    def export(**more: Any) -> Export:
-        given: dict[str, Any] = {"gold": tmp_path / "gold.jsonl", "count": None, "seed": 3} | more
-        return export_pairs(tmp_path / "pairs.jsonl", tmp_path / "out", **given)
-
-    return export
-
-
-def fill(tmp_path: Path, annotator: str, labels: Callable[[Row], Row], name: str | None = None) -> Path:
-    """A filled-in copy of tasks.jsonl; ``labels`` says which of a row."""
-    rows = [row | {"annotator": annotator} | labels(row) for row in read_rows(tmp_path / "out" / "tasks.jsonl")]
-    write_rows(tmp_path / (name or f"{annotator}.jsonl"), rows)
-    return tmp_path / (name or f"{annotator}.jsonl")
-
-
-def page_file(tmp_path: Path, export: Export, annotator: str, labels: Row) -> Path:
-    """What the page saves where all pairs get these labels."""
-    rows = [{"id": item["id"], **labels} for item in export.items]
-    lines = [[row["id"], *(row[name] for name in QUESTIONS)] for row in rows]
-    content = {"export": export.hash, "annotator": annotator, "labels": rows}
-    path = tmp_path / f"{annotator}.json"
-    path.write_text(json.dumps(content | {"digest": digest(export.hash, annotator, lines)}))
-    return path
-
-
-def test_what_is_exported(exported: Callable[..., Export], tmp_path: Path) -> None:
-    export, out = exported(), tmp_path / "out"
-    ids = [item["id"] for item in export.items]
-    assert len(ids) == 8 == len(set(ids)) and len(export.gold) == 2
-    assert ids != sorted(ids, key=lambda id_: id_ in export.gold), "gold questions are among the others"
-    said = json.dumps([export.items, export.gold], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    assert export.hash == hashlib.sha256(said.encode()).hexdigest()
-    rows = read_rows(out / "tasks.jsonl")
-    with (out / "tasks.csv").open(encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    tasks = json.loads((out / "label_studio.json").read_text())
-    assert [row["id"] for row in rows] == [row["id"] for row in table] == [t["data"]["id"] for t in tasks] == ids
-    long = next(row for row in rows if "why" in row["prompt"])
-    assert long["prompt"] == 'Person: a <b>\n</script>\n\nMachine: no\n\nPerson: why, "x"?'
-    assert {row["prompt"] for row in table} == {row["prompt"] for row in rows}
-    interface = (out / "label_studio.xml").read_text()
-    assert re.findall(r'Choices name="(\w+)"', interface) == list(QUESTIONS) and 'alias="1"' in interface
-    # Nobody sees which are gold: their labels stand in export.json alone.
-    for name in ("tasks.jsonl", "tasks.csv", "label_studio.json", "page.html"):
-        text = (out / name).read_text()
-        assert "gold" not in text and "model_0" not in text
-    assert len(exported_again(tmp_path, 2).items) == 4
-    with pytest.raises(UserError, match="holds an export already, whose labels would be lost"):
-        exported()
-
-
-def exported_again(tmp_path: Path, count: int) -> Export:
-    return export_pairs(tmp_path / "pairs.jsonl", tmp_path / "few", tmp_path / "gold.jsonl", count, 0)
-
-
-def test_the_page_is_whole(exported: Callable[..., Export], tmp_path: Path) -> None:
-    export = exported()
-    page = (tmp_path / "out" / "page.html").read_text()
-    assert not re.search(r"https?:|src=|@import|url\(", page), "it needs no network"
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert data and page.count("</script>") == 2, "no text of a pair ends a script"
-    shown = json.loads(data[1])
-    assert shown["export"] == export.hash and [q["name"] for q in shown["questions"]] == list(QUESTIONS)
-    assert {item["response_1"] for item in shown["items"]} == {item["response_1"] for item in export.items}
-    for words in ("nothing to do with each other", "Leave a pair out rather than guess", "A refusal helps little"):
-        assert words in page
+from tests.labelling.support import GOOD, OTHER, Row, fill, label_studio, page_file, pair, write_table
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
@@ -141,57 +51,19 @@ def test_the_page_saves_what_import_reads(exported: Callable[..., Export], tmp_p
     assert export.hash == saved["export"]
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
-def test_the_page_keeps_the_labels_of_each_name(exported: Callable[..., Export], tmp_path: Path) -> None:
-    """A name that is given first takes what was chosen before it; one that is changed loses nothing."""
-    exported()
-    scripts = re.findall(r"<script[^>]*>(.*?)</script>", (tmp_path / "out" / "page.html").read_text(), re.DOTALL)
-    use = f"""
-    let parts, made, store = {{}}, said = [];
-    globalThis.localStorage = {{ getItem: key => store[key] ?? null, setItem: (key, to) => {{ store[key] = to; }} }};
-    const element = () => {{
-      made.push({{ on: {{}}, addEventListener(kind, call) {{ this.on[kind] = call; }}, append() {{}} }});
-      return made.at(-1);
-    }};
-    const open = () => {{
-      parts = {{ data: {{ textContent: {json.dumps(scripts[0])} }} }}, made = [];
-      const getElementById = id => parts[id] ??= element();
-      globalThis.document = {{ getElementById, createElement: element, querySelectorAll: () => [] }};
-      new Function({json.dumps(scripts[1])})();
-    }};
-    const look = () => said.push([parts.annotator.value, parts.progress.textContent]);
-    const label = () => made.filter(one => one.type === "radio" && one.value === 0).forEach(one => one.on.change());
-    const call = name => {{ parts.annotator.value = name; parts.annotator.on.change(); look(); }};
-    open(); label(); call("Ana"); parts.next.on.click(); label(); look();
-    call("Anna"); said.push(parts.problem.textContent); label(); open(); look();
-    call("Ana"); open(); look(); call("Anna"); console.log(JSON.stringify(said));
-    """
-    done = subprocess.run(["node", "-e", use], capture_output=True, text=True, check=True)
-    first, ana = (["Ana", f"Pair {n} of 8, {n} labelled"] for n in (1, 2))
-    new, anna = (["Anna", f"Pair 1 of 8, {n} labelled"] for n in (0, 1))
-    kept = "The labels of Ana are kept: give that name to go on with them."
-    assert json.loads(done.stdout) == [first, ana, new, kept, anna, ana, ana, anna]
+class Voted(NamedTuple):
+    """Files of labels, all pairs that are not gold, and of them one of three votes and one that is undecided."""
+
+    files: list[Path]
+    normal: list[str]
+    first: str
+    second: str
 
 
-def label_studio(tmp_path: Path, by: Any, labels: Row) -> Path:
-    """Label Studio's export of one annotator, as its documentation shows it."""
-    tasks = json.loads((tmp_path / "out" / "label_studio.json").read_text())
-    result = [
-        {"from_name": name, "to_name": "response_0", "type": "choices", "value": {"choices": [str(bit)]}}
-        for name, bit in labels.items()
-    ]
-    for number, task in enumerate(tasks):
-        cancelled = {"id": 2, "completed_by": by, "was_cancelled": True, "result": result[:1]}
-        own = {"id": 1, "completed_by": by, "was_cancelled": False, "result": result}
-        task |= {"id": number, "annotations": [own, cancelled], "predictions": []}
-    path = tmp_path / "label_studio_export.json"
-    path.write_text(json.dumps(tasks))
-    return path
-
-
-def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: Path) -> None:
+@pytest.fixture
+def voted(exported: Callable[..., Export], tmp_path: Path) -> Voted:
     """Anna and the page's Bert are right on gold; the guesser is wrong and left out; Cora disagrees on one question."""
-    export, to = exported(), tmp_path / "labels.jsonl"
+    export = exported()
     normal = [item["id"] for item in export.items if item["id"] not in export.gold]
     first, second = normal[:2]
     anna = fill(tmp_path, "anna", lambda row: GOOD if row["id"] != second else {})
@@ -203,7 +75,12 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
         return GOOD | {"better_response_id": 0} if row["id"] in (first, second) else GOOD
 
     cora = fill(tmp_path, "cora", doubting)
-    found = import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8)
+    return Voted([anna, bert, guesser, cora], normal, first, second)
+
+
+def test_votes_and_gold(voted: Voted, tmp_path: Path) -> None:
+    to, (files, normal, first, second) = tmp_path / "labels.jsonl", voted
+    found = import_labels(files, tmp_path / "out", to, 0.8)
     assert {name: one.accepted for name, one in found.annotators.items()} == {
         "anna": True,
         "bert": True,
@@ -227,25 +104,39 @@ def test_votes_gold_and_adjudication(exported: Callable[..., Export], tmp_path: 
     assert any("LEFT OUT, 80% are asked for" in line for line in found.lines())
     assert Agreement.model_validate_json((tmp_path / "labels.agreement.json").read_bytes()) == found
 
+
+def decision(voted: Voted, tmp_path: Path) -> Row:
+    """Dora's, on the one pair that the votes leave undecided."""
+    import_labels(voted.files, tmp_path / "out", tmp_path / "labels.jsonl", 0.8)
     (doubt,) = read_rows(tmp_path / "labels.adjudication.jsonl")
-    assert doubt["id"] == second and doubt["votes"]["better_response_id"] == [1, 1]
-    decision = doubt | {"annotator": "dora", "better_response_id": 0}
-    write_rows(tmp_path / "decided.jsonl", [decision])
-    found = import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8, tmp_path / "decided.jsonl")
+    assert doubt["id"] == voted.second and doubt["votes"]["better_response_id"] == [1, 1]
+    return doubt | {"annotator": "dora", "better_response_id": 0}
+
+
+def test_adjudication(voted: Voted, tmp_path: Path) -> None:
+    to, dora = tmp_path / "labels.jsonl", decision(voted, tmp_path)
+    write_rows(tmp_path / "decided.jsonl", [dora])
+    found = import_labels(voted.files, tmp_path / "out", to, 0.8, tmp_path / "decided.jsonl")
     assert (found.labelled, found.undecided, found.adjudicated) == (6, 0, 1)
-    decided = next(row for row in read_rows(to) if row["id"] == second)
+    decided = next(row for row in read_rows(to) if row["id"] == voted.second)
     assert decided["better_response_id"] == 0 and decided["safer_response_id"] == 0
     assert decided["labelled_by"] == "adjudication"
     # Filled in where it lies, it is neither overwritten nor forgotten.
     filled = tmp_path / "labels.adjudication.jsonl"
-    write_rows(filled, [decision])
+    write_rows(filled, [dora])
     with pytest.raises(UserError, match=r"labels.adjudication.jsonl holds labels, which would be lost; give it with"):
-        import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8)
+        import_labels(voted.files, tmp_path / "out", to, 0.8)
     for _ in range(2):
-        assert import_labels([anna, bert, guesser, cora], tmp_path / "out", to, 0.8, filled) == found
-        assert read_rows(filled) == [decision]
+        assert import_labels(voted.files, tmp_path / "out", to, 0.8, filled) == found
+        assert read_rows(filled) == [dora]
 
-    # Stage label takes them, and our readers what it leaves.
+
+def test_stage_label_takes_them(voted: Voted, tmp_path: Path) -> None:
+    """And our readers take what it leaves."""
+    to = tmp_path / "labels.jsonl"
+    write_rows(tmp_path / "decided.jsonl", [decision(voted, tmp_path)])
+    import_labels(voted.files, tmp_path / "out", to, 0.8, tmp_path / "decided.jsonl")
+    decided = next(row for row in read_rows(to) if row["id"] == voted.second)
     label = Label.model_validate(
         {"stage": "label", "workspace": str(tmp_path), "name": "label", "pairs": str(tmp_path / "pairs.jsonl")}
         | {"people": str(to), "eval_fraction": 0.5, "debug": True}
@@ -281,29 +172,11 @@ def test_a_table_with_long_texts_and_whole_numbers_as_fractions(tmp_path: Path) 
     export_pairs(tmp_path / "pairs.jsonl", tmp_path / "out", None, None, 0)
     rows = [row | {"annotator": "anna"} for row in read_rows(tmp_path / "out" / "tasks.jsonl")]
     rows = [row | ({name: f"{bit}.0" for name, bit in GOOD.items()} if row["id"] == long["id"] else {}) for row in rows]
-    with (tmp_path / "tasks.csv").open("w", encoding="utf-8", newline="") as stream:
-        table = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    write_table(tmp_path / "tasks.csv", rows)
     found = import_labels([tmp_path / "tasks.csv"], tmp_path / "out", tmp_path / "l.jsonl", 0.8)
     assert (found.labelled, found.unlabelled) == (1, 1)
     (row,) = read_rows(tmp_path / "l.jsonl")
     assert {name: int(row[name]) for name in GOOD} == GOOD
-
-
-def test_what_is_left_out_of_an_export_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(tmp_path / "pairs.jsonl", [pair(0), pair(1), pair(2, response_1="", id=None), pair(1)])
-    write_rows(tmp_path / "gold.jsonl", [pair(7, **GOOD), pair(7, **GOOD)])
-    arguments = [str(tmp_path / "pairs.jsonl"), "--to", str(tmp_path / "out"), "--gold", str(tmp_path / "gold.jsonl")]
-    with pytest.raises(SystemExit) as ended:
-        main(["label", "export", *arguments])
-    out = capsys.readouterr().out
-    assert ended.value.code == 0 and "2 pairs and 1 gold questions" in out
-    assert "pairs.jsonl: left out 1 empty 'response_1', 1 repeated pair\n" in out
-    assert "gold.jsonl: left out 1 repeated pair\n" in out
-    write_rows(tmp_path / "gold.jsonl", [pair(7, **GOOD), pair(7, **OTHER), pair(8, **GOOD)])
-    with pytest.raises(UserError, match=r"gold.jsonl has 1 repeated pair with other labels; leave one of each"):
-        exported_again(tmp_path, 1)
 
 
 def changed(row: int, **more: Any) -> Callable[[list[Row]], list[Row]]:
@@ -364,10 +237,7 @@ def test_tampered_in_every_form(
     if form.endswith(".jsonl"):
         write_rows(file, rows)
     elif form.endswith(".csv"):
-        with file.open("w", encoding="utf-8", newline="") as stream:
-            table = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
+        write_table(file, rows)
     else:
         tasks = json.loads(label_studio(tmp_path, "anna", GOOD).read_text())
         tasks[2]["data"] |= {name: value for name, value in change.items() if name in tasks[2]["data"]}
@@ -417,23 +287,6 @@ def test_other_tampering(exported: Callable[..., Export], tmp_path: Path) -> Non
         import_labels([saved], tmp_path / "out", to, 0.8)
 
 
-def test_an_export_with_a_right_hash_that_is_none(exported: Callable[..., Export], tmp_path: Path) -> None:
-    exported()
-    kept = tmp_path / "out" / "export.json"
-    whole = kept.read_text()
-    for part, name, message in (
-        ("items", "id", "pair None has other texts than when it was made"),
-        ("items", "response_0", r"one of its items is no pair \(no field 'response_0'\); export again"),
-        ("gold", "safer_response_id", r"gold question \w+ has not all four labels; export again"),
-    ):
-        tree = json.loads(whole)
-        del (tree["items"][0] if part == "items" else next(iter(tree["gold"].values())))[name]
-        tree["hash"] = Export.model_construct(items=tree["items"], gold=tree["gold"]).own_hash
-        kept.write_text(json.dumps(tree))
-        with pytest.raises(UserError, match=rf"export.json: {message}$"):
-            Export.load(tmp_path / "out")
-
-
 def test_no_file_that_is_read_is_overwritten(exported: Callable[..., Export], tmp_path: Path) -> None:
     exported()
     anna, tasks = fill(tmp_path, "anna", lambda row: GOOD), tmp_path / "out" / "tasks.jsonl"
@@ -471,10 +324,8 @@ def test_a_table_that_was_filled_in_elsewhere(exported: Callable[..., Export], t
     words = {"better_response_id": "second", "is_response_0_safe": "Safe", "is_response_1_safe": "FALSE"}
     with (tmp_path / "out" / "tasks.csv").open(encoding="utf-8", newline="") as file:
         rows = [row | words | {"safer_response_id": "0", "annotator": "anna"} for row in csv.DictReader(file)]
-    with (tmp_path / "t.csv").open("w", encoding="utf-8-sig", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows({name: text.replace("\n", "\r\n") for name, text in row.items()} for row in rows)
+    rows = [{name: text.replace("\n", "\r\n") for name, text in row.items()} for row in rows]
+    write_table(tmp_path / "t.csv", rows, encoding="utf-8-sig")
     found = import_labels([tmp_path / "t.csv"], tmp_path / "out", tmp_path / "l.jsonl", 1.0)
     assert found.labelled == 6 and found.annotators["anna"].gold_right == 1
     other = (tmp_path / "t.csv").read_text(encoding="utf-8-sig").replace(",", ";")
