@@ -124,13 +124,13 @@ def chosen_rejected(row: dict[str, Any]) -> RawSample:
     scores = row.get("score_chosen"), row.get("score_rejected")
     if scores[0] is not None and scores[0] == scores[1]:
         raise BadRow("no answer is better")
-    fields, system = rest(row, "prompt", "chosen", "rejected", "messages", "system"), system_field(row)
+    fields = rest(row, "prompt", "chosen", "rejected", "messages", "system")
     chosen = row.get("chosen")
     if not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None):  # the answers alone
-        own, prompt = read_prompt(row.get("prompt"), "prompt")
-        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=own or system)
+        system, prompt = read_prompt(row)
+        return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=system)
     own, turns, answers = pair_of_dialogues(chosen, row.get("rejected"))
-    return RawSample(turns, *answers, better=True, fields=fields, system=own or system)
+    return RawSample(turns, *answers, better=True, fields=fields, system=own or system_field(row))
 
 
 def pair_of_dialogues(chosen: Any, rejected: Any) -> tuple[str | None, list[str], tuple[str, str]]:
@@ -246,8 +246,8 @@ def moderation(row: dict[str, Any]) -> RawSample:
     labels = label_flags(row.get("labels"), "labels")
     answer = None if row.get("response") is None else read_answer(row["response"], "response")
     fields = rest(row, "prompt", "response", "system", "labels")
-    own, prompt = read_prompt(row.get("prompt"), "prompt")
-    return RawSample(prompt, answer, system=own or system_field(row), fields=fields, labels=labels)
+    system, prompt = read_prompt(row)
+    return RawSample(prompt, answer, system=system, fields=fields, labels=labels)
 
 
 def _answered(row: dict[str, Any], label: str, unsafe: str, *used: str) -> RawSample:

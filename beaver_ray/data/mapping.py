@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beaver_ray.data.field_formats import pair_of_dialogues
-from beaver_ray.data.messages import is_messages, read_answer, read_messages, read_prompt
+from beaver_ray.data.messages import is_messages, prompt_value, read_answer, read_messages
 from beaver_ray.data.sources import (
     BadRow,
     RawSample,
@@ -101,7 +101,7 @@ class MappedReader:
         if entry.prompt is None:
             raise BadRow(f"'{entry.chosen}' is no dialogue, and no field is named as the prompt")
         value = field_value(row, entry.prompt)
-        system, prompt = read_prompt(value, entry.prompt)
+        system, prompt = prompt_value(value, entry.prompt)
         names = (entry.answer, entry.other_answer) if entry.chosen is None else (entry.chosen, entry.rejected)
         return system, [prompt] if isinstance(prompt, str) else prompt, self._answers(row, *names)
 

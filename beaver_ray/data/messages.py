@@ -52,8 +52,14 @@ def _message(message: dict[str, Any], name: str) -> tuple[str, str]:
     return role, (system_field(fields, keys[1]) or "") if role == "system" else text_field(fields, keys[1])
 
 
-def read_prompt(value: Any, name: str) -> tuple[str | None, str | list[str]]:
-    """(The system prompt or None, the prompt) of a field: a text, an odd list of turns, or a list of messages."""
+def read_prompt(row: dict[str, Any], name: str = "prompt") -> tuple[str | None, str | list[str]]:
+    """`prompt_value` of a row's field; without a system prompt of its own it has that of the field ``system``."""
+    own, prompt = prompt_value(row.get(name), name)
+    return own or system_field(row), prompt
+
+
+def prompt_value(value: Any, name: str) -> tuple[str | None, str | list[str]]:
+    """(The system prompt or None, the prompt) of a text, an odd list of turns, or a list of messages. Raises BadRow."""
     if not is_messages(value):
         return None, prompt_field(value, name)
     system, turns = read_messages(value, name)

@@ -161,9 +161,9 @@ for _kind in ("", "-harmless", "-helpful"):
 @reader("demonstrations")
 def demonstrations(row: dict[str, Any]) -> RawSample:
     """prompt (a string, an odd list of turns, or messages), response; perhaps system, a text of its own."""
-    own, prompt = read_prompt(row.get("prompt"), "prompt")
+    system, prompt = read_prompt(row)
     response = read_answer(row.get("response"), "response")
-    return RawSample(input=prompt, answer=response, system=own or system_field(row))
+    return RawSample(input=prompt, answer=response, system=system)
 
 
 @reader("prompts")
@@ -173,8 +173,8 @@ def prompts(row: dict[str, Any]) -> RawSample:
     if name is None:
         raise BadRow("no field 'prompt' or 'instruction'")
     rest = {key: value for key, value in row.items() if key not in (name, "system")}
-    own, prompt = read_prompt(row.get(name), name)
-    return RawSample(input=prompt, system=own or system_field(row), fields=rest)
+    system, prompt = read_prompt(row, name)
+    return RawSample(input=prompt, system=system, fields=rest)
 
 
 @reader("labels")
@@ -185,9 +185,9 @@ def labels(row: dict[str, Any]) -> RawSample:
     if unsafe is None:
         raise BadRow("no field 'unsafe'")
     rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "system", "unsafe")}
-    own, prompt = read_prompt(row.get("prompt"), "prompt")
+    system, prompt = read_prompt(row)
     response = read_answer(row.get("response"), "response")
-    return RawSample(input=prompt, answer=response, system=own or system_field(row), is_safe=not unsafe, fields=rest)
+    return RawSample(input=prompt, answer=response, system=system, is_safe=not unsafe, fields=rest)
 
 
 _MOSS_SPEAKER = re.compile(r"\[(Human|MOSS)\]:")
