@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from beaver_ray.method.confidence import cluster_sums, known_from_few, mean_bound
+from beaver_ray.method.confidence import effective_trials, mean_bound
 from beaver_ray.method.forms import Form, WorstOfK
 
 UPPER = 0.975  # the quantile at which a 95 % interval ends
@@ -156,22 +156,9 @@ def share_interval(flags: np.ndarray, cluster: np.ndarray, upper: float = UPPER)
     Flags may also be probabilities, which vary less than events do: the interval is then rather too wide.
     """
     values = np.asarray(flags, dtype=np.float64)
-    share, n = float(values.mean()), len(values)
-    residuals = cluster_sums(values - share, cluster)
-    clusters = len(residuals)
-    if 0 < share < 1:
-        # No fewer than if all answers to a prompt were alike: the number of prompts, where they have equally many.
-        effective = n**2 / float(np.sum(cluster_sums(np.ones(n), cluster) ** 2))
-        if 1 < clusters < n:
-            # As many independent samples would be as uncertain as these; the spread is 0 where no prompts differ. That
-            # it is seen on few prompts counts as Student's t does.
-            spread = clusters / (clusters - 1) * (n - 1) / n * float(np.sum(residuals**2)) / n**2
-            seen = n if spread == 0 else min(n, share * (1 - share) / spread)
-            effective = max(effective, seen * known_from_few(upper, n, clusters))
-    else:
-        effective = clusters  # all alike: nothing shows that answers to one prompt differ
-    low, high = wilson(share, effective, upper)
-    return {"mean": share, "low": low, "high": high, "n": n}
+    share = float(values.mean())
+    low, high = wilson(share, effective_trials(values, cluster, upper), upper)
+    return {"mean": share, "low": low, "high": high, "n": len(values)}
 
 
 def wilson(share: float, n: float, upper: float = UPPER) -> tuple[float, float]:

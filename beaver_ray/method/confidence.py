@@ -62,24 +62,31 @@ def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.int
 def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
     """`mean_bound` of values that are 0 or 1 (but for importance weights), by Clopper and Pearson: Student's t is too
     sure of a rare event."""
-    error, clusters = _mean_error(hits_N, cluster_N)
-    if clusters < 2:
+    if len(np.unique(cluster_N)) < 2:
         return math.inf
-    share, n = float(np.mean(hits_N, dtype=np.float64)), len(hits_N)
-    if share in (0.0, 1.0):
-        trials: float = clusters  # nothing shows that answers to one prompt differ
-    else:
-        seen = min(share * (1 - share) / error**2, n) if error > 0.0 else n
-        trials = max(seen * known_from_few(confidence, n, clusters), clusters)
-    return clopper_pearson(share, trials, confidence)[1] - share
+    share = float(np.mean(hits_N, dtype=np.float64))
+    return clopper_pearson(share, effective_trials(hits_N, cluster_N, confidence), confidence)[1] - share
 
 
-def known_from_few(confidence: float, n: int, clusters: int) -> float:
-    """What ``n`` trials are multiplied with where their standard error is estimated from few clusters, at least two.
+def effective_trials(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
+    """As many independent trials would tell as much of a share at this one-sided confidence as these, which clusters
+    hold together.
 
-    It widens an interval as Student's t of as many clusters does against that of n trials (Korn and Graubard 1998).
+    They are as many as would have this standard error, and fewer where that is estimated from few clusters: an interval
+    is then wider as Student's t is (Korn and Graubard 1998). They are no fewer than if all hits of a cluster were
+    alike, which is the number of clusters where these are equally large.
     """
-    return (_t(confidence, n) / _t(confidence, clusters)) ** 2
+    share, n = float(np.mean(hits_N, dtype=np.float64)), len(hits_N)
+    residuals_G = cluster_sums(hits_N - share, cluster_N)
+    clusters = len(residuals_G)
+    if share in (0.0, 1.0):
+        return clusters  # nothing shows that those of one cluster differ
+    fewest = n**2 / float(np.sum(cluster_sums(np.ones(n), cluster_N) ** 2))
+    if not 1 < clusters < n:
+        return fewest
+    variance = clusters / (clusters - 1) * (n - 1) / n * float(np.sum(residuals_G**2)) / n**2
+    seen = min(n, share * (1 - share) / variance) if variance > 0.0 else n  # 0: no two clusters differ
+    return max(fewest, seen * (_t(confidence, n) / _t(confidence, clusters)) ** 2)
 
 
 def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> tuple[float, int]:
