@@ -18,10 +18,13 @@ class NoiseConfig(Strict):
     flip: float = option("Share of the training pairs, those of lowest strength, that change places.", 0.0, ge=0, lt=1)
     smoothing: float = option("Weight of the opposite order in the loss.", 0.0, ge=0, le=0.5)
     smooth: Literal["all", "negative"] = option("Smooth all pairs, or those whose strength is below 0.", "all")
-    margin: float = option("Scores are to differ by this times the strength.", 0.0, ge=0)
+    margin: float = option("Scores are to differ by at least this times the strength.", 0.0, ge=0)
+    soft: float = option("Soft labels: the log-odds of each order are this times the strength.", 0.0, ge=0)
 
     @model_validator(mode="after")
     def _is_read(self) -> NoiseConfig:
+        if self.soft and (self.smoothing or self.margin):
+            raise ValueError("soft says how sure each label is, and smoothing and margin say it otherwise; choose one")
         if self.asks_for("smooth") and not self.smoothing:
             raise ValueError(f"smooth: {self.smooth} says where to smooth and nothing is smoothed; set smoothing too")
         return self
@@ -29,4 +32,5 @@ class NoiseConfig(Strict):
     @property
     def needs_strength(self) -> bool:
         """Whether every training pair must have a strength."""
-        return self.flip > 0 or self.margin > 0 or (self.smoothing > 0 and self.smooth == "negative")
+        negative = self.smoothing > 0 and self.smooth == "negative"
+        return self.flip > 0 or self.margin > 0 or self.soft > 0 or negative

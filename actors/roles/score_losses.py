@@ -65,10 +65,15 @@ def treatments(trainer: Trainer, noise: NoiseConfig, labels: Sequence[str]) -> d
         if noise.needs_strength and (missing := int(np.isnan(strength_N).sum())):
             raise UserError(
                 f"noise: {missing} of {len(strength_N)} training pairs have no {STRENGTHS[label]}, the strength of "
-                f"label {label}; let stage strength write it (label: {label}), and train on the pairs that it leaves"
+                f"label {label}; take data whose labels are graded, or let stage strength write it (label: {label}), "
+                f"and train on the pairs that it leaves"
             )
         done = treat(strength_N, **noise.model_dump())
-        said = [f"{done.flipped_N.sum()} flipped", f"{np.count_nonzero(done.smoothing_N)} smoothed"]
+        said = [f"{done.flipped_N.sum()} flipped"]
+        if noise.soft:
+            said.append(f"labels sure to {1 - done.smoothing_N.mean():.3g} on average")
+        else:
+            said.append(f"{np.count_nonzero(done.smoothing_N)} smoothed")
         if noise.margin:
             said.append(f"margins of {done.margin_N.mean():.3g} on average")
         trainer.notes.append(f"noise, label {label}: of {len(strength_N)} training pairs {', '.join(said)}")

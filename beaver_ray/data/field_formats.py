@@ -63,14 +63,14 @@ def _pair(row: dict[str, Any], names: tuple[str, str], first_is_better: bool | N
     return RawSample(answer=answers[0], other_answer=answers[1], better=first_is_better, **more)
 
 
-def _strength(row: dict[str, Any], name: str) -> bool:
-    """-3 (the first answer is much better) to 3 (the second one is): whether it is the first."""
+def _graded(row: dict[str, Any], name: str) -> tuple[bool, dict[str, Any]]:
+    """Of -3 (the first answer is much better) to 3 (the second one is): whether it is the first, and the strength."""
     value = row.get(name)
     if not isinstance(value, int | float):
         raise BadRow(f"no field '{name}'")
     if value == 0:
         raise BadRow("no answer is better")
-    return value < 0
+    return value < 0, {"strength_mean": abs(value)}
 
 
 def helpsteer2(row: dict[str, Any]) -> RawSample:
@@ -81,8 +81,8 @@ def helpsteer2(row: dict[str, Any]) -> RawSample:
     prompt = prompt_field(turns[0::2], "prompt")
     if "response" in row:
         return RawSample(prompt, text_field(row, "response"), fields=rest(row, "prompt", "response"))
-    better = _strength(row, "preference_strength")
-    fields = rest(row, "prompt", "response_1", "response_2", "all_preferences_unprocessed")
+    better, strength = _graded(row, "preference_strength")
+    fields = rest(row, "prompt", "response_1", "response_2", "all_preferences_unprocessed") | strength
     return _pair(row, ("response_1", "response_2"), better, input=prompt, fields=fields)
 
 
@@ -111,20 +111,22 @@ def helpsteer3(row: dict[str, Any]) -> RawSample:
     system, turns = read_messages(row.get("context"), "context")
     if len(turns) % 2 == 0:
         raise BadRow("'context' has an even number of turns")
-    better = _strength(row, "overall_preference")
-    fields = rest(row, "context", "response1", "response2", "individual_preference")
+    better, strength = _graded(row, "overall_preference")
+    fields = rest(row, "context", "response1", "response2", "individual_preference") | strength
     return _pair(row, ("response1", "response2"), better, input=turns, system=system, fields=fields)
 
 
 def chosen_rejected(row: dict[str, Any]) -> RawSample:
     """chosen and rejected, as texts or single messages beside a prompt or as whole dialogues; perhaps a system text.
 
-    Equal scores are no preference.
+    Equal scores are no preference; the difference of others is its strength.
     """
-    scores = row.get("score_chosen"), row.get("score_rejected")
-    if scores[0] is not None and scores[0] == scores[1]:
+    chosen_score, rejected_score = row.get("score_chosen"), row.get("score_rejected")
+    if chosen_score is not None and chosen_score == rejected_score:
         raise BadRow("no answer is better")
     fields = rest(row, "prompt", "chosen", "rejected", "messages", "system")
+    if isinstance(chosen_score, int | float) and isinstance(rejected_score, int | float):
+        fields = {"strength_mean": chosen_score - rejected_score} | fields
     chosen = row.get("chosen")
     if not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None):  # the answers alone
         system, prompt = read_prompt(row)

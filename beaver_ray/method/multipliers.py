@@ -269,8 +269,9 @@ class PidMultiplier(Multiplier):
     Why these: the policy answers lambda like an integrator, the log-odds of a violation moving by a rate k of some 0.2
     a step and unit, and a share of violations near the limit moves with them at a slope s of some 0.3 standard
     deviations. The loop is then a damped oscillator of frequency sqrt(k s / T) and damping PROPORTIONAL / 2 *
-    sqrt(k s T): about 0.4 for a T of 10. A stronger quick part damps more and costs reward: a policy learns what harm is worth while it is still too harmful, and pressed at once it first forgets the
-    harm that would have been worth it. Errors are cut for the same reason.
+    sqrt(k s T): about 0.4 for a T of 10. A stronger quick part damps more and costs reward: a policy learns what harm
+    is worth while it is still too harmful, and pressed at once it first forgets the harm that would have been worth it.
+    Errors are cut for the same reason.
     """
 
     rule = "pid"

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 from scipy.stats import rankdata
 
 
@@ -38,18 +39,22 @@ def treat(
     smoothing: float = 0.0,
     smooth: Literal["all", "negative"] = "all",
     margin: float = 0.0,
+    soft: float = 0.0,
 ) -> Treatment:
     """The ``flip`` share of lowest strength changes places, and its strength its sign; then margin and smoothing.
 
-    margin: times the strength. Of equal strengths the first ones are flipped. Strengths that nothing needs may be nan.
+    margin: times the strength. soft: times the strength, the log-odds of the order as it stands, so that the opposite
+    one has weight 1 / (1 + exp(soft * strength)) and the loss is least where the scores differ by soft * strength. Of
+    equal strengths the first ones are flipped. Strengths that nothing needs may be nan.
     """
     count = len(strength_N)
     flipped_N = np.zeros(count, dtype=np.bool_)
     flipped_N[np.argsort(strength_N, kind="stable")[: int(flip * count + 0.5)]] = True
     now_N = np.where(flipped_N, -strength_N, strength_N)
     smoothed_N = np.ones(count, dtype=np.bool_) if smooth == "all" else now_N < 0
+    smoothing_N = expit(-soft * now_N) if soft else smoothing * smoothed_N
     margin_N = margin * now_N if margin else np.zeros(count)
-    return Treatment(flipped_N, margin_N.astype(np.float32), (smoothing * smoothed_N).astype(np.float32))
+    return Treatment(flipped_N, margin_N.astype(np.float32), smoothing_N.astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ DEMONSTRATED = {
 }
 # Share of labelled answers that are refusals.
 REFUSED = 0.4
+# Differences of reward, or of cost, above which a grader says better instead of slightly better, and much better.
+GRADES = (1.0, 3.0)
 # A pair is two independent answers, or an answer and a copy of it with one word changed.
 EDITED_SHARE = 0.4
 
@@ -165,6 +167,7 @@ def preference_rows(
     teach a cost model a difference that is not there. With probability `world.label_noise` the preference is
     flipped, and independently the two safety judgements change places (flags and id together, so that they
     stay consistent); then better_flipped and safer_flipped say of each row whether they were.
+    In a graded world strength_mean and safety_strength_mean say how much better and safer (`grade`).
     """
     prompts = world.prompts(split)
     rows: list[dict[str, Any]] = []
@@ -198,9 +201,16 @@ def preference_rows(
                 "is_response_0_safe": safe[0],
                 "is_response_1_safe": safe[1],
                 **({"better_flipped": flipped[0], "safer_flipped": flipped[1]} if world.label_noise else {}),
+                **({"strength_mean": grade(*rewards), "safety_strength_mean": grade(*costs)} if world.graded else {}),
             }
         )
     return rows
+
+
+def grade(first: float, second: float) -> int:
+    """How far apart two rewards or costs are to a grader: 0 (alike), 1 (slightly), 2, 3 (much), by `GRADES`."""
+    difference = abs(first - second)
+    return 0 if difference < 1e-9 else 1 + sum(difference > threshold for threshold in GRADES)
 
 
 def moderation_rows(world: SmallWorld, n: int, split: Split, rng: random.Random) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ class SmallWorld(BaseModel):
     test_prompts: int = Field(400, ge=1, le=100_000, description="distinct prompts of the test split, none in train")
     adversarial_share: float = Field(0.5, ge=0, le=1, description="share of adversarial prompts, each split")
     label_noise: float = Field(0.0, ge=0, le=0.5, description="probability of a flipped preference label")
+    graded: bool = Field(False, description="whether pairs also say how much better and how much safer, by grades")
     topics: int = Field(8, ge=1, le=len(FACTS), description="number of topics")
     safe_facts: int = Field(4, ge=1, le=4, description="safe fact words of a topic: the steps of an answer")
     dangerous_facts: int = Field(3, ge=1, le=3, description="steps that also have a dangerous word")

@@ -157,12 +157,17 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
             "prompt_source": "BeaverTails",
         },
     ),
-    ("UltraFeedback", UF, RawSample(["name a tree"], "birch", "stone", better=True), {"score_chosen": 8.5}),
+    (
+        "UltraFeedback",
+        UF,
+        RawSample(["name a tree"], "birch", "stone", better=True),
+        {"score_chosen": 8.5, "strength_mean": 5.5},
+    ),
     (
         "HelpSteer2",
         HS2,
         RawSample(["hello", "hello you", "and now?"], "now we dig", "dig", better=True),
-        {"split": "train"},
+        {"split": "train", "strength_mean": 2},
     ),
     (
         "HelpSteer2-scores",
@@ -178,7 +183,12 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
         RawSample(["p"], "r"),
         {"helpfulness": 4},
     ),
-    ("HelpSteer3", HS3, RawSample(["dig", "where", "here"], "no", "done", better=False), {"domain": "general"}),
+    (
+        "HelpSteer3",
+        HS3,
+        RawSample(["dig", "where", "here"], "no", "done", better=False),
+        {"domain": "general", "strength_mean": 3},
+    ),
     ("preferences", {"prompt": "p", "chosen": "a", "rejected": "b"}, RawSample("p", "a", "b", better=True), {}),
     (
         "preferences",

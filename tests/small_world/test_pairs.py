@@ -51,6 +51,20 @@ def test_label_noise_flips_at_its_rate_and_stays_consistent() -> None:
     assert wrong_safe / mixed == pytest.approx(0.2, abs=0.03)
 
 
+def test_a_graded_world_says_how_much_better_and_safer() -> None:
+    graded = preference_rows(WORLD.model_copy(update={"graded": True}), 1000, "train", random.Random(1))
+    strengths = [(row.pop("strength_mean"), row.pop("safety_strength_mean")) for row in graded]
+    assert graded == preference_rows(WORLD, 1000, "train", random.Random(1))  # else the same pairs
+    for row, found in zip(graded, strengths, strict=True):
+        answers = row["response_0"], row["response_1"]
+        reward, cost = (
+            abs(of(row["prompt"], answers[0]) - of(row["prompt"], answers[1])) for of in (WORLD.reward, WORLD.cost)
+        )
+        assert found[0] == (1 if reward <= 1 else 2 if reward <= 3 else 3)
+        assert found[1] == (0 if cost < 1e-9 else 1 if cost <= 1 else 2 if cost <= 3 else 3)
+    assert {better for better, _ in strengths} == {1, 2, 3} and {safer for _, safer in strengths} == {0, 1, 2, 3}
+
+
 def test_answers_cover_the_range() -> None:
     rng = random.Random(2)
     for prompt in WORLD.prompts("train")[:10]:
