@@ -6,10 +6,12 @@ Nothing heavy is imported here: the command line reads this module first.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Tag, ValidationError, model_validator
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict, near, option
@@ -17,6 +19,31 @@ from beaver_ray.options import Strict, near, option
 Scalar = str | int | float | bool | None
 MAPPED = ("prompt", "messages", "system", "answer", "other_answer", "chosen", "rejected")
 LABELS = ("better", "safer", "is_safe", "is_other_safe")
+
+
+MOST_COPIES = 1000
+SYNTAX = "NAME[:PROPORTION[:PATH]] with PROPORTION a number, a/b, or n/-1 for exactly n samples"
+
+
+def read_proportion(amount: str) -> tuple[float | Fraction, int | None]:
+    """(Share of the rows, None), or for n/-1 (1, n). ValueError for what is neither, negative or far too much."""
+    proportion: float | Fraction = 1.0
+    count: int | None = None
+    try:
+        numerator, slash, denominator = (amount.strip() or "1").partition("/")
+        if slash and int(denominator) == -1:
+            count = int(numerator)
+        elif slash:
+            proportion = Fraction(int(numerator), int(denominator))
+        else:
+            proportion = float(numerator)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"bad proportion '{amount}': write {SYNTAX}") from None
+    if not 0 <= (proportion if count is None else count) < math.inf:
+        raise ValueError(f"proportion '{amount}' is negative or infinite: write {SYNTAX}")
+    if proportion > MOST_COPIES:
+        raise ValueError(f"proportion '{amount}' is above {MOST_COPIES}: lower it")
+    return proportion, count
 
 
 class DataEntry(Strict):
@@ -71,6 +98,7 @@ class DataEntry(Strict):
             raise ValueError(f"{labels[0]} compares two answers: give chosen and rejected, or answer and other_answer")
         if empty := [field for field, wanted in self.where.items() if wanted == []]:
             raise ValueError(f"where.{empty[0]} has no value, and would match no row")
+        read_proportion(str(self.proportion))
         return self
 
 
@@ -78,10 +106,21 @@ def _kind(value: Any) -> str:
     return TAGS[1] if isinstance(value, Mapping | DataEntry) else TAGS[0]
 
 
+def _readable(spec: str) -> str:
+    if not spec.lstrip().startswith("{"):  # a mapping on a command line
+        name, _, rest = spec.strip().partition(":")
+        if not name:
+            raise ValueError(f"it has no name: write {SYNTAX}")
+        read_proportion(rest.partition(":")[0])
+    return spec
+
+
 TAGS = ("NAME[:PROPORTION[:PATH]]", "mapping")
 """What pydantic calls the two forms of an entry; an error's path leaves them out."""
 
-DataSpec = Annotated[Annotated[str, Tag(TAGS[0])] | Annotated[DataEntry, Tag(TAGS[1])], Discriminator(_kind)]
+DataSpec = Annotated[
+    Annotated[str, AfterValidator(_readable), Tag(TAGS[0])] | Annotated[DataEntry, Tag(TAGS[1])], Discriminator(_kind)
+]
 """An entry of a list of data sets: NAME[:PROPORTION[:PATH]], or a mapping."""
 
 

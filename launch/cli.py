@@ -348,7 +348,9 @@ def chat(
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Likewise a cost; above 0 means unsafe.")
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What models are told before all else.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token each time.")
+    ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     seed: Annotated[int | None, typer.Option(min=0, help="The same chat again gives the same answers.")] = None,
     moderation: Annotated[

@@ -53,17 +53,15 @@ def sweep(config: Path, overrides: Sequence[str], over: Sequence[str], seeds: Se
     if done := len(runs) - len(pending):
         print(f"{done} of {len(runs)} runs are complete, skipped", flush=True)
     failed = _run(pending)
-    finished = [run for run in runs if run.stage.name not in failed]
-    if finished:
-        found = [
-            SweptRun(
-                Path(run.stage.name).name,
-                run.values,
-                run.seed,
-                run_figures(run.stage.folder) | {"memory/planned_gib": memory[run.stage.name]},
-            )
-            for run in finished
-        ]
+    found = []
+    for run in (run for run in runs if run.stage.name not in failed):
+        try:
+            figures = run_figures(run.stage.folder) | {"memory/planned_gib": memory[run.stage.name]}
+        except UserError as without:
+            failed[run.stage.name] = without
+        else:
+            found.append(SweptRun(Path(run.stage.name).name, run.values, run.seed, figures))
+    if found:
         words = ["beaver-ray", "sweep", str(config), *overrides, *(w for text in over for w in ("--over", text))]
         command = shlex.join([*words, *(["--seeds", ",".join(map(str, seeds))] if seeds else [])])
         report = SweepReport(f"{runs[0].stage.stage} by {' and '.join(axes)}", command, list(axes), found)

@@ -61,6 +61,8 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
     except ValueError as error:
         raise UserError(str(error)) from None
     folder = config.models.reference or config.models.policy
+    out = out or config.folder.with_name(f"{config.folder.name}-feasibility")
+    out.mkdir(parents=True, exist_ok=True)  # before anything is asked: what it found could not be kept
     config = with_policy(config, folder)
     tokenizer = load_tokenizer(folder, config.models.trust_remote_code)
     known, _, _ = config.training_prompts(tokenizer)
@@ -75,7 +77,6 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
             "ppo.advantage: group_standardized weighs standard deviations, so that a run's multipliers are others"
         )
     most = {c.name: c.multiplier.max for c in config.constraints}
-    out = out or config.folder.with_name(f"{config.folder.name}-feasibility")
     found = Feasibility(config.name, folder, study(sampled.reference, sampled.names), most, remarks, out)
     write_feasibility(found)
     return found

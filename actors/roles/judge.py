@@ -7,10 +7,11 @@ others, is counted, not guessed.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from urllib3.exceptions import HTTPError
 
 from actors.roles.remote_scorer import BUSY
 from beaver_ray.errors import UserError, first_line
@@ -30,6 +32,7 @@ from beaver_ray.score_sources import check_allowed
 
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 LONGEST_PAUSE = 30.0
+PART = 2**16  # bytes of an answer read at a time
 NOT_TAKEN = (400, 413, 422)  # this text, for example because it is too long; others may do
 REPLIES = "judge_replies.jsonl"
 """In a workspace: the replies that its stages got, whatever they were for."""
@@ -174,23 +177,36 @@ class Judge:
 
     def _is_there(self) -> bool:
         """Whether the service answers a greeting at the first try."""
+        silence = self.options.timeout
         try:
-            answer = self._once(request(self.options, HELLO), self.options.timeout)
+            answer = self._once(request(self.options, HELLO), silence, time.monotonic() + silence)
             return answer.status_code == requests.codes.ok and bool(self._read(answer))
         except (requests.RequestException, _Unanswered):
             return False
 
-    def _once(self, body: dict[str, Any], silence: float) -> requests.Response:
-        return self._session.post(self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False)
+    def _once(self, body: dict[str, Any], silence: float, end: float) -> _Answer:
+        """One try. The answer is read until ``end``, also where it drips: services may send blanks while they think."""
+        parts = []
+        with self._session.post(
+            self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False, stream=True
+        ) as answer:
+            try:
+                while part := answer.raw.read1(PART, decode_content=True):
+                    parts.append(part)
+                    if time.monotonic() > end:
+                        raise requests.Timeout("it is still sending")
+            except HTTPError as error:
+                raise requests.ConnectionError(error) from error
+            return _Answer(answer.status_code, answer.reason, answer.headers, b"".join(parts))
 
-    def _post(self, body: dict[str, Any], wait_for_it: bool) -> requests.Response:
+    def _post(self, body: dict[str, Any], wait_for_it: bool) -> _Answer:
         """What the service answers when it is not busy. _Unanswered where it is, or is away, until the deadline."""
         end, pause = time.monotonic() + self.options.deadline, PAUSE
         while True:
             asked_for = 0.0
             silence = min(self.options.timeout, max(end - time.monotonic(), 0.01))
             try:
-                answer = self._once(body, silence)
+                answer = self._once(body, silence, end)
                 if answer.status_code not in BUSY:
                     return answer
                 problem, asked_for = f"{answer.status_code} {answer.reason}", _retry_after(answer)
@@ -209,28 +225,31 @@ class Judge:
             with self._counting:
                 self.usage.retries += 1
 
-    def _read(self, answer: requests.Response) -> Reply:
+    def _read(self, answer: _Answer) -> Reply:
         """The reply in what a service answers. _Unanswered where there is none."""
         try:
-            content = answer.json()
+            content = json.loads(answer.body)
             choice, usage = content["choices"][0], content.get("usage") or {}
-            text, details = choice["message"].get("content") or "", usage.get("prompt_tokens_details") or {}
+            text, details = choice["message"].get("content"), usage.get("prompt_tokens_details") or {}
+            finish, refused = str(choice.get("finish_reason") or "stop"), bool(choice["message"].get("refusal"))
+            if text is None and (refused or finish != "stop"):  # there was no room for it, or it was kept back
+                text = ""
             if not isinstance(text, str):
                 raise TypeError("content is no text")
             return Reply(
                 text,
-                str(choice.get("finish_reason") or "stop"),
-                bool(choice["message"].get("refusal")),
+                finish,
+                refused,
                 int(usage.get("prompt_tokens") or 0),
                 int(usage.get("completion_tokens") or 0),
                 int(details.get("cached_tokens") or 0),
             )
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
             raise _Unanswered(
                 f"the judge at {self.url} must answer as OpenAI's chat completions do, not {self._said(answer)}"
             ) from None
 
-    def _complaint(self, answer: requests.Response) -> str:
+    def _complaint(self, answer: _Answer) -> str:
         if answer.status_code in (401, 403):  # what it says may repeat the key
             name = self.options.api_key_env
             key = f"the key in {name}" if name else "requests without a key; name its variable in api_key_env"
@@ -242,9 +261,23 @@ class Judge:
             )
         return f"the judge at {self.url} does not answer but says {self._said(answer)}"
 
-    def _said(self, answer: requests.Response) -> str:
+    def _said(self, answer: _Answer) -> str:
         text = self._auth.without(answer.text)[:300]  # in this order: half a key is not found
         return f"{answer.status_code} {answer.reason}: {text}"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came back over HTTP, read to its end."""
+
+    status_code: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", errors="replace")
 
 
 class _Unanswered(Exception):
@@ -275,7 +308,7 @@ class _Key(AuthBase):
         return text.replace(self._key, "...") if self._key else text
 
 
-def _retry_after(answer: requests.Response) -> float:
+def _retry_after(answer: _Answer) -> float:
     """Seconds that a busy service asks for; 0 where it names none, or a date."""
     try:
         return max(0.0, float(answer.headers.get("Retry-After", 0)))

@@ -111,6 +111,8 @@ def file_rows(path: Path) -> Iterator[Any]:
         elif kind == "parquet":
             yield from _parquet_rows(path)
         else:
+            if not path.exists():
+                raise FileNotFoundError
             raise UserError(f"cannot read {path}: use a file ending in {', '.join(SUFFIXES)}")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; check the path") from None

@@ -17,15 +17,12 @@ from numpy.typing import NDArray
 
 from beaver_ray.data.mapping import entry_source
 from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, open_source, read_source
-from beaver_ray.data_options import DataEntry, data_entry, data_label
+from beaver_ray.data_options import MOST_COPIES, SYNTAX, DataEntry, data_entry, data_label, read_proportion
 from beaver_ray.errors import UserError
 from beaver_ray.yaml_files import yaml_value
 
 Spec = str | DataEntry | Mapping[str, Any]
 """An entry of a list of data sets: as text, as an option, or as such an option's plain values."""
-
-MOST_COPIES = 1000
-SYNTAX = "NAME[:PROPORTION[:PATH]] with PROPORTION a number, a/b, or n/-1 for exactly n samples"
 
 
 @dataclass(frozen=True)
@@ -95,23 +92,10 @@ def parse_spec(spec: Spec) -> MixSpec:
 
 
 def _proportion(amount: str, text: str) -> MixSpec:
-    proportion: float | Fraction = 1.0
-    count: int | None = None
     try:
-        numerator, slash, denominator = (amount.strip() or "1").partition("/")
-        if slash and int(denominator) == -1:
-            count = int(numerator)
-        elif slash:
-            proportion = Fraction(int(numerator), int(denominator))
-        else:
-            proportion = float(numerator)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"bad proportion '{amount}' in dataset '{text}': write {SYNTAX}") from error
-    if not 0 <= (proportion if count is None else count) < math.inf:
-        raise UserError(f"proportion '{amount}' in dataset '{text}' is negative or infinite: write {SYNTAX}")
-    if proportion > MOST_COPIES:
-        raise UserError(f"proportion '{amount}' in dataset '{text}' is above {MOST_COPIES}: lower it")
-    return MixSpec("", proportion, count)
+        return MixSpec("", *read_proportion(amount))
+    except ValueError as error:
+        raise UserError(f"dataset '{text}': {error}") from None
 
 
 def parse_mix(specs: Sequence[Spec]) -> dict[str, MixSpec]:

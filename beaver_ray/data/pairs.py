@@ -41,6 +41,13 @@ def pair_id(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 
 
+def with_id(row: Mapping[str, Any]) -> Row:
+    """The row with the ``id`` of its texts (`pair_id`); another that it had stays as ``source_id``."""
+    own = pair_id(row)
+    source = {} if row.get("id") in (None, own) else {"source_id": row["id"]}
+    return {"id": own, **row} | {"id": own} | source
+
+
 def draw_pairs(answers: Iterable[Mapping[str, Any]], each: int, seed: int) -> tuple[list[Row], Counter[str]]:
     """Up to ``each`` pairs of different answers to a prompt, drawn without replacement, in random order.
 
@@ -82,7 +89,7 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Row:
     about = {name: value for name, value in first.items() if name not in ANSWER}
     answers = {"response_0": first["response"], "response_1": second["response"]}
     row = about | answers | {"model_0": first["model"], "model_1": second["model"]}
-    return {"id": pair_id(row), **row}
+    return with_id(row)
 
 
 def unlabelled(row: Mapping[str, Any]) -> Row:
@@ -100,7 +107,7 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
     """The rows that are pairs, each with its ``id``, and how many others there were for which reason.
 
     Raises UserError for a row whose ``id`` is that of other texts, and where no pair is left. What is no such hash, a
-    number of the user's own, is replaced.
+    number of the user's own, becomes ``source_id``.
     """
     pairs: dict[str, Row] = {}
     left_out: Counter[str] = Counter()
@@ -119,7 +126,7 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
         if own in pairs:
             both = [(row.get(name), pairs[own].get(name)) for name in LABELS]
             left_out["repeated pair" if all(a == b or None in (a, b) for a, b in both) else OTHER_LABELS] += 1
-        pairs.setdefault(own, {"id": own, **row} | {"id": own})
+        pairs.setdefault(own, with_id(row))
     if not pairs:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"
         raise UserError(

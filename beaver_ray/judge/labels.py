@@ -18,7 +18,7 @@ from typing import Any
 
 from beaver_ray.bounds import clopper_pearson
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.pairs import pair_id, unlabelled
+from beaver_ray.data.pairs import unlabelled, with_id
 from beaver_ray.data.sources import RawSample, field_value, fits
 from beaver_ray.errors import UserError
 from beaver_ray.judge.pairwise import Answer, Ask, Comparison, PairCounts, Verdict, compare, judge_each
@@ -271,5 +271,4 @@ def _row(sample: RawSample) -> dict[str, Any]:
     others = {key: value for key, value in unlabelled(sample.fields).items() if key not in ("audit", "judge")}
     prompt = sample.input if isinstance(sample.input, str) else list(sample.input)
     texts = {"prompt": prompt, "response_0": sample.answer, "response_1": sample.other_answer}
-    row = {**others, **sample.system_row, **texts}
-    return row | {"id": pair_id(row)}
+    return with_id({**others, **sample.system_row, **texts})

@@ -221,4 +221,5 @@ def broken(path: Path, error: Exception) -> UserError:
     """The error for a file of labels that cannot be read at all."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"there is no file {path}; check the path")
-    return UserError(f"{path} is no file of labels ({first_line(error)}); save it again")
+    mend = "save it as UTF-8 (CSV UTF-8 in Excel)" if isinstance(error, UnicodeDecodeError) else "save it again"
+    return UserError(f"{path} is no file of labels ({first_line(error)}); {mend}")

@@ -19,6 +19,8 @@ from beaver_ray.data.templates import Template
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.models.loading import check_model_folder, context_length, default_device, load_safely, load_tokenizer
 
+COLD = 1e-5  # temperatures below take the likeliest token, as vLLM has it: logits divided by them overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -137,7 +139,7 @@ class ChatModel:
         self.asked += 1
         pieces, stopped = _Pieces(self.reader, show), False
         heat = self.sampling.temperature
-        how: dict[str, Any] = {"do_sample": True, "temperature": heat} if heat > 0 else {"do_sample": False}
+        how: dict[str, Any] = {"do_sample": True, "temperature": heat} if heat >= COLD else {"do_sample": False}
         tokens_1T = torch.tensor([prompt], device=self.model.device)
         try:
             self.model.generate(

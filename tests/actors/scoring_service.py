@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
+BLANK_S = 0.05
 Score = Callable[[list[str], list[str]], list[float]]
 
 
@@ -27,6 +29,8 @@ class Service(ThreadingHTTPServer):
         """Of each request."""
         self.instead: list[tuple[int, dict[str, str], bytes]] = []
         self.silent = threading.Event()
+        self.blanks = 0
+        """Sent one by one, BLANK_S apart, before an answer."""
 
     def answer(self, body: dict[str, Any]) -> Any:
         """What goes back, as JSON."""
@@ -60,9 +64,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             status, headers, answer = 200, {}, json.dumps(self.server.answer(body)).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+        for name, value in {"Content-Length": str(self.server.blanks + len(answer)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        for _ in range(self.server.blanks):
+            self.wfile.write(b" ")
+            time.sleep(BLANK_S)
         self.wfile.write(answer)
 
     def log_message(self, *_: Any) -> None:

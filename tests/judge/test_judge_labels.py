@@ -127,14 +127,15 @@ def test_what_cannot_be_read_or_contradicts_itself_goes_to_people() -> None:
 
 
 def test_labels_that_rows_came_with_are_not_kept() -> None:
-    """Nor is an id of somebody else's, by which `label export` could not find the pair again."""
+    """An id of somebody else's, by which `label export` could not find the pair again, has another name."""
     theirs = {"id": 23, "better_response_id": 1, "is_response_0_safe": 0, "source": "x"}
     sample = RawSample("Well?", "+", "", fields=theirs)
     rubrics = {"helpfulness": RUBRICS["helpfulness"]}
     found = label_pairs([sample], rubrics, ask_of(honest))  # type: ignore[arg-type]
     (row,) = found.rows
     assert row.pop("id") == pair_id(row)
-    assert row == {"source": "x", "prompt": "Well?", "response_0": "+", "response_1": "", "better_response_id": 0}
+    own = {"source_id": 23, "source": "x"}
+    assert row == own | {"prompt": "Well?", "response_0": "+", "response_1": "", "better_response_id": 0}
 
 
 def canaries(count: int, first: str = "+ one") -> list[RawSample]:

@@ -332,6 +332,9 @@ def test_a_table_that_was_filled_in_elsewhere(exported: Callable[..., Export], t
     (tmp_path / "t.csv").write_text(other, encoding="utf-8-sig")
     with pytest.raises(UserError, match=r"t\.csv has no column export and id; save it with commas"):
         import_labels([tmp_path / "t.csv"], tmp_path / "out", tmp_path / "other.jsonl", 1.0)
+    write_table(tmp_path / "t.csv", [row | {"annotator": "Žofie"} for row in rows], encoding="cp1252")
+    with pytest.raises(UserError, match=r"t\.csv is no file of labels .*; save it as UTF-8"):
+        import_labels([tmp_path / "t.csv"], tmp_path / "out", tmp_path / "other.jsonl", 1.0)
 
 
 def test_the_commands(exported: Callable[..., Export], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

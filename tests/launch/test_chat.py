@@ -133,7 +133,7 @@ def test_side_by_side_a_run_and_an_adapter(
     wrapped.save_pretrained(tmp_path / "adapter")
     expected.append(plain(wrapped, tiny_world / "model", [asked[0]]))
     assert expected[0][1] != expected[1][1]
-    out = chat(capsys, monkeypatch, [asked[0]], run, tmp_path / "adapter", "--temperature", 0)
+    out = chat(capsys, monkeypatch, [asked[0]], run, tmp_path / "adapter", "--temperature", 1e-300)
     assert out == ["[run]", *said(expected[0]), "[adapter]", *said(expected[1])]
 
 
@@ -249,6 +249,7 @@ def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer()
         (["MODEL", "--reward", "/nowhere/at/all"], "reward: no model in '/nowhere/at/all'"),
         (["MODEL", "--reward", "python:x.txt:f"], "a function that scores is written"),
         (["MODEL", "--temperature", "-1"], "--temperature"),
+        (["MODEL", "--temperature", "inf"], "--temperature"),
         (["MODEL", "--tries", "2"], "--tries goes with --moderation, for example --moderation FOLDER"),
         (["UNFINISHED"], "has no policy in final/policy"),
         (["ADAPTER"], "names no base_model_name_or_path"),

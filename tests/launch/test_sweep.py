@@ -173,6 +173,10 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
         sweep(cost_file, ["epochs=0.1"], missing, [0])
     assert len(json.loads((tmp_path / "runs" / "cost-by-train.0.path" / "sweep.json").read_text())["runs"]) == 1
 
+    with pytest.raises(UserError, match="bad proportion '12O/-1'"):
+        sweep(cost_file, ["name=typo"], ["train.0.proportion=48/-1,12O/-1"], [0])
+    assert not list((tmp_path / "runs").glob("typo*")), "nothing was trained before that"
+
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     capsys.readouterr()
     sweep(cost_file, [], over, [0, 1])
@@ -180,6 +184,25 @@ def test_a_learning_curve(cost_file: Path, tmp_path: Path, capsys: pytest.Captur
     assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     with pytest.raises(UserError, match="finished run of another configuration"):
         sweep(cost_file, ["epochs=2"], over, [0])
+
+
+def test_runs_without_held_out_figures_have_failed(tiny_world: Path, tmp_path: Path) -> None:
+    """Each for itself, after all have run."""
+    tree = {
+        "stage": "generate",
+        "workspace": str(tmp_path),
+        "name": "ask",
+        "debug": True,
+        "policies": [str(tiny_world / "model")],
+        "prompts": [f"prompts:4/-1:{tiny_world}/prompts/train.jsonl"],
+        "max_prompt_tokens": 32,
+        "rollout": {"max_new_tokens": 16},
+        "answers": 8,
+    }
+    (tmp_path / "ask.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"2 of 2 runs failed; ask-by-pairs/.* has no held-out figures to compare"):
+        sweep(tmp_path / "ask.yaml", [], ["pairs=1,2"], [0])
+    assert len(list((tmp_path / "ask-by-pairs").glob("*/final"))) == 2
 
 
 def test_a_bug_in_one_run_does_not_end_the_others(

@@ -34,6 +34,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeService]:
         yield service
 
 
+THINKING = b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'
+
+
 def judge_of(service: JudgeService, cache: Path, **options: Any) -> Judge:
     return Judge(JudgeOptions(address=service.url, model="m", **options), cache)
 
@@ -95,6 +98,16 @@ def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path, mo
             judge_of(other, tmp_path / "s")(["Hi"])
 
 
+def test_blanks_before_a_reply_are_waited_for_until_the_deadline(service: JudgeService, tmp_path: Path) -> None:
+    service.blanks = 4
+    assert judge_of(service, tmp_path / "r", timeout=0.5, deadline=5)(["Hi"])[0].text == "You said Hi."
+    service.blanks = 400  # 20 seconds, of which none is silent
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"within 0\.5 s \(Timeout: it is still sending\)"):
+        judge_of(service, tmp_path / "s", timeout=0.5, deadline=0.5)(["Hi"])
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
@@ -106,6 +119,12 @@ def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path, mo
         ((200, {}, b"<html>"), "must answer as OpenAI's chat completions do, not 200 OK: <html>"),
         ((200, {}, b'{"choices": []}'), "must answer as OpenAI's"),
         ((200, {}, b'{"choices": [{"message": {"content": 3}}]}'), "must answer as OpenAI's"),
+        (
+            (200, {}, b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'),
+            "must answer as OpenAI's",
+        ),
+        ((200, {}, THINKING[:-1] + b', "usage": {"prompt_tokens": 1e999}}'), "must answer as OpenAI's"),
+        ((200, {}, 9999 * b"["), "must answer as OpenAI's"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -187,6 +206,19 @@ def test_a_text_without_a_readable_reply_costs_no_other_one(
     service.says = lambda text: {"choices": []}
     with pytest.raises(UserError, match="must answer as OpenAI"):
         many(["Hi"])
+
+
+def test_a_reply_without_content_is_one_where_it_was_cut_or_refused(service: JudgeService, tmp_path: Path) -> None:
+    judge = judge_of(service, tmp_path / "r", concurrency=1)
+    judge(["Hi"])
+    refused = b'{"choices": [{"message": {"content": null, "refusal": "no"}, "finish_reason": "stop"}]}'
+    service.instead = [(200, {}, THINKING), (200, {}, refused)]
+    cut, kept_back = judge(["think", "say"])
+    assert (cut.text, cut.finish, cut.refusal) == ("", "length", False)
+    assert (kept_back.text, kept_back.refusal) == ("", True)
+    service.instead = [(200, {}, THINKING.replace(b"length", b"stop"))]
+    assert judge(["more"])[0].text == "" and judge.usage.unanswered == 1
+    assert judge(["think", "more"])[1].text == "You said more.", "asked again, as it was not kept"
 
 
 # The command
