@@ -18,7 +18,7 @@ from beaver_ray.options import Strict, near, option
 
 Scalar = str | int | float | bool | None
 MAPPED = ("prompt", "messages", "system", "answer", "other_answer", "chosen", "rejected")
-LABELS = ("better", "safer", "is_safe", "is_other_safe")
+LABELS = ("better", "safer", "is_safe", "is_other_safe", "strength")
 
 
 MOST_COPIES = 1000
@@ -69,6 +69,7 @@ class DataEntry(Strict):
         "Field that is true where the first answer is more helpful; chosen: it always is.", None
     )
     safer: str | None = option("Field that is true where the first answer is less harmful; chosen: it always is.", None)
+    strength: str | None = option("Field that says by how much the preferred answer is better, a number.", None)
     is_safe: str | None = option("Field that says whether the first answer is safe.", None)
     is_other_safe: str | None = option("Field that says whether the second answer is safe.", None)
 
@@ -93,7 +94,9 @@ class DataEntry(Strict):
             raise ValueError("messages hold the prompt; leave prompt out")
         if self.other_answer is not None and self.answer is None and self.messages is None:
             raise ValueError("other_answer needs answer")
-        labels = [option for option in ("better", "safer", "is_other_safe") if getattr(self, option) is not None]
+        labels = [
+            option for option in ("better", "safer", "strength", "is_other_safe") if getattr(self, option) is not None
+        ]
         if labels and self.chosen is None and self.other_answer is None:
             raise ValueError(f"{labels[0]} compares two answers: give chosen and rejected, or answer and other_answer")
         if empty := [field for field, wanted in self.where.items() if wanted == []]:

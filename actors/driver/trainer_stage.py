@@ -193,8 +193,8 @@ class ScoreModelStage(RankingConfig, TrainerStage):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ScoreModelStage:
-        if self.loss == "token" and (self.noise.margin or self.noise.smoothing):
-            raise ValueError("noise.margin and noise.smoothing are of end scores; set loss: sequence")
+        if self.loss == "token" and (self.noise.margin or self.noise.smoothing or self.noise.soft):
+            raise ValueError("noise.margin, smoothing and soft are of end scores; set loss: sequence")
         if self.lm_loss and self.engine.zero_stage == 3:
             raise ValueError("lm_loss needs the whole head in every process; set engine.zero_stage to 2 at most")
         return self

@@ -67,16 +67,19 @@ class MappedReader:
         if len(answers) == 2 and answers[0] == answers[1]:
             raise BadRow("identical responses")
         used = {str(getattr(entry, option)).partition(".")[0] for option in entry.mapped}
-        fields = rest(row, *used)
+        fields = rest(row, *used) if entry.keep is None else _kept(entry.keep, row)
+        better = self._compared(row, "better")
+        if entry.strength is not None:  # of the label that there is; of the first one where there are both
+            fields["safety_strength_mean" if better is None else "strength_mean"] = field_value(row, entry.strength)
         return RawSample(
             turns[0] if len(turns) == 1 else turns,
             answers[0] if answers else None,
             answers[1] if len(answers) > 1 else None,
-            better=self._compared(row, "better"),
+            better=better,
             safer=self._compared(row, "safer"),
             is_safe=self._safe(row, entry.is_safe),
             is_other_safe=self._safe(row, entry.is_other_safe),
-            fields=fields if entry.keep is None else _kept(entry.keep, row),
+            fields=fields,
             system=system,
         )
 

@@ -358,6 +358,16 @@ MAPPED: list[tuple[dict[str, Any], dict[str, Any], RawSample]] = [
         RawSample("q", "1", "2", safer=True, is_safe=True, is_other_safe=False),
     ),
     (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "strength": "by"},
+        {"p": "q", "c": "1", "r": "2", "by": 2.5},
+        RawSample("q", "1", "2", better=True, fields={"strength_mean": 2.5}),
+    ),
+    (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "safer": "chosen", "strength": "by.much"},
+        {"p": "q", "c": "1", "r": "2", "by": {"much": 1}},
+        RawSample("q", "1", "2", safer=True, fields={"safety_strength_mean": 1}),
+    ),
+    (
         {"prompt": "p", "chosen": "c", "rejected": "r", "safer": "s"},
         {"p": "q", "c": "1", "r": "2", "s": False},
         RawSample("q", "1", "2", better=True, safer=False),
@@ -394,8 +404,8 @@ def test_fields_mapped_in_the_configuration(
     path = write(tmp_path / "a.jsonl", [{**row, "kind": "k", "tests": ["t"]}])
     samples, _ = load_mix([{"path": path, **entry}])
     assert samples == [expected]
-    assert samples[0].fields["kind"] == "k" and samples[0].fields["tests"] == ["t"]
-    assert load_mix([{"path": path, **entry, "keep": ["kind"]}])[0][0].fields == {"kind": "k"}
+    assert samples[0].fields.items() >= ({"kind": "k", "tests": ["t"]} | expected.fields).items()
+    assert load_mix([{"path": path, **entry, "keep": ["kind"]}])[0][0].fields == {"kind": "k"} | expected.fields
 
 
 @pytest.mark.parametrize(
