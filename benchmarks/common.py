@@ -66,7 +66,8 @@ def prepare(workspace: Path, seed: int, stages: Mapping[str, dict[str, Any]] = S
     pipeline = workspace / "pipeline.yaml"
     content = {"workspace": str(workspace), "world": {"seed": seed, **world}, "stages": list(stages.values())}
     pipeline.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-    settings = [f"{name}.{s}" for name in stages for s in ("debug=true", "cluster.threads=1", f"seed={seed}")]
+    files = dict.fromkeys(Path(entry["config"]).stem for entry in stages.values())
+    settings = [f"{file}.{s}" for file in files for s in ("debug=true", "cluster.threads=1", f"seed={seed}")]
     launch("pipeline", str(pipeline), *settings)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/harder_world.py --seeds 0 1 2 --jobs 2 --out benchmarks/harder_world.json
 
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
-and refusal of benign and borderline prompts, and both with privacy. For each run the means over the evaluations in the
+and refusal of benign and borderline prompts, the same by a reward model of graded labels (graded.yaml: the same pairs,
+with grades), and both with privacy. For each run the means over the evaluations in the
 last fifth of training, on held-out prompts: reward as share of the optimum under that run's constraints, rates, and
 refusals by kind of prompt; and the first of these of the policy handed out, the mean of that fifth's weights. Complete
 runs in the working folder are skipped.
@@ -25,11 +26,19 @@ HARDER = CONFIGS / "harder"
 METHODS = {
     "harm": ("safe_ppo.yaml", ["constraints.refusal.limit=1"]),
     "harm_refusal": ("safe_ppo.yaml", []),
+    "harm_refusal_graded": (
+        "safe_ppo.yaml",
+        ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"],
+    ),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
-WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000}
+WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
 MODELS = STAGES | {
     "reward_model": {"config": str(CONFIGS / "reward_model.yaml")},
+    "graded_reward": {
+        "config": str(CONFIGS / "reward_model.yaml"),
+        "set": {"name": "graded_reward", "noise.soft": 1.0},
+    },
     "privacy_model": {"config": str(HARDER / "privacy_model.yaml")},
 }
 
