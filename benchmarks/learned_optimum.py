@@ -2,7 +2,8 @@
 
     python benchmarks/learned_optimum.py runs/benchmark/seed_0 runs/benchmark/seed_1
 
-Each folder is a workspace with `world/` and `reward_model/`, as small_world.py and harder_world.py leave. The best
+Each folder is a workspace with `world/` and `reward_model/`, as small_world.py and harder_world.py leave; `--model`
+names another reward model beside it. The best
 policy is the solution of the linear program of the world (the recipes' limits, by the truth) with learned rewards, of
 answers that have a word that belongs there at every step, on the harder world of refusals too; it is then judged by the
 true rewards. `share` is that over the constrained optimum. Shorter answers and words out of place, which a policy may
@@ -39,10 +40,10 @@ def menu(world: SmallWorld, topic: str) -> list[str]:
     return [" ".join(answer) for answer in itertools.product(*steps)] + [REFUSAL] * bool(world.leaks)
 
 
-def figures(workspace: Path) -> dict[str, float | str]:
+def figures(workspace: Path, name: str) -> dict[str, float | str]:
     """The optimum, what the best policy under the learned reward is worth by the truth, and their ratio."""
     world = SmallWorld.load(workspace / "world" / "world.json")
-    folder = str(workspace / "reward_model" / "final" / "reward_model")
+    folder = str(workspace / name / "final" / "reward_model")
     tokenizer = load_tokenizer(folder)
     model = load_score_model(folder, "reward", torch.float32).eval()
 
@@ -74,6 +75,7 @@ def figures(workspace: Path) -> dict[str, float | str]:
     )
     return {
         "workspace": workspace.name,
+        "model": name,
         "optimum": best,
         "reached": round(reached, 4),
         "share": round(reached / best, 3),
@@ -84,9 +86,12 @@ def main() -> None:
     """Figures of every workspace, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspaces", type=Path, nargs="+")
+    parser.add_argument("--model", action="append", help="reward models, by their runs' names (reward_model)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "learned_optimum.json")
     options = parser.parse_args()
-    result = {"limits": LIMITS, "runs": [figures(workspace) for workspace in options.workspaces]}
+    models = options.model or ["reward_model"]
+    runs = [figures(workspace, name) for name in models for workspace in options.workspaces]
+    result = {"limits": LIMITS, "runs": runs}
     write(options.out, result)
     print(json.dumps(result, indent=2))
 
