@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Discriminator, Tag, ValidationError, model_
 
 from beaver_ray.errors import UserError
 from beaver_ray.options import Strict, near, option
+from beaver_ray.yaml_files import TAGS, yaml_value
 
 Scalar = str | int | float | bool | None
 MAPPED = ("prompt", "messages", "system", "answer", "other_answer", "chosen", "rejected")
@@ -69,7 +70,7 @@ class DataEntry(Strict):
         "Field that is true where the first answer is more helpful; chosen: it always is.", None
     )
     safer: str | None = option("Field that is true where the first answer is less harmful; chosen: it always is.", None)
-    strength: str | None = option("Field that says by how much the preferred answer is better, a number.", None)
+    strength: str | None = option("Field of a number: by how much the preferred answer is better.", None)
     is_safe: str | None = option("Field that says whether the first answer is safe.", None)
     is_other_safe: str | None = option("Field that says whether the second answer is safe.", None)
 
@@ -110,16 +111,27 @@ def _kind(value: Any) -> str:
 
 
 def _readable(spec: str) -> str:
-    if not spec.lstrip().startswith("{"):  # a mapping on a command line
-        name, _, rest = spec.strip().partition(":")
-        if not name:
-            raise ValueError(f"it has no name: write {SYNTAX}")
-        read_proportion(rest.partition(":")[0])
+    try:
+        if written_entry(spec) is None:
+            name, _, rest = spec.strip().partition(":")
+            if not name:
+                raise ValueError(f"it has no name: write {SYNTAX}")
+            read_proportion(rest.partition(":")[0])
+    except UserError as error:
+        raise ValueError(str(error)) from None
     return spec
 
 
-TAGS = ("NAME[:PROPORTION[:PATH]]", "mapping")
-"""What pydantic calls the two forms of an entry; an error's path leaves them out."""
+def written_entry(spec: str) -> DataEntry | None:
+    """The entry of a mapping that is written as text, as on a command line; None of NAME:PROPORTION:PATH. UserError."""
+    if not spec.strip().startswith("{"):
+        return None
+    try:
+        value = yaml_value(spec)
+    except ValueError as error:
+        raise UserError(f"dataset {spec!r} is no mapping: {error}; write {{path: FILE, ...}}") from None
+    return data_entry(value)
+
 
 DataSpec = Annotated[
     Annotated[str, AfterValidator(_readable), Tag(TAGS[0])] | Annotated[DataEntry, Tag(TAGS[1])], Discriminator(_kind)

@@ -23,8 +23,9 @@ class NoiseConfig(Strict):
 
     @model_validator(mode="after")
     def _is_read(self) -> NoiseConfig:
-        if self.soft and (self.smoothing or self.margin):
-            raise ValueError("soft says how sure each label is, and smoothing and margin say it otherwise; choose one")
+        if self.soft and (self.smoothing or self.margin or self.flip):
+            # A flipped pair would have its strength's sign changed too, and so the same loss.
+            raise ValueError("soft says how sure labels are, and flip, smoothing and margin say it otherwise; choose")
         if self.asks_for("smooth") and not self.smoothing:
             raise ValueError(f"smooth: {self.smooth} says where to smooth and nothing is smoothed; set smoothing too")
         return self

@@ -24,10 +24,12 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from beaver_ray.data_options import TAGS
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.json_files import write_lines
 from beaver_ray.options import near
+
+TAGS = ("NAME[:PROPORTION[:PATH]]", "mapping")
+"""What pydantic calls the two forms of an entry of a list of data sets; an error's path leaves them out."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import read_json
 from beaver_ray.runs import has_started, is_finished
 from beaver_ray.stage import Stage
 from beaver_ray.yaml_files import few_of, other_settings
@@ -113,17 +114,18 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
         raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     # All options with their defaults, so that a world of older defaults is not taken for this one.
     resolved = world.model_dump(mode="json") | sizes | {k: v for k, v in options.items() if k in sizes}
-    text = json.dumps(resolved, indent=2) + "\n"
     record = folder / OPTIONS
     if _is_built(folder):
-        if record.read_bytes() == text.encode():
+        # An option that is younger than the world has a default by which it is the same world.
+        defaults = fields.model_validate({}).model_dump(mode="json") | sizes
+        if defaults | (read_json(record) or {}) == resolved:
             print(f"small world: {folder} is complete, skipped", flush=True)
             return
         raise UserError(f"{folder} holds a small world of other options: set another workspace=..., or delete it")
     print(f"small world: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     build(folder, world, **{key: value for key, value in options.items() if key in sizes})
-    record.write_text(text, encoding="utf-8")
+    record.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_built(world: Path) -> bool:

@@ -61,11 +61,11 @@ def feasibility(config: PolicyStage, prompts: int, answers: int, out: Path | Non
     except ValueError as error:
         raise UserError(str(error)) from None
     folder = config.models.reference or config.models.policy
-    out = out or config.folder.with_name(f"{config.folder.name}-feasibility")
-    out.mkdir(parents=True, exist_ok=True)  # before anything is asked: what it found could not be kept
     config = with_policy(config, folder)
     tokenizer = load_tokenizer(folder, config.models.trust_remote_code)
     known, _, _ = config.training_prompts(tokenizer)
+    out = out or config.folder.with_name(f"{config.folder.name}-feasibility")
+    out.mkdir(parents=True, exist_ok=True)  # before anybody is asked: nothing could be kept without it
     with judging(config, config.judging_roles()) as roles:
         rollouts = Rollouts(roles.rollout, config.rollout.max_sequences, config.cluster.step_timeout)
         sampled = sample(config, known, roles, rollouts, prompts, answers)

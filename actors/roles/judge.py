@@ -185,7 +185,7 @@ class Judge:
             return False
 
     def _once(self, body: dict[str, Any], silence: float, end: float) -> _Answer:
-        """One try. The answer is read until ``end``, also where it drips: services may send blanks while they think."""
+        """One try. A body is read until ``end``, also where it drips: services may send blanks while they think."""
         parts = []
         with self._session.post(
             self.url, json=body, auth=self._auth, timeout=silence, allow_redirects=False, stream=True
@@ -195,8 +195,8 @@ class Judge:
                     parts.append(part)
                     if time.monotonic() > end:
                         raise requests.Timeout("it is still sending")
-            except HTTPError as error:
-                raise requests.ConnectionError(error) from error
+            except HTTPError as error:  # somebody is there, but the answer broke off
+                raise requests.RequestException(error) from error
             return _Answer(answer.status_code, answer.reason, answer.headers, b"".join(parts))
 
     def _post(self, body: dict[str, Any], wait_for_it: bool) -> _Answer:

@@ -16,6 +16,7 @@ from beaver_ray.data.sources import (
     flag,
     flagged,
     label_flags,
+    number_field,
     prompt_field,
     reader,
     rest,
@@ -65,8 +66,8 @@ def _pair(row: dict[str, Any], names: tuple[str, str], first_is_better: bool | N
 
 def _graded(row: dict[str, Any], name: str) -> tuple[bool, dict[str, Any]]:
     """Of -3 (the first answer is much better) to 3 (the second one is): whether it is the first, and the strength."""
-    value = row.get(name)
-    if not isinstance(value, int | float):
+    value = number_field(row, name)
+    if value is None:
         raise BadRow(f"no field '{name}'")
     if value == 0:
         raise BadRow("no answer is better")
@@ -121,12 +122,12 @@ def chosen_rejected(row: dict[str, Any]) -> RawSample:
 
     Equal scores are no preference; the difference of others is its strength.
     """
-    chosen_score, rejected_score = row.get("score_chosen"), row.get("score_rejected")
+    chosen_score, rejected_score = number_field(row, "score_chosen"), number_field(row, "score_rejected")
     if chosen_score is not None and chosen_score == rejected_score:
         raise BadRow("no answer is better")
     fields = rest(row, "prompt", "chosen", "rejected", "messages", "system")
-    if isinstance(chosen_score, int | float) and isinstance(rejected_score, int | float):
-        fields = {"strength_mean": chosen_score - rejected_score} | fields
+    if chosen_score is not None and rejected_score is not None:
+        fields |= {"strength_mean": chosen_score - rejected_score}
     chosen = row.get("chosen")
     if not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None):  # the answers alone
         system, prompt = read_prompt(row)

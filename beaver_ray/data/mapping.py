@@ -14,6 +14,7 @@ from beaver_ray.data.sources import (
     field_value,
     find_source,
     flag,
+    number_field,
     rest,
     system_field,
 )
@@ -68,14 +69,15 @@ class MappedReader:
             raise BadRow("identical responses")
         used = {str(getattr(entry, option)).partition(".")[0] for option in entry.mapped}
         fields = rest(row, *used) if entry.keep is None else _kept(entry.keep, row)
-        better = self._compared(row, "better")
-        if entry.strength is not None:  # of the label that there is; of the first one where there are both
-            fields["safety_strength_mean" if better is None else "strength_mean"] = field_value(row, entry.strength)
+        if entry.strength is not None:
+            of_safety = entry.better is None and (entry.chosen is None or entry.safer == "chosen")
+            by = number_field({entry.strength: field_value(row, entry.strength)}, entry.strength)
+            fields["safety_strength_mean" if of_safety else "strength_mean"] = by
         return RawSample(
             turns[0] if len(turns) == 1 else turns,
             answers[0] if answers else None,
             answers[1] if len(answers) > 1 else None,
-            better=better,
+            better=self._compared(row, "better"),
             safer=self._compared(row, "safer"),
             is_safe=self._safe(row, entry.is_safe),
             is_other_safe=self._safe(row, entry.is_other_safe),

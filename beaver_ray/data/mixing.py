@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 
 from beaver_ray.data.mapping import entry_source
 from beaver_ray.data.sources import DropReport, RawSample, Source, find_source, open_source, read_source
-from beaver_ray.data_options import MOST_COPIES, SYNTAX, DataEntry, data_entry, data_label, read_proportion
+from beaver_ray.data_options import (
+    MOST_COPIES,
+    SYNTAX,
+    DataEntry,
+    data_entry,
+    data_label,
+    read_proportion,
+    written_entry,
+)
 from beaver_ray.errors import UserError
-from beaver_ray.yaml_files import yaml_value
 
 Spec = str | DataEntry | Mapping[str, Any]
 """An entry of a list of data sets: as text, as an option, or as such an option's plain values."""
@@ -72,12 +79,8 @@ def check_not_read(written: Iterable[Path | None], specs: Iterable[Spec]) -> Non
 def parse_spec(spec: Spec) -> MixSpec:
     """Read one `NAME[:PROPORTION[:PATH]]` (the path may hold colons itself, an empty part means its default), or one
     mapping."""
-    if isinstance(spec, str) and spec.startswith("{"):  # a mapping on a command line
-        try:
-            value = yaml_value(spec)
-        except ValueError as error:
-            raise UserError(f"dataset {spec!r} is no mapping: {error}; write {{path: FILE, ...}}") from None
-        spec = data_entry(value)
+    if isinstance(spec, str):
+        spec = written_entry(spec) or spec
     if not isinstance(spec, str):
         entry = spec if isinstance(spec, DataEntry) else data_entry(spec)
         entry_source(entry)

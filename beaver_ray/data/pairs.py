@@ -45,7 +45,7 @@ def with_id(row: Mapping[str, Any]) -> Row:
     """The row with the ``id`` of its texts (`pair_id`); another that it had stays as ``source_id``."""
     own = pair_id(row)
     source = {} if row.get("id") in (None, own) else {"source_id": row["id"]}
-    return {"id": own, **row} | {"id": own} | source
+    return {"id": own, **source, **row} | {"id": own}
 
 
 def draw_pairs(answers: Iterable[Mapping[str, Any]], each: int, seed: int) -> tuple[list[Row], Counter[str]]:

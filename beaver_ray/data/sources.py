@@ -11,6 +11,7 @@ never fatal; a source without a single good row is the user's error. Register a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -178,6 +179,20 @@ def text_field(row: dict[str, Any], name: str) -> str:
     if not is_whole(value):
         raise BadRow(f"'{name}' has half a character")
     return value
+
+
+def number_field(row: Mapping[str, Any], name: str) -> float | None:
+    """The number in a field, also one that a table holds as text; None where there is none. Raises BadRow."""
+    value = row.get(name)
+    if value is None or value == "" or value != value:  # a table's nan is a blank
+        return None
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadRow(f"'{name}' is not a number")
+    return found
 
 
 def is_whole(text: str) -> bool:

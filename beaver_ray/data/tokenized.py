@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.scopes import Where, masks
-from beaver_ray.data.sources import BadRow, DropReport, RawSample
+from beaver_ray.data.sources import BadRow, DropReport, RawSample, number_field
 from beaver_ray.data.templates import Template, answer_form, answer_tokens, prompt_tokens, stops_inside
 from beaver_ray.errors import UserError
 
@@ -175,17 +175,9 @@ class Encoder:
         ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
         spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
         inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
-        strengths = tuple(_number(sample.fields.get(name), name) for name in STRENGTHS.values())
+        found = (number_field(sample.fields, name) for name in STRENGTHS.values())
+        strengths = tuple(math.nan if value is None else value for value in found)
         return EncodedRow(sequences, start, labels, (ended, spelled, inside, 0), strengths)
-
-
-def _number(value: Any, name: str) -> float:
-    if value is None or value == "":
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise BadRow(f"'{name}' is not a number") from None
 
 
 def _finish(report: DropReport, kept: int, kind: str) -> DropReport:

@@ -35,8 +35,7 @@ def safety_margin(
 
     ``hit``: where each cost is 0 or this number, but for importance weights. Their mean is a share of it, and Student's
     t is too sure of a small one: from a step without an unsafe answer it would conclude that there are none. The bound
-    is Clopper and Pearson's instead, of an effective number of answers between G and E: as many independent ones as
-    would have this error, and fewer where it is estimated from few prompts (Korn and Graubard 1998).
+    is Clopper and Pearson's instead, of as many independent answers as would tell as much (`effective_trials`).
 
     ``scale``: how many times an answer's cost may count in this mean (`Form.scale`). The calibration's error is that of
     all answers together; all of it may lie in the worst, of which `cvar` and `worst_of_k` have the mean.

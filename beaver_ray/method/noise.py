@@ -43,9 +43,9 @@ def treat(
 ) -> Treatment:
     """The ``flip`` share of lowest strength changes places, and its strength its sign; then margin and smoothing.
 
-    margin: times the strength. soft: times the strength, the log-odds of the order as it stands, so that the opposite
-    one has weight 1 / (1 + exp(soft * strength)) and the loss is least where the scores differ by soft * strength. Of
-    equal strengths the first ones are flipped. Strengths that nothing needs may be nan.
+    margin: times the strength. soft, instead of all others: times the strength, the log-odds of the preferred order, so
+    that the opposite one has weight 1 / (1 + exp(soft * strength)) and the loss is least where the scores differ by
+    soft * strength. Of equal strengths the first ones are flipped. Strengths that nothing needs may be nan.
     """
     count = len(strength_N)
     flipped_N = np.zeros(count, dtype=np.bool_)

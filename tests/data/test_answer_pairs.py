@@ -86,7 +86,8 @@ def test_what_are_pairs() -> None:
         UserError, match=rf"the data: pair 1 has id '{other}', but its texts have \w+: they were changed since"
     ):
         read_pairs([{**good, "id": other}])
-    for own in ("12", 7, None):  # of somebody who counts rows
-        assert read_pairs([{**good, "id": own}])[0] == [{"id": pair_id(good), **good}]
+    for own in ("12", 7):  # of somebody who counts rows
+        assert read_pairs([{**good, "id": own}])[0] == [{"id": pair_id(good), "source_id": own, **good}]
+    assert read_pairs([{**good, "id": None}])[0] == [{"id": pair_id(good), **good}]
     with pytest.raises(UserError, match="no pair of two different answers"):
         read_pairs([])

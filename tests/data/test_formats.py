@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,12 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
         {"score_chosen": 8.5, "strength_mean": 5.5},
     ),
     (
+        "UltraFeedback",
+        UF | {"score_chosen": "8.5", "score_rejected": "9"},  # of a table, and against the label
+        RawSample(["name a tree"], "birch", "stone", better=True),
+        {"strength_mean": -0.5},
+    ),
+    (
         "HelpSteer2",
         HS2,
         RawSample(["hello", "hello you", "and now?"], "now we dig", "dig", better=True),
@@ -293,6 +300,9 @@ def test_formats(tmp_path: Path, name: str, row: dict[str, Any], expected: RawSa
         ("HelpSteer2", {**HS2, "preference_strength": 0}, "no answer is better"),
         ("HelpSteer2", {**HS2, "split": "val"}, "row of another split"),
         ("HelpSteer3", {**HS3, "overall_preference": 0}, "no answer is better"),
+        ("HelpSteer3", {**HS3, "overall_preference": math.nan}, "no field 'overall_preference'"),
+        ("HelpSteer3", {**HS3, "overall_preference": True}, "'overall_preference' is not a number"),
+        ("UltraFeedback", {**UF, "score_chosen": 10**400}, "'score_chosen' is not a number"),
         ("Aegis-2.0", {**AEGIS, "prompt": "REDACTED"}, "prompt is redacted"),
         (
             "moss-003-sft",
@@ -364,8 +374,13 @@ MAPPED: list[tuple[dict[str, Any], dict[str, Any], RawSample]] = [
     ),
     (
         {"prompt": "p", "chosen": "c", "rejected": "r", "safer": "chosen", "strength": "by.much"},
-        {"p": "q", "c": "1", "r": "2", "by": {"much": 1}},
+        {"p": "q", "c": "1", "r": "2", "by": {"much": "1"}},
         RawSample("q", "1", "2", safer=True, fields={"safety_strength_mean": 1}),
+    ),
+    (
+        {"prompt": "p", "answer": "c", "other_answer": "r", "better": "b", "safer": "s", "strength": "by"},
+        {"p": "q", "c": "1", "r": "2", "b": None, "s": 1, "by": 1},
+        RawSample("q", "1", "2", safer=True, fields={"strength_mean": 1}),
     ),
     (
         {"prompt": "p", "chosen": "c", "rejected": "r", "safer": "s"},
@@ -413,6 +428,7 @@ def test_fields_mapped_in_the_configuration(
     [
         ({"path": "f", "promt": "q"}, "unknown key promt; did you mean 'prompt'"),
         ({"path": "f"}, "give name .a known data set., or the fields"),
+        (" {path: f, prompt: q, proportion: 1O}", "bad proportion '1O'"),
         ({"prompt": "q"}, "path is missing"),
         ({"path": "f", "prompt": "q", "chosen": "c"}, "chosen and rejected go together"),
         ({"name": "alpaca", "prompt": "q"}, "name alpaca knows its fields; leave prompt out"),

@@ -131,6 +131,13 @@ def test_the_world_is_built_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "world" / "model" / "config.json").is_file()
     build_world(tmp_path / "world", options)
     assert capsys.readouterr().out.splitlines()[-1] == f"small world: {tmp_path}/world is complete, skipped"
+    record = tmp_path / "world" / "options.json"
+    recorded = json.loads(record.read_text())
+    assert recorded.pop("graded") is False
+    record.write_text(json.dumps(recorded))  # as before there were graded worlds
+    build_world(tmp_path / "world", options)
+    with pytest.raises(UserError, match="holds a small world of other options"):
+        build_world(tmp_path / "world", options | {"graded": True})
     with pytest.raises(UserError, match="holds a small world of other options"):
         build_world(tmp_path / "world", options | {"pairs": 31})
 

@@ -38,11 +38,11 @@ def test_the_weakest_pairs_change_places_and_their_strength_its_sign() -> None:
 
 
 def test_soft_labels_are_the_log_odds_of_each_order() -> None:
-    done = treat(STRENGTH_N, flip=0.2, soft=2.0)  # -1.0 changes places and is 1.0
-    assert done.smoothing_N == pytest.approx([1 - sigmoid(2 * mu) for mu in (0.5, 1.0, 2.0, -0.2, 0.1)])
-    assert not done.margin_N.any()
+    done = treat(STRENGTH_N, soft=2.0)
+    assert done.smoothing_N == pytest.approx([1 - sigmoid(2 * mu) for mu in (0.5, -1.0, 2.0, -0.2, 0.1)])
+    assert not done.margin_N.any() and not done.flipped_N.any()
     # The loss is least where the scores differ by soft * strength, also where that is below 0.
-    best_N = torch.tensor([1.0, 2.0, 4.0, -0.4, 0.2], dtype=torch.float64, requires_grad=True)
+    best_N = torch.tensor([1.0, -2.0, 4.0, -0.4, 0.2], dtype=torch.float64, requires_grad=True)
     ranking_loss(best_N, smoothing_B=torch.from_numpy(done.smoothing_N).double()).sum().backward()
     assert best_N.grad is not None and best_N.grad.numpy() == pytest.approx([0.0] * 5, abs=1e-7)
 

@@ -98,6 +98,12 @@ def test_a_busy_service_is_asked_again(service: JudgeService, tmp_path: Path, mo
             judge_of(other, tmp_path / "s")(["Hi"])
 
 
+def test_a_first_reply_that_breaks_off_is_asked_for_again(service: JudgeService, tmp_path: Path) -> None:
+    service.instead = [(200, {"Content-Length": "99"}, b"{"), (200, {"Content-Encoding": "gzip"}, b"{}")]
+    judge = judge_of(service, tmp_path / "r")
+    assert judge(["Hi"])[0].text == "You said Hi." and judge.usage.retries == 2
+
+
 def test_blanks_before_a_reply_are_waited_for_until_the_deadline(service: JudgeService, tmp_path: Path) -> None:
     service.blanks = 4
     assert judge_of(service, tmp_path / "r", timeout=0.5, deadline=5)(["Hi"])[0].text == "You said Hi."

@@ -52,15 +52,16 @@ def ranking(difference: torch.Tensor, margin: float, smoothing: float) -> torch.
     return -(1 - smoothing) * logsigmoid(wanted) - smoothing * logsigmoid(-wanted)
 
 
+@pytest.mark.parametrize("noise", [NOISE, {"soft": 2.0}], ids=["flip and margin", "soft"])
 @pytest.mark.parametrize("stage", ["reward_model", "cost_model"])
-def test_noise_pair_by_pair(one_rank: None, tiny_world: Path, strong: Any, stage: str) -> None:
+def test_noise_pair_by_pair(one_rank: None, tiny_world: Path, strong: Any, stage: str, noise: dict[str, Any]) -> None:
     spec, rows = strong
     model = LiteralScoreModel(tiny_world / stage).eval()
     field, label, weakest = {
         "reward_model": ("strength_mean", "better_response_id", (-2.0, -1.0)),
         "cost_model": ("safety_strength_mean", "safer_response_id", (-3.0, -2.0)),
     }[stage]
-    losses, plain, right = [], [], []
+    losses, plain, right, doubts = [], [], [], []
     for row in rows:
         order = (row[label], 1 - row[label])
         with torch.no_grad():
@@ -73,16 +74,21 @@ def test_noise_pair_by_pair(one_rank: None, tiny_world: Path, strong: Any, stage
         if stage == "cost_model":
             for place, cost in zip(order, (first, second), strict=True):
                 more = more - logsigmoid(-cost if row[f"is_response_{place}_safe"] else cost)
-        flipped, margin, smoothing = treated(row[field], weakest)
+        if "soft" in noise:
+            flipped, margin, smoothing = False, 0.0, 1 / (1 + math.exp(2.0 * row[field]))
+            doubts.append(smoothing)
+        else:
+            flipped, margin, smoothing = treated(row[field], weakest)
         losses.append(float(ranking(-difference if flipped else difference, margin, smoothing) + more))
         plain.append(float(-logsigmoid(difference) + more))
         right.append(bool((difference > 0) != flipped))
-    config = config_of(tiny_world, stage, train=[spec], eval=[spec.replace(":1:", ":10/-1:")], noise=NOISE)
+    config = config_of(tiny_world, stage, train=[spec], eval=[spec.replace(":1:", ":10/-1:")], noise=noise)
     trainer = trainer_of(config)
     figures = trainer.train_step()
     assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert figures["accuracy"] == pytest.approx(np.mean(right))
-    assert any("2 flipped" in note and "margins of" in note for note in trainer.describe()[1])
+    said = f"labels sure to {1 - np.mean(doubts):.3g} on average" if doubts else "2 flipped, "
+    assert any(said in note for note in trainer.describe()[1])
     # Held-out figures are of the labels as they are.
     held_out = trainer_of(config).evaluate()
     assert held_out["loss"] == pytest.approx(np.mean(plain), rel=1e-4)
@@ -102,11 +108,15 @@ def test_two_heads_are_treated_apart(one_rank: None, tiny_world: Path, strong: A
 
 
 def test_strengths_that_are_missing_or_in_vain_are_refused(one_rank: None, tiny_world: Path) -> None:
-    config = config_of(tiny_world, "reward_model", noise={"margin": 1.0})
-    with pytest.raises(UserError, match=r"240 of 240 training pairs have no strength_mean"):
-        trainer_of(config)
-    with pytest.raises(ValueError, match="of end scores; set loss: sequence"):
-        config_of(tiny_world, "reward_model", loss="token", noise={"smoothing": 0.1})
+    for noise in ({"margin": 1.0}, {"soft": 1.0}):
+        with pytest.raises(UserError, match=r"240 of 240 training pairs have no strength_mean"):
+            trainer_of(config_of(tiny_world, "reward_model", noise=noise))
+    for noise in ({"smoothing": 0.1}, {"soft": 1.0}):
+        with pytest.raises(ValueError, match="of end scores; set loss: sequence"):
+            config_of(tiny_world, "reward_model", loss="token", noise=noise)
+    for other in ("flip", "margin", "smoothing"):
+        with pytest.raises(ValueError, match="soft says how sure labels are, and flip, smoothing and margin"):
+            config_of(tiny_world, "reward_model", noise={"soft": 1.0, other: 0.1})
     with pytest.raises(ValueError, match="nothing is smoothed; set smoothing too"):
         config_of(tiny_world, "reward_model", noise={"flip": 0.1, "smooth": "negative"})
     assert stages()["reward_model"].model_fields["noise"].default_factory is not None
