@@ -122,18 +122,26 @@ def chosen_rejected(row: dict[str, Any]) -> RawSample:
 
     Equal scores are no preference; the difference of others is its strength.
     """
-    chosen_score, rejected_score = number_field(row, "score_chosen"), number_field(row, "score_rejected")
-    if chosen_score is not None and chosen_score == rejected_score:
-        raise BadRow("no answer is better")
+    scores = _score(row, "score_chosen"), _score(row, "score_rejected")
     fields = rest(row, "prompt", "chosen", "rejected", "messages", "system")
-    if chosen_score is not None and rejected_score is not None:
-        fields |= {"strength_mean": chosen_score - rejected_score}
+    if scores[0] is not None and scores[1] is not None:
+        if scores[0] == scores[1]:
+            raise BadRow("no answer is better")
+        fields |= {"strength_mean": scores[0] - scores[1]}
     chosen = row.get("chosen")
     if not is_messages(chosen) or (len(chosen) == 1 and row.get("prompt") is not None):  # the answers alone
         system, prompt = read_prompt(row)
         return _pair(row, ("chosen", "rejected"), True, input=prompt, fields=fields, system=system)
     own, turns, answers = pair_of_dialogues(chosen, row.get("rejected"))
     return RawSample(turns, *answers, better=True, fields=fields, system=own or system_field(row))
+
+
+def _score(row: dict[str, Any], name: str) -> float | None:
+    """The score beside an answer; None where there is none, or something else of that name."""
+    try:
+        return number_field(row, name)
+    except BadRow:
+        return None
 
 
 def pair_of_dialogues(chosen: Any, rejected: Any) -> tuple[str | None, list[str], tuple[str, str]]:

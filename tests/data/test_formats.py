@@ -166,6 +166,12 @@ CASES: list[tuple[str, dict[str, Any], RawSample, dict[str, Any]]] = [
     ),
     (
         "UltraFeedback",
+        UF | {"score_chosen": 10**400},
+        RawSample(["name a tree"], "birch", "stone", better=True),
+        {"score_rejected": 3.0},
+    ),
+    (
+        "UltraFeedback",
         UF | {"score_chosen": "8.5", "score_rejected": "9"},  # of a table, and against the label
         RawSample(["name a tree"], "birch", "stone", better=True),
         {"strength_mean": -0.5},
@@ -302,7 +308,6 @@ def test_formats(tmp_path: Path, name: str, row: dict[str, Any], expected: RawSa
         ("HelpSteer3", {**HS3, "overall_preference": 0}, "no answer is better"),
         ("HelpSteer3", {**HS3, "overall_preference": math.nan}, "no field 'overall_preference'"),
         ("HelpSteer3", {**HS3, "overall_preference": True}, "'overall_preference' is not a number"),
-        ("UltraFeedback", {**UF, "score_chosen": 10**400}, "'score_chosen' is not a number"),
         ("Aegis-2.0", {**AEGIS, "prompt": "REDACTED"}, "prompt is redacted"),
         (
             "moss-003-sft",
