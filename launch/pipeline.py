@@ -117,8 +117,8 @@ def build_world(folder: Path, options: dict[str, Any]) -> None:
     record = folder / OPTIONS
     if _is_built(folder):
         # An option that is younger than the world has a default by which it is the same world.
-        defaults = fields.model_validate({}).model_dump(mode="json") | sizes
-        if defaults | (read_json(record) or {}) == resolved:
+        younger = {"graded": False}
+        if younger | (read_json(record) or {}) == resolved:
             print(f"small world: {folder} is complete, skipped", flush=True)
             return
         raise UserError(f"{folder} holds a small world of other options: set another workspace=..., or delete it")
