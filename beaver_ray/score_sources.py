@@ -8,6 +8,7 @@ which may come from elsewhere.
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -98,6 +99,13 @@ class ScoreSource(ABC):
     def words(self, part: str, trust_remote_code: bool = False) -> str:
         """A line that says what it scores by; UserError, which begins with ``part``, where it cannot."""
         return f"{self.text} is there"
+
+    def fingerprint(self, dtype: str) -> str:
+        """A hash of what it scores by, where that lies in files: equal for those that are configured alike and score
+        alike. Of a service nobody knows, and it is the address."""
+        from beaver_ray.models.folders import fingerprint
+
+        return self.text if self.folder is None else fingerprint(self.folder, dtype)
 
     def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The signals that its folder must have heads for, to give these columns; none of a language model."""
@@ -256,6 +264,13 @@ class PrincipleSource(GroupedSource):
     def __init__(self, model: PrincipleModel) -> None:
         super().__init__(f"{model.folder} ({_in_words(model)})", model)
 
+    def fingerprint(self, dtype: str) -> str:
+        """Of the model, and of the files of its principles."""
+        from beaver_ray.self_align.principles import OURS
+
+        files = [Path(model.file or OURS).read_bytes() for model, _ in self.groups]
+        return super().fingerprint(dtype) + hashlib.blake2b(b"\0".join(files), digest_size=16).hexdigest()
+
     def heads(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The reward's, whatever it serves."""
         return ("reward",)
@@ -346,6 +361,10 @@ class FunctionSource(ScoreSource):
             function([], [], **rows, **self.code.keywords)
         except RAISED as error:
             raise UserError(f"{part}: {self.text}: {last_line(error)}") from None
+
+    def fingerprint(self, dtype: str) -> str:
+        """Of the file's text, not of what it imports."""
+        return hashlib.blake2b(self.given().text.encode(), digest_size=16).hexdigest()
 
     def given(self) -> Code:
         """The file's text, so that other nodes need not have it."""

@@ -116,10 +116,12 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
 
 def _decided(policy: BestOfN, prompts: PromptDataset) -> str:
     """Equal for runs whose answers to a prompt are the same."""
-    config = policy.config
-    parts = config.model_dump(mode="json", include={"seed", "models", "constraints"}) | {"refusal": policy.refusal.text}
+    config, dtype = policy.config, policy.config.engine.dtype
+    parts = config.model_dump(mode="json", include={"seed", "debug", "models", "constraints"})
     parts |= config.rollout.model_dump(mode="json", include={"temperature", "max_new_tokens"})
-    parts |= {"policy": fingerprint(config.models.policy), "prompts": [tokens.tolist() for tokens in prompts.prompts]}
+    parts |= {"refusal": policy.refusal.text, "policy": fingerprint(config.models.policy, dtype)}
+    parts |= {"scorers": [role.source.fingerprint(dtype) for role in config.judging_roles() if role.source]}
+    parts |= {"prompts": [tokens.tolist() for tokens in prompts.prompts]}
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 

@@ -34,7 +34,7 @@ from beaver_ray.fit import check_fit
 from beaver_ray.json_files import json_line, write_json, write_rows
 from beaver_ray.judge_options import JudgeOptions
 from beaver_ray.manifest import write_stage_manifest
-from beaver_ray.models.folders import find_model, fingerprint
+from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import check_model_folder, context_length, load_tokenizer
 from beaver_ray.red_team.attacks import Attack
 from beaver_ray.red_team.choosing import (
@@ -52,8 +52,6 @@ from beaver_ray.red_team.choosing import (
 from beaver_ray.red_team.options import RedTeamConfig
 from beaver_ray.report.red_team import remarks, write_page
 from beaver_ray.runs import RunFolder
-from beaver_ray.score_sources import FunctionSource, PrincipleSource
-from beaver_ray.self_align.principles import OURS
 from beaver_ray.small_world.world import SmallWorld
 
 BLOCK = 256
@@ -386,13 +384,8 @@ class Team:
             (fingerprint(asked.model, stage.engine.dtype) + json_line(part)).encode(), digest_size=8
         )
         for role in stage.roles()[1:] if asked.scored else []:
-            source = role.source
-            if isinstance(source, FunctionSource):
-                digest.update(source.given().text.encode())
-            elif source is not None and source.folder is not None and find_model(source.folder) is not None:
-                digest.update(fingerprint(source.folder, stage.engine.dtype).encode())
-            for model, _ in source.groups if isinstance(source, PrincipleSource) else []:
-                digest.update(Path(model.file or OURS).read_bytes())
+            assert role.source is not None
+            digest.update(role.source.fingerprint(stage.engine.dtype).encode())
         if asked.environment is not None:
             digest.update(environments.environment_code(asked.environment).pack().text.encode())
         return digest.hexdigest()

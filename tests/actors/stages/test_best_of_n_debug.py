@@ -163,6 +163,20 @@ def test_a_run_goes_on(run: Path, tiny_world: Path) -> None:
     assert "resumed after step 1" in (folder / "notes.log").read_text()
 
 
+def test_a_run_does_not_go_on_by_another_reward(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEAVER_RAY_SCORE_CODE", str(tmp_path))
+    code = tmp_path / "reward.py"
+    code.write_text("def length(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
+    models = {"policy": f"{tiny_world}/model", "reward": f"python:{code}:length"}
+    folder = train(configured(tiny_world, tmp_path, models=models))
+    (folder / "final").rename(folder / "final.part")
+    code.write_text(code.read_text().replace("float(len", "-float(len"))
+    with pytest.raises(UserError, match="begun with other prompts, models, limits"):
+        train(configured(tiny_world, tmp_path, models=models, resume=True))
+
+
 def test_a_cost_over_some_prompts_is_their_mean_however_blocks_are_cut(tiny_world: Path, tmp_path: Path) -> None:
     """Of the three blocks the first has one prompt that counts, the second none, the last all eight."""
     counting = [0, *range(40, PROMPTS)]
