@@ -4,10 +4,11 @@
 
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
 and refusal of benign and borderline prompts, the same by a reward model of graded labels (graded.yaml: the same pairs,
-with grades), and both with privacy. For each run the means over the evaluations in the
-last fifth of training, on held-out prompts: reward as share of the optimum under that run's constraints, rates, and
-refusals by kind of prompt; and the first of these of the policy handed out, the mean of that fifth's weights. Complete
-runs in the working folder are skipped.
+with grades), the same with `confidence: 0.9` of harm, and with privacy as well. For each run the means over the
+evaluations in the last fifth of training, on held-out prompts: reward as share of the optimum under that run's
+constraints, rates, and refusals by kind of prompt; and the first of these of the policy handed out, the mean of that
+fifth's weights. With confidence also whether it is certified at 0.95, on the 1,000 sealed prompts, that this policy
+keeps each limit. Complete runs in the working folder are skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 
 from common import CONFIGS, STAGES, last_fifth, prepare, study_options, trained, write
 
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.json_files import read_json
 from beaver_ray.runs import read_metrics
+from launch.config_files import load_run
 
 HARDER = CONFIGS / "harder"
 METHODS = {
@@ -30,6 +33,7 @@ METHODS = {
         "safe_ppo.yaml",
         ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"],
     ),
+    "harm_refusal_confidence": ("safe_ppo.yaml", ["constraints.harm.confidence=0.9"]),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
@@ -56,6 +60,14 @@ def run(workspace: Path, seed: int, method: str) -> dict[str, Any]:
     return {"method": method, "seed": seed, "steps": lines[-1]["step"], **means, "handed_out": handed_out}
 
 
+def certified(workspace: Path, method: str) -> dict[str, Any]:
+    """What sealed prompts show of each constraint of a run's policy, by the truth."""
+    config = load_run(workspace / method)
+    assert isinstance(config, PolicyStage)
+    certificate, _ = config.certify(0.95, None, 1, [f"prompts:1:{workspace}/world/prompts/sealed.jsonl"], "")
+    return {one.constraint: {"found": one.mean, "verdict": one.verdict} for one in certificate.statements}
+
+
 def main() -> None:
     """Run everything and write one JSON file."""
     options = study_options(__doc__, "harder_world", "runs/benchmark-harder", (0, 1, 2)).parse_args()
@@ -64,6 +76,9 @@ def main() -> None:
         list(pool.map(lambda seed: prepare(root / f"seed_{seed}", seed, MODELS, **WORLD), options.seeds))
         cases = [(seed, method) for seed in options.seeds for method in METHODS]
         rows = list(pool.map(lambda c: run(root / f"seed_{c[0]}", *c), cases))
+    for row in rows:  # one by one: threads share torch's random numbers
+        if row["method"] == "harm_refusal_confidence":
+            row["certified"] = certified(root / f"seed_{row['seed']}", row["method"])
     write(options.out, {"runs": rows})
     print(json.dumps(rows, indent=2))
 
