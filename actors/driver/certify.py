@@ -120,7 +120,7 @@ def _between(held_out: HeldOut, constraint: ConstraintConfig) -> bool:
         return False
     if constraint.name in held_out.learned:
         return score_source(constraint.model).folder is None
-    return held_out.truths[constraint.name] == "refusal"  # the one cost of a world that is 0 or 1
+    return constraint.name == "refusal"  # the one cost of a world that is 0 or 1
 
 
 def _judged(held_out: HeldOut, constraint: ConstraintConfig, samples: Samples, answers: int) -> Judged:

@@ -142,10 +142,8 @@ class HeldOut:
         """What should be known of these prompts, one line each."""
         self.world = SmallWorld.load(Path(config.evaluation.world)) if config.evaluation.world else None
         names = [c.name for c in config.constraints] or ["harm"]
-        self.truths = {name: name for name in names if self.world and name in self.world.constraints}
-        """Constraint to the cost of the world that is the truth of it."""
-        if self.world and not self.truths:
-            self.truths = {names[0]: "harm"}
+        self.truths = [name for name in names if self.world and name in self.world.constraints]
+        """Constraints that have the name of a cost of the world, which judges them."""
         self.learned = [name for name in names if name not in self.truths]
         """Those that learned scorers judge."""
         calibrated = [c.name for c in config.constraints if c.violation_rate is not None]
@@ -198,7 +196,7 @@ class HeldOut:
         answers, unusable = self._usable(answers, note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         # In units of a score, but for refusals, which the world counts as their scorer does.
-        own = [*self.learned, *(name for name, cost in self.truths.items() if cost == "refusal")]
+        own = [*self.learned, *(name for name in self.truths if name == "refusal")]
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None and c.name in own}
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)
@@ -351,8 +349,8 @@ class HeldOut:
         prompts = self._texts(experience.rows(answers, "prompt_tokens"))
         truth = truths_of_dialogues(world, prompts, self._said(answers), truncated)
         costs = {name: experience.scalars(answers, f"cost/{name}") for name in self.learned}
-        costs |= {name: truth.costs[cost] for name, cost in self.truths.items()}
-        order = [c.name for c in self.config.constraints] or list(self.truths)
+        costs |= {name: truth.costs[name] for name in self.truths}
+        order = [c.name for c in self.config.constraints] or self.truths
         samples = Samples(
             prompt_id=experience.scalars(answers, "prompt_id"),
             reward=truth.reward,
@@ -370,16 +368,15 @@ class HeldOut:
             return None
         rates = {}
         for constraint in self.config.constraints:
-            cost = self.truths[constraint.name]
             rate = constraint.violation_rate
             if constraint.form != "mean":
                 return None
-            if rate is None and cost == "refusal":
+            if rate is None and constraint.name == "refusal":
                 rate = constraint.limit  # a refusal costs 1: its mean is a rate; other limits are in units of a score
             if rate is None:
                 return None
-            rates[cost] = rate
-        scopes = {self.truths[name]: counting.tolist() for name, counting in inside.items()}
+            rates[constraint.name] = rate
+        scopes = {name: counting.tolist() for name, counting in inside.items()}
         return world.optimum(prompts, violation_rates=rates, scopes=scopes)
 
     def _by_scorers(self, answers: pa.RecordBatch) -> Samples:

@@ -43,6 +43,8 @@ INFINITE = 1e4
 """A multiplier in standard units beyond which the reward counts for nothing."""
 RELAXED = 0.1
 """Of the way from the lowest cost back to that without limits: how far `start` stays from what is out of reach."""
+FLOAT32 = 1e-6
+"""The error of a cost, which comes as float32, as a share of it."""
 FAR = 1e6
 """Standard deviations below all costs at which it does not matter how much lower a limit is."""
 STEPS = 100
@@ -90,14 +92,29 @@ class Reference:
     def units_M(self) -> FloatArray:
         """Standard deviation of each cost where it counts; 1 where all answers cost the same."""
         counting_MB = self.inside_MN[:, self.prompts_B]
-        spreads = [float(c[counts].std()) for c, counts in zip(self.costs_MB, counting_MB, strict=True)]
-        return np.array([spread or 1.0 for spread in spreads])
+        counted = [costs_B[counts] for costs_B, counts in zip(self.costs_MB, counting_MB, strict=True)]
+        return np.array([float(c.std()) if np.ptp(c) > 0 else 1.0 for c in counted])
+
+    @cached_property
+    def fixed_M(self) -> BoolArray:
+        """Costs that no policy changes: those of which all answers to a prompt have the same."""
+        starts = self.offsets[:-1]
+        least_MN = np.minimum.reduceat(self.costs_MB, starts, axis=1)
+        fixed_M: BoolArray = (least_MN == np.maximum.reduceat(self.costs_MB, starts, axis=1)).all(axis=1)
+        return fixed_M
+
+    @cached_property
+    def tolerances_M(self) -> FloatArray:
+        """How far above its limit a mean cost may lie that keeps it; of a fixed one the rounding of its numbers."""
+        return np.where(self.fixed_M, FLOAT32 * np.abs(self.costs_MB).max(axis=1), KEPT * self.units_M)
 
     @cached_property
     def infinite_M(self) -> FloatArray:
-        """A multiplier of each cost beside which the reward counts for nothing, also in the KL's weight."""
+        """A multiplier of each cost beside which the reward counts for nothing, also in the KL's weight; 0 of those
+        that none changes."""
         spread_M = (float(self.rewards_B.std()) or 1.0) / self.units_M
-        return INFINITE * np.maximum(spread_M, self.reward_scale / np.asarray(self.cost_scales_M))
+        scaled_M = np.maximum(spread_M, self.reward_scale / np.asarray(self.cost_scales_M))
+        return np.where(self.fixed_M, 0.0, INFINITE * scaled_M)
 
     def means(self, values_B: FloatArray, weights_B: FloatArray) -> FloatArray:
         """Mean [N] of each prompt's answers under these weights, which are 1 in sum over a prompt."""
@@ -193,7 +210,7 @@ def outcome(reference: Reference, multipliers_M: FloatArray, limits_M: FloatArra
         kl=float(reference.means(np.log(raised_B), weights_B).mean()),
         effective_answers=float(effective_N.mean()),
         alone=float((effective_N < 2.0).mean()),
-        kept_M=costs_M <= limits_M + KEPT * reference.units_M,
+        kept_M=costs_M <= limits_M + reference.tolerances_M,
     )
 
 
@@ -313,9 +330,9 @@ class Study:
     @property
     def missed_M(self) -> BoolArray:
         """Limits that no policy on the sampled answers keeps: each alone, or where each can be, all together."""
-        tolerance_M = KEPT * self.reference.units_M
-        alone_M: BoolArray = self.lowest_M > self.reference.limits_M + tolerance_M
-        return alone_M if alone_M.any() else self.together_M > self.reference.limits_M + tolerance_M
+        within_M = self.reference.limits_M + self.reference.tolerances_M
+        alone_M: BoolArray = self.lowest_M > within_M
+        return alone_M if alone_M.any() else self.together_M > within_M
 
 
 def study(reference: Reference, names: list[str]) -> Study:
@@ -337,11 +354,12 @@ def study(reference: Reference, names: list[str]) -> Study:
 def start(reference: Reference, most_M: FloatArray) -> tuple[Outcome, FloatArray]:
     """(the policy at rest, the multipliers [M] that a run may start from, at most ``most_M``).
 
-    Where the limits cannot be kept (`Outcome.kept`), these are of the nearest limits that can be with some room: a
-    finite weight that takes the costs most of the way there is.
+    Where the limits cannot be kept (`Outcome.kept`), or one only as far as `Reference.tolerances_M` forgives, these are
+    of the nearest limits that can be with some room: a finite weight that takes the costs most of the way there is.
     """
     rest = solve(reference)
-    if rest.kept:
+    forgiven_M = ~reference.fixed_M & (lowest_of_a_run(reference) > reference.limits_M)
+    if rest.kept and not forgiven_M.any():
         return rest, np.minimum(rest.multipliers_M, most_M)
     lowest_M = outcome(reference, reference.infinite_M, reference.limits_M).costs_M
     free_M = outcome(reference, np.zeros(len(lowest_M)), reference.limits_M).costs_M

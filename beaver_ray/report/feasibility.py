@@ -11,7 +11,7 @@ import numpy as np
 
 from beaver_ray.evaluation import mean_interval
 from beaver_ray.json_files import write_json
-from beaver_ray.method.feasibility import KEPT, Outcome, Study
+from beaver_ray.method.feasibility import Outcome, Study
 from beaver_ray.report.charts import Card, Chart, Panel, Series
 from beaver_ray.report.page import svg, templates
 
@@ -52,16 +52,18 @@ class Feasibility:
             return f"the limits can be kept near the reference: reward {found.rest.reward:.4g}, {without}"
         missed = [number for number in range(len(found.names)) if found.missed_M[number]]
         safest = f"by the best of {self.answers} answers to each prompt"
-        if (found.lowest_M > limits_M + KEPT * found.reference.units_M).any():
+        within_M = limits_M + found.reference.tolerances_M
+        if (found.lowest_M > within_M).any():
             lowest = self._against(missed, found.lowest_M, "the lowest reachable is")
             return f"no policy near the reference keeps this limit: {lowest}, {safest}"
         if missed:
             nearest = self._against(range(len(found.names)), found.together_M, "the nearest is")
             return f"no policy near the reference keeps these limits together, though each alone: {nearest}, {safest}"
-        above = [number for number, kept in enumerate(found.rest.kept_M) if not kept]
-        lowest = self._against(above, found.rest.costs_M, "its KL alone holds it at")
+        above = np.flatnonzero(found.lowest_of_a_run_M > within_M)
+        lowest = self._against(above.tolist(), found.lowest_of_a_run_M, "its KL alone holds it at")
+        which = f": {lowest}" if len(above) else " together, though each alone"
         kl = f"ppo.kl_coefficient {found.reference.kl_coefficient:g}"
-        return f"sampled answers keep the limits, a run with {kl} does not: {lowest}; lower ppo.kl_coefficient"
+        return f"sampled answers keep the limits, a run with {kl} does not{which}; lower ppo.kl_coefficient"
 
     def remarks(self) -> list[str]:
         """What should be known before the figures are believed, one line each."""

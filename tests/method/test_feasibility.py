@@ -142,6 +142,31 @@ def test_a_limit_that_does_not_bind_costs_nothing() -> None:
     assert rest.reward == outcome(ref, np.zeros(1), ref.limits_M).reward
 
 
+@pytest.mark.parametrize(("cost", "limit", "kept"), [(float(np.float32(0.2)), 0.2, True), (6e-4, 1e-4, False)])
+def test_a_cost_that_no_answer_changes_has_no_multiplier(cost: float, limit: float, kept: bool) -> None:
+    """The other limit is met as without it, whether the constant one is kept or not."""
+    alone = reference([[1.0, 0.0], [2.0, 0.5]], [[[1.0, 0.0], [1.0, 0.0]]], [0.3], 0.5)
+    both = replace(
+        alone,
+        costs_MB=np.vstack([alone.costs_MB, np.full(4, cost)]),
+        inside_MN=np.ones((2, 2), dtype=bool),
+        limits_M=np.array([0.3, limit]),
+    )
+    single, found = solve(alone), solve(both)
+    assert found.multipliers_M == pytest.approx([single.multipliers_M[0], 0.0]) and single.multipliers_M[0] > 0
+    assert found.reward == pytest.approx(single.reward) and found.kept_M.tolist() == [True, kept]
+    assert start(both, np.full(2, np.inf))[1] == pytest.approx(found.multipliers_M)
+    assert lowest_of_a_run(both)[1] == pytest.approx(cost)
+
+
+def test_a_start_has_room_where_no_finite_multiplier_keeps_the_limit() -> None:
+    ref = random_reference(3, costs=1)
+    least = float(lowest_of_a_run(ref)[0])
+    ref = replace(ref, limits_M=np.array([least - 5e-4 * ref.units_M[0]]))
+    rest, multipliers_M = start(ref, np.full(1, np.inf))
+    assert rest.kept and rest.multipliers_M[0] > 100 * multipliers_M[0] > 0
+
+
 def test_a_scope_by_hand() -> None:
     """The cost counts for the second of two like prompts alone: there the policy is that of one prompt, here free."""
     ref = reference([[1.0, 0.0]] * 2, [[[0.0, 0.0], [1.0, 0.0]]], [0.25], 0.5, inside=[[False, True]])

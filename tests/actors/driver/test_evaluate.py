@@ -32,6 +32,7 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
         "both": {"evaluation": evaluation, "constraints": constraints},
         "harm": {"evaluation": evaluation, "constraints": constraints[1:]},
         "learned": {"evaluation": evaluation | {"world": None}, "constraints": constraints},
+        "unknown": {"evaluation": evaluation, "constraints": constraints[:1]},
     }.items():
         config = ppo_config(tiny_world, workspace=str(tmp_path), **changes)
         summaries[name] = json.loads(evaluate(config, policy).read_text())
@@ -40,6 +41,7 @@ def test_evaluation_by_truth_keeps_every_constraint(one_rank: None, tiny_world: 
     assert both["cost/harm"] == summaries["harm"]["cost/harm"] and both["reward"] == summaries["harm"]["reward"]
     assert both["cost/leak"] == summaries["learned"]["cost/leak"] and both["cost/leak"]["limit"] == 0.5
     assert both["violation_rate/leak"] == summaries["learned"]["violation_rate/leak"]
+    assert summaries["unknown"]["cost/leak"] == both["cost/leak"], "no other cost of the world stands in for it"
     assert both["cost/harm"]["mean"] != summaries["learned"]["cost/harm"]["mean"]
     # The limit is in units of the score, and no bound on the true cost.
     assert "limit" not in both["cost/harm"] and summaries["learned"]["cost/harm"]["limit"] == 0.25
