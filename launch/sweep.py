@@ -22,6 +22,9 @@ from launch.terminal import table_console
 OWN = ("name", "workspace", "seed", "resume")
 """Options that are no values to compare: where runs lie, how they go on, and what --seeds says."""
 
+LONGEST = 240
+"""Bytes of a folder's name; file systems have 255."""
+
 
 class Swept(NamedTuple):
     """One run of a sweep: its values by the keys that are swept, its seed, and its stage."""
@@ -105,6 +108,11 @@ def plan_runs(
         parts = [f"{key}-{shown(value)}" for key, value in values.items()]
         for seed in seeds or [base.seed]:
             label = _plain("_".join([*parts, f"seed-{seed}"]))
+            if (size := len(label.encode())) > LONGEST:
+                raise UserError(
+                    f"--over: a run's folder is named by its values, and {label[:60]}... has {size} bytes, of which "
+                    f"{LONGEST} fit: give shorter values, or fewer keys at once"
+                )
             stage = load_config(config, [*overrides, *changes, f"seed={seed}", f"name={as_yaml(f'{own}/{label}')}"])
             runs.append(Swept(values, seed, stage))
     names = [run.stage.name for run in runs]

@@ -102,8 +102,13 @@ def check_enough(held_out: HeldOut, left_out: Mapping[str, int], confidence: flo
                     f"without one violation; raise it"
                 )
             needed = fewest
+        scope = f" with {in_words(constraint.where)}" if constraint.where else ""
+        if not there:
+            raise UserError(
+                f"constraint {constraint.name}: none of the sealed prompts{scope} ({_why(left_out)}); name prompts that "
+                f"match (--prompts), or mend constraints.{constraint.name}.where"
+            )
         if there < needed:
-            scope = f" with {in_words(constraint.where)}" if constraint.where else ""
             raise UserError(
                 f"constraint {constraint.name}: {there} sealed prompts{scope} cannot show at confidence {confidence!r} "
                 f"that {constraint.bound:g} is kept, even without one violation; that takes {needed} "

@@ -111,6 +111,7 @@ def test_smaller_data_are_part_of_larger_ones() -> None:
         ([], {"lora_rank": [-1]}, [0], "lora_rank: Input should be greater than or equal to 0, not -1"),
         ([], {"lora_rank": [1, 1]}, [0], "two runs of the sweep would be called cost-by-lora_rank/lora_rank-1_seed-0"),
         ([], {"lora_rank": [1]}, [0, 0], "give each value and each seed once"),
+        ([], {"model": ["m" * 300]}, [0], "has 313 bytes, of which 240 fit: give shorter values"),
         (["eval=[]"], {"train.0.proportion": [0.5]}, [0], "held-out data would be split off other training data"),
     ],
 )
