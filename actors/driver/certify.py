@@ -104,9 +104,10 @@ def check_enough(held_out: HeldOut, left_out: Mapping[str, int], confidence: flo
             needed = fewest
         scope = f" with {in_words(constraint.where)}" if constraint.where else ""
         if not there:
+            mend = f", or mend constraints.{constraint.name}.where" if constraint.where else ""
             raise UserError(
-                f"constraint {constraint.name}: none of the sealed prompts{scope} ({_why(left_out)}); name prompts that "
-                f"match (--prompts), or mend constraints.{constraint.name}.where"
+                f"constraint {constraint.name}: it counts for none of the sealed prompts{scope} ({_why(left_out)}); "
+                f"name others (--prompts){mend}"
             )
         if there < needed:
             raise UserError(

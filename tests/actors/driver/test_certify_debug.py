@@ -301,7 +301,7 @@ def test_prompts_that_were_seen_are_left_out(tiny_world: Path, cost_model: str, 
         ({"limit": 0.01, "model": REFUSES, "name": "refusal", "critic": "CRITIC"}, "one violation; that takes 299"),
         (
             {"limit": 0.1, "model": LONG, "name": "long", "critic": "CRITIC", "where": {"kind": "odd"}},
-            "none of the sealed prompts with kind: odd (none stands in training data); name prompts that match",
+            "none of the sealed prompts with kind: odd (none stands in training data); name others (--prompts), or",
         ),
     ],
 )
