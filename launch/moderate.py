@@ -89,7 +89,11 @@ def moderate(
         if file is not None:
             _check_writable(file)
     check_not_read([out, json_file], specs)
-    answers, prompts_N = answers_of(load_mix(list(specs))[0])
+    samples, reports = load_mix(list(specs))
+    for spec, read in reports.items():
+        if read.dropped:
+            print(f"{spec}: {read.line()}")
+    answers, prompts_N = answers_of(samples)
     check_answered(answers, judge.reads, "the data")
     if unknown := _unknown_labels(answers, judge.labels):
         print(unknown)

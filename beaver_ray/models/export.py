@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.models.folders import read_config, read_shapes
+from beaver_ray.models.folders import MODERATION, read_config, read_shapes
 from beaver_ray.models.loading import DTYPES, load_tokenizer
 from beaver_ray.models.score import ScoreModel, head_tensors, load_score_model, save_score_model
 
@@ -33,6 +33,11 @@ def export(run: Path, form: Form, to: Path | None = None) -> tuple[Path, list[st
     where the folder is taken, and where transformers has no sequence classifier for the model's type.
     """
     source = find_score_model(run)
+    if (source / MODERATION).is_file():
+        raise UserError(
+            f"{source} is a moderation model, which transformers loads as it is, but for its thresholds "
+            f"({MODERATION}); copy that folder"
+        )
     target = to or run / "export" / form
     if target.exists():
         raise UserError(f"{target} is there already; delete it, or give another folder with --to")

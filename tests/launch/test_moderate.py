@@ -64,6 +64,13 @@ def test_keywords_know_no_context(rows: str, tmp_path: Path, capsys: pytest.Capt
     assert json.loads(out.read_text())["prompt"] == "how do I bake"
 
 
+def test_rows_that_cannot_be_judged_are_counted(rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(ROWS[0] | {"response": ""}) + "\n" + json.dumps({"x": 1}) + "\n")
+    code, text, _ = run(capsys, "moderate", rows, "--keywords", tmp_path / "words.yaml")
+    assert code == 0 and "kept 4 of 6; dropped 2: " in text
+
+
 def test_labels_that_the_judge_does_not_know_are_named(
     rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ def test_the_command(tiny_world: Path, tmp_path: Path) -> None:
     close(ours(tmp_path / "out"), ours(tiny_world / "reward_model"))
     with pytest.raises(UserError, match="out is there already; delete it"):
         export(run, "beaver", tmp_path / "out")
+    moderation = tmp_path / "moderation"
+    shutil.copytree(tiny_world / "reward_model", moderation)
+    (moderation / "moderation.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a moderation model, .*copy that folder"):
+        export(moderation, "beaver", tmp_path / "none")
     os.symlink(tiny_world / "cost_model", run / "final" / "harm_critic")
     with pytest.raises(UserError, match=r"several score models; .*harm_critic, .*reward_critic"):
         export(run, "beaver")
