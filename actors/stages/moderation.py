@@ -199,7 +199,7 @@ class Moderation(TrainerStage):
         from beaver_ray.models.moderator import Settings
 
         file = self.folder / MODERATION
-        return Settings.model_validate_json(file.read_bytes()).figures if file.is_file() else {}
+        return Settings.read(file).figures if file.is_file() else {}
 
     def _headings(self) -> list[tuple[str, str]]:
         """(What, how much) of these figures."""

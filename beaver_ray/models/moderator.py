@@ -45,6 +45,14 @@ class Settings(BaseModel):
     figures: dict[str, Any] = {}
     """What was measured on those (`beaver_ray.method.multilabel.figures`), and by fields of their rows."""
 
+    @classmethod
+    def read(cls, file: Path) -> Settings:
+        """What a file says. UserError where that are no settings."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UserError(f"{file} is no moderation model's ({first_line(error)}); save the model again") from None
+
     def write(self, folder: Path) -> Path:
         """Write moderation.json into a folder; returns its path."""
         path = folder / MODERATION
@@ -65,10 +73,7 @@ def read_settings(path: str, trust_remote_code: bool = False) -> Settings:
             )
         longest = min(LONGEST, context_length(path, trust_remote_code) or LONGEST)
         return Settings(labels=labels, thresholds=[0.0] * len(labels), max_tokens=longest)
-    try:
-        found = Settings.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{file} is no moderation model's ({first_line(error)}); save the model again") from None
+    found = Settings.read(file)
     if found.labels != labels or len(found.thresholds) != len(labels) or not all(map(math.isfinite, found.thresholds)):
         raise UserError(f"{file} does not belong to the model beside it, whose labels are {', '.join(labels)}")
     if found.max_tokens > (positions := context_length(path, trust_remote_code) or found.max_tokens):

@@ -181,6 +181,9 @@ def test_a_run_learns_and_leaves_its_model(
             found = plain(torch.tensor([tokenizer.encode(text)])).logits[0].double().numpy()
         np.testing.assert_allclose(odds[0], found, atol=1e-4)
         assert plain.config.id2label == dict(enumerate(LABELS))
+    (tmp_path / "moderation" / "moderation.json").write_text('{"labels"')
+    with pytest.raises(UserError, match=r"moderation.json is no moderation model's \(.*\); save the model again"):
+        config.headlines()
 
 
 def train_and_conclude(rank: int, config: Moderation, world: int) -> dict[str, Any]:
