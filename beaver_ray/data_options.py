@@ -20,10 +20,15 @@ from beaver_ray.yaml_files import TAGS, yaml_value
 Scalar = str | int | float | bool | None
 MAPPED = ("prompt", "messages", "system", "answer", "other_answer", "chosen", "rejected")
 LABELS = ("better", "safer", "is_safe", "is_other_safe", "strength")
-
-
 MOST_COPIES = 1000
 SYNTAX = "NAME[:PROPORTION[:PATH]] with PROPORTION a number, a/b, or n/-1 for exactly n samples"
+
+
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """(NAME, PROPORTION, PATH), of which the last two may be empty; the path may hold colons itself."""
+    name, _, rest = spec.strip().partition(":")
+    amount, _, path = rest.partition(":")
+    return name, amount, path
 
 
 def read_proportion(amount: str) -> tuple[float | Fraction, int | None]:
@@ -113,10 +118,10 @@ def _kind(value: Any) -> str:
 def _readable(spec: str) -> str:
     try:
         if written_entry(spec) is None:
-            name, _, rest = spec.strip().partition(":")
+            name, amount, _ = split_spec(spec)
             if not name:
                 raise ValueError(f"it has no name: write {SYNTAX}")
-            read_proportion(rest.partition(":")[0])
+            read_proportion(amount)
     except UserError as error:
         raise ValueError(str(error)) from None
     return spec
@@ -167,5 +172,5 @@ def _plain(value: Any) -> str:
 
 def data_paths(specs: Sequence[str | DataEntry]) -> list[str]:
     """The paths that the entries of a list name, without those that are at the home of their name."""
-    paths = [spec.path if isinstance(spec, DataEntry) else spec.partition(":")[2].partition(":")[2] for spec in specs]
+    paths = [spec.path if isinstance(spec, DataEntry) else split_spec(spec)[2] for spec in specs]
     return [path for path in paths if path]

@@ -80,7 +80,7 @@ WORLDS = {
     "small": World(CONFIGS / "safe_ppo.yaml", STAGES, {"harm": TARGET}, ["harmless"]),
     "harder": World(
         harder_world.HARDER / "safe_ppo.yaml",
-        harder_world.MODELS,
+        harder_world.FEW_MODELS,
         {"harm": TARGET, "refusal": 0.05},
         ["benign", "borderline"],
         harder_world.WORLD,

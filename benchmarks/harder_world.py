@@ -37,8 +37,9 @@ METHODS = {
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
-MODELS = STAGES | {
-    "reward_model": {"config": str(CONFIGS / "reward_model.yaml")},
+FEW_MODELS = STAGES | {"reward_model": {"config": str(CONFIGS / "reward_model.yaml")}}
+"""What Safe PPO of harm and refusal builds on."""
+MODELS = FEW_MODELS | {
     "graded_reward": {
         "config": str(CONFIGS / "reward_model.yaml"),
         "set": {"name": "graded_reward", "noise.soft": 1.0},

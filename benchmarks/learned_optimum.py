@@ -3,11 +3,10 @@
     python benchmarks/learned_optimum.py runs/benchmark/seed_0 runs/benchmark/seed_1
 
 Each folder is a workspace with `world/` and `reward_model/`, as small_world.py and harder_world.py leave; `--model`
-names another reward model beside it. The best
-policy is the solution of the linear program of the world (the recipes' limits, by the truth) with learned rewards, of
-answers that have a word that belongs there at every step, on the harder world of refusals too; it is then judged by the
-true rewards. `share` is that over the constrained optimum. Shorter answers and words out of place, which a policy may
-find and a learned reward overrate, are not among the answers.
+names another reward model beside it. The best policy is the solution of the linear program of the world (the recipes'
+limits, by the truth) with learned rewards, of answers that have a word that belongs there at every step, on the harder
+world of refusals too; it is then judged by the true rewards. `share` is that over the constrained optimum. Shorter
+answers and words out of place, which a policy may find and a learned reward overrate, are not among the answers.
 """
 
 from __future__ import annotations

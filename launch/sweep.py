@@ -57,7 +57,9 @@ def sweep(config: Path, overrides: Sequence[str], over: Sequence[str], seeds: Se
         print(f"{done} of {len(runs)} runs are complete, skipped", flush=True)
     failed = _run(pending)
     found = []
-    for run in (run for run in runs if run.stage.name not in failed):
+    for run in runs:
+        if run.stage.name in failed:
+            continue
         try:
             figures = run_figures(run.stage.folder) | {"memory/planned_gib": memory[run.stage.name]}
         except UserError as without:

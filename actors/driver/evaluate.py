@@ -196,7 +196,7 @@ class HeldOut:
         answers, unusable = self._usable(answers, note)
         targets = {c.name: c.violation_rate for c in self.config.constraints if c.violation_rate}
         # In units of a score, but for refusals, which the world counts as their scorer does.
-        own = [*self.learned, *(name for name in self.truths if name == "refusal")]
+        own = {*self.learned, "refusal"}
         limits = {c.name: c.limit for c in self.config.constraints if c.limit is not None and c.name in own}
         samples, optimum = self.judged(answers)
         self._compare(answers, samples, note, step)

@@ -24,6 +24,7 @@ from beaver_ray.data_options import (
     data_entry,
     data_label,
     read_proportion,
+    split_spec,
     written_entry,
 )
 from beaver_ray.errors import UserError
@@ -86,8 +87,7 @@ def parse_spec(spec: Spec) -> MixSpec:
         entry_source(entry)
         found = _proportion(str(entry.proportion), data_label(entry))
         return replace(found, name=entry.name or str(entry.path), path=entry.path, entry=entry)
-    name, _, rest = spec.strip().partition(":")
-    amount, _, path = rest.partition(":")
+    name, amount, path = split_spec(spec)
     if not name:
         raise UserError(f"dataset '{spec}' has no name: write {SYNTAX}")
     find_source(name)

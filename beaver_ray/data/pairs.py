@@ -126,7 +126,8 @@ def read_pairs(rows: Iterable[Any], where: str = "the data") -> tuple[list[Row],
         if own in pairs:
             both = [(row.get(name), pairs[own].get(name)) for name in LABELS]
             left_out["repeated pair" if all(a == b or None in (a, b) for a, b in both) else OTHER_LABELS] += 1
-        pairs.setdefault(own, with_id(row))
+        else:
+            pairs[own] = with_id(row)
     if not pairs:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it has no rows"
         raise UserError(

@@ -31,6 +31,7 @@ from scipy.optimize import Bounds, linprog, minimize
 from scipy.sparse import csr_array, hstack
 
 from beaver_ray.method.advantages import BoolArray, FloatArray, IntArray
+from beaver_ray.method.multipliers import FLOAT32
 
 ROUNDS, LEAPS = 300, 60
 """Most times that the dual is solved for betas that agree with its multipliers; in the first so many the way is
@@ -43,8 +44,6 @@ INFINITE = 1e4
 """A multiplier in standard units beyond which the reward counts for nothing."""
 RELAXED = 0.1
 """Of the way from the lowest cost back to that without limits: how far `start` stays from what is out of reach."""
-FLOAT32 = 1e-6
-"""The error of a cost, which comes as float32, as a share of it."""
 FAR = 1e6
 """Standard deviations below all costs at which it does not matter how much lower a limit is."""
 STEPS = 100
@@ -96,12 +95,15 @@ class Reference:
         return np.array([float(c.std()) if np.ptp(c) > 0 else 1.0 for c in counted])
 
     @cached_property
+    def least_MN(self) -> FloatArray:
+        """The cost of each prompt's cheapest answer."""
+        return np.minimum.reduceat(self.costs_MB, self.offsets[:-1], axis=1)
+
+    @cached_property
     def fixed_M(self) -> BoolArray:
         """Costs that no policy changes: those of which all answers to a prompt have the same."""
-        starts = self.offsets[:-1]
-        least_MN = np.minimum.reduceat(self.costs_MB, starts, axis=1)
-        fixed_M: BoolArray = (least_MN == np.maximum.reduceat(self.costs_MB, starts, axis=1)).all(axis=1)
-        return fixed_M
+        most_MN = np.maximum.reduceat(self.costs_MB, self.offsets[:-1], axis=1)
+        return np.all(self.least_MN == most_MN, axis=1)
 
     @cached_property
     def tolerances_M(self) -> FloatArray:
@@ -243,8 +245,7 @@ def lowest(reference: Reference) -> FloatArray:
 
     Of each cost alone, whatever the others and the reward are then.
     """
-    least_MN = np.minimum.reduceat(reference.costs_MB, reference.offsets[:-1], axis=1)
-    return least_MN.mean(axis=1) / reference.shares_M
+    return reference.least_MN.mean(axis=1) / reference.shares_M
 
 
 def lowest_of_a_run(reference: Reference) -> FloatArray:
@@ -358,8 +359,7 @@ def start(reference: Reference, most_M: FloatArray) -> tuple[Outcome, FloatArray
     of the nearest limits that can be with some room: a finite weight that takes the costs most of the way there is.
     """
     rest = solve(reference)
-    forgiven_M = ~reference.fixed_M & (lowest_of_a_run(reference) > reference.limits_M)
-    if rest.kept and not forgiven_M.any():
+    if rest.kept and (reference.fixed_M | (lowest_of_a_run(reference) <= reference.limits_M)).all():
         return rest, np.minimum(rest.multipliers_M, most_M)
     lowest_M = outcome(reference, reference.infinite_M, reference.limits_M).costs_M
     free_M = outcome(reference, np.zeros(len(lowest_M)), reference.limits_M).costs_M
