@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def check_writable(*files: Path | None) -> None:
+    """UserError, before hours of work, for a file that could not be written after them; makes its folder."""
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {first_line(error)}") from None
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from io import TextIOWrapper
 
 from beaver_ray.errors import UserError
 from launch.cli import app
@@ -17,6 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line (``sys.argv`` where no arguments are given) and end the process."""
     if arguments is None:
         arguments = sys.argv[1:]
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal has no letters for does not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app([*map(_at_home, arguments)] or ["--help"], prog_name="beaver-ray", standalone_mode=False)
     except UserError as error:

@@ -232,16 +232,15 @@ class Chat:
                 if plain:
                     self.console.print()
                 asked = list(turns)
-                turns.append(answer.text)
+                if answer.text or not answer.stopped:
+                    turns.append(answer.text)
                 for line in self._footer(asked, answer):
                     self._note(board, plain, place, line)
         self.drop_unanswered()
 
     def drop_unanswered(self) -> None:
-        """Forget questions that got no answer, or an empty one because it was stopped at once."""
+        """Forget questions that got no answer: too long for the model, or stopped at once."""
         for turns in self.turns:
-            if len(turns) % 2 == 0 and turns and not turns[-1]:
-                turns.pop()
             if len(turns) % 2:
                 turns.pop()
 
@@ -251,6 +250,8 @@ class Chat:
             yield "(stopped)"
         elif not answer.ended:
             yield f"(cut after {answer.tokens} tokens)"
+        elif not answer.text:
+            yield "(an empty answer)"
         try:
             scores = self.judges.scores(turns, answer, self.system)
         except UserError as error:  # a service that is away, or the dialogue is too long for a scorer

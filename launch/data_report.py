@@ -8,7 +8,7 @@ from pathlib import Path
 from beaver_ray.data.mixing import Spec, check_not_read
 from beaver_ray.data.survey import Measure, survey, words
 from beaver_ray.data_options import data_label
-from beaver_ray.json_files import write_json
+from beaver_ray.json_files import check_writable, write_json
 from beaver_ray.report.data import tables, write_page
 from launch.config_files import load_config
 from launch.terminal import table_console
@@ -27,6 +27,7 @@ def show(
             kept_out += kept
         else:
             train.append(spec)
+    check_writable(json_file, page)
     check_not_read([json_file, page], [*train, *kept_out])
     measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
     found = survey(_once(train), _once(kept_out), measure, unit)

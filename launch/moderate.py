@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from scipy.special import expit
 
 from beaver_ray.data.mixing import Spec, check_not_read, load_mix
 from beaver_ray.data.moderation import Dialogue, LabelledAnswer, answers_of, check_answered
+from beaver_ray.data.splits import SUFFIXES
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.evaluation import share_interval
-from beaver_ray.json_files import write_json, write_rows
+from beaver_ray.json_files import check_writable, write_json, write_rows
 from beaver_ray.method.multilabel import figures, flag_margin, shares_by
 from beaver_ray.moderation_options import Reads
 from beaver_ray.options import meant, near
@@ -85,9 +85,9 @@ def moderate(
     keep: which rows are written, "all", "flagged" or "unflagged". UserError for a field of ``by`` that no row has, for
     rows without what the judge reads, and for files that cannot be written.
     """
-    for file in (out, json_file):
-        if file is not None:
-            _check_writable(file)
+    check_writable(out, json_file)
+    if out is not None and out.name.endswith(SUFFIXES) and out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: rows are written as lines of JSON; give a file ending in .jsonl")
     check_not_read([out, json_file], specs)
     samples, reports = load_mix(list(specs))
     for spec, read in reports.items():
@@ -185,16 +185,6 @@ def find_judge(model: str | None, keywords: str | None) -> Judge:
             if not isinstance(word, str):  # what it was written as is not known any more: 0123 is 83 here
                 raise UserError(f"{keywords}: {name} has {word!r}, which YAML reads as no text; put it into quotes")
     return KeywordRail({str(name): words for name, words in lists.items()})
-
-
-def _check_writable(file: Path) -> None:
-    """UserError, before hours of judging, where a file cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {first_line(error)}") from None
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
 
 
 def _write(out: Path, judged: Judged, keep: str) -> int:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beaver_ray.data.tokenized import STRENGTHS, Ragged
+from beaver_ray.data.sources import STRENGTHS
+from beaver_ray.data.tokenized import Ragged
 from beaver_ray.errors import UserError
 from beaver_ray.json_files import write_json
 from beaver_ray.method.losses import (

@@ -8,6 +8,7 @@ from typing import Any
 from beaver_ray.data.field_formats import pair_of_dialogues
 from beaver_ray.data.messages import is_messages, prompt_value, read_answer, read_messages
 from beaver_ray.data.sources import (
+    STRENGTHS,
     BadRow,
     RawSample,
     Source,
@@ -36,7 +37,7 @@ def entry_source(entry: DataEntry) -> Source:
 
 @dataclass(frozen=True)
 class Keeping:
-    """A reader that keeps some of the further fields alone."""
+    """A reader that keeps some of the further fields alone, and how strong the labels are."""
 
     read_row: Any
     keep: list[str]
@@ -44,7 +45,8 @@ class Keeping:
     def __call__(self, row: dict[str, Any]) -> RawSample:
         """The sample of one row."""
         sample: RawSample = self.read_row(row)
-        return replace(sample, fields=_kept(self.keep, {**row, **sample.fields}))
+        strengths = {name: sample.fields[name] for name in STRENGTHS.values() if name in sample.fields}
+        return replace(sample, fields=_kept(self.keep, {**row, **sample.fields}) | strengths)
 
 
 def _kept(keep: list[str], values: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,9 @@ _NO_LABELS: Mapping[str, bool] = {}  # one for all of a million samples
 REST = "*"
 """The name in a sample's labels that stands for all that are not named."""
 
+STRENGTHS = {"better": "strength_mean", "safer": "safety_strength_mean"}
+"""The further fields of a sample that hold the strength of a label (`beaver_ray.method.noise`)."""
+
 
 class BadRow(ValueError):
     """Raised by a reader for a row it cannot use; the message is the reason it is counted under."""

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beaver_ray.data.mixing import bare_turns, prompt_key
-from beaver_ray.data.sources import RawSample
-from beaver_ray.data.tokenized import STRENGTHS
+from beaver_ray.data.sources import STRENGTHS, RawSample
 from beaver_ray.errors import UserError
 
 Label = Literal["better", "safer"]

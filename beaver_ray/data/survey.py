@@ -139,7 +139,8 @@ def _asked(sample: RawSample) -> tuple[str, ...]:
 
 def _said(sample: RawSample) -> tuple[Any, ...]:
     labels = (sample.better, sample.safer, sample.is_safe, sample.is_other_safe)
-    return (_asked(sample), sample.answer, sample.other_answer, *labels)
+    named = (tuple(sorted(some.items())) for some in (sample.labels, sample.other_labels))
+    return (_asked(sample), sample.answer, sample.other_answer, *labels, *named)
 
 
 def _labels(found: Survey, samples: Iterable[RawSample]) -> None:

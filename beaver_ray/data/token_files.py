@@ -40,9 +40,9 @@ from transformers import PreTrainedTokenizerBase
 from beaver_ray.data.files import Place, hub_dataset, rows
 from beaver_ray.data.mapping import MappedReader
 from beaver_ray.data.mixing import MixSpec, Spec, check_mix, hold_out, parse_mix, prompt_hash, take
-from beaver_ray.data.sources import BadRow, DropReport, RawSample, RowReader, check_kept, open_source
+from beaver_ray.data.sources import STRENGTHS, BadRow, DropReport, RawSample, RowReader, check_kept, open_source
 from beaver_ray.data.templates import Template
-from beaver_ray.data.tokenized import ODD, STRENGTHS, Columns, EncodedRow, Encoder, Ragged, RowKind
+from beaver_ray.data.tokenized import ODD, Columns, EncodedRow, Encoder, Ragged, RowKind
 from beaver_ray.errors import UserError
 
 BLOCK = 2000  # rows that one process tokenises at a time

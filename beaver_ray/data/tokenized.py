@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beaver_ray.data.mixing import prompt_key
 from beaver_ray.data.scopes import Where, masks
-from beaver_ray.data.sources import BadRow, DropReport, RawSample, number_field
+from beaver_ray.data.sources import STRENGTHS, BadRow, DropReport, RawSample, number_field
 from beaver_ray.data.templates import Template, answer_form, answer_tokens, prompt_tokens, stops_inside
 from beaver_ray.errors import UserError
 
@@ -111,10 +111,6 @@ ODD = {
 """What may be odd about answers that are kept: a column's name, and words that follow a number."""
 
 
-STRENGTHS = {"better": "strength_mean", "safer": "safety_strength_mean"}
-"""The further fields of a sample that hold the strength of a label (`beaver_ray.method.noise`)."""
-
-
 class EncodedRow(NamedTuple):
     """One sample in tokens."""
 
@@ -175,9 +171,15 @@ class Encoder:
         ended = sum(answer is not None and self.form.ends(answer) for answer in answers)
         spelled = sum(answer is not None and self.form.spells_end(answer) for answer in answers)
         inside = sum(stops_inside(tokens[start:-1], self.form) for tokens in sequences)
-        found = (number_field(sample.fields, name) for name in STRENGTHS.values())
-        strengths = tuple(math.nan if value is None else value for value in found)
+        strengths = tuple(_strength(sample, name) for name in STRENGTHS.values())
         return EncodedRow(sequences, start, labels, (ended, spelled, inside, 0), strengths)
+
+
+def _strength(sample: RawSample, name: str) -> float:
+    found = number_field(sample.fields, name)
+    if found is not None and abs(found) > np.finfo(np.float32).max:
+        raise BadRow(f"'{name}' is too large a number")
+    return math.nan if found is None else found
 
 
 def _finish(report: DropReport, kept: int, kind: str) -> DropReport:

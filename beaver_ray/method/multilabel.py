@@ -132,7 +132,8 @@ def figures(
     """All figures of judged answers: ``flagged``, one entry for each of ``labels``, ``micro_f1`` and ``macro_f1``.
 
     above_NK: which labels are above their thresholds; margin_N: `flag_margin`. Macro-F1 is the mean over labels that
-    some row has. Without an answer that is known to be safe ``flagged`` has recall and average precision alone.
+    known answers of both kinds have. Where all known answers are of one kind no flag could be wrong, or none right:
+    precision and F1 are NaN then, and accuracy where all are unsafe.
     """
     labels: dict[str, dict[str, float]] = {}
     hits = flagged = true = 0
@@ -145,20 +146,23 @@ def figures(
     known = unsafe >= 0
     whole = _scored(margin_N[known], unsafe[known] > 0, margin_N[known] > 0)
     whole.pop("ece")  # a margin is no log-odds of being unsafe
-    if whole["true"] == whole["known"]:  # no answer is known to be safe, so that no flag could be wrong
-        whole |= {"accuracy": math.nan, "precision": math.nan, "f1": math.nan}
-    with_rows = [one["f1"] for one in labels.values() if one["true"]]
+    both_kinds = [one["f1"] for one in labels.values() if 0 < one["true"] < one["known"]]
     return {
         "flagged": whole,
         "labels": labels,
-        "micro_f1": 2 * hits / (flagged + true) if flagged + true else math.nan,
-        "macro_f1": float(np.mean(with_rows)) if with_rows else math.nan,
+        "micro_f1": 2 * hits / (flagged + true) if both_kinds else math.nan,
+        "macro_f1": float(np.mean(both_kinds)) if both_kinds else math.nan,
     }
 
 
 def _scored(odds_N: FloatArray, truth_N: BoolArray, above_N: BoolArray) -> dict[str, float]:
+    found = binary_figures(above_N, truth_N)
+    if truth_N.all() or not truth_N.any():
+        found |= {"precision": math.nan, "f1": math.nan}
+    if truth_N.all():
+        found["accuracy"] = math.nan
     return {
-        **binary_figures(above_N, truth_N),
+        **found,
         "auroc": area_under_roc(odds_N, truth_N),
         "auprc": average_precision(odds_N, truth_N),
         "ece": expected_calibration_error(expit(odds_N), truth_N) if len(truth_N) else math.nan,

@@ -9,7 +9,6 @@ read and transformers does not, and that is said.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError
 from beaver_ray.models.folders import MODERATION, read_config, read_shapes
 from beaver_ray.models.loading import DTYPES, load_tokenizer
+from beaver_ray.models.new_folder import check_absent, new_folder
 from beaver_ray.models.score import ScoreModel, head_tensors, load_score_model, save_score_model
 
 Form = Literal["beaver", "sequence-classification"]
@@ -39,22 +39,15 @@ def export(run: Path, form: Form, to: Path | None = None) -> tuple[Path, list[st
             f"({MODERATION}); copy that folder"
         )
     target = to or run / "export" / form
-    if target.exists():
-        raise UserError(f"{target} is there already; delete it, or give another folder with --to")
+    check_absent(target)
     config = read_config(source)
     kind = config.get("score_type")
     dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     model = load_score_model(str(source), kind if kind in ("reward", "cost", "critic") else "reward", dtype)
     tokenizer = load_tokenizer(str(source))
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with new_folder(target) as part:
         notes = _write_beaver(model, part) if form == "beaver" else _write_classifier(model, tokenizer, part)
         tokenizer.save_pretrained(part)
-        part.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {first_line(error)}; free some space there, or give --to") from None
     return target, notes
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beaver_ray.data.tokenized import same_tokenizer
-from beaver_ray.errors import UserError, first_line
+from beaver_ray.errors import UserError
 from beaver_ray.json_files import write_json
 from beaver_ray.models.chat import ChatFolder
 from beaver_ray.models.folders import (
@@ -32,6 +32,7 @@ from beaver_ray.models.folders import (
     weight_files,
 )
 from beaver_ray.models.loading import load_tokenizer
+from beaver_ray.models.new_folder import check_absent, new_folder
 
 SHARD_BYTES = 2**30
 """Tensors of more than that are written before the next are read."""
@@ -50,8 +51,7 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
     """
     if not 0 <= weight <= 1:
         raise UserError(f"--weight {weight:g} must be from 0 (the first policy) to 1 (the second)")
-    if to.exists():
-        raise UserError(f"{to} is there already; delete it, or give another folder with --to")
+    check_absent(to)
     one, other = _policy(first), _policy(second)
     config = _check_alike(one, other)
     config[MERGED_FROM] = {
@@ -59,20 +59,12 @@ def merge(first: str, second: str, weight: float, to: Path) -> Path:
         "weights": [1 - weight, weight],
         "to": str(to),
     }
-    part = to.with_name(f"{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with new_folder(to) as part:
         _write(_merged(one, other, weight), part)
         for file in [*one.glob("generation_config.json"), *one.glob("*.py")]:
             shutil.copy(file, part)
         load_tokenizer(str(one)).save_pretrained(part)
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.rename(to)
-    except OSError as error:
-        raise UserError(f"cannot write {to}: {first_line(error)}; free some space there, or give --to") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # of a merge that failed; else it is not there any more
     return to
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from beaver_ray.errors import UserError
+from beaver_ray.json_files import check_writable
 from beaver_ray.options import near
 from launch.bench.options import Options
 
@@ -54,6 +55,7 @@ def run(names: list[str], out: Path | None, options: Options) -> None:
 
         if options.shape not in SHAPES:
             raise UserError(f"--shape must be one of {', '.join(SHAPES)}, not {options.shape!r}")
+    check_writable(out)
     record = {"command": shlex.join(["beaver-ray", *sys.argv[1:]]), "size": options.size, **describe_machine()}
     outcomes: dict[str, Outcome] = {}
     for name in BENCHMARKS:

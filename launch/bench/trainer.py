@@ -104,7 +104,8 @@ def measure(case: Case, folder: Path, options: Options, outcome: Outcome) -> Non
     outcome.figures.append(Figure(case.name, tokens, "tokens/s", *ratio))
     print(f"{case.name}: {tokens:,.0f} tokens/s", flush=True)
     reached = tokens * work_per_token(case, count_parameters(model))
-    outcome.figures.append(Figure(f"{case.name}: work", reached / 1e12, "TFLOP/s", reached / PEAK, "peak (MFU)"))
+    mfu = (reached / PEAK, "an H100's peak (MFU)")
+    outcome.figures.append(Figure(f"{case.name}: work", reached / 1e12, "TFLOP/s", *mfu))
     if torch.cuda.is_available():
         outcome.figures.append(Figure(f"{case.name}: memory", torch.cuda.max_memory_allocated() / 2**30, "GiB"))
     del trainer, update

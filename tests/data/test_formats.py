@@ -428,6 +428,12 @@ def test_fields_mapped_in_the_configuration(
     assert load_mix([{"path": path, **entry, "keep": ["kind"]}])[0][0].fields == {"kind": "k"} | expected.fields
 
 
+def test_how_strong_a_label_is_stays_whatever_else_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{**HS2, "preference_strength": -2, "kind": "k"}])
+    samples, _ = load_mix([{"name": "HelpSteer2", "path": path, "keep": ["kind"]}])
+    assert samples[0].better and samples[0].fields == {"kind": "k", "strength_mean": 2}
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -57,6 +57,13 @@ def test_by_hand(tmp_path: Path) -> None:
     assert figures["held_out"] == {"prompts": 3, "trained_on": 1, "nearly_trained_on": 1}
 
 
+def test_rows_that_differ_in_their_labels_by_name_are_no_duplicates(tmp_path: Path) -> None:
+    labels = ({"theft": True}, {"theft": False}, {"theft": True})
+    rows = [{"prompt": "a", "response": "b", "labels": some} for some in labels]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert survey([f"moderation:1:{tmp_path}/rows.jsonl"]).duplicates == 1
+
+
 def test_held_out_prompts_are_compared_without_system_texts(tmp_path: Path) -> None:
     """As notes.log of a stage says them: figures on a question that is trained on flatter whoever asks."""
     bake = PAIR["prompt"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -181,6 +181,39 @@ def test_a_model_that_missed_a_question_is_left_out_when_it_is_answered_anew(
     out = chat(capsys, monkeypatch, [asked[0], "/regenerate"], *models, "--temperature", 0)
     assert out[: len(answer) + 2] == ["[model]", *answer, "[short]"] and "4" in out[len(answer) + 2]
     assert out[len(answer) + 3 :] == ["[model]", *answer]
+
+
+def test_an_empty_answer_is_an_answer(
+    tiny_world: Path,
+    asked: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All logits are 0, and the first token ends an answer: what is answered anew is the last question."""
+    folder = tmp_path / "mute"
+    shutil.copytree(tiny_world / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(folder)
+    heard: list[list[str]] = []
+    monkeypatch.setattr(ChatModel, "answer", _hearing(heard))
+    out = chat(capsys, monkeypatch, [*asked, "/regenerate"], folder, "--temperature", 0)
+    assert out == ["", "(an empty answer)"] * 3
+    assert heard == [[asked[0]], [asked[0], "", asked[1]], [asked[0], "", asked[1]]]
+
+
+def _hearing(heard: list[list[str]]) -> Any:
+    """`ChatModel.answer`, which also notes the turns that it answers."""
+    answer = ChatModel.answer
+
+    def noted(self: ChatModel, turns: list[str], *rest: Any) -> Any:
+        heard.append(list(turns))
+        return answer(self, turns, *rest)
+
+    return noted
 
 
 def test_a_seed_repeats_a_chat(

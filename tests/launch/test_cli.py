@@ -52,12 +52,27 @@ def test_as_a_program() -> None:
 def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (prompts := tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     for option, path, problem in (
-        ("--json", tmp_path, "Is a directory"),
+        ("--json", tmp_path, "it is a folder"),
         ("--page", prompts / "page.html", "File exists"),
         ("--json", tmp_path / ("x" * 300), "File name too long"),
     ):
         code, _, err = run(capsys, "data", f"prompts:1:{prompts}", option, path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and problem in err
+
+
+def test_letters_that_a_terminal_does_not_have(tmp_path: Path) -> None:
+    """A table with a letter outside Latin-1 and half a character, and the file that is written after it."""
+    rows = [{"prompt": "a", "category": "\u6bd2"}, {"prompt": "b", "category": "\ud83d"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["data", f"prompts:1:{tmp_path / 'p.jsonl'}", "--json", str(tmp_path / "found.json")]
+    for encoding in ("latin-1", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", *command],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert (done.returncode, done.stderr) == (0, b"") and rb"\ud83d" in done.stdout
+        assert set(json.loads((tmp_path / "found.json").read_text())["categories"]) == {"\u6bd2", "\ud83d"}
 
 
 def test_home_behind_an_equals_sign(

@@ -54,8 +54,8 @@ def test_keywords_know_no_context(rows: str, tmp_path: Path, capsys: pytest.Capt
     # A refusal and a process are flagged too: one of the three whose labels are known is right.
     right = found["against_labels"]
     assert (right["labels"]["theft"]["precision"], right["labels"]["theft"]["recall"]) == (0.5, 1.0)
-    assert "unknown" in text and "nan" not in text, "no row is known to be violent, so that nobody knows the recall"
-    assert right["labels"]["violence"]["precision"] == 0.0 and right["flagged"]["known"] == 2
+    assert "unknown" in text and "nan" not in text, "no row is known to be violent, so that no flag could be right"
+    assert right["labels"]["violence"]["precision"] is None and right["flagged"]["known"] == 2
     assert all(passing["mean"] == 1.0 for passing in found["evasion"].values()) and len(found["evasion"]) == 5
     code, text, _ = run(
         capsys, "moderate", rows, "--keywords", tmp_path / "words.yaml", "--out", out, "--keep", "unflagged"
@@ -159,6 +159,7 @@ def test_what_moderate_refuses(rows: str, tiny_world: Path, tmp_path: Path, caps
         ([*words, "--json", tmp_path], "it is a folder"),
         ([*words, "--out", tmp_path / "bad.yaml" / "rows.jsonl"], "cannot write"),
         ([*words, "--out", tmp_path / "rows.jsonl"], "rows.jsonl is one of the files that are read"),
+        ([*words, "--out", tmp_path / "x.jsonl.gz"], "rows are written as lines of JSON; give a file ending in .jsonl"),
         ([*words, "--out", tmp_path / "x", "--json", tmp_path / "x"], "x would be written twice; give two files"),
         (["--keywords", tmp_path / "blank.yaml"], "theft must be a label with a list of words"),
         (["--keywords", tmp_path / "number.yaml"], "theft has 83, which YAML reads as no text; put it into quotes"),

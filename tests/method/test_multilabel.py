@@ -103,6 +103,12 @@ def test_figures_by_hand() -> None:
     assert (found["flagged"]["known"], found["flagged"]["recall"]) == (3, 1.0)
     for name in ("auroc", "precision", "f1", "accuracy"):
         assert plain(found)["flagged"][name] is None, "there is none without a safe answer"
+    # Without an unsafe one every flag is wrong, however good the classifier: only how seldom it flags says something.
+    benign = figures(odds, np.zeros_like(truth), odds > 0, flag_margin(odds, np.zeros(2)), ["a", "b"])
+    assert benign["flagged"]["accuracy"] == 0.25 and benign["labels"]["b"]["accuracy"] == 0.5
+    for one in (benign["flagged"], benign["labels"]["a"], benign["labels"]["b"]):
+        assert np.isnan([one["precision"], one["recall"], one["f1"]]).all()
+    assert math.isnan(benign["micro_f1"]) and math.isnan(benign["macro_f1"])
     # A third label that nobody says anything of changes nothing: the second answer is known to be safe.
     unasked = np.array([[1, 0, -1], [0, 0, -1], [0, -1, -1]])
     assert unsafe_truth(unasked).tolist() == [1, 0, -1]

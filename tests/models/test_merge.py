@@ -115,6 +115,10 @@ def test_what_cannot_be_merged(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="count holds whole numbers, and others in each"):
         merge(str(counted[0]), str(counted[1]), 0.5, out)
     assert not out.exists() and not list(tmp_path.glob("*.part"))
-    out.mkdir()
+    (theirs := tmp_path / "out.part").mkdir()  # whose name is like that of what is being written
+    merge(first, run, 0.5, out)
+    assert theirs.is_dir() and not list(tmp_path.glob("out.*.part"))
+    with pytest.raises(UserError, match=r"cannot write .*: .*Not a directory"):
+        merge(first, run, 0.5, out / "config.json" / "merged")
     with pytest.raises(UserError, match="is there already"):
         merge(first, run, 0.5, out)
