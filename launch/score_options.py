@@ -19,9 +19,12 @@ def named(text: str, option: str, what: str) -> tuple[str, str]:
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """What each model is called: the last part of its path, or all of it where two would be called alike."""
+    """What each model is called: the last part of its path, all of it where two would be called alike, and with a
+    number where one is given twice."""
     short = [Path(text).name or text for text in models]
-    return [name if short.count(name) == 1 else text for name, text in zip(short, models, strict=True)]
+    names = [name if short.count(name) == 1 else text for name, text in zip(short, models, strict=True)]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({number + 1})" if number else name for name, number in zip(names, before, strict=True)]
 
 
 def source(text: str) -> Any:

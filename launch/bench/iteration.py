@@ -25,6 +25,7 @@ from beaver_ray.runs import read_metrics
 from launch.bench.measure import Figure, Outcome, medians
 from launch.bench.models import LARGER, SEVEN_B, SHAPES, SMALLER, TINY, Shape, write_workspace
 from launch.bench.options import Options
+from launch.config_files import parse_config
 
 CASES: list[tuple[Shape, int, str]] = [
     (SMALLER, 32, "float32"),
@@ -82,6 +83,7 @@ def run(options: Options) -> Outcome:
             workspace = write_workspace(Path(folder), shape, prompts * steps, answer)
             tree = our_config(workspace, prompts, answer, dtype, steps)
             tree = on_one_gpu(tree, shape) if gpu else tree
+            parse_config(tree, list(options.overrides), "bench iteration")  # a mistake in --set, before anything runs
             sides: dict[str, Times] = {"ours": {}, "published": {}}
             for turn in range(turns):
                 collect(sides["published"], run_published(workspace, theirs, answer, dtype, steps))

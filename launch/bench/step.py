@@ -28,7 +28,7 @@ from launch.bench.iteration import PHASES, finish, on_one_gpu, our_config
 from launch.bench.measure import Figure, Outcome, gpu_memory_peaks, matmul_rate, medians
 from launch.bench.models import LARGER, choose_shape, matmul_parameters, write_workspace
 from launch.bench.options import Options
-from launch.config_files import parse_config
+from launch.config_files import load_config, parse_config
 from launch.planning import plan
 
 STEPS = 6
@@ -53,7 +53,13 @@ def run(options: Options) -> Outcome:
     outcome = Outcome([], {"config": str(options.config or "generated"), "overrides": list(options.overrides)})
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        tree = generated(workspace, options) if options.config is None else read_yaml(options.config)
+        if options.config is None:
+            tree = generated(workspace, options)
+        else:
+            given = load_config(options.config, list(options.overrides))
+            if not isinstance(given, PolicyStage):
+                raise UserError(f"{options.config}: bench step takes a PPO stage, not {given.stage}")
+            tree = read_yaml(options.config)
         steps = (options.repetitions or (1 if options.small else STEPS - 1)) + 1
         tree |= {"steps": steps, "epochs": None, "name": "bench-step"}
         chosen = options.config is not None or any(o.startswith("rollout.staleness") for o in options.overrides)
@@ -63,8 +69,7 @@ def run(options: Options) -> Outcome:
         for suffix, change in runs.items():
             where = str(options.config or "generated configuration")
             config = parse_config(tree, [*change, *options.overrides], where)
-            if not isinstance(config, PolicyStage):
-                raise UserError(f"{options.config}: bench step takes a PPO stage, not {config.stage}")
+            assert isinstance(config, PolicyStage)
             # Models and data are read from where the configuration says, the run goes to a folder that is deleted.
             config = config.model_copy(update={"workspace": folder, "name": f"bench-step{len(outcome.samples)}"})
             path = workspace / f"{config.name}.yaml"

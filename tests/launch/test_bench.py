@@ -206,6 +206,14 @@ def test_unknown_names_and_sizes(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             run(names, tmp_path / "out.json", options)
     assert not list(tmp_path.iterdir())
+    for names, options, message in (
+        (["step"], Options(config=Path("configs/local/sft.yaml")), r"sft.yaml: bench step takes a PPO stage, not sft"),
+        (["iteration"], Options(size="small", overrides=("foo=1",)), "bench iteration: .*foo"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(names, tmp_path / "out.json", options)
+    with pytest.raises(UserError, match="it is a folder"):
+        run(["experience"], tmp_path, Options(size="small"))
     with pytest.raises(UserError, match="--case 5B: no case is called so; there are tiny, 6 tokens, float32"):
         run(["iteration"], None, Options(size="small", cases=("5B",)))
     assert all((Path(published_loop.__file__).parent / f"{n.replace('-', '_')}.py").is_file() for n in BENCHMARKS)

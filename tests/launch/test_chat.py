@@ -223,6 +223,8 @@ def test_a_seed_repeats_a_chat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = [asked[0], "/regenerate", "/regenerate"]
+    twice = chat(capsys, monkeypatch, lines[:1], tiny_world / "model", tiny_world / "model", "--seed", 7)
+    assert [line for line in twice if line.startswith("[")] == [f"[{tiny_world / 'model'}{n}]" for n in ("", " (2)")]
     first, second, other = (
         chat(capsys, monkeypatch, lines, tiny_world / "model", "--seed", seed) for seed in (7, 7, 8)
     )
@@ -283,6 +285,7 @@ def test_white_space_of_the_template_in_several_tokens_is_no_part_of_an_answer()
         (["MODEL", "--reward", "python:x.txt:f"], "a function that scores is written"),
         (["MODEL", "--temperature", "-1"], "--temperature"),
         (["MODEL", "--temperature", "inf"], "--temperature"),
+        (["MODEL", "--temperature", "nan"], "--temperature"),
         (["MODEL", "--tries", "2"], "--tries goes with --moderation, for example --moderation FOLDER"),
         (["UNFINISHED"], "has no policy in final/policy"),
         (["ADAPTER"], "names no base_model_name_or_path"),
