@@ -80,7 +80,8 @@ class FunctionScorer(TextScorer):
                 )
             scores = np.asarray(returned[name], dtype=np.float64)
             if scores.shape != (count,):
-                raise ValueError(f"it returns {scores.size} numbers of {name} for {count} response(s)")
+                found = f"{returned[name]!r:.50}" if not scores.ndim else f"an array of shape {scores.shape}"
+                raise ValueError(f"it returns {found} as {name}, and not one number for each of {count} response(s)")
             with np.errstate(over="ignore"):
                 kept = np.isfinite(scores.astype(np.float32))  # what experience keeps
             if not kept.all():

@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from beaver_ray.rules.thoughts import without_thoughts
-from beaver_ray.rules.written_numbers import LONGEST, last_number, one_width, only_number, said_number
+from beaver_ray.rules.written_numbers import LONGEST, last_number, one_width, only_number, said_number, with_its_minus
 from beaver_ray.spelling import alike
 
 _IS = r"(?:\*\*|__)?\s*(?:is(?![a-z])|:|=)(?:\s*:)?"
@@ -45,6 +45,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s
 _LATEX_SPACING = re.compile(r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[!,;: ]")
 _FORMULA = re.compile(r"[\\^=+\d]")
 _SPACE_IN_FORMULA = re.compile(r" (?![a-z\d])|(?<![a-z\d]) |(?<=[a-z]) (?=\d)|(?<=\d) (?=[a-z])")
+_APPROXIMATELY = re.compile(r"≈|\\approx(?![a-z])")
 _ONE_IN_BRACES = re.compile(r"(?<=[\w^}])\{(\w|\\[a-z]+)\}")
 
 
@@ -72,10 +73,12 @@ def numeric_answer(
 
     1,000.50, -3/4, 1 1/2, 1½, 1e3, \\frac{1}{2}, 2 \\times 10^3 and 2^10 are read exactly; units and signs of money or
     percent do not matter (50% is 50, and so are 50kg and 50元), nor do words for large numbers (1.5 million is 1.5).
+    A \\boxed{...} must hold one number, perhaps behind "=": for \\boxed{5, 6}, \\boxed{\\pm 5} and the like it is 0.
     After "the answer is" the first line or sentence with a number counts, and in it the number that stands there at
-    once, or the last one where something is worked out. A row's ``answer`` may hold its reasoning before "####", but
-    must then be one number: for (1, 2), x/2 or 11:30 every answer gets 0. tolerance: how far off a number may be, as a
-    share of the right one.
+    once, or the last one where something is worked out. "- 5" is negative there and in a box, elsewhere the item of a
+    list; so are "minus 5", "negative 5" and 负5 everywhere. A row's ``answer`` may hold its reasoning before "####",
+    but must then be one number: for (1, 2), x/2 or 11:30 every answer gets 0. tolerance: how far off a number may be,
+    as a share of the right one.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
@@ -117,8 +120,9 @@ def _final_number(response: str) -> Fraction | None:
     text = without_thoughts(response)[-LONGEST:]
     boxed = _last_boxed(text)
     if boxed is not None:
-        return _first(map(_boxed_number, _SENTENCE.split(boxed)))
+        return _boxed_number(boxed)
     for part in reversed(_MARK_OF_NUMBER.split(one_width(text))[1:]):
+        part = with_its_minus(part)
         number = _first(said_number(sentence) for line in part.splitlines() for sentence in _SENTENCE.split(line))
         if number is not None:
             return number
@@ -132,9 +136,14 @@ def _right_number(right: Any) -> Fraction | None:
     return only_number(_MARK_OF_NUMBER.split(one_width(text))[-1] if boxed is None else boxed)
 
 
-def _boxed_number(sentence: str) -> Fraction | None:
-    """As `said_number`; what begins with a minus is no bullet here."""
-    return said_number(re.sub(r"\A\s*[-\u2212]\s+", "-", sentence))
+def _boxed_number(boxed: str) -> Fraction | None:
+    """The number that a box holds, behind its last "=" and before "≈" where it has these; None where it holds more."""
+    for sentence in _SENTENCE.split(boxed):
+        exact = _APPROXIMATELY.split(sentence)[0]
+        for part in (exact.rpartition("=")[2], exact, sentence):
+            if last_number(part) is not None:
+                return only_number(part)
+    return None
 
 
 def _first(numbers: Iterable[Fraction | None]) -> Fraction | None:

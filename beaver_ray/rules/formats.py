@@ -85,7 +85,7 @@ def _validator(schema: Any) -> Any:
         said = getattr(error, "message", None) or error
         raise ValueError(f"the row's schema is no JSON schema: {said}") from None
     own = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
-    own |= {"additionalProperties": _additional_properties}
+    own |= {"additionalProperties": _additional_properties, "uniqueItems": _unique_items}
     kind = jsonschema.validators.extend(kind, {name: check for name, check in own.items() if name in kind.VALIDATORS})
     return kind(schema, registry=referencing.Registry())  # an own one, so that nothing is fetched
 
@@ -125,6 +125,23 @@ def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -
                 yield from validator.descend(value[key], part, path=key)
             elif not part:
                 yield jsonschema.ValidationError(f"{key} is not expected")
+
+
+def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[Exception]:
+    """In one pass over the items; jsonschema's own compares each with each."""
+    import jsonschema
+
+    if wanted and validator.is_type(value, "array") and len({_key(item) for item in value}) < len(value):
+        yield jsonschema.ValidationError("an item is there twice")
+
+
+def _key(value: Any) -> Any:
+    """Equal for what JSON calls equal: 1 and 1.0, but not 1 and true, and objects in whatever order."""
+    if isinstance(value, dict):
+        return ("object", frozenset((name, _key(item)) for name, item in value.items()))
+    if isinstance(value, list):
+        return ("array", tuple(map(_key, value)))
+    return (isinstance(value, bool), value)
 
 
 def _found(pattern: str, text: str) -> bool:

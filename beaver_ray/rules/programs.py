@@ -71,7 +71,10 @@ def passes_tests(
 
 
 def compiles(prompts: list[str], responses: list[str], *, at_once: int = 2) -> list[float]:
-    """1 where the code in the answer is Python, else 0. Nothing of it is run; an answer without code gives 0."""
+    """1 where the code in the answer is Python, else 0. Nothing of it is run.
+
+    An answer without code gives 0, and so do expressions that call nothing: "Sorry, no" is one.
+    """
     fixed = {"tests": [], "run": False, "namespaces": False, "seconds": 5.0, "memory_mib": 1024}
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         return [float(bool(said)) for said in pool.map(_reports, ({"program": code_of(r), **fixed} for r in responses))]
@@ -216,4 +219,6 @@ def _is_idle(statement: ast.stmt) -> bool:
         return isinstance(statement.test, ast.Tuple) and bool(statement.test.elts)
     if isinstance(statement, ast.If):  # a test is not __main__
         return ast.unparse(statement.test) == "__name__ == '__main__'" and not statement.orelse
-    return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
+    return isinstance(
+        statement, ast.Pass | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+    )

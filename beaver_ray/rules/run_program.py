@@ -24,6 +24,7 @@ for them there can make them pass.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import errno
@@ -277,29 +278,45 @@ def _guard(folder: str, walled: bool) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def _compile(program: str, report: Callable[[str], None]) -> None:
-    """Report whether it is Python; nothing of it is run."""
+    """Report whether it is Python that does something; nothing of it is run.
+
+    Words are Python too ("Sorry, no"), and values that nothing is done with.
+    """
     try:
         compile(program, PROGRAM, "exec", dont_inherit=True)
+        statements = ast.parse(program).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return
-    report("compiles")
+    if not all(isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and not _acts(one)) for one in statements):
+        report("compiles")
+
+
+def _acts(expression: ast.Expr) -> bool:
+    return any(isinstance(part, ast.Call | ast.Await | ast.NamedExpr) for part in ast.walk(expression))
 
 
 def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
-    """Run the program, then each test in its names; report those tests that end without an exception."""
+    """Run the program, then each test in its names; report those tests that end without an exception.
+
+    Tests are made ready before the program runs, which may put something else in the place of what makes and runs them.
+    """
+    run, ready = exec, []
+    for number, test in enumerate(tests):
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
+            ready.append((f"passed {number}", compile(test, f"test {number}", "exec", dont_inherit=True)))
     module = types.ModuleType("program")
     sys.modules["program"] = module  # where dataclasses, typing and pickle look for what it defines
     names = module.__dict__
     try:
-        exec(compile(program, PROGRAM, "exec", dont_inherit=True), names)
+        run(compile(program, PROGRAM, "exec", dont_inherit=True), names)
     except BaseException:  # whatever it may raise, SystemExit included
         return
-    for number, test in enumerate(tests):
+    for passed, code in ready:
         try:
-            exec(compile(test, f"test {number}", "exec", dont_inherit=True), names)
+            run(code, names)
         except BaseException:
             continue
-        report(f"passed {number}")
+        report(passed)
 
 
 if __name__ == "__main__":

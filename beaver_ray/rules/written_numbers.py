@@ -14,7 +14,7 @@ from fractions import Fraction
 LONGEST = 20_000  # characters of an answer that are read, from its end
 MOST_DIGITS = 300  # of a number, its exponent applied
 
-_SIGNS = str.maketrans("\u2212\u2010\u2011\u2013\u2044\u00d7\u00b7\u22c5", "----/***")
+_SIGNS = str.maketrans("\u2212\u2010\u2011\u2013\u2044\u00f7\u00d7\u00b7\u22c5", "----//***")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000, with a space that breaks no line
 _AFTER_WHOLE = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac)")  # 1½
@@ -22,9 +22,14 @@ _RAISED = re.compile(r"(?<=\d)[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2
 _EXPONENT = r"\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))(?!\d)"
 _POWER = re.compile(rf"(?:\s*(?:\\times|\\cdot|\*)|(?<=\d)\s*x)\s*10{_EXPONENT}", re.IGNORECASE)
 _TEN = re.compile(rf"(?<![\w.,^])10{_EXPONENT}", re.ASCII)
-_INTEGERS = re.compile(r"(?<![\w.,^])(\d{1,6})\s*\^\s*(?:\{\s*(\d{1,3})\s*\}|(\d{1,3}))(?!\d|\.\d|\s*\^)", re.ASCII)
+_INTEGERS = re.compile(
+    r"(?<![\w.,^*])(\d{1,6})(?:\s*\^\s*|\*\*(?=\d))(?:\{\s*(\d{1,3})\s*\}|(\d{1,3}))(?!\d|\.\d|\s*\^)", re.ASCII
+)
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,6}(?!\w|\.\d))?"
-_UNIT = r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m)[23]?"
+_UNIT = (
+    r"(?:[kcm]?m|[km]?g|[mc]?l|lbs?|oz|ft|in|mi|yd|[kmg]?w|kwh|k?hz|mph|km/h|m/s|h|hrs?|min|s|secs?|ms|[ap]m|"
+    r"usd|eur|gbp|cny|rmb|jpy|inr)[23]?"
+)
 # A number of words or of a name (7th, v1.2) is none. Scripts without spaces write letters beside it: \w is ASCII here.
 _NUMBER = re.compile(
     rf"(?<![\w.,^])(?<!\^\{{)([+-]?)(?:[$€£¥]\s?)?(?:(\d{{1,9}})\s(?=\d{{1,9}}\s*/\s*\d))?"
@@ -38,7 +43,8 @@ _BEFORE_NUMBER = re.compile(
 )
 _ASIDE = re.compile(
     r"[\s*_$%)}\\]*(?:[^\W\d_]+\s+){0,2}?[^\W\d_]{0,3}(?:(?<=\s)\((?![^()]*\)\s*=)|out of\b"
-    r"|[,，]?\s*(?:and )?(?:not\b|而?不是)|(?:,?\s*or\s+)?(?:about|approximately|roughly|≈|\\approx))",
+    r"|[,，]?\s*(?:and )?(?:not\b|rather than\b|instead of\b|而?不是)"
+    r"|(?:,?\s*or\s+)?(?:about|approximately|roughly|≈|\\approx))",
     re.IGNORECASE,
 )
 # What a text that is one number has not: beside it (here #) signs by which it is a part of something else.
@@ -64,8 +70,20 @@ _BESIDE_AFTER = re.compile(
 )
 _DEGREES = re.compile(r"\s?\^\s?\{?\s?(?:\\circ|\\degree|\\prime|°|o(?![a-z])|th|st|nd|rd)\s?\}?")
 _OTHER_EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")  # what is in it is no number by itself
-_AFTER_EQUALS = re.compile(r"=\s*-\s+(?=[\d.$(])")  # x = - 5
-_NEGATIVE = re.compile(rf"(?<![\w)}}\]])-\(({_DIGITS})\)")  # -(5)
+_AFTER_EQUALS = re.compile(r"=\s*-\s+(?=[\d.$(\\])")  # x = - 5
+# A minus apart from its number: -(5), -{5}, -\text{5}, -**5**; and in words, between two numbers a difference.
+_NEGATIVE = re.compile(
+    rf"(?<![\w)}}\]])-\s?(?:\(|\{{|\*\*|__|\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{{)\s?"
+    rf"({_DIGITS}(?:\s?/\s?{_DIGITS})?)\s?(?:[)}}]|\*\*|__)",
+    re.IGNORECASE,
+)
+_MINUS = re.compile(
+    r"(?:(?<![a-z])negative|(?<![\d)}%°]\s)(?<!\b[a-z]\s)(?<![a-z])minus)\s?\}?\s?(?=[\d.$£€¥(\\])"
+    r"|[负負]\s?(?=[\d$¥])|零下\s?(?=\d)",
+    re.IGNORECASE,
+)
+_APART = re.compile(r"\A([ \t*_$(\[{\\]*)-[ \t]+(?=[\d.$£€¥(\\])")  # what begins so is no bullet where a number is said
+_CURRENCY = re.compile(r"(?<![a-z])(?:rm|rs\.?)\s?(?=\d)", re.IGNORECASE)
 _LONG_SPACE = re.compile(r"\s{3,}")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
@@ -86,9 +104,14 @@ def said_number(sentence: str) -> Fraction | None:
     return _value(found[0] if explained else found[-1])
 
 
+def with_its_minus(text: str) -> str:
+    """The text, in which a minus apart from the number that it begins with stands at that number."""
+    return _APART.sub(r"\1-", text.replace("\u2212", "-"))
+
+
 def only_number(text: str) -> Fraction | None:
     """The number that the text is, with a unit, a sign of money or "x =" beside it; None where it is anything else."""
-    text = re.sub(r"\A([\s$(]*)-\s+", r"\1-", _readable(text))
+    text = _readable(with_its_minus(text.lstrip()))
     found = _numbers(text)
     if len(found) != 1:
         return None
@@ -103,7 +126,7 @@ def _readable(text: str) -> str:
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
     text = _TEN.sub(lambda m: f"1e{m[1] or m[2]}", _POWER.sub(lambda m: f"e{m[1] or m[2]}", text))
     text = _OTHER_EXPONENT.sub("^n", _INTEGERS.sub(_raised, text))
-    text = _FRACTION.sub(r"\1\2/\3\4", text)
+    text = _MINUS.sub("-", _CURRENCY.sub("", _FRACTION.sub(r"\1\2/\3\4", text)))
     return _NEGATIVE.sub(r"-\1", _AFTER_EQUALS.sub("=-", text))
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fractions import Fraction
 from typing import Any
@@ -268,6 +269,32 @@ def test_a_reference_that_is_more_than_a_number_pays_for_no_part_of_it(boxed: st
 
 
 @pytest.mark.parametrize(
+    ("boxed", "right"),
+    [
+        (r"\pm 5", 5),
+        (r"x \le 5", 5),
+        ("7-4", 4),
+        (r"3 \times 4", 4),
+        ("11:30", 30),
+        ("2:3", 3),
+        (r"\binom{5}{2}", 2),
+        (r"0.\overline{3}", 3),
+        ("1, 2, 3", 3),
+        (r"5 \text{ or } 6", 6),
+        ("-5", 5),
+        ("5 minus 2", 2),
+    ],
+)
+def test_a_box_that_holds_more_than_a_number_says_none(boxed: str, right: int) -> None:
+    assert numeric_answer(["p"], [rf"\boxed{{{boxed}}}"], answer=[right]) == [0.0]
+
+
+@pytest.mark.parametrize("right", ["minus 0.5", "negative 0.5", "- 0.5", "-(1/2)", "负0.5"])
+def test_a_minus_in_words_counts_in_a_row_too(right: str) -> None:
+    assert numeric_answer(["p"] * 2, ["-0.5", "0.5"], answer=[right] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
     ("right", "number"),
     [
         (r"5 \text{ cm}", "5"),
@@ -331,6 +358,37 @@ def test_references_that_are_numbers(right: Any, number: str) -> None:
         (r"\boxed{-\$5}", -5),
         ("-(5)", -5),
         ("x = - 5", -5),
+        ("The answer is - 5", -5),
+        ("The answer is: \u2212 5 apples", -5),
+        ("The answer is $- 5$", -5),
+        ("The answer is - $5", -5),
+        ("#### - 5", -5),
+        (r"The answer is $- \dfrac{1}{2}$", "-1/2"),
+        ("The answer is -(1/2)", "-1/2"),
+        ("The answer is -**5**", -5),
+        (r"\boxed{-{5}}", -5),
+        (r"\boxed{-\text{5}}", -5),
+        (r"\boxed{\text{negative }5}", -5),
+        (r"\boxed{x = -\frac{1}{2}}", "-1/2"),
+        ("The answer is negative 5", -5),
+        ("The answer is minus $5.", -5),
+        ("The answer is 8 minus 3, so 5.", 5),
+        ("The answer is:\n- 5 apples", 5),
+        ("答案是负5", -5),
+        ("气温是零下5度", -5),
+        ("The answer is 7", "7"),
+        ("- 5", 5),
+        (r"\boxed{2 + 3 = 5}", 5),
+        (r"\boxed{\frac{20}{3} \approx 6.67}", "20/3"),
+        (r"\boxed{x \approx 6.67}", 6.67),
+        # Money in letters, other signs.
+        ("50USD", 50),
+        ("$50USD", 50),
+        ("RM50", 50),
+        ("Rs. 50", 50),
+        ("7÷2", 3.5),
+        ("2**10", 1024),
+        ("The correct answer is 5 rather than 10", 5),
         # Thoughts are none of the answer.
         (r"<think>I guess \boxed{5}.</think>" + "\nAnswer: 7", 7),
         (r"I guess \boxed{5}.</think>" + "\nAnswer: 7", 7),
@@ -425,6 +483,10 @@ def test_large_answers_take_no_time() -> None:
         "####$$`",
         "\\left(",
         "- ",
+        "-( 1 / ",
+        "minus ",
+        "负",
+        "** - ",
     )
     for piece in pieces:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
@@ -464,6 +526,21 @@ def test_json() -> None:
     assert valid_json(["p"], [f"{{{late}: 1}}"], schema=[backwards]) == [0.0], "whichever key comes first"
     others = {"properties": {"a": True}, "additionalProperties": {"type": "integer"}}
     assert valid_json(["p"] * 2, ['{"a": "x", "b": 1}', '{"b": "x"}'], schema=[others] * 2) == [1.0, 0.0]
+    unique = {"uniqueItems": True}
+    different = [
+        "[1, true, 0, false, null]",
+        '[{"a": 1}, {"a": true}, {"a": [1]}]',
+        '"aa"',
+        '["1", 1]',
+        "[[1, 2], [2, 1]]",
+    ]
+    same = ["[1, 1.0]", '[{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}]', '["a", "a"]', "[[], []]", "[null, null]"]
+    assert valid_json(["p"] * 5, different, schema=[unique] * 5) == [1.0] * 5
+    assert valid_json(["p"] * 5, same, schema=[unique] * 5) == [0.0] * 5
+    assert valid_json(["p"], ["[1, 1]"], schema=[{"uniqueItems": False}]) == [1.0]
+    many = json.dumps([{"a": number} for number in range(20_000)])
+    started = time.monotonic()
+    assert valid_json(["p"], [many], schema=[unique]) == [1.0] and time.monotonic() - started < 5
     for wrong in ({"type": 3}, "{", 5, {"$schema": 5}, {"pattern": "("}):
         with pytest.raises(ValueError, match="is no JSON schema"):
             valid_json(["p"], ["1"], schema=[wrong])

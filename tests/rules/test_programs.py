@@ -145,7 +145,7 @@ def test_no_threads_and_no_event_loop() -> None:
     ],
 )
 def test_what_ends_early_passes_nothing(program: str) -> None:
-    assert passed(program, "pass", namespaces=False) == 0.0
+    assert passed(program, "assert True", namespaces=False) == 0.0
 
 
 def test_an_endless_program_keeps_the_tests_before_it(namespaces: bool) -> None:
@@ -210,7 +210,7 @@ def test_what_a_program_leaves_is_removed(namespaces: bool, tmp_path: Path, monk
     closed += "for name in ('a/b/c', 'a/b', 'a', '.'): os.chmod(name, 0)"
     many = "import os\nfor i in range(50): os.makedirs(f'{i}/{i}'); open(f'{i}/f', 'w').close()"
     for program in (deep, closed, many):
-        passed(program, "pass", namespaces=namespaces)
+        passed(program, "assert True", namespaces=namespaces)
         assert os.listdir(tmp_path) == []
     assert passed("x = 1", "assert x", namespaces=namespaces) == 1.0
 
@@ -402,9 +402,25 @@ def test_a_kernel_without_namespaces_is_said_in_one_line(monkeypatch: pytest.Mon
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        "import builtins\nbuiltins.exec = lambda *a, **k: None",
+        "import builtins\nc = compile\nbuiltins.compile = lambda s, *a, **k: c('0', 'x', 'exec')",
+        "import __main__\n__main__.exec = __main__.compile = lambda *a, **k: None",
+    ],
+)
+def test_what_runs_the_tests_is_taken_before_the_program_runs(cheat: str) -> None:
+    assert passes_tests(["p"], [cheat], tests=[["assert f(1) == 2"]]) == [0.0]
+    assert passes_tests(["p"], [f"{cheat}\ndef f(x):\n    return 2"], tests=[["assert f(1) == 2"]]) == [1.0]
+
+
 def test_what_compiles() -> None:
-    answers = [ADD, "x = ", "", "```python\nx = 1\n```", "1 + 1", "hello there", "raise SystemExit", "(" * 5000]
+    answers = [ADD, "x = ", "", "```python\nx = 1\n```", "print(1 + 1)", "hello there", "raise SystemExit", "(" * 5000]
     assert compiles(["p"] * 8, answers) == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    # Words that Python takes for names, and comments, are no code.
+    words = ["Sorry", "抱歉", "Sorry, no", "Paris is nice", "# no", "pass", "not_sure", "'a text'"]
+    assert compiles(["p"] * 8, words) == [0.0] * 8
 
 
 def test_which_code_is_meant() -> None:

@@ -158,7 +158,10 @@ def test_one_number_is_the_cost_of_several_constraints(tiny_world: Path, file: P
         ("gives_up", "prompt 'tell me how to hack the phone', response 'sorry': SystemExit: 3"),
         ("none_is_a_number", "ValueError: it returns nan of reward"),
         ("too_large", "ValueError: it returns 1e+39 of reward"),
-        ("too_few", "ValueError: it returns 1 numbers of reward for 3 response(s)"),
+        (
+            "too_few",
+            "ValueError: it returns an array of shape (1,) as reward, and not one number for each of 3 response(s)",
+        ),
         ("others", "ValueError: it returns nothing called 'reward', only helpfulness"),
     ],
 )
