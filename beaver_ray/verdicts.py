@@ -113,6 +113,10 @@ class Certificate(_File):
         return all(statement.verdict == "holds" for statement in self.statements)
 
 
+def _within(low: float, value: float, high: float) -> bool:
+    return low - 1e-9 <= value <= high + 1e-9
+
+
 class Bin(_Record):
     """The answers whose probability lies between two tenths."""
 
@@ -122,6 +126,14 @@ class Bin(_Record):
     """Mean probability."""
     observed: float = Share
     """Share that is unsafe."""
+    expected_low: float = Share
+    """Between which shares it would lie, were the probabilities right (`beaver_ray.reliability`)."""
+    expected_high: float = Share
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was observed is among what was to be expected."""
+        return _within(self.expected_low, self.observed, self.expected_high)
 
 
 class Calibrated(_Record):
@@ -134,6 +146,9 @@ class Calibrated(_Record):
     """Share that is unsafe, with its 99 % interval."""
     low: float = Share
     high: float = Share
+    expected_low: float = Share
+    """Between which shares it would lie, were the probabilities right."""
+    expected_high: float = Share
     ece: float = Share
     """Expected calibration error over ten bins."""
     bins: list[Bin] = Field(min_length=1)
@@ -141,14 +156,23 @@ class Calibrated(_Record):
 
     @property
     def fits(self) -> bool:
-        """Whether the interval of what was observed holds what was predicted."""
-        return self.low <= self.predicted <= self.high
+        """Whether what was observed is among what was to be expected, of all answers and of those in each bin."""
+        overall = _within(self.expected_low, self.observed, self.expected_high)
+        return overall and all(part.fits for part in self.bins)
 
     def in_words(self) -> str:
         """Whether it fits, and by what, to stand behind "the calibration of ..."."""
-        seen = f"{self.observed:.1%} are unsafe (99 % interval {self.low:.1%} to {self.high:.1%})"
-        fits = "fits" if self.fits else "no longer fits"
-        return f"{fits}: of {self.answers} answers {seen}, {self.predicted:.1%} were predicted"
+        of_all = (
+            f"{'fits' if self.fits else 'no longer fits'}: of {self.answers} answers {self.observed:.1%} are unsafe"
+        )
+        expected = f"{self.predicted:.1%} were predicted ({self.expected_low:.1%} to {self.expected_high:.1%})"
+        parts = [
+            f"of the {part.count} at {part.low:.1f} to {part.low + 0.1:.1f} {part.observed:.1%}, predicted "
+            f"{part.predicted:.1%} ({part.expected_low:.1%} to {part.expected_high:.1%})"
+            for part in self.bins
+            if not part.fits and part.count < self.answers
+        ]
+        return "; ".join([f"{of_all}, {expected}", *parts])
 
 
 class Reliability(_File):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from beaver_ray.method.calibration import fit_platt
-from beaver_ray.reliability import compare
+from beaver_ray.reliability import chances_of_sums, compare, design_effect, expected_share
 
 
 def test_bins_and_error_by_hand() -> None:
@@ -21,6 +23,29 @@ def test_bins_and_error_by_hand() -> None:
     assert found.ece == pytest.approx((0.95 + 0.1 + 0.14) / 6)
     interval = stats.binomtest(3, 6).proportion_ci(0.99, method="wilson")
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    # An answer with a probability of 1 is unsafe; two of at most 5 % are hardly ever both.
+    assert (found.bins[3].expected_low, found.bins[3].expected_high) == (1.0, 1.0)
+    assert (found.bins[0].expected_low, found.bins[0].expected_high) == (0.0, 0.5)
+
+
+def test_chances_of_sums_by_enumeration() -> None:
+    probability = np.random.default_rng(0).random(7)
+    expected = np.zeros(8)
+    for outcome in itertools.product([0, 1], repeat=7):
+        hits = np.array(outcome)
+        expected[hits.sum()] += np.prod(np.where(hits, probability, 1 - probability))
+    np.testing.assert_allclose(chances_of_sums(probability), expected, atol=1e-15)
+    many = np.arange(3001)
+    np.testing.assert_allclose(chances_of_sums(np.full(3000, 0.02)), stats.binom.pmf(many, 3000, 0.02), atol=1e-14)
+
+
+def test_expected_shares_are_those_of_the_binomial() -> None:
+    ends = stats.binom.ppf([0.0025, 0.9975], 400, 0.1) / 400
+    assert expected_share(np.full(400, 0.1), 1.0, 0.005) == pytest.approx(tuple(ends))
+    # Four answers alike to each prompt: twice as far from the mean.
+    effect = design_effect(np.repeat(np.random.default_rng(0).normal(size=100), 4), np.repeat(np.arange(100), 4))
+    assert effect == pytest.approx(4.0)
+    assert expected_share(np.full(400, 0.1), effect, 0.005) == pytest.approx(tuple(0.1 + 2 * (ends - 0.1)))
 
 
 def test_what_was_fitted_on_has_the_error_of_the_fit() -> None:
@@ -41,6 +66,23 @@ def test_a_calibration_that_fits_is_seldom_called_otherwise() -> None:
     assert wrong <= 6
 
 
+def test_a_few_safe_looking_answers_that_are_not_are_found() -> None:
+    """Of sure probabilities the share hardly varies: 18 of 360 answers, each with one percent, are far too many."""
+    probability = np.repeat([0.01, 0.99], [360, 40])
+    unsafe = np.repeat([True, False, True], [18, 342, 40])
+    found = compare(probability, unsafe, np.arange(400))
+    assert not found.fits and [part.fits for part in found.bins] == [False, True]
+    assert "of the 360 at 0.0 to 0.1 5.0%, predicted 1.0%" in found.in_words()
+
+
+def test_too_low_here_and_too_high_there_does_not_fit() -> None:
+    """The mean is exactly what was predicted."""
+    probability = np.repeat([0.25, 0.75], 200)
+    found = compare(probability, np.arange(400) % 2 == 0, np.arange(400))
+    assert found.observed == found.predicted == 0.5
+    assert not found.fits and [part.fits for part in found.bins] == [False, False]
+
+
 def test_drift_is_found() -> None:
     """The policy moves to answers that are twice as often unsafe as their scores say."""
     rng = np.random.default_rng(2)
@@ -58,4 +100,6 @@ def test_answers_that_only_repeat_their_prompt_show_no_more() -> None:
     repeated = compare(np.repeat(probability, 9), np.repeat(unsafe, 9), np.repeat(np.arange(20), 9))
     independent = compare(np.repeat(probability, 9), np.repeat(unsafe, 9), np.arange(180))
     assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
+    ends = [(found.expected_low, found.expected_high) for found in (alone, repeated)]
+    assert ends[0][1] > 0.3 and ends[1] == pytest.approx(ends[0], abs=0.02)
     assert alone.fits and repeated.fits and not independent.fits

@@ -59,10 +59,11 @@ VERDICTS = Certificate.model_validate(
     }
 )
 BINS = [
-    {"low": 0.0, "count": 200, "predicted": 0.05, "observed": 0.2},
-    {"low": 0.4, "count": 100, "predicted": 0.45, "observed": 0.5},
+    {"low": 0.0, "count": 200, "predicted": 0.05, "observed": 0.2, "expected_low": 0.01, "expected_high": 0.1},
+    {"low": 0.4, "count": 100, "predicted": 0.45, "observed": 0.5, "expected_low": 0.3, "expected_high": 0.6},
 ]
 FOUND = {"answers": 300, "predicted": 0.18, "observed": 0.3, "low": 0.24, "high": 0.37, "ece": 0.12, "bins": BINS}
+FOUND |= {"expected_low": 0.12, "expected_high": 0.25}
 RELIABILITY = Reliability.model_validate({"labelled_by": "the test", "constraints": {"harm": FOUND}})
 WORDS = ["<pad>", "how", "to", "fix", "the", "lock", "oil", "<script>alert(1)</script>", "&amp;", "</s>"]
 
@@ -305,7 +306,10 @@ def test_verdicts_of_a_certificate_and_a_reliability_curve(tmp_path: Path) -> No
         in text
     )
     assert "not certified" in text and "Reliability: harm" in page.text
-    assert "The calibration no longer fits: of 300 answers 30.0% are unsafe" in text
+    assert (
+        "The calibration no longer fits: of 300 answers 30.0% are unsafe, 18.0% were predicted (12.0% to 25.0%)" in text
+    )
+    assert "of the 200 at 0.0 to 0.1 20.0%, predicted 5.0% (1.0% to 10.0%). Labels" in text
     assert (
         "predicted probability of being unsafe" in page.text and "<b>judge" not in (folder / "report.html").read_text()
     )

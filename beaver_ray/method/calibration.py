@@ -7,6 +7,7 @@ the scores a meaning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from beaver_ray.errors import UserError
 MIN_SAMPLES = 20
 MIN_PER_CLASS = 5
 ECE_BINS = 10
+TINY = 1e-12
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -32,7 +34,7 @@ class Calibration:
 
     `accuracy` is that of P > 1/2, `sign_accuracy` that of cost > 0; `ece` is the expected calibration error
     over ten equal bins of P; `residual_std` is the standard deviation of label (1 is unsafe) less P. All four are
-    measured on the samples of the fit.
+    measured on the samples of the fit. The variances are those of the fit, the inverse of its Fisher information.
     """
 
     scale: float
@@ -42,6 +44,23 @@ class Calibration:
     sign_accuracy: float
     ece: float
     residual_std: float
+    scale_variance: float
+    bias_variance: float
+    covariance: float
+    """Of scale and bias."""
+
+    def mean_error(self, probability_N: npt.NDArray[np.floating]) -> float:
+        """Standard error of the mean of these probabilities that comes of the fit (delta method): of their scores they
+        are the right sigmoid's, but for the labels that it happened to be fitted on.
+
+        Numbers outside 0 to 1, as importance weights make them, count as the nearer of these.
+        """
+        inside_N = np.clip(probability_N, TINY, 1.0 - TINY)
+        scores_N = (np.log(inside_N) - np.log1p(-inside_N) - self.bias) / self.scale
+        slopes_N = inside_N * (1.0 - inside_N)
+        by_scale, by_bias = float(np.mean(slopes_N * scores_N)), float(np.mean(slopes_N))
+        variance = by_scale**2 * self.scale_variance + by_bias**2 * self.bias_variance
+        return math.sqrt(max(variance + 2.0 * by_scale * by_bias * self.covariance, 0.0))
 
     def probability(self, scores: Scores) -> FloatArray:
         """Probability that each response is unsafe."""
@@ -84,6 +103,10 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
             "check that cost > 0 means unsafe, and the accuracy of the cost model"
         )
     probability_N = _sigmoid(scale * scores_N + bias)
+    (scale_variance, covariance), (_, bias_variance) = _variances((scores_N - centre) / spread, probability_N)
+    # Of the scores as they are: scale = slope / spread, bias = intercept - slope * centre / spread.
+    scale_variance, covariance = scale_variance / spread**2, covariance / spread
+    bias_variance += (scale_variance * centre - 2.0 * covariance) * centre
     return Calibration(
         scale=scale,
         bias=bias,
@@ -92,6 +115,9 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
         sign_accuracy=float(np.mean((scores_N > 0.0) == unsafe_N)),
         ece=expected_calibration_error(probability_N, unsafe_N),
         residual_std=float(np.std(unsafe_N - probability_N)),
+        scale_variance=scale_variance,
+        bias_variance=bias_variance,
+        covariance=covariance - scale_variance * centre,
     )
 
 
@@ -129,6 +155,14 @@ def _fit_logistic(x_N: FloatArray, targets_N: FloatArray) -> tuple[float, float]
             size /= 2.0
         weights = weights - size * step
     return float(weights[0]), float(weights[1])
+
+
+def _variances(x_N: FloatArray, probability_N: FloatArray) -> list[list[float]]:
+    """The covariance matrix of slope and intercept: the inverse of the Fisher information."""
+    design_N2 = np.stack([x_N, np.ones_like(x_N)], axis=1)
+    information = (design_N2 * (probability_N * (1.0 - probability_N))[:, None]).T @ design_N2
+    found: list[list[float]] = np.linalg.inv(information + 1e-12 * np.eye(2)).tolist()
+    return found
 
 
 def _sigmoid(logits: FloatArray) -> FloatArray:

@@ -23,15 +23,20 @@ def safety_margin(
     """What is taken off the bound of a mean that is estimated by E `costs_E`: in their units, 0 or more.
 
     The one-sided bounds of Student's t on the error of that mean and, where costs are calibrated probabilities, on
-    that of the calibration, the mean of label less probability on m labelled answers:
+    that of the calibration, which was fitted on m labelled answers:
 
-        t(confidence, G - 1) * error(costs)  +  t(confidence, m - 1) * std(label - P) / sqrt(m)
+        t(confidence, G - 1) * error(costs)  +  t(confidence, m - 1) * max(std(label - P) / sqrt(m), error(fit))
 
-    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1. The error is clustered by the G
+    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1 and one thing more. The first number
+    behind max is that of the labelled answers' mean label less probability. Where these answers have other scores, it
+    is the fit that matters, whose error at these scores is `Calibration.mean_error`. The error is clustered by the G
     prompts, as several answers to one tell less than as many answers to others; with one answer to each it is
     std(costs) / sqrt(E). Each bound holds with probability `confidence` by itself; that both errors are so large and
-    point the same way is rarer. It says nothing of answers that are unlike the labelled ones. Of the answers to a
-    single prompt nothing is known: infinite.
+    point the same way is rarer. It says nothing of answers whose scores mean something else than the labelled ones'. Of
+    the answers to a single prompt nothing is known: infinite.
+
+    Student's t is too sure of probabilities that are nearly all next to 0. Of G prompts whose answers all are, at most
+    1 - (1 - confidence)^(1 / G) are unsafe: the mean and its margin are no less than that.
 
     ``hit``: where each cost is 0 or this number, but for importance weights. Their mean is a share of it, and Student's
     t is too sure of a small one: from a step without an unsafe answer it would conclude that there are none. The bound
@@ -42,10 +47,14 @@ def safety_margin(
     """
     if hit is None:
         margin = mean_bound(costs_E, prompts_E, confidence)
+        if calibration is not None:
+            none_unsafe = clopper_pearson(0.0, len(np.unique(prompts_E)), confidence)[1]
+            margin = max(margin, none_unsafe - float(np.mean(costs_E, dtype=np.float64)))
     else:
         margin = hit * share_bound(costs_E / hit, prompts_E, confidence)
     if calibration is not None:
-        margin += scale * _t(confidence, calibration.n) * calibration.residual_std / math.sqrt(calibration.n)
+        of_labels = scale * calibration.residual_std / math.sqrt(calibration.n)
+        margin += _t(confidence, calibration.n) * max(of_labels, calibration.mean_error(costs_E))
     return margin
 
 

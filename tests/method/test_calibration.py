@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -80,8 +81,39 @@ def test_metrics_by_hand():
     assert calibration.residual_std == pytest.approx(np.std(residuals))
 
 
+def test_the_error_of_the_fit_by_differences():
+    """The variances are the inverse of the log-likelihood's second derivatives, and the mean's error follows its slope
+    in scale and bias."""
+    scores, unsafe = sample(400, 0.7, -1.5)
+    fit = fit_platt(scores, unsafe)
+
+    def loss(scale, bias):
+        logits = scale * scores + bias
+        return np.sum(np.logaddexp(0.0, logits) - fit.probability(scores) * logits)
+
+    h = 1e-3
+    moved = {(i, j): loss(fit.scale + i * h, fit.bias + j * h) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    by_scale = (moved[1, 0] - 2 * moved[0, 0] + moved[-1, 0]) / h**2
+    by_bias = (moved[0, 1] - 2 * moved[0, 0] + moved[0, -1]) / h**2
+    by_both = (moved[1, 1] - moved[1, -1] - moved[-1, 1] + moved[-1, -1]) / (4 * h**2)
+    variances = np.linalg.inv([[by_scale, by_both], [by_both, by_bias]])
+    found = [[fit.scale_variance, fit.covariance], [fit.covariance, fit.bias_variance]]
+    np.testing.assert_allclose(found, variances, rtol=1e-4)
+
+    others = np.array([-3.0, 0.5, 2.0])
+    mean = lambda scale, bias: (1 / (1 + np.exp(-(scale * others + bias)))).mean()  # noqa: E731
+    slope = np.array(
+        [
+            (mean(fit.scale + h, fit.bias) - mean(fit.scale - h, fit.bias)) / (2 * h),
+            (mean(fit.scale, fit.bias + h) - mean(fit.scale, fit.bias - h)) / (2 * h),
+        ]
+    )
+    assert fit.mean_error(fit.probability(others)) == pytest.approx(math.sqrt(slope @ variances @ slope), rel=1e-4)
+    assert fit.mean_error(np.array([0.0, 1.0, -0.1, 1.2])) < 1e-9, "there the sigmoid is flat"
+
+
 def test_probability_does_not_overflow():
-    calibration = Calibration(1.0, 0.0, 20, 1.0, 1.0, 0.0, 0.5)
+    calibration = Calibration(1.0, 0.0, 20, 1.0, 1.0, 0.0, 0.5, 0.1, 0.1, 0.0)
     assert calibration.probability([-1e6, 0.0, 1e6]).tolist() == [0.0, 0.5, 1.0]
 
 

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
-from beaver_ray.method.calibration import Calibration
+from beaver_ray.method.calibration import Calibration, fit_platt
 from beaver_ray.method.confidence import safety_margin
 
 
@@ -17,7 +17,7 @@ def test_by_hand():
     costs, prompts = np.array([0.0, 0.0, 0.0, 4.0]), np.arange(4)
     assert safety_margin(costs, prompts, 0.9) == pytest.approx(1.638 * 2 / 2, abs=1e-3)
     # With 9 degrees of freedom it is 1.383.
-    calibration = Calibration(1.0, 0.0, 10, 1.0, 1.0, 0.0, residual_std=0.3)
+    calibration = Calibration(1.0, 0.0, 10, 1.0, 1.0, 0.0, 0.3, scale_variance=0.0, bias_variance=0.0, covariance=0.0)
     more = safety_margin(costs, prompts, 0.9, calibration)
     assert more == pytest.approx(1.638 + 1.383 * 0.3 / math.sqrt(10), abs=1e-3)
     # Where the worst tenth is bounded, all of the calibration's error may lie there.
@@ -45,6 +45,31 @@ def test_of_shares_by_hand():
     upper = 0.25 + safety_margin(spread, prompts // 4, 0.9, hit=1.0)
     trials = 32 * (1.309 / 1.415) ** 2
     assert stats.beta.cdf(upper, trials / 4 + 1, trials * 3 / 4) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_calibration_where_it_was_not_fitted():
+    """The policy's scores lie between the safe and the unsafe ones that were labelled, where few labels say anything.
+
+    The sigmoid is the right one: all that is wrong of it comes of the labels that it was fitted on.
+    """
+    rng = np.random.default_rng(3)
+    held = []
+    for _ in range(300):
+        scores = rng.normal(size=2000) + np.where(rng.random(2000) < 0.5, 4.0, -4.0)
+        calibration = fit_platt(scores, rng.random(2000) < special.expit(scores))
+        costs = calibration.probability(rng.normal(-2.2, 0.3, 1024))
+        true = special.expit(rng.normal(-2.2, 0.3, 20_000)).mean()
+        held.append(costs.mean() + safety_margin(costs, np.arange(1024), 0.9, calibration) >= true)
+    assert np.mean(held) >= 0.9
+
+
+def test_probabilities_next_to_nothing_still_have_a_margin():
+    """Of 64 prompts without an unsafe answer up to 1 - 0.1^(1/64) = 3.5 % may be unsafe, whatever a cost model says."""
+    surely = Calibration(1.0, 0.0, 10**6, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    costs = np.full(64, 0.001)
+    assert costs.mean() + safety_margin(costs, np.arange(64), 0.9, surely) == pytest.approx(1 - 0.1 ** (1 / 64))
+    # Two answers to each of 32 prompts tell as much as 32.
+    assert 0.001 + safety_margin(costs, np.arange(64) // 2, 0.9, surely) == pytest.approx(1 - 0.1 ** (1 / 32))
 
 
 def test_of_one_prompt_nothing_is_known():

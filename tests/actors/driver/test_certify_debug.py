@@ -182,7 +182,7 @@ def test_drift_is_noted_once_when_it_begins(
     begins = [step for step, now in enumerate(fits, start=1) if not now and (step == 1 or fits[step - 2])]
     assert not fits[1] and len(said) == len(begins)
     assert [line.split(":")[0] for line in said] == [f"step {step}" for step in begins]
-    assert said[-1].endswith("0.1% were predicted; calibrate on labels of such answers")
+    assert said[-1].endswith("0.1% were predicted (0.0% to 6.2%); calibrate on labels of such answers")
 
 
 def test_certify_on_sealed_prompts(

@@ -64,7 +64,7 @@ def test_several_columns_come_of_one_forward(tiny_world: Path, tmp_path: Path) -
         expected = end_scores(folder, whole_sequences(batch), head)
         np.testing.assert_allclose(experience.scalars(found, column), expected, atol=1e-5)
     # A calibration is one column's affair.
-    figures = {"scale": 2.0, "bias": -0.5, "n": 1}
+    figures = {"scale": 2.0, "bias": -0.5, "n": 1, "scale_variance": 0.0, "bias_variance": 0.0, "covariance": 0.0}
     both.set_calibration(
         "cost/harm", figures | {"accuracy": 1.0, "sign_accuracy": 1.0, "ece": 0.0, "residual_std": 0.0}
     )
