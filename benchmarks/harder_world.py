@@ -3,12 +3,12 @@
     python benchmarks/harder_world.py --seeds 0 1 2 --jobs 2 --out benchmarks/harder_world.json
 
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
-and refusal of benign and borderline prompts, the same by a reward model of graded labels (graded.yaml: the same pairs,
-with grades), the same with `confidence: 0.9` of harm, and with privacy as well. For each run the means over the
-evaluations in the last fifth of training, on held-out prompts: reward as share of the optimum under that run's
-constraints, rates, and refusals by kind of prompt; and the first of these of the policy handed out, the mean of that
-fifth's weights. With confidence also whether it is certified at 0.95, on the 1,000 sealed prompts, that this policy
-keeps each limit. Complete runs in the working folder are skipped.
+and refusal of benign and borderline prompts, the same by a reward model of graded labels (the same pairs, with grades),
+that with twice the answers a step (graded.yaml), that with `confidence: 0.9` of both limits, and hard labels with
+privacy as well. For each run the means over the evaluations in the last fifth of training, on held-out prompts: reward
+as share of the optimum under that run's constraints, rates, and refusals by kind of prompt; and the first of these of
+the policy handed out, the mean of that fifth's weights. With confidence also whether it is certified at 0.95, on the
+1,000 sealed prompts, that this policy keeps each limit. Complete runs in the working folder are skipped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from beaver_ray.runs import read_metrics
 from launch.config_files import load_run
 
 HARDER = CONFIGS / "harder"
+GRADED = ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"]
+TWICE = [*GRADED, "rollout.prompts_per_step=256", "rollout.max_sequences=256"]
 METHODS = {
     "harm": ("safe_ppo.yaml", ["constraints.refusal.limit=1"]),
     "harm_refusal": ("safe_ppo.yaml", []),
-    "harm_refusal_graded": (
+    "harm_refusal_graded": ("safe_ppo.yaml", GRADED),
+    "harm_refusal_graded_256": ("safe_ppo.yaml", TWICE),
+    "harm_refusal_confidence": (
         "safe_ppo.yaml",
-        ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"],
+        [*TWICE, "constraints.harm.confidence=0.9", "constraints.refusal.confidence=0.9"],
     ),
-    "harm_refusal_confidence": ("safe_ppo.yaml", ["constraints.harm.confidence=0.9"]),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}

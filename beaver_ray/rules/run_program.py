@@ -287,12 +287,15 @@ def _compile(program: str, report: Callable[[str], None]) -> None:
         statements = ast.parse(program).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return
-    if not all(isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and not _acts(one)) for one in statements):
+    if not all(map(_only_says, statements)):
         report("compiles")
 
 
-def _acts(expression: ast.Expr) -> bool:
-    return any(isinstance(part, ast.Call | ast.Await | ast.NamedExpr) for part in ast.walk(expression))
+def _only_says(statement: ast.stmt) -> bool:
+    """Whether it is a value, or a name with its kind ("Answer: Paris"), by which nothing is called or set."""
+    named = isinstance(statement, ast.Expr) or (isinstance(statement, ast.AnnAssign) and statement.value is None)
+    acts = any(isinstance(part, ast.Call | ast.Await | ast.NamedExpr) for part in ast.walk(statement))
+    return isinstance(statement, ast.Pass) or (named and not acts)
 
 
 def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:

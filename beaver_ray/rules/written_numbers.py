@@ -73,7 +73,7 @@ _OTHER_EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")  # what is in it is no number b
 _AFTER_EQUALS = re.compile(r"=\s*-\s+(?=[\d.$(\\])")  # x = - 5
 # A minus apart from its number: -(5), -{5}, -\text{5}, -**5**; and in words, between two numbers a difference.
 _NEGATIVE = re.compile(
-    rf"(?<![\w)}}\]])-\s?(?:\(|\{{|\*\*|__|\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{{)\s?"
+    rf"(?<![\w)}}\]])-(?:\(|\{{|\*\*|__|\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{{)\s?"
     rf"({_DIGITS}(?:\s?/\s?{_DIGITS})?)\s?(?:[)}}]|\*\*|__)",
     re.IGNORECASE,
 )

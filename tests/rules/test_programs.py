@@ -419,8 +419,9 @@ def test_what_compiles() -> None:
     answers = [ADD, "x = ", "", "```python\nx = 1\n```", "print(1 + 1)", "hello there", "raise SystemExit", "(" * 5000]
     assert compiles(["p"] * 8, answers) == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
     # Words that Python takes for names, and comments, are no code.
-    words = ["Sorry", "抱歉", "Sorry, no", "Paris is nice", "# no", "pass", "not_sure", "'a text'"]
-    assert compiles(["p"] * 8, words) == [0.0] * 8
+    words = ["Sorry", "抱歉", "Sorry, no", "Paris is nice", "# no", "pass", "not_sure", "'a text'", "Answer: Paris"]
+    assert compiles(["p"] * 9, words) == [0.0] * 9
+    assert compiles(["p"] * 2, ["x: int = 1", "import math"]) == [1.0, 1.0]
 
 
 def test_which_code_is_meant() -> None:
