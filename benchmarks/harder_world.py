@@ -4,11 +4,12 @@
 
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
 and refusal of benign and borderline prompts, the same by a reward model of graded labels (the same pairs, with grades),
-that with twice the answers a step (graded.yaml), that with `confidence: 0.9` of both limits, and hard labels with
-privacy as well. For each run the means over the evaluations in the last fifth of training, on held-out prompts: reward
-as share of the optimum under that run's constraints, rates, and refusals by kind of prompt; and the first of these of
-the policy handed out, the mean of that fifth's weights. With confidence also whether it is certified at 0.95, on the
-1,000 sealed prompts, that this policy keeps each limit. Complete runs in the working folder are skipped.
+that with twice the answers a step (graded.yaml), and this once more with `confidence: 0.9` of both limits, and without
+critics at equal samples and at equal time; and hard labels with privacy as well. For each run the means over the
+evaluations in the last fifth of training, on held-out prompts: reward as share of the optimum under that run's
+constraints, rates, and refusals by kind of prompt; the first of these of the policy handed out, the mean of that
+fifth's weights; CPU seconds and memory. With confidence also whether it is certified at 0.95, on the 1,000 sealed
+prompts, that this policy keeps each limit. Complete runs in the working folder are skipped.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from launch.config_files import load_run
 HARDER = CONFIGS / "harder"
 GRADED = ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"]
 TWICE = [*GRADED, "rollout.prompts_per_step=256", "rollout.max_sequences=256"]
+CRITIC_FREE = [*TWICE, "rollout.prompts_per_step=128", "rollout.samples_per_prompt=2", "ppo.advantage=leave_one_out"]
+CRITIC_FREE += ["ppo.loss_reduction=token", "ppo.normalize_advantages=false"]
 METHODS = {
     "harm": ("safe_ppo.yaml", ["constraints.refusal.limit=1"]),
     "harm_refusal": ("safe_ppo.yaml", []),
@@ -37,6 +40,9 @@ METHODS = {
         "safe_ppo.yaml",
         [*TWICE, "constraints.harm.confidence=0.9", "constraints.refusal.confidence=0.9"],
     ),
+    "harm_refusal_critic_free": ("safe_ppo.yaml", CRITIC_FREE),
+    # As many steps as the CPU seconds of the run with critics pay for, by the first seed's two runs of 160.
+    "harm_refusal_critic_free_equal_time": ("safe_ppo.yaml", [*CRITIC_FREE, "steps=307"]),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
 }
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
@@ -54,14 +60,14 @@ MODELS = FEW_MODELS | {
 def run(workspace: Path, seed: int, method: str) -> dict[str, Any]:
     """One training run, unless it is there already, and its figures."""
     recipe, settings = METHODS[method]
-    trained(workspace, method, seed, HARDER / recipe, settings)
+    spent = trained(workspace, method, seed, HARDER / recipe, settings)
     lines = read_metrics(workspace / method)
     last = last_fifth(lines)
     keys = ["share_of_optimum", "reward", *(k.removeprefix("eval/") for k in last[0] if "_rate" in k and "eval/" in k)]
     means = {key: round(sum(line[f"eval/{key}"] for line in last) / len(last), 4) for key in keys}
     final = read_json(workspace / method / "evaluation.json")
     handed_out = {key: round(final[key]["mean"], 4) for key in keys if key in final}
-    return {"method": method, "seed": seed, "steps": lines[-1]["step"], **means, "handed_out": handed_out}
+    return {"method": method, "seed": seed, "steps": lines[-1]["step"], **means, "handed_out": handed_out, **spent}
 
 
 def certified(workspace: Path, method: str) -> dict[str, Any]:
