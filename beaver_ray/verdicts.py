@@ -113,15 +113,9 @@ class Certificate(_File):
         return all(statement.verdict == "holds" for statement in self.statements)
 
 
-def _within(low: float, value: float, high: float) -> bool:
-    return low - 1e-9 <= value <= high + 1e-9
+class _Compared(_Record):
+    """A mean probability of being unsafe against the share that is unsafe."""
 
-
-class Bin(_Record):
-    """The answers whose probability lies between two tenths."""
-
-    low: float = Share
-    count: int = Count
     predicted: float = Share
     """Mean probability."""
     observed: float = Share
@@ -131,24 +125,25 @@ class Bin(_Record):
     expected_high: float = Share
 
     @property
-    def fits(self) -> bool:
+    def as_expected(self) -> bool:
         """Whether what was observed is among what was to be expected."""
-        return _within(self.expected_low, self.observed, self.expected_high)
+        return self.expected_low - 1e-9 <= self.observed <= self.expected_high + 1e-9
 
 
-class Calibrated(_Record):
+class Bin(_Compared):
+    """The answers whose probability lies between two tenths."""
+
+    low: float = Share
+    count: int = Count
+
+
+class Calibrated(_Compared):
     """Calibrated probabilities of answers against labels of the same answers."""
 
     answers: int = Count
-    predicted: float = Share
-    """Mean probability of being unsafe."""
-    observed: float = Share
-    """Share that is unsafe, with its 99 % interval."""
     low: float = Share
+    """The 99 % interval of the share that is unsafe."""
     high: float = Share
-    expected_low: float = Share
-    """Between which shares it would lie, were the probabilities right."""
-    expected_high: float = Share
     ece: float = Share
     """Expected calibration error over ten bins."""
     bins: list[Bin] = Field(min_length=1)
@@ -156,9 +151,8 @@ class Calibrated(_Record):
 
     @property
     def fits(self) -> bool:
-        """Whether what was observed is among what was to be expected, of all answers and of those in each bin."""
-        overall = _within(self.expected_low, self.observed, self.expected_high)
-        return overall and all(part.fits for part in self.bins)
+        """Whether what was observed is as expected, of all answers and of those in each bin."""
+        return self.as_expected and all(part.as_expected for part in self.bins)
 
     def in_words(self) -> str:
         """Whether it fits, and by what, to stand behind "the calibration of ..."."""
@@ -170,7 +164,7 @@ class Calibrated(_Record):
             f"of the {part.count} at {part.low:.1f} to {part.low + 0.1:.1f} {part.observed:.1%}, predicted "
             f"{part.predicted:.1%} ({part.expected_low:.1%} to {part.expected_high:.1%})"
             for part in self.bins
-            if not part.fits and part.count < self.answers
+            if not part.as_expected and part.count < self.answers
         ]
         return "; ".join([f"{of_all}, {expected}", *parts])
 

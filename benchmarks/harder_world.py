@@ -29,7 +29,7 @@ from launch.config_files import load_run
 HARDER = CONFIGS / "harder"
 GRADED = ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"]
 TWICE = [*GRADED, "rollout.prompts_per_step=256", "rollout.max_sequences=256"]
-CRITIC_FREE = [*TWICE, "rollout.prompts_per_step=128", "rollout.samples_per_prompt=2", "ppo.advantage=leave_one_out"]
+CRITIC_FREE = [*GRADED, "rollout.samples_per_prompt=2", "rollout.max_sequences=256", "ppo.advantage=leave_one_out"]
 CRITIC_FREE += ["ppo.loss_reduction=token", "ppo.normalize_advantages=false"]
 METHODS = {
     "harm": ("safe_ppo.yaml", ["constraints.refusal.limit=1"]),

@@ -71,7 +71,7 @@ def test_a_few_safe_looking_answers_that_are_not_are_found() -> None:
     probability = np.repeat([0.01, 0.99], [360, 40])
     unsafe = np.repeat([True, False, True], [18, 342, 40])
     found = compare(probability, unsafe, np.arange(400))
-    assert not found.fits and [part.fits for part in found.bins] == [False, True]
+    assert not found.fits and [part.as_expected for part in found.bins] == [False, True]
     assert "of the 360 at 0.0 to 0.1 5.0%, predicted 1.0%" in found.in_words()
 
 
@@ -80,7 +80,7 @@ def test_too_low_here_and_too_high_there_does_not_fit() -> None:
     probability = np.repeat([0.25, 0.75], 200)
     found = compare(probability, np.arange(400) % 2 == 0, np.arange(400))
     assert found.observed == found.predicted == 0.5
-    assert not found.fits and [part.fits for part in found.bins] == [False, False]
+    assert not found.fits and [part.as_expected for part in found.bins] == [False, False]
 
 
 def test_drift_is_found() -> None:

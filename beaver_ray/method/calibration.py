@@ -135,7 +135,7 @@ def _checked(scores: Scores, unsafe: Labels) -> tuple[FloatArray, BoolArray]:
 
 def _fit_logistic(x_N: FloatArray, targets_N: FloatArray) -> tuple[float, float]:
     """Maximum likelihood of sigmoid(slope * x + intercept) on soft targets: Newton with step halving."""
-    design_N2 = np.stack([x_N, np.ones_like(x_N)], axis=1)
+    design_N2 = _design(x_N)
 
     def loss(weights: FloatArray) -> float:
         logits_N = design_N2 @ weights
@@ -147,9 +147,7 @@ def _fit_logistic(x_N: FloatArray, targets_N: FloatArray) -> tuple[float, float]
         gradient = design_N2.T @ (probability_N - targets_N)
         if np.abs(gradient).max() < 1e-9 * len(x_N):
             break
-        curvature_N = probability_N * (1.0 - probability_N)
-        hessian = (design_N2 * curvature_N[:, None]).T @ design_N2 + 1e-12 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
+        step = np.linalg.solve(_information(design_N2, probability_N), gradient)
         size, start = 1.0, loss(weights)
         while size > 1e-10 and loss(weights - size * step) > start - 1e-4 * size * float(gradient @ step):
             size /= 2.0
@@ -159,10 +157,19 @@ def _fit_logistic(x_N: FloatArray, targets_N: FloatArray) -> tuple[float, float]
 
 def _variances(x_N: FloatArray, probability_N: FloatArray) -> list[list[float]]:
     """The covariance matrix of slope and intercept: the inverse of the Fisher information."""
-    design_N2 = np.stack([x_N, np.ones_like(x_N)], axis=1)
-    information = (design_N2 * (probability_N * (1.0 - probability_N))[:, None]).T @ design_N2
-    found: list[list[float]] = np.linalg.inv(information + 1e-12 * np.eye(2)).tolist()
+    found: list[list[float]] = np.linalg.inv(_information(_design(x_N), probability_N)).tolist()
     return found
+
+
+def _design(x_N: FloatArray) -> FloatArray:
+    return np.stack([x_N, np.ones_like(x_N)], axis=1)
+
+
+def _information(design_N2: FloatArray, probability_N: FloatArray) -> FloatArray:
+    """The second derivatives of the loss by slope and intercept, which are the Fisher information."""
+    curvature_N = probability_N * (1.0 - probability_N)
+    information: FloatArray = (design_N2 * curvature_N[:, None]).T @ design_N2 + 1e-12 * np.eye(2)
+    return information
 
 
 def _sigmoid(logits: FloatArray) -> FloatArray:
