@@ -30,8 +30,10 @@ class MultiplierConfig(Strict):
     rule: Literal["log_sgd", "pid", "projected"] = option(
         "pid finds its gains itself; log_sgd is the published rule; projected is gradient ascent.", "pid"
     )
-    initial: float | Literal["auto"] = option(
-        "Start value; auto: where the dual on answers of the policy's start has it (beaver-ray feasibility).", 1.0
+    initial: float | Literal["auto"] | None = option(
+        "Start value; null: 0, or 1 with log_sgd and reward_shaping; auto: where the dual on answers of the policy's "
+        "start has it (beaver-ray feasibility).",
+        None,
     )
     time_constant: float = option("pid: steps in which a lasting violation is answered.", 10.0, ge=1)
     learning_rate: float = option("Step size of log_sgd and projected.", 0.1, gt=0)
@@ -53,12 +55,13 @@ class MultiplierConfig(Strict):
 
     @model_validator(mode="after")
     def _bounded(self) -> MultiplierConfig:
-        if self.initial != "auto" and self.initial < 0:
-            raise ValueError(f"initial {self.initial} is below 0")
-        if self.rule == "log_sgd" and self.initial == 0:
-            raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
-        if self.max is not None and self.initial != "auto" and self.initial > self.max:
-            raise ValueError(f"initial {self.initial} is above max {self.max}")
+        if isinstance(self.initial, float):
+            if self.initial < 0:
+                raise ValueError(f"initial {self.initial} is below 0")
+            if self.rule == "log_sgd" and self.initial == 0:
+                raise ValueError("log_sgd moves the logarithm and cannot start at 0; set initial above 0")
+            if self.max is not None and self.initial > self.max:
+                raise ValueError(f"initial {self.initial} is above max {self.max}")
         if self.rule == "pid" and self.asks_for("learning_rate"):  # a recipe's time_constant may stand in other rules
             raise ValueError("learning_rate is of rule log_sgd and projected; leave it out for pid, or set rule")
         return self

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from beaver_ray.constraint_options import MultiplierConfig
 from beaver_ray.method.forms import CVaR, WorstOfK
+from beaver_ray.method.multipliers import make_multiplier
 from beaver_ray.yaml_files import save_config
 from launch.config_files import load_config
 from tests.configs import error, safe_ppo
@@ -63,6 +65,12 @@ def test_multipliers_that_start_by_themselves(tmp_path: Path) -> None:
     assert "auto needs ppo.kl_coefficient above 0" in error(auto, "ppo.kl_coefficient=0")
     grouped = ("rollout.samples_per_prompt=2", "ppo.advantage=group_standardized")
     assert "auto is in units of scores; ppo.advantage takes these away" in error(auto, *grouped)
+
+
+def test_where_a_multiplier_starts_that_says_nothing_of_it() -> None:
+    assert make_multiplier(MultiplierConfig(rule="log_sgd", max=0.5)).value == 0.5
+    fixed = safe_ppo("stage=reward_shaping", "constraints.harm.multiplier.initial=null").objective()
+    assert fixed.weights == {"harm": 1.0}
 
 
 def test_log_sgd_cannot_start_at_zero() -> None:

@@ -53,4 +53,5 @@ class RewardShaping(PolicyStage):
         """The reward less each cost times its multiplier's initial value."""
         from beaver_ray.method.objective import RewardShaping
 
-        return RewardShaping(self.settings(), {c.name: float(c.multiplier.initial) for c in self.constraints})
+        weights = {c.name: c.multiplier.initial for c in self.constraints}
+        return RewardShaping(self.settings(), {name: 1.0 if w is None else float(w) for name, w in weights.items()})

@@ -374,9 +374,12 @@ class ProjectedMultiplier(Multiplier):
 def make_multiplier(config: MultiplierConfig) -> Multiplier:
     """The multiplier of one constraint, in its initial state. Raises UserError on bad settings.
 
-    Where ``initial`` is auto somebody sets it before the first step; until then it is 1, or the maximum.
+    Where ``initial`` is null it is 0, which needs no unit; log_sgd cannot leave 0 and starts at 1, as published, or at
+    the maximum. Where it is auto somebody sets it before the first step.
     """
-    initial = min(1.0, config.max or 1.0) if isinstance(config.initial, str) else config.initial
+    initial = config.initial
+    if not isinstance(initial, float):
+        initial = min(1.0, config.max or 1.0) if config.rule == "log_sgd" else 0.0
     if config.rule == "log_sgd":
         return LogSgdMultiplier(initial, config.learning_rate, config.max, config.window, config.delay_steps)
     if config.rule == "pid":
