@@ -48,11 +48,17 @@ METHODS = {
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
 FEW_MODELS = STAGES | {"reward_model": {"config": str(CONFIGS / "reward_model.yaml")}}
 """What Safe PPO of harm and refusal builds on."""
-MODELS = FEW_MODELS | {
+GRADED_MODELS = {
+    "sft": STAGES["sft"],
     "graded_reward": {
         "config": str(CONFIGS / "reward_model.yaml"),
         "set": {"name": "graded_reward", "noise.soft": 1.0},
     },
+    "cost_model": STAGES["cost_model"],
+}
+"""What it builds on where labels are graded."""
+MODELS = FEW_MODELS | {
+    "graded_reward": GRADED_MODELS["graded_reward"],
     "privacy_model": {"config": str(HARDER / "privacy_model.yaml")},
 }
 
