@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import stats
 
 from beaver_ray.evaluation import share_interval
 from beaver_ray.method.calibration import ECE_BINS, bin_numbers, expected_calibration_error
@@ -31,11 +32,11 @@ def compare(probability_N: np.ndarray, unsafe_N: np.ndarray, prompt_N: np.ndarra
     share = share_interval(unsafe_N, prompt_N, UPPER)
     bins_N = bin_numbers(probability_N)
     numbers = np.unique(bins_N).tolist()
-    effect = design_effect(unsafe_N - probability_N, prompt_N)
-    bins = []
+    residuals_N, bins = unsafe_N - probability_N, []
     for number in numbers:
-        here = bins_N == number
-        expected = expected_share(probability_N[here], effect, FALSE_ALARMS / 2 / len(numbers))
+        here, outside = bins_N == number, FALSE_ALARMS / 2 / len(numbers)
+        effect = design_effect(residuals_N[here], prompt_N[here], outside)
+        expected = expected_share(probability_N[here], effect, outside)
         bins.append(
             Bin(
                 low=number / ECE_BINS,
@@ -46,6 +47,7 @@ def compare(probability_N: np.ndarray, unsafe_N: np.ndarray, prompt_N: np.ndarra
                 expected_high=expected[1],
             )
         )
+    effect = design_effect(residuals_N, prompt_N, FALSE_ALARMS / 2)
     low, high = expected_share(probability_N, effect, FALSE_ALARMS / 2)
     return Calibrated(
         answers=len(probability_N),
@@ -66,6 +68,8 @@ def expected_share(probability_N: np.ndarray, effect: float, outside: float) -> 
     Quantiles of the sum of independent events (Poisson's binomial distribution), drawn out from its mean by the root of
     the design ``effect``.
     """
+    if math.isinf(effect):
+        return 0.0, 1.0
     n, mean, chances = len(probability_N), float(probability_N.mean()), np.cumsum(chances_of_sums(probability_N))
     ends = [float(np.searchsorted(chances, tail)) / n for tail in (outside / 2, 1.0 - outside / 2)]
     low, high = (mean + (end - mean) * math.sqrt(effect) for end in ends)
@@ -84,9 +88,18 @@ def chances_of_sums(probability_N: np.ndarray) -> np.ndarray:
     return found
 
 
-def design_effect(residuals_N: np.ndarray, prompt_N: np.ndarray) -> float:
-    """How many times as much the mean of these residuals varies as if answers to one prompt had nothing in common; at
-    least 1."""
+def design_effect(residuals_N: np.ndarray, prompt_N: np.ndarray, outside: float) -> float:
+    """How many times as much the mean of these residuals may vary as if answers to one prompt had nothing in common; at
+    least 1, and more where few prompts say so, as Student's t is wider than the normal distribution.
+
+    Infinite for several answers to a single prompt, of which nothing is known.
+    """
+    prompts = len(np.unique(prompt_N))
+    if prompts == len(prompt_N):
+        return 1.0
+    if prompts == 1:
+        return math.inf
     centred_N = residuals_N - residuals_N.mean()
-    alone = float(np.sum(centred_N**2))
-    return max(1.0, float(np.sum(cluster_sums(centred_N, prompt_N) ** 2)) / alone) if alone > 0.0 else 1.0
+    alone, together = float(np.sum(centred_N**2)), float(np.sum(cluster_sums(centred_N, prompt_N) ** 2))
+    wider = float(stats.t.isf(outside / 2, prompts - 1) / stats.norm.isf(outside / 2)) ** 2
+    return max(1.0, prompts / (prompts - 1) * together / alone * wider) if alone > 0.0 else 1.0

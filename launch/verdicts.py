@@ -44,7 +44,8 @@ def show_reliability(reliability: Reliability) -> None:
             table.add_column(title, justify="right")
         for part in found.bins:
             span = f"{part.low:.1f} to {part.low + 0.1:.1f}"
-            table.add_row(span, str(part.count), f"{part.predicted:.3f}", f"{part.observed:.3f}")
+            expected = f"{part.predicted:.3f} ({part.expected_low:.3f} to {part.expected_high:.3f})"
+            table.add_row(span, str(part.count), expected, f"{part.observed:.3f}")
         table_console().print(table)
         print(f"the calibration of {name} {found.in_words()}; expected calibration error {found.ece:.3f}")
 

@@ -216,14 +216,15 @@ def combine_experience(
             continue  # no prompt of the step is in the constraint's scope
         if constraint.confidence is not None:
             compared = multiplier.compared(given, prompts)
-            calibration, hit = calibrations.get(f"cost/{name}"), costs[name].hit
-            scale = make_form(constraint.form, config.rollout.samples_per_prompt).scale
-            margin = safety_margin(*compared, constraint.confidence, calibration, hit, scale)
+            calibration, shares = calibrations.get(f"cost/{name}"), costs[name].shares and multiplier.shares
+            form = make_form(constraint.form, config.rollout.samples_per_prompt)
+            margin = safety_margin(*compared, constraint.confidence, calibration, form, shares)
             if math.isfinite(margin):
                 stats[f"cost/{name}/margin"], bound = margin, bound - margin
             else:
                 stats["without_margin"].append(name)
-        multiplier.update(given, bound, hold=warming_up, reward_std=stats["reward/std"], prompts=prompts)
+        seen = {"reward_std": stats["reward/std"], "prompts": prompts, "shares": costs[name].shares}
+        multiplier.update(given, bound, hold=warming_up, **seen)
     weights, _ = weighing(config, multipliers, stats["history"])
     combined, experience = roles.experience.workers[0].call(ExperienceBuilder.combine, batch, weights, returns=2)
     roles.experience.wait(combined, "combining advantages", [[batch]])

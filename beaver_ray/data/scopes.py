@@ -56,7 +56,7 @@ def in_words(where: Where) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = as_text(value) or "..."
+    text = as_text(value) or '""'
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

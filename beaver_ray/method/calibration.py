@@ -92,7 +92,7 @@ def fit_platt(scores: Scores, unsafe: Labels) -> Calibration:
             f"label at least {MIN_SAMPLES}, {MIN_PER_CLASS} of each kind"
         )
     centre, spread = float(scores_N.mean()), float(scores_N.std())
-    if not spread > 0.0:
+    if scores_N.min() == scores_N.max():
         raise UserError("every response has the same cost score: the cost model has not learnt anything to calibrate")
     targets_N = np.where(unsafe_N, (unsafe_N.sum() + 1.0) / (unsafe_N.sum() + 2.0), 1.0 / ((~unsafe_N).sum() + 2.0))
     slope, intercept = _fit_logistic((scores_N - centre) / spread, targets_N)

@@ -10,6 +10,7 @@ from scipy import stats
 
 from beaver_ray.bounds import clopper_pearson
 from beaver_ray.method.calibration import Calibration
+from beaver_ray.method.forms import MEAN, Form
 
 
 def safety_margin(
@@ -17,8 +18,8 @@ def safety_margin(
     prompts_E: npt.NDArray[np.integer],
     confidence: float,
     calibration: Calibration | None = None,
-    hit: float | None = None,
-    scale: float = 1.0,
+    form: Form = MEAN,
+    shares: bool = False,
 ) -> float:
     """What is taken off the bound of a mean that is estimated by E `costs_E`: in their units, 0 or more.
 
@@ -27,33 +28,34 @@ def safety_margin(
 
         t(confidence, G - 1) * error(costs)  +  t(confidence, m - 1) * max(std(label - P) / sqrt(m), error(fit))
 
-    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1 and one thing more. The first number
+    as in HC-RLHF (https://arxiv.org/abs/2506.08266), with both of its constants 1 and two things more. The first number
     behind max is that of the labelled answers' mean label less probability. Where these answers have other scores, it
-    is the fit that matters, whose error at these scores is `Calibration.mean_error`. The error is clustered by the G
-    prompts, as several answers to one tell less than as many answers to others; with one answer to each it is
-    std(costs) / sqrt(E). Each bound holds with probability `confidence` by itself; that both errors are so large and
-    point the same way is rarer. It says nothing of answers whose scores mean something else than the labelled ones'. Of
-    the answers to a single prompt nothing is known: infinite.
+    is the fit that matters, whose error at these scores is `Calibration.mean_error`. And costs of which a few are large
+    make the first bound wider than Student's t (`upper_bound`). The error is clustered by the G prompts, as several
+    answers to one tell less than as many answers to others; with one answer to each it is std(costs) / sqrt(E). Each
+    bound holds with probability `confidence` by itself; that both errors are so large and point the same way is rarer.
+    It says nothing of answers whose scores mean something else than the labelled ones'. Of the answers to a single
+    prompt nothing is known: infinite.
 
-    Student's t is too sure of probabilities that are nearly all next to 0. Of G prompts whose answers all are, at most
-    1 - (1 - confidence)^(1 / G) are unsafe: the mean and its margin are no less than that.
+    form: what the mean of ``costs_E`` is of. Where probabilities are nearly all next to 0, too little of their spread
+    was seen: of G prompts without an unsafe answer at most 1 - (1 - confidence)^(1 / G) are unsafe, each of them counts
+    `Form.hit`, and mean and margin are no less than that together. The calibration's error is that of all answers; all
+    of it may lie in the worst, where it counts `Form.scale` times.
 
-    ``hit``: where each cost is 0 or this number, but for importance weights. Their mean is a share of it, and Student's
-    t is too sure of a small one: from a step without an unsafe answer it would conclude that there are none. The bound
-    is Clopper and Pearson's instead, of as many independent answers as would tell as much (`effective_trials`).
-
-    ``scale``: how many times an answer's cost may count in this mean (`Form.scale`). The calibration's error is that of
-    all answers together; all of it may lie in the worst, of which `cvar` and `worst_of_k` have the mean.
+    shares: whether answers cost 0 or 1, now and earlier, so that but for importance weights each of ``costs_E`` is 0 or
+    `Form.hit`. Their mean is a share of it, of which a spread tells too little: a step without an unsafe answer has
+    none. The bound is Clopper and Pearson's instead, of as many independent answers as would tell as much
+    (`effective_trials`).
     """
-    if hit is None:
-        margin = mean_bound(costs_E, prompts_E, confidence)
-        if calibration is not None:
-            none_unsafe = clopper_pearson(0.0, len(np.unique(prompts_E)), confidence)[1]
-            margin = max(margin, none_unsafe - float(np.mean(costs_E, dtype=np.float64)))
+    if shares:
+        margin = form.hit * share_bound(costs_E / form.hit, prompts_E, confidence)
     else:
-        margin = hit * share_bound(costs_E / hit, prompts_E, confidence)
+        margin = upper_bound(costs_E, prompts_E, confidence)
+        if calibration is not None:
+            none_unsafe = form.hit * clopper_pearson(0.0, len(np.unique(prompts_E)), confidence)[1]
+            margin = max(margin, none_unsafe - float(np.mean(costs_E, dtype=np.float64)))
     if calibration is not None:
-        of_labels = scale * calibration.residual_std / math.sqrt(calibration.n)
+        of_labels = form.scale * calibration.residual_std / math.sqrt(calibration.n)
         margin += _t(confidence, calibration.n) * max(of_labels, calibration.mean_error(costs_E))
     return margin
 
@@ -65,6 +67,21 @@ def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.int
     """
     error, clusters = _mean_error(values_N, cluster_N)
     return _t(confidence, clusters) * error if clusters > 1 else math.inf
+
+
+def upper_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:
+    """`mean_bound`, and more where values are skewed upwards: a sample that has missed the few large ones has a mean
+    that is too low and a spread that is too small as well.
+
+    By skew(values) / (6 sqrt(G)) * (1 + 2 t^2) standard errors (Johnson 1978, solved for the mean).
+    """
+    error, clusters = _mean_error(values_N, cluster_N)
+    if clusters < 2:
+        return math.inf
+    residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
+    spread, t = float(np.sqrt(np.mean(residuals_G**2))), _t(confidence, clusters)
+    skewness = max(0.0, float(np.mean((residuals_G / spread) ** 3))) if spread > 0.0 else 0.0
+    return (t + skewness / (6.0 * math.sqrt(clusters)) * (1.0 + 2.0 * t**2)) * error
 
 
 def share_bound(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer], confidence: float) -> float:

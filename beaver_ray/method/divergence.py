@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from beaver_ray.method.multipliers import FLOAT32
+
 WINDOW = 20
 """Steps in a row that a cost may be above its limit; steps whose mean rewards are compared."""
 SPREADS = 2.0
@@ -97,8 +99,9 @@ class DivergenceGuard:
         for name in self.bounded:
             margin, limit = metrics.get(f"cost/{name}/margin"), metrics[f"cost/{name}/limit"]
             # Probabilities, and costs of 0 and 1: their mean is the rate, which is never below 0.
-            rate = metrics.get(f"cost/{name}/violation_rate")
-            if margin is not None and margin >= limit and rate == metrics[f"cost/{name}/mean"]:
+            rate, mean = metrics.get(f"cost/{name}/violation_rate"), metrics[f"cost/{name}/mean"]
+            never_below_0 = rate is not None and math.isclose(rate, mean, rel_tol=FLOAT32)
+            if margin is not None and margin >= limit and never_below_0:
                 found[f"margin {name}"] = (
                     f"the confidence of {name} takes {margin:.4g} off its limit {limit:g}, and nothing is left: give a "
                     f"step or the calibration more answers, or lower constraints.{name}.confidence"
@@ -111,7 +114,8 @@ class DivergenceGuard:
             cost, limit = bounded_cost(metrics, name), metrics[f"cost/{name}/limit"]
             if math.isnan(cost):  # no answer of the step counts for it: neither above nor below
                 continue
-            self.above[name] = self.above.get(name, 0) + 1 if cost > limit else 0
+            above = cost > limit and not math.isclose(cost, limit, rel_tol=FLOAT32)
+            self.above[name] = self.above.get(name, 0) + 1 if above else 0
             if self.above[name] and self.above[name] % WINDOW == 0:
                 found.append(f"the cost {name} ({cost:.4g}) is above its limit {limit:g} for {self.above[name]} steps")
         return found

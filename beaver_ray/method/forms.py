@@ -51,6 +51,9 @@ class Form:
         return Episodes(self.per_answer(costs_N, groups_N, weights_N), log_ratios_N, np.arange(len(costs_N)))
 
 
+MEAN = Form()
+
+
 @dataclass(frozen=True)
 class Hinge(Form):
     """The mean of max(0, cost): RePO's {C(x, y)}+ (https://arxiv.org/abs/2410.19933)."""
@@ -168,7 +171,7 @@ def make_form(text: str, answers: int) -> Form:
     name, _, level = text.partition(":")
     if name == "cvar":
         return CVaR(float(level))
-    return {"mean": Form(), "hinge": Hinge(), "worst_of_k": WorstOfK(answers)}[name]
+    return {"mean": MEAN, "hinge": Hinge(), "worst_of_k": WorstOfK(answers)}[name]
 
 
 def bounded(form: Form, costs_N: FloatArray, groups_N: IntArray) -> float:

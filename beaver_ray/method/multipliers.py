@@ -121,6 +121,8 @@ class Multiplier(ABC):
         self.delay_steps = delay_steps
         self.window = None if window is None else CostWindow(window)
         self.updates = 0
+        self.shares = True
+        """Whether all costs so far were of answers that cost 0 or 1."""
 
     @property
     @abstractmethod
@@ -148,14 +150,15 @@ class Multiplier(ABC):
         hold: bool = False,
         reward_std: float = 1.0,
         prompts: Prompts | None = None,
+        shares: bool = False,
     ) -> float:
         """Take one step on raw episode costs, once per rollout and before the policy's; return lambda.
 
         With `hold`, for steps in which the policy stands still, lambda does too, though the window fills.
         A sequence of costs goes through the window; a single number is taken as J_C itself. `reward_std` is the
         standard deviation of the step's rewards, of which pid makes its unit; `prompts` says of which prompt each cost
-        is, for `compared`. Raises ValueError where a cost, the limit or `reward_std` is not finite, before anything
-        changes.
+        is, for `compared`; `shares` that answers cost 0 or 1, of which `self.shares` takes note. Raises ValueError
+        where a cost, the limit or `reward_std` is not finite, before anything changes.
         """
         given = _finite(costs)
         if not math.isfinite(limit) or not 0.0 <= reward_std < math.inf:
@@ -170,6 +173,7 @@ class Multiplier(ABC):
                 spread_of = compared  # so few lie nearer to each other than all do, and one alone has no variance
             if self.window is not None:
                 self.window.extend(given, prompts)
+        self.shares = self.shares and shares
         self._observe(spread(spread_of) ** 2, reward_std**2)
         if not hold and self.updates >= self.delay_steps:
             self._move(mean_cost, limit, age)
@@ -181,6 +185,7 @@ class Multiplier(ABC):
         return {
             "rule": self.rule,
             "updates": self.updates,
+            "shares": self.shares,
             "window": None if self.window is None else list(self.window.costs),
             "window_prompts": None if self.window is None else list(self.window.prompts),
             "state": asdict(self.state),
@@ -195,6 +200,7 @@ class Multiplier(ABC):
                 f"set multiplier.rule to {saved['rule']} or start a new run"
             )
         self.updates = int(saved["updates"])
+        self.shares = bool(saved.get("shares", True))  # checkpoints of earlier versions do not say
         if self.window is not None:
             costs = saved["window"] or []
             self.window.costs.clear()
@@ -319,12 +325,13 @@ class PidMultiplier(Multiplier):
 
     def _move(self, mean_cost: float, limit: float, age: float) -> None:
         state, gap = self.state, mean_cost - limit
-        if math.isclose(mean_cost, limit, rel_tol=FLOAT32):  # costs come as float32: a mean of 0.1 is not 0.1 exactly
+        measured = math.sqrt(state.cost_variance)
+        # Costs come as float32: a mean of 0.1 is not 0.1 exactly, which counts where nothing else is to be seen.
+        if math.isclose(mean_cost, limit, rel_tol=FLOAT32) and measured <= FLOAT32 * abs(limit):
             state.value = state.integral
             return
         # Where all costs, or all rewards, have been alike there is nothing to measure by: the gap, and 1, stand in.
         # Where they hardly differ, as with a policy that is nearly always unsafe, their spread says as little.
-        measured = math.sqrt(state.cost_variance)
         spread = max(measured, LEAST_SPREAD * abs(gap)) if measured else abs(gap)
         unit = (math.sqrt(state.reward_variance) or 1.0) / spread
         error = min(max(gap / spread, -LARGEST_ERROR), LARGEST_ERROR)
@@ -378,7 +385,7 @@ def make_multiplier(config: MultiplierConfig) -> Multiplier:
     the maximum. Where it is auto somebody sets it before the first step.
     """
     initial = config.initial
-    if not isinstance(initial, float):
+    if initial is None or isinstance(initial, str):
         initial = min(1.0, config.max or 1.0) if config.rule == "log_sgd" else 0.0
     if config.rule == "log_sgd":
         return LogSgdMultiplier(initial, config.learning_rate, config.max, config.window, config.delay_steps)

@@ -39,12 +39,11 @@ from beaver_ray.method.advantages import (
     shape_rewards,
     standardize_groups,
 )
-from beaver_ray.method.forms import Form, WorstOfK
+from beaver_ray.method.forms import MEAN, Form, WorstOfK
 from beaver_ray.method.history import Moments, Unit, cost_unit, reward_unit
 from beaver_ray.method.multipliers import Multiplier, make_multiplier
 from beaver_ray.ppo_options import AdvantageRule
 
-MEAN = Form()
 UNDISCOUNTED = 1.0
 """The discount of a reward that comes once, at the end: no answer is worth less for being longer."""
 
@@ -111,8 +110,8 @@ class BoundedCosts(NamedTuple):
     costs_E: FloatArray
     prompts_E: IntArray
     """The prompt that each is of."""
-    hit: float | None = None
-    """Where answers cost 0 or 1: what one that costs 1 counts among these at most, but for importance weights."""
+    shares: bool = False
+    """Whether answers cost 0 or 1, so that each of these is 0 or the form's `hit`, but for importance weights."""
 
 
 @dataclass(frozen=True)
@@ -302,32 +301,33 @@ class Objective(ABC):
         the costs are m + w (c - m): as spread out as that estimate of m is uncertain.
         """
         log_ratios_B, figures, costs = self._log_ratios(answers), {}, {}
-        weights_B, weighted = self._weights(log_ratios_B), self.settings.importance_cap is not None
+        weighted = self.settings.importance_cap is not None
         if weighted:
-            figures["rollout/importance_weight_mean"] = float(weights_B.mean())
+            figures["rollout/importance_weight_mean"] = float(self._weights(log_ratios_B).mean())
         for name in self.bounded:
             inside = answers.inside.get(name, slice(None))
-            given = answers.costs[name][inside], answers.groups_B[inside], weights_B[inside], log_ratios_B[inside]
-            form = self.form(name)
-            costs_E, log_ratios_E, answers_E = form.episodes(*given)
+            given_B, inside_log_ratios_B = answers.costs[name][inside], log_ratios_B[inside]
+            weights_B = self._relative_weights(inside_log_ratios_B)
+            costs_E, log_ratios_E, answers_E = self.form(name).episodes(
+                given_B, answers.groups_B[inside], weights_B, inside_log_ratios_B
+            )
             if weighted and len(costs_E):
-                weights_E = self._weights(log_ratios_E)
-                if not weights_E.any():  # too small for a float, all of them: only what they are to each other counts
-                    weights_E = self._weights(log_ratios_E - log_ratios_E.max())
+                weights_E = self._relative_weights(log_ratios_E)
                 weights_E = weights_E / weights_E.mean()
                 mean = (weights_E * costs_E).mean()
                 costs_E = mean + weights_E * (costs_E - mean)
-            hit = form.hit if np.isin(answers.costs[name][inside], (0.0, 1.0)).all() else None
-            costs[name] = BoundedCosts(costs_E, answers.prompts_B[inside][answers_E], hit)
+            shares = bool(np.isin(given_B, (0.0, 1.0)).all())
+            costs[name] = BoundedCosts(costs_E, answers.prompts_B[inside][answers_E], shares)
         return costs, figures
 
     def _cost(self, answers: Answers, name: str) -> FloatArray:
         """The cost [B] of each answer that the policy is trained on, 0 where it does not count."""
         if name not in self.settings.forms:
             return answers.cost(name)
-        inside_B, weights_B = answers.counted(name), self._weights(self._log_ratios(answers))
+        inside_B = answers.counted(name)
+        weights_B = self._relative_weights(self._log_ratios(answers)[inside_B])
         costs_B = np.zeros(len(inside_B))
-        given = answers.costs[name][inside_B], answers.groups_B[inside_B], weights_B[inside_B]
+        given = answers.costs[name][inside_B], answers.groups_B[inside_B], weights_B
         costs_B[inside_B] = self.form(name).per_answer(*given)
         return costs_B
 
@@ -340,6 +340,11 @@ class Objective(ABC):
         if cap is None:
             return np.ones(len(log_ratios_E))
         return np.minimum(np.exp(np.minimum(log_ratios_E, LOG_RATIO_BOUND)), cap)
+
+    def _relative_weights(self, log_ratios_E: FloatArray) -> FloatArray:
+        """`_weights`; where all of them are too small for a float, what they are to each other."""
+        weights_E = self._weights(log_ratios_E)
+        return weights_E if weights_E.any() or not len(weights_E) else self._weights(log_ratios_E - log_ratios_E.max())
 
     def combine(
         self,

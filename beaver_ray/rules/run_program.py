@@ -308,7 +308,8 @@ def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
         with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
             ready.append((f"passed {number}", compile(test, f"test {number}", "exec", dont_inherit=True)))
     module = types.ModuleType("program")
-    sys.modules["program"] = module  # where dataclasses, typing and pickle look for what it defines
+    # Where dataclasses, typing and pickle look for what it defines, and unittest.main for test cases
+    sys.modules["program"] = sys.modules["__main__"] = module
     names = module.__dict__
     try:
         run(compile(program, PROGRAM, "exec", dont_inherit=True), names)

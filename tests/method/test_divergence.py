@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+
 from beaver_ray.method.divergence import PERSISTS, WINDOW, DivergenceGuard
 
 
@@ -66,6 +68,10 @@ def test_a_margin_that_leaves_nothing_of_a_rate_is_said() -> None:
     assert guard.observe(metrics(**rate, **{"cost/harm/margin": 0.4})) == []
     (said,) = guard.observe(metrics(**rate, **{"cost/harm/margin": 0.5}))
     assert said.startswith("the confidence of harm takes 0.5 off its limit 0.5, and nothing is left")
+    # A mean of float32 costs is not quite the share of those above 0.
+    rounded = {"cost/harm/mean": float(np.float32(2) / np.float32(40)), "cost/harm/violation_rate": 2 / 40}
+    assert rounded["cost/harm/mean"] != rounded["cost/harm/violation_rate"]
+    assert len(DivergenceGuard(None, ["harm"]).observe(metrics(**rounded, **{"cost/harm/margin": 0.5}))) == 1
     scores = rate | {"cost/harm/mean": -0.4, "cost/harm/margin": 0.5}
     assert DivergenceGuard(None, ["harm"]).observe(metrics(**scores)) == []  # a mean of scores may be negative
     # Without a confidence nothing is taken off, also not off a limit of 0.
@@ -100,6 +106,9 @@ def test_a_cost_above_its_limit_for_long_is_said_once_in_a_window() -> None:
     assert said == [WINDOW, 2 * WINDOW]
     assert guard.observe(metrics(cost=0.5)) == []
     assert [step for step in range(1, WINDOW + 1) if guard.observe(metrics(cost=0.6))] == [WINDOW]
+    # At the limit exactly, but for float32.
+    at_limit = {"cost/harm/limit": 0.05}
+    assert not any(guard.observe(metrics(cost=float(np.float32(0.05)), **at_limit)) for _ in range(2 * WINDOW))
 
 
 def test_what_is_bounded_is_compared_with_the_limit() -> None:

@@ -211,6 +211,10 @@ def test_pid_is_not_at_a_loss_where_nothing_differs():
     assert value == pytest.approx(1.0 + unit * 0.3 / 10 + unit * 0.3)
     # Costs come as float32, whose 0.1 is 1.5e-9 more than 0.1: these are at the limit.
     assert PidMultiplier(1.0, 10.0, None, None, 0).update(np.full(64, 0.1, np.float32), 0.1) == 1.0
+    # What small gaps mean is a matter of the spread: half a standard deviation at a million is no rounding error.
+    far, near = PidMultiplier(0.0, 10.0, None, None, 0), PidMultiplier(0.0, 10.0, None, None, 0)
+    drawn = np.random.default_rng(0).normal(0.5, 1.0, 64)
+    assert near.update(drawn, 0.0) == pytest.approx(far.update(1e6 + drawn, 1e6), rel=1e-6) and near.value > 0.0
     # Their mean may be rounded: three times 0.1, summed and divided, is not 0.1.
     assert np.full(3, 0.1).std() > 0 == spread(np.full(3, 0.1)) and spread(np.array([0.0, 2.0])) == 1.0
     exact, rounded = (PidMultiplier(0.0, 10.0, None, None, 0) for _ in range(2))
@@ -316,6 +320,18 @@ def test_a_resumed_multiplier_is_the_uninterrupted_one(rule, window):
         values += [second.update(costs, 0.1) for costs in rounds[cut:]]
         assert values == expected
         assert second.state_dict() == whole.state_dict()
+
+
+def test_once_a_cost_was_neither_0_nor_1_that_is_known_for_good():
+    """What a window holds of earlier steps, and what may come again, is no share then."""
+    multiplier = make_multiplier(settings_of())
+    multiplier.update([0.0, 1.0], 0.1, shares=True)
+    assert multiplier.shares
+    multiplier.update([5.0, 0.0], 0.1, shares=False)
+    multiplier.update([0.0, 1.0], 0.1, shares=True)
+    resumed = make_multiplier(settings_of())
+    resumed.load_state_dict(json.loads(json.dumps(multiplier.state_dict())))
+    assert not multiplier.shares and not resumed.shares
 
 
 @pytest.mark.parametrize("rule", RULES)

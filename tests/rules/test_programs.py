@@ -116,10 +116,21 @@ def test_tests_that_nothing_could_fail_are_a_mistake(test: str) -> None:
         ('class N: left: "N"', "import typing; assert typing.get_type_hints(N) == {'left': N}"),
         ("class N: x = 1", "import pickle; assert type(pickle.loads(pickle.dumps(N()))) is N"),
         ("class N: x = 1", "import program; assert program.N is N"),
+        ("class N: x = 1", "import __main__; assert __main__.N is N"),
     ],
 )
 def test_what_looks_for_its_module_finds_it(program: str, test: str) -> None:
     assert passed(program, test, namespaces=False) == 1.0
+
+
+def test_test_cases_of_unittest_are_found_and_judged() -> None:
+    case = "import unittest\nclass Adds(unittest.TestCase):\n    def test_it(self): self.assertEqual(add(1, 2), 3)"
+    judged = "assert unittest.main(exit=False).result.wasSuccessful()"
+    answers = [ADD, "def add(a, b):\n    return 7", "def other(): pass"]
+    for tests in ([case, judged], [f"{case}\n{judged}"]):
+        assert passes_tests(["p"] * 3, answers, tests=[tests] * 3, namespaces=False) == [1.0, 0.0, 0.0]
+    ended = [case, "unittest.main()"]
+    assert passes_tests(["p"], [ADD], tests=[ended], namespaces=False) == [0.0], "SystemExit says nothing of a success"
 
 
 def test_no_threads_and_no_event_loop() -> None:

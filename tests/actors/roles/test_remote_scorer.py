@@ -52,7 +52,7 @@ def test_texts_go_out_and_scores_come_back(service: Service, tiny_world: Path) -
     assert found.column("sample_id").equals(batch.column("sample_id"))
     # The first asks who is there; the others come in any order.
     first, *others = service.requests
-    assert first == {"prompts": [], "responses": []}
+    assert first == {"prompts": [], "responses": [], "dialogues": []}
     assert sorted(len(request["prompts"]) for request in others) == [22, 64, 64]
     decode = load_tokenizer(str(tiny_world / "model")).decode
     texts = [
@@ -79,6 +79,7 @@ def test_a_service_is_handed_the_dialogue(service: Service, tiny_world: Path) ->
     )
     model = str(tiny_world / "model")
     told = RemoteScorer(service.url, {"cost/harm": 0}, ScorerSetting(model, "float32", 512, 1, prompts=[specs]))
+    assert service.requests == [{"prompts": [], "responses": [], "dialogues": []}], "whether it is there"
     told.score(batch)
     sent = service.requests[-1]
     assert sent["dialogues"] == [[{"role": "user", "content": sample.input}] for sample in samples]
