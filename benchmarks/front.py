@@ -1,4 +1,4 @@
-"""The front of reward against harm: Safe PPO at five limits, reward shaping at ten weights, and what is best by truth.
+"""The front of reward against harm: Safe PPO at five limits, reward shaping at several weights, and the best by truth.
 
     python benchmarks/front.py --seeds 0 1 2 --jobs 2 --out benchmarks/front.json --picture benchmarks/front.svg
     python benchmarks/front.py --world harder --seeds 0 --jobs 2 --out benchmarks/front_harder.json \\
@@ -59,7 +59,7 @@ WORLDS = {
         harder_world.HARDER / "safe_ppo.yaml",
         "harm_refusal_graded_256",
         harder_world.GRADED_MODELS,
-        (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8),
+        (0.5, 1, 2, 3, 4, 8),
         harder_world.TWICE,
         harder_world.WORLD,
         {"refusal": 0.05},

@@ -56,7 +56,9 @@ def in_words(where: Where) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = as_text(value) or '""'
+    text = as_text(value)
+    if not text:
+        return "..." if text is None else '""'
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -326,8 +326,8 @@ class PidMultiplier(Multiplier):
     def _move(self, mean_cost: float, limit: float, age: float) -> None:
         state, gap = self.state, mean_cost - limit
         measured = math.sqrt(state.cost_variance)
-        # Costs come as float32: a mean of 0.1 is not 0.1 exactly, which counts where nothing else is to be seen.
-        if math.isclose(mean_cost, limit, rel_tol=FLOAT32) and measured <= FLOAT32 * abs(limit):
+        # Costs come as float32: a mean of 0.1 is not 0.1 exactly, and where all are alike that gap is all there is to see.
+        if not measured and math.isclose(mean_cost, limit, rel_tol=FLOAT32):
             state.value = state.integral
             return
         # Where all costs, or all rewards, have been alike there is nothing to measure by: the gap, and 1, stand in.

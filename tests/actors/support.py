@@ -216,7 +216,10 @@ def ppo_config(world: Path, stage: str = "safe_ppo", **sections: Any) -> PolicyS
         "steps": 3,
         "debug": True,
         "models": {"policy": str(world / "model"), "reward": str(world / "reward_model")},
-        "constraints": [{"name": "harm", "model": str(world / "cost_model"), "limit": 0.0}],
+        "constraints": [
+            # Harm counts from the first step.
+            {"name": "harm", "model": str(world / "cost_model"), "limit": 0.0, "multiplier": {"initial": 1.0}}
+        ],
         "data": {"prompts": [f"prompts:1:{world}/prompts/train.jsonl"], "max_prompt_tokens": 32},
         "rollout": {"prompts_per_step": 8, "max_new_tokens": 12, "max_sequences": 8},
         "policy": {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},

@@ -278,7 +278,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["constraints.NAME.limit"].endswith("[number or null, default null]")
     assert lines["models.policy"].endswith("[text, required]")
     assert lines["steps"].endswith("[integer or null, default null]")
-    assert lines["constraints.NAME.multiplier.initial"].endswith("[number or auto, default 1.0]")
+    assert lines["constraints.NAME.multiplier.initial"].endswith("[number or auto or null, default null]")
     assert lines["debug"].endswith("[true or false, default false]")
     assert "[none | wandb | tensorboard, default none]" in lines["tracker"]
     for stage in ("sft", "pipeline"):
