@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from actors.driver.policy_stage import PolicyStage
 from beaver_ray.errors import UserError, last_line
 from beaver_ray.report.sweep import SweepReport, SweptRun, run_figures, shown
 from beaver_ray.stage import Stage
@@ -98,10 +99,12 @@ def plan_runs(
     """The sweep's folder, workspace/NAME-by-KEY, and its runs: every combination of values with every seed, or the
     configuration's own.
 
-    Raises UserError for values that a stage cannot have, for two runs of one name, and where the held-out data would
-    change with the training data.
+    Raises UserError for values that a stage cannot have, for two runs of one name, where the held-out data would change
+    with the training data, and for a policy that nothing is held out for.
     """
     base = load_config(config, overrides)
+    if isinstance(base, PolicyStage) and not base.evaluation.prompts:
+        raise UserError(f"{config}: the runs would leave no held-out figures to compare; set evaluation.prompts")
     own = f"{base.name}-by-{_plain('-'.join(axes))}"
     runs = []
     for chosen in itertools.product(*axes.values()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +100,7 @@ class ScoringService:
         self, prompts: list[str], responses: list[str], dialogues: Sequence[list[dict[str, str]]] = ()
     ) -> np.ndarray:
         """One score, float32, for each prompt, which is this dialogue, with its response."""
-        body = {"prompts": prompts, "responses": responses, "dialogues": list(dialogues)}
+        body: dict[str, Any] = {"prompts": prompts, "responses": responses, "dialogues": list(dialogues)}
         try:
             answer = self.session.post(self.url, json=body, timeout=self.silence_s, allow_redirects=False)
         except requests.RequestException as error:
