@@ -326,7 +326,7 @@ class PidMultiplier(Multiplier):
     def _move(self, mean_cost: float, limit: float, age: float) -> None:
         state, gap = self.state, mean_cost - limit
         measured = math.sqrt(state.cost_variance)
-        # Costs come as float32: a mean of 0.1 is not 0.1 exactly, and where all are alike that gap is all there is to see.
+        # Costs come as float32: a mean of 0.1 is not 0.1 exactly, and where all are alike that gap is all there is.
         if not measured and math.isclose(mean_cost, limit, rel_tol=FLOAT32):
             state.value = state.integral
             return

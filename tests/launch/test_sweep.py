@@ -125,7 +125,7 @@ def test_one_line_for_a_wrong_sweep(
 def test_policies_without_held_out_prompts_are_refused_before_they_are_trained() -> None:
     file, limits = Path("configs/local/safe_ppo.yaml"), {"constraints.harm.violation_rate": [0.05, 0.1]}
     assert len(plan_runs(file, [], limits, [0])[1]) == 2
-    with pytest.raises(UserError, match="no held-out figures to compare; set evaluation.prompts"):
+    with pytest.raises(UserError, match="no held-out figures to compare; set evaluation"):
         plan_runs(file, ["evaluation.prompts=[]", "evaluation.every=0"], limits, [0])
 
 
