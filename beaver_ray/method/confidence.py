@@ -97,9 +97,9 @@ def effective_trials(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np
     """As many independent trials would tell as much of a share at this one-sided confidence as these, which clusters
     hold together.
 
-    They are as many as would have this standard error, and fewer where that is estimated from few clusters: an interval
-    is then wider as Student's t is (Korn and Graubard 1998). They are no fewer than if all hits of a cluster were
-    alike, which is the number of clusters where these are equally large.
+    They are no fewer than if all hits of a cluster were alike: the number of clusters where these are equally large,
+    and less where some are larger. Up to there they are as many as would have this standard error, and fewer where that
+    is estimated from few clusters: an interval is then wider as Student's t is (Korn and Graubard 1998).
     """
     share, n = float(np.mean(hits_N, dtype=np.float64)), len(hits_N)
     residuals_G = cluster_sums(hits_N - share, cluster_N)
@@ -111,7 +111,7 @@ def effective_trials(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np
         return fewest
     variance = clusters / (clusters - 1) * (n - 1) / n * float(np.sum(residuals_G**2)) / n**2
     seen = min(n, share * (1 - share) / variance) if variance > 0.0 else n  # 0: no two clusters differ
-    return max(fewest, seen * (_t(confidence, n) / _t(confidence, clusters)) ** 2)
+    return max(fewest, seen * (_t(confidence, n) / _t(confidence, fewest)) ** 2)
 
 
 def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> tuple[float, int]:

@@ -143,6 +143,17 @@ def test_a_share_of_weighted_answers_is_within_the_bound_too():
     assert np.mean(held) >= 0.9 - 0.02
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_a_prompt_with_most_of_the_answers_is_not_many(rate):
+    """Thirty answers to one prompt and two to each of twenty, as a scope may leave them; correlation 0.4 in a prompt."""
+    rng = np.random.default_rng(4)
+    prompt_of = np.repeat(np.arange(21), [30] + [2] * 20)
+    rates = rng.beta(rate * 1.5, (1 - rate) * 1.5, (1500, 21))
+    costs = (rng.random((1500, len(prompt_of))) < rates[:, prompt_of]).astype(float)
+    held = [row.mean() + safety_margin(row, prompt_of, 0.9, shares=True) >= rate for row in costs]
+    assert np.mean(held) >= 0.9 - 0.02
+
+
 @pytest.mark.parametrize("prompts", [2, 3, 4, 8])
 def test_of_few_prompts_it_is_no_surer_than_they_allow(prompts):
     """Sixteen answers to each, which has a rate of its own (beta; correlation 0.4 within a prompt)."""
