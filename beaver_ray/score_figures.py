@@ -22,6 +22,8 @@ from beaver_ray.rewardbench import Contest, benchmark
 
 DRAWS = 1000
 """Of the bootstrap."""
+OUTSIDE = 0.025
+"""Share of the draws that lie below an interval, and above it."""
 MOST_VALUES = 60
 """Values of a field that have figures of their own: the most frequent ones."""
 
@@ -167,9 +169,10 @@ def _length(good_N: np.ndarray, sign: float, pairs_K2: np.ndarray, labelled: Lab
     found: dict[str, Any] = {"correlation": _bootstrapped(terms, prompt_K, _correlation_about_0)}
     unequal = longer_K != 0
     if unequal.any():
-        longer_wins = np.sign(difference_K) == np.sign(longer_K)
         found["labels_prefer_longer"] = share_interval(longer_K[unequal] > 0, prompt_K[unequal])
-        found["scores_prefer_longer"] = share_interval(longer_wins[unequal], prompt_K[unequal])
+    if (decided := unequal & (difference_K != 0)).any():
+        longer_wins = np.sign(difference_K) == np.sign(longer_K)
+        found["scores_prefer_longer"] = share_interval(longer_wins[decided], prompt_K[decided])
     for name, some in {"longer_is_better": longer_K > 0, "longer_is_worse": longer_K < 0}.items():
         if some.any():
             found[f"accuracy_{name}"] = share_interval(difference_K[some] > 0, prompt_K[some])
@@ -200,7 +203,10 @@ def _difference(values_N: np.ndarray, pairs_K2: np.ndarray) -> np.ndarray:
 
 
 def _bootstrapped(terms_NT: np.ndarray, cluster_N: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Figure:
-    """A statistic of the sums [..., T] of terms, and the middle 95 % of it over draws of whole clusters."""
+    """A statistic of the sums [..., T] of terms, and the middle 95 % of it over draws of whole clusters.
+
+    Without an interval where the draws show none: where too few of them have a statistic at all, or all the same.
+    """
     _, index = np.unique(cluster_N, return_inverse=True)
     terms = terms_NT.astype(np.float64)
     sums_GT = np.stack([np.bincount(index, weights=term) for term in terms.T], axis=1)
@@ -213,9 +219,10 @@ def _bootstrapped(terms_NT: np.ndarray, cluster_N: np.ndarray, statistic: Callab
         [np.bincount(rng.integers(0, clusters, clusters), minlength=clusters) @ sums_GT for _ in range(DRAWS)]
     )
     values_D = statistic(drawn_DT)
-    values_D = values_D[np.isfinite(values_D)]
-    low, high = np.quantile(values_D, [0.025, 0.975]) if len(values_D) else (value, value)
-    return found | {"low": float(low), "high": float(high)}
+    if np.mean(~np.isfinite(values_D)) > OUTSIDE:
+        return found
+    low, high = np.quantile(values_D[np.isfinite(values_D)], [OUTSIDE, 1.0 - OUTSIDE])
+    return found if np.isclose(low, high, rtol=0.0) else found | {"low": float(low), "high": float(high)}
 
 
 def _correlation(sums: np.ndarray) -> np.ndarray:

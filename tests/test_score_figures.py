@@ -8,7 +8,7 @@ from scipy import stats
 
 from beaver_ray.errors import UserError
 from beaver_ray.rewardbench import SECTIONS, Contest, benchmark
-from beaver_ray.score_figures import Labelled, agreement, figures
+from beaver_ray.score_figures import Labelled, agreement, figures, rank_correlation
 
 RNG = np.random.default_rng(0)
 
@@ -73,7 +73,8 @@ def test_signs_and_groups_counted_by_hand() -> None:
 def test_a_scorer_that_is_the_length() -> None:
     data = labelled(300)
     found = figures("reward", 0.1 * data.words_N + 3, data)["length"]
-    assert found["correlation"]["mean"] == pytest.approx(1) and found["correlation"]["low"] == pytest.approx(1)
+    assert found["correlation"]["mean"] == pytest.approx(1)
+    assert found["correlation"]["low"] is None, "no draw differs, which says nothing of how far another set would"
     assert found["scores_prefer_longer"]["mean"] == 1
     assert found["accuracy_longer_is_worse"]["mean"] == 0 and found["accuracy_longer_is_better"]["mean"] == 1
     assert found["labels_prefer_longer"]["low"] < 0.5 < found["labels_prefer_longer"]["high"]
@@ -84,6 +85,26 @@ def test_a_scorer_that_is_the_length() -> None:
     assert figures("reward", noisy, data)["length"]["correlation"]["mean"] == pytest.approx(expected)
     # Long answers that cost more: the same as of a reward, by the score itself.
     assert figures("cost", noisy, data)["length"]["correlation"]["mean"] == pytest.approx(expected)
+
+
+def test_scores_that_say_nothing_of_a_pair_prefer_neither_answer() -> None:
+    """A reward of 0 and 1 that half of the pairs have alike, and that is for the longer answer wherever it decides."""
+    data = labelled(400)
+    longer = data.words_N.reshape(-1, 2).argmax(axis=1)
+    rewards = np.zeros((400, 2))
+    rewards[np.arange(0, 400, 2), longer[::2]] = 1.0
+    found = figures("reward", rewards.ravel(), data)["length"]
+    assert found["scores_prefer_longer"]["mean"] == 1.0 and found["scores_prefer_longer"]["n"] <= 200
+    assert "scores_prefer_longer" not in figures("reward", np.zeros(800), data)["length"]
+
+
+def test_intervals_that_nothing_is_known_of_are_left_empty() -> None:
+    two = rank_correlation(np.array([1.0, 2.0]), np.array([3.0, 9.0]), np.arange(2))
+    assert (two["mean"], two["low"], two["high"]) == (1.0, None, None)
+    # Two unsafe answers of a hundred, found by both: many a draw has none of them, and kappa is unknown there.
+    costs = np.where(np.arange(100) < 2, 1.0, -1.0)
+    kappa = agreement("cost", costs, costs, labelled(50))["kappa"]
+    assert (kappa["mean"], kappa["low"], kappa["high"]) == (1.0, None, None)
 
 
 def test_calibration_of_scores_that_are_log_odds() -> None:

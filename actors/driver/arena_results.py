@@ -19,6 +19,7 @@ from beaver_ray.json_files import write_json, write_rows
 from beaver_ray.models.folders import merged_from
 from beaver_ray.origins import identity, trained_against
 from beaver_ray.report.arena import Shown, write_page
+from beaver_ray.rules.text import word_count
 from beaver_ray.score_sources import score_source
 from beaver_ray.small_world.judging import question
 from beaver_ray.small_world.world import SmallWorld
@@ -35,7 +36,7 @@ def match_of(arena: ArenaConfig, held: Held) -> Match:
             costs={cost.name: held.costs[name][cost.name] for cost in arena.costs},
             refused_NK=held.refused[name],
             truncated_NK=~said.ended_NK,
-            words_NK=np.array([[len(text.split()) for text in texts] for texts in said.texts], dtype=np.int64),
+            words_NK=np.array([[word_count(text) for text in texts] for texts in said.texts], dtype=np.int64),
             rewards_NK=held.rewards.get(name),
             gave_in_at_R=held.gave_in_at.get(name),
         )

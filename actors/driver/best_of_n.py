@@ -25,7 +25,7 @@ from beaver_ray.data.scopes import lines
 from beaver_ray.data.tokenized import PromptDataset
 from beaver_ray.errors import UserError
 from beaver_ray.json_files import json_line
-from beaver_ray.method.best_of_n import chances, chosen, sizes
+from beaver_ray.method.best_of_n import chances, chosen, refusal_chances, sizes
 from beaver_ray.models.folders import fingerprint
 from beaver_ray.models.loading import load_tokenizer
 from beaver_ray.runs import RunFolder
@@ -269,7 +269,7 @@ class BestOfN:
         figures |= {f"counted/{name}": float(self._counts(name, refusals, prompts).sum()) for name in scoped}
         for k in sizes(kept_BN.shape[1]):
             chances_BN = chances(rewards_BN, kept_BN, k)
-            refused_B = 1 - chances_BN.sum(axis=1)
+            refused_B = refusal_chances(kept_BN, k)
             figures[f"best_of/{k}/refused"] = float(refused_B.mean())
             for column in ("reward", *(f"cost/{name}" for name in self.names)):
                 scores_BN = experience.scalars(sampled, column).astype(np.float64).reshape(kept_BN.shape)

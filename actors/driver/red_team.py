@@ -181,7 +181,7 @@ class Team:
                     self.left_out["attacks that make nothing of a seed"] += 1
                 elif key in seen:
                     self.left_out["attempts that say what an earlier one says"] += 1
-                elif words("\n".join(turns)) & self.telltale:
+                elif not self.telltale.isdisjoint(words("\n".join(turns))):
                     self.left_out["speak of a held-out category, not tried"] += 1
                 elif len(reader.prompt(turns[:1])) > stage.max_prompt_tokens:
                     self.left_out[f"longer than {stage.max_prompt_tokens} tokens"] += 1

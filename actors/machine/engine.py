@@ -74,7 +74,7 @@ def join_ranks(rank: int, world: int, place: dist.TCPStore) -> None:
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step ``step`` (0-based) of ``total_steps``."""
-    warmup = math.ceil(config.warmup_fraction * total_steps)
+    warmup = math.ceil(round(config.warmup_fraction * total_steps, 6))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     if config.schedule == "constant":

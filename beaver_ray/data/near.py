@@ -6,12 +6,13 @@ functions estimates their Jaccard similarity, the size of what both hold over th
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from beaver_ray.spelling import words
 
 ALIKE = 0.8
 """Jaccard similarity of shingles from which two texts are near duplicates."""
@@ -20,22 +21,20 @@ BANDS, IN_A_BAND = 16, 4  # texts of similarity 0.8 meet in some band with proba
 MOST_COMPARED = 8
 """Texts of one band that a new one is compared with; more would take time that grows with the square of the rows."""
 
-# Words of letters and digits; of scripts without spaces every character is one.
-WORDS = re.compile(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]")
 _RANDOM = np.random.default_rng(0).integers(0, 2**63, (2, BANDS * IN_A_BAND), dtype=np.uint64)
 _FACTORS_H, _OFFSETS_H = _RANDOM[0] | np.uint64(1), _RANDOM[1]
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
     """A number for each distinct run of three words, sorted; case and, beside words, punctuation do not count."""
-    found = WORDS.findall(text.lower()) or list("".join(text.split()))
-    words = np.array([zlib.crc32(word.encode()) for word in found], dtype=np.uint64)
-    if len(words) < SHINGLE:
-        words = np.append(words, np.zeros(SHINGLE - len(words), dtype=np.uint64))
-    count = len(words) - SHINGLE + 1
+    found = words(text) or list("".join(text.split()))
+    numbers = np.array([zlib.crc32(word.encode()) for word in found], dtype=np.uint64)
+    if len(numbers) < SHINGLE:
+        numbers = np.append(numbers, np.zeros(SHINGLE - len(numbers), dtype=np.uint64))
+    count = len(numbers) - SHINGLE + 1
     mixed = np.zeros(count, dtype=np.uint64)
     for place in range(SHINGLE):  # wraps around at 2^64
-        mixed = (mixed ^ words[place : place + count]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ numbers[place : place + count]) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     return np.unique(mixed)
 

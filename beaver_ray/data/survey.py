@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from beaver_ray.data.mixing import Spec, bare_turns, load_mix
 from beaver_ray.data.near import NearTexts
 from beaver_ray.data.sources import DropReport, RawSample
+from beaver_ray.rules.text import word_count
 
 QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 CATEGORIES = ("category", "categories", "kind")
@@ -24,8 +24,8 @@ Measure = Callable[[Sequence[str]], Sequence[int]]
 
 
 def words(texts: Sequence[str]) -> list[int]:
-    """Lengths in words, between white space."""
-    return [len(re.findall(r"\S+", text)) for text in texts]
+    """Lengths in words (`word_count`)."""
+    return [word_count(text) for text in texts]
 
 
 @dataclass

@@ -27,7 +27,7 @@ def chances(rewards_NK: FloatArray, kept_NK: BoolArray, n: int) -> FloatArray:
     """How likely each answer [N, K] is what best-of-n gives, where n of the K are drawn without replacement.
 
     An answer that i kept ones surpass is given where it is drawn and none of those is: C(K - 1 - i, n - 1) of the
-    C(K, n) draws. What a row lacks to 1 is the chance of a refusal.
+    C(K, n) draws. What a row lacks to 1 is the chance of a refusal (`refusal_chances`).
     """
     answers = kept_NK.shape[1]
     if not 1 <= n <= answers:
@@ -37,6 +37,12 @@ def chances(rewards_NK: FloatArray, kept_NK: BoolArray, n: int) -> FloatArray:
     chances_NK = np.empty(kept_NK.shape)
     np.put_along_axis(chances_NK, order_NK, np.broadcast_to(by_rank_K, kept_NK.shape), axis=1)
     return np.where(kept_NK, chances_NK, 0.0)
+
+
+def refusal_chances(kept_NK: BoolArray, n: int) -> FloatArray:
+    """How likely [N] none of n answers is kept, exactly 0 where fewer than n are not."""
+    answers = kept_NK.shape[1]
+    return all_among(answers - kept_NK.sum(axis=1), n, answers)
 
 
 def all_among(some_M: NDArray[np.integer], drawn: int, answers: int) -> FloatArray:

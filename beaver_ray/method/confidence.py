@@ -126,7 +126,7 @@ def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.in
     return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N), clusters
 
 
-def _t(confidence: float, n: int) -> float:
+def _t(confidence: float, n: float) -> float:
     return float(stats.t.ppf(confidence, max(n - 1, 1)))
 
 

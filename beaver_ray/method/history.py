@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from beaver_ray.method.advantages import CONSTANT, FloatArray
+from beaver_ray.method.advantages import FloatArray
+from beaver_ray.method.multipliers import FLOAT32
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Unit:
 
 def reward_unit(moments: Moments, clip: float) -> Unit:
     """Standard deviations from the mean. Where all scores have been alike nothing is divided."""
-    return Unit(moments.mean, _divisor(moments.deviation), clip)
+    alike = moments.deviation <= FLOAT32 * abs(moments.mean)
+    return Unit(moments.mean, 1.0 if alike else moments.deviation, clip)
 
 
 def cost_unit(moments: Moments) -> Unit:
@@ -79,8 +81,4 @@ def cost_unit(moments: Moments) -> Unit:
 
     Not of the standard deviation: where costs are nearly all alike that is tiny, and they would become huge.
     """
-    return Unit(scale=_divisor(moments.size))
-
-
-def _divisor(spread: float) -> float:
-    return spread if spread >= CONSTANT else 1.0
+    return Unit(scale=moments.size or 1.0)

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from beaver_ray.data.mixing import prompt_key
-from beaver_ray.data.near import WORDS, NearTexts
+from beaver_ray.data.near import NearTexts
 from beaver_ray.data.sources import RawSample
 from beaver_ray.data.survey import category_names
 from beaver_ray.errors import UserError
 from beaver_ray.evaluation import share_interval
 from beaver_ray.options import near
+from beaver_ray.spelling import words
 
 CROWDED = "beyond per_category"
 """Why an attempt that worked is not kept: its category is full of better ones."""
@@ -43,14 +44,9 @@ class Seeds:
         common = set().union(*(words(text) for texts in self.used.values() for text in texts))
         found: set[str] = set()
         for texts in self.held_out.values():
-            counts = Counter(word for text in texts for word in words(text))
+            counts = Counter(word for text in texts for word in set(words(text)))
             found |= {word for word, count in counts.items() if 2 * count >= len(texts)}
         return found - common
-
-
-def words(text: str) -> set[str]:
-    """The words of a text in lower case; of scripts without spaces each character."""
-    return set(WORDS.findall(text.lower()))
 
 
 def read_seeds(samples: Iterable[RawSample], held_out: Collection[str], fields: Sequence[str]) -> Seeds:
@@ -213,7 +209,7 @@ def choose(
                 if not queue:
                     continue
                 one = queue.pop(0)
-                if not words(one.asked).isdisjoint(telltale):
+                if not set(words(one.asked)).isdisjoint(telltale):
                     choice.left_out["speak of a held-out category"] += 1
                 elif not all(turn.strip() for turn in one.worst.turns):  # no data set takes such a prompt
                     choice.left_out["with an empty answer on the way"] += 1

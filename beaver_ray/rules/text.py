@@ -9,13 +9,11 @@ from typing import Literal
 import regex
 
 from beaver_ray.rules.refusals import is_refusal
-from beaver_ray.spelling import alike
+from beaver_ray.spelling import UNSPACED, alike
 
-# Chinese, Japanese, Thai, Lao, Khmer and Burmese write no spaces between words: each character counts as a word, with
-# the signs that stand above and below it.
-_NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-_WORD = regex.compile(rf"{_NO_SPACES}\p{{M}}*|(?:(?!{_NO_SPACES})\S)+")
-_UNSPACED = regex.compile(_NO_SPACES)
+# Of scripts without spaces each letter counts as a word, with the signs that stand above and below it.
+_WORD = regex.compile(rf"{UNSPACED}\p{{M}}*|(?:(?!{UNSPACED})\S)+")
+_UNSPACED = regex.compile(UNSPACED)
 LONGEST_SEARCH = 1e6  # seconds
 _MISTAKEN = regex.compile(r"[\x07\x08\x0b\x0c]")  # what Python makes of \a, \b, \v and \f in '...'
 
@@ -106,7 +104,7 @@ def word_pattern(word: str, part: bool = False) -> regex.Pattern[str]:
     """
     pieces = alike(word).split()
     inner = r"\s+".join(regex.escape(piece) for piece in pieces)
-    letter = rf"(?!{_NO_SPACES})\w"
+    letter = rf"(?!{UNSPACED})\w"
     before, after = (f"(?<!{letter})", f"(?!{letter})")
     if part or _UNSPACED.match(pieces[0][0]) or not pieces[0][0].isalnum():
         before = ""

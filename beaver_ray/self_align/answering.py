@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from beaver_ray.errors import UserError, first_line
 from beaver_ray.self_align.options import AnswerFilters, Tags
 from beaver_ray.self_align.principles import Principle
-from beaver_ray.self_align.rouge import words
 from beaver_ray.self_align.seeds import Exemplar
+from beaver_ray.spelling import words
 
 CONTEXT = Path(__file__).parent / "context.j2"
 _GIVEN = {"principles", "assistant", "exemplars", "tags"}

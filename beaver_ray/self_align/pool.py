@@ -16,9 +16,9 @@ from typing import Any
 from beaver_ray.rules.text import word_pattern
 from beaver_ray.self_align.options import InstructionFilters
 from beaver_ray.self_align.requests import Hint, Written
-from beaver_ray.self_align.rouge import RougePool, words
+from beaver_ray.self_align.rouge import RougePool
 from beaver_ray.self_align.seeds import QuestionType, Task
-from beaver_ray.spelling import alike
+from beaver_ray.spelling import alike, words
 
 VANILLA, TOPIC = "vanilla", "topic"
 """Names of the two sorts of instructions: from seed tasks, and from kinds of question with topics."""

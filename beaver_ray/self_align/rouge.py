@@ -15,17 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beaver_ray.data.near import WORDS
+from beaver_ray.spelling import words
 
 FIRST_REBUILD = 64
 """Texts from which the index has an order that it has learnt."""
 BITS = 256
 """Of the row of a text in the index: more than texts have words, so that few keys share one."""
-
-
-def words(text: str) -> list[str]:
-    """The words that ROUGE-L compares."""
-    return WORDS.findall(text.lower())
 
 
 def longest_common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:

@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from beaver_ray.method.best_of_n import all_among, chances, chosen, sizes
+from beaver_ray.method.best_of_n import all_among, chances, chosen, refusal_chances, sizes
 
 
 def test_the_best_that_keeps_the_gate() -> None:
@@ -43,6 +43,10 @@ def test_chances_of_more_answers_than_a_float_has_draws_of() -> None:
     draws = {k: Fraction(comb(answers - 1 - rank, n - 1), comb(answers, n)) for k, rank in ranks.items()}
     exact = [float(draws.get(k, 0)) for k in range(answers)]
     np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-300)
+    # What is lacking to 1 is a refusal's, and exactly nothing where too few answers are not kept.
+    assert refusal_chances(kept, n)[0] == pytest.approx(1 - sum(map(Fraction, exact)), rel=1e-9)
+    assert refusal_chances(np.ones((1, 64), dtype=bool), 2).tolist() == [0.0]
+    assert refusal_chances(np.arange(10)[None] < 3, 8).tolist() == [0.0]
     assert all_among(np.array([0, 1, 7, 9, 10]), 8, 10).tolist() == pytest.approx([0, 0, 0, 9 / 45, 1])
 
 

@@ -145,7 +145,7 @@ def test_a_share_of_weighted_answers_is_within_the_bound_too():
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_a_prompt_with_most_of_the_answers_is_not_many(rate):
-    """Thirty answers to one prompt and two to each of twenty, as a scope may leave them; correlation 0.4 in a prompt."""
+    """Thirty answers to one prompt and two to each of twenty, as a scope may leave them; correlation 0.4 within one."""
     rng = np.random.default_rng(4)
     prompt_of = np.repeat(np.arange(21), [30] + [2] * 20)
     rates = rng.beta(rate * 1.5, (1 - rate) * 1.5, (1500, 21))

@@ -41,6 +41,10 @@ def test_units_by_hand() -> None:
     assert unit.of(np.array([4.0, 2.0, 8.0])) == pytest.approx([0.0, -2 / np.sqrt(26 / 3), 1.0])
     # A cost keeps its zero and is not cut.
     assert cost_unit(moments).of(np.array([-74.0, 0.0, 74.0])) == pytest.approx(np.array([-3, 0, 3]) * np.sqrt(74 / 3))
+    # However small the unit, none is left.
+    tiny = 1e-6 * np.array([1.0, 3.0, -2.0, 5.0])
+    assert reward_unit(Moments().and_of(tiny), 9.0).of(tiny).std() == pytest.approx(1.0)
+    assert np.square(cost_unit(Moments().and_of(tiny)).of(tiny)).mean() == pytest.approx(1.0)
     # One answer, or answers that are all alike, have no spread to divide by.
     assert reward_unit(Moments().and_of(np.array([5.0])), CLIP) == Unit(5.0, 1.0, CLIP)
     assert cost_unit(Moments().and_of(np.zeros(9))) == cost_unit(Moments()) == Unit()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beaver_ray.self_align.rouge import RougePool, longest_common, rouge_l, words
+from beaver_ray.self_align.rouge import RougePool, longest_common, rouge_l
+from beaver_ray.spelling import words
 
 TEXTS = st.lists(st.sampled_from("abcdefg"), max_size=14)
 

@@ -405,6 +405,9 @@ def test_learning_rate_by_hand() -> None:
     assert rates("constant", 0.0, 3) == [1.2] * 3
     # Two steps of warm-up: a third and two thirds of the way up.
     assert rates("constant", 0.4, 5) == pytest.approx([0.4, 0.8, 1.2, 1.2, 1.2])
+    assert rates("constant", 0.07, 100)[6:8] == pytest.approx([1.2 * 7 / 8, 1.2]), (
+        "7 steps, and not 0.07 * 100 rounded up"
+    )
     assert rates("linear", 0.0, 4) == pytest.approx([1.2, 0.9, 0.6, 0.3])
     assert rates("linear", 0.25, 4) == pytest.approx([0.6, 1.2, 0.8, 0.4])
     # 0.6 * (1 + cos(0, 60, 120 degrees))
