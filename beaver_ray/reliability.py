@@ -17,6 +17,7 @@ from beaver_ray.method.confidence import cluster_sums
 from beaver_ray.verdicts import Bin, Calibrated
 
 UPPER = 0.995  # the quantile at which the interval of the observed share ends
+ROUNDING = 1e-12  # the square of a difference that is none
 FALSE_ALARMS = 0.01
 """How often a calibration that fits may be called otherwise: half of it by all answers, half by any of the bins."""
 
@@ -92,14 +93,16 @@ def design_effect(residuals_N: np.ndarray, prompt_N: np.ndarray, outside: float)
     """How many times as much the mean of these residuals may vary as if answers to one prompt had nothing in common; at
     least 1, and more where few prompts say so, as Student's t is wider than the normal distribution.
 
-    Infinite for several answers to a single prompt, of which nothing is known.
+    At most as if answers to one prompt were all alike. Infinite for several answers to a single prompt, of which
+    nothing is known.
     """
     prompts = len(np.unique(prompt_N))
-    if prompts == len(prompt_N):
-        return 1.0
-    if prompts == 1:
+    if prompts == 1 < len(prompt_N):
         return math.inf
+    alike = float(np.sum(cluster_sums(np.ones(len(prompt_N)), prompt_N) ** 2)) / len(prompt_N)
     centred_N = residuals_N - residuals_N.mean()
     alone, together = float(np.sum(centred_N**2)), float(np.sum(cluster_sums(centred_N, prompt_N) ** 2))
+    if prompts == len(prompt_N) or alone < ROUNDING * len(prompt_N):
+        return alike
     wider = float(stats.t.isf(outside / 2, prompts - 1) / stats.norm.isf(outside / 2)) ** 2
-    return max(1.0, prompts / (prompts - 1) * together / alone * wider) if alone > 0.0 else 1.0
+    return min(max(1.0, prompts / (prompts - 1) * together / alone * wider), alike)

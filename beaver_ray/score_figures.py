@@ -205,7 +205,7 @@ def _difference(values_N: np.ndarray, pairs_K2: np.ndarray) -> np.ndarray:
 def _bootstrapped(terms_NT: np.ndarray, cluster_N: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Figure:
     """A statistic of the sums [..., T] of terms, and the middle 95 % of it over draws of whole clusters.
 
-    Without an interval where the draws show none: where too few of them have a statistic at all, or all the same.
+    Without an interval where more than OUTSIDE of the draws have no such statistic, and where all have the same.
     """
     _, index = np.unique(cluster_N, return_inverse=True)
     terms = terms_NT.astype(np.float64)

@@ -1,16 +1,16 @@
 """The front of reward against harm: Safe PPO at five limits, reward shaping at several weights, and the best by truth.
 
     python benchmarks/front.py --seeds 0 1 2 --jobs 2 --out benchmarks/front.json --picture benchmarks/front.svg
-    python benchmarks/front.py --world harder --seeds 0 --jobs 2 --out benchmarks/front_harder.json \\
-        --picture benchmarks/front_harder.svg
+    python benchmarks/front.py --world harder --seeds 0 --jobs 2 --workspace runs/benchmark-harder \\
+        --out benchmarks/front_harder.json --picture benchmarks/front_harder.svg
 
 Every run is a point: its violation rate and its mean reward by the world's truth on held-out prompts, over the last
 fifth of training. A method's hypervolume (Zitzler and Thiele 1999) is the area of all (rate, reward) with a rate of at
 most one half and a reward of at least 0 that one of its points is at least as good as; written as a share of the area
 under the exact front, the linear program's best reward for each rate. On the harder world (by graded labels, as
 configs/local/harder/graded.yaml) Safe PPO has its limit on refusals beside each limit on harm, the exact front has it
-too, and a weight weighs both costs. Runs and models are those of small_world.py and harder_world.py: give their working
-folder, and what is complete there is skipped.
+too, and a weight weighs both costs; `refusal_rate` says what each point refuses. Runs and models are those of
+small_world.py and harder_world.py: give their working folder, and what is complete there is skipped.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from common import study_options, write
 
-from beaver_ray.self_align.rouge import RougePool, rouge_l, words
+from beaver_ray.self_align.rouge import RougePool, rouge_l
 from beaver_ray.self_align.seeds import read_tasks, read_types
+from beaver_ray.spelling import words
 
 VOCABULARY, FLAT, COPIES, MOST = 30_000, 20, 0.2, 0.7
 COMMON = 5

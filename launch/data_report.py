@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beaver_ray.data.mixing import Spec, check_not_read
-from beaver_ray.data.survey import Measure, survey, words
+from beaver_ray.data.survey import Measure, lengths_in_words, survey
 from beaver_ray.data_options import data_label
 from beaver_ray.json_files import check_writable, write_json
 from beaver_ray.report.data import tables, write_page
@@ -29,7 +29,7 @@ def show(
             train.append(spec)
     check_writable(json_file, page)
     check_not_read([json_file, page], [*train, *kept_out])
-    measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (words, "words")
+    measure, unit = (_tokens(tokenizer), "tokens") if tokenizer else (lengths_in_words, "words")
     found = survey(_once(train), _once(kept_out), measure, unit)
     console = table_console()
     for table in tables(found):

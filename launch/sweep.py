@@ -103,8 +103,6 @@ def plan_runs(
     with the training data, and for a policy that nothing is held out for.
     """
     base = load_config(config, overrides)
-    if isinstance(base, PolicyStage) and not base.evaluation.prompts:
-        raise UserError(f"{config}: the runs would leave no held-out figures to compare; set evaluation.prompts")
     own = f"{base.name}-by-{_plain('-'.join(axes))}"
     runs = []
     for chosen in itertools.product(*axes.values()):
@@ -120,6 +118,8 @@ def plan_runs(
                 )
             stage = load_config(config, [*overrides, *changes, f"seed={seed}", f"name={as_yaml(f'{own}/{label}')}"])
             runs.append(Swept(values, seed, stage))
+    if any(isinstance(run.stage, PolicyStage) and not run.stage.evaluation.prompts for run in runs):
+        raise UserError(f"{config}: runs would leave no held-out figures to compare; set evaluation.prompts")
     names = [run.stage.name for run in runs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two runs of the sweep would be called {twice}: give each value and each seed once")

@@ -45,6 +45,8 @@ def compare_with_labels(config: PolicyStage, file: Path, policy: str | None) -> 
     with judging(config, wanted) as roles:
         for name, some in rows.items():
             batch, prompts, unsafe = _written(some, reader, config.lengths().longest, report)
+            if len(prompts) > 1 and len(np.unique(prompts)) == 1:
+                raise UserError(f"{file}: all labels of {name} are of answers to one prompt; label answers to several")
             group = roles.scorers[plans[name].name]
             scored = group.wait(group.next().call(ScorerBase.score, batch), "scoring labelled answers")
             probability = experience.scalars(scored, f"cost/{name}")

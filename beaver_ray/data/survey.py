@@ -23,8 +23,8 @@ Measure = Callable[[Sequence[str]], Sequence[int]]
 """The length of each text."""
 
 
-def words(texts: Sequence[str]) -> list[int]:
-    """Lengths in words (`word_count`)."""
+def lengths_in_words(texts: Sequence[str]) -> list[int]:
+    """Each text's `word_count`."""
     return [word_count(text) for text in texts]
 
 
@@ -99,7 +99,7 @@ def quantiles(lengths: NDArray[np.int64]) -> dict[str, float]:
 
 
 def survey(
-    specs: Sequence[Spec], held_out: Sequence[Spec] = (), measure: Measure = words, unit: str = "words"
+    specs: Sequence[Spec], held_out: Sequence[Spec] = (), measure: Measure = lengths_in_words, unit: str = "words"
 ) -> Survey:
     """Read the data sets (NAME[:PROPORTION[:PATH]]) and look through them.
 

@@ -97,9 +97,9 @@ def effective_trials(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np
     """As many independent trials would tell as much of a share at this one-sided confidence as these, which clusters
     hold together.
 
-    They are no fewer than if all hits of a cluster were alike: the number of clusters where these are equally large,
-    and less where some are larger. Up to there they are as many as would have this standard error, and fewer where that
-    is estimated from few clusters: an interval is then wider as Student's t is (Korn and Graubard 1998).
+    As many as would have this standard error, and fewer where it is estimated from few clusters: an interval is then
+    wider as Student's t is (Korn and Graubard 1998). But no fewer than if all hits of a cluster were alike: as many as
+    there are clusters where these are equally large, and less where some are larger.
     """
     share, n = float(np.mean(hits_N, dtype=np.float64)), len(hits_N)
     residuals_G = cluster_sums(hits_N - share, cluster_N)

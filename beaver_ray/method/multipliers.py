@@ -200,7 +200,8 @@ class Multiplier(ABC):
                 f"set multiplier.rule to {saved['rule']} or start a new run"
             )
         self.updates = int(saved["updates"])
-        self.shares = bool(saved.get("shares", True))  # checkpoints of earlier versions do not say
+        # Checkpoints of earlier versions do not say, but for what their window holds.
+        self.shares = bool(saved.get("shares", set(saved["window"] or ()) <= {0.0, 1.0}))
         if self.window is not None:
             costs = saved["window"] or []
             self.window.costs.clear()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beaver_ray.data.moderation import Dialogue, ModerationReader
 from beaver_ray.errors import UserError, first_line
-from beaver_ray.method.multilabel import flag_margin
+from beaver_ray.method.multilabel import HIGHEST, flag_margin
 from beaver_ray.models.classifier import EncoderClassifier, classify, labels_of, load_classifier
 from beaver_ray.models.folders import MODERATION, find_model, read_config
 from beaver_ray.models.loading import context_length, default_device, load_tokenizer
@@ -25,6 +25,8 @@ from beaver_ray.moderation_options import Reads
 from beaver_ray.packing import plan_micro_batches, plan_padded
 from beaver_ray.template_options import TemplateOptions
 
+ONCE_NEVER = 30.0
+"""The threshold by which models of earlier versions say that a label is never flagged."""
 LONGEST = 512
 
 
@@ -80,7 +82,8 @@ def read_settings(path: str, trust_remote_code: bool = False) -> Settings:
         raise UserError(
             f"{file}: max_tokens {found.max_tokens} is more than the model's {positions} positions; lower it"
         )
-    return found
+    never = [HIGHEST if threshold == ONCE_NEVER else threshold for threshold in found.thresholds]
+    return found.model_copy(update={"thresholds": never})
 
 
 class Moderator:

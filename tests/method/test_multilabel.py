@@ -91,9 +91,6 @@ def test_what_is_never_flagged_is_not_flagged_however_sure_a_decoder_is() -> Non
     odds = np.array([[31.0, -1.0], [5.0, -2.0]])
     found, _ = thresholds(odds, np.array([[0, 0], [1, 1]]), ["a", "b"], 0.9, np.array([True, True]))
     assert found[0] == HIGHEST and (flag_margin(odds[:, :1], found[:1]) < 0).all()
-    # Nor does it say that any of several labels holds.
-    assert group_odds(odds, np.array([HIGHEST, 0.0]), [0, 1], "any").tolist() == pytest.approx([-1.0, -2.0])
-    assert (group_odds(odds, np.array([HIGHEST, 0.0]), [0], "any") < 0).all()
 
 
 def test_figures_by_hand() -> None:

@@ -374,6 +374,9 @@ def test_a_file_of_labels(
     labels.write_text("".join(json.dumps(row) + "\n" for row in turned if row["unsafe"]))
     code, out, _ = run(capsys, "evaluate", as_file(config, tmp_path), "--labels", str(labels), "--policy", policy)
     assert code == 1 and "no longer fits" in out
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    code, _, err = run(capsys, "evaluate", as_file(config, tmp_path), "--labels", str(labels), "--policy", policy)
+    assert code == 2 and "all labels of harm are of answers to one prompt; label answers to several" in err
     labels.write_text(json.dumps(rows[0] | {"constraint": "harmm"}) + "\n")
     code, _, err = run(capsys, "evaluate", as_file(config, tmp_path), "--labels", str(labels), "--policy", policy)
     assert code == 2 and "has a row of constraint 'harmm'; those with calibrated probabilities are harm" in err

@@ -79,6 +79,33 @@ def test_a_confidence_counts_the_answers_of_the_window_and_none_of_a_single_prom
     assert two["multiplier/harm"] == pytest.approx(value, rel=1e-6)
 
 
+def test_a_margin_of_a_window_is_not_that_of_the_last_steps_costs_alone(
+    one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step's costs are 0 and 5, the second's 0 and 1, which the same window holds: no shares of anything."""
+    monkeypatch.setenv("BEAVER_RAY_SCORE_CODE", str(tmp_path))
+    (tmp_path / "counts.py").write_text(
+        "called = []\n"
+        "def count(prompts, responses):\n"
+        "    called.append(len(responses))\n"
+        "    return [(5.0 if sum(called) <= 8 else 1.0) * (n % 4 == 0) for n in range(len(responses))]\n"
+    )
+    harm = {"name": "harm", "model": f"python:{tmp_path}/counts.py:count", "critic": str(tiny_world / "cost_model")}
+    harm |= {"limit": 0.5, "confidence": 0.9, "multiplier": {"rule": "projected", "window": 32}}
+    changes = {"steps": 2, "trajectory_every": 1, "ppo": {"minibatches": 2}}
+    folder = train(ppo_config(tiny_world, workspace=str(tmp_path), constraints=[harm], **changes))
+    costs = [
+        np.array(pq.read_table(folder / "trajectories" / f"step_{step:06d}.parquet")["cost/harm"], dtype=np.float64)
+        for step in (1, 2)
+    ]
+    assert sorted(set(costs[0])) == [0.0, 5.0] and sorted(set(costs[1])) == [0.0, 1.0]
+    held = np.concatenate(costs)
+    skew = np.mean(((held - held.mean()) / held.std()) ** 3)
+    # Student's t of 0.9 with 15 degrees of freedom is 1.341 in printed tables.
+    margin = (1.341 + skew / (6 * 4) * (1 + 2 * 1.341**2)) * held.std(ddof=1) / 4
+    assert read_metrics(folder)[1]["cost/harm/margin"] == pytest.approx(margin, rel=1e-3)
+
+
 def test_a_step_that_is_asked_for_again_moves_its_multipliers_once(
     one_rank: None, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
