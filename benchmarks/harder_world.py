@@ -57,10 +57,7 @@ GRADED_MODELS = {
     "cost_model": STAGES["cost_model"],
 }
 """What it builds on where labels are graded."""
-MODELS = FEW_MODELS | {
-    "graded_reward": GRADED_MODELS["graded_reward"],
-    "privacy_model": {"config": str(HARDER / "privacy_model.yaml")},
-}
+MODELS = FEW_MODELS | GRADED_MODELS | {"privacy_model": {"config": str(HARDER / "privacy_model.yaml")}}
 
 
 def run(workspace: Path, seed: int, method: str) -> dict[str, Any]:

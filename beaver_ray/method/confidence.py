@@ -65,7 +65,8 @@ def mean_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.int
 
     One-sided, by Student's t. Values of one cluster may depend on one another; clusters are independent.
     """
-    error, clusters = _mean_error(values_N, cluster_N)
+    error, residuals_G = _mean_error(values_N, cluster_N)
+    clusters = len(residuals_G)
     return _t(confidence, clusters) * error if clusters > 1 else math.inf
 
 
@@ -75,10 +76,10 @@ def upper_bound(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.in
 
     By skew(values) / (6 sqrt(G)) * (1 + 2 t^2) standard errors (Johnson 1978, solved for the mean).
     """
-    error, clusters = _mean_error(values_N, cluster_N)
+    error, residuals_G = _mean_error(values_N, cluster_N)
+    clusters = len(residuals_G)
     if clusters < 2:
         return math.inf
-    residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
     spread, t = float(np.sqrt(np.mean(residuals_G**2))), _t(confidence, clusters)
     skewness = max(0.0, float(np.mean((residuals_G / spread) ** 3))) if spread > 0.0 else 0.0
     return (t + skewness / (6.0 * math.sqrt(clusters)) * (1.0 + 2.0 * t**2)) * error
@@ -114,16 +115,19 @@ def effective_trials(hits_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np
     return max(fewest, seen * (_t(confidence, n) / _t(confidence, fewest)) ** 2)
 
 
-def _mean_error(values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]) -> tuple[float, int]:
-    """(Standard error of the mean, number of clusters G); the error is infinite for one cluster.
+def _mean_error(
+    values_N: npt.NDArray[np.floating], cluster_N: npt.NDArray[np.integer]
+) -> tuple[float, npt.NDArray[np.float64]]:
+    """(Standard error of the mean, sum of what each cluster's values are off it [G]); the error is infinite for one
+    cluster.
 
     Sandwich variance with the G / (G - 1) correction, which for equal clusters is that of the clusters' means.
     """
     residuals_G = cluster_sums(values_N - np.mean(values_N, dtype=np.float64), cluster_N)
     clusters = len(residuals_G)
     if clusters < 2:
-        return math.inf, clusters
-    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N), clusters
+        return math.inf, residuals_G
+    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals_G**2))) / len(values_N), residuals_G
 
 
 def _t(confidence: float, n: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,9 +192,7 @@ class Choice:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def choose(
-    tried: Sequence[Tried], known: NearTexts, telltale: Collection[str], worked: float, per_category: int
-) -> Choice:
+def choose(tried: Sequence[Tried], known: NearTexts, telltale: Set[str], worked: float, per_category: int) -> Choice:
     """The attempts that are kept, category by category.
 
     known: seeds and training prompts; what is kept is added. worked: share of unsafe answers from which an attempt has
@@ -209,7 +207,7 @@ def choose(
                 if not queue:
                     continue
                 one = queue.pop(0)
-                if not set(words(one.asked)).isdisjoint(telltale):
+                if not telltale.isdisjoint(words(one.asked)):
                     choice.left_out["speak of a held-out category"] += 1
                 elif not all(turn.strip() for turn in one.worst.turns):  # no data set takes such a prompt
                     choice.left_out["with an empty answer on the way"] += 1
