@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,10 +44,12 @@ def passes_tests(
 ) -> list[float]:
     """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
 
-    tests: Python code, one text or a list (also as JSON), run one after another in the names of the answer's code; one
-    that raises has failed. A row without any gives 0. One that only defines or imports is run for those after it and
-    does not count; ValueError for a row without any other, which every program would pass, and for a test that is no
-    Python, which none would. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer
+    tests: one or a list (also as JSON). A text is Python code, run after those before it in the names of the answer's
+    code, and has failed where it raises; one that only defines or imports is run for those after it and does not count,
+    but for test cases of unittest, which are run. {"input": ..., "output": ...}, or two lists of them, is a test of the
+    whole program: what it prints for this standard input, compared as `run_program.printed` says. A row without any
+    gives 0; ValueError for a row whose tests every program would pass, and for a test that is no Python, which none
+    would. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer
     with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same time.
     namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with False,
     the rest of it is all that stands between the program and this machine.
@@ -58,11 +60,13 @@ def passes_tests(
     if not 0 < seconds < 1e6:
         raise ValueError(f"seconds must be above 0, not {seconds}")
     limits = {"seconds": seconds, "memory_mib": int(memory_mib)}
+    # The outputs that are wanted stay here.
+    told = [[test if isinstance(test, str) else {"input": test["input"]} for test in row] for row in rows]
     jobs = [
         {"program": code_of(response), "tests": row, "run": True, "namespaces": namespaces, **limits}
-        for response, row in zip(responses, rows, strict=True)
+        for response, row in zip(responses, told, strict=True)
     ]
-    counted = [{f"passed {n}" for n, test in enumerate(row) if _does_something(test)} for row in rows]
+    counted = [{_report_of(n, test) for n, test in enumerate(row) if _does_something(test)} for row in rows]
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         passed = [reports & wanted for reports, wanted in zip(pool.map(_reports, jobs), counted, strict=True)]
     if share:
@@ -175,43 +179,122 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
         process.wait()
 
 
-def _tests_of(row: Any) -> list[str]:
+Test = str | dict[str, str]
+"""Python code, or an `input` of a program and the `output` that is wanted."""
+
+
+def _report_of(number: int, test: Test) -> str:
+    """What `run_program` says of a program that passes this test."""
+    return f"passed {number}" if isinstance(test, str) else f"printed {number} {run_program.printed(test['output'])}"
+
+
+def _tests_of(row: Any) -> list[Test]:
     """The tests of a row that are not blank; ValueError for what is none or no Python, and where nothing is checked."""
     if row is None:
         return []
-    tests = _listed(row) if isinstance(row, str) else row
-    if not isinstance(tests, Sequence) or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"a row's tests must be a text or a list of texts, not {row!r:.100}")
-    tests = [test for test in tests if test.strip()]
+    found = _listed(row) if isinstance(row, str) else row
+    items = [found] if isinstance(found, Mapping) else found
+    if not isinstance(items, Sequence) or not all(isinstance(item, str | Mapping) for item in items):
+        raise ValueError(
+            f"a row's tests must be texts, or inputs with their outputs, or a list of such, not {row!r:.100}"
+        )
+    tests: list[Test] = []
+    for item in items:
+        if isinstance(item, Mapping):
+            tests += _inputs_and_outputs(item)
+        elif item.strip():
+            tests.append(_with_its_cases_run(item))
     if tests and not any(map(_does_something, tests)):
         raise ValueError(
-            "a row's tests must check something, and not only define what nobody calls, or compare without an assert: "
-            f"{row!r:.200}"
+            "a row's tests must check something, and not only define what nobody calls, compare without an assert, or "
+            f"want no output: {row!r:.200}"
         )
     return tests
 
 
-def _listed(text: str) -> list[Any]:
-    """The list that the text is, in JSON or as Python writes it (pandas in a CSV file), or the text as the one test."""
+def _listed(text: str) -> Any:
+    """The list or mapping that the text is, in JSON or as Python writes it (pandas in a CSV file), or the text itself
+    as the one test."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             tests = read(text)
-            return tests if isinstance(tests, list) else [text]
+            return tests if isinstance(tests, list | dict) else [text]
     return [text]
 
 
-def _does_something(test: str) -> bool:
-    """Whether it holds a statement that a program could fail. ValueError where it is no Python."""
+def _inputs_and_outputs(test: Mapping[str, Any]) -> list[Test]:
+    """{"input": ..., "output": ...}, or {"inputs": [...], "outputs": [...]}, as one test for each input."""
+    if call := next((str(test[key]) for key in ("fn_name", "func_name") if test.get(key)), None):
+        raise ValueError(
+            f"a row's tests that call a function must be Python (assert {call}(...) == ...): {test!r:.200}"
+        )
+    inputs, outputs = ([*_either(test, name)] for name in ("input", "output"))
+    if len(inputs) != len(outputs):
+        raise ValueError(f"a row's tests have {len(inputs)} inputs and {len(outputs)} outputs: {test!r:.200}")
+    return [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
+
+
+def _either(test: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The texts under this name or its plural: one, or a list, in which a list is one of lines."""
+    found = test.get(name, test.get(f"{name}s"))
+    for text in [found] if isinstance(found, str) else found if isinstance(found, list) else [None]:
+        lines = [text] if isinstance(text, str) else text
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise ValueError(f"a row's tests must have texts as {name}, not {text!r:.100}, in {test!r:.200}")
+        yield "\n".join(lines)
+
+
+def _with_its_cases_run(test: str) -> str:
+    """The test, and where it has test cases of unittest and only these they are run and must succeed.
+
+    unittest.main() would end in SystemExit however they went, and so is left out.
+    """
+    body = _parsed(test)
+    cases = [part.name for part in body if isinstance(part, ast.ClassDef) and any(map(_is_test_case, part.bases))]
+    kept = [part for part in body if not _calls(part, "unittest.main", "main")]
+    if not cases or not all(map(_is_idle, kept)):
+        return test
+    return f"{ast.unparse(ast.Module(kept, []))}\n{_RUN_CASES.format(', '.join(cases))}"
+
+
+_RUN_CASES = """
+def _run_test_cases(*cases):
+    import unittest
+    result, load = unittest.TestResult(), unittest.TestLoader().loadTestsFromTestCase
+    unittest.TestSuite(map(load, cases)).run(result)
+    assert result.wasSuccessful() and result.testsRun > len(result.skipped)
+_run_test_cases({})"""
+
+
+def _is_test_case(base: ast.expr) -> bool:
+    return ast.unparse(base).rpartition(".")[2] in ("TestCase", "IsolatedAsyncioTestCase")
+
+
+def _calls(statement: ast.stmt, *names: str) -> bool:
+    """Whether it is a call of one of these, and nothing else."""
+    called = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(called, ast.Call) and ast.unparse(called.func) in names
+
+
+def _parsed(test: str) -> list[ast.stmt]:
+    """Its statements. ValueError where it is no Python."""
     try:
-        return not all(map(_is_idle, ast.parse(test).body))
+        return ast.parse(test).body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"a row's tests must be Python: {error}: {test!r:.200}") from None
+
+
+def _does_something(test: Test) -> bool:
+    """Whether there is a program that fails it. ValueError where it is no Python."""
+    return bool(test["output"].strip()) if isinstance(test, dict) else not all(map(_is_idle, _parsed(test)))
 
 
 def _is_idle(statement: ast.stmt) -> bool:
     """Whether it checks nothing: definitions, imports, values and comparisons by themselves, names for values."""
     if isinstance(statement, ast.Assign | ast.AnnAssign):  # METADATA = {...}, as in HumanEval
         return not any(isinstance(part, ast.Call | ast.Subscript | ast.Attribute) for part in ast.walk(statement))
+    if _calls(statement, "unittest.main"):  # ends in SystemExit, or in a result that nobody looks at
+        return True
     if isinstance(statement, ast.Expr):  # "add(1, 2) == 3" lacks its assert
         called = any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(statement))
         return not called or isinstance(statement.value, ast.Compare)

@@ -1,11 +1,12 @@
 """Runs one program and its tests, confined: a process of its own, started by `programs` as a script.
 
 It knows the standard library alone. What it is to do comes as JSON on its standard input, a file; what came of it goes
-to its standard output, a file too, one line for each test that passed, behind a word that the program is not told. What
-is done against a program:
+to its standard output, a file too, one line for each test that passed and each input that was answered, behind a word
+that the program is not told. What is done against a program:
 
 - always: limits on CPU time, memory, the size and number of files, processes and threads (none); a fresh folder as its
-  working directory; an environment without the parent's variables; no input, and its output is thrown away;
+  working directory; an environment without the parent's variables; no input but a test's, and no other output than
+  what such a test asks for is kept;
 - with namespaces of the Linux kernel: no network but an empty one, everything read-only but that folder (in memory, of
   limited size), no device, no other process that its signals reach;
 - always, where the processor is an x86-64 or an arm64: a filter of system calls (seccomp) that refuses sockets of every
@@ -19,7 +20,7 @@ The last is no wall: code that sets out to leave it (by ctypes, say) does. The o
 but for reading: a program sees what files the account that runs it can read, though it can send them nowhere. Without
 namespaces nothing limits what it writes in all to its folder, and past the hook it can change modes and times of what
 the account owns (Landlock knows no right to these). And a program shares its process with its tests: one that looks
-for them there can make them pass.
+for them there can make them pass. Outputs that are wanted of it are not there: what it printed is told as a hash.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ import ast
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import struct
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from decimal import Decimal
+from typing import Any, TextIO
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -84,6 +88,7 @@ LATER_CHANGES = {2: 1 << 13, 3: 1 << 14}
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
 
 PROGRAM = "the program"  # the name of its code in traces
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 def main() -> None:
@@ -109,7 +114,11 @@ def main() -> None:
     if job["run"]:
         sys.dont_write_bytecode = True
         sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))
-        _run(job["program"], job["tests"], report)
+        tests = list(enumerate(job["tests"]))
+        if python := [(number, test) for number, test in tests if isinstance(test, str)]:
+            _run(job["program"], python, report)
+        if inputs := [(number, test["input"]) for number, test in tests if not isinstance(test, str)]:
+            _answer(job["program"], inputs, job["folder"], report)
     else:
         _compile(job["program"], report)
     os._exit(0)  # whatever threads or handlers the program has left
@@ -298,13 +307,13 @@ def _only_says(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Pass) or (named and not acts)
 
 
-def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
+def _run(program: str, tests: list[tuple[int, str]], report: Callable[[str], None]) -> None:
     """Run the program, then each test in its names; report those tests that end without an exception.
 
     Tests are made ready before the program runs, which may put something else in the place of what makes and runs them.
     """
     run, ready = exec, []
-    for number, test in enumerate(tests):
+    for number, test in tests:
         with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
             ready.append((f"passed {number}", compile(test, f"test {number}", "exec", dont_inherit=True)))
     module = types.ModuleType("program")
@@ -321,6 +330,63 @@ def _run(program: str, tests: list[str], report: Callable[[str], None]) -> None:
         except BaseException:
             continue
         report(passed)
+
+
+def _answer(program: str, inputs: list[tuple[int, str]], folder: str, report: Callable[[str], None]) -> None:
+    """Run the whole program once for each input; report what it printed where it ended without an error."""
+    run, hashed = exec, printed
+    try:
+        code = compile(program, PROGRAM, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return
+    for number, text in inputs:
+        try:
+            # Files at the descriptors themselves: there are programs that read open(0) and write by os.write(1, ...)
+            _put_in_place(0, folder, text.encode("utf-8", "surrogatepass"))
+            _put_in_place(1, folder, b"")
+            with _text_stream(0, "r") as sys.stdin, _text_stream(1, "w") as sys.stdout:
+                module = sys.modules["__main__"] = types.ModuleType("__main__")
+                try:
+                    run(code, module.__dict__)
+                except SystemExit as end:
+                    if end.code:
+                        continue
+                sys.stdout.flush()  # of one that the program has put there, it may be
+            output = os.pread(1, os.fstat(1).st_size, 0).decode(errors="replace")
+            report(f"printed {number} {hashed(output)}")
+        except BaseException:  # whatever it may raise
+            continue
+
+
+def _put_in_place(descriptor: int, folder: str, content: bytes) -> None:
+    """Make the descriptor one of a file without a name in the folder, at the start of this content."""
+    place = os.path.join(folder, f".stream-{descriptor}")
+    file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.unlink(place)
+    written = 0
+    while written < len(content):
+        written += os.write(file, content[written:])
+    os.lseek(file, 0, os.SEEK_SET)
+    if file != descriptor:
+        os.dup2(file, descriptor)
+        os.close(file)
+
+
+def _text_stream(descriptor: int, mode: str) -> TextIO:
+    return open(descriptor, mode, encoding="utf-8", closefd=False)  # type: ignore[return-value]
+
+
+def printed(output: str) -> str:
+    """A hash of an output that leaves out what does not count: spaces at the ends of lines and between words, empty
+    lines at the end, and how a number with a point or an exponent is written (1.50, 1.5 and 15e-1 are equal, and so are
+    2.0 and 2)."""
+    lines = [[_plain(word) for word in line.split()] for line in output.rstrip().splitlines()]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def _plain(word: str) -> str:
+    """The word, or where it is a number with a point or an exponent that number without either as far as it can be."""
+    return f"{Decimal(word).normalize() + 0:f}" if _NUMBER.fullmatch(word) else word
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -98,7 +99,7 @@ CHECK = "def test_add():\n    assert add(1, 1) == 3"
         "METADATA = {'author': 'x'}\n\n" + CHECK,
         '"""All."""\nimport math',
         CHECK + "\nif __name__ == '__main__':\n    test_add()",
-        '{"inputs": ["1 2\\n"], "outputs": ["3\\n"]}',
+        '{"inputs": ["1 2\\n"], "outputs": ["\\n"]}',
         "add(1, 2) == 3",
         "assert (add(1, 2) == 4, 'a tuple is always true')",
     ],
@@ -123,14 +124,104 @@ def test_what_looks_for_its_module_finds_it(program: str, test: str) -> None:
     assert passed(program, test, namespaces=False) == 1.0
 
 
-def test_test_cases_of_unittest_are_found_and_judged() -> None:
-    case = "import unittest\nclass Adds(unittest.TestCase):\n    def test_it(self): self.assertEqual(add(1, 2), 3)"
-    judged = "assert unittest.main(exit=False).result.wasSuccessful()"
+CASE = "import unittest\nclass Adds(unittest.TestCase):\n    def test_it(self): self.assertEqual(add(1, 2), 3)"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        [CASE],  # as in BigCodeBench
+        [f"{CASE}\nunittest.main()"],
+        [CASE, "unittest.main()"],
+        [f"{CASE}\nif __name__ == '__main__':\n    unittest.main()"],
+        [f"{CASE}\nunittest.main(exit=False)"],
+        [CASE, "assert unittest.main(exit=False).result.wasSuccessful()"],
+        [f"{CASE}\nassert unittest.main(exit=False).result.wasSuccessful()"],
+        ["from unittest import *\nclass B(TestCase):\n    def test(self): assert add(1, 2) == 3\nmain()"],
+    ],
+)
+def test_test_cases_of_unittest_are_run_and_judged(tests: list[str]) -> None:
     answers = [ADD, "def add(a, b):\n    return 7", "def other(): pass"]
-    for tests in ([case, judged], [f"{case}\n{judged}"]):
-        assert passes_tests(["p"] * 3, answers, tests=[tests] * 3, namespaces=False) == [1.0, 0.0, 0.0]
-    ended = [case, "unittest.main()"]
-    assert passes_tests(["p"], [ADD], tests=[ended], namespaces=False) == [0.0], "SystemExit says nothing of a success"
+    assert passes_tests(["p"] * 3, answers, tests=[tests] * 3, namespaces=False) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("body", ["pass", "@unittest.skip('no')\n    def test_it(self): pass"])
+def test_test_cases_without_a_test_are_passed_by_nothing(body: str) -> None:
+    assert passed(ADD, f"import unittest\nclass Adds(unittest.TestCase):\n    {body}", namespaces=False) == 0.0
+
+
+SUMS = {"inputs": ["1 2\n", "3 4\n", "x y\n"], "outputs": ["3\n", "7\n", "z"]}
+"""Tests of a whole program, as APPS, TACO and CodeContests have them; the last one no sum passes."""
+
+
+def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
+    main = "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()"
+    answers = [
+        main,
+        f"import sys\n{main}\n    sys.exit(0)",
+        "import sys\nfor line in sys.stdin:\n    a, b = map(int, line.split()); sys.stdout.write(f' {a + b}  ')",
+        "a, b = open(0).read().split()\nimport os\nos.write(1, b'%d' % (int(a) + int(b)))",
+        "import sys; a, b = sys.stdin.buffer.read().split(); sys.stdout.buffer.write(b'%d' % (int(a) + int(b)))",
+        f"{main}\n    raise SystemExit(1)",
+        f"{main}\n    1 / 0",
+        "print(3)",
+        "print(input)",
+        "pass",
+        "not Python",
+    ]
+    tests = [SUMS] * len(answers)
+    found = passes_tests(["p"] * len(answers), answers, tests=tests, namespaces=namespaces)
+    assert found == [2 / 3] * 5 + [0.0] * 2 + [1 / 3] + [0.0] * 3
+
+
+def test_forms_of_inputs_and_outputs() -> None:
+    """One, a list of them (LiveCodeBench), two lists (APPS, CodeContests), lists of lines, and all that as a text."""
+    one = {"input": "1 2", "output": "3", "testtype": "stdin"}
+    forms = [one, [one], {"input": ["1 2"], "output": ["3"]}, {"inputs": [["1", "2"]], "outputs": [["3"]]}]
+    forms += [json.dumps(forms[2]), str(forms[1]), ["assert add(1, 1) == 2", one]]
+    program = "import sys\ndef add(a, b): return a + b\nprint(add(*map(int, sys.stdin.read().split() or [0, 0])))"
+    assert passes_tests(["p"] * 7, [program] * 7, tests=forms, namespaces=False) == [1.0] * 7
+
+
+def test_what_does_not_count_in_an_output() -> None:
+    tests = [{"input": "", "output": wanted} for wanted in ("1.5\n", "2\n\n", "a b\nc", "0.0", "007", "1e5", "-3")]
+    lines = ["1.50", "2.0", "a  b \nc\n", "-0.", "7", "100000", "-3"]
+    programs = [f"print({line!r})" for line in lines]
+    found = [passes_tests(["p"], [p], tests=[t], namespaces=False)[0] for p, t in zip(programs, tests, strict=True)]
+    assert found == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_what_one_input_leaves_behind_is_not_in_the_next_output() -> None:
+    program = "import sys\nword = input()\nprint(word)\nassert word != 'bad'"
+    tests = {"inputs": ["bad", "good"], "outputs": ["bad", "good"]}
+    assert passes_tests(["p"], [program], tests=[tests], namespaces=False) == [0.5]
+
+
+def test_wanted_outputs_are_not_in_the_process(namespaces: bool) -> None:
+    program = """
+import sys
+frame, seen = sys._getframe(), ""
+while frame := frame.f_back:
+    seen += f"{frame.f_locals} {frame.f_globals}"
+print("ya" + "k7" in seen, "zeb" + "ra8" in seen)
+"""
+    tests = {"inputs": ["1", "yak7"], "outputs": ["True False", "zebra8"]}
+    assert passes_tests(["p"], [program], tests=[tests], namespaces=namespaces) == [0.5], "inputs alone are there"
+
+
+@pytest.mark.parametrize(
+    ("tests", "says"),
+    [
+        ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
+        ({"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}, r"must be Python \(assert add"),
+        ({"inputs": [1], "outputs": ["3"]}, "must have texts as input, not 1"),
+        ({"input": "1"}, "must have texts as output, not None"),
+        ([3], "must be texts, or inputs"),
+    ],
+)
+def test_inputs_and_outputs_that_are_none(tests: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        passes_tests(["p"], [ADD], tests=[tests])
 
 
 def test_no_threads_and_no_event_loop() -> None:
