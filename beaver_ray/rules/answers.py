@@ -1,10 +1,10 @@
 """Whether an answer is the right one: as text, or as a number. The right one is ``answer`` of the prompt's row.
 
-What an answer says at last counts, behind its thoughts (</think>): the content of its last \\boxed{...}, what follows
-its last "####", "the answer is", "Answer:" or "答案是" (for a text also a heading "Answer"; where there is none of
-these, "the result is", "the solution is" or "结果是"), and else the whole of it (text), or the last number in it
-(numbers). Of numbers the last of these phrases that one follows counts: behind an answer many say that they hope "this
-solution is helpful".
+What an answer says at last counts, behind its thoughts (</think>), and where it has <answer>...</answer> in the last of
+these: the content of its last \\boxed{...}, what follows its last "####", "the answer is", "Answer:" or "答案是" (for a
+text also a heading "Answer"; where there is none of these, "the result is", "the solution is" or "结果是"), else the
+whole of it (text), or the last number in it (numbers). Of numbers the last of these phrases that one follows counts:
+behind an answer many say that they hope "this solution is helpful".
 """
 
 # ruff: noqa: RUF001 (characters that look alike are told apart on purpose)
@@ -46,6 +46,13 @@ _LATEX_SPACING = re.compile(r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[!,;: ]")
 _FORMULA = re.compile(r"[\\^=+\d]")
 _SPACE_IN_FORMULA = re.compile(r" (?![a-z\d])|(?<![a-z\d]) |(?<=[a-z]) (?=\d)|(?<=\d) (?=[a-z])")
 _APPROXIMATELY = re.compile(r"≈|\\approx(?![a-z])")
+_IN_TAGS = re.compile(r".*<answer>(.*?)(?:</answer>.*)?\Z", re.DOTALL | re.IGNORECASE)
+# "b", "(b)", "option b", "b) paris", "b: paris"; but not "b) and c)", and not "b: c, d"
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|letter) |选项? ?)?[(\[]?([a-z])"
+    r"(?:[)\]]|(?=[.:]|\Z))[.:]?(?:(?: |(?=[\u4e00-\u9fff]))(?!(?:[\W_]|and\b|or\b|[a-z](?![a-z]))*\Z)(?!.*\b[a-z][)\]]).*)?",
+    re.DOTALL,
+)
 _ONE_IN_BRACES = re.compile(r"(?<=[\w^}])\{(\w|\\[a-z]+)\}")
 
 
@@ -54,15 +61,20 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
 
     Capitals, width, white space, a last full stop, how LaTeX spaces and braces a formula, and what stands around the
     whole (quotes, $, **, \\text{}, brackets that the right one has not) do not matter. Behind "the answer is" the line
-    counts, or its first sentence.
+    counts, or its first sentence. A single letter is the choice of several: B is said by "(B)", "B) Paris" and "option
+    B" too.
     """
     scores = []
     for response, right in zip(responses, answer, strict=True):
         accepted = {plain(str(one)) for one in several(right)} - {""}
+        accepted |= {one[1] for one in accepted if re.fullmatch(r"[(\[][a-z][)\]]", one)}
         said = final_answer(response)
         marked = said != response
         forms = {plain(said), plain(_SENTENCE.split(said)[0] if marked else said)}
-        scores.append(float(not accepted.isdisjoint(forms | {form.strip(_BRACKETS) for form in forms})))
+        forms |= {form.strip(_BRACKETS) for form in forms} | {
+            choice[1] for form in forms if (choice := _CHOICE.fullmatch(form))
+        }
+        scores.append(float(not accepted.isdisjoint(forms)))
     return scores
 
 
@@ -100,7 +112,7 @@ def several(right: Any) -> Sequence[Any]:
 
 def final_answer(response: str) -> str:
     """What the answer says at last; see above."""
-    text = without_thoughts(response)[-LONGEST:]
+    text = _last_part(response)
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
@@ -115,9 +127,16 @@ def final_answer(response: str) -> str:
     return text
 
 
+def _last_part(response: str) -> str:
+    """The answer behind its thoughts, or what it has between the last tags for an answer."""
+    text = without_thoughts(response)[-LONGEST:]
+    tagged = _IN_TAGS.match(text)
+    return tagged[1].strip() if tagged else text
+
+
 def _final_number(response: str) -> Fraction | None:
     """The number that the answer says at last; see above."""
-    text = without_thoughts(response)[-LONGEST:]
+    text = _last_part(response)
     boxed = _last_boxed(text)
     if boxed is not None:
         return _boxed_number(boxed)

@@ -303,6 +303,50 @@ def test_what_closes_an_answer_is_not_the_answer() -> None:
     assert exact_answer(["p"] * 4, squares, answer=["x^2"] * 4) == [1.0] * 4
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "B",
+        "(B)",
+        "[B].",
+        "B) Paris",
+        "(B) Paris, I think",
+        "B. Paris",
+        "B: Paris",
+        "Option B",
+        "choice (b)",
+        "选B",
+        "选项B",
+        "B）巴黎",
+    ],
+)
+@pytest.mark.parametrize("right", ["B", "(b)"])
+def test_a_letter_is_one_of_several_choices(said: str, right: str) -> None:
+    assert exact_answer(["q"], [f"Let me see.\nThe answer is: {said}"], answer=[right]) == [1.0]
+    assert exact_answer(["q"], [said], answer=["A"]) == [0.0]
+
+
+@pytest.mark.parametrize("said", ["A or B", "(A) and (B)", "A, B", "(A) Rome (B) Paris", "A) or B)", "a cat", "a + b"])
+def test_more_than_a_choice_is_none(said: str) -> None:
+    assert exact_answer(["q"], [said], answer=["A"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "text", "number"),
+    [
+        ("<think>5 or 6?</think>\n<answer> 7 </answer>", "7", 7),
+        ("<answer>1</answer> No: <answer>so the answer is 2 apples.\n</answer> 3", "2 apples", 2),
+        (r"<answer>It is \boxed{4}, not 5</answer> \boxed{6}", "4", 4),
+        ("<answer>8", "8", 8),
+        ("<think><answer>1</answer></think> 9", "9", 9),
+        ("<answer></answer> 3", "", None),
+    ],
+)
+def test_what_stands_in_tags_is_the_answer(response: str, text: str, number: int | None) -> None:
+    assert final_answer(response) == text or exact_answer(["q"], [response], answer=[text]) == [1.0]
+    assert numeric_answer(["q"] * 2, [response] * 2, answer=[number, 3]) == [float(number is not None), 0.0]
+
+
 def test_large_answers_take_no_time() -> None:
     started = time.monotonic()
     pieces = (
