@@ -50,7 +50,8 @@ _IN_TAGS = re.compile(r".*<answer>(.*?)(?:</answer>.*)?\Z", re.DOTALL | re.IGNOR
 # "b", "(b)", "option b", "b) paris", "b: paris"; but not "b) and c)", and not "b: c, d"
 _CHOICE = re.compile(
     r"(?:(?:option|choice|letter) |选项? ?)?[(\[]?([a-z])"
-    r"(?:[)\]]|(?=[.:]|\Z))[.:]?(?:(?: |(?=[\u4e00-\u9fff]))(?!(?:[\W_]|and\b|or\b|[a-z](?![a-z]))*\Z)(?!.*\b[a-z][)\]]).*)?",
+    r"(?:[)\]]|(?=[.:]|\Z))[.:]?"
+    r"(?:(?: |(?=[\u4e00-\u9fff]))(?!(?:[\W_]|and\b|or\b|[a-z](?![a-z]))*\Z)(?!.*\b[a-z][)\]]).*)?",
     re.DOTALL,
 )
 _ONE_IN_BRACES = re.compile(r"(?<=[\w^}])\{(\w|\\[a-z]+)\}")
