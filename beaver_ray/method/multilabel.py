@@ -190,11 +190,14 @@ def group_odds(odds_NK: FloatArray, thresholds_K: FloatArray, chosen: Sequence[i
     """One score [N] of some labels; above 0 counts as unsafe.
 
     combine: "max" is how far the label furthest above its threshold is above it, and above 0 exactly where one of them
-    is flagged; "any" the log-odds of at least one label, as if each were independent of the others.
+    is flagged; "any" the log-odds of at least one label, as if each were independent of the others. Labels that are
+    never flagged are left out of it; of these alone it is -HIGHEST.
     """
-    some_NG = odds_NK[:, list(chosen)]
     if combine == "max":
-        return flag_margin(some_NG, thresholds_K[list(chosen)])
+        return flag_margin(odds_NK[:, list(chosen)], thresholds_K[list(chosen)])
+    some_NG = odds_NK[:, [k for k in chosen if thresholds_K[k] < HIGHEST]]
+    if not some_NG.size:
+        return np.full(len(odds_NK), -HIGHEST)
     none_N = -np.logaddexp(0.0, some_NG).sum(axis=1)  # log P(no label) = sum of log(1 - p)
     # log(1 - exp(x)) for x < 0, without losing digits at either end.
     with np.errstate(divide="ignore"):  # of the branch that is not taken

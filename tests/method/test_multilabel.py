@@ -140,6 +140,9 @@ def test_groups_of_labels() -> None:
     np.testing.assert_allclose(group_odds(odds, above, [1], "any"), odds[:, 1], rtol=1e-9)
     far = group_odds(np.array([[-300.0, -300.0], [500.0, 400.0]]), above[:2], [0, 1], "any")
     np.testing.assert_allclose(far, [-300 + math.log(2), 900.0])
+    above[3] = HIGHEST  # nothing was learned of it: its odds mean nothing
+    np.testing.assert_allclose(group_odds(odds, above, [1, 3], "any"), odds[:, 1], rtol=1e-9)
+    assert (group_odds(odds, above, [3], "any") < -900).all() and (group_odds(odds, above, [3], "max") < -900).all()
 
 
 def test_loss_is_pytorchs_on_known_labels() -> None:
