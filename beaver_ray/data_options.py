@@ -63,7 +63,9 @@ class DataEntry(Strict):
     where: dict[str, Scalar | list[Scalar]] = option(
         "Field of a row: value, or list of values; other rows are left out.", default_factory=dict
     )
-    keep: list[str] | None = option("Fields kept beside a prompt; null for all that are left.", None)
+    keep: list[str] | dict[str, str] | None = option(
+        "Fields kept beside a prompt, or new name: field; null for all that are left.", None
+    )
     prompt: str | None = option("Field of the prompt: text, turns, or messages with roles.", None)
     messages: str | None = option("Field of a dialogue with roles; a last turn of the assistant is the answer.", None)
     system: str | None = option("Field of the system prompt.", None)

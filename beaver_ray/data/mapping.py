@@ -40,7 +40,7 @@ class Keeping:
     """A reader that keeps some of the further fields alone, and how strong the labels are."""
 
     read_row: Any
-    keep: list[str]
+    keep: list[str] | dict[str, str]
 
     def __call__(self, row: dict[str, Any]) -> RawSample:
         """The sample of one row."""
@@ -49,8 +49,9 @@ class Keeping:
         return replace(sample, fields=_kept(self.keep, {**row, **sample.fields}) | strengths)
 
 
-def _kept(keep: list[str], values: dict[str, Any]) -> dict[str, Any]:
-    return {name: field_value(values, name) for name in keep}
+def _kept(keep: list[str] | dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    named = keep if isinstance(keep, dict) else {name: name for name in keep}
+    return {name: field_value(values, field) for name, field in named.items()}
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,12 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
 
     Capitals, width, white space, a last full stop, how LaTeX spaces and braces a formula, and what stands around the
     whole (quotes, $, **, \\text{}, brackets that the right one has not) do not matter. Behind "the answer is" the line
-    counts, or its first sentence. A single letter is the choice of several: B is said by "(B)", "B) Paris" and "option
-    B" too.
+    counts, or its first sentence. A row's ``answer`` may hold its working before \\boxed{...} or "####". A single letter
+    is one of several choices: B is said by "(B)", "B) Paris" and "option B" too.
     """
     scores = []
     for response, right in zip(responses, answer, strict=True):
-        accepted = {plain(str(one)) for one in several(right)} - {""}
+        accepted = {plain(_without_working(str(one))) for one in several(right)} - {""}
         accepted |= {one[1] for one in accepted if re.fullmatch(r"[(\[][a-z][)\]]", one)}
         said = final_answer(response)
         marked = said != response
@@ -102,6 +102,11 @@ def numeric_answer(
         said = _final_number(response)
         scores.append(float(said is not None and any(abs(said - n) <= allowed * abs(n) for n in wanted)))
     return scores
+
+
+def _without_working(right: str) -> str:
+    boxed = _last_boxed(right)
+    return right.rpartition("####")[2] if boxed is None else boxed
 
 
 def several(right: Any) -> Sequence[Any]:

@@ -36,6 +36,7 @@ def passes_tests(
     responses: list[str],
     *,
     tests: list[Any],
+    entry_point: list[Any] | None = None,
     share: bool = True,
     seconds: float = 5.0,
     memory_mib: int = 1024,
@@ -49,12 +50,14 @@ def passes_tests(
     but for test cases of unittest, which are run. {"input": ..., "output": ...}, or two lists of them, is a test of the
     whole program: what it prints for this standard input, compared as `run_program.printed` says. A row without any
     gives 0; ValueError for a row whose tests every program would pass, and for a test that is no Python, which none
-    would. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer
-    with all its tests; what ran out of them has passed the tests before. at_once: answers that run at the same time.
+    would. entry_point: the name of what is asked for, which rows may leave out; tests that only define a function
+    ``check``, as in HumanEval, are called with it. seconds (of CPU time, whole ones; 4 times as long by the clock),
+    memory_mib: for an answer with all its tests; what ran out of them has passed the tests before. at_once: answers
+    that run at the same time.
     namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with False,
     the rest of it is all that stands between the program and this machine.
     """
-    rows = [_tests_of(row) for row in tests]
+    rows = [_tests_of(row, name) for row, name in zip(tests, entry_point or [None] * len(tests), strict=True)]
     if not LEAST_MIB <= memory_mib < 1e6:
         raise ValueError(f"memory_mib must be {LEAST_MIB} or more, of which Python takes some 20, not {memory_mib}")
     if not 0 < seconds < 1e6:
@@ -188,7 +191,7 @@ def _report_of(number: int, test: Test) -> str:
     return f"passed {number}" if isinstance(test, str) else f"printed {number} {run_program.printed(test['output'])}"
 
 
-def _tests_of(row: Any) -> list[Test]:
+def _tests_of(row: Any, entry_point: Any) -> list[Test]:
     """The tests of a row that are not blank; ValueError for what is none or no Python, and where nothing is checked."""
     if row is None:
         return []
@@ -205,6 +208,8 @@ def _tests_of(row: Any) -> list[Test]:
         elif item.strip():
             tests.append(_with_its_cases_run(item))
     if tests and not any(map(_does_something, tests)):
+        if isinstance(entry_point, str) and any(map(_defines_check, tests)):
+            return [*tests, f"check({entry_point})"]
         raise ValueError(
             "a row's tests must check something, and not only define what nobody calls, compare without an assert, or "
             f"want no output: {row!r:.200}"
@@ -274,6 +279,11 @@ def _calls(statement: ast.stmt, *names: str) -> bool:
     """Whether it is a call of one of these, and nothing else."""
     called = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(called, ast.Call) and ast.unparse(called.func) in names
+
+
+def _defines_check(test: Test) -> bool:
+    parts = _parsed(test) if isinstance(test, str) else []
+    return any(isinstance(part, ast.FunctionDef) and part.name == "check" for part in parts)
 
 
 def _parsed(test: str) -> list[ast.stmt]:

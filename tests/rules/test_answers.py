@@ -326,6 +326,14 @@ def test_a_letter_is_one_of_several_choices(said: str, right: str) -> None:
     assert exact_answer(["q"], [said], answer=["A"]) == [0.0]
 
 
+@pytest.mark.parametrize(
+    "right", [r"As $2 + 2 = 4$, it is $\boxed{\frac{1}{4}}$.", "2 + 2 = 4\n#### \\frac14", r"\frac{1}{4}"]
+)
+def test_a_row_may_hold_its_working(right: str) -> None:
+    said = [r"So it is \boxed{\dfrac{1}{4}}.", "The answer is 4", right]
+    assert exact_answer(["q"] * 3, said, answer=[right] * 3) == [1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("said", ["A or B", "(A) and (B)", "A, B", "(A) Rome (B) Paris", "A) or B)", "a cat", "a + b"])
 def test_more_than_a_choice_is_none(said: str) -> None:
     assert exact_answer(["q"], [said], answer=["A"]) == [0.0]

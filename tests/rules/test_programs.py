@@ -150,6 +150,19 @@ def test_test_cases_without_a_test_are_passed_by_nothing(body: str) -> None:
     assert passed(ADD, f"import unittest\nclass Adds(unittest.TestCase):\n    {body}", namespaces=False) == 0.0
 
 
+def test_a_check_is_called_with_the_entry_point() -> None:
+    check = "METADATA = {}\n\ndef check(candidate):\n    assert candidate(1, 2) == 3"  # as in HumanEval
+    method = "class Solution:\n    def add(self, a, b): return a + b"
+    answers, names = [ADD, "def add(a, b): return 7", method, ADD], ["add", "add", "Solution().add", "other"]
+    given = {"tests": [check] * 4, "namespaces": False}
+    assert passes_tests(["p"] * 4, answers, entry_point=names, **given) == [1.0, 0.0, 1.0, 0.0]  # type: ignore[arg-type]
+    called = [check, "check(add)"]
+    assert passes_tests(["p"], [ADD], tests=[called], entry_point=["other"], namespaces=False) == [1.0]
+    for nothing in (None, [None]):
+        with pytest.raises(ValueError, match="must check something"):
+            passes_tests(["p"], [ADD], tests=[check], entry_point=nothing, namespaces=False)
+
+
 SUMS = {"inputs": ["1 2\n", "3 4\n", "x y\n"], "outputs": ["3\n", "7\n", "z"]}
 """Tests of a whole program, as APPS, TACO and CodeContests have them; the last one no sum passes."""
 
