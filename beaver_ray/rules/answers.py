@@ -62,8 +62,8 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
 
     Capitals, width, white space, a last full stop, how LaTeX spaces and braces a formula, and what stands around the
     whole (quotes, $, **, \\text{}, brackets that the right one has not) do not matter. Behind "the answer is" the line
-    counts, or its first sentence. A row's ``answer`` may hold its working before \\boxed{...} or "####". A single letter
-    is one of several choices: B is said by "(B)", "B) Paris" and "option B" too.
+    counts, or its first sentence. A row's ``answer`` may hold its working before \\boxed{...} or "####". A letter is
+    one of several choices: B is said by "(B)", "B) Paris" and "option B" too.
     """
     scores = []
     for response, right in zip(responses, answer, strict=True):
