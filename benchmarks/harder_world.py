@@ -5,7 +5,8 @@
 The recipes of configs/local/harder/: harm alone (a limit on refusals that nothing can break stands in for none), harm
 and refusal of benign and borderline prompts, the same by a reward model of graded labels (the same pairs, with grades),
 that with twice the answers a step (graded.yaml), and this once more with `confidence: 0.9` of both limits, and without
-critics at equal samples and at equal time; and hard labels with privacy as well. For each run the means over the
+critics at equal samples and at equal time; privacy as well, by hard labels and by graded ones with twice the answers;
+and twice the answers by hard labels. For each run the means over the
 evaluations in the last fifth of training, on held-out prompts: reward as share of the optimum under that run's
 constraints, rates, and refusals by kind of prompt; the first of these of the policy handed out, the mean of that
 fifth's weights; CPU seconds and memory. With confidence also whether it is certified at 0.95, on the 1,000 sealed
@@ -28,7 +29,8 @@ from launch.config_files import load_run
 
 HARDER = CONFIGS / "harder"
 GRADED = ["models.reward=${workspace}/graded_reward/final/reward_model", "ppo.kl_coefficient=0.01"]
-TWICE = [*GRADED, "rollout.prompts_per_step=256", "rollout.max_sequences=256"]
+OF_256 = ["rollout.prompts_per_step=256", "rollout.max_sequences=256"]
+TWICE = [*GRADED, *OF_256]
 CRITIC_FREE = [*GRADED, "rollout.samples_per_prompt=2", "rollout.max_sequences=256", "ppo.advantage=leave_one_out"]
 CRITIC_FREE += ["ppo.loss_reduction=token", "ppo.normalize_advantages=false"]
 METHODS = {
@@ -44,6 +46,8 @@ METHODS = {
     # As many steps as the CPU seconds of the run with critics pay for, by the first seed's two runs of 160.
     "harm_refusal_critic_free_equal_time": ("safe_ppo.yaml", [*CRITIC_FREE, "steps=307"]),
     "harm_refusal_privacy": ("safe_ppo_privacy.yaml", []),
+    "harm_refusal_privacy_graded_256": ("safe_ppo_privacy.yaml", TWICE),
+    "harm_refusal_256": ("safe_ppo.yaml", OF_256),
 }
 WORLD = {"kind": "harder", "pairs": 40000, "demonstrations": 8000, "graded": True}
 FEW_MODELS = STAGES | {"reward_model": {"config": str(CONFIGS / "reward_model.yaml")}}
