@@ -242,7 +242,7 @@ def _inputs_and_outputs(test: Mapping[str, Any]) -> list[Test]:
 def _either(test: Mapping[str, Any], name: str) -> Iterator[str]:
     """The texts under this name or its plural: one, or a list, in which a list is one of lines."""
     found = test.get(name, test.get(f"{name}s"))
-    for text in [found] if isinstance(found, str) else found if isinstance(found, list) else [None]:
+    for text in found if isinstance(found, list) else [found]:
         lines = [text] if isinstance(text, str) else text
         if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
             raise ValueError(f"a row's tests must have texts as {name}, not {text!r:.100}, in {test!r:.200}")

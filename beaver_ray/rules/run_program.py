@@ -26,6 +26,7 @@ for them there can make them pass. Outputs that are wanted of it are not there: 
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -351,7 +352,9 @@ def _answer(program: str, inputs: list[tuple[int, str]], folder: str, report: Ca
                 except SystemExit as end:
                     if end.code:
                         continue
-                sys.stdout.flush()  # of one that the program has put there, it may be
+                atexit._run_exitfuncs()  # as at the end of a program: there are some that print all at once then
+                if not sys.stdout.closed:
+                    sys.stdout.flush()  # of one that the program has put there, it may be
             output = os.pread(1, os.fstat(1).st_size, 0).decode(errors="replace")
             report(f"printed {number} {hashed(output)}")
         except BaseException:  # whatever it may raise

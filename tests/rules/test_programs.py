@@ -175,6 +175,9 @@ def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
         "import sys\nfor line in sys.stdin:\n    a, b = map(int, line.split()); sys.stdout.write(f' {a + b}  ')",
         "a, b = open(0).read().split()\nimport os\nos.write(1, b'%d' % (int(a) + int(b)))",
         "import sys; a, b = sys.stdin.buffer.read().split(); sys.stdout.buffer.write(b'%d' % (int(a) + int(b)))",
+        f"{main}\n    import sys; sys.stdout.close()",
+        "import atexit; atexit.register(lambda: print(total)); total = sum(map(int, input().split()))",
+        f"import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False))\n{main}",
         f"{main}\n    raise SystemExit(1)",
         f"{main}\n    1 / 0",
         "print(3)",
@@ -184,7 +187,7 @@ def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
     ]
     tests = [SUMS] * len(answers)
     found = passes_tests(["p"] * len(answers), answers, tests=tests, namespaces=namespaces)
-    assert found == [2 / 3] * 5 + [0.0] * 2 + [1 / 3] + [0.0] * 3
+    assert found == [2 / 3] * 8 + [0.0] * 2 + [1 / 3] + [0.0] * 3
 
 
 def test_forms_of_inputs_and_outputs() -> None:
@@ -229,6 +232,7 @@ print("ya" + "k7" in seen, "zeb" + "ra8" in seen)
         ({"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}, r"must be Python \(assert add"),
         ({"inputs": [1], "outputs": ["3"]}, "must have texts as input, not 1"),
         ({"input": "1"}, "must have texts as output, not None"),
+        ({"input": "1", "output": 1}, "must have texts as output, not 1"),
         ([3], "must be texts, or inputs"),
     ],
 )
