@@ -207,9 +207,9 @@ def _tests_of(row: Any, entry_point: Any) -> list[Test]:
             tests += _inputs_and_outputs(item)
         elif item.strip():
             tests.append(_with_its_cases_run(item))
+    if isinstance(entry_point, str) and (place := _check_that_nobody_calls(tests)) is not None:
+        tests[place] = f"{tests[place]}\ncheck({entry_point})"
     if tests and not any(map(_does_something, tests)):
-        if isinstance(entry_point, str) and any(map(_defines_check, tests)):
-            return [*tests, f"check({entry_point})"]
         raise ValueError(
             "a row's tests must check something, and not only define what nobody calls, compare without an assert, or "
             f"want no output: {row!r:.200}"
@@ -250,15 +250,20 @@ def _either(test: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _with_its_cases_run(test: str) -> str:
-    """The test, and where it has test cases of unittest and only these they are run and must succeed.
+    """The test, and behind it a run of its test cases of unittest, where it has any, which must succeed.
 
     unittest.main() would end in SystemExit however they went, and so is left out.
     """
     body = _parsed(test)
-    cases = [part.name for part in body if isinstance(part, ast.ClassDef) and any(map(_is_test_case, part.bases))]
-    kept = [part for part in body if not _calls(part, "unittest.main", "main")]
-    if not cases or not all(map(_is_idle, kept)):
+    cases: list[str] = []
+    for part in body:
+        if isinstance(part, ast.ClassDef):
+            bases = {ast.unparse(base).rpartition(".")[2] for base in part.bases}
+            if not bases.isdisjoint({"TestCase", "IsolatedAsyncioTestCase", *cases}):
+                cases.append(part.name)
+    if not cases:
         return test
+    kept = [part for part in body if not _calls(part, "unittest.main", "main")]
     return f"{ast.unparse(ast.Module(kept, []))}\n{_RUN_CASES.format(', '.join(cases))}"
 
 
@@ -271,19 +276,22 @@ def _run_test_cases(*cases):
 _run_test_cases({})"""
 
 
-def _is_test_case(base: ast.expr) -> bool:
-    return ast.unparse(base).rpartition(".")[2] in ("TestCase", "IsolatedAsyncioTestCase")
-
-
 def _calls(statement: ast.stmt, *names: str) -> bool:
     """Whether it is a call of one of these, and nothing else."""
     called = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(called, ast.Call) and ast.unparse(called.func) in names
 
 
-def _defines_check(test: Test) -> bool:
-    parts = _parsed(test) if isinstance(test, str) else []
-    return any(isinstance(part, ast.FunctionDef) and part.name == "check" for part in parts)
+def _check_that_nobody_calls(tests: list[Test]) -> int | None:
+    """Which of them defines a function ``check``, where nothing outside of functions and classes calls it."""
+    found, called = None, set()
+    for place, test in enumerate(tests):
+        for part in _parsed(test) if isinstance(test, str) else []:
+            if isinstance(part, ast.FunctionDef):
+                found = place if part.name == "check" else found
+            elif not isinstance(part, ast.ClassDef):
+                called |= {ast.unparse(node.func) for node in ast.walk(part) if isinstance(node, ast.Call)}
+    return None if "check" in called else found
 
 
 def _parsed(test: str) -> list[ast.stmt]:

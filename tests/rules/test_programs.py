@@ -137,6 +137,8 @@ CASE = "import unittest\nclass Adds(unittest.TestCase):\n    def test_it(self): 
         [f"{CASE}\nunittest.main(exit=False)"],
         [CASE, "assert unittest.main(exit=False).result.wasSuccessful()"],
         [f"{CASE}\nassert unittest.main(exit=False).result.wasSuccessful()"],
+        [f"import decimal\ndecimal.getcontext().prec = 9\n{CASE}"],
+        ["import unittest\nclass A(unittest.TestCase): pass\nclass B(A):\n    def test(self): assert add(1, 2) == 3"],
         ["from unittest import *\nclass B(TestCase):\n    def test(self): assert add(1, 2) == 3\nmain()"],
     ],
 )
@@ -156,6 +158,9 @@ def test_a_check_is_called_with_the_entry_point() -> None:
     answers, names = [ADD, "def add(a, b): return 7", method, ADD], ["add", "add", "Solution().add", "other"]
     given = {"tests": [check] * 4, "namespaces": False}
     assert passes_tests(["p"] * 4, answers, entry_point=names, **given) == [1.0, 0.0, 1.0, 0.0]  # type: ignore[arg-type]
+    prepared = ["import math\nmath.sqrt(4)\n" + check]
+    wrong = ["def add(a, b): return 7"]
+    assert passes_tests(["p"], wrong, tests=prepared, entry_point=["add"], namespaces=False) == [0.0]
     called = [check, "check(add)"]
     assert passes_tests(["p"], [ADD], tests=[called], entry_point=["other"], namespaces=False) == [1.0]
     for nothing in (None, [None]):
