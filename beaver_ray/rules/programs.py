@@ -228,25 +228,41 @@ def _listed(text: str) -> Any:
 
 
 def _inputs_and_outputs(test: Mapping[str, Any]) -> list[Test]:
-    """{"input": ..., "output": ...}, or {"inputs": [...], "outputs": [...]}, as one test for each input."""
-    if call := next((str(test[key]) for key in ("fn_name", "func_name") if test.get(key)), None):
-        raise ValueError(
-            f"a row's tests that call a function must be Python (assert {call}(...) == ...): {test!r:.200}"
-        )
-    inputs, outputs = ([*_either(test, name)] for name in ("input", "output"))
+    """{"input": ..., "output": ...}, or {"inputs": [...], "outputs": [...]}, as one test for each input.
+
+    With fn_name inputs are lists of arguments of that function, or method of a class Solution, as in APPS.
+    """
+    inputs, outputs = (_one_or_several(test.get(side, test.get(f"{side}s"))) for side in ("input", "output"))
     if len(inputs) != len(outputs):
         raise ValueError(f"a row's tests have {len(inputs)} inputs and {len(outputs)} outputs: {test!r:.200}")
-    return [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
+    pairs = list(zip(inputs, outputs, strict=True))
+    if name := test.get("fn_name"):
+        return [_RUN_CALL, *(f"assert _gives({str(name)!r}, {given!r}, {wanted!r})" for given, wanted in pairs)]
+    return [{"input": _text(given), "output": _text(wanted)} for given, wanted in pairs]
 
 
-def _either(test: Mapping[str, Any], name: str) -> Iterator[str]:
-    """The texts under this name or its plural: one, or a list, in which a list is one of lines."""
-    found = test.get(name, test.get(f"{name}s"))
-    for text in found if isinstance(found, list) else [found]:
-        lines = [text] if isinstance(text, str) else text
-        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-            raise ValueError(f"a row's tests must have texts as {name}, not {text!r:.100}, in {test!r:.200}")
-        yield "\n".join(lines)
+def _one_or_several(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _text(found: Any) -> str:
+    """An input or output, which may be a list of lines."""
+    lines = _one_or_several(found)
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"a row's tests must have texts as inputs and outputs, not {found!r:.100}")
+    return "\n".join(lines)
+
+
+_RUN_CALL = """
+def _gives(name, arguments, wanted):
+    owner = globals().get("Solution")
+    called = getattr(owner(), name) if hasattr(owner, name) else globals()[name]
+    given = _with_lists(called(*arguments) if isinstance(arguments, list) else called(arguments))
+    return given == wanted or [given] == wanted
+
+def _with_lists(value):
+    return [_with_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
+"""
 
 
 def _with_its_cases_run(test: str) -> str:

@@ -204,6 +204,17 @@ def test_forms_of_inputs_and_outputs() -> None:
     assert passes_tests(["p"] * 7, [program] * 7, tests=forms, namespaces=False) == [1.0] * 7
 
 
+def test_functions_are_called_by_name() -> None:
+    """As in APPS and TACO, whose outputs may stand in a list of their own."""
+    tests = {"fn_name": "add", "inputs": [[1, 2], ["a", "b"], [[1], [2]]], "outputs": [3, ["ab"], [[1, 2]]]}
+    method = "class Solution:\n    def add(self, a, b): return a + b"
+    pair = "def add(a, b): return (a, b)"
+    answers = [ADD, method, "def add(a, b): return 3", "def other(): pass"]
+    found = passes_tests(["p"] * 4, answers, tests=[tests] * 4, namespaces=False)
+    assert found == [1.0, 1.0, 1 / 3, 0.0]
+    assert passes_tests(["p"], [pair], tests=[{**tests, "outputs": [[1, 2], "ab", 0]}], namespaces=False) == [1 / 3]
+
+
 def test_what_does_not_count_in_an_output() -> None:
     tests = [{"input": "", "output": wanted} for wanted in ("1.5\n", "2\n\n", "a b\nc", "0.0", "007", "1e5", "-3")]
     lines = ["1.50", "2.0", "a  b \nc\n", "-0.", "7", "100000", "-3"]
@@ -234,10 +245,10 @@ print("ya" + "k7" in seen, "zeb" + "ra8" in seen)
     ("tests", "says"),
     [
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
-        ({"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}, r"must be Python \(assert add"),
-        ({"inputs": [1], "outputs": ["3"]}, "must have texts as input, not 1"),
-        ({"input": "1"}, "must have texts as output, not None"),
-        ({"input": "1", "output": 1}, "must have texts as output, not 1"),
+        ({"inputs": [[1, 2], [3, 4]], "outputs": [3], "fn_name": "add"}, "2 inputs and 1 outputs"),
+        ({"inputs": [1], "outputs": ["3"]}, "must have texts as inputs and outputs, not 1"),
+        ({"input": "1"}, "must have texts as inputs and outputs, not None"),
+        ({"input": "1", "output": 1}, "must have texts as inputs and outputs, not 1"),
         ([3], "must be texts, or inputs"),
     ],
 )
