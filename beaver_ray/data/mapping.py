@@ -50,8 +50,10 @@ class Keeping:
 
 
 def _kept(keep: list[str] | dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a row has; one that no row has is missed where it is wanted."""
     named = keep if isinstance(keep, dict) else {name: name for name in keep}
-    return {name: field_value(values, field) for name, field in named.items()}
+    found = {name: field_value(values, field) for name, field in named.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

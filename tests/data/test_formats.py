@@ -428,6 +428,7 @@ def test_fields_mapped_in_the_configuration(
     assert load_mix([{"path": path, **entry, "keep": ["kind"]}])[0][0].fields == {"kind": "k"} | expected.fields
     renamed = load_mix([{"path": path, **entry, "keep": {"checks": "tests"}}])[0][0].fields
     assert renamed == {"checks": ["t"]} | expected.fields
+    assert load_mix([{"path": path, **entry, "keep": {"checks": "no such field"}}])[0][0].fields == expected.fields
 
 
 def test_how_strong_a_label_is_stays_whatever_else_is_kept(tmp_path: Path) -> None:
