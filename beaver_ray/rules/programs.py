@@ -62,11 +62,11 @@ def passes_tests(
         raise ValueError(f"memory_mib must be {LEAST_MIB} or more, of which Python takes some 20, not {memory_mib}")
     if not 0 < seconds < 1e6:
         raise ValueError(f"seconds must be above 0, not {seconds}")
-    limits = {"seconds": seconds, "memory_mib": int(memory_mib)}
+    limits = {"seconds": seconds, "memory_mib": int(memory_mib), "namespaces": namespaces}
     # The outputs that are wanted stay here.
     told = [[test if isinstance(test, str) else {"input": test["input"]} for test in row] for row in rows]
     jobs = [
-        {"program": code_of(response), "tests": row, "run": True, "namespaces": namespaces, **limits}
+        {"program": code_of(response), "names": NAMES if _RUN_CALL in row else "", "tests": row, "run": True, **limits}
         for response, row in zip(responses, told, strict=True)
     ]
     counted = [{_report_of(n, test) for n, test in enumerate(row) if _does_something(test)} for row in rows]
@@ -184,6 +184,20 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
 
 Test = str | dict[str, str]
 """Python code, or an `input` of a program and the `output` that is wanted."""
+
+
+NAMES = """
+import array, bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator, random, re, string
+import sys, typing
+from typing import *
+from collections import *
+from bisect import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, pi, sqrt
+"""
+"""What the sites that functions and methods come from let a program name without an import."""
 
 
 def _report_of(number: int, test: Test) -> str:

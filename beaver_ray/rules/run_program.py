@@ -4,9 +4,9 @@ It knows the standard library alone. What it is to do comes as JSON on its stand
 to its standard output, a file too, one line for each test that passed and each input that was answered, behind a word
 that the program is not told. What is done against a program:
 
-- always: limits on CPU time, memory, the size and number of files, processes and threads (none); a fresh folder as its
-  working directory; an environment without the parent's variables; no input but a test's, and no other output than
-  what such a test asks for is kept;
+- always: limits on CPU time, memory, the size and number of files, and threads; a fresh folder as its working
+  directory; an environment without the parent's variables; no input but a test's, and no other output than what such a
+  test asks for is kept;
 - with namespaces of the Linux kernel: no network but an empty one, everything read-only but that folder (in memory, of
   limited size), no device, no other process that its signals reach;
 - always, where the processor is an x86-64 or an arm64: a filter of system calls (seccomp) that refuses sockets of every
@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -40,9 +41,9 @@ import signal
 import struct
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -53,25 +54,30 @@ CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 
 # <linux/seccomp.h>, <linux/filter.h>, <linux/audit.h>
-PR_SET_SECCOMP, MODE_FILTER, ALLOWED, REFUSED = 22, 2, 0x7FFF0000, 0x50000 | errno.EPERM
-LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-NUMBER_AT, KIND_AT = 0, 4  # of a system call: its own, and that of the processor's calling convention
-# socket, socketpair, io_uring_setup; ptrace, process_vm_readv and _writev; clone, clone3, execve, execveat, unshare,
-# setns; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_open; memory that no limit
-# counts, and that outlives a program: memfd_create, memfd_secret, shmget, shmat, msgget, msgsnd, msgrcv, semget, semop,
-# semtimedop, mq_open, bpf, add_key, request_key, keyctl; of x86-64 fork, vfork
-CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
+PR_SET_SECCOMP, MODE_FILTER = 22, 2
+ALLOWED, REFUSED, NO_SUCH_CALL = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+LOAD, IF_EQUAL, IF_AT_LEAST, IF_ANY_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+# Of a system call: its number, that of the processor's calling convention, and of its first argument the lower half
+NUMBER_AT, KIND_AT, FLAGS_AT = 0, 4, 16
+CLONE3, THREAD = 435, 0x10000  # the same on all processors; of the flags of clone, that it makes a thread
+# The calling convention, clone, and what is refused: socket, socketpair, io_uring_setup; ptrace, process_vm_readv and
+# _writev; execve, execveat, unshare, setns; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal,
+# pidfd_open; memory that no limit counts, and that outlives a program: memfd_create, memfd_secret, shmget, shmat,
+# msgget, msgsnd, msgrcv, semget, semop, semtimedop, mq_open, bpf, add_key, request_key, keyctl; of x86-64 fork, vfork
+CALLS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
+        56,
         (
-            *(41, 53, 425, 101, 310, 311, 56, 435, 59, 322, 272, 308, 62, 200, 234, 129, 297, 424, 434),
+            *(41, 53, 425, 101, 310, 311, 59, 322, 272, 308, 62, 200, 234, 129, 297, 424, 434),
             *(319, 447, 29, 30, 68, 69, 70, 64, 65, 220, 240, 321, 248, 249, 250, 57, 58),
         ),
     ),
     "aarch64": (
         0xC00000B7,
+        220,
         (
-            *(198, 199, 425, 117, 270, 271, 220, 435, 221, 281, 97, 268, 129, 130, 131, 138, 240, 424, 434),
+            *(198, 199, 425, 117, 270, 271, 221, 281, 97, 268, 129, 130, 131, 138, 240, 424, 434),
             *(279, 447, 194, 196, 186, 189, 188, 190, 193, 192, 180, 280, 217, 218, 219),
         ),
     ),
@@ -86,6 +92,8 @@ ASK_VERSION, PATH_BENEATH = 1, 1
 CHANGES = 1 << 1 | 0b111111111 << 4
 LATER_CHANGES = {2: 1 << 13, 3: 1 << 14}
 
+LONGEST_OUTPUT = 16 << 20  # bytes; a program that prints more has not answered
+THREADS = 64  # at the same time, the first one included
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
 
 PROGRAM = "the program"  # the name of its code in traces
@@ -104,25 +112,46 @@ def main() -> None:
         if job["namespaces"]:
             _enter_namespaces(job["folder"], job["memory_mib"])
         _go_on_in_a_child(WAITS * job["seconds"])
+    except OSError as error:
+        _refuse(error, report)
+    if not job["run"]:
+        _alone(job, report, lambda: _compile(job["program"], report))
+        return
+    tests = list(enumerate(job["tests"]))
+    if python := [(number, test) for number, test in tests if isinstance(test, str)]:
+        _alone(job, report, lambda: _run(job["names"], job["program"], python, report))
+    for number, test in tests:
+        if isinstance(test, dict):
+            _answer(job, number, test["input"], report)
+
+
+def _alone(job: dict[str, Any], report: Callable[[str], None], work: Callable[[], None]) -> int:
+    """Do the work in a process of its own, confined, within what is left of the job's time; its exit status."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    left = job["seconds"] - used.ru_utime - used.ru_stime
+    if left <= 0:
+        return 1
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
         _drop_privileges()
         walled = _wall_in(job["folder"]) or job["namespaces"]
-        _filter_calls()
+        filtered = _filter_calls()
     except OSError as error:
-        report(f"refused {error.strerror or error}")
-        os._exit(1)
+        _refuse(error, report)
     os.chdir(job["folder"])
-    _limit(job["seconds"], job["memory_mib"] << 20)
+    _limit(left, job["memory_mib"] << 20, THREADS if filtered else 0)
     if job["run"]:
         sys.dont_write_bytecode = True
         sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))
-        tests = list(enumerate(job["tests"]))
-        if python := [(number, test) for number, test in tests if isinstance(test, str)]:
-            _run(job["program"], python, report)
-        if inputs := [(number, test["input"]) for number, test in tests if not isinstance(test, str)]:
-            _answer(job["program"], inputs, job["folder"], report)
-    else:
-        _compile(job["program"], report)
-    os._exit(0)  # whatever threads or handlers the program has left
+    work()
+    sys.exit(0)
+
+
+def _refuse(error: OSError, report: Callable[[str], None]) -> NoReturn:
+    """Say that the kernel does not let a program be confined, and end."""
+    report(f"refused {error.strerror or error}")
+    os._exit(1)
 
 
 def _reporter(word: str) -> Callable[[str], None]:
@@ -192,18 +221,32 @@ def _wall_in(folder: str) -> bool:
     return True
 
 
-def _filter_calls() -> None:
-    """Have the kernel refuse the system calls of CALLS, and all of other conventions, from here on."""
-    kind, calls = CALLS.get(os.uname().machine, (0, ()))
-    if not calls:
-        return
-    steps = [(LOAD, 0, 0, KIND_AT), (IF_EQUAL, 0, len(calls) + 3, kind), (LOAD, 0, 0, NUMBER_AT)]
-    steps += [(IF_AT_LEAST, len(calls) + 1, 0, OTHER_CALLS)]
-    steps += [(IF_EQUAL, len(calls) - place, 0, number) for place, number in enumerate(calls)]
-    steps += [(RETURN, 0, 0, ALLOWED), (RETURN, 0, 0, REFUSED)]
+def _filter_calls() -> bool:
+    """Have the kernel refuse the system calls of CALLS, all of other conventions, and processes that are no threads of
+    this one, from here on; whether the processor is one that this is written for."""
+    if os.uname().machine not in CALLS:
+        return False
+    kind, clone, calls = CALLS[os.uname().machine]
+    refused = len(calls) + 8  # which step it is; a jump counts from the step behind it
+    steps = [
+        (LOAD, 0, 0, KIND_AT),
+        (IF_EQUAL, 0, refused - 2, kind),
+        (LOAD, 0, 0, NUMBER_AT),
+        (IF_AT_LEAST, refused - 4, 0, OTHER_CALLS),
+        *((IF_EQUAL, refused - 5 - place, 0, number) for place, number in enumerate(calls)),
+        # The flags of clone3 lie in memory, where no filter sees them. Told that there is none, libc asks for clone.
+        (IF_EQUAL, 5, 0, CLONE3),
+        (IF_EQUAL, 0, 3, clone),
+        (LOAD, 0, 0, FLAGS_AT),
+        (IF_ANY_SET, 1, 0, THREAD),
+        (RETURN, 0, 0, REFUSED),
+        (RETURN, 0, 0, ALLOWED),
+        (RETURN, 0, 0, NO_SUCH_CALL),
+    ]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     given = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(program)))
     _ask(ctypes.CDLL(None, use_errno=True).prctl, PR_SET_SECCOMP, MODE_FILTER, given, 0, 0)
+    return True
 
 
 def _ask(function: Any, *arguments: Any) -> int:
@@ -215,7 +258,7 @@ def _ask(function: Any, *arguments: Any) -> int:
     return result
 
 
-def _limit(seconds: float, memory: int) -> None:
+def _limit(seconds: float, memory: int, threads: int) -> None:
     """Limits of the kernel on this process, which it cannot raise again."""
     limits = {
         resource.RLIMIT_CPU: math.ceil(seconds),
@@ -223,7 +266,7 @@ def _limit(seconds: float, memory: int) -> None:
         resource.RLIMIT_FSIZE: memory // 4,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NPROC: threads,
     }
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
@@ -308,71 +351,78 @@ def _only_says(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Pass) or (named and not acts)
 
 
-def _run(program: str, tests: list[tuple[int, str]], report: Callable[[str], None]) -> None:
-    """Run the program, then each test in its names; report those tests that end without an exception.
+def _run(names: str, program: str, tests: list[tuple[int, str]], report: Callable[[str], None]) -> None:
+    """Run the program where `names` has run, then each test in its names; report what ends without an exception.
 
     Tests are made ready before the program runs, which may put something else in the place of what makes and runs them.
     """
-    run, ready = exec, []
+    run, end, ready = exec, os._exit, []
     for number, test in tests:
         with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
             ready.append((f"passed {number}", compile(test, f"test {number}", "exec", dont_inherit=True)))
     module = types.ModuleType("program")
     # Where dataclasses, typing and pickle look for what it defines, and unittest.main for test cases
     sys.modules["program"] = sys.modules["__main__"] = module
-    names = module.__dict__
     try:
-        run(compile(program, PROGRAM, "exec", dont_inherit=True), names)
+        run(names, module.__dict__)
+        run(compile(program, PROGRAM, "exec", dont_inherit=True), module.__dict__)
     except BaseException:  # whatever it may raise, SystemExit included
-        return
+        end(0)
     for passed, code in ready:
         try:
-            run(code, names)
+            run(code, module.__dict__)
         except BaseException:
             continue
         report(passed)
+    end(0)  # whatever threads or handlers the program has left
 
 
-def _answer(program: str, inputs: list[tuple[int, str]], folder: str, report: Callable[[str], None]) -> None:
-    """Run the whole program once for each input; report what it printed where it ended without an error."""
-    run, hashed = exec, printed
+def _answer(job: dict[str, Any], number: int, text: str, report: Callable[[str], None]) -> None:
+    """Run the whole program for one input; report what it printed where it ended as one without an error does."""
+    with _memory_file(text.encode("utf-8", "surrogatepass")) as given, _memory_file(b"") as output:
+
+        def run() -> None:
+            os.dup2(given, 0)
+            os.dup2(output, 1)
+            sys.stdin, sys.stdout = _text_stream(0, "r"), _text_stream(1, "w")
+            _run_as_main(job["program"])
+
+        if _alone(job, report, run) == 0 and (size := os.fstat(output).st_size) <= LONGEST_OUTPUT:
+            report(f"printed {number} {printed(os.pread(output, size, 0).decode(errors='replace'))}")
+
+
+def _run_as_main(program: str) -> NoReturn:
+    """Run the program and end as Python ends, but that the process is not taken apart, which may take longer than the
+    program."""
+    end, run_handlers = os._exit, atexit._run_exitfuncs
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    status = 0
     try:
-        code = compile(program, PROGRAM, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return
-    for number, text in inputs:
-        try:
-            # Files at the descriptors themselves: there are programs that read open(0) and write by os.write(1, ...)
-            _put_in_place(0, folder, text.encode("utf-8", "surrogatepass"))
-            _put_in_place(1, folder, b"")
-            with _text_stream(0, "r") as sys.stdin, _text_stream(1, "w") as sys.stdout:
-                module = sys.modules["__main__"] = types.ModuleType("__main__")
-                try:
-                    run(code, module.__dict__)
-                except SystemExit as end:
-                    if end.code:
-                        continue
-                atexit._run_exitfuncs()  # as at the end of a program: there are some that print all at once then
-                if not sys.stdout.closed:
-                    sys.stdout.flush()  # of one that the program has put there, it may be
-            output = os.pread(1, os.fstat(1).st_size, 0).decode(errors="replace")
-            report(f"printed {number} {hashed(output)}")
-        except BaseException:  # whatever it may raise
-            continue
+        exec(compile(program, PROGRAM, "exec", dont_inherit=True), module.__dict__)
+    except SystemExit as wanted:
+        status = 1 if wanted.code else 0
+    except BaseException:  # whatever it may raise
+        status = 1
+    if threading := sys.modules.get("threading"):
+        threading._shutdown()  # waits for the threads that are no daemons
+    run_handlers()
+    if not sys.stdout.closed:
+        sys.stdout.flush()  # the one that the program may have put there
+    end(status)
 
 
-def _put_in_place(descriptor: int, folder: str, content: bytes) -> None:
-    """Make the descriptor one of a file without a name in the folder, at the start of this content."""
-    place = os.path.join(folder, f".stream-{descriptor}")
-    file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.unlink(place)
-    written = 0
-    while written < len(content):
-        written += os.write(file, content[written:])
-    os.lseek(file, 0, os.SEEK_SET)
-    if file != descriptor:
-        os.dup2(file, descriptor)
-        os.close(file)
+@contextlib.contextmanager
+def _memory_file(content: bytes) -> Iterator[int]:
+    """The descriptor of a file without a name that holds this, at its start."""
+    descriptor = os.memfd_create("stream")
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _text_stream(descriptor: int, mode: str) -> TextIO:
@@ -383,8 +433,10 @@ def printed(output: str) -> str:
     """A hash of an output that leaves out what does not count: spaces at the ends of lines and between words, empty
     lines at the end, and how a number with a point or an exponent is written (1.50, 1.5 and 15e-1 are equal, and so are
     2.0 and 2)."""
-    lines = [[_plain(word) for word in line.split()] for line in output.rstrip().splitlines()]
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    found = hashlib.sha256()
+    for line in io.StringIO(output.rstrip(), newline=None):
+        found.update(json.dumps([_plain(word) for word in line.split()]).encode())
+    return found.hexdigest()
 
 
 def _plain(word: str) -> str:

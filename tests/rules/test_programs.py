@@ -171,6 +171,15 @@ def test_a_check_is_called_with_the_entry_point() -> None:
 SUMS = {"inputs": ["1 2\n", "3 4\n", "x y\n"], "outputs": ["3\n", "7\n", "z"]}
 """Tests of a whole program, as APPS, TACO and CodeContests have them; the last one no sum passes."""
 
+DEEP_IN_A_THREAD = """
+import sys, threading
+def depth(n): return depth(n - 1) + 1 if n else 0
+def main(): print(depth(50_000) - 50_000 + sum(map(int, input().split())))
+sys.setrecursionlimit(1 << 20)
+threading.stack_size(1 << 26)
+threading.Thread(target=main).start()
+"""
+
 
 def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
     main = "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()"
@@ -183,8 +192,11 @@ def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
         f"{main}\n    import sys; sys.stdout.close()",
         "import atexit; atexit.register(lambda: print(total)); total = sum(map(int, input().split()))",
         f"import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False))\n{main}",
+        f"{main}\n    import os, sys; sys.stdout.flush(); os._exit(0)",
+        DEEP_IN_A_THREAD,
         f"{main}\n    raise SystemExit(1)",
         f"{main}\n    1 / 0",
+        f"{main}\n    import os; os._exit(0)",
         "print(3)",
         "print(input)",
         "pass",
@@ -192,7 +204,7 @@ def test_programs_are_tested_by_what_they_print(namespaces: bool) -> None:
     ]
     tests = [SUMS] * len(answers)
     found = passes_tests(["p"] * len(answers), answers, tests=tests, namespaces=namespaces)
-    assert found == [2 / 3] * 8 + [0.0] * 2 + [1 / 3] + [0.0] * 3
+    assert found == [2 / 3] * 10 + [0.0] * 3 + [1 / 3] + [0.0] * 3
 
 
 def test_forms_of_inputs_and_outputs() -> None:
@@ -209,9 +221,13 @@ def test_functions_are_called_by_name() -> None:
     tests = {"fn_name": "add", "inputs": [[1, 2], ["a", "b"], [[1], [2]]], "outputs": [3, ["ab"], [[1, 2]]]}
     method = "class Solution:\n    def add(self, a, b): return a + b"
     pair = "def add(a, b): return (a, b)"
-    answers = [ADD, method, "def add(a, b): return 3", "def other(): pass"]
-    found = passes_tests(["p"] * 4, answers, tests=[tests] * 4, namespaces=False)
-    assert found == [1.0, 1.0, 1 / 3, 0.0]
+    sites = "class Solution:\n    def add(self, a: List[int], b) -> Optional[int]: return reduce(operator.add, [a, b])"
+    answers = [ADD, method, sites, "def add(a, b): return 3", "def other(): pass"]
+    found = passes_tests(["p"] * 5, answers, tests=[tests] * 5, namespaces=False)
+    assert found == [1.0, 1.0, 1.0, 1 / 3, 0.0]
+    assert passed(sites, "assert True", namespaces=False) == 0.0, "tests that call by themselves bring what they need"
+    powers = {"fn_name": "f", "inputs": [[5]], "outputs": [2]}
+    assert passes_tests(["p"], ["def f(n): return pow(2, n, 5)"], tests=[powers], namespaces=False) == [1.0]
     assert passes_tests(["p"], [pair], tests=[{**tests, "outputs": [[1, 2], "ab", 0]}], namespaces=False) == [1 / 3]
 
 
@@ -257,10 +273,22 @@ def test_inputs_and_outputs_that_are_none(tests: object, says: str) -> None:
         passes_tests(["p"], [ADD], tests=[tests])
 
 
-def test_no_threads_and_no_event_loop() -> None:
-    threads = "import threading\nthread = threading.Thread(target=f)\nthread.start()"
+def test_threads_but_no_event_loop(namespaces: bool) -> None:
+    threads = "import threading\nseen = []\nthread = threading.Thread(target=lambda: seen.append(f()))\n"
+    threads += "thread.start(); thread.join(); assert seen == [1]"
     loop = "import asyncio\nasync def g(): return 1\nassert asyncio.run(g()) == 1"
-    assert passed("def f(): return 1", "assert f() == 1", threads, loop, namespaces=False) == pytest.approx(1 / 3)
+    left = "def f(): return 1\nimport threading, time; threading.Thread(target=time.sleep, args=(100,)).start()"
+    begun = time.monotonic()
+    assert passed(left, "assert f() == 1", threads, loop, namespaces=namespaces) == pytest.approx(2 / 3)
+    assert time.monotonic() - begun < 50, "a thread that the program has left is not waited for"
+
+
+def test_threads_are_limited(namespaces: bool) -> None:
+    many = "import threading\nthreading.stack_size(1 << 16)\nwait, n = threading.Event(), 0\ntry:\n"
+    many += "    for n in range(1000): threading.Thread(target=wait.wait, daemon=True).start()\n"
+    many += "except RuntimeError: pass\n"
+    tests = "assert n > 4", f"assert n < {run_program.THREADS}"
+    assert passed(many, *tests, namespaces=namespaces, memory_mib=4096) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -359,7 +387,6 @@ def test_no_process_no_network_no_secret(namespaces: bool, monkeypatch: pytest.M
             "import os\npid = os.fork()\nif pid == 0: os._exit(0)",
             "import subprocess; subprocess.run(['true'])",
             "import os; assert os.system('true') == 0",
-            "import threading; threading.Thread(target=print).start()",
             "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join(); assert p.exitcode == 0",
             "import os; assert 'HF_TOKEN' in os.environ",
             "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (50, 50))",
@@ -403,12 +430,13 @@ def test_namespaces_hold_without_the_guard() -> None:
 
 
 LAYERS = {
-    "filter": "        _filter_calls()\n",
+    "filter": "        filtered = _filter_calls()\n",
     "landlock": '        walled = _wall_in(job["folder"]) or job["namespaces"]\n',
     "hook": '        sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))\n',
 }
 """The line that brings each layer in, but for namespaces."""
-NO_PROCESSES = "        resource.RLIMIT_NPROC: 0,\n"
+WITHOUT = {LAYERS["landlock"]: "        walled = False\n", LAYERS["filter"]: "        filtered = False\n"}
+NO_PROCESSES = "        resource.RLIMIT_NPROC: threads,\n"
 
 
 @pytest.mark.parametrize("layer", ["filter", "landlock", "hook", "namespaces", "none"])
@@ -423,7 +451,7 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
     source = Path(run_program.__file__).read_text()
     for line in (NO_PROCESSES, *(line for name, line in LAYERS.items() if name != layer)):
         assert source.count(line) == 1
-        source = source.replace(line, "        walled = False\n" if line == LAYERS["landlock"] else "")
+        source = source.replace(line, WITHOUT.get(line, ""))
     (tmp_path / "alone.py").write_text(source)
     monkeypatch.setattr(run_program, "__file__", str(tmp_path / "alone.py"))
     open_to_all = tmp_path / "open"
@@ -432,7 +460,7 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
     (open_to_all / "in").mkdir()
     for path in (open_to_all, *open_to_all.iterdir()):
         os.chmod(path, 0o777)
-    start = f"import ctypes, os, socket, threading\nlibc, there = ctypes.CDLL(None), {str(open_to_all)!r}\n"
+    start = f"import ctypes, os, socket\nlibc, there = ctypes.CDLL(None), {str(open_to_all)!r}\n"
     key = 0x5EED ^ os.getpid()
     memory = ctypes.CDLL(None).shmget(key, 4096, 0o1666)
     with serving() as port:
@@ -442,8 +470,6 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
             f"os.kill({os.getpid()}, 0)": "filter hook namespaces",
             "os.fork() or os._exit(0)": "filter hook",
             "assert os.system('true') == 0": "filter hook",
-            # By Python a thread is not refused, and it is no way out.
-            "threading.Thread(target=print).start()": "filter",
             "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))": "hook",
             "open(there + '/victim', 'a')": "hook landlock namespaces",
             "os.mkdir(there + '/new')": "hook landlock namespaces",
