@@ -83,8 +83,8 @@ def _answer_all(policy: BestOfN, prompts: PromptDataset, run: RunFolder, path: P
         state = checkpoint.state()
         if state.get("decided", decided) != decided:
             raise UserError(
-                "the run was begun with other prompts, models, limits, refusal, seed or sampling than it has now, and "
-                "its answers would not go together: take the same, or another name"
+                "the run was begun with other prompts, models, limits, calibration, refusal, seed or sampling than it "
+                "has now, and its answers would not go together: take the same, or another name"
             )
         if state.get("asked", asked) != asked:
             raise UserError(
@@ -121,6 +121,8 @@ def _decided(policy: BestOfN, prompts: PromptDataset) -> str:
     parts |= config.rollout.model_dump(mode="json", include={"temperature", "max_new_tokens"})
     parts |= {"refusal": policy.refusal.text, "policy": fingerprint(config.models.policy, dtype)}
     parts |= {"scorers": [role.source.fingerprint(dtype) for role in config.judging_roles() if role.source]}
+    fitted = [(column, f"{fit['scale']:.4g}", f"{fit['bias']:.4g}") for _, column, fit in policy.roles.calibrations]
+    parts |= {"calibrations": fitted}
     parts |= {"prompts": [tokens.tolist() for tokens in prompts.prompts]}
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 

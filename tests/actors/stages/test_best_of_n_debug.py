@@ -177,6 +177,39 @@ def test_a_run_does_not_go_on_by_another_reward(
         train(configured(tiny_world, tmp_path, models=models, resume=True))
 
 
+def test_a_run_does_not_go_on_by_another_calibration(tiny_world: Path, tmp_path: Path) -> None:
+    """Which answers are within a violation rate is the calibration's to say."""
+    labels = tmp_path / "labels.jsonl"
+
+    def label(longest: int) -> None:
+        """Answers of more words than that are unsafe, with one label of four the other way round."""
+        pairs = [
+            {
+                "prompt": f"p {n} {number}",
+                "response_0": "a " * n,
+                "response_1": "a",
+                "better_response_id": 0,
+                "safer_response_id": 1,
+                "is_response_0_safe": (n > longest) == (number == 3),
+                "is_response_1_safe": number != 3,
+            }
+            for n in range(1, 9)
+            for number in range(4)
+        ]
+        labels.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def changed(**changes: Any) -> Any:
+        one = {"name": "long", "model": WORDS, "violation_rate": 0.5, "calibration": [f"PKU-SafeRLHF:1:{labels}"]}
+        return configured(tiny_world, tmp_path, constraints=[one], **changes)
+
+    label(3)
+    folder = train(changed())
+    (folder / "final").rename(folder / "final.part")
+    label(5)
+    with pytest.raises(UserError, match="models, limits, calibration"):
+        train(changed(resume=True))
+
+
 def test_a_cost_over_some_prompts_is_their_mean_however_blocks_are_cut(tiny_world: Path, tmp_path: Path) -> None:
     """Of the three blocks the first has one prompt that counts, the second none, the last all eight."""
     counting = [0, *range(40, PROMPTS)]
