@@ -20,7 +20,8 @@ The last is no wall: code that sets out to leave it (by ctypes, say) does. The o
 but for reading: a program sees what files the account that runs it can read, though it can send them nowhere. Without
 namespaces nothing limits what it writes in all to its folder, and past the hook it can change modes and times of what
 the account owns (Landlock knows no right to these). And a program shares its process with its tests: one that looks
-for them there can make them pass. Outputs that are wanted of it are not there: what it printed is told as a hash.
+for them there can make them pass. What is wanted for an input, or of a function for its arguments, is not there: what
+it printed or gave is told as a hash.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Iterator
-from decimal import Decimal
-from typing import Any, NoReturn, TextIO
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from typing import Any, Literal, NoReturn
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -57,27 +58,32 @@ NOBODY = 65534
 PR_SET_SECCOMP, MODE_FILTER = 22, 2
 ALLOWED, REFUSED, NO_SUCH_CALL = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 LOAD, IF_EQUAL, IF_AT_LEAST, IF_ANY_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-# Of a system call: its number, that of the processor's calling convention, and of its first argument the lower half
-NUMBER_AT, KIND_AT, FLAGS_AT = 0, 4, 16
+# Of a system call: its number, that of the processor's calling convention, the lower halves of its first arguments
+NUMBER_AT, KIND_AT, FIRST_AT, SECOND_AT = 0, 4, 16, 24
 CLONE3, THREAD = 435, 0x10000  # the same on all processors; of the flags of clone, that it makes a thread
-# The calling convention, clone, and what is refused: socket, socketpair, io_uring_setup; ptrace, process_vm_readv and
-# _writev; execve, execveat, unshare, setns; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal,
-# pidfd_open; memory that no limit counts, and that outlives a program: memfd_create, memfd_secret, shmget, shmat,
-# msgget, msgsnd, msgrcv, semget, semop, semtimedop, mq_open, bpf, add_key, request_key, keyctl; of x86-64 fork, vfork
-CALLS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+SET_OWNER, SET_SIGNAL, SET_ANY_OWNER = 8, 10, 15  # of fcntl: whom to send a signal, and which
+# The calling convention; clone, fcntl, prlimit64; and what is refused: socket, socketpair, io_uring_setup; ptrace,
+# process_vm_readv and _writev; execve, execveat, unshare, setns; kill, tkill, tgkill, rt_sigqueueinfo,
+# rt_tgsigqueueinfo, pidfd_send_signal, pidfd_open; sched_setaffinity, setpriority, sched_setparam, sched_setscheduler,
+# sched_setattr, ioprio_set; memory that no limit counts, and that outlives a program: memfd_create, memfd_secret,
+# shmget, shmat, msgget, msgsnd, msgrcv, semget, semop, semtimedop, mq_open, bpf, add_key, request_key, keyctl; of
+# x86-64 fork, vfork
+CALLS: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
-        56,
+        *(56, 72, 302),
         (
             *(41, 53, 425, 101, 310, 311, 59, 322, 272, 308, 62, 200, 234, 129, 297, 424, 434),
+            *(203, 141, 142, 144, 314, 251),
             *(319, 447, 29, 30, 68, 69, 70, 64, 65, 220, 240, 321, 248, 249, 250, 57, 58),
         ),
     ),
     "aarch64": (
         0xC00000B7,
-        220,
+        *(220, 25, 261),
         (
             *(198, 199, 425, 117, 270, 271, 221, 281, 97, 268, 129, 130, 131, 138, 240, 424, 434),
+            *(122, 140, 118, 119, 274, 30),
             *(279, 447, 194, 196, 186, 189, 188, 190, 193, 192, 180, 280, 217, 218, 219),
         ),
     ),
@@ -97,11 +103,14 @@ THREADS = 64  # at the same time, the first one included
 WAITS = 4  # times its CPU time a program may take by the clock, as it may have to wait for its turn, or sleep
 
 PROGRAM = "the program"  # the name of its code in traces
+MOST_DIGITS = 10_000  # of a number with a point or an exponent; longer ones are compared as they are written
+EXACT = Context(prec=MOST_DIGITS, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 def main() -> None:
     """Do what standard input says, and end without a word."""
+    sys.set_int_max_str_digits(0)  # programs print long numbers, and where they come from nothing forbids that
     job = json.load(sys.stdin)
     report = _reporter(job["word"])
     if os.geteuid() == 0:
@@ -114,14 +123,14 @@ def main() -> None:
         _go_on_in_a_child(WAITS * job["seconds"])
     except OSError as error:
         _refuse(error, report)
-    if not job["run"]:
+    if job["tests"] is None:
         _alone(job, report, lambda: _compile(job["program"], report))
         return
     tests = list(enumerate(job["tests"]))
-    if python := [(number, test) for number, test in tests if isinstance(test, str)]:
-        _alone(job, report, lambda: _run(job["names"], job["program"], python, report))
+    if within := [(number, test) for number, test in tests if isinstance(test, str) or "call" in test]:
+        _alone(job, report, lambda: _run(job["setup"], job["program"], within, report))
     for number, test in tests:
-        if isinstance(test, dict):
+        if "input" in test and not isinstance(test, str):
             _answer(job, number, test["input"], report)
 
 
@@ -141,9 +150,10 @@ def _alone(job: dict[str, Any], report: Callable[[str], None], work: Callable[[]
         _refuse(error, report)
     os.chdir(job["folder"])
     _limit(left, job["memory_mib"] << 20, THREADS if filtered else 0)
-    if job["run"]:
+    if job["tests"] is not None:
         sys.dont_write_bytecode = True
         sys.addaudithook(_guard(os.path.realpath(job["folder"]), walled))
+    report("confined")
     work()
     sys.exit(0)
 
@@ -222,29 +232,40 @@ def _wall_in(folder: str) -> bool:
 
 
 def _filter_calls() -> bool:
-    """Have the kernel refuse the system calls of CALLS, all of other conventions, and processes that are no threads of
-    this one, from here on; whether the processor is one that this is written for."""
+    """Have the kernel refuse the system calls of CALLS, those of other conventions, processes that are no threads of
+    this one, and what reaches other processes, from here on; whether the processor is one that this is written for."""
     if os.uname().machine not in CALLS:
         return False
-    kind, clone, calls = CALLS[os.uname().machine]
-    refused = len(calls) + 8  # which step it is; a jump counts from the step behind it
-    steps = [
-        (LOAD, 0, 0, KIND_AT),
-        (IF_EQUAL, 0, refused - 2, kind),
-        (LOAD, 0, 0, NUMBER_AT),
-        (IF_AT_LEAST, refused - 4, 0, OTHER_CALLS),
-        *((IF_EQUAL, refused - 5 - place, 0, number) for place, number in enumerate(calls)),
+    kind, clone, fcntl, prlimit, calls = CALLS[os.uname().machine]
+    # (what to do, with what, where to go on if it is so, and if not): at the next step, behind so many, or at an end.
+    steps: list[tuple[int, int, int | str, int | str]] = [
+        (LOAD, KIND_AT, 0, 0),
+        (IF_EQUAL, kind, 0, "refused"),
+        (LOAD, NUMBER_AT, 0, 0),
+        (IF_AT_LEAST, OTHER_CALLS, "refused", 0),
+        *((IF_EQUAL, number, "refused", 0) for number in calls),
         # The flags of clone3 lie in memory, where no filter sees them. Told that there is none, libc asks for clone.
-        (IF_EQUAL, 5, 0, CLONE3),
-        (IF_EQUAL, 0, 3, clone),
-        (LOAD, 0, 0, FLAGS_AT),
-        (IF_ANY_SET, 1, 0, THREAD),
-        (RETURN, 0, 0, REFUSED),
-        (RETURN, 0, 0, ALLOWED),
-        (RETURN, 0, 0, NO_SUCH_CALL),
+        (IF_EQUAL, CLONE3, "unknown", 0),
+        (IF_EQUAL, clone, 0, 2),
+        (LOAD, FIRST_AT, 0, 0),
+        (IF_ANY_SET, THREAD, "allowed", "refused"),
+        (IF_EQUAL, fcntl, 0, 4),
+        (LOAD, SECOND_AT, 0, 0),
+        (IF_EQUAL, SET_OWNER, "refused", 0),
+        (IF_EQUAL, SET_SIGNAL, "refused", 0),
+        (IF_EQUAL, SET_ANY_OWNER, "refused", "allowed"),
+        (IF_EQUAL, prlimit, 0, "allowed"),
+        (LOAD, FIRST_AT, 0, 0),
+        (IF_EQUAL, 0, "allowed", "refused"),  # 0 is the process itself
     ]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    given = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(program)))
+    ends = {"refused": (0, REFUSED), "allowed": (1, ALLOWED), "unknown": (2, NO_SUCH_CALL)}
+    packed = b""
+    for place, (code, value, *ways) in enumerate(steps):
+        jumps = [way if isinstance(way, int) else len(steps) + ends[way][0] - place - 1 for way in ways]
+        packed += struct.pack("HBBI", code, *jumps, value)
+    packed += b"".join(struct.pack("HBBI", RETURN, 0, 0, value) for _, value in ends.values())
+    program = ctypes.create_string_buffer(packed)
+    given = ctypes.create_string_buffer(struct.pack("HP", len(packed) // 8, ctypes.addressof(program)))
     _ask(ctypes.CDLL(None, use_errno=True).prctl, PR_SET_SECCOMP, MODE_FILTER, given, 0, 0)
     return True
 
@@ -267,6 +288,7 @@ def _limit(seconds: float, memory: int, threads: int) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NPROC: threads,
+        resource.RLIMIT_STACK: resource.getrlimit(resource.RLIMIT_STACK)[1],  # for recursion; it counts as memory
     }
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
@@ -287,7 +309,7 @@ def _guard(folder: str, walled: bool) -> Callable[[str, tuple[Any, ...]], None]:
         "os.system",
         "pty.",
     )
-    outside += ("os.kill", "signal.pthread_kill", "os.startfile", "syslog.", "webbrowser.", "resource.setrlimit")
+    outside += ("os.kill", "signal.pthread_kill", "os.startfile", "syslog.", "webbrowser.", "resource.")
     changes: tuple[str, ...] = (
         "os.remove",
         "os.rename",
@@ -313,6 +335,8 @@ def _guard(folder: str, walled: bool) -> Callable[[str, tuple[Any, ...]], None]:
         return os.path.realpath(place) if os.path.isdir(place) else ""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "resource.setrlimit" and arguments[0] == resource.RLIMIT_STACK:
+            return
         if event.startswith(outside):
             raise PermissionError(f"a program may not {event}")
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes:
@@ -351,30 +375,41 @@ def _only_says(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Pass) or (named and not acts)
 
 
-def _run(names: str, program: str, tests: list[tuple[int, str]], report: Callable[[str], None]) -> None:
-    """Run the program where `names` has run, then each test in its names; report what ends without an exception.
+def _run(setup: str, program: str, tests: list[tuple[int, Any]], report: Callable[[str], None]) -> None:
+    """Run the program where the setup has run, then each test in its names; report what ends without an exception.
 
     Tests are made ready before the program runs, which may put something else in the place of what makes and runs them.
     """
-    run, end, ready = exec, os._exit, []
+    run, end, hashed = exec, os._exit, given
+    ready: list[tuple[int, Any]] = []
     for number, test in tests:
         with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
-            ready.append((f"passed {number}", compile(test, f"test {number}", "exec", dont_inherit=True)))
+            code = compile(test, f"test {number}", "exec", dont_inherit=True) if isinstance(test, str) else test
+            ready.append((number, code))
     module = types.ModuleType("program")
     # Where dataclasses, typing and pickle look for what it defines, and unittest.main for test cases
     sys.modules["program"] = sys.modules["__main__"] = module
     try:
-        run(names, module.__dict__)
+        run(setup, module.__dict__)
         run(compile(program, PROGRAM, "exec", dont_inherit=True), module.__dict__)
     except BaseException:  # whatever it may raise, SystemExit included
         end(0)
-    for passed, code in ready:
+    for number, code in ready:
         try:
-            run(code, module.__dict__)
+            if isinstance(code, dict):
+                report(f"gave {number} {hashed(_call(module, code['call'], code['arguments']))}")
+            else:
+                run(code, module.__dict__)
+                report(f"passed {number}")
         except BaseException:
             continue
-        report(passed)
     end(0)  # whatever threads or handlers the program has left
+
+
+def _call(module: types.ModuleType, name: str, arguments: list[Any]) -> Any:
+    """What the function of this name gives, or the method of the class Solution."""
+    owner = getattr(module, "Solution", None)
+    return getattr(owner() if hasattr(owner, name) else module, name)(*arguments)  # type: ignore[misc]
 
 
 def _answer(job: dict[str, Any], number: int, text: str, report: Callable[[str], None]) -> None:
@@ -384,20 +419,22 @@ def _answer(job: dict[str, Any], number: int, text: str, report: Callable[[str],
         def run() -> None:
             os.dup2(given, 0)
             os.dup2(output, 1)
-            sys.stdin, sys.stdout = _text_stream(0, "r"), _text_stream(1, "w")
-            _run_as_main(job["program"])
+            sys.stdin = sys.__stdin__ = _text_stream(0, "r")  # type: ignore[misc]
+            sys.stdout = sys.__stdout__ = _text_stream(1, "w")  # type: ignore[misc]
+            _run_as_main(job["setup"], job["program"])
 
         if _alone(job, report, run) == 0 and (size := os.fstat(output).st_size) <= LONGEST_OUTPUT:
             report(f"printed {number} {printed(os.pread(output, size, 0).decode(errors='replace'))}")
 
 
-def _run_as_main(program: str) -> NoReturn:
-    """Run the program and end as Python ends, but that the process is not taken apart, which may take longer than the
-    program."""
+def _run_as_main(setup: str, program: str) -> NoReturn:
+    """Run the program where the setup has run, and end as Python ends, but that the process is not taken apart, which
+    may take longer than the program."""
     end, run_handlers = os._exit, atexit._run_exitfuncs
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:
+        exec(setup, module.__dict__)
         exec(compile(program, PROGRAM, "exec", dont_inherit=True), module.__dict__)
     except SystemExit as wanted:
         status = 1 if wanted.code else 0
@@ -425,8 +462,8 @@ def _memory_file(content: bytes) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _text_stream(descriptor: int, mode: str) -> TextIO:
-    return open(descriptor, mode, encoding="utf-8", closefd=False)  # type: ignore[return-value]
+def _text_stream(descriptor: int, mode: Literal["r", "w"]) -> io.TextIOWrapper:
+    return open(descriptor, mode, encoding="utf-8", closefd=False)
 
 
 def printed(output: str) -> str:
@@ -441,7 +478,31 @@ def printed(output: str) -> str:
 
 def _plain(word: str) -> str:
     """The word, or where it is a number with a point or an exponent that number without either as far as it can be."""
-    return f"{Decimal(word).normalize() + 0:f}" if _NUMBER.fullmatch(word) else word
+    if len(word) > MOST_DIGITS or not _NUMBER.fullmatch(word):
+        return word
+    return f"{EXACT.plus(EXACT.normalize(Decimal(word))):f}"
+
+
+def given(value: Any) -> str:
+    """A hash of what a function gives, by which values that are equal in JSON are equal: tuples and lists, 2.0 and 2,
+    True and 1. TypeError for what JSON has no form for, but an array or number of numpy's."""
+    return hashlib.sha256(json.dumps(_in_json(value), sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _in_json(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(value)
+    if isinstance(value, list | tuple):
+        return [_in_json(part) for part in value]
+    if isinstance(value, dict):
+        return {str(_in_json(key)): _in_json(part) for key, part in value.items()}
+    if hasattr(value, "tolist"):
+        return _in_json(value.tolist())
+    raise TypeError(f"{type(value)} has no form in JSON")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import http.server
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -231,6 +232,59 @@ def test_functions_are_called_by_name() -> None:
     assert passes_tests(["p"], [pair], tests=[{**tests, "outputs": [[1, 2], "ab", 0]}], namespaces=False) == [1 / 3]
 
 
+def test_programs_do_with_their_streams_what_they_like() -> None:
+    """Each of them prints 3 as a script of its own (asked of Python, and not of the code under test)."""
+    programs = [
+        "print(3, file=open(1, 'w'))",
+        "with open(1, 'w') as f: f.write('3')",
+        "import sys; sys.stdout = open(1, 'w'); print(3)",
+        "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8'); print(3)",
+        "import codecs, sys; sys.stdout = codecs.getwriter('utf-8')(sys.stdout.detach()); print(3)",
+        "import io, sys; sys.stdin = io.TextIOWrapper(sys.stdin.detach()); print(sum(map(int, input().split())))",
+        "import sys; sys.__stdout__.write('3')",
+        "import sys; print(sum(map(int, sys.__stdin__.read().split())))",
+        "f = open(0)\ndef main(): x = [[i] for i in range(100000)]; print(len(f.read().strip()))\nmain()",
+        "a = [0] * (10 * 10**6)\ndef f(): return a\nprint(3)",
+        "import functools, resource\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nimport sys\n"
+        "sys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\ndef f(n): return f(n - 1) if n else 3\n"
+        "print(f(20000))",
+        "import decimal; decimal.getcontext().prec = 1; print(3)",
+        "print(len(str(3 ** 20_000)) // 9542 + 2)",
+    ]
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+
+    def limits() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+        os.environ["PYTHONINTMAXSTRDIGITS"] = "0"
+
+    for program in programs:
+        if "RLIMIT_STACK" in program and hard != resource.RLIM_INFINITY:
+            continue
+        script = [sys.executable, "-X", "int_max_str_digits=0", "-c", program]
+        alone = subprocess.run(script, input=b"1 2", capture_output=True, preexec_fn=limits)
+        assert alone.stdout.strip() == b"3" and alone.returncode == 0, (program, alone)
+    answers = [p for p in programs if "RLIMIT_STACK" not in p or hard == resource.RLIM_INFINITY]
+    tests = [{"inputs": ["1 2"] * 8, "outputs": ["3"] * 8}] * len(answers)
+    found = passes_tests(["p"] * len(answers), answers, tests=tests, seconds=20, memory_mib=256, namespaces=False)
+    assert found == [1.0] * len(answers)
+
+
+def test_an_input_finds_nothing_of_the_one_before() -> None:
+    program = "import atexit, builtins\nprint(getattr(builtins, 'seen', 0)); builtins.seen = 1\n"
+    program += "atexit.register(print, 'end')\nassert input() != 'bad'"
+    tests = {"inputs": ["bad", "good"], "outputs": ["0\nend", "0\nend"]}
+    assert passes_tests(["p"], [program], tests=[tests], namespaces=False) == [0.5]
+
+
+def test_what_a_program_rounds_is_not_what_is_compared() -> None:
+    rounding = "from decimal import *; getcontext().prec = 5; getcontext().traps[Inexact] = True; "
+    tests = [{"input": "", "output": "3.1416"}, {"input": "", "output": "3.141592653"}]
+    assert passes_tests(["p"], [f"{rounding}print('3.141592653')"], tests=[tests], namespaces=False) == [0.5]
+    long = f"0.{'1' * 40}"
+    tests = [{"input": "", "output": long}, {"input": "", "output": f"{long[:-1]}2"}]
+    assert passes_tests(["p"], [f"print('{long}')"], tests=[tests], namespaces=False) == [0.5]
+
+
 def test_what_does_not_count_in_an_output() -> None:
     tests = [{"input": "", "output": wanted} for wanted in ("1.5\n", "2\n\n", "a b\nc", "0.0", "007", "1e5", "-3")]
     lines = ["1.50", "2.0", "a  b \nc\n", "-0.", "7", "100000", "-3"]
@@ -243,6 +297,77 @@ def test_what_one_input_leaves_behind_is_not_in_the_next_output() -> None:
     program = "import sys\nword = input()\nprint(word)\nassert word != 'bad'"
     tests = {"inputs": ["bad", "good"], "outputs": ["bad", "good"]}
     assert passes_tests(["p"], [program], tests=[tests], namespaces=False) == [0.5]
+
+
+def test_what_a_function_gives_is_compared_outside(namespaces: bool) -> None:
+    """By values as JSON has them, and by nothing that the program says of them."""
+    wanted = [True, 1.5, [1, [2]], {"a": [1]}, None, "x", [3], 10**5000]
+    tests = {"fn_name": "f", "inputs": [[n] for n in range(len(wanted))], "outputs": wanted}
+    right = "def f(n): return [True, 1.5, (1.0, [2]), {'a': (1,)}, None, 'x', 3, 10 ** 5000][n]"
+    array = "import numpy\ndef f(n): return numpy.array([1, 2])[1] if n else numpy.arange(2)"
+    equal = "class Equal:\n    def __eq__(self, other): return True\ndef f(n): return Equal()"
+    spying = """
+def f(n):
+    import sys
+    frame, seen = sys._getframe(), ""
+    while frame := frame.f_back:
+        seen += f"{frame.f_locals} {frame.f_globals}"
+    return "ya" + "k7" in seen
+"""
+    given = {"namespaces": namespaces, "seconds": 20.0}
+    assert passes_tests(["p"], [right], tests=[tests], **given) == [1.0]
+    assert passes_tests(["p"], [equal], tests=[tests], **given) == [0.0]
+    arrays = {"fn_name": "f", "inputs": [[0], [1]], "outputs": [[0, 1], 2]}
+    assert passes_tests(["p"], [array], tests=[arrays], **given) == [1.0]
+    for looked_for, share in (
+        ({"inputs": [["yak7"]], "outputs": [True]}, 1.0),
+        ({"inputs": [[1]], "outputs": ["yak7"]}, 0),
+    ):
+        seen = passes_tests(["p"], [spying], tests=[{"fn_name": "f", **looked_for}], **given)
+        assert seen == [share], "arguments alone are there"
+    written = f'{{"fn_name": "f", "inputs": [[{"9" * 5000}]], "outputs": [{"9" * 5000}]}}'
+    assert passes_tests(["p"], ["def f(n): return n"], tests=[written], **given) == [1.0], "numbers of any length"
+
+
+def test_functional_tests_name_their_function_by_the_entry_point() -> None:
+    """As in LiveCodeBench, where arguments are lines of JSON."""
+    tests = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
+    answer = "class Solution:\n    def add(self, a: List[int], n: int): return [x + n for x in a]"
+    given = {"tests": [tests], "namespaces": False}
+    assert passes_tests(["p"], [answer], entry_point=["add"], **given) == [1.0]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give it an entry_point"):
+        passes_tests(["p"], [answer], **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="arguments and outputs in JSON, not 'x'"):
+        passes_tests(["p"], [answer], tests=[[{**tests[0], "output": "x"}]], entry_point=["add"])
+
+
+def test_setup_runs_before_the_program(namespaces: bool) -> None:
+    helper = "from typing import List\ndef poly(x): return x * x\ndef solve(xs: List[int]):\n    ..."
+    program = "def solve(xs: List[int]): return [poly(x) for x in xs]"
+    given = {"namespaces": namespaces, "tests": ["assert solve([3]) == [poly(3)]"]}
+    assert passes_tests(["p"], [program], setup=[helper], **given) == [1.0]
+    assert passes_tests(["p"], [program], setup=[helper.split("\n", 1)], **given) == [1.0]
+    assert passes_tests(["p"], ["x = 1"], setup=[helper], **given) == [0.0]
+    for nothing in (None, [None], [""], [[]]):
+        assert passes_tests(["p"], [program], setup=nothing, **given) == [0.0]
+    whole = {"tests": [{"input": "3", "output": "9"}], "setup": [helper], "namespaces": namespaces}
+    assert passes_tests(["p"], ["print(poly(int(input())))"], **whole) == [1.0]  # type: ignore[arg-type]
+    for bad, says in (("(", "must be Python"), (3, "setup must be a text")):
+        with pytest.raises(ValueError, match=says):
+            passes_tests(["p"], [program], setup=[bad], **given)
+
+
+def test_a_program_cannot_say_that_there_are_no_namespaces(namespaces: bool) -> None:
+    program = """
+import os, sys
+frame = sys._getframe()
+while frame := frame.f_back:
+    job = frame.f_locals.get("job", {})
+    for n in range(64 if "word" in job else 0):
+        try: os.write(n, (job["word"] + " refused everything\\n").encode())
+        except OSError: pass
+"""
+    assert passed(program, "assert False", namespaces=namespaces) == 0.0
 
 
 def test_wanted_outputs_are_not_in_the_process(namespaces: bool) -> None:
@@ -463,6 +588,8 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
     start = f"import ctypes, os, socket\nlibc, there = ctypes.CDLL(None), {str(open_to_all)!r}\n"
     key = 0x5EED ^ os.getpid()
     memory = ctypes.CDLL(None).shmget(key, 4096, 0o1666)
+    root = os.geteuid() == 0
+    other = subprocess.Popen(["sleep", "600"], user=run_program.NOBODY if root else None)
     with serving() as port:
         # Programs run in one process: none of these ends it. Who is not meant to stop a thing is not named beside it.
         cases = {
@@ -470,6 +597,9 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
             f"os.kill({os.getpid()}, 0)": "filter hook namespaces",
             "os.fork() or os._exit(0)": "filter hook",
             "assert os.system('true') == 0": "filter hook",
+            f"import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {os.getpid()})": "filter namespaces",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETSIG, 9)": "filter",
+            f"import resource; resource.prlimit({other.pid}, resource.RLIMIT_CORE, (0, 0))": "filter hook namespaces",
             "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))": "hook",
             "open(there + '/victim', 'a')": "hook landlock namespaces",
             "os.mkdir(there + '/new')": "hook landlock namespaces",
@@ -485,13 +615,22 @@ def test_each_layer_holds_alone(layer: str, monkeypatch: pytest.MonkeyPatch, tmp
             "os.close(os.memfd_create('x'))": "filter",
             "assert libc.socketpair(1, 1, 0, ctypes.create_string_buffer(8)) == 0": "filter",
         }
+        if not root:  # whose programs have no power over what has all of root's
+            cases |= {
+                f"os.sched_setaffinity({other.pid}, os.sched_getaffinity({other.pid}))": "filter namespaces",
+                f"os.setpriority(os.PRIO_PROCESS, {other.pid}, 19)": "filter namespaces",
+            }
         tests = [test for test, layers in cases.items() if layer == "none" or layer in layers]
         given = {"namespaces": layer == "namespaces"}
         try:
             share = passed(start, *tests, **given)
-            assert share == float(layer == "none"), [test for test in tests if passed(start, test, **given)]
+            assert share == float(layer == "none"), [
+                test for test in tests if bool(passed(start, test, **given)) != (layer == "none")
+            ]
         finally:
             ctypes.CDLL(None).shmctl(memory, 0, None)
+            other.kill()
+            other.wait()
 
 
 def test_the_folder_holds_no_more_than_the_memory_in_all() -> None:
@@ -588,6 +727,13 @@ def test_what_compiles() -> None:
 def test_which_code_is_meant() -> None:
     assert code_of("a\n```\nfirst\n```\n```py\nsecond\n```\n") == "second\n"
     assert code_of("```bash\nls\n```\n```\nx = 1\n```") == "x = 1\n"
+    tried = "First try:\n```python\ndef f(): return 0\n```\nCorrected:\n```python\ndef f(): return 1\n```\n"
+    assert code_of(tried) == "def f(): return 1\n", "what is said at last counts"
+    used = f"{tried}Use it:\n```python\nprint(f())\n```\nIt prints:\n```\n1\n```"
+    assert code_of(used) == "print(f())\n" and code_of(used, {"f", "print"}) == "def f(): return 1\n"
+    assert passes_tests(["p"], [used], tests=["assert f() == 1"], namespaces=False) == [1.0]
+    assert code_of("```python\nf = 1\n```\n```python\nnot Python\n```", {"f"}) == "f = 1\n"
+    assert code_of("\ufeffx = 1") == "x = 1"
     assert code_of("```python\ncut = 1") == "cut = 1"
     assert code_of("```bash\nls\n```") == "" and code_of("x = 1") == "x = 1"
     assert code_of("- so:\n  ```python\n  x = 1\n  ```") == "x = 1\n"

@@ -23,11 +23,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "MBPP": ({"text": "Add.", "code": ADD, "test_list": ["assert add(1, 2) == 3"], "test_setup_code": ""}, ADD, SUM),
     "HumanEval": (
         {
-            "prompt": "def add(a, b):\n",
+            "prompt": 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ Add. """\n',
             "entry_point": "add",
             "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
         },
-        ADD,
+        "def add(a: int, b: int, more: List[int] = ()) -> int:\n    return a + b + sum(more)",
         "def add(a, b):\n    return a",
     ),
     "BigCodeBench": (
