@@ -26,7 +26,8 @@ _CHINESE_IS = r"(?:\*\*|__)?\s*(?:是|为|:|=)(?:\s*:)?"
 # "#### Step 2", "#### Solution" and "#### 2. Add them" are headings of the working.
 _ANSWER = (
     r"(?<!#)####(?!#)(?![ \t]*(?:(?:step|solution|(?:final )?result)\b|\d+[.):][ \t]*[a-z*]))"
-    rf"|(?<![a-z])(?:final answer|answer){_IS}|答案{_CHINESE_IS}"
+    rf"|(?<![a-z])(?:final answer|answer|(?:correct|right|best) (?:option|choice)){_IS}"
+    rf"|(?:答案|正确选项){_CHINESE_IS}|(?:故|因此|所以|应该?)选择?(?:\s*:)?"
 )
 _RESULT = rf"(?<![a-z])(?:result|solution){_IS}|结果{_CHINESE_IS}"
 # "Answer: Let's think step by step" marks no number.
@@ -38,7 +39,7 @@ _MARKS_OF_TEXT = [re.compile(marks, re.IGNORECASE | re.MULTILINE) for marks in (
 _HOPE = re.compile(r"\b(?:hope|let me know)\b[^,;:.!?\n]*\Z", re.IGNORECASE)
 _CLOSING = re.compile(r"\A\s*(?:\*\*|__)[ \t]*\n")  # of a bold "Answer:" that the answer stands below
 _OPENING = re.compile(r"\A(?:\s*(?:\\\[|\$\$|```\w*|\\begin\{\w+\*?\})[ \t]*\n)+")  # of mathematics, or of a block
-_BRACKETS = "()[]<>《》「」『』«»"
+_BRACKETS = {"(": ")", "[": "]", "<": ">", "《": "》", "「": "」", "『": "』", "«": "»"}
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 # One formula is written in many ways: \dfrac{1}{2} and \frac12, \left( 3, 4 \right) and (3,4), x^{2} and x^2.
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
@@ -47,12 +48,27 @@ _FORMULA = re.compile(r"[\\^=+\d]")
 _SPACE_IN_FORMULA = re.compile(r" (?![a-z\d])|(?<![a-z\d]) |(?<=[a-z]) (?=\d)|(?<=\d) (?=[a-z])")
 _APPROXIMATELY = re.compile(r"≈|\\approx(?![a-z])")
 _IN_TAGS = re.compile(r".*<answer>(.*?)(?:</answer>.*)?\Z", re.DOTALL | re.IGNORECASE)
-# "b", "(b)", "option b", "b) paris", "b: paris"; but not "b) and c)", and not "b: c, d"
+_LEADING_POINTS = re.compile(r"\A\.+(?!\d)")
+_OPERATED = re.compile(r"(?:\d|[)}\]]|(?<![^\W\d_])[^\W\d_])[!']+[ .。\"`$*“”‘’]*\Z")
+_SAME_SIGN = {r"\\leq(?![a-z])": r"\\le", r"\\geq(?![a-z])": r"\\ge", r"\{,\}": ","}
+# "b", "(b)", "option b", "b) paris", "b: paris", "b (paris)", "b - paris", "b is correct"; and not "b) and c)",
+# "b: c, d", "a: dog b: cat"
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|letter) |选项? ?)?[(\[]?([a-z])"
-    r"(?:[)\]]|(?=[.:]|\Z))[.:]?"
-    r"(?:(?: |(?=[\u4e00-\u9fff]))(?!(?:[\W_]|and\b|or\b|[a-z](?![a-z]))*\Z)(?!.*\b[a-z][)\]]).*)?",
+    r"(?:(?:the )?(?:correct |right |best )?(?:option|choice|letter|answer) (?:is )?"
+    r"|(?:故|因此|所以|应该?)?选(?:择|项)? ?)?"
+    r"[(\[]?([a-z])(?:[)\]]|(?=[.:、选]| - | \(| is (?:the )?(?:correct|right)\b|\Z))(?:[.:、]|选?项| -)?"
+    r"(?:(?: |(?=[\u4e00-\u9fff])|(?<=[)\].:])(?=\d))"
+    r"(?!(?:[\W_]|and\b|or\b|[a-z](?![a-z]))*\Z)(?!.*\b[a-z](?:[)\]]|: )).*)?",
     re.DOTALL,
+)
+_NUMBER_FIRST = re.compile(r"(?:[^=]*=)?(?!\s*\\?\{\d+\\?\}\s*\Z)[^\w.]*(?!0\d)\.?\d")
+LONGEST_NUMBER = 100  # characters, with its unit
+_COMMAND = re.compile(r"\\(?!circ|degree)[a-z]+")
+_UNIT = re.compile(r"[^\W\d_]+|\\[a-z]+|[%°€£¥]")
+_STYLE = re.compile(r"[$*`\"]")
+# Why it is this choice, and no other
+_REASON = re.compile(
+    r"[,;.]? \b(?:because|since|whereas|rather than|instead of|not)\b|[,;] (?:as(?! well)|while)\b|[,;]?(?:因为|而不是)"
 )
 _ONE_IN_BRACES = re.compile(r"(?<=[\w^}])\{(\w|\\[a-z]+)\}")
 
@@ -61,22 +77,55 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
     """1 where the answer says what the row's ``answer`` does, or one of several, else 0.
 
     Capitals, width, white space, a last full stop, how LaTeX spaces and braces a formula, and what stands around the
-    whole (quotes, $, **, \\text{}, brackets that the right one has not) do not matter. Behind "the answer is" the line
-    counts, or its first sentence. A row's ``answer`` may hold its working before \\boxed{...} or "####". A letter is
-    one of several choices: B is said by "(B)", "B) Paris" and "option B" too.
+    whole (quotes, $, **, \\text{}, brackets that the right one has not) do not matter. Where both are one number, as
+    `numeric_answer` reads them, that counts: 1/2 and 0.5 are equal, 5 and 5 cm too, and 5 cm and 5 kg are not. Behind
+    "the answer is" the line counts, or its first sentence. A row's ``answer`` may hold its working before \\boxed{...}
+    or "####". A letter is one of several choices: B is said by "(B)", "B) Paris", "option B" and "B, because ..." too.
     """
     scores = []
     for response, right in zip(responses, answer, strict=True):
-        accepted = {plain(_without_working(str(one))) for one in several(right)} - {""}
-        accepted |= {one[1] for one in accepted if re.fullmatch(r"[(\[][a-z][)\]]", one)}
+        wanted = [_without_working(str(one)) for one in several(right)]
+        accepted = {plain(one, formula=True) for one in wanted} - {""}
+        letters = {one.strip("()[]") for one in accepted if re.fullmatch(r"[(\[]?[a-z][)\]]?", one)}
         said = final_answer(response)
-        marked = said != response
-        forms = {plain(said), plain(_SENTENCE.split(said)[0] if marked else said)}
-        forms |= {form.strip(_BRACKETS) for form in forms} | {
-            choice[1] for form in forms if (choice := _CHOICE.fullmatch(form))
-        }
-        scores.append(float(not accepted.isdisjoint(forms)))
+        boxed = _last_boxed(_last_part(response)) is not None
+        texts = {said} if said == response else {said, _SENTENCE.split(said)[0]}
+        forms = {plain(text, formula) for text in texts for formula in ({True} if boxed else {True, False})}
+        forms |= {_unbracketed(form) for form in forms}
+        right_so = not accepted.isdisjoint(forms) or (letters and not letters.isdisjoint(map(_choice, forms)))
+        scores.append(float(bool(right_so) or any(_same_number(text, one) for text in texts for one in wanted)))
     return scores
+
+
+def _choice(form: str) -> str | None:
+    """The letter of the choice that a plain text says, where it says one."""
+    found = _CHOICE.fullmatch(_unbracketed(_STYLE.sub("", _REASON.split(form)[0]).strip()))
+    return found[1] if found else None
+
+
+def _unbracketed(form: str) -> str:
+    """The text without the brackets around the whole of it."""
+    while len(form) > 2 and _BRACKETS.get(form[0]) == form[-1]:
+        form = form[1:-1].strip()
+    return form
+
+
+def _same_number(said: str, right: str) -> bool:
+    """Whether both are one number, and the same one, in one unit or one of them without any.
+
+    A word before it, but for "x =", makes it a name (Apollo 11), and so do braces of a set, and 0 before its digits.
+    """
+    if max(len(said), len(right)) > LONGEST_NUMBER:
+        return False
+    texts = [_TEXT.sub(r" \1", alike(one_width(text)).casefold()) for text in (said, right)]
+    bare = [_COMMAND.sub("", text) for text in texts]
+    if not all(map(_NUMBER_FIRST.match, bare)):
+        return False
+    number = only_number(texts[1])
+    if number is None or number != only_number(texts[0]):
+        return False
+    units = [set(_UNIT.findall(text.rpartition("=")[2])) for text in bare]
+    return units[0] == units[1] or not all(units)
 
 
 def numeric_answer(
@@ -151,7 +200,7 @@ def _final_number(response: str) -> Fraction | None:
         number = _first(said_number(sentence) for line in part.splitlines() for sentence in _SENTENCE.split(line))
         if number is not None:
             return number
-    return last_number(text)
+    return said_number(text) if _IN_TAGS.match(without_thoughts(response)) else last_number(text)
 
 
 def _right_number(right: Any) -> Fraction | None:
@@ -175,15 +224,22 @@ def _first(numbers: Iterable[Fraction | None]) -> Fraction | None:
     return next((number for number in numbers if number is not None), None)
 
 
-def plain(text: str) -> str:
-    """Lower case, one width, single spaces, formulas in one writing, without what stands around the whole."""
+def plain(text: str, formula: bool = False) -> str:
+    """Lower case, one width, single spaces, formulas in one writing, without what stands around the whole.
+
+    formula: a "!" or "'" behind a number, a bracket or a single letter is a factorial or a prime, and stays.
+    """
     text = " ".join(_LATEX_SPACING.sub(" ", _TEXT.sub(r"\1", alike(one_width(text)).casefold())).split())
     if _FORMULA.search(text):
+        for written, sign in _SAME_SIGN.items():
+            text = re.sub(written, sign, text)
         text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\([%$])", r"\1", text))
         text = _ONE_IN_BRACES.sub(r"\1", _SPACE_IN_FORMULA.sub("", text))
     before = None
     while before != text:
-        before, text = text, text.strip(" .!。\"'`$*“”‘’")
+        before, text = text, text.lstrip(" !。\"'`$*“”‘’")
+        text = _LEADING_POINTS.sub("", text)
+        text = text.rstrip(' .。"`$*“”‘’' if formula and _OPERATED.search(text) else " .!。\"'`$*“”‘’")
         for opens, closes in (("\\(", "\\)"), ("\\[", "\\]")):
             text = text.removeprefix(opens).removesuffix(closes)
     return text

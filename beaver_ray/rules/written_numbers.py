@@ -41,10 +41,14 @@ _BEFORE_NUMBER = re.compile(
     r"[\s*_$\\(\[{\"'“‘:~≈]*(?:(?:about|approximately|approx\.?|around|exactly|roughly|only|just|[a-z]\s*=|约|大约|共|一共)[\s*_$\\(]*)*",
     re.IGNORECASE,
 )
+_WORKED = r"(?:=|\b(?:equals?|gives?|makes?|so|thus|hence|total)\b|\bthat['’]s)"  # the number comes yet
 _ASIDE = re.compile(
     r"[\s*_$%)}\\]*(?:[^\W\d_]+\s+){0,2}?[^\W\d_]{0,3}(?:(?<=\s)\((?![^()]*\)\s*=)|out of\b"
     r"|[,，]?\s*(?:and )?(?:not\b|rather than\b|instead of\b|而?不是)"
-    r"|(?:,?\s*or\s+)?(?:about|approximately|roughly|≈|\\approx))",
+    r"|(?:,?\s*or\s+)?(?:about|approximately|roughly|≈|\\approx)"
+    rf"|(?:[,，;]\s*|(?<=\s))(?:because|since|as)\b(?!.*{_WORKED})|[,，;]?\s*(?:因为|由于)"
+    rf"|(?:[,，;]\s*|(?<=\s))(?:for|in|per|every|each|with|which is)\b(?!.*(?:{_WORKED}|\bis\b))"
+    rf"|\s?[:—–]\s+(?=[\w$])(?!.*(?:{_WORKED}|\bis\b)))",
     re.IGNORECASE,
 )
 # What a text that is one number has not: beside it (here #) signs by which it is a part of something else.
@@ -84,6 +88,7 @@ _MINUS = re.compile(
 )
 _APART = re.compile(r"\A([ \t*_$(\[{\\]*)-[ \t]+(?=[\d.$£€¥(\\])")  # what begins so is no bullet where a number is said
 _CURRENCY = re.compile(r"(?<![a-z])(?:rm|rs\.?)\s?(?=\d)", re.IGNORECASE)
+_BOLD = re.compile(r"__(?=[\d.$£€¥+-])|(?<=\d)__")
 _LONG_SPACE = re.compile(r"\s{3,}")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
 
@@ -122,6 +127,7 @@ def only_number(text: str) -> Fraction | None:
 def _readable(text: str) -> str:
     """The text with powers, fractions and roots in the writing that `_NUMBER` knows; where no number is, signs."""
     text = _LONG_SPACE.sub("  ", one_width(text[-LONGEST:])).translate(_SIGNS).replace("{,}", ",")
+    text = _BOLD.sub(" ", text)
     text = _NO_NUMBER.sub("π", _ROOT.sub("π", _DEGREES.sub("° ", text)))
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
     text = _TEN.sub(lambda m: f"1e{m[1] or m[2]}", _POWER.sub(lambda m: f"e{m[1] or m[2]}", text))

@@ -389,3 +389,157 @@ def test_large_answers_take_no_time() -> None:
         numeric_answer(["p"], [piece * 200_000], answer=["1"])
         exact_answer(["p"], [piece * 200_000], answer=["1"])
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *(("The answer is B because it is.", "B"), ("B, as we saw", "B"), ("B (Paris)", "B"), ("**B** (Paris).", "B")),
+        *(("B - Paris", "B"), ("The correct option is B.", "B"), ("The correct choice is **B**.", "B")),
+        *(("Option B is correct.", "B"), ("The answer is A, not B", "A"), ("C. 5 apples", "C")),
+        *(("B) Paris, since A) London is wrong", "B"), (r"\boxed{\textbf{(B)}\ 18}", "B"), (r"($\mathbf{B}$)", "B")),
+        *(
+            ("故选B。", "B"),
+            ("因此选择B", "B"),
+            ("本题答案是B选项", "B"),
+            ("答案是 B、巴黎", "B"),
+            ("正确选项是B", "B"),
+        ),
+        *(
+            ("应选B", "B"),
+            ("选 B", "B"),
+            ("The correct answer is (B) Paris.", "B"),
+            ("Answer: B) None of the above", "B"),
+        ),
+    ],
+)
+def test_ways_to_say_a_choice(answer: str, letter: str) -> None:
+    assert exact_answer(["p"] * 2, [answer] * 2, answer=[letter, "D"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "A or B",
+            "A and B",
+            "Both A and B",
+            "A, B",
+            "A/B",
+            "A: dog B: cat",
+            "B) and A)",
+            "A or B because",
+            "None",
+            "I think so",
+        ),
+        *("A good answer needs thought", "B is wrong", "It is not B", "The answer is a number", "The answer is not A"),
+    ],
+)
+def test_what_says_no_choice(answer: str) -> None:
+    assert exact_answer(["p"] * 3, [answer] * 3, answer=["A", "B", "N"]) == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        *(
+            (r"\boxed{1{,}000}", r"1,\!000"),
+            (r"10,\!000", "10000"),
+            ("1,000", "1000"),
+            ("90", r"90^\circ"),
+            ("5", "x=5"),
+        ),
+        *(("5", r"5\text{ cm}"), (r"50\%", "50"), (".5", "0.5"), (r"-\frac12", r"\frac{-1}{2}"), ("0.5", "1/2")),
+        *(
+            (r"x \le 5", r"x \leq 5"),
+            (r"x \geq 5", r"x\ge5"),
+            ("5 apples.", "5"),
+            (r"12\text{ inches}", "12"),
+            ("5!", "5!"),
+        ),
+        *(
+            (r"2^{10}", "1024"),
+            ("$-5$", "-5"),
+            ("1.50", "1.5"),
+            ("The answer is Paris!", "Paris"),
+            ("Answer: 'yes'", "yes"),
+        ),
+    ],
+)
+def test_one_number_in_two_writings(said: str, right: str) -> None:
+    assert exact_answer(["p"], [said], answer=[right]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        *(
+            (r"\boxed{.5}", "5"),
+            (r"\boxed{.25}", "25"),
+            ("5", r"\boxed{.5}"),
+            (r"\boxed{>5}", "5"),
+            ("Answer: <5", "5"),
+        ),
+        *(
+            (r"\boxed{5!}", "5"),
+            (r"\boxed{n!}", "n"),
+            (r"\boxed{(n-1)!}", "(n-1)"),
+            (r"\boxed{f'}", "f"),
+            ("f(2)", "2"),
+        ),
+        *(
+            (r"\boxed{y''}", "y"),
+            ("11", "Apollo 11"),
+            ("Apollo 11", "11"),
+            ("007", "7"),
+            ("7", "007"),
+            ("5 cm", "5 kg"),
+        ),
+        *(
+            (r"5\text{ cm}", r"5\text{ m}"),
+            ("5%", "5 cm"),
+            (r"\{5\}", "5"),
+            ("(5, 6)", "5"),
+            (r"\pm 5", "5"),
+            ("101_2", "101"),
+        ),
+        *(
+            (r"\sqrt{5}", "5"),
+            (r"5\pi", "5"),
+            ("5i", "5"),
+            ("11:30", "11"),
+            ("2 or 3", "2"),
+            (r"\frac{5}{x}", "5"),
+            ("-5", "5"),
+        ),
+    ],
+)
+def test_what_is_not_the_same_number(said: str, right: str) -> None:
+    assert exact_answer(["p"], [said], answer=[right]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "The answer is 18 because there are 3 kids with 6 each",
+        "#### 18 eggs in 3 boxes",
+        "The answer is 18 dollars every 5 days",
+        "The answer is 18 apples for 3 kids",
+        "The answer is 18, as 3 kids have 6 each",
+        "The answer is 18: 3 kids have 6 each",
+        "The answer is 18 — 3 kids have 6 each",
+        "The answer is 18, which is 3 times 6",
+        "<answer>18 eggs in 3 boxes</answer>",
+        "<answer>3 * 6 = 18</answer>",
+        "The answer is 3 * 6 = 18",
+        "The answer is 3 times 6, which is 18",
+        "The answer is 3 boxes with 6 each = 18",
+        "The answer is 3 for each of the 6 kids, that's 18",
+        "The answer is 6 in each of 3 boxes, so 18",
+        "The answer is 6 + 12 for a total of 18",
+        "The answer is 18 since 20 - 2 = 18",
+        "Answer: __18__",
+    ],
+)
+def test_what_only_explains_the_number(answer: str) -> None:
+    assert numeric_answer(["p"] * 2, [answer] * 2, answer=[18, 6]) == [1.0, 0.0]
