@@ -220,11 +220,18 @@ def _parsed(test: str) -> list[ast.stmt]:
         raise ValueError(f"a row's tests and setup must be Python: {error}: {test!r:.200}") from None
 
 
+_PREPARING = (
+    *("random.seed", "np.random.seed", "numpy.random.seed", "sys.setrecursionlimit"),
+    *("warnings.filterwarnings", "warnings.simplefilter"),
+)
+
+
 def _is_idle(statement: ast.stmt) -> bool:
     """Whether it checks nothing: definitions, imports, values and comparisons by themselves, names for values."""
     if isinstance(statement, ast.Assign | ast.AnnAssign):  # METADATA = {...}, as in HumanEval
         return not any(isinstance(part, ast.Call | ast.Subscript | ast.Attribute) for part in ast.walk(statement))
-    if _calls(statement, "unittest.main"):  # ends in SystemExit, or in a result that nobody looks at
+    # unittest.main ends in SystemExit, or in a result that nobody looks at.
+    if _calls(statement, *_PREPARING, "unittest.main"):
         return True
     if isinstance(statement, ast.Expr):  # "add(1, 2) == 3" lacks its assert
         called = any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(statement))

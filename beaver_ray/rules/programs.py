@@ -48,17 +48,17 @@ def passes_tests(
     """The share of its row's ``tests`` that the code in each answer passes, or with share=False 1 where it passes all.
 
     tests: one or a list (also as JSON). A text is Python code, run after those before it in the names of the answer's
-    code, and has failed where it raises; one that only defines or imports is run for those after it and does not count,
-    but for test cases of unittest, which are run. {"input": ..., "output": ...}, or two lists of them, is a test of the
-    whole program: what it prints for this standard input, compared as `run_program.printed` says; with "fn_name" of a
-    function: what it gives for these arguments, compared as `run_program.given` says. A row without any
-    gives 0; ValueError for a row whose tests every program would pass, and for a test that is no Python, which none
-    would. entry_point: the name of what is asked for, which rows may leave out; tests that only define a function
-    ``check``, as in HumanEval, are called with it. setup: Python code that rows may have run before the answer's, in
-    its names. seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer with all its
-    tests; what ran out of them has passed the tests before. at_once: answers that run at the same time.
-    namespaces: ask the kernel for what `run_program` says; ValueError where it has none to give, and then, with False,
-    the rest of it is all that stands between the program and this machine.
+    code, and has failed where it raises; one that only defines, imports or seeds is run for those after it and does not
+    count, but for test cases of unittest, which are run. {"input": ..., "output": ...}, or two lists of them, is a test
+    of the whole program: what it prints for this standard input, compared as `run_program.printed` says; with "fn_name"
+    of a function: what it gives for these arguments, compared as `run_program.given` says. A row without any gives 0;
+    ValueError for a row whose tests every program would pass, and for a test that is no Python, which none would.
+    entry_point: the name of what is asked for, which rows may leave out; tests that only define a function ``check``,
+    as in HumanEval, are called with it. setup: Python code that rows may have run before the answer's, in its names.
+    seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer with all its tests; what
+    ran out of them has passed the tests before. at_once: answers that run at the same time. namespaces: ask the kernel
+    for what `run_program` says; ValueError where it has none to give, and then, with False, the rest of it is all that
+    stands between the program and this machine.
     """
     if not LEAST_MIB <= memory_mib < 1e6:
         raise ValueError(f"memory_mib must be {LEAST_MIB} or more, of which Python takes some 20, not {memory_mib}")

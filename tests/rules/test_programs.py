@@ -87,6 +87,8 @@ def test_what_only_defines_or_imports_is_no_test_passed() -> None:
     assert passes_tests(["p"] * 2, [ADD] * 2, **given) == [0.5, 1.0]  # type: ignore[arg-type]
     assert passes_tests(["p"] * 2, [wrong] * 2, **given) == [0.0, 0.0]  # type: ignore[arg-type]
     assert passes_tests(["p"] * 2, [ADD] * 2, share=False, **given) == [0.0, 1.0]  # type: ignore[arg-type]
+    prepared = ["import random", "random.seed(0)", "assert add(1, 1) == 2"]
+    assert passes_tests(["p"], [wrong], tests=[prepared], namespaces=False) == [0.0]
 
 
 CHECK = "def test_add():\n    assert add(1, 1) == 3"
@@ -102,6 +104,7 @@ CHECK = "def test_add():\n    assert add(1, 1) == 3"
         CHECK + "\nif __name__ == '__main__':\n    test_add()",
         '{"inputs": ["1 2\\n"], "outputs": ["\\n"]}',
         "add(1, 2) == 3",
+        "import random\nrandom.seed(0)",
         "assert (add(1, 2) == 4, 'a tuple is always true')",
     ],
 )
