@@ -6,6 +6,7 @@ Nothing heavy is imported here: the command line reads this module first.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -21,6 +22,11 @@ def meant(word: str, known: Iterable[str]) -> str:
     """Likewise the one that was probably meant, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def rounded_up(number: float) -> int:
+    """The next whole number, where a product of decimals may be a little too large: 0.07 * 100 is 7."""
+    return math.ceil(round(number, 6))
 
 
 class Strict(BaseModel):

@@ -13,7 +13,7 @@ from beaver_ray.constraint_options import ConstraintConfig
 from beaver_ray.data_options import DataSpec
 from beaver_ray.environments import environment_code
 from beaver_ray.guard_options import ModelOfScores, PerhapsModelOfScores
-from beaver_ray.options import Strict, option
+from beaver_ray.options import Strict, option, rounded_up
 from beaver_ray.ppo_options import PpoConfig
 from beaver_ray.score_sources import score_source
 from beaver_ray.template_options import TemplateOptions
@@ -187,7 +187,7 @@ class PolicyConfig(RunConfig):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return math.ceil(self.epochs * math.ceil(prompts / self.rollout.prompts_per_step))
+        return rounded_up(self.epochs * math.ceil(prompts / self.rollout.prompts_per_step))
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:

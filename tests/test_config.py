@@ -29,6 +29,14 @@ def test_the_stage_decides_the_kind() -> None:
     assert "stage must be one of" in error("stage=spo")
 
 
+def test_a_part_of_an_epoch_is_a_whole_number_of_steps() -> None:
+    """0.07 * 100 is 7.000000000000001."""
+    parts = {0.07: 7, 1.1: 110, 0.55: 55, 0.075: 8, 2.0: 200}
+    for epochs, steps in parts.items():
+        prompts = 100 * safe_ppo().rollout.prompts_per_step
+        assert safe_ppo("steps=null", f"epochs={epochs}").total_steps(prompts) == steps
+
+
 @pytest.mark.parametrize(
     ("offload", "stage", "mend"),
     [("optimizer", 0, "set zero_stage: 1"), ("all", 0, "set zero_stage: 3"), ("all", 2, "set zero_stage: 3")],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from beaver_ray.environments import check_environment, environment_code
-from beaver_ray.environments.calculator import Calculator, calculate
+from beaver_ray.environments.calculator import Calculator, calculate, last_call
 from beaver_ray.environments.insisting import PLEAS, Insisting
 from beaver_ray.errors import UserError
 
@@ -20,7 +20,11 @@ from beaver_ray.errors import UserError
         ("2 ** 10 - 1", "1023"),
         ("(1 + 2) * -3", "-9"),
         ("7 / 2", "3.5"),
-        ("1 / 3", "0.333333333333"),
+        ("1 / 3", "0.333333333333333"),
+        ("2469135780246/2", "1234567890123"),
+        ("1234567.0*1000001", "1234568234567"),
+        ("0.1 + 0.2", "0.3"),
+        ("10**30", "1" + "0" * 30),
         ("-7 // 2", "-4"),
         ("10 % 4", "2"),
         ("2 ** -1", "0.5"),
@@ -46,6 +50,14 @@ def test_the_calculator_answers_the_last_call_of_an_answer() -> None:
     assert tool.reply("calc(84 / 2) calc(1 + ") == "84 / 2 = 42"
     assert tool.reply("calc(1 + 1)") is None, "no third call"
     assert Calculator([], {}, 0).reply("It is 84; recalc(1) is no call.") is None
+    for answer, call in (
+        ("calc(1 + (2)", None),
+        ("calc(calc(1) + (2)", "1"),
+        ("a ) b calc((1) + 2) ) calc( (", "(1) + 2"),
+        ("calc(2 * calc(3))", "3"),
+        ("calc(" * 100_000, None),
+    ):
+        assert last_call(answer) == call
 
 
 def test_the_insisting_user_asks_again_until_it_is_answered() -> None:

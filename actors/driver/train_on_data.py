@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -68,11 +67,10 @@ def _train(stage: TrainerStage, trainer: Group, run: RunFolder, resume: bool) ->
 
     With ``resume`` it goes on from the newest checkpoint, where there is one.
     """
-    steps, notes = trainer.run(Trainer.describe)[0]
+    steps, epoch_steps, notes = trainer.run(Trainer.describe)[0]
     for note in notes:
         run.note(note)
     began = time.perf_counter()
-    epoch_steps = max(1, math.ceil(steps / stage.epochs))
     final = run.folder / "final.part" / stage.trained
     done, began = _resume(trainer, run, began, final) if resume else (0, began)
     kept = _read_best(final) if done else None

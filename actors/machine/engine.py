@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from beaver_ray.config import EngineConfig, OptimizerConfig
 from beaver_ray.errors import UserError
+from beaver_ray.options import rounded_up
 
 MicroBatch = TypeVar("MicroBatch")
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm, as published
@@ -74,7 +75,7 @@ def join_ranks(rank: int, world: int, place: dist.TCPStore) -> None:
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step ``step`` (0-based) of ``total_steps``."""
-    warmup = math.ceil(round(config.warmup_fraction * total_steps, 6))  # 0.07 * 100 is a little more than 7
+    warmup = rounded_up(config.warmup_fraction * total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     if config.schedule == "constant":

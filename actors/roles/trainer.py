@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from beaver_ray.data.token_files import read_tokens
 from beaver_ray.data.tokenized import BatchSampler, Ragged
 from beaver_ray.models.classifier import check_apart
 from beaver_ray.models.loading import DTYPES, load_tokenizer
+from beaver_ray.options import rounded_up
 from beaver_ray.packing import plan_micro_batches, plan_padded
 from beaver_ray.weights import AdapterInfo
 
@@ -107,7 +107,7 @@ class Trainer(TrainingRank):
         ]
         self.notes += [both] if both else []
         self.sampler = BatchSampler(len(self.train_data), config.batch_size, config.seed)
-        self.steps = max(1, math.ceil(config.epochs * self.sampler.batches_per_epoch))
+        self.steps = max(1, rounded_up(config.epochs * self.sampler.batches_per_epoch))
         model = self.task.load(DTYPES[config.engine.dtype])
         self.engine = TrainingEngine(
             model, config.stage, config.optimizer, config.engine, self.steps, dropout=config.dropout
@@ -117,9 +117,9 @@ class Trainer(TrainingRank):
         self.model: Any = self.engine.engine
         self.prepared = self.task.prepare(self)
 
-    def describe(self) -> tuple[int, list[str]]:
-        """Optimizer steps in all, and what became of the data in one line each."""
-        return self.steps, self.notes
+    def describe(self) -> tuple[int, int, list[str]]:
+        """Optimizer steps in all, those of an epoch, and what became of the data in one line each."""
+        return self.steps, self.sampler.batches_per_epoch, self.notes
 
     def held_out(self) -> int:
         """Rows of the held-out data."""

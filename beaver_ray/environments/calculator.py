@@ -11,7 +11,7 @@ from typing import Any
 LONGEST = 200  # characters of an expression
 LARGEST = 10**30  # whole numbers beyond it, and powers that would be, are not worked out
 
-_CALL = re.compile(r"\bcalc\(")
+_BRACKET = re.compile(r"(\bcalc)?\(|\)")
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -44,13 +44,16 @@ class Calculator:
 
 def last_call(answer: str) -> str | None:
     """What stands in the brackets of the last calc(...), inner brackets included; None without a whole call."""
-    for start in reversed([found.end() for found in _CALL.finditer(answer)]):
-        depth = 1
-        for place in range(start, len(answer)):
-            depth += {"(": 1, ")": -1}.get(answer[place], 0)
-            if not depth:
-                return answer[start:place].strip()
-    return None
+    opened: list[tuple[int, bool]] = []  # where each bracket that is open begins, and whether it is a call's
+    last, expression = -1, None
+    for bracket in _BRACKET.finditer(answer):
+        if bracket[0] != ")":
+            opened.append((bracket.end(), bracket[1] is not None))
+        elif opened:
+            start, called = opened.pop()
+            if called and start > last:
+                last, expression = start, answer[start : bracket.start()].strip()
+    return expression
 
 
 def calculate(expression: str) -> str:
@@ -65,7 +68,7 @@ def calculate(expression: str) -> str:
         return "error: the number is too large"
     except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         return f"error: {error}"
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _value(node: ast.expr) -> int | float:
@@ -76,7 +79,7 @@ def _value(node: ast.expr) -> int | float:
     elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _value(node.left), _value(node.right)
         # Worked out in floating point first, so that no power fills the memory.
-        if isinstance(node.op, ast.Pow) and abs(float(abs(left)) ** float(right)) > LARGEST:
+        if isinstance(node.op, ast.Pow) and abs(float(abs(left)) ** float(right)) > float(LARGEST):
             raise ValueError("the number is too large")
         value = _BINARY[type(node.op)](left, right)
     else:

@@ -55,7 +55,7 @@ class Calibration:
 
         Numbers outside 0 to 1, as importance weights make them, count as the nearer of these.
         """
-        inside_N = np.clip(probability_N, TINY, 1.0 - TINY)
+        inside_N = np.clip(probability_N.astype(np.float64), TINY, 1.0 - TINY)
         scores_N = (np.log(inside_N) - np.log1p(-inside_N) - self.bias) / self.scale
         slopes_N = inside_N * (1.0 - inside_N)
         by_scale, by_bias = float(np.mean(slopes_N * scores_N)), float(np.mean(slopes_N))

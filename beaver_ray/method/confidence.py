@@ -39,8 +39,8 @@ def safety_margin(
 
     form: what the mean of ``costs_E`` is of. Where probabilities are nearly all next to 0, too little of their spread
     was seen: of G prompts without an unsafe answer at most 1 - (1 - confidence)^(1 / G) are unsafe, each of them counts
-    `Form.hit`, and mean and margin are no less than that together. The calibration's error is that of all answers; all
-    of it may lie in the worst, where it counts `Form.scale` times.
+    `Form.hit`, and mean and margin are no less than that together. The labelled answers' error may lie all in the
+    worst, where it counts `Form.scale` times; that of the fit is that at the answers that decide (`Form.deciding`).
 
     shares: whether answers cost 0 or 1, now and earlier, so that but for importance weights each of ``costs_E`` is 0 or
     `Form.hit`. Their mean is a share of it, of which a spread tells too little: a step without an unsafe answer has
@@ -56,7 +56,7 @@ def safety_margin(
             margin = max(margin, none_unsafe - float(np.mean(costs_E, dtype=np.float64)))
     if calibration is not None:
         of_labels = form.scale * calibration.residual_std / math.sqrt(calibration.n)
-        margin += _t(confidence, calibration.n) * max(of_labels, calibration.mean_error(costs_E))
+        margin += _t(confidence, calibration.n) * max(of_labels, calibration.mean_error(form.deciding(costs_E)))
     return margin
 
 

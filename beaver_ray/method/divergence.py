@@ -12,6 +12,8 @@ WINDOW = 20
 """Steps in a row that a cost may be above its limit; steps whose mean rewards are compared."""
 SPREADS = 2.0
 """A reward has fallen when it is so many standard deviations of the first steps' rewards below their mean."""
+LEAST_SPREAD = 0.01
+"""Of the first rewards' mean, where they vary less: a rule that all answers keep at first pays all of them the same."""
 PERSISTS = 3
 """Steps in a row with numbers that are not finite, after which a run should not go on."""
 KL_PER_TOKEN = 2.0
@@ -62,7 +64,10 @@ class DivergenceGuard:
         self.missed = []
         self.not_finite = {trouble: self.not_finite.get(trouble, 0) + 1 for trouble in broken}
         implausible = self._implausible(metrics)
-        self.implausible = {trouble: self.implausible.get(trouble, 0) + 1 for trouble in implausible}
+        # Of a step without a counting answer nobody knows: what was said before is neither forgotten nor said anew.
+        unknown = {f"margin {name}" for name in self.bounded if f"cost/{name}/margin" not in metrics}
+        kept = {trouble: steps for trouble, steps in self.implausible.items() if trouble in unknown}
+        self.implausible = kept | {trouble: self.implausible.get(trouble, 0) + 1 for trouble in implausible}
         found += [text for trouble, text in implausible.items() if self.implausible[trouble] % WINDOW == 1]
         kl = metrics["kl/reference"]
         if self.kl is not None and not kl <= self.kl:
@@ -130,7 +135,7 @@ class DivergenceGuard:
         start = math.fsum(self.first) / WINDOW
         spread = math.sqrt(math.fsum((r - start) ** 2 for r in self.first) / WINDOW)
         now = math.fsum(self.last) / WINDOW
-        if now < start - SPREADS * spread:
+        if now < start - SPREADS * max(spread, LEAST_SPREAD * abs(start)):
             self.last = []  # said once in so many steps
             return [f"the reward fell to {now:.4g} over {WINDOW} steps, from {start:.4g} at the start"]
         return []

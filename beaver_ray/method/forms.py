@@ -8,6 +8,7 @@ on (`per_answer`, whose policy gradient is that of the bounded figure), and how 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +50,10 @@ class Form:
     ) -> Episodes:
         """The costs whose mean is bounded."""
         return Episodes(self.per_answer(costs_N, groups_N, weights_N), log_ratios_N, np.arange(len(costs_N)))
+
+    def deciding(self, costs_E: FloatArray) -> FloatArray:
+        """The answers' own costs that the mean of these ``episodes`` is the mean of."""
+        return costs_E
 
 
 MEAN = Form()
@@ -93,6 +98,12 @@ class CVaR(Form):
         nu = np.quantile(costs_N, self.level, weights=weights_N, method="inverted_cdf")
         return nu + np.maximum(costs_N - nu, 0.0) * self.scale
 
+    def deciding(self, costs_E: FloatArray) -> FloatArray:
+        """The worst share 1 - level. Of several steps together, whose quantiles differ, it is that but nearly."""
+        nu = costs_E.min()
+        worst = max(1, math.ceil(round(len(costs_E) * (1.0 - self.level), 6)))
+        return np.sort(nu + (costs_E - nu) / self.scale)[-worst:]
+
 
 @dataclass(frozen=True)
 class WorstOfK(Form):
@@ -102,7 +113,8 @@ class WorstOfK(Form):
     not depend on y_j; the largest of the other answers' costs is one, and then only the worst answer has a weight: by
     how much it is worse than the next. The policy's loss is a mean over answers and not a sum, hence the factor k.
 
-    answers: those to a prompt; a step may have fewer of a prompt, and k is what it has.
+    answers: those to a prompt; a step may have fewer of a prompt, and k is what it has. The policy's loss weighs such a
+    prompt less, its reward as well, where what is bounded counts all prompts alike.
     """
 
     answers: int

@@ -93,7 +93,7 @@ def unsafe_truth(truth_NK: Labels) -> npt.NDArray[np.int8]:
     A label of which no row says anything does not count: with it no row would be known to be safe.
     """
     some_NK = truth_NK[:, (truth_NK >= 0).any(axis=0)]
-    positive, known = (some_NK > 0).any(axis=1), (some_NK >= 0).all(axis=1)
+    positive, known = (some_NK > 0).any(axis=1), (some_NK >= 0).all(axis=1) & bool(some_NK.size)
     return np.where(positive, 1, np.where(known, 0, -1)).astype(np.int8)
 
 

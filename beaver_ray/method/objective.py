@@ -344,7 +344,9 @@ class Objective(ABC):
     def _relative_weights(self, log_ratios_E: FloatArray) -> FloatArray:
         """`_weights`; where all of them are too small for a float, what they are to each other."""
         weights_E = self._weights(log_ratios_E)
-        return weights_E if weights_E.any() or not len(weights_E) else self._weights(log_ratios_E - log_ratios_E.max())
+        if not len(weights_E) or weights_E.max() >= np.finfo(np.float64).tiny:  # below it floats are coarse
+            return weights_E
+        return self._weights(log_ratios_E - log_ratios_E.max())
 
     def combine(
         self,

@@ -71,6 +71,21 @@ def test_a_calibration_where_it_was_not_fitted():
     assert np.mean(held) >= 0.9
 
 
+def test_of_the_worst_share_its_own_error_counts():
+    """Where the worst fifth scores unlike what was labelled, bounding it alone or by cvar is one and the same."""
+    rng = np.random.default_rng(5)
+    scores = np.concatenate([rng.normal(-3.5, 0.6, 3200), rng.normal(0.0, 0.4, 800)])
+    true = np.sort(special.expit(scores))[-800:].mean()
+    held = []
+    for _ in range(200):
+        labelled = rng.normal(-3.2, 0.8, 1000)
+        calibration = fit_platt(labelled, rng.random(1000) < special.expit(labelled))
+        zeros, numbers = np.zeros(4000), np.arange(4000)
+        costs = CVaR(0.8).episodes(calibration.probability(scores), numbers, zeros + 1, zeros).costs_E
+        held.append(costs.mean() + safety_margin(costs, numbers, 0.9, calibration, CVaR(0.8)) >= true)
+    assert np.mean(held) >= 0.85, "0.65 by the error of what lies below"
+
+
 def test_probabilities_next_to_nothing_still_have_a_margin():
     """Of 64 prompts without an unsafe answer up to 1 - 0.1^(1/64) = 3.5 % may be unsafe, whatever a cost model says."""
     surely = Calibration(1.0, 0.0, 10**6, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -74,6 +74,11 @@ def test_a_margin_that_leaves_nothing_of_a_rate_is_said() -> None:
     assert len(DivergenceGuard(None, ["harm"]).observe(metrics(**rounded, **{"cost/harm/margin": 0.5}))) == 1
     scores = rate | {"cost/harm/mean": -0.4, "cost/harm/margin": 0.5}
     assert DivergenceGuard(None, ["harm"]).observe(metrics(**scores)) == []  # a mean of scores may be negative
+    # Steps without a counting answer begin nothing anew: 20 others are one complaint.
+    empty = {key: math.nan for key in rate}
+    guard = DivergenceGuard(None, ["harm"])
+    said = [guard.observe(metrics(**(empty if n % 2 else rate | {"cost/harm/margin": 0.5}))) for n in range(40)]
+    assert [n for n, found in enumerate(said) if found] == [0]
     # Without a confidence nothing is taken off, also not off a limit of 0.
     none = {"cost/harm/violation_rate": 0.0, "cost/harm/mean": 0.0, "cost/harm/limit": 0.0}
     assert DivergenceGuard(None, ["harm"]).observe(metrics(**none)) == []
@@ -137,6 +142,15 @@ def test_a_fallen_reward() -> None:
             said.append((step, found))
     text = f"the reward fell to -0.01 over {WINDOW} steps, from 2 at the start"
     assert said == [(WINDOW, [text]), (2 * WINDOW, [text]), (3 * WINDOW, [text])]
+
+
+def test_rewards_that_did_not_vary_at_first_may_vary_later() -> None:
+    """Twenty rewards of 1: by less than 2 % nothing has fallen."""
+    guard = DivergenceGuard(None, [])
+    for step in range(4 * WINDOW):
+        assert guard.observe(metrics(reward=1.0 if step < WINDOW else 0.981)) == []
+    said = [guard.observe(metrics(reward=0.97)) for _ in range(WINDOW)]
+    assert any(said), "but then it has"
 
 
 def test_a_resumed_guard_goes_on() -> None:

@@ -54,6 +54,8 @@ def test_by_hand() -> None:
     # The worst two of five, by their quantile 2: 2, 2, 2 + 3 / 0.4, 2, 2.
     assert CVaR(0.6).per_answer(costs, prompts, ones).tolist() == pytest.approx([2.0, 2.0, 9.5, 2.0, 2.0])
     assert bounded(CVaR(0.6), costs, prompts) == pytest.approx((5 + 2) / 2)
+    assert CVaR(0.6).deciding(np.array([2.0, 2.0, 9.5, 2.0, 2.0])).tolist() == pytest.approx([2.0, 5.0])
+    assert Form().deciding(costs) is costs
     # The worst of 7 is 5, its next 1; of 4 both are 2.
     assert WorstOfK(3).per_answer(costs, prompts, ones).tolist() == [0.0, 0.0, 3 * 4.0, 0.0, 0.0]
     assert bounded(WorstOfK(3), costs, prompts) == (5 + 2) / 2

@@ -99,7 +99,7 @@ def test_safe_dpo_pair_by_pair(one_rank: None, tiny_world: Path, tmp_path: Path,
         margin = BETA * ((one - ref_one) - (two - ref_two)) - 3.0 * (unsafe[1 - winner] - unsafe[winner])
         losses.append(float(-logsigmoid(torch.tensor(margin))))
     assert trainer.evaluate()["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    (note,) = [line for line in trainer.describe()[1] if line.startswith("held-out data")]
+    (note,) = [line for line in trainer.describe()[2] if line.startswith("held-out data")]
     assert f"{dropped} both answers unsafe" in note and f"{swapped} pairs were swapped" in note
     assert swapped and dropped
     with pytest.raises(ValueError, match="delta belongs to label safe_dpo, not to better"):
@@ -121,7 +121,7 @@ def test_the_start_is_the_reference(one_rank: None, tiny_world: Path, tmp_path: 
 
 def test_reference_logprobs_are_computed_once(one_rank: None, tiny_world: Path, tmp_path: Path, other: Path) -> None:
     def described(**changes: Any) -> list[str]:
-        notes = trainer_of(config_of(tiny_world, tmp_path, **changes)).describe()[1]
+        notes = trainer_of(config_of(tiny_world, tmp_path, **changes)).describe()[2]
         return [note.rpartition(" ")[0].split("pairs ")[1] for note in notes if note.startswith("reference")]
 
     computed, read = ["computed and kept in"] * 2, ["read from"] * 2

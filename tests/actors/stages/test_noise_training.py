@@ -88,7 +88,7 @@ def test_noise_pair_by_pair(one_rank: None, tiny_world: Path, strong: Any, stage
     assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert figures["accuracy"] == pytest.approx(np.mean(right))
     said = f"labels sure to {1 - np.mean(doubts):.3g} on average" if doubts else "2 flipped, "
-    assert any(said in note for note in trainer.describe()[1])
+    assert any(said in note for note in trainer.describe()[2])
     # Held-out figures are of the labels as they are.
     held_out = trainer_of(config).evaluate()
     assert held_out["loss"] == pytest.approx(np.mean(plain), rel=1e-4)

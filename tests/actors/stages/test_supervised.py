@@ -192,8 +192,10 @@ def test_dropped_rows_are_noted(one_rank: None, tiny_world: Path, tmp_path: Path
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = trainer_of(config_of(tiny_world, "reward_model", train=[f"PKU-SafeRLHF:1:{path}"], batch_size=7))
-    steps, notes = trainer.describe()
-    assert steps == 4  # 28 rows in batches of 7
+    steps, epoch_steps, notes = trainer.describe()
+    assert steps == epoch_steps == 4  # 28 rows in batches of 7
+    again = config_of(tiny_world, "reward_model", train=[f"PKU-SafeRLHF:1:{path}"], batch_size=10, epochs=2.5)
+    assert trainer_of(again).describe()[:2] == (8, 3), "two epochs and a half of three steps"
     read = next(note for note in notes if note.startswith(f"PKU-SafeRLHF:1:{path}"))
     assert "kept 29 of 30" in read and "1 identical responses" in read
     encoded_ones = next(note for note in notes if note.startswith("training data"))
