@@ -2,7 +2,7 @@
 
 It knows the standard library alone. What it is to do comes as JSON on its standard input, a file; what came of it goes
 to its standard output, a file too, one line for each test that passed and each input that was answered, behind a word
-that the program is not told. What is done against a program:
+that the program is not told. Python tests and calls share one process, and each input has its own. What is done against a program:
 
 - always: limits on CPU time, memory, the size and number of files, and threads; a fresh folder as its working
   directory; an environment without the parent's variables; no input but a test's, and no other output than what such a
@@ -126,12 +126,16 @@ def main() -> None:
     if job["tests"] is None:
         _alone(job, report, lambda: _compile(job["program"], report))
         return
-    tests = list(enumerate(job["tests"]))
-    if within := [(number, test) for number, test in tests if isinstance(test, str) or "call" in test]:
-        _alone(job, report, lambda: _run(job["setup"], job["program"], within, report))
-    for number, test in tests:
-        if "input" in test and not isinstance(test, str):
-            _answer(job, number, test["input"], report)
+    inputs, others = {}, []  # of the whole program; and what is run in the names of the program
+    for number, test in enumerate(job["tests"]):
+        if isinstance(test, dict) and "input" in test:
+            inputs[number] = test["input"]
+        else:
+            others.append((number, test))
+    if others:
+        _alone(job, report, lambda: _run(job["setup"], job["program"], others, report))
+    for number, text in inputs.items():
+        _answer(job, number, text, report)
 
 
 def _alone(job: dict[str, Any], report: Callable[[str], None], work: Callable[[], None]) -> int:
