@@ -2,7 +2,8 @@
 
 It knows the standard library alone. What it is to do comes as JSON on its standard input, a file; what came of it goes
 to its standard output, a file too, one line for each test that passed and each input that was answered, behind a word
-that the program is not told. Python tests and calls share one process, and each input has its own. What is done against a program:
+that the program is not told. Python tests and calls of functions share one process, each input has its own. What is
+done against a program:
 
 - always: limits on CPU time, memory, the size and number of files, and threads; a fresh folder as its working
   directory; an environment without the parent's variables; no input but a test's, and no other output than what such a
