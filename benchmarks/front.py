@@ -1,7 +1,7 @@
 """The front of reward against harm: Safe PPO at five limits, reward shaping at several weights, and the best by truth.
 
     python benchmarks/front.py --seeds 0 1 2 --jobs 2 --out benchmarks/front.json --picture benchmarks/front.svg
-    python benchmarks/front.py --world harder --seeds 0 --jobs 2 --workspace runs/benchmark-harder \\
+    python benchmarks/front.py --world harder --seeds 0 1 --jobs 2 --workspace runs/benchmark-harder \\
         --out benchmarks/front_harder.json --picture benchmarks/front_harder.svg
 
 Every run is a point: its violation rate and its mean reward by the world's truth on held-out prompts, over the last
@@ -59,7 +59,7 @@ WORLDS = {
         harder_world.HARDER / "safe_ppo.yaml",
         "harm_refusal_graded_256",
         harder_world.GRADED_MODELS,
-        (0.5, 1, 2, 3, 4, 8),
+        (0.5, 1, 2, 2.25, 2.5, 2.75, 3, 4, 6, 8),
         harder_world.TWICE,
         harder_world.WORLD,
         {"refusal": 0.05},
