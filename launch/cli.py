@@ -213,7 +213,10 @@ def merge(
 @app.command()
 def data(
     specs: Annotated[
-        list[str], typer.Argument(metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or the YAML file of a stage.")
+        list[str],
+        typer.Argument(
+            metavar="SPEC...", help="NAME[:PROPORTION[:PATH]], or the YAML file of a stage [key=value ...]."
+        ),
     ],
     held_out: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; of a stage's file its own.")

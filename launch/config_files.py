@@ -47,7 +47,10 @@ def parse_config(
     where: names its origin in errors. values: what ${NAME} stands for besides ${workspace}.
     """
     tree = apply_overrides(tree, overrides, where, _texts())
-    workspace = str(tree.get("workspace", "runs"))
+    given = tree.get("workspace", "runs")
+    workspace = "" if given is None else str(given).strip()
+    if not workspace:
+        raise UserError(f"{where}: workspace is empty; name a folder, as workspace=runs")
     if "${" in workspace:
         raise UserError(f"{where}: workspace is what ${{workspace}} stands for and cannot hold one itself")
     workspace = tree["workspace"] = _one_way(workspace)

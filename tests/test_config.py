@@ -51,6 +51,8 @@ def test_workspace_is_filled_in() -> None:
     assert safe_ppo().models.policy == "runs/sft/final/policy"
     assert safe_ppo().folder == Path("runs/one")
     assert "${home} is not known; only ${workspace} is" in error("models.reward=${home}/x")
+    for nothing in ("", "''", "null", "' '"):  # as of a variable that is not set
+        assert "workspace is empty; name a folder" in error(f"workspace={nothing}")
 
 
 @pytest.mark.parametrize(

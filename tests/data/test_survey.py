@@ -133,4 +133,8 @@ def test_command(tmp_path: Path) -> None:
     assert ended_with(words) == 0
     assert json.loads((out / "d.json").read_text()) == survey([pairs], [held_out]).figures()
     assert "<svg" in (out / "d.html").read_text()
+    changed = ["data", str(tmp_path / "rm.yaml"), f"train=['{held_out}']", "eval=[]", "--json", str(out / "e.json")]
+    assert ended_with(changed) == 0
+    assert json.loads((out / "e.json").read_text()) == survey([held_out], []).figures()
     assert ended_with(["data", "nonsense:1:x"]) == 2
+    assert ended_with(["data", held_out, "eval=[]"]) == 2, "no stage's file"
