@@ -31,9 +31,7 @@ def show(
     files = [spec for spec in specs if spec.endswith((".yaml", ".yml")) and spec not in overrides]
     if overrides and not files:
         raise UserError(f"{overrides[0]} changes a stage's file, and none is named before it")
-    for spec in specs:
-        if spec in overrides:
-            continue
+    for spec in (spec for spec in specs if spec not in overrides):
         if spec in files:
             of_stage, kept = load_config(spec, overrides).data_sets
             train += of_stage

@@ -8,13 +8,13 @@ on (`per_answer`, whose policy gradient is that of the bounded figure), and how 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from beaver_ray.method.advantages import FloatArray, IntArray
+from beaver_ray.options import rounded_up
 
 
 class Episodes(NamedTuple):
@@ -101,7 +101,7 @@ class CVaR(Form):
     def deciding(self, costs_E: FloatArray) -> FloatArray:
         """The worst share 1 - level. Of several steps together, whose quantiles differ, it is that but nearly."""
         nu = costs_E.min()
-        worst = max(1, math.ceil(round(len(costs_E) * (1.0 - self.level), 6)))
+        worst = max(1, rounded_up(len(costs_E) * (1.0 - self.level)))
         return np.sort(nu + (costs_E - nu) / self.scale)[-worst:]
 
 

@@ -87,8 +87,7 @@ def exact_answer(prompts: list[str], responses: list[str], *, answer: list[Any])
         wanted = [_without_working(str(one)) for one in several(right)]
         accepted = {plain(one, formula=True) for one in wanted} - {""}
         letters = {one.strip("()[]") for one in accepted if re.fullmatch(r"[(\[]?[a-z][)\]]?", one)}
-        said = final_answer(response)
-        boxed = _last_boxed(_last_part(response)) is not None
+        said, boxed = _said(response)
         texts = {said} if said == response else {said, _SENTENCE.split(said)[0]}
         forms = {plain(text, formula) for text in texts for formula in ({True} if boxed else {True, False})}
         forms |= {_unbracketed(form) for form in forms}
@@ -167,10 +166,18 @@ def several(right: Any) -> Sequence[Any]:
 
 def final_answer(response: str) -> str:
     """What the answer says at last; see above."""
-    text = _last_part(response)
+    return _said(response)[0]
+
+
+def _said(response: str) -> tuple[str, bool]:
+    """(What the answer says at last, whether in a box)."""
+    text, _ = _last_part(response)
     boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed
+    return (_behind_its_mark(text), False) if boxed is None else (boxed, True)
+
+
+def _behind_its_mark(text: str) -> str:
+    """What stands behind the last phrase that marks an answer, to the end of its line; the whole without any."""
     wide = one_width(text)
     for kind in _MARKS_OF_TEXT:
         marks = [
@@ -182,16 +189,16 @@ def final_answer(response: str) -> str:
     return text
 
 
-def _last_part(response: str) -> str:
-    """The answer behind its thoughts, or what it has between the last tags for an answer."""
+def _last_part(response: str) -> tuple[str, bool]:
+    """(The answer behind its thoughts, or what it has between the last tags for an answer; whether it has these)."""
     text = without_thoughts(response)[-LONGEST:]
     tagged = _IN_TAGS.match(text)
-    return tagged[1].strip() if tagged else text
+    return (tagged[1].strip(), True) if tagged else (text, False)
 
 
 def _final_number(response: str) -> Fraction | None:
     """The number that the answer says at last; see above."""
-    text = _last_part(response)
+    text, tagged = _last_part(response)
     boxed = _last_boxed(text)
     if boxed is not None:
         return _boxed_number(boxed)
@@ -200,7 +207,7 @@ def _final_number(response: str) -> Fraction | None:
         number = _first(said_number(sentence) for line in part.splitlines() for sentence in _SENTENCE.split(line))
         if number is not None:
             return number
-    return said_number(text) if _IN_TAGS.match(without_thoughts(response)) else last_number(text)
+    return said_number(text) if tagged else last_number(text)
 
 
 def _right_number(right: Any) -> Fraction | None:
