@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from beaver_ray.rules import run_program
@@ -22,6 +23,10 @@ from beaver_ray.rules.program_tests import long_numbers, read_tests
 from beaver_ray.rules.thoughts import opens_a_thought, without_thoughts
 
 LONGEST = 200_000  # characters; longer code is not run and passes nothing
+ROOT = Path(run_program.__file__).parents[2]
+# -I finds no package of a checkout. The program finds none there either, and no argument.
+START = "import sys; sys.path.insert(0, sys.argv.pop()); from beaver_ray.rules.run_program import main; "
+START += "del sys.path[0]; main()"
 LEAST_MIB = 32  # below some 20 Python itself does not run
 STARTING_S = 20.0  # for a process to start and to end, on a busy machine, beside what its program may take
 
@@ -57,7 +62,7 @@ def passes_tests(
     as in HumanEval, are called with it. setup: Python code that rows may have run before the answer's, in its names.
     seconds (of CPU time, whole ones; 4 times as long by the clock), memory_mib: for an answer with all its tests; what
     ran out of them has passed the tests before. at_once: answers that run at the same time. namespaces: ask the kernel
-    for what `run_program` says; ValueError where it has none to give, and then, with False, the rest of it is all that
+    for what `confinement` says; ValueError where it has none to give, and then, with False, the rest of it is all that
     stands between the program and this machine.
     """
     if not LEAST_MIB <= memory_mib < 1e6:
@@ -180,7 +185,7 @@ def _run(seconds: float, folder: str, told: Any, said: Any) -> None:
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     process = subprocess.Popen(
-        [sys.executable, "-I", run_program.__file__],
+        [sys.executable, "-I", "-c", START, str(ROOT)],
         stdin=told,
         stdout=said,
         stderr=subprocess.DEVNULL,
